@@ -1,0 +1,99 @@
+"""The attention and mask functions registered with transformers; all state lives in the cache.
+
+Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from attention_predictor.offload.dense import Terms, attend_prompt
+from attention_predictor.offload.layer import HANDLE, TieredLayer
+
+NAME = "attention_predictor"
+
+
+def tiered_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a tiered layer, or plain attention for layers that have another cache or none.
+
+    Args:
+        query: ``[B, H, Q, D]``; key and value ``[B, G, T, D]``.
+        attention_mask: What ``tiered_mask`` made, or a 4-D mask of the caller's.
+        softcap: Gemma 2's cap on the logits.
+        s_aux: GPT-OSS's sink logits, one a head.
+
+    Returns:
+        ``[B, Q, H, D]`` contiguous, and no weights.
+    """
+    if position_bias is not None:
+        raise ValueError("position_bias is not supported by this attention function")
+    layer: TieredLayer | None = getattr(key, HANDLE, None)
+    terms = Terms(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux, attention_mask)
+    if layer is not None:
+        out = layer.attend(query, key, value, terms)
+    else:
+        out = attend_prompt(query, key, value, terms)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def tiered_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """``None`` for plain causal attention, ``[B, kv_length]`` where padding adds to it, else the stock 4-D mask.
+
+    The two short forms keep a prompt of 128K tokens from making a mask of 16 GB, and a decoding step from making any.
+    """
+    plain = (
+        mask_function is causal_mask_function
+        and local_size is None
+        and kv_offset == 0
+        and not isinstance(q_offset, Tensor)
+        and kv_length == q_offset + q_length
+        and (attention_mask is None or (attention_mask.dim() == 2 and attention_mask.shape[1] == kv_length))
+    )
+    if plain:
+        return None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        # A skipped mask would be read as plain causal, which a local mask is not once the window is full.
+        allow_is_causal_skip=False,
+        **kwargs,
+    )
+
+
+# Both registries are global and keyed by name; the functions hold no state, so any number of models share them.
+AttentionInterface.register(NAME, tiered_attention)
+AttentionMaskInterface.register(NAME, tiered_mask)

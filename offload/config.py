@@ -1,0 +1,116 @@
+"""OffloadConfig: every setting of an attached engine, validated when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from attention_predictor.predictor.errors import ConfigError
+
+CALIBRATIONS = ("sketch", "exact", "none")
+PREFETCHERS = ("thread", "none")
+SKETCH_BITS = (1, 2, 4, 8)
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class OffloadConfig:
+    """How a model's KV cache is tiered, predicted and fetched.
+
+    Token counts are per KV head. Every error is a ``ConfigError`` that names the field, its value and what is
+    allowed.
+
+    Attributes:
+        budget: Tokens a decoding step may attend to, ``sink`` and ``recent`` included.
+        block_size: Tokens in a block; a power of two.
+        sink: First tokens, always attended.
+        recent: Last tokens, always attended.
+        history: Prompt queries whose score rows start the history (AttentionPredictor, section 4).
+        policy: Who selects the blocks; a name in ``offload.policies``.
+        predictor: ``"default"``, a checkpoint directory, or a rule (``"last"``, ``"ema"``, ``"mean"``).
+        calibration: How the history learns of blocks that were not attended: from the key ``sketch`` at every step,
+            ``exact``ly every ``calibration_interval`` steps (reads all keys from host memory), or ``none``.
+        calibration_interval: Steps from one exact calibration to the next.
+        sketch_bits: Bits of a key element in the sketch.
+        late_fetch: Largest share of the budget that may be fetched within the step that uses it, chosen with the
+            current query and the sketch; 0 predicts ahead only, 1 lets the sketch choose all.
+        prefetch: ``"thread"`` fetches beside the computation, ``"none"`` in the middle of it.
+        skip_layers: Layers left as they are, with their whole cache on the device.
+        slab_blocks: Blocks by which host memory grows.
+        host_memory: Bytes of host memory the cache may use; ``None`` takes what the system reports as available.
+        measure_recovery: Also compute the true attention of every step, for ``stats.recovery``. Slow: it streams all
+            keys through.
+    """
+
+    budget: int = 1024
+    block_size: int = 16
+    sink: int = 64
+    recent: int = 64
+    history: int = 64
+    policy: str = "predictor"
+    predictor: str = "default"
+    calibration: str = "sketch"
+    calibration_interval: int = 5
+    sketch_bits: int = 2
+    late_fetch: float = 0.25
+    prefetch: str = "thread"
+    skip_layers: Sequence[int] = ()
+    slab_blocks: int = 64
+    host_memory: int | None = None
+    measure_recovery: bool = False
+
+    def __post_init__(self) -> None:
+        # Imported here: the policies are built from a config.
+        from attention_predictor.offload.policies import policy_names
+
+        for name in ("budget", "block_size", "sink", "recent", "history", "calibration_interval", "slab_blocks"):
+            self._check(name, _is_int(getattr(self, name)), "an integer")
+        self._check("block_size", self.block_size > 0 and self.block_size.bit_count() == 1, "a power of two")
+        for name in ("sink", "recent"):
+            value = getattr(self, name)
+            self._check(name, value >= 0 and value % self.block_size == 0, f"a multiple of block_size={self.block_size}")
+        least = self.sink + self.recent + self.block_size
+        self._check(
+            "budget",
+            self.budget >= least,
+            f"at least sink + recent + one block = {self.sink} + {self.recent} + {self.block_size} = {least}",
+        )
+        for name in ("history", "calibration_interval", "slab_blocks"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("policy", self.policy in policy_names(), _one_of(policy_names()))
+        self._check("predictor", isinstance(self.predictor, str) and self.predictor != "", "a name or a directory")
+        self._check("calibration", self.calibration in CALIBRATIONS, _one_of(CALIBRATIONS))
+        self._check("sketch_bits", self.sketch_bits in SKETCH_BITS, _one_of(SKETCH_BITS))
+        self._check("late_fetch", _is_number(self.late_fetch) and 0 <= self.late_fetch <= 1, "a share from 0 to 1")
+        self._check("prefetch", self.prefetch in PREFETCHERS, _one_of(PREFETCHERS))
+        self._check("skip_layers", all(_is_int(i) and i >= 0 for i in self.skip_layers), "layer numbers from 0 on")
+        self._check(
+            "host_memory",
+            self.host_memory is None or (_is_int(self.host_memory) and self.host_memory > 0),
+            "a positive number of bytes, or None",
+        )
+
+    def _check(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: expected {allowed}")
+
+    @property
+    def needs_sketch(self) -> bool:
+        """Whether the predictor policy keeps a key sketch: for calibration, for late fetches, or both."""
+        return self.calibration == "sketch" or self.late_fetch > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for logs and result files."""
+        return asdict(self)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _one_of(names: Sequence[object]) -> str:
+    return "one of " + ", ".join(str(name) for name in names)

@@ -1,0 +1,254 @@
+"""Every block that ever existed, of one layer, in CPU memory: the tier that nothing is lost from.
+
+Letters: B sequences, G KV heads, R rows = B·G (row = b*G + g), T tokens in a call, D head size,
+n list entries; 2 is keys then values.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention_predictor.predictor.errors import HostMemoryError, IntegrityError
+
+
+class HostStore:
+    """Append-only keys and values of one layer, in slabs [B, G, slab_blocks, 2, block_size, D].
+
+    A block's keys and values are contiguous, so one block is one copy. Slabs, rather than one tensor that
+    doubles, keep the memory over what is needed under one slab and never move what was written.
+
+    Another thread may `gather` while this one appends, as long as it leaves the block being written alone.
+    Before `truncate` and `index`, wait for outstanding fetches.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        block_size: int = 16,
+        slab_blocks: int = 64,
+        pin: bool = False,
+    ) -> None:
+        """`pin` asks for page-locked memory; without a CUDA device it means nothing and is ignored."""
+        self.batch, self.kv_heads, self.head_dim, self.dtype = batch, kv_heads, head_dim, dtype
+        self.block_size, self.slab_blocks = block_size, slab_blocks
+        self.pin = pin and torch.cuda.is_available()
+        self.length = 0
+        self._slabs: list[Tensor] = []
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks that hold at least one token."""
+        return math.ceil(self.length / self.block_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, written or not."""
+        return sum(slab.nbytes for slab in self._slabs)
+
+    @staticmethod
+    def bytes_needed(
+        tokens: int,
+        *,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        block_size: int = 16,
+        slab_blocks: int = 64,
+    ) -> int:
+        """What `nbytes` will be with `tokens` tokens, so that callers can ask before a long prefill."""
+        slab_tokens = slab_blocks * block_size
+        return (
+            2 * batch * kv_heads * math.ceil(tokens / slab_tokens) * slab_tokens * head_dim * dtype.itemsize
+        )
+
+    @torch.no_grad()
+    def append(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+        """Adds T ≥ 0 tokens from any device.
+
+        Raises ValueError (wrong shape or dtype) or HostMemoryError, leaving the store as it was.
+        """
+        tokens = key_BGTD.shape[2] if key_BGTD.dim() == 4 else -1
+        self._check_input("key", key_BGTD, tokens)
+        self._check_input("value", value_BGTD, tokens)
+        self._reserve(self.length + tokens)
+        done = 0
+        while done < tokens:
+            block, offset = divmod(self.length + done, self.block_size)
+            slab, first = self._slabs[block // self.slab_blocks], block % self.slab_blocks
+            left = tokens - done
+            if offset or left < self.block_size:
+                # Slabs come uninitialised (zeroing gigabytes would cost seconds), so a partly filled block is
+                # zeroed when it is opened; full blocks are overwritten whole.
+                if offset == 0:
+                    slab[:, :, first].zero_()
+                taken = min(self.block_size - offset, left)
+                target, token_dims = slab[:, :, first, :, offset : offset + taken], (taken,)
+            else:
+                blocks = min(left // self.block_size, self.slab_blocks - first)
+                taken = blocks * self.block_size
+                target, token_dims = slab[:, :, first : first + blocks], (blocks, self.block_size)
+            # Stacked where the tokens are: one transfer carries both keys and values.
+            piece = [kv[:, :, done : done + taken].unflatten(2, token_dims) for kv in (key_BGTD, value_BGTD)]
+            target.copy_(torch.stack(piece, dim=-3))
+            done += taken
+        self.length += tokens
+
+    def gather(self, row_n: Tensor, block_n: Tensor, out: Tensor | None = None) -> Tensor:
+        """Blocks as kv [n, 2, block_size, D]; tokens not yet written read as zeros.
+
+        `row_n`, `block_n`: int64 on the CPU. `out`: a (pinned) staging buffer of at least n entries, of which
+        the first n are filled and returned. Raises IndexError for a row or block that does not exist.
+        """
+        n = row_n.numel()
+        self._check_entries(row_n, block_n)
+        kv_n2TD = self._empty(n) if out is None else out[:n]
+        if kv_n2TD.shape != (expected := (n, 2, self.block_size, self.head_dim)):
+            raise ValueError(f"size mismatch for out: expected {list(expected)}, got {list(kv_n2TD.shape)}")
+        slab_n = block_n // self.slab_blocks
+        entry_n = row_n * self.slab_blocks + block_n % self.slab_blocks
+        slabs, counts = torch.unique(slab_n, return_counts=True)
+        if len(slabs) == 1:
+            self._select(int(slabs[0]), entry_n, kv_n2TD)
+        elif n:
+            # Grouped by slab: one vectorised read a slab, then one pass that restores the caller's order.
+            order_n = torch.argsort(slab_n, stable=True)
+            sorted_n, grouped_n2TD = entry_n[order_n], self._empty(n)
+            start = 0
+            for slab, count in zip(slabs.tolist(), counts.tolist(), strict=True):
+                self._select(slab, sorted_n[start : start + count], grouped_n2TD[start : start + count])
+                start += count
+            kv_n2TD.index_copy_(0, order_n, grouped_n2TD)
+        return kv_n2TD
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, stop - start, D] of a range of stored tokens, on the CPU; else IndexError."""
+        if not 0 <= start <= stop <= self.length:
+            raise IndexError(f"token range [{start}, {stop}) is outside of the {self.length} tokens stored")
+        first, last = start // self.block_size, math.ceil(stop / self.block_size)
+        blocks = max(last - first, 0)
+        kv = torch.empty(
+            (2, self.batch, self.kv_heads, blocks, self.block_size, self.head_dim), dtype=self.dtype
+        )
+        block = first
+        while block < last:
+            slab, begin = self._slabs[block // self.slab_blocks], block % self.slab_blocks
+            count = min(self.slab_blocks - begin, last - block)
+            kv[:, :, :, block - first : block - first + count] = slab[:, :, begin : begin + count].movedim(
+                3, 0
+            )
+            block += count
+        skip = start - first * self.block_size
+        key_BGTD, value_BGTD = kv.flatten(3, 4)[:, :, :, skip : skip + stop - start]
+        return key_BGTD, value_BGTD
+
+    def truncate(self, length: int) -> None:
+        """Forgets every token from `length` on and frees the slabs that only held such tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length must be between 0 and {self.length}, got {length}")
+        self.length = length
+        del self._slabs[self._slabs_for(length) :]
+        block, offset = divmod(length, self.block_size)
+        if offset:
+            self._slabs[block // self.slab_blocks][:, :, block % self.slab_blocks, :, offset:].zero_()
+
+    def index(self, batch_index: Tensor) -> None:
+        """Makes sequence i what sequence `batch_index[i]` was: reorders, repeats or selects (beams)."""
+        batch_index = batch_index.cpu()
+        batch = batch_index.numel()
+        if batch == self.batch:
+            if not torch.equal(batch_index, torch.arange(batch)):
+                for (
+                    slab
+                ) in self._slabs:  # in place: beams reorder every step, and only one slab is held twice
+                    slab.copy_(slab.index_select(0, batch_index))
+            return
+        slabs = []
+        for slab in self._slabs:
+            slabs.append(self._new_slab(batch))
+            slabs[-1].copy_(slab.index_select(0, batch_index))
+        self._slabs, self.batch = slabs, batch
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError, naming what was found, unless the slabs are what the length asks for."""
+        if len(self._slabs) != (needed := self._slabs_for(self.length)):
+            raise IntegrityError(f"{self.length} tokens need {needed} slabs, found {len(self._slabs)}")
+        expected = (*self._slab_shape(self.batch), self.dtype, "cpu", True, self.pin)
+        for number, slab in enumerate(self._slabs):
+            pinned = slab.is_pinned() if self.pin else False
+            found = (*slab.shape, slab.dtype, slab.device.type, slab.is_contiguous(), pinned)
+            if found != expected:
+                raise IntegrityError(f"slab {number}: expected {expected}, found {found}")
+        if len({slab.data_ptr() for slab in self._slabs}) != len(self._slabs):
+            raise IntegrityError("two slabs share their memory")
+        block, offset = divmod(self.length, self.block_size)
+        if offset:
+            rest = self._slabs[block // self.slab_blocks][:, :, block % self.slab_blocks, :, offset:]
+            if written := int(rest.count_nonzero()):
+                raise IntegrityError(f"{written} numbers beyond token {self.length} are not zero")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostStore:
+        """A store with its own memory: a pinned one stays pinned, which a copied tensor would not."""
+        twin = memo[id(self)] = copy.copy(self)
+        twin._slabs = [self._new_slab(self.batch).copy_(slab) for slab in self._slabs]
+        return twin
+
+    def _slabs_for(self, tokens: int) -> int:
+        return math.ceil(tokens / (self.slab_blocks * self.block_size))
+
+    def _slab_shape(self, batch: int) -> tuple[int, ...]:
+        return (batch, self.kv_heads, self.slab_blocks, 2, self.block_size, self.head_dim)
+
+    def _new_slab(self, batch: int) -> Tensor:
+        shape = self._slab_shape(batch)
+        try:
+            with torch.inference_mode(
+                False
+            ):  # an inference tensor could not be written to outside of that mode
+                return torch.empty(shape, dtype=self.dtype, pin_memory=self.pin)
+        except (RuntimeError, MemoryError) as error:
+            wanted = f"{math.prod(shape) * self.dtype.itemsize / 2**20:.1f} MiB"
+            kind = "pinned CPU memory" if self.pin else "CPU memory"
+            held = f"this layer holds {self.nbytes / 2**20:.1f} MiB"
+            raise HostMemoryError(f"cannot allocate {wanted} of {kind} for KV blocks; {held}") from error
+
+    def _reserve(self, tokens: int) -> None:
+        missing = self._slabs_for(tokens) - len(self._slabs)
+        self._slabs += [self._new_slab(self.batch) for _ in range(missing)]
+
+    def _empty(self, n: int) -> Tensor:
+        return torch.empty((n, 2, self.block_size, self.head_dim), dtype=self.dtype)
+
+    def _select(self, slab: int, entry_n: Tensor, out_n2TD: Tensor) -> None:
+        torch.index_select(self._slabs[slab].flatten(0, 2), 0, entry_n, out=out_n2TD)
+
+    def _check_input(self, name: str, kv_BGTD: Tensor, tokens: int) -> None:
+        expected = (self.batch, self.kv_heads, tokens, self.head_dim)
+        if kv_BGTD.shape != expected or kv_BGTD.dtype != self.dtype:
+            wanted = f"{self.dtype} {list(expected)}".replace("-1", "T")
+            found = f"{kv_BGTD.dtype} {list(kv_BGTD.shape)}"
+            raise ValueError(f"size mismatch for {name}: expected {wanted}, got {found}")
+
+    def _check_entries(self, row_n: Tensor, block_n: Tensor) -> None:
+        if row_n.shape != block_n.shape or row_n.dim() != 1:
+            raise ValueError(
+                f"size mismatch for block_n: expected {list(row_n.shape)}, got {list(block_n.shape)}"
+            )
+        for name, entry_n, count in (
+            ("row", row_n, self.batch * self.kv_heads),
+            ("block", block_n, self.n_blocks),
+        ):
+            if (
+                entry_n.numel()
+                and not 0 <= (low := int(entry_n.min())) <= (high := int(entry_n.max())) < count
+            ):
+                raise IndexError(f"{name} must be between 0 and {count - 1}, got {low} to {high}")

@@ -1,0 +1,122 @@
+"""The project's own policy: a learned predictor chooses ahead, a key sketch calibrates it and corrects it late.
+
+AttentionPredictor (NeurIPS 2025, arXiv 2502.04077, section 4) predicts the next step's block scores from their
+history. Blocks that a sparse step did not attend to have no score of their own; what the history is told about them is
+the *calibration*: an estimate from the 2-bit keys at every step, the truth at every few steps, or nothing.
+
+Suffixes: B sequences, G KV heads, H query heads, L tokens of the sequence, S slots, N blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attention_predictor.offload.dense import ScoreRows, block_peak_and_sum
+from attention_predictor.offload.policies.base import LayerSpec, Part, Policy, ReadKeys, Step
+from attention_predictor.predictor.history import ScoreHistory
+from attention_predictor.predictor.sketch import KeySketch
+
+
+class Predictor(Policy):
+    """Predicted block scores for the next token; the sketch's estimate for a bounded late fetch."""
+
+    name = "predictor"
+    selects = "ahead"
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        assert spec.predictor is not None  # attach loads it for this policy
+        config = spec.config
+        self.prompt_rows = config.history
+        self.history = ScoreHistory(spec.predictor, batch=spec.batch, kv_heads=spec.kv_heads, device=spec.device)
+        self.sketch = (
+            KeySketch(
+                batch=spec.batch,
+                kv_heads=spec.kv_heads,
+                head_dim=spec.head_dim,
+                dtype=spec.dtype,
+                device=spec.device,
+                bits=config.sketch_bits,
+            )
+            if config.needs_sketch
+            else None
+        )
+        self.steps = 0
+        self.estimate: tuple[Step, Tensor, Tensor] | None = None  # a step and its estimated peaks and sums
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        return {"history": self.history} | ({"sketch": self.sketch} if self.sketch is not None else {})
+
+    @property
+    def late_share(self) -> float:
+        return self.spec.config.late_fetch
+
+    def extend(self, key_BGTD: Tensor) -> None:
+        if self.sketch is not None:
+            self.sketch.extend(key_BGTD)
+
+    def observe_rows(self, rows: ScoreRows) -> None:
+        if self.history.started:
+            self.history.extend(rows.scores_BGQN)
+        else:
+            self.history.start(rows.scores_BGQN)
+
+    def score_now(self, step: Step) -> Tensor:
+        peak_BHN, sum_BHN = self._estimated(step)
+        share_BHN = torch.exp(sum_BHN - torch.logsumexp(sum_BHN, -1, keepdim=True))
+        return share_BHN.unflatten(1, (self.spec.kv_heads, -1)).mean(2)
+
+    def observe(self, step: Step) -> None:
+        self.steps += 1
+        calibration = self.spec.config.calibration
+        if calibration == "exact" and self.steps % self.spec.config.calibration_interval == 0:
+            row_BGN = step.exact.scores_BGQN[:, :, 0]
+        else:
+            row_BGN = self._row(step, estimated=calibration == "sketch")
+        self.history.push(row_BGN)
+        self.estimate = None
+
+    def score_next(self, length: int) -> Tensor | None:
+        config = self.spec.config
+        first, last = config.sink // config.block_size, max(length - config.recent, 0) // config.block_size
+        if not self.history.started or first >= last:
+            return None  # every block is sink or recent
+        return self.history.predict(first, min(last, self.history.n_blocks))
+
+    def _row(self, step: Step, *, estimated: bool) -> Tensor:
+        """This step's row ``[B, G, N]``: exact where it attended, estimated or zero elsewhere."""
+        peak_BHS = step.attention.logits_BHST.amax(-1)
+        total_BH = step.attention.lse_BH
+        B, H, S = peak_BHS.shape
+        if estimated:
+            peak_BHN, sum_BHN = self._estimated(step)
+            attended_BHN = step.attended_BGN.repeat_interleave(H // self.spec.kv_heads, 1)
+            rest_BH = torch.logsumexp(sum_BHN.masked_fill(attended_BHN, float("-inf")), -1)
+            total_BH = torch.logaddexp(total_BH, rest_BH)
+            row_BHN = peak_BHN.masked_fill(attended_BHN, float("-inf"))
+        else:
+            row_BHN = peak_BHS.new_full((B, H, step.n_blocks), float("-inf"))
+        # Slots that took no part write -inf to one column more, which is cut off.
+        slot_BHS = (step.block_BGS % (step.n_blocks + 1)).repeat_interleave(H // self.spec.kv_heads, 1)
+        row_BHN = torch.nn.functional.pad(row_BHN, (0, 1)).scatter(-1, slot_BHS, peak_BHS)[..., :-1]
+        row_BHN = torch.exp(row_BHN - total_BH[..., None])
+        return row_BHN.unflatten(1, (self.spec.kv_heads, -1)).amax(2)
+
+    def _estimated(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Peak and log-sum-exp ``[B, H, N]`` of each block's logits by the sketch; made once a step."""
+        assert self.sketch is not None
+        if self.estimate is None or self.estimate[0] is not step:
+            logits_BHL = self.sketch.logits(step.query_BHD, step.terms.scaling, step.terms.softcap)
+            if step.real_BL is not None:
+                logits_BHL = logits_BHL.masked_fill(~step.real_BL[:, None], float("-inf"))
+            self.estimate = (step, *block_peak_and_sum(logits_BHL, self.spec.config.block_size))
+        return self.estimate[1:]
+
+    def crop(self, length: int, read_keys: ReadKeys) -> None:
+        # Rows that rejected tokens added stay in the history: they cost nothing but a little of its sharpness.
+        self.history.crop(-(-length // self.spec.config.block_size))
+        if self.sketch is not None:
+            start = self.sketch.tail_start(length)
+            self.sketch.crop(length, read_keys(start, length).to(self.spec.device))

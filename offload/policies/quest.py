@@ -1,0 +1,111 @@
+"""Quest (Tang et al., ICML 2024, section 3.3): an upper bound on each block's logits from its keys' extremes.
+
+Suffixes: B sequences, G KV heads, M query heads of a KV head, T tokens, D head size, N blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attention_predictor.offload.policies.base import LayerSpec, Policy, ReadKeys, Step
+from attention_predictor.predictor.errors import IntegrityError
+
+
+class KeyBounds:
+    """Smallest and largest key element of each block and channel, on the device."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        self.block_size = spec.config.block_size
+        self.length = 0
+        self.low_BGND = torch.empty((spec.batch, spec.kv_heads, 0, spec.head_dim), dtype=spec.dtype, device=spec.device)
+        self.high_BGND = self.low_BGND.clone()
+
+    def extend(self, key_BGTD: Tensor) -> None:
+        """Take new keys; they first fill up the last block."""
+        free = min(-self.length % self.block_size, key_BGTD.shape[2])
+        if free:
+            head_BGTD = key_BGTD[:, :, :free]
+            self.low_BGND[:, :, -1] = torch.minimum(self.low_BGND[:, :, -1], head_BGTD.amin(2))
+            self.high_BGND[:, :, -1] = torch.maximum(self.high_BGND[:, :, -1], head_BGTD.amax(2))
+        rest = key_BGTD[:, :, free:].split(self.block_size, dim=2) if key_BGTD.shape[2] > free else ()
+        if rest:
+            self.low_BGND = torch.cat([self.low_BGND, torch.stack([block.amin(2) for block in rest], 2)], 2)
+            self.high_BGND = torch.cat([self.high_BGND, torch.stack([block.amax(2) for block in rest], 2)], 2)
+        self.length += key_BGTD.shape[2]
+
+    def bound(self, query_BHD: Tensor) -> Tensor:
+        """``[B, G, N]`` largest logit any key within the bounds could have, over the query heads of a KV head."""
+        B, G, _, D = self.low_BGND.shape
+        query_BGMD = query_BHD.float().view(B, G, -1, D)
+        # The larger of q·low and q·high in each channel: positive elements meet the high bound, negative the low.
+        high = query_BGMD.clamp_min(0) @ self.high_BGND.float().transpose(-1, -2)
+        low = query_BGMD.clamp_max(0) @ self.low_BGND.float().transpose(-1, -2)
+        return (high + low).amax(2)
+
+    def crop(self, length: int, read_keys: ReadKeys) -> None:
+        whole = length // self.block_size
+        self.low_BGND, self.high_BGND = self.low_BGND[:, :, :whole], self.high_BGND[:, :, :whole]
+        self.length = whole * self.block_size
+        if length > self.length:
+            self.extend(read_keys(self.length, length).to(self.low_BGND.device))
+
+    def index(self, batch_index: Tensor) -> None:
+        self.low_BGND, self.high_BGND = self.low_BGND[batch_index], self.high_BGND[batch_index]
+
+    @property
+    def nbytes(self) -> int:
+        return self.low_BGND.nbytes + self.high_BGND.nbytes
+
+    def check_integrity(self) -> None:
+        blocks = -(-self.length // self.block_size)
+        if self.low_BGND.shape != self.high_BGND.shape or self.low_BGND.shape[2] != blocks:
+            raise IntegrityError(f"key bounds of {self.low_BGND.shape[2]} blocks: expected {blocks}")
+        if not bool((self.low_BGND <= self.high_BGND).all()):
+            raise IntegrityError("key bounds: a low bound is above its high bound")
+
+
+class Quest(Policy):
+    """Top blocks by the bound of the current query; fetched within the step."""
+
+    name = "quest"
+    selects = "now"
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        self.bounds = KeyBounds(spec)
+
+    @property
+    def parts(self) -> dict[str, KeyBounds]:  # type: ignore[override]
+        return {"bounds": self.bounds}
+
+    def extend(self, key_BGTD: Tensor) -> None:
+        self.bounds.extend(key_BGTD)
+
+    def score_now(self, step: Step) -> Tensor:
+        return self.bounds.bound(step.query_BHD)
+
+    def crop(self, length: int, read_keys: ReadKeys) -> None:
+        self.bounds.crop(length, read_keys)
+
+
+class QuestAhead(Quest):
+    """The same bound with the previous token's query, so that the fetch can be made ahead."""
+
+    name = "quest-ahead"
+    selects = "ahead"
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        self.scores_BGN: Tensor | None = None
+
+    def observe(self, step: Step) -> None:
+        self.scores_BGN = self.bounds.bound(step.query_BHD)
+
+    def score_next(self, length: int) -> Tensor | None:
+        return self.scores_BGN
+
+    def index(self, batch_index: Tensor) -> None:
+        super().index(batch_index)
+        if self.scores_BGN is not None:
+            self.scores_BGN = self.scores_BGN[batch_index]

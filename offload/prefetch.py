@@ -1,0 +1,256 @@
+"""Runs fetches beside the model: one worker thread with a stream of its own, or none at all.
+
+A job is any callable that fetches. Jobs run one at a time, in the order of `submit`, without gradients and in
+the inference mode of whoever submitted them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from attention_predictor.predictor.errors import ConfigError, FetchError
+
+POLL_S = 0.05  # how often a blocked caller looks whether the worker is still alive
+CLOSE_S = 5.0  # how long close() lets submitted jobs finish
+
+
+class Ticket:
+    """Stands for one submitted job. `done`: the job has returned; `wait` makes its result safe to read."""
+
+    def __init__(self, job: Callable[[], None]) -> None:
+        self.done = False
+        self._job: Callable[[], None] | None = job
+        self._inference = torch.is_inference_mode_enabled()
+        self._wait_ms = 0.0  # time of a job that ran in submit
+        self._submitted: torch.cuda.Event | None = None
+        self._finished: torch.cuda.Event | None = None
+        # Held until the job is done. A bare lock, because a thread killed inside one of Python's conditions or
+        # queues can leave that locked for ever.
+        self._undone = threading.Lock()
+        self._undone.acquire()
+
+    def _run(self) -> None:
+        assert self._job is not None
+        with torch.inference_mode(self._inference), torch.no_grad():
+            self._job()
+
+    def _finish(self) -> None:
+        self.done = True
+        self._undone.release()
+
+    def _wait_briefly(self) -> None:
+        if self._undone.acquire(timeout=POLL_S):
+            self._undone.release()  # for others that wait
+
+
+class Prefetcher(ABC):
+    """Takes jobs, tells when they are done, and brings their errors to the thread that waits.
+
+    After a failure nothing runs any more and every later `submit` and `wait` raises FetchError.
+    """
+
+    @abstractmethod
+    def submit(self, job: Callable[[], None]) -> Ticket:
+        """Queues `job`. Raises FetchError after a failure or after `close`."""
+
+    @abstractmethod
+    def wait(self, ticket: Ticket) -> float:
+        """Returns when the caller's current stream may use what the job wrote.
+
+        The result is the exposed wait in ms: host time for which this call stood still, without what the
+        device may wait. Raises FetchError, from the job's own error, when this or another job failed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finishes what was submitted and ends the worker. Never raises; also after a failure, or again."""
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prefetcher:
+        """The same object: a prefetcher is shared by the caches that hold it, copied or not."""
+        return self
+
+
+class SyncPrefetcher(Prefetcher):
+    """Runs every job in `submit`, on the caller's stream; its time is the exposed wait."""
+
+    def __init__(self) -> None:
+        self._error: Exception | None = None
+        self._closed = False
+
+    def submit(self, job: Callable[[], None]) -> Ticket:
+        self._check()
+        if self._closed:
+            raise FetchError("the prefetcher is closed")
+        ticket = Ticket(job)
+        start = time.perf_counter()
+        try:
+            ticket._run()
+        except Exception as error:
+            self._error = error  # raised by wait, as everywhere
+        ticket._wait_ms = (time.perf_counter() - start) * 1e3
+        ticket._job = None
+        ticket._finish()
+        return ticket
+
+    def wait(self, ticket: Ticket) -> float:
+        self._check()
+        waited_ms, ticket._wait_ms = ticket._wait_ms, 0.0
+        return waited_ms
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise FetchError(f"a fetch failed: {self._error!r}") from self._error
+
+
+class _Mailbox:
+    """All that the worker knows: not the prefetcher itself, which could then never be collected."""
+
+    def __init__(self) -> None:
+        self.jobs: SimpleQueue[Ticket | None] = SimpleQueue()  # None: no more jobs
+        self.error: BaseException | None = None
+        self.cancelled = False
+
+
+class ThreadPrefetcher(Prefetcher):
+    """Runs jobs in one daemon thread, started by the first `submit`; on CUDA in a stream of its own.
+
+    There, a job's work begins when the stream current at `submit` has got that far, and `wait` orders the
+    current stream behind it. The next job is called when that work is through: jobs may share a staging buffer.
+    At most `depth` jobs are unfinished: then `submit` blocks.
+    """
+
+    def __init__(self, device: torch.device | str, *, depth: int = 64) -> None:
+        if depth < 1:
+            raise ConfigError(f"depth must be at least 1, got {depth}")
+        self.device = torch.device(device)
+        self.depth = depth
+        self._mailbox = _Mailbox()
+        self._unfinished: deque[Ticket] = deque()
+        self._submitting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        # Also ends the worker of a prefetcher that nobody closed.
+        self._end = weakref.finalize(self, self._mailbox.jobs.put, None)
+
+    def submit(self, job: Callable[[], None]) -> Ticket:
+        ticket = Ticket(job)
+        with self._submitting:
+            self._check()
+            if self._thread is None:
+                self._start()
+            while self._unfinished and (len(self._unfinished) >= self.depth or self._unfinished[0].done):
+                if self._unfinished[0].done:
+                    self._unfinished.popleft()
+                else:
+                    self._unfinished[0]._wait_briefly()
+                    self._check()
+            if self.device.type == "cuda":
+                ticket._submitted = torch.cuda.current_stream(self.device).record_event()
+            self._unfinished.append(ticket)
+            self._mailbox.jobs.put(ticket)
+        return ticket
+
+    def wait(self, ticket: Ticket) -> float:
+        start = time.perf_counter()
+        while not ticket.done:
+            self._check(ticket)
+            ticket._wait_briefly()
+        self._check(ticket)
+        if ticket._finished is not None:
+            torch.cuda.current_stream(self.device).wait_event(ticket._finished)
+        return (time.perf_counter() - start) * 1e3
+
+    def close(self) -> None:
+        self._closed = True
+        self._end()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(CLOSE_S)
+            self._mailbox.cancelled = True  # too slow: the job in progress is the last one
+
+    def _start(self) -> None:
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._thread = threading.Thread(
+            target=_work, args=(self._mailbox, self.device), name="attention-predictor-prefetch", daemon=True
+        )
+        self._thread.start()
+
+    def _check(self, ticket: Ticket | None = None) -> None:
+        """Raises FetchError if a job failed or the worker is gone; without a ticket, also when closed."""
+        # Asked before `done` and `error` are read: a worker may finish a job and end in between.
+        alive = self._thread is None or self._thread.is_alive()
+        if (error := self._mailbox.error) is not None:
+            raise FetchError(f"a fetch failed: {error!r}") from error
+        if self._closed and (ticket is None or (not alive and not ticket.done)):
+            raise FetchError("the prefetcher is closed")
+        if not alive and not self._closed:
+            raise FetchError("the prefetch thread is gone")
+
+
+def make_prefetcher(kind: str, device: torch.device | str) -> Prefetcher:
+    """The prefetcher named `kind`: "thread" or "none". Raises ConfigError for another name."""
+    if kind == "thread":
+        return ThreadPrefetcher(device)
+    if kind == "none":
+        return SyncPrefetcher()
+    raise ConfigError(f"prefetch must be 'thread' or 'none', got {kind!r}")
+
+
+def _work(mailbox: _Mailbox, device: torch.device) -> None:
+    """The worker thread: runs jobs until told to end or until one fails.
+
+    To fail is to end, so that no job queued behind a failed one can run.
+    """
+    try:
+        with _own_stream(device):
+            while (ticket := mailbox.jobs.get()) is not None and not mailbox.cancelled:
+                _run_ordered(ticket)
+                del ticket  # what a job holds must not live on until the next one comes
+    except BaseException as error:  # SystemExit too: whoever waits has to know
+        mailbox.error = error
+
+
+def _own_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    torch.cuda.set_device(device)
+    return torch.cuda.stream(torch.cuda.Stream(device))
+
+
+def _run_ordered(ticket: Ticket) -> None:
+    if ticket._submitted is None:
+        ticket._run()
+        ticket._job = None
+        ticket._finish()
+        return
+    stream = torch.cuda.current_stream()
+    stream.wait_event(ticket._submitted)
+    ticket._run()
+    ticket._finished = stream.record_event()
+    ticket._finish()
+    # The job's tensors stay alive until the device is through with them.
+    ticket._finished.synchronize()
+    ticket._job = None

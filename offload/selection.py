@@ -1,0 +1,83 @@
+"""Which blocks a step attends to: sink and recent always, the rest of the budget by score.
+
+Suffixes: B sequences, G KV heads, N blocks, W wanted blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NEVER, ALWAYS = float("-inf"), float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The block arithmetic of one budget (all counts in tokens).
+
+    ``wanted`` is pure: the same scores always give the same blocks, whoever asks and on whichever thread.
+    """
+
+    budget: int
+    block_size: int
+    sink: int
+    recent: int
+
+    def n_blocks(self, length: int) -> int:
+        """Blocks that ``length`` tokens take, the last one perhaps partly filled."""
+        return -(-length // self.block_size)
+
+    def slots(self, length: int) -> int:
+        """Largest number of blocks a step at ``length`` tokens attends to."""
+        return min(self.n_blocks(length), self.n_blocks(self.budget))
+
+    def first_recent(self, length: int) -> int:
+        """First block of the recent window: ``recent`` tokens reach into one block more unless they are aligned."""
+        return max(length - self.recent, 0) // self.block_size
+
+    def late_blocks(self, share: float) -> int:
+        """Blocks that ``share`` of the budget may fetch within a step."""
+        return int(share * (self.budget // self.block_size))
+
+    def wanted(self, scores_BGN: Tensor | None, length: int, padding_B: Tensor, kv_heads: int) -> Tensor:
+        """Blocks that a step attends to whose own token is number ``length``.
+
+        Args:
+            scores_BGN: Block scores, ``-inf`` for never; may lack the newest blocks (they are recent anyway). ``None``
+                wants sink and recent only.
+            length: Tokens in the cache when that step attends, its own included.
+            padding_B: int64, tokens of left padding of each sequence; blocks of nothing else are never wanted, and the
+                sink begins at the first real token.
+            kv_heads: G.
+
+        Returns:
+            int64 ``[B, G, W]`` block numbers, distinct in a row, -1 where a row wants fewer than W.
+        """
+        n_blocks, first_block_B1 = self.n_blocks(length), (padding_B // self.block_size)[:, None]
+        block_N = torch.arange(n_blocks, device=padding_B.device)
+        real_BN = block_N >= first_block_B1
+        if length <= self.budget:
+            always_BN = real_BN
+        else:
+            sink_BN = real_BN & (block_N < first_block_B1 + self.sink // self.block_size)
+            always_BN = sink_BN | (real_BN & (block_N >= self.first_recent(length)))
+        full_BGN = torch.full((len(padding_B), kv_heads, n_blocks), NEVER, device=padding_B.device)
+        if scores_BGN is not None:
+            known = min(scores_BGN.shape[-1], n_blocks)
+            full_BGN[..., :known] = scores_BGN[..., :known]
+        full_BGN.masked_fill_(~real_BN[:, None], NEVER).masked_fill_(always_BN[:, None], ALWAYS)
+        count = n_blocks if length <= self.budget else self.budget // self.block_size
+        best = full_BGN.topk(count, dim=-1)
+        return best.indices.masked_fill_(best.values == NEVER, -1)
+
+    def within_reach(self, scores_BGN: Tensor, resident_BGN: Tensor, late_blocks: int) -> Tensor:
+        """Scores with all but the best ``late_blocks`` absent blocks ruled out, so that no step fetches more."""
+        if late_blocks >= scores_BGN.shape[-1]:
+            return scores_BGN
+        absent_BGN = scores_BGN.masked_fill(resident_BGN, NEVER)
+        best = absent_BGN.topk(late_blocks, dim=-1)
+        reach_BGN = resident_BGN.scatter(-1, best.indices, best.values > NEVER)
+        # `scatter` overwrites residents only where fewer absent blocks than late_blocks exist: put them back.
+        return scores_BGN.masked_fill(~(reach_BGN | resident_BGN), NEVER)

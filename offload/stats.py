@@ -1,0 +1,149 @@
+"""What an engine did: counted as it happens, read as one snapshot."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+MIB = 1 << 20
+
+
+@dataclass
+class Stats:
+    """Counts over all layers and sequences since the engine was attached (or ``reset``).
+
+    Attributes:
+        steps: Decoding steps, counted in the first offloaded layer (one a token).
+        wanted_blocks, hit_blocks: Blocks that attention read, and those of them that were resident before any late
+            fetch.
+        ahead_blocks, late_blocks: Blocks fetched before and during the step that used them.
+        planned_blocks: Blocks wished for ahead; what was not fetched of them had stayed resident.
+        ahead_bytes, late_bytes, streamed_bytes: Host to device traffic; ``streamed`` are keys and values that passed
+            through for full attention, exact rows or the measurement of recovery.
+        exposed_wait_ms: Time the generating thread stood still for a fetch.
+        recovery_sum, relative_recovery_sum, recovery_count: Measured only on request.
+        device_bytes: Device memory by layer and part at the last step.
+        host_bytes, full_bytes: Host memory, and what the whole cache would take on the device, by layer.
+        fallbacks: What ran otherwise than asked for, by message.
+    """
+
+    steps: int = 0
+    wanted_blocks: int = 0
+    hit_blocks: int = 0
+    planned_blocks: int = 0
+    ahead_blocks: int = 0
+    late_blocks: int = 0
+    ahead_bytes: int = 0
+    late_bytes: int = 0
+    streamed_bytes: int = 0
+    exposed_wait_ms: float = 0.0
+    recovery_sum: float = 0.0
+    relative_recovery_sum: float = 0.0
+    recovery_count: int = 0
+    device_bytes: dict[int, dict[str, int]] = field(default_factory=dict)
+    host_bytes: dict[int, int] = field(default_factory=dict)
+    full_bytes: dict[int, int] = field(default_factory=dict)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of wanted blocks that were already resident when attention ran."""
+        return self.hit_blocks / self.wanted_blocks if self.wanted_blocks else None
+
+    @property
+    def reuse_rate(self) -> float | None:
+        """Share of the blocks wished for ahead that were still resident from the step before."""
+        return 1 - self.ahead_blocks / self.planned_blocks if self.planned_blocks else None
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes fetched ahead and late."""
+        return self.ahead_bytes + self.late_bytes
+
+    @property
+    def recovery(self) -> float | None:
+        """Mean share of true attention mass on the attended blocks."""
+        return self.recovery_sum / self.recovery_count if self.recovery_count else None
+
+    @property
+    def relative_recovery(self) -> float | None:
+        """Mean of recovery over what the best selection of the same size recovers."""
+        return self.relative_recovery_sum / self.recovery_count if self.recovery_count else None
+
+    @property
+    def device_kv_bytes(self) -> int:
+        """Device memory of pool, sketch, history and whatever else the policy keeps, over all layers."""
+        return sum(sum(parts.values()) for parts in self.device_bytes.values())
+
+    @property
+    def host_kv_bytes(self) -> int:
+        """Host memory of all blocks, over all layers."""
+        return sum(self.host_bytes.values())
+
+    @property
+    def full_kv_bytes(self) -> int:
+        """What the same tokens would take as an ordinary cache on the device."""
+        return sum(self.full_bytes.values())
+
+    def device_kv_parts(self) -> dict[str, int]:
+        """``device_kv_bytes`` by part."""
+        parts: Counter[str] = Counter()
+        for layer in self.device_bytes.values():
+            parts.update(layer)
+        return dict(parts)
+
+    def reset(self) -> None:
+        """Start counting anew; memory figures stay, since the memory does."""
+        kept = self.device_bytes, self.host_bytes, self.full_bytes
+        self.__init__()  # type: ignore[misc]
+        self.device_bytes, self.host_bytes, self.full_bytes = kept
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures people ask for, as plain values."""
+        return {
+            "steps": self.steps,
+            "hit_rate": self.hit_rate,
+            "reuse_rate": self.reuse_rate,
+            "fetched_bytes": self.fetched_bytes,
+            "ahead_bytes": self.ahead_bytes,
+            "late_bytes": self.late_bytes,
+            "streamed_bytes": self.streamed_bytes,
+            "exposed_wait_ms": self.exposed_wait_ms,
+            "device_kv_bytes": self.device_kv_bytes,
+            "device_kv_parts": self.device_kv_parts(),
+            "host_kv_bytes": self.host_kv_bytes,
+            "full_kv_bytes": self.full_kv_bytes,
+            "recovery": self.recovery,
+            "relative_recovery": self.relative_recovery,
+            "fallbacks": dict(self.fallbacks),
+        }
+
+    def __str__(self) -> str:
+        steps = max(self.steps, 1)
+        share = f" ({self.device_kv_bytes / self.full_kv_bytes:.1%} of the full cache)" if self.full_kv_bytes else ""
+        parts = ", ".join(f"{name} {size / MIB:.2f}" for name, size in self.device_kv_parts().items())
+        rows = [
+            ("steps", str(self.steps)),
+            ("KV on the device", f"{self.device_kv_bytes / MIB:.2f} MiB{share}" + (f": {parts}" if parts else "")),
+            ("KV in host memory", f"{self.host_kv_bytes / MIB:.2f} MiB"),
+            ("hit rate", _percent(self.hit_rate)),
+            ("kept from the step before", _percent(self.reuse_rate)),
+            (
+                "fetched per token",
+                f"{self.fetched_bytes / steps / 1024:.1f} KiB (ahead {self.ahead_bytes / steps / 1024:.1f},"
+                f" late {self.late_bytes / steps / 1024:.1f})",
+            ),
+            ("exposed wait per token", f"{self.exposed_wait_ms / steps:.2f} ms"),
+        ]
+        if self.streamed_bytes:
+            rows.append(("streamed per token", f"{self.streamed_bytes / steps / MIB:.2f} MiB"))
+        if self.recovery_count:
+            relative = _percent(self.relative_recovery)
+            rows.append(("recovery", f"{_percent(self.recovery)} ({relative} of the best selection)"))
+        rows += [(f"fallback ×{count}", message) for message, count in self.fallbacks.items()]
+        return "\n".join(f"{name:<26}{value}" for name, value in rows)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"

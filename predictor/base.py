@@ -1,0 +1,126 @@
+"""What every predictor is: a network or rule that ranks the blocks the next token will attend to.
+
+One predictor serves every layer and head. It never sees the rows of the past itself but a *state* per
+block, into which each new row is folded; `predictor/history.py` keeps that state for a growing sequence.
+
+Suffixes: B sequences, G KV heads, R history rows (oldest first), S chosen rows among them, N blocks, C
+state channels.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from attention_predictor.predictor import checkpoint
+from attention_predictor.predictor.errors import CheckpointError, ConfigError
+
+WEIGHTS = Path(__file__).parent / "weights"  # checkpoints shipped with the package, by name
+PROMPT_ROWS = 64  # H of the published method
+
+ARCHITECTURES: dict[str, type[AttentionPredictor]] = {}
+Class = TypeVar("Class", bound="type[AttentionPredictor]")
+
+
+def register(cls: Class) -> Class:
+    """Make an architecture loadable by its `arch` name."""
+    ARCHITECTURES[cls.arch] = cls
+    return cls
+
+
+def architecture(name: str) -> type[AttentionPredictor]:
+    """The class of an architecture name; ConfigError, listing the valid names, for any other."""
+    if name not in ARCHITECTURES:
+        raise ConfigError(f"arch={name!r} is not a predictor; choose from {', '.join(sorted(ARCHITECTURES))}")
+    return ARCHITECTURES[name]
+
+
+class AttentionPredictor(nn.Module):
+    """Common interface. Rows are block scores in [0, 1] (`scores.block_scores`); absent history is zero."""
+
+    arch: ClassVar[str]
+    rows: ClassVar[int] = PROMPT_ROWS  # last prompt rows that `start` makes use of
+    channels: ClassVar[int]  # C
+    state_dtype: ClassVar[torch.dtype] = torch.float32
+    learned: ClassVar[bool] = True  # False: a fixed rule, loadable by name without any file
+
+    def __init__(self, *, block_size: int = 16):
+        super().__init__()
+        self.block_size = block_size  # tokens a block; a learned predictor is only valid for the one it saw
+        self.training_facts: dict[str, Any] = {}
+
+    def start(self, rows_BGRN: Tensor) -> Tensor:
+        """State after the prompt, state_BGNC, from its last R rows; only the last `rows` of them count."""
+        raise NotImplementedError
+
+    def observe(self, state_BGNC: Tensor, row_BGN: Tensor) -> Tensor:
+        """Fold one more row into the state, in place; returns the same tensor."""
+        raise NotImplementedError
+
+    def forward(self, state_BGNC: Tensor) -> Tensor:
+        """The next token's scores, scores_BGN in fp32, on any scale: only their order among blocks counts."""
+        raise NotImplementedError
+
+    def unroll(self, rows_BGRN: Tensor, steps_S: Tensor) -> Tensor:
+        """States after each of the rows `steps_S` (ascending), state_BGSNC, when started from row 0."""
+        wanted = set(steps_S.tolist())
+        state_BGNC = self.start(rows_BGRN[:, :, :1])
+        states = [state_BGNC.clone()] if 0 in wanted else []
+        for step in range(1, max(wanted) + 1):
+            state_BGNC = self.observe(state_BGNC, rows_BGRN[:, :, step])
+            if step in wanted:
+                states.append(state_BGNC.clone())
+        return torch.stack(states, dim=2)
+
+    def describe(self) -> dict[str, Any]:
+        """What `config.json` says of this predictor, training facts included."""
+        return {
+            "arch": self.arch,
+            "block_size": self.block_size,
+            "rows": self.rows,
+            "parameters": sum(p.numel() for p in self.parameters()),
+            "training": dict(self.training_facts),
+        }
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write `model.safetensors` and `config.json` into `directory`, over those already there."""
+        checkpoint.write(Path(directory), self.describe(), self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | PathLike[str],
+        device: torch.device | str | None = None,
+        *,
+        block_size: int = 16,
+    ) -> AttentionPredictor:
+        """Load "default", a rule by name ("last", "ema", "mean"), or a directory that `save` wrote.
+
+        Names win over directories of the same name (write "./last" for those). The result is in evaluation
+        mode and must have been trained for `block_size`. Anything wrong with the files raises
+        CheckpointError with one line naming the file, what was found and what is allowed.
+        """
+        named = ARCHITECTURES.get(str(name_or_path)) if isinstance(name_or_path, str) else None
+        if named is not None and not named.learned:
+            predictor = named(block_size=block_size)
+        else:
+            directory = WEIGHTS / "default" if name_or_path == "default" else Path(name_or_path)
+            if not directory.is_dir():
+                rules = sorted(name for name, entry in ARCHITECTURES.items() if not entry.learned)
+                raise CheckpointError(
+                    f"{directory}: no such checkpoint; allowed: a directory with "
+                    f"{checkpoint.WEIGHTS_FILE} and {checkpoint.CONFIG_FILE}, 'default' (where its weights "
+                    f"are installed), {', '.join(rules)}"
+                )
+            config = checkpoint.read_config(directory, ARCHITECTURES, block_size)
+            predictor = ARCHITECTURES[config["arch"]](block_size=block_size)
+            checkpoint.check_rows(directory, config, predictor.rows)
+            predictor.load_state_dict(checkpoint.read_tensors(directory, predictor.state_dict()))
+            predictor.training_facts = dict(config.get("training") or {})
+        if not isinstance(predictor, cls):
+            raise CheckpointError(f"{name_or_path}: arch is {predictor.arch!r}, expected {cls.arch!r}")
+        return predictor.to(device).eval()

@@ -1,0 +1,104 @@
+"""Predictor weights on disk: `model.safetensors` beside `config.json`, and every reason to refuse them."""
+
+import json
+import os
+import tempfile
+from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from attention_predictor.predictor.errors import CheckpointError
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+
+def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write both files, each whole or not at all; CheckpointError where that can't be done."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
+            weights, text = Path(scratch, WEIGHTS_FILE), Path(scratch, CONFIG_FILE)
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, weights)
+            text.write_text(
+                json.dumps({"format_version": FORMAT_VERSION, **config}, indent=2) + "\n", "utf-8"
+            )
+            for path in (weights, text):
+                path.chmod(0o644)
+                os.replace(path, directory / path.name)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: can't save a predictor here: {error.strerror or error}"
+        ) from error
+
+
+def read_config(directory: Path, architectures: Iterable[str], block_size: int) -> dict[str, Any]:
+    """The configuration, checked as far as it can be without the weights."""
+    path = directory / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: file is missing; allowed: a directory written by save()") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({_line(error)})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: found a JSON {type(config).__name__}, expected an object")
+    version = config.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version is {version!r}, this release reads 1 to {FORMAT_VERSION}"
+            + ("; upgrade attention-predictor" if type(version) is int and version > FORMAT_VERSION else "")
+        )
+    names = sorted(architectures)
+    _expect(path, "arch", config.get("arch"), names, f"one of {', '.join(names)}")
+    _expect(path, "block_size", config.get("block_size"), [block_size], str(block_size))
+    if not isinstance(config.get("training", {}), dict):
+        raise CheckpointError(f"{path}: training is {config['training']!r}, expected an object")
+    return config
+
+
+def check_rows(directory: Path, config: Mapping[str, Any], rows: int) -> None:
+    """The number of prompt rows belongs to an architecture; a file that says otherwise is another's."""
+    _expect(directory / CONFIG_FILE, "rows", config.get("rows"), [rows], str(rows))
+
+
+def read_tensors(directory: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights on the CPU, with exactly the names and shapes of `expected` and no NaN or infinity."""
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path}: file is missing; allowed: a directory written by save()")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({_line(error)})") from error
+    if tensors.keys() != expected.keys():
+        raise CheckpointError(
+            f"{path}: missing tensors {sorted(expected.keys() - tensors.keys())}, "
+            f"unexpected tensors {sorted(tensors.keys() - expected.keys())}; allowed: {sorted(expected)}"
+        )
+    for name, tensor in tensors.items():
+        shape, allowed = list(tensor.shape), list(expected[name].shape)
+        if shape != allowed:
+            raise CheckpointError(f"{path}: tensor {name} has shape {shape}, expected {allowed}")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: tensor {name} has dtype {tensor.dtype}, expected floating point")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity, expected finite numbers")
+    return tensors
+
+
+def _expect(path: Path, field: str, found: Any, allowed: Container[Any], wording: str) -> None:
+    # bool is an int and 16.0 == 16: compare the type too, so that a hand-edited file is refused, not
+    # guessed at.
+    if type(found) not in (int, str) or found not in allowed:
+        raise CheckpointError(f"{path}: {field} is {found!r}, expected {wording}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

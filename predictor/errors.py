@@ -1,0 +1,37 @@
+"""Every error that this library raises on purpose; each also is the built-in kind that callers expect."""
+
+
+class AttentionPredictorError(Exception):
+    """Base of all errors of this library: catch this one to catch them all."""
+
+
+class ConfigError(AttentionPredictorError, ValueError):
+    """An option has a value that is not allowed."""
+
+
+class AttachError(AttentionPredictorError, RuntimeError):
+    """A model cannot be attached to, or detached from."""
+
+
+class CheckpointError(AttentionPredictorError, ValueError):
+    """A file of predictor weights is missing, damaged or made for another shape."""
+
+
+class HostMemoryError(AttentionPredictorError, MemoryError):
+    """The CPU memory that the KV blocks need cannot be had."""
+
+
+class ContextLengthError(AttentionPredictorError, ValueError):
+    """A sequence is longer than the model or the cache can hold."""
+
+
+class DataError(AttentionPredictorError, ValueError):
+    """A data set or a recording is missing, damaged or of the wrong form."""
+
+
+class FetchError(AttentionPredictorError, RuntimeError):
+    """Blocks could not be brought to the device; the cache must not be used further."""
+
+
+class IntegrityError(AttentionPredictorError, AssertionError):
+    """An internal structure contradicts itself: a bug in this library."""

@@ -1,0 +1,158 @@
+"""ScoreHistory: what a predictor must remember of one layer, for a sequence that grows.
+
+Suffixes: B sequences, G KV heads, R history rows (oldest first), N blocks, C state channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention_predictor.predictor.base import AttentionPredictor
+from attention_predictor.predictor.errors import IntegrityError
+
+CHUNK_BLOCKS = 64  # capacity grows by this many blocks: doubling would waste the memory this library saves
+
+
+class ScoreHistory:
+    """The predictor's state of every block of one layer, state_BGNC in the predictor's `state_dtype`.
+
+    A block that appears enters as zeros. Spare capacity is kept at zero, so growing within it is free.
+    Copies made by `copy.deepcopy` own their state and share the predictor.
+    """
+
+    def __init__(
+        self, predictor: AttentionPredictor, *, batch: int, kv_heads: int, device: torch.device | str
+    ) -> None:
+        self.predictor = predictor
+        self.n_blocks = 0
+        self.started = False
+        # Not under inference mode: what is made there could not be updated outside of it later.
+        with torch.inference_mode(False):
+            shape = (batch, kv_heads, 0, predictor.channels)
+            self._state_BGNC = torch.zeros(shape, dtype=predictor.state_dtype, device=device)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def start(self, rows_BGRN: Tensor) -> None:
+        """Forget everything, then take the prompt's last rows (1 or more; N sets the number of blocks)."""
+        self._check("rows_BGRN", rows_BGRN, dims=4, at_least=0)
+        self.crop(0)
+        if rows_BGRN.shape[2] == 0:
+            return
+        self._grow(rows_BGRN.shape[-1])
+        self._state_BGNC[:, :, : self.n_blocks] = self.predictor.start(rows_BGRN)
+        self.started = True
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def extend(self, rows_BGRN: Tensor) -> None:
+        """Take several further rows (a prompt chunk, tokens to verify); N may have grown.
+
+        As many rows as the predictor starts from make earlier ones irrelevant: the same as `start`.
+        """
+        if not self.started or rows_BGRN.shape[2] >= self.predictor.rows:
+            if rows_BGRN.shape[2]:
+                self._check("rows_BGRN", rows_BGRN, dims=4, at_least=self.n_blocks)
+                self.start(rows_BGRN)
+            return
+        self._check("rows_BGRN", rows_BGRN, dims=4, at_least=self.n_blocks)
+        for row_BGN in rows_BGRN.unbind(dim=2):
+            self.push(row_BGN)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def push(self, row_BGN: Tensor) -> None:
+        """Take one decoded step's row; it covers every known block and may bring new ones."""
+        self._check("row_BGN", row_BGN, dims=3, at_least=self.n_blocks)
+        if not self.started:
+            self.start(row_BGN[:, :, None])
+            return
+        self._grow(row_BGN.shape[-1])
+        state_BGNC = self._state_BGNC[:, :, : self.n_blocks]
+        observed_BGNC = self.predictor.observe(state_BGNC, row_BGN)
+        if observed_BGNC.data_ptr() != state_BGNC.data_ptr():
+            state_BGNC.copy_(observed_BGNC)
+
+    @torch.no_grad()
+    def predict(self, first: int, last: int) -> Tensor:
+        """The next token's scores of blocks first to last − 1, scores_BGN in fp32 with −inf for all others.
+
+        Sink and recent blocks are always kept: they are cut off *before* the prediction
+        (AttentionPredictor, arXiv 2502.04077, section 4), so their large scores don't leak into their
+        neighbours.
+        """
+        if not 0 <= first <= self.n_blocks or not 0 <= last <= self.n_blocks:
+            raise ValueError(f"blocks {first}..{last} must lie within 0..{self.n_blocks}")
+        batch, kv_heads = self._state_BGNC.shape[:2]
+        shape, device = (batch, kv_heads, self.n_blocks), self._state_BGNC.device
+        scores_BGN = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
+        if first < last:
+            scores_BGN[:, :, first:last] = self.predictor(self._state_BGNC[:, :, first:last])
+        return scores_BGN
+
+    @torch.no_grad()
+    def crop(self, n_blocks: int) -> None:
+        """Forget the blocks from `n_blocks` on.
+
+        Rows already folded into the blocks that stay can't be taken out again; a few rows of rejected draft
+        tokens only blur the ranking for a while.
+        """
+        if not 0 <= n_blocks <= self.n_blocks:
+            raise ValueError(f"n_blocks must lie within 0..{self.n_blocks}, got {n_blocks}")
+        self._state_BGNC[:, :, n_blocks : self.n_blocks] = 0
+        self.n_blocks = n_blocks
+        self.started = self.started and n_blocks > 0
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def index(self, batch_index: Tensor) -> None:
+        """Keep the sequences `batch_index` [new B], in that order (beams, expanded or filtered batches)."""
+        self._state_BGNC = self._state_BGNC.index_select(0, batch_index.to(self._state_BGNC.device))
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory held, spare capacity included."""
+        return self._state_BGNC.numel() * self._state_BGNC.element_size()
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if the state's form, numbers or spare columns are not what they must be."""
+        state_BGNC, predictor = self._state_BGNC, self.predictor
+        if state_BGNC.shape[3] != predictor.channels or state_BGNC.dtype != predictor.state_dtype:
+            raise IntegrityError(
+                f"history state is {state_BGNC.dtype} with {state_BGNC.shape[3]} channels, "
+                f"expected {predictor.state_dtype} with {predictor.channels}"
+            )
+        if not 0 <= self.n_blocks <= state_BGNC.shape[2]:
+            raise IntegrityError(f"history has {self.n_blocks} blocks in room for {state_BGNC.shape[2]}")
+        if not torch.isfinite(state_BGNC).all():
+            raise IntegrityError("history state holds NaN or infinity")
+        if state_BGNC[:, :, self.n_blocks :].any():
+            raise IntegrityError(f"history holds scores of blocks beyond its {self.n_blocks}")
+
+    @torch.inference_mode(False)
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScoreHistory:
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin._state_BGNC = self._state_BGNC.clone()
+        return twin
+
+    def _grow(self, n_blocks: int) -> None:
+        batch, kv_heads, capacity, channels = self._state_BGNC.shape
+        if n_blocks > capacity:
+            chunks = -(-n_blocks // CHUNK_BLOCKS)
+            grown_BGNC = self._state_BGNC.new_zeros(batch, kv_heads, chunks * CHUNK_BLOCKS, channels)
+            grown_BGNC[:, :, : self.n_blocks] = self._state_BGNC[:, :, : self.n_blocks]
+            self._state_BGNC = grown_BGNC
+        self.n_blocks = n_blocks
+
+    def _check(self, name: str, rows: Tensor, *, dims: int, at_least: int) -> None:
+        expected = tuple(self._state_BGNC.shape[:2])
+        if rows.dim() != dims or tuple(rows.shape[:2]) != expected or rows.shape[-1] < at_least:
+            raise ValueError(
+                f"{name} must have {dims} dimensions, start with {expected} and cover at least "
+                f"{at_least} blocks, got shape {tuple(rows.shape)}"
+            )

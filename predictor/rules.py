@@ -1,0 +1,67 @@
+"""Predictors without weights, behind the same interface: what a learned one has to beat.
+
+Suffixes: B sequences, G KV heads, R history rows (oldest first), N blocks, C state channels.
+"""
+
+import torch
+from torch import Tensor
+
+from attention_predictor.predictor.base import AttentionPredictor, register
+from attention_predictor.predictor.filters import exponential_weights
+from attention_predictor.predictor.window import RowWindow
+
+
+@register
+class LastRow(AttentionPredictor):
+    """The next token attends as the last one did."""
+
+    arch = "last"
+    rows = 1
+    channels = 1
+    learned = False
+
+    def start(self, rows_BGRN: Tensor) -> Tensor:
+        return rows_BGRN[:, :, -1, :, None].to(self.state_dtype, copy=True)
+
+    def observe(self, state_BGNC: Tensor, row_BGN: Tensor) -> Tensor:
+        return state_BGNC.copy_(row_BGN[..., None])
+
+    def forward(self, state_BGNC: Tensor) -> Tensor:
+        return state_BGNC[..., 0]
+
+
+@register
+class ExponentialAverage(AttentionPredictor):
+    """An exponential average of the rows; the first is taken to have held forever before.
+
+    With a decay of 0.9 it recovers as much mass as the published network: never compare without it.
+    """
+
+    arch = "ema"
+    channels = 1
+    learned = False
+    decay = 0.9
+
+    def start(self, rows_BGRN: Tensor) -> Tensor:
+        rows_BGRN = rows_BGRN[:, :, -self.rows :].to(self.state_dtype)
+        rows = rows_BGRN.shape[2]
+        decay_F = rows_BGRN.new_tensor([self.decay])
+        weight_R = exponential_weights(decay_F, torch.tensor([rows - 1]), rows)[0, :, 0]
+        return torch.einsum("bgrn,r->bgn", rows_BGRN, weight_R)[..., None]
+
+    def observe(self, state_BGNC: Tensor, row_BGN: Tensor) -> Tensor:
+        return state_BGNC.lerp_(row_BGN[..., None].to(state_BGNC.dtype), 1 - self.decay)
+
+    def forward(self, state_BGNC: Tensor) -> Tensor:
+        return state_BGNC[..., 0]
+
+
+@register
+class WindowMean(RowWindow):
+    """The mean of the last 64 rows."""
+
+    arch = "mean"
+    learned = False
+
+    def forward(self, state_BGNC: Tensor) -> Tensor:
+        return state_BGNC.float().mean(dim=-1)

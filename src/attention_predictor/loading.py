@@ -1,0 +1,72 @@
+"""Models and tokenizers by directory or hub name, with errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from attention_predictor.predictor.errors import CheckpointError, ConfigError
+
+# The folders of the package are links into a checkout; an installed wheel has no models beside it.
+_POCKET = Path(__file__).resolve().parents[2] / "models" / "pocket-lm"
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--model --device --dtype --seed``."""
+    default = str(_POCKET) if _POCKET.is_dir() else None
+    shown = "the pocket model" if default else "required: no pocket model beside this installation"
+    parser.add_argument("--model", default=default, metavar="M", help=f"directory or hub name (default: {shown})")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    parser.add_argument("--dtype", default="auto", help=f"one of {', '.join(DTYPES)}; auto is float32 on a CPU")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default %(default)s")
+
+
+def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; ``CheckpointError`` if it can't be had."""
+    try:
+        return AutoTokenizer.from_pretrained(_require(name))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot load a tokenizer from {name!r}: {_first_line(error)}") from error
+
+
+def load_model(name: str | None, device: str = "cpu", dtype: str = "auto") -> PreTrainedModel:
+    """A causal language model, in evaluation mode, on the device.
+
+    ``dtype="auto"`` takes the checkpoint's own, but float32 on a CPU, where half precisions are slow.
+
+    Raises:
+        CheckpointError: It can't be loaded.
+        ConfigError: Unknown dtype or device.
+    """
+    name = _require(name)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not allowed: expected one of {', '.join(DTYPES)}")
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device!r} can't be used: {_first_line(error)}") from error
+    wanted = torch.float32 if dtype == "auto" and target.type == "cpu" else DTYPES[dtype]
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
+    except Exception as error:  # whatever a foreign or damaged checkpoint makes the loader raise
+        raise CheckpointError(f"cannot load a causal language model from {name!r}: {_first_line(error)}") from error
+    finally:
+        logging.enable_progress_bar()
+    return model.to(target).eval()
+
+
+def _require(name: str | None) -> str:
+    if name is None:
+        raise ConfigError("--model is required: no pocket model beside this installation")
+    return name
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
