@@ -1,0 +1,277 @@
+"""HostStore against the plainest model of it: one growing tensor of keys and one of values.
+
+Letters: B sequences, G KV heads, T tokens, D head size, n list entries.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from torch import Tensor
+
+from attention_predictor.offload.host_store import HostStore
+from attention_predictor.predictor.errors import HostMemoryError, IntegrityError
+
+SHAPE = {"batch": 2, "kv_heads": 3, "head_dim": 4, "dtype": torch.float32}
+
+
+def random_kv(tokens: int, batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 3, tokens, 4).to(dtype), torch.randn(batch, 3, tokens, 4).to(dtype)
+
+
+def filled(tokens: int, **options) -> tuple[HostStore, Tensor, Tensor]:
+    store = HostStore(**(SHAPE | {"slab_blocks": 2} | options))
+    key, value = random_kv(tokens, dtype=store.dtype)
+    store.append(key, value)
+    return store, key, value
+
+
+def blocks_of(key_BGTD: Tensor, value_BGTD: Tensor, block_size: int) -> Tensor:
+    """What gather must return for all rows and blocks: [B*G, blocks, 2, block_size, D]."""
+    batch, kv_heads, tokens, head_dim = key_BGTD.shape
+    blocks = math.ceil(tokens / block_size)
+    padded = torch.zeros(2, batch * kv_heads, blocks * block_size, head_dim, dtype=key_BGTD.dtype)
+    padded[0, :, :tokens], padded[1, :, :tokens] = key_BGTD.flatten(0, 1), value_BGTD.flatten(0, 1)
+    return padded.unflatten(2, (blocks, block_size)).permute(1, 2, 0, 3, 4)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Any sequence of calls leaves the store equal to the model, bit by bit."""
+
+    @initialize(block_size=st.sampled_from([1, 3, 16]), slab_blocks=st.integers(1, 4))
+    def start(self, block_size, slab_blocks):
+        self.sizes = {"block_size": block_size, "slab_blocks": slab_blocks}
+        self.store = HostStore(**SHAPE, **self.sizes)
+        self.key, self.value = random_kv(0)
+
+    @rule(tokens=st.integers(0, 60), inference=st.booleans())
+    def append(self, tokens, inference):
+        with torch.inference_mode(inference):
+            key, value = random_kv(tokens, self.store.batch)
+            self.store.append(key, value)
+        self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
+
+    @rule(share=st.floats(0, 1))
+    def truncate(self, share):
+        length = int(self.store.length * share)
+        self.store.truncate(length)
+        self.key, self.value = self.key[:, :, :length], self.value[:, :, :length]
+
+    @rule(data=st.data())
+    def index(self, data):
+        batch = self.store.batch
+        picks = data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=3))
+        self.store.index(torch.tensor(picks))
+        self.key, self.value = self.key[picks], self.value[picks]
+
+    @rule(data=st.data(), staged=st.booleans())
+    def gather(self, data, staged):
+        rows, blocks = self.store.batch * self.store.kv_heads, self.store.n_blocks
+        entry = st.tuples(st.integers(0, rows - 1), st.integers(0, max(blocks - 1, 0)))
+        picks = data.draw(st.lists(entry, max_size=12 if blocks else 0))
+        row_n, block_n = torch.tensor(picks, dtype=torch.int64).reshape(-1, 2).unbind(1)
+        out = torch.full((20, 2, self.store.block_size, 4), math.nan) if staged else None
+        kv = self.store.gather(row_n, block_n, out)
+        expected = blocks_of(self.key, self.value, self.store.block_size)[row_n, block_n]
+        assert torch.equal(kv, expected)
+        assert out is None or torch.equal(out[: len(picks)], expected)
+
+    @rule(data=st.data())
+    def read(self, data):
+        start = data.draw(st.integers(0, self.store.length))
+        stop = data.draw(st.integers(start, self.store.length))
+        key, value = self.store.read(start, stop)
+        assert torch.equal(key, self.key[:, :, start:stop])
+        assert torch.equal(value, self.value[:, :, start:stop])
+
+    @rule()
+    def go_on_with_a_copy(self):
+        original, self.store = self.store, copy.deepcopy(self.store)
+        original.append(*random_kv(5, original.batch))
+        original.truncate(0)
+
+    @invariant()
+    def sizes_agree(self):
+        if not hasattr(self, "store"):
+            return
+        self.store.check_integrity()
+        length = self.key.shape[2]
+        assert self.store.length == length
+        assert self.store.n_blocks == math.ceil(length / self.store.block_size)
+        shape = SHAPE | {"batch": self.store.batch}
+        assert self.store.nbytes == HostStore.bytes_needed(length, **shape, **self.sizes)
+        slab_nbytes = HostStore.bytes_needed(1, **shape, **self.sizes)
+        blocks_nbytes = 2 * self.store.n_blocks * self.store.block_size * 4 * 4 * 3 * self.store.batch
+        assert 0 <= self.store.nbytes - blocks_nbytes < slab_nbytes
+
+
+StoreMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+TestStoreMachine = StoreMachine.TestCase
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_keeps_every_bit(dtype):
+    store, key, value = filled(70, dtype=dtype)
+    assert torch.equal(store.read(0, 70)[0], key)
+    assert torch.equal(store.read(0, 70)[1], value)
+
+
+def test_nan_is_data():
+    store = HostStore(**SHAPE)
+    key, value = random_kv(20)
+    key[0, 0, 3] = math.nan
+    store.append(key, value)
+    assert store.read(0, 20)[0].equal(key) is False
+    assert torch.equal(store.read(0, 20)[0].isnan(), key.isnan())
+
+
+def test_takes_keys_that_require_grad():
+    store = HostStore(**SHAPE)
+    key, value = random_kv(20)
+    store.append(key.requires_grad_(), value)
+    assert not store.read(0, 20)[0].requires_grad
+
+
+def test_a_store_made_in_inference_mode_can_be_written_outside_of_it():
+    with torch.inference_mode():
+        store, key, _ = filled(20)
+    more = random_kv(3)
+    store.append(*more)
+    store.truncate(22)
+    store.index(torch.tensor([1, 0]))
+    assert torch.equal(store.read(0, 22)[0], torch.cat([key, more[0]], 2)[[1, 0], :, :22])
+
+
+def test_gather_is_bit_equal_over_many_entries():
+    store, key, value = filled(2000, slab_blocks=8)
+    row_n, block_n = torch.randint(6, (3000,)), torch.randint(125, (3000,))
+    assert torch.equal(store.gather(row_n, block_n), blocks_of(key, value, 16)[row_n, block_n])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            torch.zeros(2, 3, 5, 9),
+            torch.zeros(2, 3, 5, 4),
+            r"for key: expected torch.float32 \[2, 3, 5, 4\], got",
+        ),
+        (
+            torch.zeros(2, 3, 5, 4),
+            torch.zeros(2, 3, 6, 4),
+            r"for value: expected .*\[2, 3, 5, 4\], got .*6, 4\]",
+        ),
+        (torch.zeros(2, 3, 5, 4).half(), torch.zeros(2, 3, 5, 4), r"for key: expected .*, got torch.float16"),
+        (
+            torch.zeros(3, 5, 4),
+            torch.zeros(3, 5, 4),
+            r"for key: expected .*\[2, 3, T, 4\], got .*\[3, 5, 4\]",
+        ),
+    ],
+)
+def test_append_names_a_wrong_size(key, value, message):
+    store, *_ = filled(7)
+    with pytest.raises(ValueError, match="size mismatch " + message):
+        store.append(key, value)
+    assert store.length == 7
+    store.check_integrity()
+
+
+@pytest.mark.parametrize(("row", "block"), [(6, 0), (-1, 0), (0, 2), (0, -1)])
+def test_gather_refuses_what_does_not_exist(row, block):
+    store, *_ = filled(20)
+    with pytest.raises(IndexError, match="must be between 0 and"):
+        store.gather(torch.tensor([0, row]), torch.tensor([0, block]))
+
+
+def test_gather_refuses_a_small_buffer():
+    store, *_ = filled(20)
+    with pytest.raises(
+        ValueError, match=r"size mismatch for out: expected \[2, 2, 16, 4\], got \[1, 2, 16, 4\]"
+    ):
+        store.gather(torch.tensor([0, 1]), torch.tensor([0, 1]), torch.empty(1, 2, 16, 4))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (3, 21), (5, 4)])
+def test_read_refuses_what_does_not_exist(start, stop):
+    store, *_ = filled(20)
+    with pytest.raises(IndexError, match="outside of the 20 tokens"):
+        store.read(start, stop)
+
+
+@pytest.mark.parametrize("length", [-1, 21])
+def test_truncate_only_shortens(length):
+    store, *_ = filled(20)
+    with pytest.raises(ValueError, match="length must be between 0 and 20"):
+        store.truncate(length)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+def test_no_memory_is_one_clear_error_and_loses_nothing(monkeypatch, error):
+    store, key, _ = filled(20)
+    real, calls = torch.empty, []
+
+    def second_call_fails(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", second_call_fails)
+    with pytest.raises(HostMemoryError, match=r"^cannot allocate 0\.0 MiB of CPU memory for KV blocks; .*$"):
+        store.append(*random_kv(100))
+    monkeypatch.undo()
+    store.check_integrity()
+    assert torch.equal(store.read(0, store.length)[0], key)
+
+
+def damage_tail(store):
+    store._slabs[-1][1, 2, 1, 1, 15, 3] = 1.0
+
+
+def damage_count(store):
+    del store._slabs[-1]
+
+
+def damage_dtype(store):
+    store._slabs[0] = store._slabs[0].double()
+
+
+def damage_sharing(store):
+    store._slabs[1] = store._slabs[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_tail, "1 numbers beyond token 60 are not zero"),
+        (damage_count, "60 tokens need 2 slabs, found 1"),
+        (damage_dtype, "slab 0: expected .*float32.* found .*float64"),
+        (damage_sharing, "share their memory"),
+    ],
+)
+def test_integrity_check_finds(damage, message):
+    store, *_ = filled(60)
+    store.check_integrity()
+    damage(store)
+    with pytest.raises(IntegrityError, match=message):
+        store.check_integrity()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_slabs_take_device_tensors_and_stay_pinned_when_copied():
+    store = HostStore(**SHAPE, slab_blocks=2, pin=True)
+    key, value = random_kv(90)
+    store.append(key.cuda(), value.cuda())
+    twin = copy.deepcopy(store)
+    twin.index(torch.tensor([1]))
+    for held in (store, twin):
+        held.check_integrity()
+        assert all(slab.is_pinned() for slab in held._slabs)
+    assert torch.equal(store.read(0, 90)[0], key)
+    assert torch.equal(twin.read(0, 90)[1], value[1:])
