@@ -127,7 +127,10 @@ class BlockPool:
             )
         rows = self.key_BGSTD.shape[0] * self.key_BGSTD.shape[1]
         for name, number_n, count in (("row", row_n, rows), ("slot", slot_n, self.slots)):
-            # A number out of range would land in another row; asking a device tensor would mean waiting for it.
-            if number_n.device.type == "cpu" and bool(((number_n < 0) | (number_n >= count)).any()):
-                raise IndexError(f"{name} must be between 0 and {count - 1}, got {number_n.tolist()}")
+            # A number out of range would land in another row. Device tensors are not asked: that would wait.
+            if number_n.device.type != "cpu" or not number_n.numel():
+                continue
+            low, high = (int(end) for end in number_n.aminmax())
+            if low < 0 or high >= count:
+                raise IndexError(f"{name} must be between 0 and {count - 1}, got {low} to {high}")
         return (row_n * self.slots + slot_n).to(self.key_BGSTD.device, non_blocking=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from attention_predictor.offload.layer import TieredLayer
@@ -50,7 +50,7 @@ def is_tiered(cache: Cache) -> bool:
     return any(isinstance(layer, TieredLayer) for layer in cache.layers)
 
 
-def full_attention_layers(config: object) -> tuple[int, ...]:
+def full_attention_layers(config: PreTrainedConfig) -> tuple[int, ...]:
     """Numbers of the layers that attend to the whole context and cache it."""
     return tuple(
         number for number, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer

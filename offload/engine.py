@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
 
 from attention_predictor.offload.cache import TieredCache, adopt, full_attention_layers, is_tiered
 from attention_predictor.offload.config import OffloadConfig
@@ -144,7 +143,7 @@ class Engine:
         """Install the one hook on the model; ``attach`` has set the attention function."""
         self._parameters = list(inspect.signature(self.model.forward).parameters)
         self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        self.model._attention_predictor_engine = self
+        self.model._attention_predictor_engine = self  # type: ignore[assignment]  # not a module of the model
         self.attached = True
 
     def remember(self, implementations: list[tuple[Any, str | None]]) -> None:

@@ -81,26 +81,11 @@ class HostStore:
         self._check_input("key", key_BGTD, tokens)
         self._check_input("value", value_BGTD, tokens)
         self._reserve(self.length + tokens)
-        done = 0
-        while done < tokens:
-            block, offset = divmod(self.length + done, self.block_size)
-            slab, first = self._slabs[block // self.slab_blocks], block % self.slab_blocks
-            left = tokens - done
-            if offset or left < self.block_size:
-                # Slabs come uninitialised (zeroing gigabytes would cost seconds), so a partly filled block is
-                # zeroed when it is opened; full blocks are overwritten whole.
-                if offset == 0:
-                    slab[:, :, first].zero_()
-                taken = min(self.block_size - offset, left)
-                target, token_dims = slab[:, :, first, :, offset : offset + taken], (taken,)
-            else:
-                blocks = min(left // self.block_size, self.slab_blocks - first)
-                taken = blocks * self.block_size
-                target, token_dims = slab[:, :, first : first + blocks], (blocks, self.block_size)
-            # Stacked where the tokens are: one transfer carries both keys and values.
-            piece = [kv[:, :, done : done + taken].unflatten(2, token_dims) for kv in (key_BGTD, value_BGTD)]
-            target.copy_(torch.stack(piece, dim=-3))
-            done += taken
+        try:
+            self._write(key_BGTD, value_BGTD)
+        except BaseException:  # out of device memory, or interrupted: drop what is half written
+            self.truncate(self.length)
+            raise
         self.length += tokens
 
     def gather(self, row_n: Tensor, block_n: Tensor, out: Tensor | None = None) -> Tensor:
@@ -131,7 +116,7 @@ class HostStore:
         return kv_n2TD
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, G, stop - start, D] of a range of stored tokens, on the CPU; else IndexError."""
+        """Keys and values [B, G, stop - start, D] of a token range, on the CPU. Raises IndexError beyond."""
         if not 0 <= start <= stop <= self.length:
             raise IndexError(f"token range [{start}, {stop}) is outside of the {self.length} tokens stored")
         first, last = start // self.block_size, math.ceil(stop / self.block_size)
@@ -225,6 +210,29 @@ class HostStore:
         missing = self._slabs_for(tokens) - len(self._slabs)
         self._slabs += [self._new_slab(self.batch) for _ in range(missing)]
 
+    def _write(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+        done, tokens = 0, key_BGTD.shape[2]
+        while done < tokens:
+            block, offset = divmod(self.length + done, self.block_size)
+            slab, first = self._slabs[block // self.slab_blocks], block % self.slab_blocks
+            left = tokens - done
+            token_dims: tuple[int, ...]
+            if offset or left < self.block_size:
+                # Slabs come uninitialised (zeroing gigabytes would cost seconds), so a partly filled block is
+                # zeroed when it is opened; full blocks are overwritten whole.
+                if offset == 0:
+                    slab[:, :, first].zero_()
+                taken = min(self.block_size - offset, left)
+                target, token_dims = slab[:, :, first, :, offset : offset + taken], (taken,)
+            else:
+                blocks = min(left // self.block_size, self.slab_blocks - first)
+                taken = blocks * self.block_size
+                target, token_dims = slab[:, :, first : first + blocks], (blocks, self.block_size)
+            # Stacked where the tokens are: one transfer carries both keys and values.
+            piece = [kv[:, :, done : done + taken].unflatten(2, token_dims) for kv in (key_BGTD, value_BGTD)]
+            target.copy_(torch.stack(piece, dim=-3))
+            done += taken
+
     def _empty(self, n: int) -> Tensor:
         return torch.empty((n, 2, self.block_size, self.head_dim), dtype=self.dtype)
 
@@ -247,8 +255,8 @@ class HostStore:
             ("row", row_n, self.batch * self.kv_heads),
             ("block", block_n, self.n_blocks),
         ):
-            if (
-                entry_n.numel()
-                and not 0 <= (low := int(entry_n.min())) <= (high := int(entry_n.max())) < count
-            ):
+            if not entry_n.numel():
+                continue
+            low, high = (int(end) for end in entry_n.aminmax())
+            if low < 0 or high >= count:
                 raise IndexError(f"{name} must be between 0 and {count - 1}, got {low} to {high}")

@@ -20,7 +20,15 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from attention_predictor.offload.block_pool import BlockPool
-from attention_predictor.offload.dense import Chunk, Terms, attend, attend_prompt, chunk_tokens, score_rows, split
+from attention_predictor.offload.dense import (
+    Chunk,
+    Terms,
+    attend,
+    attend_prompt,
+    chunk_tokens,
+    score_rows,
+    split,
+)
 from attention_predictor.offload.host_store import HostStore
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step

@@ -35,8 +35,8 @@ class Ticket:
         self._wait_ms = 0.0  # time of a job that ran in submit
         self._submitted: torch.cuda.Event | None = None
         self._finished: torch.cuda.Event | None = None
-        # Held until the job is done. A bare lock, because a thread killed inside one of Python's conditions or
-        # queues can leave that locked for ever.
+        # Held until the job is done. A bare lock, because a thread killed inside one of Python's conditions
+        # can leave that locked for ever.
         self._undone = threading.Lock()
         self._undone.acquire()
 
@@ -137,7 +137,8 @@ class ThreadPrefetcher(Prefetcher):
     """Runs jobs in one daemon thread, started by the first `submit`; on CUDA in a stream of its own.
 
     There, a job's work begins when the stream current at `submit` has got that far, and `wait` orders the
-    current stream behind it. The next job is called when that work is through: jobs may share a staging buffer.
+    current stream behind it. The next job is called when that work is through, so that jobs may share a
+    staging buffer.
     At most `depth` jobs are unfinished: then `submit` blocks.
     """
 
@@ -204,7 +205,8 @@ class ThreadPrefetcher(Prefetcher):
         alive = self._thread is None or self._thread.is_alive()
         if (error := self._mailbox.error) is not None:
             raise FetchError(f"a fetch failed: {error!r}") from error
-        if self._closed and (ticket is None or (not alive and not ticket.done)):
+        over = self._mailbox.cancelled or not alive
+        if self._closed and (ticket is None or (over and not ticket.done)):
             raise FetchError("the prefetcher is closed")
         if not alive and not self._closed:
             raise FetchError("the prefetch thread is gone")

@@ -29,8 +29,8 @@ class Plan:
     block_n: Tensor
     slot_n: Tensor
     victim_n: Tensor
-    wanted_RW: Tensor  # noqa: N815
-    slot_RW: Tensor  # noqa: N815
+    wanted_RW: Tensor
+    slot_RW: Tensor
     version: int
 
 

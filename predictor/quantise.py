@@ -46,7 +46,7 @@ def quantise(key_TD: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _nearest(key_TD: Tensor, zero_1D: Tensor, scale_1D: Tensor, top: int) -> Tensor:
-    # A constant channel has codes 0; so has one whose scale fp16 would round to 0 (its inverse could overflow).
+    # A constant channel has codes 0, and so has one whose scale fp16 rounds to 0: its inverse could overflow.
     inverse_1D = torch.where(scale_1D > 2**-25, 1 / scale_1D, 0)
     return ((key_TD - zero_1D) * inverse_1D).round_().clamp_(0, top)
 
@@ -58,7 +58,7 @@ def _least_squares(key_TD: Tensor, code_TD: Tensor) -> tuple[Tensor, Tensor]:
     variance_1D = offset_TD.square().sum(-2, keepdim=True)
     covariance_1D = ((key_TD - key_mean_1D) * offset_TD).sum(-2, keepdim=True)
     scale_1D = torch.where(variance_1D > 0, covariance_1D / variance_1D, 0).clamp_(0, LARGEST)
-    return key_mean_1D - scale_1D * code_mean_1D, scale_1D
+    return (key_mean_1D - scale_1D * code_mean_1D).clamp_(-LARGEST, LARGEST), scale_1D
 
 
 def pack(code_TD: Tensor, bits: int) -> Tensor:

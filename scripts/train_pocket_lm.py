@@ -55,7 +55,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import (
@@ -442,10 +442,7 @@ def judge(
     rows = max(1, 65_536 // context)
     for first in range(0, len(examples), rows):
         batch = examples[first : first + rows]
-        prompts = [
-            np.concatenate([[encoder.bos], encoder.tokenizer.encode(e.prompt, add_special_tokens=False).ids])
-            for e in batch
-        ]
+        prompts = [np.concatenate([[encoder.bos], encoder(e.prompt)]) for e in batch]
         answers = [encoder(e.answer) for e in batch]
         longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
         ids_BT = np.full((len(batch), longest), encoder.pad, dtype=np.int64)
@@ -558,7 +555,7 @@ def train(
     before = state["elapsed"]
     quick: dict[int, list[synthetic.Example]] = {}
     if rank == 0 and heldout:
-        quick = {c: evaluation_examples(heldout, c, 24, args.seed + 1) for c in {c for _, c in args.stages}}
+        quick = {c: evaluation_examples(heldout, c, 16, args.seed + 1) for c in {c for _, c in args.stages}}
 
     stage, batches, context = -1, iter(()), 0
     window_start, window_tokens = time.monotonic(), 0
@@ -629,7 +626,7 @@ def train(
             sums.zero_()
             next_log = now + args.log_every
         if rank == 0 and quick and done >= next_judge:
-            next_judge += 0.1
+            next_judge += 0.15
             with torch.compiler.set_stance("force_eager"), precision:
                 accuracy, _ = judge(model, heldout, quick[context], context)
             log(f"    accuracy at {context}: " + " ".join(f"{t} {a:.2f}" for t, a in accuracy.items()))

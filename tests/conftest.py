@@ -13,6 +13,7 @@ import torch
 from tiny_models import VOCABULARY, make_tiny_model
 from transformers import PreTrainedModel
 
+
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """``tiny_model(family, **changes)``: a random model in fp32, attention by the eager reference."""

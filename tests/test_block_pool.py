@@ -133,7 +133,7 @@ class PoolMachine(RuleBasedStateMachine):
         return list(block_RS)
 
 
-PoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=20, deadline=None)
 TestPoolMachine = PoolMachine.TestCase
 
 

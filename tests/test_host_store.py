@@ -109,7 +109,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert 0 <= self.store.nbytes - blocks_nbytes < slab_nbytes
 
 
-StoreMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+StoreMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=20, deadline=None)
 TestStoreMachine = StoreMachine.TestCase
 
 
@@ -227,6 +227,24 @@ def test_no_memory_is_one_clear_error_and_loses_nothing(monkeypatch, error):
     monkeypatch.undo()
     store.check_integrity()
     assert torch.equal(store.read(0, store.length)[0], key)
+
+
+def test_a_copy_that_fails_half_way_leaves_nothing_behind(monkeypatch):
+    store, key, value = filled(20)
+    real, calls = torch.stack, []
+
+    def third_call_fails(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "stack", third_call_fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        store.append(*random_kv(100))
+    monkeypatch.undo()
+    store.check_integrity()
+    assert torch.equal(store.gather(torch.tensor([0]), torch.tensor([1])), blocks_of(key, value, 16)[0, 1:2])
 
 
 def damage_tail(store):

@@ -23,16 +23,15 @@ from attention_predictor.predictor.errors import ConfigError, FetchError
 
 pytestmark = pytest.mark.timeout(20)
 NAME = "attention-predictor-prefetch"
-SOON_S = 0.2  # within which a dead worker must be noticed
-BUSY_S = 2.0  # the same on a machine whose cores others use
+SOON_S = 2.0  # a dead worker is noticed within 0.2 s; the rest is for machines whose cores are busy
 
 
-class BrokenDisk(Exception):
-    pass
+class BrokenDiskError(Exception):
+    """What the jobs here fail with."""
 
 
 def fail() -> None:
-    raise BrokenDisk("sector 7")
+    raise BrokenDiskError("sector 7")
 
 
 def workers() -> set[threading.Thread]:
@@ -45,7 +44,7 @@ def inject_exit(thread: threading.Thread) -> None:
 
 
 def assert_soon(start: float) -> None:
-    assert time.perf_counter() - start < BUSY_S
+    assert time.perf_counter() - start < SOON_S
 
 
 @pytest.fixture(autouse=True)
@@ -114,14 +113,17 @@ class PrefetchMachine(RuleBasedStateMachine):
         if not self.tickets:
             return
         ticket, good = data.draw(st.sampled_from(self.tickets))
+        cause = None
         try:
             assert self.prefetcher.wait(ticket) >= 0
         except FetchError as error:
-            assert self.failed
-            assert isinstance(error.__cause__, BrokenDisk)
-        else:
+            cause = error.__cause__
+        if cause is None:
             assert good
             assert ticket.done
+        else:
+            assert self.failed
+            assert isinstance(cause, BrokenDiskError)
 
     @rule()
     def copied_prefetchers_are_the_same(self):
@@ -191,9 +193,9 @@ def test_an_error_surfaces_from_its_cause_and_poisons(prefetcher):
     prefetcher.wait(good)
     bad = prefetcher.submit(fail)
     for ticket in (bad, good, bad):
-        with pytest.raises(FetchError, match=r"a fetch failed: BrokenDisk\('sector 7'\)") as caught:
+        with pytest.raises(FetchError, match=r"a fetch failed: BrokenDiskError\('sector 7'\)") as caught:
             prefetcher.wait(ticket)
-        assert isinstance(caught.value.__cause__, BrokenDisk)
+        assert isinstance(caught.value.__cause__, BrokenDiskError)
     with pytest.raises(FetchError):
         prefetcher.submit(lambda: ran.append(2))
     prefetcher.close()
@@ -248,14 +250,13 @@ def test_a_worker_killed_in_a_job_is_noticed_while_waiting(threaded):
 
 
 def test_a_worker_killed_while_idle_is_noticed_by_the_next_step(threaded):
-    threaded.wait(first := threaded.submit(lambda: None))
+    threaded.wait(threaded.submit(lambda: None))
+    time.sleep(0.1)
     inject_exit(threaded._thread)
     start = time.perf_counter()
+    ticket = threaded.submit(lambda: None)
     with pytest.raises(FetchError):
-        threaded.wait(threaded.submit(lambda: None))
-        # The worker may still have run this job: then it died behind it.
-        threaded._thread.join(SOON_S)
-        threaded.wait(first)
+        threaded.wait(ticket)
     with pytest.raises(FetchError):
         threaded.submit(lambda: None)
     assert_soon(start)
@@ -415,5 +416,5 @@ def test_streams_are_ordered_both_ways():
             copies.append(target.clone())
             prefetcher.wait(prefetcher.submit(job))
             copies.append(target.clone())
-    expected = [0] + [step for step in range(50) for _ in range(2)][:-1]
-    assert [copy_.unique().tolist() for copy_ in copies] == [[float(step)] for step in expected]
+    expected = [float(number) for step in range(50) for number in (max(step - 1, 0), step)]
+    assert [copied.unique().tolist() for copied in copies] == [[number] for number in expected]

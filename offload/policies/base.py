@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from attention_predictor.offload.config import OffloadConfig
     from attention_predictor.predictor.model import AttentionPredictor
 
+When = Literal["ahead", "now", "all"]
 ReadKeys = Callable[[int, int], Tensor]
 
 
@@ -109,7 +110,7 @@ class Policy:
     """
 
     name: ClassVar[str]
-    selects: ClassVar[Literal["ahead", "now", "all"]]
+    selects: ClassVar[When]
     prompt_rows: int = 0  # score rows of the last prompt queries it wants to see
 
     def __init__(self, spec: LayerSpec) -> None:

@@ -5,10 +5,12 @@ Suffixes: B sequences, G KV heads, M query heads of a KV head, T tokens, D head 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from attention_predictor.offload.policies.base import LayerSpec, Policy, ReadKeys, Step
+from attention_predictor.offload.policies.base import LayerSpec, Policy, ReadKeys, Step, When
 from attention_predictor.predictor.errors import IntegrityError
 
 
@@ -69,7 +71,7 @@ class Quest(Policy):
     """Top blocks by the bound of the current query; fetched within the step."""
 
     name = "quest"
-    selects = "now"
+    selects: ClassVar[When] = "now"
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)

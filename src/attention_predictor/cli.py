@@ -15,7 +15,7 @@ COMMANDS = {
     "generate": ("attention_predictor.generate", "generate text with the KV cache in host memory"),
     "record": ("attention_predictor.train.record", "record attention-score histories of a model, to train on"),
     "train": ("attention_predictor.train.fit", "train a predictor on recorded histories"),
-    "eval": ("attention_predictor.eval.retrieval", "judge selection rules: answers found and attention recovered"),
+    "eval": ("attention_predictor.eval.command", "judge a model under selection policies"),
 }
 
 

@@ -115,7 +115,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError("--chat: this model's tokenizer has no chat template")
     turns = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _check_positions(model: PreTrainedModel, tokens: int) -> None:
@@ -158,7 +159,7 @@ def _generate(
     progress = _Progress(args.max_new_tokens, len(ids))
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     try:
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]  # mixed in by a class that mypy does not see
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=args.max_new_tokens,

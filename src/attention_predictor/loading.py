@@ -59,7 +59,8 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = "auto") -> Pr
         raise CheckpointError(f"cannot load a causal language model from {name!r}: {_first_line(error)}") from error
     finally:
         logging.enable_progress_bar()
-    return model.to(target).eval()
+    torch.nn.Module.to(model, target)  # transformers' own `to` is wrapped in a way that mypy can't follow
+    return model.eval()
 
 
 def _require(name: str | None) -> str:

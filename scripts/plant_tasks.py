@@ -1,0 +1,50 @@
+"""Write documents with planted statements, questions and answers as .jsonl, for `attnpred record`.
+
+The names in them are those kept for training (`split="train"`), never those that evaluation asks about.
+
+example:
+  python scripts/plant_tasks.py --data texts/ --out runs/tasks.jsonl --documents 240
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from attention_predictor.eval import synthetic
+from attention_predictor.eval.tasks import plant, read_texts
+from attention_predictor.loading import add_model_arguments, load_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--data", type=Path, required=True, help="text to plant in: .txt file or directory")
+    parser.add_argument("--out", type=Path, required=True, help="the .jsonl to write")
+    parser.add_argument("--tasks", default=",".join(synthetic.TASKS), help="default %(default)s")
+    parser.add_argument("--documents", type=int, default=240, help="default %(default)s")
+    parser.add_argument("--questions", type=int, default=8, help="a document (%(default)s)")
+    parser.add_argument("--context", type=int, default=8192, help="tokens of document and questions (%(default)s)")
+    args = parser.parse_args()
+    samples = plant(
+        load_tokenizer(args.model),
+        read_texts(args.data),
+        tasks=args.tasks.split(","),
+        documents=args.documents,
+        questions=args.questions,
+        context=args.context,
+        seed=args.seed,
+        split="train",
+        together=True,
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            text = "".join(piece for piece, _ in sample.transcript())
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    print(f"{len(samples)} documents in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

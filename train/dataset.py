@@ -1,0 +1,181 @@
+"""Recorded histories on disk: what attention did, step by step, for predictors to learn from.
+
+A recording is a directory with one parquet shard per document, readable by `datasets`, beside a `meta.json`
+that lists them. One table row is one (document, layer, KV head): its block scores at Q consecutive steps,
+as a predictor would see them, and the true block mass at the same steps (`predictor/scores.py` defines
+both).
+
+Suffixes: Q steps, N blocks, X records (layers × KV heads).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from attention_predictor.predictor.errors import DataError
+from attention_predictor.train.shards import Record, Recording, encode, pyarrow_modules, schema, stack
+
+FORMAT_VERSION = 1
+META_FILE = "meta.json"
+SHARDS = "shards"
+IDENTITY = ("block_size", "sink", "recent", "model")  # what all documents of one recording share
+ROW_GROUP = 16  # records written at once: bounds memory, whatever the number of layers
+
+
+class HistoryWriter:
+    """Adds documents to a recording; each is there whole or not at all, so that a killed run can go on.
+
+    `meta` must give block_size, sink, recent (tokens) and model, and may give more, such as the command. In
+    a directory that already holds a recording those four must agree with it.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], meta: Mapping[str, Any]) -> None:
+        self.directory = Path(directory)
+        missing = [name for name in IDENTITY if name not in meta]
+        if missing:
+            raise DataError(f"meta of a recording lacks {', '.join(missing)}")
+        if (self.directory / META_FILE).exists():
+            self.meta = read_meta(self.directory)
+            for name in IDENTITY:
+                if self.meta[name] != meta[name]:
+                    raise DataError(
+                        f"{self.directory / META_FILE}: holds a recording with {name} {self.meta[name]!r}, "
+                        f"can't add one with {meta[name]!r}"
+                    )
+        else:
+            self.meta = {"format_version": FORMAT_VERSION, **meta, "documents": {}}
+            (self.directory / SHARDS).mkdir(parents=True, exist_ok=True)
+            self._write_meta()
+
+    def has(self, document: str) -> bool:
+        """Whether the document is already recorded in full."""
+        return document in self.meta["documents"]
+
+    def write(self, document: str, records: Iterable[Record], *, split: str | None = None) -> None:
+        """Add one document, replacing it if it is there. `split` "validation" keeps it from training."""
+        pa, parquet = pyarrow_modules()
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", document)[:60].strip(".-")
+        name = f"{slug}-{hashlib.sha256(document.encode()).hexdigest()[:8]}.parquet"
+        path = self.directory / SHARDS / name
+        partial = path.with_name(f".{name}.partial")
+        count, steps, pending = 0, 0, iter(records)
+        try:
+            with parquet.ParquetWriter(partial, schema(pa), compression="zstd") as writer:
+                while chunk := list(islice(pending, ROW_GROUP)):
+                    rows = [encode(document, split, record, self.meta["block_size"]) for record in chunk]
+                    writer.write_table(pa.Table.from_pylist(rows, schema=schema(pa)))
+                    count, steps = count + len(chunk), chunk[0].scores_QN.shape[0]
+            if not count:
+                raise DataError(f"document {document!r} has no records")
+            size = partial.stat().st_size
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        self.meta["documents"][document] = {
+            "shard": name,
+            "bytes": size,
+            "records": count,
+            "steps": steps,
+            "split": split,
+        }
+        self._write_meta()
+
+    def _write_meta(self) -> None:
+        partial = self.directory / f".{META_FILE}.partial"
+        partial.write_text(json.dumps(self.meta, indent=2) + "\n", "utf-8")
+        os.replace(partial, self.directory / META_FILE)
+
+
+class HistoryDataset:
+    """A recording, checked: DataError with one line naming the file for whatever is wrong with it.
+
+    Opening it checks `meta.json` and that every shard is whole; the numbers are checked as documents are
+    loaded.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, block_size: int = 16) -> None:
+        self.directory = Path(directory)
+        self.meta = read_meta(self.directory)
+        if self.meta["block_size"] != block_size:
+            raise DataError(
+                f"{self.directory / META_FILE}: block_size is {self.meta['block_size']!r}, "
+                f"expected {block_size}"
+            )
+        if not self.meta["documents"]:
+            raise DataError(f"{self.directory / META_FILE}: the recording has no documents")
+        for entry in self.meta["documents"].values():
+            path = self.directory / SHARDS / entry["shard"]
+            if not path.is_file():
+                raise DataError(f"{path}: shard is missing")
+            if path.stat().st_size != entry["bytes"]:
+                raise DataError(f"{path}: shard has {path.stat().st_size} bytes, expected {entry['bytes']}")
+
+    @property
+    def documents(self) -> list[str]:
+        return list(self.meta["documents"])
+
+    def split(self, document: str) -> str | None:
+        """The split that was asked for when the document was recorded."""
+        return self.meta["documents"][document].get("split")
+
+    def load(self, document: str) -> Recording:
+        """Read and check one document."""
+        pa, parquet = pyarrow_modules()
+        entry = self.meta["documents"][document]
+        path = self.directory / SHARDS / entry["shard"]
+        try:
+            table = parquet.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: not readable as parquet ({' '.join(str(error).split())})") from error
+        if not set(schema(pa).names) <= set(table.column_names) or table.num_rows != entry["records"]:
+            raise DataError(
+                f"{path}: found {table.num_rows} rows of columns {table.column_names}, "
+                f"expected {entry['records']} rows of {schema(pa).names}"
+            )
+        rows = table.to_pylist()
+        shapes = {(row["first_tokens"], row["steps"], row["blocks"]) for row in rows}
+        if len(shapes) != 1:
+            raise DataError(f"{path}: records differ in tokens, steps or blocks: {sorted(shapes)}")
+        first_tokens, steps, blocks = shapes.pop()
+        if steps < 2 or blocks != -(-(first_tokens + steps - 1) // self.meta["block_size"]):
+            raise DataError(
+                f"{path}: {steps} steps from {first_tokens} tokens on do not make {blocks} blocks"
+            )
+        return Recording(
+            document=document,
+            first_tokens=first_tokens,
+            layers=[row["layer"] for row in rows],
+            heads=[row["head"] for row in rows],
+            scores_XQN=stack(path, rows, "scores", (steps, blocks)),
+            mass_XQN=stack(path, rows, "mass", (steps, blocks)),
+        )
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """`meta.json` with everything that reading needs in place."""
+    path = directory / META_FILE
+    try:
+        meta = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: file is missing; a recording is made by 'attnpred record'") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON ({' '.join(str(error).split())})") from error
+    if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
+        found = meta.get("format_version") if isinstance(meta, dict) else meta
+        raise DataError(f"{path}: format_version is {found!r}, this release reads {FORMAT_VERSION}")
+    missing = [name for name in (*IDENTITY, "documents") if name not in meta]
+    entries = meta.get("documents")
+    whole = isinstance(entries, dict) and all(
+        isinstance(entry, dict) and {"shard", "bytes", "records"} <= entry.keys()
+        for entry in entries.values()
+    )
+    if missing or not whole:
+        raise DataError(f"{path}: not the meta of a recording, lacks {', '.join(missing) or 'shard entries'}")
+    return meta

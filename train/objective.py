@@ -1,0 +1,72 @@
+"""What a predictor is trained for: to rank, one step ahead, the blocks that will hold the attention mass.
+
+Suffixes: X records (layers × KV heads), Q steps, S chosen steps, N blocks, C state channels.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attention_predictor.predictor.model import AttentionPredictor
+from attention_predictor.train.shards import Recording
+from attention_predictor.train.validate import WARM, candidates
+
+LOSSES = ("ce", "mse")
+# Steps of a segment learned from at once. Filters share their work over time; the window network does not.
+TARGETS = {"paper": 2, "time-filters": 64}
+
+
+def segment_loss(
+    predictor: AttentionPredictor,
+    recording: Recording,
+    count: int,
+    meta: dict[str, Any],
+    loss: str,
+    rng: random.Random,
+    device: torch.device,
+) -> Tensor | None:
+    """Loss of `count` random records over one random segment of steps; None if it has no candidates."""
+    warm = min(WARM, recording.steps // 2)
+    start = rng.randint(0, max(0, recording.steps - 1 - warm - TARGETS["time-filters"] // 2))
+    last_step = min(recording.steps - 1, start + warm + TARGETS["time-filters"]) - 1
+    possible = range(start + warm - 1, last_step + 1)
+    steps = sorted(rng.sample(possible, min(TARGETS[predictor.arch], len(possible))))
+    picked = rng.sample(range(len(recording.layers)), min(count, len(recording.layers)))
+    rows_1XQN = recording.scores_XQN[picked, start : last_step + 1][None].to(device, torch.float32)
+    state_XSNC = predictor.unroll(rows_1XQN, torch.tensor(steps, device=device) - start)[0]
+    next_step = torch.tensor(steps) + 1
+    # The published network was fitted to the next row's scores; what is wanted is where the mass will be.
+    target = recording.mass_XQN if loss == "ce" else recording.scores_XQN
+    target_XSN = target[picked][:, next_step].to(device, torch.float32)
+    # Sink and recent are cut off before the prediction, and recent moves: steps of one cut go together, so
+    # that the edges that the convolution sees are those of decoding.
+    cuts: dict[tuple[int, int], list[int]] = {}
+    for index, step in enumerate(steps):
+        cuts.setdefault(candidates(recording.first_tokens + step + 1, meta), []).append(index)
+    losses, weights = [], []
+    for (first, last), indices in cuts.items():
+        if last - first < 2:
+            continue
+        scores_XSN = predictor(state_XSNC[:, indices, first:last])
+        losses.append(prediction_loss(scores_XSN, target_XSN[:, indices, first:last], loss))
+        weights.append(len(indices))
+    if not losses:
+        return None
+    return torch.stack(losses) @ torch.tensor(weights, dtype=torch.float32, device=device) / sum(weights)
+
+
+def prediction_loss(scores_XSN: Tensor, target_XSN: Tensor, loss: str) -> Tensor:
+    """Mean over records and steps of one prediction's loss over its candidate blocks.
+
+    "ce": cross-entropy between softmax(scores) and the normalised true mass; "mse": squared error of raw
+    scores, as published (AttentionPredictor, arXiv 2502.04077, section 4), which rewards the few largest scores alone.
+    """
+    if loss == "mse":
+        return F.mse_loss(scores_XSN, target_XSN)
+    share_XSN = target_XSN / target_XSN.sum(-1, keepdim=True).clamp_min(1e-6)
+    return -(share_XSN * scores_XSN.log_softmax(-1)).sum(-1).mean()

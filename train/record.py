@@ -1,0 +1,181 @@
+"""Record attention-score histories of a model, to train a predictor on.
+
+Each document is attended in full, in one pass; of its last tokens (--steps) the rows of block scores and the true
+block mass are kept, for every full-attention layer and KV head. A .txt file gives up to --per-file documents from
+places spread over it; a line of a .jsonl file, {"text": …}, gives one, whose end is kept when it is too long (that is
+where questions and answers stand). Documents already recorded are skipped, so an interrupted run goes on.
+
+examples:
+  attnpred record --data texts/ --out runs/histories
+  attnpred record --model meta-llama/Llama-3.1-8B --data prompts.jsonl --out runs/llama --max-tokens 32768 --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from attention_predictor.loading import add_model_arguments, load_model, load_tokenizer
+from attention_predictor.offload.attach import attach
+from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.dense import ScoreRows
+from attention_predictor.offload.layer import TieredLayer
+from attention_predictor.offload.policies import LayerSpec, Policy, register
+from attention_predictor.predictor.errors import ConfigError, ContextLengthError, DataError
+from attention_predictor.train.dataset import HistoryWriter
+from attention_predictor.train.shards import Record
+
+
+@register
+class Recorder(Policy):
+    """Attends to everything and keeps the rows it is shown: recording is a policy that only watches."""
+
+    name = "record"
+    selects = "all"
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        self.prompt_rows = spec.config.history
+        self.rows: ScoreRows | None = None
+
+    def observe_rows(self, rows: ScoreRows) -> None:
+        self.rows = rows
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to record.
+
+    ``place`` is where its window begins if it is too long, as a share of what can be left out; 1 keeps the end.
+    Documents of one ``group`` are kept for validation together, since they may overlap.
+    """
+
+    name: str
+    group: str
+    text: str
+    place: float
+
+
+def read_documents(path: Path, per_file: int) -> Iterator[Document]:
+    """Documents of a .txt or .jsonl file, or of all such files of a directory."""
+    files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"no .txt or .jsonl file in {path}")
+    for file in files:
+        if file.suffix not in (".txt", ".jsonl"):
+            raise DataError(f"{file}: expected a .txt or .jsonl file, or a directory of them")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {file}: {error}") from error
+        if file.suffix == ".txt":
+            for part in range(per_file):
+                yield Document(f"{file.stem}#{part}", file.stem, text, part / max(per_file - 1, 1))
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                name = f"{file.stem}#{number}"
+                yield Document(name, name, str(json.loads(line)["text"]), 1.0)
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f'{file}, line {number}: expected {{"text": …}}, found {line[:40]!r}') from error
+
+
+def window(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[int]:
+    """At most ``max_tokens`` token ids of the document."""
+    # Only what can be needed is tokenised: no token is shorter than a character of what it stands for, and few are
+    # longer than 16, so a window of characters around the place is enough.
+    spare = max(len(document.text) - 16 * max_tokens, 0)
+    start = int(document.place * spare)
+    ids = tokenizer(document.text[start : start + 16 * max_tokens], add_special_tokens=False, verbose=False)["input_ids"]
+    left = max(len(ids) - max_tokens, 0)
+    first = int(document.place * left)
+    return ids[first : first + max_tokens]
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, ids: list[int], steps: int) -> Iterator[Record]:
+    """Records of the last ``steps`` tokens of one document."""
+    config = OffloadConfig(policy="record", history=steps, prefetch="none")
+    with attach(model, config) as engine:
+        if not engine.tiered_layers:
+            raise ConfigError(f"{type(model).__name__} has no full-attention layer to record")
+        cache = engine.new_cache()
+        tokens = torch.tensor([ids], device=model.device)
+        model(tokens, past_key_values=cache, logits_to_keep=1)
+        for layer in cache.layers:
+            if not isinstance(layer, TieredLayer):
+                continue
+            assert isinstance(layer.policy, Recorder)
+            rows = layer.policy.rows
+            assert rows is not None
+            for head in range(layer.kv_heads):
+                yield Record(
+                    layer=layer.number,
+                    head=head,
+                    first_tokens=len(ids) - steps + 1,
+                    scores_QN=rows.scores_BGQN[0, head],
+                    mass_QN=rows.mass_BGQN[0, head],
+                )
+
+
+def is_validation(group: str, share: float) -> bool:
+    """Whether a group of documents is kept from training: by a hash, so that it is the same in every run."""
+    return zlib.crc32(group.encode()) % 1000 < 1000 * share
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--data", type=Path, required=True, metavar="D", help=".txt or .jsonl file, or a directory")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the recording")
+    parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="tokens a document (%(default)s)")
+    parser.add_argument("--steps", type=int, default=192, metavar="N", help="last tokens to record (%(default)s)")
+    parser.add_argument("--per-file", type=int, default=4, metavar="N", help="documents a .txt file (%(default)s)")
+    parser.add_argument("--validation", type=float, default=0.1, metavar="SHARE", help="of the documents (%(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.steps < 2 or args.per_file < 1 or not 0 <= args.validation < 1:
+        raise ConfigError("expected --steps of at least 2, --per-file of at least 1 and --validation from 0 to below 1")
+    defaults = OffloadConfig()
+    least = args.steps + defaults.sink + defaults.recent
+    if args.max_tokens <= least:
+        raise ConfigError(f"--max-tokens {args.max_tokens}: expected more than --steps + sink + recent = {least}")
+    documents = list(read_documents(args.data, args.per_file))
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, args.device, args.dtype)
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and args.max_tokens > positions:
+        raise ContextLengthError(f"--max-tokens {args.max_tokens}: the model has positions for {positions}")
+    meta = {
+        "block_size": defaults.block_size,
+        "sink": defaults.sink,
+        "recent": defaults.recent,
+        "model": Path(str(args.model)).name,
+        "data": args.data.name,
+        "max_tokens": args.max_tokens,
+        "steps": args.steps,
+    }
+    writer = HistoryWriter(args.out, meta)
+    short = 0
+    for document in tqdm(documents, desc="recording", unit="doc", disable=None):
+        if writer.has(document.name):
+            continue
+        ids = window(document, tokenizer, args.max_tokens)
+        if len(ids) <= least:
+            short += 1
+            continue
+        split = "validation" if is_validation(document.group, args.validation) else "train"
+        writer.write(document.name, record(model, ids, args.steps), split=split)
+    if short:
+        print(f"{short} of {len(documents)} documents have no more than {least} tokens and were left out")
+    if short == len(documents):
+        raise DataError(f"no document of {args.data} has more than {least} tokens")
+    return 0

@@ -1,0 +1,104 @@
+"""The rows of a recording's parquet shards: what one holds, and how it becomes tensors again.
+
+Suffixes: Q steps, N blocks, X records (layers × KV heads).
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attention_predictor.predictor.errors import DataError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One KV head of one layer over Q steps; N blocks are those of the last step."""
+
+    layer: int
+    head: int
+    first_tokens: int  # tokens that the first step attends over, its own included
+    scores_QN: Tensor
+    mass_QN: Tensor
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All records of one document, scores_XQN and mass_XQN in fp16."""
+
+    document: str
+    first_tokens: int
+    layers: list[int]
+    heads: list[int]
+    scores_XQN: Tensor
+    mass_XQN: Tensor
+
+    @property
+    def steps(self) -> int:
+        return self.scores_XQN.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * (self.scores_XQN.numel() + self.mass_XQN.numel())
+
+
+def encode(document: str, split: str | None, record: Record, block_size: int) -> dict[str, Any]:
+    """One table row; DataError where the record's shapes or numbers can't be right."""
+    steps, blocks = record.scores_QN.shape
+    expected = -(-(record.first_tokens + steps - 1) // block_size)
+    where = f"document {document!r}, layer {record.layer}, head {record.head}"
+    if record.mass_QN.shape != record.scores_QN.shape or blocks != expected or steps < 2:
+        raise DataError(
+            f"{where}: scores {list(record.scores_QN.shape)} and mass {list(record.mass_QN.shape)} must "
+            f"both have at least 2 steps and {expected} blocks"
+        )
+    row: dict[str, Any] = {"document": document, "split": split, "layer": record.layer, "head": record.head}
+    row |= {"first_tokens": record.first_tokens, "steps": steps, "blocks": blocks}
+    for name, values in (("scores", record.scores_QN), ("mass", record.mass_QN)):
+        if not torch.isfinite(values).all():
+            raise DataError(f"{where}: {name} hold NaN or infinity")
+        row[name] = values.detach().cpu().half().numpy().astype("<f2").tobytes()
+    return row
+
+
+def stack(path: Path, rows: list[dict[str, Any]], column: str, shape: tuple[int, int]) -> Tensor:
+    """A binary column of all rows as one fp16 tensor [X, Q, N], checked; `path` is for messages."""
+    wanted = 2 * shape[0] * shape[1]
+    for row in rows:
+        if len(row[column]) != wanted:
+            raise DataError(f"{path}: {column} have {len(row[column])} bytes, {shape} in fp16 take {wanted}")
+    joined = b"".join(row[column] for row in rows)
+    values = torch.from_numpy(np.frombuffer(joined, "<f2").astype(np.float16).reshape(len(rows), *shape))
+    if not torch.isfinite(values).all():
+        raise DataError(f"{path}: {column} hold NaN or infinity")
+    if values.min() < 0 or values.max() > 1.01:  # fp16 sums of probabilities may round above 1
+        raise DataError(
+            f"{path}: {column} reach from {values.min():.3g} to {values.max():.3g}, expected 0 to 1"
+        )
+    return values
+
+
+def schema(pa: types.ModuleType) -> Any:
+    """Columns of a shard; scores and mass are fp16, little-endian, [steps, blocks] row by row."""
+    whole = ("layer", "head", "first_tokens", "steps", "blocks")
+    return pa.schema(
+        [("document", pa.string()), ("split", pa.string())]
+        + [(name, pa.int32()) for name in whole]
+        + [("scores", pa.binary()), ("mass", pa.binary())]
+    )
+
+
+def pyarrow_modules() -> tuple[types.ModuleType, types.ModuleType]:
+    """pyarrow and pyarrow.parquet, which only training needs."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError("recordings need pyarrow: pip install 'attention-predictor[train]'") from error
+    return pyarrow, pyarrow.parquet
