@@ -26,16 +26,12 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
             weights, text = Path(scratch, WEIGHTS_FILE), Path(scratch, CONFIG_FILE)
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, weights)
-            text.write_text(
-                json.dumps({"format_version": FORMAT_VERSION, **config}, indent=2) + "\n", "utf-8"
-            )
+            text.write_text(json.dumps({"format_version": FORMAT_VERSION, **config}, indent=2) + "\n", "utf-8")
             for path in (weights, text):
                 path.chmod(0o644)
                 os.replace(path, directory / path.name)
     except OSError as error:
-        raise CheckpointError(
-            f"{directory}: can't save a predictor here: {error.strerror or error}"
-        ) from error
+        raise CheckpointError(f"{directory}: can't save a predictor here: {error.strerror or error}") from error
 
 
 def read_config(directory: Path, architectures: Iterable[str], block_size: int) -> dict[str, Any]:

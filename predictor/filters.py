@@ -9,18 +9,32 @@ from torch import Tensor, nn
 
 from attention_predictor.predictor.base import AttentionPredictor, register
 
+CHUNK_ROWS = 16  # rows weighted at once: the work for many steps grows with it, the number of operations falls
 
-def exponential_weights(decay_F: Tensor, steps_S: Tensor, rows: int) -> Tensor:
-    """Weights of rows in exponential averages after steps S, weight_SRF, summing to 1 over `rows` rows.
 
-    An average moves by y ← decay·y + (1 − decay)·row. Row 0 is taken to have held forever before: the
-    average then starts at a level that real scores have, not at a zero that long memories would take
-    hundreds of steps to forget.
+def exponential_averages(x_RN: Tensor, decay_F: Tensor, steps: list[int]) -> Tensor:
+    """Averages y ← decay·y + (1 − decay)·row of `x_RN` [..., R, N] after `steps` (ascending): [..., S, N, F].
+
+    Row 0 is taken to have held forever before: the average then starts at a level that real scores have, not at
+    a zero that long memories would take hundreds of steps to forget.
+    In closed form, a stretch of rows at a time, and differentiable with respect to rows and decays.
     """
-    row_R = torch.arange(rows, device=decay_F.device)
-    age_SR1 = (steps_S.to(row_R.device)[:, None] - row_R)[..., None]
-    share_RF = torch.where(row_R[:, None] == 0, torch.ones_like(decay_F), 1 - decay_F)
-    return torch.where(age_SR1 >= 0, decay_F ** age_SR1.clamp(min=0) * share_RF, 0.0)
+    average_NF = x_RN[..., 0, :, None]
+    averages, begin = [], 0
+    while begin <= steps[-1]:
+        end = max(steps[0] + 1, begin + CHUNK_ROWS) if begin == 0 else begin + CHUNK_ROWS
+        end = min(end, steps[-1] + 1)
+        inside = [step - begin for step in steps if begin <= step < end]
+        wanted_S = torch.tensor([*inside, end - begin - 1], device=decay_F.device)
+        age_SR = wanted_S[:, None] - torch.arange(end - begin, device=decay_F.device)
+        weight_SRF = torch.where(age_SR[..., None] >= 0, decay_F ** age_SR[..., None].clamp(min=0), 0.0)
+        recent_SNF = torch.einsum("...rn,srf->...snf", x_RN[..., begin:end, :], weight_SRF * (1 - decay_F))
+        before_S1F = (decay_F ** (wanted_S[:, None] + 1))[:, None]
+        average_SNF = recent_SNF + before_S1F * average_NF[..., None, :, :]
+        averages.append(average_SNF[..., :-1, :, :])
+        average_NF = average_SNF[..., -1, :, :]
+        begin = end
+    return torch.cat(averages, dim=-3)
 
 
 @register
@@ -47,9 +61,7 @@ class FilterPredictor(AttentionPredictor):
         self.logit_decay = nn.Parameter(torch.logit(0.5 ** (1 / half_life_F)))
         self.conv1 = nn.Conv1d(self.channels, self.hidden, 3, padding=1)
         self.conv2 = nn.Conv1d(self.hidden, 1, 1)
-        self.register_buffer(
-            "eps", torch.tensor(1e-5)
-        )  # below it scores count as equal; saved with the weights
+        self.register_buffer("eps", torch.tensor(1e-5))  # below it scores count as equal; saved with the weights
 
     def log_scale(self, scores: Tensor) -> Tensor:
         """Map [0, 1] to [0, 1] logarithmically; zero stays zero, so a new block enters as zeros."""
@@ -58,8 +70,7 @@ class FilterPredictor(AttentionPredictor):
     def start(self, rows_BGRN: Tensor) -> Tensor:
         """As `AttentionPredictor.start`; the first of these rows is taken to have held forever before."""
         rows_BGRN = rows_BGRN[:, :, -self.rows :]
-        last_row_S = torch.tensor([rows_BGRN.shape[2] - 1], device=rows_BGRN.device)
-        return self.unroll(rows_BGRN, last_row_S)[:, :, 0]
+        return self._states(rows_BGRN, [rows_BGRN.shape[2] - 1])[:, :, 0]
 
     def observe(self, state_BGNC: Tensor, row_BGN: Tensor) -> Tensor:
         log_BGN1 = self.log_scale(row_BGN)[..., None]
@@ -72,10 +83,13 @@ class FilterPredictor(AttentionPredictor):
 
     def unroll(self, rows_BGRN: Tensor, steps_S: Tensor) -> Tensor:
         """As `AttentionPredictor.unroll`, in closed form and differentiable with respect to the decays."""
+        return self._states(rows_BGRN, steps_S.tolist())
+
+    def _states(self, rows_BGRN: Tensor, steps: list[int]) -> Tensor:
         log_BGRN, sqrt_BGRN = self.log_scale(rows_BGRN), rows_BGRN.float().sqrt()
-        weight_SRF = exponential_weights(self.logit_decay.sigmoid(), steps_S, rows_BGRN.shape[2])
-        filtered = [torch.einsum("bgrn,srf->bgsnf", x, weight_SRF) for x in (log_BGRN, sqrt_BGRN)]
-        return torch.cat([*filtered, log_BGRN[:, :, steps_S, :, None]], dim=-1)
+        decay_F = self.logit_decay.sigmoid()
+        averages = [exponential_averages(x_BGRN, decay_F, steps) for x_BGRN in (log_BGRN, sqrt_BGRN)]
+        return torch.cat([*averages, log_BGRN[:, :, steps, :, None]], dim=-1)
 
     def forward(self, state_BGNC: Tensor) -> Tensor:
         batch, kv_heads, n_blocks, channels = state_BGNC.shape

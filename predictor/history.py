@@ -24,9 +24,7 @@ class ScoreHistory:
     Copies made by `copy.deepcopy` own their state and share the predictor.
     """
 
-    def __init__(
-        self, predictor: AttentionPredictor, *, batch: int, kv_heads: int, device: torch.device | str
-    ) -> None:
+    def __init__(self, predictor: AttentionPredictor, *, batch: int, kv_heads: int, device: torch.device | str) -> None:
         self.predictor = predictor
         self.n_blocks = 0
         self.started = False

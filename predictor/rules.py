@@ -3,11 +3,10 @@
 Suffixes: B sequences, G KV heads, R history rows (oldest first), N blocks, C state channels.
 """
 
-import torch
 from torch import Tensor
 
 from attention_predictor.predictor.base import AttentionPredictor, register
-from attention_predictor.predictor.filters import exponential_weights
+from attention_predictor.predictor.filters import exponential_averages
 from attention_predictor.predictor.window import RowWindow
 
 
@@ -44,10 +43,8 @@ class ExponentialAverage(AttentionPredictor):
 
     def start(self, rows_BGRN: Tensor) -> Tensor:
         rows_BGRN = rows_BGRN[:, :, -self.rows :].to(self.state_dtype)
-        rows = rows_BGRN.shape[2]
         decay_F = rows_BGRN.new_tensor([self.decay])
-        weight_R = exponential_weights(decay_F, torch.tensor([rows - 1]), rows)[0, :, 0]
-        return torch.einsum("bgrn,r->bgn", rows_BGRN, weight_R)[..., None]
+        return exponential_averages(rows_BGRN, decay_F, [rows_BGRN.shape[2] - 1])[:, :, 0]
 
     def observe(self, state_BGNC: Tensor, row_BGN: Tensor) -> Tensor:
         return state_BGNC.lerp_(row_BGN[..., None].to(state_BGNC.dtype), 1 - self.decay)

@@ -23,10 +23,8 @@ from attention_predictor.train.validate import candidates, recovery, spread
 META = {"block_size": 16, "sink": 64, "recent": 64, "model": "made-up"}
 
 
-def make_record(
-    seed: int, *, layer: int = 0, head: int = 0, steps: int = 120, first_tokens: int = 1100
-) -> Record:
-    """Attention that sweeps over the document, a block every 4 steps, under noise: where it goes next is learnable."""
+def make_record(seed: int, *, layer: int = 0, head: int = 0, steps: int = 120, first_tokens: int = 1100) -> Record:
+    """Attention that sweeps over the document, a block every 4 steps, under noise: its next place is learnable."""
     generator = torch.Generator().manual_seed(seed)
     n_blocks = -(-(first_tokens + steps - 1) // 16)
     step_Q1, block_N = torch.arange(steps)[:, None], torch.arange(n_blocks)
@@ -94,9 +92,7 @@ def test_an_interrupted_writer_resumes(tmp_path: Path) -> None:
     assert [dataset.split(document) for document in dataset.documents] == [None, "validation"]
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("block_size", 32), ("sink", 0), ("recent", 32), ("model", "other")]
-)
+@pytest.mark.parametrize(("field", "value"), [("block_size", 32), ("sink", 0), ("recent", 32), ("model", "other")])
 def test_a_writer_does_not_mix_recordings(field: str, value: object, tmp_path: Path) -> None:
     make_recording(tmp_path, 1)
     with pytest.raises(DataError, match=f"holds a recording with {field}"):
@@ -138,7 +134,7 @@ def test_meta_refusals(damage: str, tmp_path: Path) -> None:
     changes, message = META_DAMAGE[damage]
     make_recording(tmp_path, 2)
     damage_meta(tmp_path, **changes)
-    refuse(tmp_path, f"meta.json: .*{message}")
+    refuse(tmp_path, rf"meta.json: .*{message}")
 
 
 def test_file_refusals(tmp_path: Path) -> None:
@@ -152,7 +148,7 @@ def test_file_refusals(tmp_path: Path) -> None:
         ('{"format_version": 1}', "lacks"),
     ):
         (tmp_path / "meta.json").write_text(text)
-        refuse(tmp_path, f"meta.json: .*{message}")
+        refuse(tmp_path, rf"meta.json: .*{message}")
     (tmp_path / "meta.json").write_text(meta)
     shard.write_bytes(whole[:-9])
     refuse(tmp_path, f"{shard.name}: shard has {len(whole) - 9} bytes, expected {len(whole)}")
@@ -193,11 +189,15 @@ def test_missing_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
     refuse(tmp_path, r"pip install 'attention-predictor\[train\]'")
 
 
+def load_all(directory: Path) -> None:
+    dataset = HistoryDataset(directory)
+    for document in dataset.documents:
+        dataset.load(document)
+
+
 def refuse(directory: Path, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        dataset = HistoryDataset(directory)
-        for document in dataset.documents:
-            dataset.load(document)
+        load_all(directory)
     assert "\n" not in str(caught.value)
 
 
@@ -242,7 +242,7 @@ def test_spread() -> None:
 @pytest.mark.parametrize("arch", ["time-filters", "paper"])
 def test_training_beats_the_last_row(arch: str, tmp_path: Path) -> None:
     make_recording(tmp_path / "data")
-    steps = {"time-filters": 120, "paper": 60}[arch]
+    steps = {"time-filters": 60, "paper": 60}[arch]
     metrics = fit(tmp_path / "data", tmp_path / "out", arch=arch, steps=steps, batch=8, lr=1e-2, log_every=30)
     found = metrics["recovery"]
     assert set(found) == {arch, "last", "ema", "mean"}
@@ -281,9 +281,7 @@ def test_a_requested_split_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 7])
-def test_an_interrupt_saves_the_best_so_far(
-    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_saves_the_best_so_far(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
 
     def interrupted(*args: Any) -> Any:
@@ -332,7 +330,7 @@ def test_option_refusals(option: str, tmp_path: Path) -> None:
 
 
 def test_data_that_cannot_train_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="meta.json"):
+    with pytest.raises(DataError, match=r"meta\.json"):
         fit(tmp_path / "nowhere", tmp_path / "out")
     make_recording(tmp_path / "one", 1)
     with pytest.raises(DataError, match="no document is left to train on"):

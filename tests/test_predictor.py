@@ -141,9 +141,10 @@ def test_start_equals_observing_row_by_row(name: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_unroll_equals_observing_row_by_row(name: str) -> None:
+@pytest.mark.parametrize("steps", [[0], [79], [0, 3, 63, 64, 79], [40, 41, 77], list(range(80))])
+def test_unroll_equals_observing_row_by_row(name: str, steps: list[int]) -> None:
     predictor = architecture(name)()
-    rows_BGRN, steps = make_rows(80), [0, 3, 63, 64, 79]
+    rows_BGRN = make_rows(80)
     with torch.no_grad():
         unrolled_BGSNC = predictor.unroll(rows_BGRN, torch.tensor(steps))
         state_BGNC = predictor.start(rows_BGRN[:, :, :1])
@@ -210,9 +211,7 @@ def test_rules_load_by_name_and_need_no_files() -> None:
 
 
 def test_unknown_architecture_lists_the_valid_ones() -> None:
-    with pytest.raises(
-        ConfigError, match="'cnn' is not a predictor; choose from ema, last, mean, paper, time-filters"
-    ):
+    with pytest.raises(ConfigError, match="'cnn' is not a predictor; choose from ema, last, mean, paper, time-filters"):
         architecture("cnn")
 
 

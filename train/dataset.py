@@ -105,8 +105,7 @@ class HistoryDataset:
         self.meta = read_meta(self.directory)
         if self.meta["block_size"] != block_size:
             raise DataError(
-                f"{self.directory / META_FILE}: block_size is {self.meta['block_size']!r}, "
-                f"expected {block_size}"
+                f"{self.directory / META_FILE}: block_size is {self.meta['block_size']!r}, expected {block_size}"
             )
         if not self.meta["documents"]:
             raise DataError(f"{self.directory / META_FILE}: the recording has no documents")
@@ -145,9 +144,7 @@ class HistoryDataset:
             raise DataError(f"{path}: records differ in tokens, steps or blocks: {sorted(shapes)}")
         first_tokens, steps, blocks = shapes.pop()
         if steps < 2 or blocks != -(-(first_tokens + steps - 1) // self.meta["block_size"]):
-            raise DataError(
-                f"{path}: {steps} steps from {first_tokens} tokens on do not make {blocks} blocks"
-            )
+            raise DataError(f"{path}: {steps} steps from {first_tokens} tokens on do not make {blocks} blocks")
         return Recording(
             document=document,
             first_tokens=first_tokens,
@@ -173,8 +170,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
     missing = [name for name in (*IDENTITY, "documents") if name not in meta]
     entries = meta.get("documents")
     whole = isinstance(entries, dict) and all(
-        isinstance(entry, dict) and {"shard", "bytes", "records"} <= entry.keys()
-        for entry in entries.values()
+        isinstance(entry, dict) and {"shard", "bytes", "records"} <= entry.keys() for entry in entries.values()
     )
     if missing or not whole:
         raise DataError(f"{path}: not the meta of a recording, lacks {', '.join(missing) or 'shard entries'}")

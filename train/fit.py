@@ -74,9 +74,7 @@ def fit(
     validation = [cache.load(document) for document in held_out]
     found = {name: recovery(architecture(name)(), validation, meta, device) for name in RULES}
     if not found["last"]:
-        raise DataError(
-            f"{dataset.directory}: held-out documents are too short to judge a predictor by recovery"
-        )
+        raise DataError(f"{dataset.directory}: held-out documents are too short to judge a predictor by recovery")
 
     rng = random.Random(seed)
     with torch.random.fork_rng():
@@ -203,9 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loss", default="ce", choices=LOSSES, help="cross-entropy or squared error (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (default: %(default)s)")
-    parser.add_argument(
-        "--batch", type=int, default=32, help="records (layer, KV head) a step (default: %(default)s)"
-    )
+    parser.add_argument("--batch", type=int, default=32, help="records (layer, KV head) a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="largest learning rate (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where to train, such as cuda (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")

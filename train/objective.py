@@ -6,6 +6,7 @@ Suffixes: X records (layers × KV heads), Q steps, S chosen steps, N blocks, C s
 from __future__ import annotations
 
 import random
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from attention_predictor.train.shards import Recording
 from attention_predictor.train.validate import WARM, candidates
 
 LOSSES = ("ce", "mse")
-# Steps of a segment learned from at once. Filters share their work over time; the window network does not.
-TARGETS = {"paper": 2, "time-filters": 64}
+SEGMENT = 64  # steps after the warm rows that one segment reaches over
+# Steps of a segment learned from at once. Neighbouring steps teach the same; the window network shares no work.
+TARGETS = {"paper": 2, "time-filters": 16}
 
 
 def segment_loss(
@@ -32,8 +34,8 @@ def segment_loss(
 ) -> Tensor | None:
     """Loss of `count` random records over one random segment of steps; None if it has no candidates."""
     warm = min(WARM, recording.steps // 2)
-    start = rng.randint(0, max(0, recording.steps - 1 - warm - TARGETS["time-filters"] // 2))
-    last_step = min(recording.steps - 1, start + warm + TARGETS["time-filters"]) - 1
+    start = rng.randint(0, max(0, recording.steps - 1 - warm - SEGMENT // 2))
+    last_step = min(recording.steps - 1, start + warm + SEGMENT) - 1
     possible = range(start + warm - 1, last_step + 1)
     steps = sorted(rng.sample(possible, min(TARGETS[predictor.arch], len(possible))))
     picked = rng.sample(range(len(recording.layers)), min(count, len(recording.layers)))
@@ -45,16 +47,16 @@ def segment_loss(
     target_XSN = target[picked][:, next_step].to(device, torch.float32)
     # Sink and recent are cut off before the prediction, and recent moves: steps of one cut go together, so
     # that the edges that the convolution sees are those of decoding.
-    cuts: dict[tuple[int, int], list[int]] = {}
-    for index, step in enumerate(steps):
-        cuts.setdefault(candidates(recording.first_tokens + step + 1, meta), []).append(index)
+    cuts = [candidates(recording.first_tokens + step + 1, meta) for step in steps]
+    sizes = [len(list(same)) for _, same in groupby(cuts)]
     losses, weights = [], []
-    for (first, last), indices in cuts.items():
+    parts = zip(dict.fromkeys(cuts), state_XSNC.split(sizes, 1), target_XSN.split(sizes, 1), strict=True)
+    for (first, last), cut_state_XSNC, cut_target_XSN in parts:
         if last - first < 2:
             continue
-        scores_XSN = predictor(state_XSNC[:, indices, first:last])
-        losses.append(prediction_loss(scores_XSN, target_XSN[:, indices, first:last], loss))
-        weights.append(len(indices))
+        scores_XSN = predictor(cut_state_XSNC[:, :, first:last])
+        losses.append(prediction_loss(scores_XSN, cut_target_XSN[:, :, first:last], loss))
+        weights.append(cut_target_XSN.shape[1])
     if not losses:
         return None
     return torch.stack(losses) @ torch.tensor(weights, dtype=torch.float32, device=device) / sum(weights)
@@ -63,8 +65,9 @@ def segment_loss(
 def prediction_loss(scores_XSN: Tensor, target_XSN: Tensor, loss: str) -> Tensor:
     """Mean over records and steps of one prediction's loss over its candidate blocks.
 
-    "ce": cross-entropy between softmax(scores) and the normalised true mass; "mse": squared error of raw
-    scores, as published (AttentionPredictor, arXiv 2502.04077, section 4), which rewards the few largest scores alone.
+    "ce": cross-entropy between softmax(scores) and the normalised true mass. "mse": squared error of raw
+    scores, as published (AttentionPredictor, arXiv 2502.04077, section 4), which rewards the few largest scores
+    alone.
     """
     if loss == "mse":
         return F.mse_loss(scores_XSN, target_XSN)

@@ -78,9 +78,7 @@ def stack(path: Path, rows: list[dict[str, Any]], column: str, shape: tuple[int,
     if not torch.isfinite(values).all():
         raise DataError(f"{path}: {column} hold NaN or infinity")
     if values.min() < 0 or values.max() > 1.01:  # fp16 sums of probabilities may round above 1
-        raise DataError(
-            f"{path}: {column} reach from {values.min():.3g} to {values.max():.3g}, expected 0 to 1"
-        )
+        raise DataError(f"{path}: {column} reach from {values.min():.3g} to {values.max():.3g}, expected 0 to 1")
     return values
 
 

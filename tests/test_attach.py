@@ -1,0 +1,339 @@
+"""Attaching and detaching: what is refused, in one line, and that the model is left as it was."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, StaticCache
+
+from attention_predictor import (
+    AttachError,
+    CheckpointError,
+    ConfigError,
+    ContextLengthError,
+    HostMemoryError,
+    OffloadConfig,
+    TieredCache,
+    attach,
+)
+from attention_predictor.offload.policies import Policy, policy_class, policy_names, register
+
+CONFIG = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16)
+
+
+def state(model):
+    """Everything that attaching could change."""
+    return (
+        model.config._attn_implementation,
+        dict(model._forward_pre_hooks),
+        set(model.__dict__),
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+    )
+
+
+def same_state(before, after):
+    return before[:3] == after[:3] and all(torch.equal(before[3][name], after[3][name]) for name in before[3])
+
+
+class TestDetach:
+    def test_restores_the_model(self, tiny_model, ids):
+        model = tiny_model()
+        before, stock = state(model), model(ids(40)).logits
+        with attach(model, CONFIG) as engine:
+            assert model.config._attn_implementation == "attention_predictor"
+            model.generate(ids(80), max_new_tokens=4)
+        assert same_state(before, state(model))
+        assert torch.equal(model(ids(40)).logits, stock)
+        engine.detach()  # a second time does nothing
+        assert same_state(before, state(model))
+
+    def test_restores_the_model_after_an_exception(self, tiny_model, ids):
+        model = tiny_model()
+        before = state(model)
+        with pytest.raises(ZeroDivisionError), attach(model, CONFIG):
+            model.generate(ids(80), max_new_tokens=4)
+            raise ZeroDivisionError
+        assert same_state(before, state(model))
+
+    def test_ends_the_engine(self, tiny_model, ids):
+        model = tiny_model()
+        engine = attach(model, CONFIG)
+        cache = engine.new_cache()
+        model(ids(80), past_key_values=cache)
+        engine.detach()
+        with pytest.raises(AttachError, match="detached"):
+            engine.new_cache()
+        with pytest.raises(AttachError, match="detached"), engine:
+            pass
+        with pytest.raises(AttachError, match="detached"):
+            model(ids(1), past_key_values=cache)
+
+    def test_the_model_can_be_attached_again(self, tiny_model, ids):
+        model = tiny_model()
+        outputs = []
+        for _ in range(2):
+            with attach(model, CONFIG):
+                outputs.append(model.generate(ids(80), max_new_tokens=6, do_sample=False))
+        assert torch.equal(*outputs)
+
+
+class TestRefusals:
+    def test_second_attach(self, tiny_model):
+        model = tiny_model()
+        with attach(model, CONFIG):
+            before = state(model)
+            with pytest.raises(AttachError, match="attached already"):
+                attach(model, CONFIG)
+            assert same_state(before, state(model))
+
+    def test_latent_attention(self):
+        config = transformers.DeepseekV3Config(
+            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+            kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_group=1,
+            topk_group=1, first_k_dense_replace=1,
+        )  # fmt: skip
+        model = transformers.DeepseekV3ForCausalLM(config)
+        before = state(model)
+        with pytest.raises(AttachError, match="latent attention"):
+            attach(model, CONFIG)
+        assert same_state(before, state(model))
+
+    def test_model_that_ignores_the_attention_interface(self):
+        config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)
+        model = transformers.BloomForCausalLM(config)
+        before = state(model)
+        with pytest.raises(AttachError, match="ignores the attention interface"):
+            attach(model, CONFIG)
+        assert same_state(before, state(model))
+
+    def test_not_a_causal_language_model(self):
+        config = transformers.T5Config(vocab_size=64, d_model=16, d_ff=16, num_layers=1, num_heads=2)
+        with pytest.raises(AttachError, match="not a causal"):
+            attach(transformers.T5ForConditionalGeneration(config), CONFIG)
+        with pytest.raises(AttachError, match="PreTrainedModel"):
+            attach(torch.nn.Linear(2, 2), CONFIG)
+
+    @pytest.mark.parametrize("skipped", [(5,), (0, 1)])
+    def test_layers_to_skip(self, tiny_model, skipped):
+        with pytest.raises(ConfigError, match="skip_layers"):
+            attach(tiny_model(), OffloadConfig(predictor="ema", skip_layers=skipped))
+
+    @pytest.mark.parametrize("name", ["nowhere", "default/../nothing"])
+    def test_missing_predictor(self, tiny_model, name):
+        model = tiny_model()
+        before = state(model)
+        with pytest.raises(CheckpointError, match="no such checkpoint"):
+            attach(model, OffloadConfig(predictor=name))
+        assert same_state(before, state(model))
+
+    def test_foreign_caches(self, tiny_model, ids):
+        model = tiny_model()
+        filled = model(ids(20), use_cache=True).past_key_values
+        caches = {
+            "another kind of cache": filled,
+            "StaticCache": StaticCache(config=model.config, max_cache_len=64),
+            "offloading=True": _offloaded(model),
+        }
+        with attach(model, CONFIG) as engine:
+            for message, cache in caches.items():
+                with pytest.raises(AttachError, match=message):
+                    model(ids(20), past_key_values=cache)
+            with pytest.raises(AttachError, match="StaticCache"):
+                model.generate(ids(20), cache_implementation="static", max_new_tokens=2)
+        with attach(model, CONFIG):
+            cache = TieredCache(engine) if engine.attached else None
+            assert cache is None
+
+    def test_cache_of_another_engine(self, tiny_model, ids):
+        one, two = tiny_model(), tiny_model(seed=1)
+        with attach(one, CONFIG) as engine, attach(two, CONFIG), pytest.raises(AttachError, match="another engine"):
+            two(ids(20), past_key_values=engine.new_cache())
+
+    def test_context_beyond_the_positions(self, tiny_model, ids):
+        model = tiny_model(max_position_embeddings=64)
+        with attach(model, CONFIG) as engine:
+            with pytest.raises(ContextLengthError, match="65 tokens: the model has positions for 64"):
+                model(ids(65))
+            with pytest.raises(ContextLengthError):
+                model.generate(ids(60), max_new_tokens=10)
+            with pytest.raises(ContextLengthError):
+                engine.check_fits(batch=1, tokens=65)
+
+    def test_host_memory_is_estimated_before_the_prefill(self, tiny_model, ids, monkeypatch):
+        model = tiny_model()
+        with attach(model, OffloadConfig(predictor="ema", host_memory=1 << 19)) as engine:
+            model(ids(200), past_key_values=engine.new_cache())
+            monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: pytest.fail("work was done"))
+            with pytest.raises(HostMemoryError, match=r"1 × 4000 tokens needs .* host_memory allows"):
+                model(ids(4000), past_key_values=engine.new_cache())
+        with attach(model, CONFIG) as engine, pytest.raises(HostMemoryError, match="the system has available"):
+            engine.check_fits(batch=10**9, tokens=4000)
+
+
+def _offloaded(model):
+    cache = DynamicCache(config=model.config)
+    cache.offloading = True  # as the constructor sets it, which on a CPU-only machine can't make its stream
+    return cache
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"policy": "best"}, "policy='best' .* full, streaming, quest, quest-ahead, predictor, oracle"),
+            ({"budget": 143}, r"budget=143 .* at least sink \+ recent \+ one block = 64 \+ 64 \+ 16 = 144"),
+            ({"budget": 1.5}, "budget=1.5 .* an integer"),
+            ({"block_size": 12}, "block_size=12 .* a power of two"),
+            ({"block_size": 0}, "block_size=0 .* a power of two"),
+            ({"sink": 10}, "sink=10 .* multiple of block_size=16"),
+            ({"recent": -16}, "recent=-16"),
+            ({"late_fetch": -0.1}, r"late_fetch=-0.1 .* a share from 0 to 1"),
+            ({"late_fetch": float("nan")}, "late_fetch=nan"),
+            ({"calibration": "often"}, "calibration='often' .* sketch, exact, none"),
+            ({"calibration_interval": 0}, "calibration_interval=0"),
+            ({"sketch_bits": 3}, "sketch_bits=3 .* 1, 2, 4, 8"),
+            ({"prefetch": "magic"}, "prefetch='magic' .* thread, none"),
+            ({"skip_layers": (-1,)}, "skip_layers"),
+            ({"host_memory": 0}, "host_memory=0"),
+            ({"predictor": ""}, "predictor=''"),
+        ],
+    )
+    def test_bad_values_are_named(self, changes, message):
+        with pytest.raises(ConfigError, match=message) as caught:
+            OffloadConfig(**changes)
+        assert "\n" not in str(caught.value)
+
+    def test_fields_are_keyword_only_and_frozen(self):
+        with pytest.raises(TypeError):
+            OffloadConfig(512)
+        with pytest.raises(AttributeError):
+            OffloadConfig().budget = 3
+
+    def test_history_longer_than_the_predictor_takes(self, tiny_model):
+        with pytest.raises(ConfigError, match="history=65"):
+            attach(tiny_model(), OffloadConfig(predictor="ema", history=65))
+
+
+class TestRegistry:
+    def test_unknown_name_lists_the_valid(self):
+        with pytest.raises(ConfigError, match=", ".join(policy_names())):
+            policy_class("nothing")
+
+    def test_a_name_is_given_once(self):
+        class Impostor(Policy):
+            name = "full"
+            selects = "all"
+
+        with pytest.raises(ConfigError, match="taken by Full"):
+            register(Impostor)
+
+
+class TestCaches:
+    def test_an_empty_dynamic_cache_is_adopted_in_place(self, tiny_model, ids):
+        model = tiny_model()
+        with attach(model, CONFIG):
+            cache = DynamicCache()
+            model(ids(80), past_key_values=cache)
+            assert cache.get_seq_length() == 80
+            assert hasattr(cache.layers[0], "store")
+
+    def test_no_cache_where_none_is_wanted(self, tiny_model, ids):
+        model = tiny_model()
+        stock = model(ids(80), use_cache=False).logits
+        with attach(model, CONFIG) as engine:
+            out = model(ids(80), use_cache=False)
+            assert out.past_key_values is None
+            assert not engine.stats.host_bytes
+            assert (out.logits - stock).abs().max() < 1e-4
+
+    def test_skipped_layers_keep_stock_caches(self, tiny_model, ids):
+        model = tiny_model()
+        with attach(model, OffloadConfig(predictor="ema", skip_layers=(0,))) as engine:
+            cache = engine.new_cache()
+            model(ids(80), past_key_values=cache)
+            assert not hasattr(cache.layers[0], "store")
+            assert cache.layers[1].store.length == 80
+            assert set(engine.stats.device_bytes) == {1}
+
+    def test_reset_and_reuse(self, tiny_model, ids):
+        model = tiny_model()
+        with attach(model, CONFIG) as engine:
+            cache = engine.new_cache()
+            first = model(ids(80), past_key_values=cache).logits
+            cache.reset()
+            assert cache.get_seq_length() == 0
+            assert torch.equal(model(ids(80), past_key_values=cache).logits, first)
+
+    def test_crop_to_nothing(self, tiny_model, ids):
+        model = tiny_model()
+        with attach(model, CONFIG) as engine:
+            cache = engine.new_cache()
+            model(ids(80), past_key_values=cache)
+            with pytest.raises(ValueError, match="minus"):
+                cache.layers[0].crop(3)
+            cache.crop(-80)
+            assert cache.get_seq_length() == 0
+
+    @torch.no_grad()
+    def test_copies_share_nothing(self, tiny_model, ids):
+        model = tiny_model()
+        with attach(model, CONFIG) as engine:
+            cache = engine.new_cache()
+            model(ids(80), past_key_values=cache)
+            twin = copy.deepcopy(cache)
+            model(ids(30, seed=1), past_key_values=twin)
+            assert (cache.get_seq_length(), twin.get_seq_length()) == (80, 110)
+            token = ids(1, seed=2)
+            again = copy.deepcopy(cache)
+            assert torch.equal(
+                model(token, past_key_values=cache).logits, model(token, past_key_values=again).logits
+            )
+            twin.check_integrity()
+
+    @torch.no_grad()
+    def test_no_prefill_tensor_outlives_its_step(self, tiny_model, ids):
+        """A cycle between a key and its layer would keep a whole prefill alive until the collector runs."""
+        model, kept = tiny_model(), []
+        gc.disable()
+        try:
+            with attach(model, CONFIG) as engine:
+                cache = engine.new_cache()
+                update = cache.layers[0].update
+
+                def watched(*args, **kwargs):
+                    key, value = update(*args, **kwargs)
+                    kept.extend([weakref.ref(key), weakref.ref(value)])
+                    return key, value
+
+                cache.layers[0].update = watched
+                model(ids(80), past_key_values=cache)
+                del cache.layers[0].update
+            assert kept
+            assert all(one() is None for one in kept)
+        finally:
+            gc.enable()
+
+    def test_statistics_read_as_a_table(self, tiny_model, ids):
+        model = tiny_model()
+        config = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, measure_recovery=True)
+        with attach(model, config) as engine:
+            model.generate(ids(200), max_new_tokens=12)
+        stats = engine.stats
+        assert stats.steps == 11  # the first new token comes from the prefill
+        assert 0 < stats.recovery <= 1
+        assert 0 < stats.relative_recovery <= 1 + 1e-6
+        assert 0 < stats.hit_rate <= 1
+        assert stats.late_blocks <= 11 * 2 * 2 * 1  # a quarter of four blocks, two layers, two KV heads
+        assert stats.full_kv_bytes == 2 * 2 * 2 * 211 * 8 * 4
+        for word in ("hit rate", "recovery", "KV on the device", "fetched per token"):
+            assert word in str(stats)
+        assert stats.to_dict()["device_kv_bytes"] == stats.device_kv_bytes > 0
+        stats.reset()
+        assert stats.steps == 0
+        assert stats.device_kv_bytes > 0

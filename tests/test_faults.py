@@ -1,0 +1,163 @@
+"""Contract 5 and its neighbours: failures surface on the generating thread, at once, and nothing hangs or goes stale."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from attention_predictor import AttachError, FetchError, OffloadConfig, attach
+
+CONFIG = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16)
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def prefilled(tiny_model, ids):
+    model = tiny_model()
+    with torch.no_grad(), attach(model, CONFIG) as engine:
+        cache = engine.new_cache()
+        model(ids(200), past_key_values=cache)
+        model(ids(1), past_key_values=cache)
+        yield model, engine, cache, ids(1, seed=1)
+    assert not [thread for thread in threading.enumerate() if "prefetch" in thread.name]
+
+
+def test_a_failing_fetch_surfaces_within_one_step(prefilled, monkeypatch):
+    model, _, cache, token = prefilled
+
+    def fail(*args, **kwargs):
+        raise OSError("the bus is on fire")
+
+    monkeypatch.setattr(cache.layers[1].store, "gather", fail)
+    monkeypatch.setattr(cache.layers[1].policy, "score_now", lambda step: torch.zeros(1, 2, step.n_blocks))
+    with pytest.raises((FetchError, OSError)) as caught:
+        for _ in range(8):  # a step that fetches nothing can't fail
+            model(token, past_key_values=cache)
+    error = caught.value
+    assert "the bus is on fire" in str(error) + str(error.__cause__)
+    with pytest.raises((FetchError, AttachError)):  # and the cache stays unusable: no stale blocks
+        model(token, past_key_values=cache)
+
+
+def test_a_failing_fetch_ahead_is_a_fetch_error(tiny_model, ids, monkeypatch):
+    model = tiny_model()
+    config = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, late_fetch=0.0)
+    with torch.no_grad(), attach(model, config) as engine:
+        cache = engine.new_cache()
+        model(ids(200), past_key_values=cache)
+        monkeypatch.setattr(cache.layers[0].table, "plan", _raise_value_error)
+        with pytest.raises(FetchError) as caught:
+            for _ in range(2):  # the next layer's submit notices, or this layer's next wait
+                model(ids(1), past_key_values=cache)
+        assert isinstance(caught.value.__cause__, ValueError)
+        with pytest.raises(FetchError):  # of another cache too: the worker is poisoned, and says so
+            model(ids(200), past_key_values=engine.new_cache())
+            model(ids(1), past_key_values=cache)
+
+
+def _raise_value_error(*args):
+    raise ValueError("no plan")
+
+
+def test_a_killed_thread_surfaces_within_one_step(prefilled):
+    model, engine, cache, token = prefilled
+    worker = next(thread for thread in threading.enumerate() if "prefetch" in thread.name)
+    killed = ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
+    assert killed == 1
+    started = time.perf_counter()
+    with pytest.raises(FetchError):
+        for _ in range(3):  # the exception reaches the thread when it next runs Python
+            model(token, past_key_values=cache)
+    assert time.perf_counter() - started < 10
+    engine.detach()  # does not hang either
+
+
+def test_interrupt_in_the_middle_of_generation(tiny_model, ids):
+    model = tiny_model()
+    before = model.config._attn_implementation
+    timer = threading.Timer(0.5, lambda: signal.raise_signal(signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt), attach(model, CONFIG):
+        model.generate(ids(200), max_new_tokens=3000, do_sample=False)
+    timer.join()
+    assert model.config._attn_implementation == before
+    assert not [thread for thread in threading.enumerate() if "prefetch" in thread.name]
+    with attach(model, CONFIG):  # and works again
+        assert model.generate(ids(200), max_new_tokens=3).shape[1] == 203
+
+
+def test_an_interrupted_step_makes_its_cache_unusable(prefilled, monkeypatch):
+    model, _, cache, token = prefilled
+    layer = cache.layers[1]
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "attend", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(token, past_key_values=cache)
+    with pytest.raises(AttachError, match="did not reach the attention function"):
+        model(token, past_key_values=cache)
+
+
+def test_a_model_that_bypasses_the_attention_function_is_caught(tiny_model, ids):
+    model = tiny_model()
+    with torch.no_grad(), attach(model, CONFIG) as engine:
+        cache = engine.new_cache()
+        model(ids(80), past_key_values=cache)
+        model.config._attn_implementation_internal = "sdpa"  # would quietly attend to the new token alone
+        with pytest.raises(AttachError, match="ignores the attention interface"):
+            for _ in range(2):
+                model(ids(1), past_key_values=cache)
+
+
+def test_two_models_in_two_threads(tiny_model, ids):
+    models = [tiny_model("llama"), tiny_model("qwen3")]
+    configs = [CONFIG, OffloadConfig(policy="quest", budget=64, sink=16, recent=16)]
+
+    def run(model, config):
+        with attach(model, config):
+            return model.generate(ids(200), max_new_tokens=40, do_sample=False)
+
+    alone = [run(*pair) for pair in zip(models, configs, strict=True)]
+    together: dict[int, torch.Tensor] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: together.__setitem__(i, run(models[i], configs[i]))) for i in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=50)
+    assert all(torch.equal(together[i], alone[i]) for i in range(2))
+
+
+def test_slow_fetches_change_nothing_but_the_wait(tiny_model, ids, monkeypatch):
+    model = tiny_model()
+
+    def run(delay: float) -> tuple[torch.Tensor, float]:
+        with attach(model, CONFIG) as engine:
+            cache = engine.new_cache()
+            model(ids(200), past_key_values=cache)
+            for layer in cache.layers:
+                fetch = layer._fetch
+
+                def late(wanted, fetch=fetch):
+                    time.sleep(delay)
+                    return fetch(wanted)
+
+                monkeypatch.setattr(layer, "_fetch", late)
+            out = [model(ids(1, seed=step), past_key_values=cache).logits for step in range(8)]
+            cache.check_integrity()
+            return torch.cat(out), engine.stats.exposed_wait_ms
+
+    with torch.no_grad():
+        quick, _ = run(0.0)
+        slow, wait_ms = run(0.02)
+    assert torch.equal(quick, slow)
+    assert wait_ms > 0
