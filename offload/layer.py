@@ -60,9 +60,7 @@ class TieredLayer(CacheLayerMixin):
         super().__init__()
         self.engine = engine
         self.number = number
-        self.selection = Selection(
-            engine.config.budget, engine.config.block_size, engine.config.sink, engine.config.recent
-        )
+        self.selection = Selection.of(engine.config)
         self._clear()
 
     def _clear(self) -> None:

@@ -6,9 +6,13 @@ Suffixes: B sequences, G KV heads, N blocks, W wanted blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from attention_predictor.offload.config import OffloadConfig
 
 NEVER, ALWAYS = float("-inf"), float("inf")
 
@@ -25,6 +29,11 @@ class Selection:
     sink: int
     recent: int
 
+    @classmethod
+    def of(cls, config: OffloadConfig) -> Selection:
+        """The selection that a configuration asks for."""
+        return cls(config.budget, config.block_size, config.sink, config.recent)
+
     def n_blocks(self, length: int) -> int:
         """Blocks that ``length`` tokens take, the last one perhaps partly filled."""
         return -(-length // self.block_size)
@@ -34,8 +43,15 @@ class Selection:
         return min(self.n_blocks(length), self.n_blocks(self.budget))
 
     def first_recent(self, length: int) -> int:
-        """First block of the recent window: ``recent`` tokens reach into one block more unless they are aligned."""
-        return max(length - self.recent, 0) // self.block_size
+        """First block of the recent window: ``recent`` tokens reach into one block more unless they are aligned.
+
+        The newest token is always recent, also where ``recent`` is 0.
+        """
+        return max(length - max(self.recent, 1), 0) // self.block_size
+
+    def candidates(self, length: int) -> tuple[int, int]:
+        """First and last + 1 of the blocks that are neither sink nor recent; none if the first is not below."""
+        return self.sink // self.block_size, self.first_recent(length)
 
     def late_blocks(self, share: float) -> int:
         """Blocks that ``share`` of the budget may fetch within a step."""

@@ -41,12 +41,12 @@ def exponential_averages(x_RN: Tensor, decay_F: Tensor, steps: list[int]) -> Ten
 class FilterPredictor(AttentionPredictor):
     """Exponential filters over time, then a small convolution over blocks: better, and without a window.
 
-    Ours; docs and METHOD figures compare it with the published network. Attention is heavy-tailed, so 16
-    filters with learned decays run over its logarithm and over its square root; with the last row that
-    makes 33 channels a block. A convolution in time with exponential kernels needs no window: a step costs
-    33 multiply-adds to observe and about 3,200 to predict per block, against 300,000 for the published
-    network. Its scores are logits: softmax over the candidates estimates each block's share of their
-    attention mass.
+    Ours, in the place of the network of AttentionPredictor (arXiv 2502.04077, section 4). Attention is
+    heavy-tailed, so 16 filters with learned decays run over its logarithm and over its square root; with the
+    last row that makes 33 channels a block. A convolution in time with exponential kernels needs no window: a
+    step costs 33 multiply-adds to observe and about 3,200 to predict per block, against 300,000 for the
+    published network.
+    Its scores are logits: softmax over the candidates estimates each block's share of their attention mass.
     """
 
     arch = "time-filters"

@@ -4,7 +4,7 @@ The grouping is KIVI's (arXiv 2402.02750, section 3: keys per channel, because s
 every token). The choice of scale and zero is ours. Largest and smallest value as outer levels, the usual
 choice, waste levels on rare values; here the best of a few narrower ranges is taken and then fitted by
 least squares. Measured on five kinds of made-up keys (normal, with channel means, heavy-tailed, slowly
-varying, aligned with a query; RoPE on the last four but one), root mean square error of the logits relative
+varying, aligned with a query; most with RoPE), root mean square error of the logits relative
 to their spread: 1 bit 0.82–2.2 → 0.35–0.65, 2 bits 0.26–0.66 → 0.19–0.43, 4 bits 0.050–0.131 → 0.049–0.127.
 Scale and zero from mean and deviation instead did as well on normal keys and lost the outliers of
 heavy-tailed ones.

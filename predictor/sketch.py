@@ -13,8 +13,7 @@ from attention_predictor.predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.quantise import SHARES, masks, pack, quantise, unpack
 
 CHUNK_GROUPS = 16  # storage grows by this many groups: doubling would waste the memory this library saves
-# Keys unpacked at once, in elements of fp32. On a CPU they should stay in its cache; on a GPU few launches
-# matter.
+# Elements of fp32 in use at once. On a CPU they should stay in its cache; on a GPU few launches matter.
 SCRATCH_ELEMENTS = {"cpu": 1 << 18}
 SCRATCH_ELEMENTS_GPU = 1 << 24
 
@@ -45,11 +44,9 @@ class KeySketch:
         self.bits, self.group, self.length = bits, group, 0
         # Not under inference mode: what is made there could not be updated outside of it later.
         with torch.inference_mode(False):
-            bytes_a_group = group * bits // 8
             shape = (batch, kv_heads, 0, head_dim)
-            self._codes_BGKJD = torch.zeros(
-                batch, kv_heads, 0, bytes_a_group, head_dim, dtype=torch.uint8, device=device
-            )
+            codes_shape = (batch, kv_heads, 0, group * bits // 8, head_dim)
+            self._codes_BGKJD = torch.zeros(codes_shape, dtype=torch.uint8, device=device)
             self._scale_BGKD = torch.zeros(shape, dtype=torch.float16, device=device)
             self._zero_BGKD = torch.zeros(shape, dtype=torch.float16, device=device)
             self._tail_BGTD = torch.zeros(batch, kv_heads, group, head_dim, dtype=dtype, device=device)
@@ -167,16 +164,16 @@ class KeySketch:
         if not torch.isfinite(self._tail_BGTD[:, :, :tail]).all():
             raise IntegrityError("exact keys of the sketch hold NaN or infinity")
 
-    def _chunks(self, n_groups: int) -> list[tuple[int, int]]:
-        """Ranges of groups whose unpacked keys fit the scratch limit."""
+    def _chunks(self, n_groups: int, copies: int = 1) -> list[tuple[int, int]]:
+        """Ranges of groups of which `copies` unpacked copies fit the scratch limit."""
         batch, kv_heads, _, head_dim = self._tail_BGTD.shape
         limit = SCRATCH_ELEMENTS.get(self._tail_BGTD.device.type, SCRATCH_ELEMENTS_GPU)
-        step = max(1, limit // max(1, batch * kv_heads * self.group * head_dim))
+        step = max(1, limit // max(1, copies * batch * kv_heads * self.group * head_dim))
         return [(first, min(first + step, n_groups)) for first in range(0, n_groups, step)]
 
     def _store(self, first: int, key_BGTD: Tensor) -> None:
         """Write whole groups of keys as codes from group `first` on."""
-        for low, high in self._chunks(key_BGTD.shape[2] // self.group):
+        for low, high in self._chunks(key_BGTD.shape[2] // self.group, copies=8):  # that many quantise makes
             part_BGKTD = key_BGTD[:, :, low * self.group : high * self.group].unflatten(2, (-1, self.group))
             code_BGKTD, scale_BGKD, zero_BGKD = quantise(part_BGKTD, self.bits)
             self._codes_BGKJD[:, :, first + low : first + high] = pack(code_BGKTD, self.bits)

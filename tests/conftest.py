@@ -13,6 +13,10 @@ import torch
 from tiny_models import VOCABULARY, make_tiny_model
 from transformers import PreTrainedModel
 
+# Tiny tensors lose more by handing work to threads than they gain; tests of the pocket model take all cores.
+CORES = torch.get_num_threads()
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:

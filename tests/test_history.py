@@ -178,9 +178,7 @@ def test_training_weights_leave_no_graph_behind() -> None:
 def test_wrong_use_is_refused() -> None:
     history = make_history(FilterPredictor())
     history.start(make_rows(3, 5))
-    with pytest.raises(
-        ValueError, match=r"row_BGN must have 3 dimensions, start with \(1, 2\) and cover at least 5"
-    ):
+    with pytest.raises(ValueError, match=r"row_BGN must have 3 dimensions, start with \(1, 2\) and cover at least 5"):
         history.push(make_rows(1, 4)[:, :, 0])
     with pytest.raises(ValueError, match="rows_BGRN"):
         history.extend(make_rows(2, 5, batch=2))

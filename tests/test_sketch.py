@@ -21,9 +21,7 @@ KV_HEADS, HEAD_DIM, GROUP = 2, 8, 16
 WORST_ERROR = {1: 0.62, 2: 0.35, 4: 0.095, 8: 0.008}
 
 
-def make_keys(
-    tokens: int, *, batch: int = 1, seed: int = 0, heads: int = KV_HEADS, head_dim: int = HEAD_DIM
-) -> Tensor:
+def make_keys(tokens: int, *, batch: int = 1, seed: int = 0, heads: int = KV_HEADS, head_dim: int = HEAD_DIM) -> Tensor:
     """Keys_BGTD with channel means much larger than their spread, as real ones have."""
     generator = torch.Generator().manual_seed(seed)
     key_BGTD = torch.randn(batch, heads, tokens, head_dim, generator=generator)
@@ -89,9 +87,7 @@ class SketchMachine(RuleBasedStateMachine):
     @rule()
     def copy(self) -> None:
         original, self.sketch = self.sketch, copy.deepcopy(self.sketch)
-        original.extend(
-            torch.full((self.keys.shape[0], KV_HEADS, 3 * GROUP, HEAD_DIM), 7.0, dtype=self.dtype)
-        )
+        original.extend(torch.full((self.keys.shape[0], KV_HEADS, 3 * GROUP, HEAD_DIM), 7.0, dtype=self.dtype))
 
     @invariant()
     def agrees(self) -> None:

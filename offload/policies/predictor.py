@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attention_predictor.offload.dense import ScoreRows, block_peak_and_sum
 from attention_predictor.offload.policies.base import LayerSpec, Part, Policy, ReadKeys, Step
+from attention_predictor.offload.selection import Selection
 from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.sketch import KeySketch
 
@@ -64,7 +65,7 @@ class Predictor(Policy):
             self.history.start(rows.scores_BGQN)
 
     def score_now(self, step: Step) -> Tensor:
-        peak_BHN, sum_BHN = self._estimated(step)
+        _, sum_BHN = self._estimated(step)
         share_BHN = torch.exp(sum_BHN - torch.logsumexp(sum_BHN, -1, keepdim=True))
         return share_BHN.unflatten(1, (self.spec.kv_heads, -1)).mean(2)
 
@@ -79,8 +80,7 @@ class Predictor(Policy):
         self.estimate = None
 
     def score_next(self, length: int) -> Tensor | None:
-        config = self.spec.config
-        first, last = config.sink // config.block_size, max(length - config.recent, 0) // config.block_size
+        first, last = Selection.of(self.spec.config).candidates(length)
         if not self.history.started or first >= last:
             return None  # every block is sink or recent
         return self.history.predict(first, min(last, self.history.n_blocks))
@@ -89,7 +89,7 @@ class Predictor(Policy):
         """This step's row ``[B, G, N]``: exact where it attended, estimated or zero elsewhere."""
         peak_BHS = step.attention.logits_BHST.amax(-1)
         total_BH = step.attention.lse_BH
-        B, H, S = peak_BHS.shape
+        B, H, _ = peak_BHS.shape
         if estimated:
             peak_BHN, sum_BHN = self._estimated(step)
             attended_BHN = step.attended_BGN.repeat_interleave(H // self.spec.kv_heads, 1)

@@ -1,0 +1,157 @@
+"""Chunked and sparse attention against a literal softmax, and the rows they give; masks against transformers' own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
+
+from attention_predictor.offload.attention import tiered_attention, tiered_mask
+from attention_predictor.offload.dense import Terms, attend, attend_prompt, score_rows, split
+from attention_predictor.offload.policies.base import Step
+from attention_predictor.offload.sparse import attend_slots
+from attention_predictor.predictor.scores import block_mass, block_scores
+
+B, G, H, D, BLOCK = 2, 2, 6, 8, 4
+
+
+def literal(query, key, value, terms):
+    """Softmax attention with every matrix whole: output and probabilities of the keys."""
+    length, Q = key.shape[2], query.shape[2]
+    key, value = key.repeat_interleave(H // G, 1), value.repeat_interleave(H // G, 1)
+    logits = query.double() @ key.double().transpose(-1, -2) * terms.scaling
+    if terms.softcap is not None:
+        logits = terms.softcap * torch.tanh(logits / terms.softcap)
+    allowed = torch.ones(Q, length, dtype=torch.bool).tril(length - Q)
+    if terms.mask is not None:
+        allowed = terms.mask if terms.mask.dim() == 4 else allowed & terms.mask[:, None, None]
+    logits = logits.masked_fill(~allowed, -torch.inf)
+    if terms.sinks_H is not None:
+        sink = terms.sinks_H.double().view(1, H, 1, 1).expand(*logits.shape[:3], 1)
+        probability = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+    else:
+        probability = logits.softmax(-1)
+    probability = probability.nan_to_num(0.0)
+    return probability @ value.double(), probability
+
+
+def masks(length, Q):
+    padding = torch.arange(length) >= torch.tensor([[0], [3]])
+    band = torch.ones(Q, length, dtype=torch.bool).tril(length - Q).triu(length - Q - 5)
+    return {"causal": None, "padding": padding, "4-D": band[None, None].expand(B, 1, Q, length)}
+
+
+TERMS = [
+    {"softcap": None, "sinks_H": None},
+    {"softcap": 3.0, "sinks_H": None},
+    {"softcap": None, "sinks_H": torch.linspace(-2, 2, H)},
+]
+
+
+def tensors(length, Q, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(B, H, Q, D) * 2, torch.randn(B, G, length, D), torch.randn(B, G, length, D)
+
+
+@pytest.mark.parametrize("mask", ["causal", "padding", "4-D"])
+@pytest.mark.parametrize("extra", TERMS)
+@pytest.mark.parametrize(("length", "Q"), [(23, 23), (23, 5), (23, 1), (16, 7)])
+def test_chunked_attention_and_rows(mask, extra, length, Q):
+    query, key, value = tensors(length, Q)
+    terms = Terms(D**-0.5, mask=masks(length, Q)[mask], **extra)
+    expected, probability = literal(query, key, value, terms)
+    out = attend(query, split(key, value, 8), length, terms)
+    assert (out - expected).abs().max() < 1e-5
+    rows = score_rows(query, split(key, value, 8), length, terms, kv_heads=G, block_size=BLOCK)
+    assert (rows.scores_BGQN - block_scores(probability, G, BLOCK)).abs().max() < 1e-6
+    assert (rows.mass_BGQN - block_mass(probability, G, BLOCK)).abs().max() < 1e-6
+    if length == Q:
+        real = terms.mask if mask == "padding" else torch.ones(B, length, dtype=torch.bool)
+        difference = (attend_prompt(query, key, value, terms) - expected).abs().amax(-1)
+        assert difference.masked_fill(~real[:, None], 0).max() < 1e-5
+
+
+def test_additive_mask():
+    query, key, value = tensors(12, 3)
+    allowed = torch.ones(3, 12, dtype=torch.bool).tril(9)
+    additive = torch.zeros(1, 1, 3, 12).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    as_bool = Terms(D**-0.5, mask=allowed[None, None])
+    out = attend(query, split(key, value, 4), 12, Terms(D**-0.5, mask=additive))
+    assert (out - attend(query, split(key, value, 4), 12, as_bool)).abs().max() < 1e-6
+
+
+def test_a_query_that_sees_nothing_gives_zeros():
+    query, key, value = tensors(8, 8)
+    padding = torch.arange(8) >= torch.tensor([[0], [3]])
+    out = attend(query, split(key, value, 4), 8, Terms(1.0, mask=padding))
+    assert torch.isfinite(out).all()
+    assert (out[1, :, :3] == 0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+    padded=st.booleans(),
+    extra=st.sampled_from(TERMS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_sparse_attention_reads_exactly_its_slots(length, seed, padded, extra, dtype):
+    """Against dense attention over the tokens of the chosen blocks; error at most twice bf16's own."""
+    query, key, value = (one.to(dtype) for one in tensors(length, 1, seed))
+    generator = torch.Generator().manual_seed(seed)
+    n_blocks = -(-length // BLOCK)
+    slots = torch.stack([torch.randperm(n_blocks + 2, generator=generator) for _ in range(B * G)]).view(B, G, -1)
+    slots = slots.masked_fill(slots >= n_blocks, -1)[..., : max(n_blocks, 2) - 1]
+    slots[..., 0] = n_blocks - 1  # the newest block always takes part
+    slots[..., 1:] = slots[..., 1:].masked_fill(slots[..., 1:] == n_blocks - 1, -1)
+    short = n_blocks * BLOCK - length
+    filled = [torch.nn.functional.pad(one, (0, 0, 0, short), value=99.0) for one in (key, value)]
+    blocks = [one.view(B, G, n_blocks, BLOCK, D) for one in filled]
+    pool = [
+        one.gather(2, slots.clamp_min(0)[..., None, None].expand(-1, -1, -1, BLOCK, D)).contiguous() for one in blocks
+    ]
+    real = (torch.arange(length) >= torch.tensor([[0], [length - 1]])) if padded else None
+    result = attend_slots(query[:, :, 0], *pool, slots, length, real, Terms(D**-0.5, **extra))
+    wanted = (slots[..., None] == torch.arange(n_blocks)).any(2).repeat_interleave(BLOCK, -1)[..., :length]
+    allowed = wanted if real is None else wanted & real[:, None]
+    allowed = allowed.repeat_interleave(H // G, 1)[:, :, None]
+    exact, _ = literal(query, key, value, Terms(D**-0.5, mask=allowed, **extra))
+    tolerance = 1e-5 if dtype == torch.float32 else 2 * float((exact.to(dtype) - exact).abs().max()) + 1e-2
+    assert (result.out_BHD - exact[:, :, 0]).abs().max() <= tolerance
+
+
+def test_a_step_knows_its_attended_blocks():
+    step = Step(
+        query_BHD=torch.zeros(1, 2, D), length=18, real_BL=None, terms=Terms(1.0), kv_heads=2, block_size=BLOCK,
+        stream=lambda query: iter(()),
+    )  # fmt: skip
+    step.block_BGS = torch.tensor([[[0, -1, 4], [-1, -1, 2]]])
+    assert step.attended_BGN.tolist() == [[[True, False, False, False, True], [False, False, True, False, False]]]
+
+
+class TestMask:
+    def test_plain_causal_needs_none(self):
+        assert tiered_mask(2, 5, 5) is None
+        assert tiered_mask(2, 1, 9, q_offset=8) is None
+        assert tiered_mask(2, 3, 9, q_offset=6, attention_mask=torch.ones(2, 9, dtype=torch.bool)) is None
+
+    def test_padding_keeps_two_dimensions(self):
+        padding = torch.arange(9) >= torch.tensor([[0], [3]])
+        assert torch.equal(tiered_mask(2, 3, 9, q_offset=6, attention_mask=padding), padding)
+
+    def test_everything_else_is_the_stock_mask(self):
+        window = sliding_window_causal_mask_function(4)
+        shape = {"batch_size": 1, "q_length": 3, "kv_length": 9, "q_offset": 6}
+        ours = tiered_mask(**shape, mask_function=window, local_size=4)
+        assert torch.equal(ours, sdpa_mask(**shape, mask_function=window, allow_is_causal_skip=False))
+        ours = tiered_mask(1, 3, 8, q_offset=6, kv_offset=1, mask_function=causal_mask_function)
+        assert ours.shape == (1, 1, 3, 8)
+
+
+def test_position_bias_is_refused():
+    query, key, value = tensors(4, 4)
+    with pytest.raises(ValueError, match="position_bias"):
+        tiered_attention(torch.nn.Module(), query, key, value, None, position_bias=torch.zeros(1))
