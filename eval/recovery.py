@@ -100,7 +100,7 @@ def judge(
     rule: Rule,
     budget: int,
     *,
-    measure_recovery: bool = False,
+    measure_recovery: int = 0,
     progress: tqdm | None = None,
 ) -> Cell:
     """Decode every question of every sample under ``rule``; all questions of a document run as one batch."""
@@ -206,7 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rule", action="append", metavar="RULE", help="[name:] policy[,field=value…]; default: full and predictor"
     )
-    parser.add_argument("--recovery", action="store_true", help="also measure recovery (slower)")
+    parser.add_argument("--recovery", type=int, default=0, metavar="N", help="measure it at every N-th step (0: never)")
     parser.add_argument("--out", type=Path, metavar="F", help="JSON of all cells, written after each; done cells are kept")
 
 

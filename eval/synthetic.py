@@ -398,9 +398,7 @@ def build(
 
     # Questions that quote the document can only be made once it stands; keep room for them.
     quote_cost = 3 * count(copy_question("word " * 16))
-    costs = [cost(q) for q in asked] + [quote_cost] * min(
-        questions - len(asked), sum(tasks[t] for t in quoting)
-    )
+    costs = [cost(q) for q in asked] + [quote_cost] * min(questions - len(asked), sum(tasks[t] for t in quoting))
     planted_room = sum(count(s + BREAK) for s in statements)
     while together and costs and sum(costs) > min(length // 2, length - planted_room):
         costs.pop()  # a document first, then as many questions as fit
@@ -435,9 +433,7 @@ def build(
     document = "".join(segments)
 
     makers = {"excerpt": _excerpts, "copy": _copies}
-    quotes = [
-        q for t in quoting for q, _ in zip(makers[t](rng, natural, document), range(tasks[t]), strict=False)
-    ]
+    quotes = [q for t in quoting for q, _ in zip(makers[t](rng, natural, document), range(tasks[t]), strict=False)]
     rng.shuffle(quotes)
     asked = (asked + quotes)[:questions]
     rng.shuffle(asked)

@@ -38,8 +38,8 @@ class OffloadConfig:
         skip_layers: Layers left as they are, with their whole cache on the device.
         slab_blocks: Blocks by which host memory grows.
         host_memory: Bytes of host memory the cache may use; ``None`` takes what the system reports as available.
-        measure_recovery: Also compute the true attention of every step, for ``stats.recovery``. Slow: it streams all
-            keys through.
+        measure_recovery: Compute the true attention of every n-th step, for ``stats.recovery``; 0 of none. Slow: it
+            streams all keys through.
     """
 
     budget: int = 1024
@@ -57,7 +57,7 @@ class OffloadConfig:
     skip_layers: Sequence[int] = ()
     slab_blocks: int = 64
     host_memory: int | None = None
-    measure_recovery: bool = False
+    measure_recovery: int = 0
 
     def __post_init__(self) -> None:
         # Imported here: the policies are built from a config.
@@ -84,6 +84,8 @@ class OffloadConfig:
         self._check("late_fetch", _is_number(self.late_fetch) and 0 <= self.late_fetch <= 1, "a share from 0 to 1")
         self._check("prefetch", self.prefetch in PREFETCHERS, _one_of(PREFETCHERS))
         self._check("skip_layers", all(_is_int(i) and i >= 0 for i in self.skip_layers), "layer numbers from 0 on")
+        holds = _is_int(self.measure_recovery) and self.measure_recovery >= 0
+        self._check("measure_recovery", holds, "0 (never), or n for every n-th step")
         self._check(
             "host_memory",
             self.host_memory is None or (_is_int(self.host_memory) and self.host_memory > 0),

@@ -112,7 +112,7 @@ class HostStore:
             for slab, count in zip(slabs.tolist(), counts.tolist(), strict=True):
                 self._select(slab, sorted_n[start : start + count], grouped_n2TD[start : start + count])
                 start += count
-            kv_n2TD.index_copy_(0, order_n, grouped_n2TD)
+            torch.index_select(grouped_n2TD, 0, torch.argsort(order_n), out=kv_n2TD)
         return kv_n2TD
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 # The key that `update` returns carries its layer under this name to the attention function.
 HANDLE = "_attention_predictor_layer"
 
+# Slots by which the pool grows while the context is shorter than the budget.
+POOL_STEP = 16
+
 
 class TieredLayer(CacheLayerMixin):
     """One full-attention layer of a ``TieredCache``.
@@ -280,7 +283,8 @@ class TieredLayer(CacheLayerMixin):
         stats.steps += self.engine.is_first(self)
         stats.wanted_blocks += int(active_RS.sum())
         stats.hit_blocks += int((active_RS & (before_RS == block_RS)).sum())
-        if self.engine.config.measure_recovery:
+        interval = self.engine.config.measure_recovery
+        if interval and stats.steps % interval == 0:
             self._measure_recovery(step)
         self.policy.observe(step)
         return step.attention.out_BHD[:, :, None]
@@ -296,7 +300,7 @@ class TieredLayer(CacheLayerMixin):
         wanted_BGW = self.selection.wanted(scores_BGN, length, self.padding_B, self.kv_heads)
         slots = self.selection.slots(length)
         if slots > self.pool.slots:  # while the context is shorter than the budget, the pool grows with it
-            slots = min(slots + self.engine.config.slab_blocks, self.selection.slots(self.engine.config.budget))
+            slots = min(slots + POOL_STEP, self.selection.slots(self.engine.config.budget))
             self.pool.grow(slots)
             self.table.grow(slots)
         self.ticket = self.engine.prefetcher.submit(partial(self._run_ahead, wanted_BGW))

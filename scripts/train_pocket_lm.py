@@ -94,7 +94,7 @@ def read_documents(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def paragraphs_of(text: str) -> list[str]:
-    """The paragraphs of a document, without the blank lines between them. An empty list for an empty document."""
+    """The paragraphs of a document, without the blank lines between them."""
     return [p.strip("\n") for p in text.replace("\r", "").split("\n\n") if p.strip()]
 
 
@@ -143,9 +143,7 @@ def _start_worker(path: str) -> None:
 
 def _tokenise(text: str) -> tuple[list[str], list[np.ndarray]]:
     paragraphs = paragraphs_of(text)
-    encodings = _worker_tokenizer.encode_batch_fast(
-        [p + synthetic.BREAK for p in paragraphs], add_special_tokens=False
-    )
+    encodings = _worker_tokenizer.encode_batch_fast([p + synthetic.BREAK for p in paragraphs], add_special_tokens=False)
     return paragraphs, [np.array(e.ids, dtype=np.uint16) for e in encodings]
 
 
@@ -173,9 +171,7 @@ class TokenStore:
         )
 
     @classmethod
-    def build(
-        cls, folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Path, processes: int
-    ) -> TokenStore:
+    def build(cls, folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Path, processes: int) -> TokenStore:
         """Tokenise in parallel and keep the result in `folder`; the same folder is reused as it is."""
         if (folder / "meta.json").exists():
             return cls.load(folder)
@@ -187,9 +183,7 @@ class TokenStore:
         context = multiprocessing.get_context("fork")
         with context.Pool(processes, _start_worker, (str(tokenizer),)) as pool:
             contents = (text for _, text in documents)
-            for paragraphs, ids in tqdm(
-                pool.imap(_tokenise, contents), desc="tokenise", unit="doc", mininterval=5
-            ):
+            for paragraphs, ids in tqdm(pool.imap(_tokenise, contents), desc="tokenise", unit="doc", mininterval=5):
                 texts += [*paragraphs, ""]
                 pieces += [*ids, eos]
                 text_bytes += sum(len(p.encode()) + len(synthetic.BREAK) for p in paragraphs)
@@ -217,9 +211,7 @@ class Encoder:
 
     def __call__(self, text: str) -> np.ndarray:
         i = self.known.get(text)
-        return (
-            self.new(text) if i is None else self.store.ids[self.store.starts[i] : self.store.starts[i + 1]]
-        )
+        return self.new(text) if i is None else self.store.ids[self.store.starts[i] : self.store.starts[i + 1]]
 
     def count(self, text: str) -> int:
         i = self.known.get(text)
@@ -238,7 +230,7 @@ class Rows(IterableDataset):
     """
 
     def __init__(
-        self, encoder: Encoder, context: int, rows: int, answer_weight: int, plain_share: float, seed: int
+        self, encoder: Encoder, context: int, rows: int, answer_weight: int, plain_share: float, seed: str
     ) -> None:
         self.encoder = encoder
         self.context = context
@@ -270,9 +262,7 @@ class Rows(IterableDataset):
         at = 0
         while (room := len(ids_T) - at - 2) >= 200:
             long = rng.random() < 0.6
-            sample = self.sample(
-                rng, room if long else int(math.exp(rng.uniform(math.log(200), math.log(room))))
-            )
+            sample = self.sample(rng, room if long else int(math.exp(rng.uniform(math.log(200), math.log(room)))))
             ids_T[at] = self.encoder.bos
             at += 1
             for text, is_answer in sample.transcript():
@@ -378,9 +368,7 @@ class Optimisers:
         others = [p for p in parameters if id(p) not in ids]
         self.all = [
             torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.03),
-            torch.optim.AdamW(
-                others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=self.gradient.is_cuda
-            ),
+            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=self.gradient.is_cuda),
         ]
         self.base = [muon_lr, adam_lr]
 
@@ -434,7 +422,8 @@ def judge(
 ) -> tuple[dict[str, float], list[dict[str, str]]]:
     """Share of questions per task whose whole answer is right, and the wrong answers.
 
-    One pass with the true answer as input: its argmax is right everywhere exactly when greedy decoding gives the answer.
+    One pass with the true answer as input: its argmax is right everywhere exactly when greedy decoding gives that
+    answer.
     """
     device = model.device
     right: defaultdict[str, list[bool]] = defaultdict(list)
@@ -449,9 +438,7 @@ def judge(
         for r, (p, a) in enumerate(zip(prompts, answers, strict=True)):
             ids_BT[r, : len(p) + len(a)] = np.concatenate([p, a])  # padding follows, where no answer looks
         rows_N = np.concatenate([np.full(len(a), r) for r, a in enumerate(answers)])
-        positions_N = np.concatenate(
-            [len(p) - 1 + np.arange(len(a)) for p, a in zip(prompts, answers, strict=True)]
-        )
+        positions_N = np.concatenate([len(p) - 1 + np.arange(len(a)) for p, a in zip(prompts, answers, strict=True)])
         hidden_BTD = hidden_states(model, torch.from_numpy(ids_BT).to(device))
         hidden_ND = hidden_BTD[torch.from_numpy(rows_N).to(device), torch.from_numpy(positions_N).to(device)]
         predicted_N = F.linear(hidden_ND, model.lm_head.weight).argmax(-1).cpu().numpy()
@@ -466,9 +453,7 @@ def judge(
 
 
 @torch.no_grad()
-def validation_loss(
-    model: LlamaForCausalLM, encoder: Encoder, context: int, windows: int
-) -> dict[str, float]:
+def validation_loss(model: LlamaForCausalLM, encoder: Encoder, context: int, windows: int) -> dict[str, float]:
     """Mean loss per token, and bits per byte, on windows of `context` tokens spread over the held-out text."""
     ids = encoder.store.ids
     losses = []
@@ -511,16 +496,34 @@ def stage_of(stages: list[tuple[float, int]], progress: float) -> int:
     return max(i for i, (start, _) in enumerate(stages) if progress >= start)
 
 
+def row_batches(args: argparse.Namespace, encoder: Encoder, context: int, seed: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of this context from worker processes, which share the encoder's tables by forking."""
+    rows = max(1, args.batch_tokens // context)
+    loader = DataLoader(
+        Rows(encoder, context, rows, args.answer_weight, args.plain_share, seed),
+        batch_size=None,
+        num_workers=args.workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if args.workers else None,
+        multiprocessing_context="fork" if args.workers else None,
+    )
+    return iter(loader)
+
+
+def save_checkpoint(path: Path, model: LlamaForCausalLM, optimisers: Optimisers, state: dict[str, float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    content = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers.all], "state": state}
+    torch.save(content, partial)
+    partial.replace(path)  # a run killed while saving keeps the checkpoint before
+
+
 def train(
     args: argparse.Namespace, store: TokenStore, tokenizer: Path, heldout: Encoder | None, began: float
 ) -> dict[str, float]:
     """Train until the time budget is used; returns figures for the card. Rank 0 keeps the time for all ranks."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     encoder = Encoder(tokenizer, store)
     torch.manual_seed(args.seed)
     if args.init_from:
@@ -544,20 +547,14 @@ def train(
         for layer in model.model.layers:
             layer.compile(dynamic=False)
         loss_of = torch.compile(weighted_loss, dynamic=False)
-    attention = contextlib.nullcontext
-    if device.type == "cuda" and args.attention != "auto":
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        backend = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[args.attention]
-        attention = lambda: sdpa_kernel([backend])  # noqa: E731
-
     budget = 60 * args.minutes
     before = state["elapsed"]
     quick: dict[int, list[synthetic.Example]] = {}
     if rank == 0 and heldout:
         quick = {c: evaluation_examples(heldout, c, 16, args.seed + 1) for c in {c for _, c in args.stages}}
 
-    stage, batches, context = -1, iter(()), 0
+    stage, context = -1, 0
+    batches: Iterator[tuple[Tensor, Tensor]] = iter(())
     window_start, window_tokens = time.monotonic(), 0
     next_log, next_judge, next_save = 0.0, 0.1, time.monotonic() + args.checkpoint_every
     progress = torch.zeros(1, dtype=torch.float64)
@@ -574,32 +571,14 @@ def train(
         if stage_of(args.stages, done) != stage:
             stage = stage_of(args.stages, done)
             context = args.stages[stage][1]
-            dataset = Rows(
-                encoder,
-                context,
-                max(1, args.batch_tokens // context),
-                args.answer_weight,
-                args.plain_share,
-                seed=hash((args.seed, rank, state["step"])),
-            )
-            loader = DataLoader(
-                dataset,
-                batch_size=None,
-                num_workers=args.workers,
-                pin_memory=device.type == "cuda",
-                prefetch_factor=4 if args.workers else None,
-                multiprocessing_context="fork" if args.workers else None,
-            )
-            batches = iter(loader)
+            batches = row_batches(args, encoder, context, f"{args.seed}/{rank}/{state['step']}")
             if rank == 0:
                 log(f"[{time.monotonic() - began:5.0f} s] context {context}")
         ids_BT, weights_BT = next(batches)
         ids_BT = ids_BT.to(device, non_blocking=True).long()
         weights_BT = weights_BT.to(device, non_blocking=True)
-        precision = (
-            torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
-        )
-        with precision, attention():
+        precision = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+        with precision:
             hidden_BTD = hidden_states(model, ids_BT[:, :-1])
             losses = loss_of(hidden_BTD, model.lm_head.weight, ids_BT[:, 1:], weights_BT)
         losses[0].backward()
@@ -626,23 +605,13 @@ def train(
             sums.zero_()
             next_log = now + args.log_every
         if rank == 0 and quick and done >= next_judge:
-            next_judge += 0.15
+            next_judge = done + 0.15
             with torch.compiler.set_stance("force_eager"), precision:
                 accuracy, _ = judge(model, heldout, quick[context], context)
             log(f"    accuracy at {context}: " + " ".join(f"{t} {a:.2f}" for t, a in accuracy.items()))
         if rank == 0 and time.monotonic() >= next_save:
             state["elapsed"] = before + time.monotonic() - began
-            args.work.mkdir(parents=True, exist_ok=True)
-            partial = checkpoint.with_suffix(".partial")
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "optimisers": [o.state_dict() for o in optimisers.all],
-                    "state": state,
-                },
-                partial,
-            )
-            partial.replace(checkpoint)  # a run killed while saving keeps the one before
+            save_checkpoint(checkpoint, model, optimisers, state)
             next_save = time.monotonic() + args.checkpoint_every
     bar.close()
     state["elapsed"] = before + time.monotonic() - began
@@ -689,7 +658,7 @@ pipeline_tag: text-generation
 ---
 # pocket-lm
 
-A Llama of {parameters:.1f}M parameters that answers questions about up to 8,192 tokens of text. It exists so that
+A Llama with {parameters:.1f}M parameters that answers questions about up to 8,192 tokens of text. It exists so that
 AttentionPredictor can be tried, tested and compared offline: small enough to ship ({megabytes:.0f} MB), and yet its
 answers depend on evidence anywhere in its context, so a selection of KV blocks that loses the evidence shows as a
 wrong answer. It is no assistant: it knows the question forms below and continues plain English text and code.
@@ -704,13 +673,15 @@ inputs = tokenizer(prompt, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=8, tokenizer=tokenizer, stop_strings=["\\n\\n"])
 ```
 
-An answer ends with a blank line. The exact wording of statements and questions is in
-`attention_predictor.eval.synthetic`.
+An answer ends with a blank line. `attention_predictor.eval.synthetic` has the exact wording of statements and
+questions. The model was trained on at most {context} tokens at a time, and on a small corpus many times over: it has
+memorised some of it, and loss on new text is clearly higher than on its own.
 
 ## Measured
 
 Share of questions whose whole answer is right, greedily decoded; document, question and answer fill {context} tokens
-of text the model was not trained on, and no key, person, variable or label occurs in training.
+of text the model was not trained on. Keys, persons, variables and labels never occur in training; the cities and jobs
+that answer do.
 
 {accuracy}
 
@@ -718,8 +689,8 @@ Loss on held-out text at {context} tokens: {loss:.3f} nats per token, {bits:.3f}
 
 ## Architecture
 
-{architecture}; tied embeddings, RoPE base {theta:,.0f}, bf16. Byte-level BPE with {vocabulary:,} tokens, every
-digit its own token.
+{architecture}.
+Tied embeddings, RoPE base {theta:,.0f}, bf16. Byte-level BPE with {vocabulary:,} tokens, every digit its own token.
 
 ## Training
 
@@ -733,9 +704,9 @@ share of the time: {stages}. `metrics.json` has the figures of this card.
 
 ## Data
 
-{documents} documents, {corpus_mb:.0f} MB, all of stored public repositories; each document's path, commit and licence
-stand in the corpus' manifest. Weights and tokenizer are released under Apache-2.0. The data itself is not
-included.
+{documents} documents, {corpus_mb:.0f} MB, from public repositories and public-domain books; each document's path, commit and
+licence stand in the corpus' manifest. The data itself is not included. Weights and tokenizer are released under
+Apache-2.0.
 
 {data}
 """
@@ -807,42 +778,29 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--corpus", type=Path, help="folder with *.tar.xz or *.txt documents (and manifest.jsonl)"
-    )
+    parser.add_argument("--corpus", type=Path, help="folder with *.tar.xz or *.txt documents (and manifest.jsonl)")
     parser.add_argument("--heldout", type=Path, help="folder with *.txt documents to judge on")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model, its tokenizer and card")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/pocket-lm"), help="token cache and checkpoint"
-    )
+    parser.add_argument("--work", type=Path, default=Path("runs/pocket-lm"), help="token cache and checkpoint")
     parser.add_argument("--only", choices=("tokenizer", "tokens", "evaluate"), help="do only this step")
-    parser.add_argument(
-        "--minutes", type=float, default=8.0, help="time budget, tokenising included (default 8)"
-    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="time budget, tokenising included (default 8)")
     parser.add_argument("--steps", type=int, default=0, help="stop after so many steps (0: only by time)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
     parser.add_argument("--init-from", type=Path, help="start a new schedule from these weights")
-    parser.add_argument(
-        "--evaluate", type=int, default=128, metavar="N", help="questions per task at the end"
-    )
+    parser.add_argument("--evaluate", type=int, default=128, metavar="N", help="questions per task at the end")
     parser.add_argument(
         "--stages",
         type=parse_stages,
         default="0:1024,0.4:8192",
         help="context length from which share of the time on (default 0:1024,0.4:8192)",
     )
-    parser.add_argument(
-        "--batch-tokens", type=int, default=131_072, help="tokens a step and GPU (default 131072)"
-    )
+    parser.add_argument("--batch-tokens", type=int, default=131_072, help="tokens a step and GPU (default 131072)")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
     parser.add_argument("--answer-weight", type=int, default=6)
     parser.add_argument("--plain-share", type=float, default=0.5, help="share of rows that are plain text")
     parser.add_argument("--workers", type=int, help="processes that make rows, per GPU (default: the cores)")
-    parser.add_argument(
-        "--attention", choices=("auto", "flash", "cudnn"), default="auto", help="SDPA backend"
-    )
     parser.add_argument("--no-compile", action="store_true", help="run the layers uncompiled")
     parser.add_argument("--tokenizer-mb", type=int, default=24, help="text the tokenizer is trained on")
     parser.add_argument("--log-every", type=float, default=10.0, metavar="S")

@@ -201,6 +201,7 @@ class TestConfig:
             ({"prefetch": "magic"}, "prefetch='magic' .* thread, none"),
             ({"skip_layers": (-1,)}, "skip_layers"),
             ({"host_memory": 0}, "host_memory=0"),
+            ({"measure_recovery": -1}, "measure_recovery=-1"),
             ({"predictor": ""}, "predictor=''"),
         ],
     )
@@ -321,7 +322,7 @@ class TestCaches:
 
     def test_statistics_read_as_a_table(self, tiny_model, ids):
         model = tiny_model()
-        config = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, measure_recovery=True)
+        config = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, measure_recovery=1)
         with attach(model, config) as engine:
             model.generate(ids(200), max_new_tokens=12)
         stats = engine.stats

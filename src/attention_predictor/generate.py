@@ -70,7 +70,7 @@ def offload_config(args: argparse.Namespace, **changes: Any) -> OffloadConfig:
 
 
 def main(args: argparse.Namespace) -> int:
-    config = offload_config(args, measure_recovery=args.recovery)
+    config = offload_config(args, measure_recovery=int(args.recovery))
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
     if args.temperature < 0:
