@@ -37,9 +37,7 @@ class BlockPool:
         # Zeros, because a masked slot's values are still multiplied, by zero, and 0 · NaN is NaN.
         # Outside of inference mode, whose tensors cannot be written to elsewhere.
         with torch.inference_mode(False):
-            self.key_BGSTD = torch.zeros(
-                (batch, kv_heads, slots, block_size, head_dim), dtype=dtype, device=device
-            )
+            self.key_BGSTD = torch.zeros((batch, kv_heads, slots, block_size, head_dim), dtype=dtype, device=device)
             self.value_BGSTD = torch.zeros_like(self.key_BGSTD)
 
     @property
@@ -98,13 +96,9 @@ class BlockPool:
         key, value = self.key_BGSTD, self.value_BGSTD
         for what in ("shape", "dtype", "device"):
             if getattr(key, what) != getattr(value, what):
-                raise IntegrityError(
-                    f"{what} of keys is {getattr(key, what)}, of values {getattr(value, what)}"
-                )
+                raise IntegrityError(f"{what} of keys is {getattr(key, what)}, of values {getattr(value, what)}")
         if key.dim() != 5 or not (key.is_contiguous() and value.is_contiguous()):
-            raise IntegrityError(
-                f"expected contiguous [B, G, S, T, D], found strides {key.stride()}, {value.stride()}"
-            )
+            raise IntegrityError(f"expected contiguous [B, G, S, T, D], found strides {key.stride()}, {value.stride()}")
         if key.nbytes and key.data_ptr() == value.data_ptr():
             raise IntegrityError("keys and values share their memory")
 
@@ -122,9 +116,7 @@ class BlockPool:
     def _flat_slots(self, row_n: Tensor, slot_n: Tensor) -> Tensor:
         """Numbers of the slots counted over all rows, on the pool's device."""
         if row_n.shape != slot_n.shape:
-            raise ValueError(
-                f"size mismatch for slot: expected {list(row_n.shape)}, got {list(slot_n.shape)}"
-            )
+            raise ValueError(f"size mismatch for slot: expected {list(row_n.shape)}, got {list(slot_n.shape)}")
         rows = self.key_BGSTD.shape[0] * self.key_BGSTD.shape[1]
         for name, number_n, count in (("row", row_n, rows), ("slot", slot_n, self.slots)):
             # A number out of range would land in another row. Device tensors are not asked: that would wait.

@@ -67,9 +67,7 @@ class HostStore:
     ) -> int:
         """What `nbytes` will be with `tokens` tokens, so that callers can ask before a long prefill."""
         slab_tokens = slab_blocks * block_size
-        return (
-            2 * batch * kv_heads * math.ceil(tokens / slab_tokens) * slab_tokens * head_dim * dtype.itemsize
-        )
+        return 2 * batch * kv_heads * math.ceil(tokens / slab_tokens) * slab_tokens * head_dim * dtype.itemsize
 
     @torch.no_grad()
     def append(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
@@ -121,16 +119,12 @@ class HostStore:
             raise IndexError(f"token range [{start}, {stop}) is outside of the {self.length} tokens stored")
         first, last = start // self.block_size, math.ceil(stop / self.block_size)
         blocks = max(last - first, 0)
-        kv = torch.empty(
-            (2, self.batch, self.kv_heads, blocks, self.block_size, self.head_dim), dtype=self.dtype
-        )
+        kv = torch.empty((2, self.batch, self.kv_heads, blocks, self.block_size, self.head_dim), dtype=self.dtype)
         block = first
         while block < last:
             slab, begin = self._slabs[block // self.slab_blocks], block % self.slab_blocks
             count = min(self.slab_blocks - begin, last - block)
-            kv[:, :, :, block - first : block - first + count] = slab[:, :, begin : begin + count].movedim(
-                3, 0
-            )
+            kv[:, :, :, block - first : block - first + count] = slab[:, :, begin : begin + count].movedim(3, 0)
             block += count
         skip = start - first * self.block_size
         key_BGTD, value_BGTD = kv.flatten(3, 4)[:, :, :, skip : skip + stop - start]
@@ -152,9 +146,7 @@ class HostStore:
         batch = batch_index.numel()
         if batch == self.batch:
             if not torch.equal(batch_index, torch.arange(batch)):
-                for (
-                    slab
-                ) in self._slabs:  # in place: beams reorder every step, and only one slab is held twice
+                for slab in self._slabs:  # in place: beams reorder every step, and only one slab is held twice
                     slab.copy_(slab.index_select(0, batch_index))
             return
         slabs = []
@@ -196,9 +188,7 @@ class HostStore:
     def _new_slab(self, batch: int) -> Tensor:
         shape = self._slab_shape(batch)
         try:
-            with torch.inference_mode(
-                False
-            ):  # an inference tensor could not be written to outside of that mode
+            with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
                 return torch.empty(shape, dtype=self.dtype, pin_memory=self.pin)
         except (RuntimeError, MemoryError) as error:
             wanted = f"{math.prod(shape) * self.dtype.itemsize / 2**20:.1f} MiB"
@@ -248,9 +238,7 @@ class HostStore:
 
     def _check_entries(self, row_n: Tensor, block_n: Tensor) -> None:
         if row_n.shape != block_n.shape or row_n.dim() != 1:
-            raise ValueError(
-                f"size mismatch for block_n: expected {list(row_n.shape)}, got {list(block_n.shape)}"
-            )
+            raise ValueError(f"size mismatch for block_n: expected {list(row_n.shape)}, got {list(block_n.shape)}")
         for name, entry_n, count in (
             ("row", row_n, self.batch * self.kv_heads),
             ("block", block_n, self.n_blocks),

@@ -91,9 +91,7 @@ class ResidencyTable:
         changed since the plan was made.
         """
         if plan.version != self._version:
-            raise IntegrityError(
-                f"the plan is stale: made at version {plan.version}, table is at {self._version}"
-            )
+            raise IntegrityError(f"the plan is stale: made at version {plan.version}, table is at {self._version}")
         self._version += 1
         self._commits += 1
         self._reserve(int(plan.block_n.max()) + 1 if plan.block_n.numel() else 0)
@@ -190,9 +188,7 @@ class ResidencyTable:
 
     def _check_wanted(self, wanted_RW: Tensor) -> None:
         if wanted_RW.dim() != 2 or wanted_RW.shape[0] != self.rows:
-            raise ValueError(
-                f"size mismatch for wanted: expected [{self.rows}, W], got {list(wanted_RW.shape)}"
-            )
+            raise ValueError(f"size mismatch for wanted: expected [{self.rows}, W], got {list(wanted_RW.shape)}")
         if not wanted_RW.numel():
             return
         if (lowest := int(wanted_RW.min())) < -1:

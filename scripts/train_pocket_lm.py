@@ -5,7 +5,7 @@ The library needs a model that fits into the repository and still uses its whole
 can be compared by what they do to right answers. Plain text alone doesn't give one at this size; half of the training
 samples therefore are retrieval tasks (`attention_predictor.eval.synthetic`) whose answers weigh more in the loss.
 
-Steps, each skipped when its result exists: byte-level BPE tokenizer; corpus to token ids; training under a time budget
+Steps: byte-level BPE tokenizer and corpus to token ids (both kept for the next run); training under a time budget
 (Muon for matrices, AdamW for embedding and norms, context grows by stages, learning rate decays to zero at the end);
 bf16 safetensors with tokenizer and card; exact-match accuracy per task and loss on held-out text.
 
@@ -40,8 +40,9 @@ import random
 import sys
 import tarfile
 import time
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -171,9 +172,14 @@ class TokenStore:
         )
 
     @classmethod
-    def build(cls, folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Path, processes: int) -> TokenStore:
-        """Tokenise in parallel and keep the result in `folder`; the same folder is reused as it is."""
-        if (folder / "meta.json").exists():
+    def build(cls, folder: Path, source: Path, tokenizer: Path, processes: int) -> TokenStore:
+        """Tokenise the documents in `source` in parallel and keep the result in `folder`.
+
+        A result already there is taken as it is if it came from the same source and tokenizer.
+        """
+        meta = folder / "meta.json"
+        made_of = {"source": str(source.resolve()), "tokenizer": zlib.crc32(tokenizer.read_bytes())}
+        if meta.exists() and made_of.items() <= json.loads(meta.read_text()).items():
             return cls.load(folder)
         folder.mkdir(parents=True, exist_ok=True)
         eos = np.array([Tokenizer.from_file(str(tokenizer)).token_to_id(EOS)], dtype=np.uint16)
@@ -182,7 +188,7 @@ class TokenStore:
         text_bytes = 0
         context = multiprocessing.get_context("fork")
         with context.Pool(processes, _start_worker, (str(tokenizer),)) as pool:
-            contents = (text for _, text in documents)
+            contents = (text for _, text in read_documents(source))
             for paragraphs, ids in tqdm(pool.imap(_tokenise, contents), desc="tokenise", unit="doc", mininterval=5):
                 texts += [*paragraphs, ""]
                 pieces += [*ids, eos]
@@ -192,7 +198,7 @@ class TokenStore:
         np.save(folder / "ids.npy", np.concatenate(pieces))
         np.save(folder / "starts.npy", starts)
         (folder / "texts").write_bytes("\0".join(texts).encode())
-        (folder / "meta.json").write_text(json.dumps({"text_bytes": text_bytes}))
+        meta.write_text(json.dumps({**made_of, "text_bytes": text_bytes}))
         return cls.load(folder)
 
 
@@ -540,7 +546,8 @@ def train(
         for optimiser, optimiser_state in zip(optimisers.all, saved["optimisers"], strict=True):
             optimiser.load_state_dict(optimiser_state)
         state = saved["state"]
-        log(f"resumed at step {state['step']:,}, {state['elapsed']:.0f} s of {60 * args.minutes:.0f} s used")
+        if rank == 0:
+            log(f"resumed at step {state['step']:,}, {state['elapsed']:.0f} s of {60 * args.minutes:.0f} s used")
 
     loss_of = weighted_loss
     if not args.no_compile:
@@ -704,9 +711,9 @@ share of the time: {stages}. `metrics.json` has the figures of this card.
 
 ## Data
 
-{documents} documents, {corpus_mb:.0f} MB, from public repositories and public-domain books; each document's path, commit and
-licence stand in the corpus' manifest. The data itself is not included. Weights and tokenizer are released under
-Apache-2.0.
+{documents} documents, {corpus_mb:.0f} MB, from public repositories and public-domain books; the corpus' manifest
+has each document's path, commit and licence. The data itself is not included. Weights and tokenizer are released
+under Apache-2.0.
 
 {data}
 """
@@ -839,9 +846,9 @@ def main() -> None:
             return
         # Before CUDA starts: the pool forks.
         if args.heldout:
-            TokenStore.build(heldout_folder, read_documents(args.heldout), tokenizer, cores)
+            TokenStore.build(heldout_folder, args.heldout, tokenizer, cores)
         if args.only != "evaluate":
-            TokenStore.build(train_folder, read_documents(args.corpus), tokenizer, cores)
+            TokenStore.build(train_folder, args.corpus, tokenizer, cores)
         if args.only == "tokens":
             return
     if torch.cuda.is_available():
@@ -876,7 +883,7 @@ def main() -> None:
         "training": training,
     }
     metrics_file.write_text(json.dumps(metrics, indent=2) + "\n")
-    if training:
+    if training and args.corpus:
         write_card(args, metrics)
     print(f"\n{metrics['parameters'] / 1e6:.2f}M parameters, context {metrics['context']:,}")
     print(f"{'task':10s} {'accuracy':>9s} {'questions':>10s}")

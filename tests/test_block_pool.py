@@ -48,9 +48,7 @@ class PoolMachine(RuleBasedStateMachine):
         wish = st.lists(st.integers(0, BLOCKS - 1), unique=True, max_size=most)
         wanted = data.draw(st.lists(wish, min_size=self.table.rows, max_size=self.table.rows))
         width = max(len(row) for row in wanted) + data.draw(st.integers(0, 2))
-        wanted_RW = torch.tensor([row + [-1] * (width - len(row)) for row in wanted]).reshape(
-            len(wanted), width
-        )
+        wanted_RW = torch.tensor([row + [-1] * (width - len(row)) for row in wanted]).reshape(len(wanted), width)
         with torch.inference_mode(inference):
             plan = self.table.plan(wanted_RW)
             again = self.table.plan(wanted_RW)
@@ -126,9 +124,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def active_blocks(self) -> list[torch.Tensor]:
         block_RS = self.table.block_of_slot_RS.masked_fill(~self.table.active_RS, -1)
-        mask_RN = torch.zeros(self.table.rows, BLOCKS + 1, dtype=torch.bool).scatter_(
-            1, block_RS % (BLOCKS + 1), True
-        )
+        mask_RN = torch.zeros(self.table.rows, BLOCKS + 1, dtype=torch.bool).scatter_(1, block_RS % (BLOCKS + 1), True)
         assert torch.equal(self.table.active_blocks(BLOCKS), mask_RN[:, :BLOCKS])
         return list(block_RS)
 
@@ -158,9 +154,7 @@ def test_grow_keeps_contents_and_adds_zeros():
 
 def test_a_pool_of_no_slots_grows():
     pool = pool_of(slots=0)
-    pool.write_blocks(
-        torch.tensor([]).long(), torch.tensor([]).long(), torch.zeros(0, 2, BLOCK_SIZE, HEAD_DIM)
-    )
+    pool.write_blocks(torch.tensor([]).long(), torch.tensor([]).long(), torch.zeros(0, 2, BLOCK_SIZE, HEAD_DIM))
     pool.grow(2)
     pool.write_blocks(torch.tensor([3]), torch.tensor([1]), torch.ones(1, 2, BLOCK_SIZE, HEAD_DIM))
     assert pool.value_BGSTD.sum() == BLOCK_SIZE * HEAD_DIM
@@ -229,9 +223,7 @@ def test_integrity_check_finds():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_device_pool_takes_host_blocks_and_indices_of_any_device():
-    pool = BlockPool(
-        batch=1, kv_heads=2, slots=3, block_size=4, head_dim=3, dtype=torch.bfloat16, device="cuda"
-    )
+    pool = BlockPool(batch=1, kv_heads=2, slots=3, block_size=4, head_dim=3, dtype=torch.bfloat16, device="cuda")
     kv = torch.randn(2, 2, 4, 3).bfloat16()
     for kv_n2TD in (kv, kv.pin_memory(), kv.cuda()):
         for device in ("cpu", "cuda"):

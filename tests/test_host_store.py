@@ -190,9 +190,7 @@ def test_gather_refuses_what_does_not_exist(row, block):
 
 def test_gather_refuses_a_small_buffer():
     store, *_ = filled(20)
-    with pytest.raises(
-        ValueError, match=r"size mismatch for out: expected \[2, 2, 16, 4\], got \[1, 2, 16, 4\]"
-    ):
+    with pytest.raises(ValueError, match=r"size mismatch for out: expected \[2, 2, 16, 4\], got \[1, 2, 16, 4\]"):
         store.gather(torch.tensor([0, 1]), torch.tensor([0, 1]), torch.empty(1, 2, 16, 4))
 
 

@@ -25,12 +25,13 @@ def tokenizer() -> Tokenizer:
 def haystack(seed: int = 0) -> Iterator[str]:
     """Endless paragraphs of made-up sentences, some with digits, quotes, indentation and several lines."""
     rng = random.Random(seed)
-    words = "the grey river ran past a mill and nobody saw 12 boats it's “late” over (there) while rain fell".split()
+    text = "the grey river ran past a mill and nobody saw 12 boats it's “late” over (there) while rain fell"
+    words = text.split()
     while True:
         sentences = []
         for _ in range(rng.randint(1, 5)):
-            text = " ".join(rng.choice(words) for _ in range(rng.randint(10, 24)))
-            sentences.append("So " + text + rng.choice(".!?"))
+            middle = " ".join(rng.choice(words) for _ in range(rng.randint(10, 24)))
+            sentences.append("So " + middle + rng.choice(".!?"))
         yield " ".join(sentences)
         yield f"def f{rng.randint(0, 99)}(x):\n    return  x + {rng.randint(0, 999)}"
 
@@ -107,7 +108,7 @@ def test_pieces_tokenise_as_the_whole(task: str, tokenizer: Tokenizer) -> None:
 
     sample = make(task, seed=5)
     pieces = [text for text, _ in sample.transcript()]
-    assert sum((encode(p) for p in pieces), []) == encode("".join(pieces))
+    assert [i for p in pieces for i in encode(p)] == encode("".join(pieces))
     assert "".join(pieces).startswith(sample.document)
     for example in sample.examples():
         assert encode(example.prompt) + encode(example.answer) == encode(example.prompt + example.answer)
