@@ -6,16 +6,34 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import VOCABULARY, make_tiny_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from attention_predictor.loading import load_model, load_tokenizer
 
 # Tiny tensors lose more by handing work to threads than they gain; tests of the pocket model take all cores.
 CORES = torch.get_num_threads()
 torch.set_num_threads(1)
+
+POCKET = Path(__file__).resolve().parents[1] / "models" / "pocket-lm"
+
+
+@pytest.fixture(scope="session")
+def pocket() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pocket model in fp32 and its tokenizer."""
+    return load_model(str(POCKET)), load_tokenizer(str(POCKET))
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    torch.set_num_threads(CORES)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

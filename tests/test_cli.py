@@ -1,0 +1,214 @@
+"""The command line: one JSON object, one line and exit code 2 for bad input, and the real thing end to end."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import POCKET
+
+from attention_predictor.cli import COMMANDS, main
+from attention_predictor.predictor.model import AttentionPredictor
+
+
+def fails(capsys, *arguments: str) -> str:
+    """Run a command that must refuse its input; returns its one line."""
+    code = main([str(one) for one in arguments])
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+def generate(capsys, *arguments: str) -> dict:
+    assert main(["generate", "--json", *[str(one) for one in arguments]]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"] if command != "eval" else [command, "recovery", "--help"])
+    assert stop.value.code == 0
+    assert f"attnpred {command}" in capsys.readouterr().out
+
+
+def test_help_and_version(capsys):
+    for option in ("--help", "--version"):
+        with pytest.raises(SystemExit) as stop:
+            main([option])
+        assert stop.value.code == 0
+    assert "generate" in capsys.readouterr().out
+
+
+class TestGenerate:
+    def test_json(self, capsys):
+        result = generate(capsys, "--prompt", "The door opened and", "--max-new-tokens", 12)
+        assert set(result) == {"text", "tokens", "prompt_tokens", "stats"}
+        assert len(result["tokens"]) == 12
+        assert result["prompt_tokens"] == 5
+        assert result["stats"]["device_kv_bytes"] > 0
+
+    def test_offloading_changes_nothing_within_the_budget(self, capsys):
+        options = ("--prompt", "It was the", "--max-new-tokens", 20)
+        assert generate(capsys, *options)["tokens"] == generate(capsys, *options, "--no-offload")["tokens"]
+
+    def test_prompt_from_a_file_and_from_standard_input(self, capsys, tmp_path, monkeypatch):
+        file = tmp_path / "prompt.txt"
+        file.write_text("The ship sailed into the", encoding="utf-8")
+        one = generate(capsys, "--prompt-file", file, "--max-new-tokens", 5)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("The ship sailed into the"))
+        assert generate(capsys, "--max-new-tokens", 5)["tokens"] == one["tokens"]
+
+    def test_sampling_is_reproducible(self, capsys):
+        options = ("--prompt", "Once", "--max-new-tokens", 16, "--temperature", 1.0)
+        one, two = generate(capsys, *options, "--seed", 3), generate(capsys, *options, "--seed", 3)
+        assert one["tokens"] == two["tokens"] != generate(capsys, *options, "--seed", 4)["tokens"]
+
+    def test_text_and_closing_table(self, capsys):
+        assert main(["generate", "--prompt", "The old house", "--max-new-tokens", "8", "--recovery"]) == 0
+        captured = capsys.readouterr()
+        assert captured.out.strip()
+        for word in ("tokens/s", "hit rate", "fetched per token", "exposed wait", "KV on the device", "recovery"):
+            assert word in captured.err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--prompt-file", "nowhere.txt"), "cannot read prompt file nowhere.txt: No such file"),
+            (("--prompt", "  "), "the prompt from --prompt is empty"),
+            (("--prompt", "x", "--policy", "best"), "policy='best' is not allowed: expected one of full, streaming"),
+            (("--prompt", "x", "--budget", "100"), "budget=100 is not allowed: expected at least"),
+            (("--prompt", "x", "--late-fetch", "-1"), "late_fetch=-1.0 is not allowed"),
+            (("--prompt", "x", "--calibration", "no"), "calibration='no' is not allowed"),
+            (("--prompt", "x", "--prefetch", "no"), "prefetch='no' is not allowed"),
+            (("--prompt", "x", "--predictor", "nowhere"), "nowhere: no such checkpoint"),
+            (("--prompt", "x", "--model", "nowhere/at-all"), "cannot load a tokenizer from 'nowhere/at-all'"),
+            (("--prompt", "x", "--device", "abacus"), "device='abacus' can't be used"),
+            (("--prompt", "x", "--dtype", "int3"), "dtype='int3' is not allowed"),
+            (("--prompt", "x", "--max-new-tokens", "0"), "--max-new-tokens 0: expected at least 1"),
+            (("--prompt", "x", "--temperature", "-2"), "--temperature -2.0: expected 0 or more"),
+            (("--prompt", "x", "--chat"), "has no chat template"),
+            (("--prompt", "x", "--max-new-tokens", "20000"), "the model has positions for 10240"),
+            (("--prompt", "x", "--max-new-tokens", "20000", "--no-offload"), "the model has positions for 10240"),
+        ],
+    )
+    def test_bad_input(self, capsys, arguments, message):
+        assert message in fails(capsys, "generate", *arguments)
+
+    def test_empty_and_binary_prompt_files(self, capsys, tmp_path):
+        file = tmp_path / "prompt.txt"
+        file.touch()
+        assert "is empty" in fails(capsys, "generate", "--prompt-file", file)
+        file.write_bytes(b"\xff\xfe\x00")
+        assert "not UTF-8 text" in fails(capsys, "generate", "--prompt-file", file)
+
+    def test_damaged_predictor(self, capsys, tmp_path):
+        checkpoint = tmp_path / "predictor"
+        AttentionPredictor.from_pretrained("default").save(checkpoint)
+        weights = checkpoint / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        line = fails(capsys, "generate", "--prompt", "x", "--predictor", checkpoint)
+        assert "model.safetensors" in line
+
+    def test_damaged_model(self, capsys, tmp_path):
+        model = tmp_path / "model"
+        shutil.copytree(POCKET, model)
+        weights = model / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        assert "cannot load a causal language model" in fails(capsys, "generate", "--prompt", "x", "--model", model)
+
+    def test_host_memory(self, capsys, monkeypatch):
+        import psutil
+
+        nothing = type("Memory", (), {"available": 1 << 20})()
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: nothing)
+        line = fails(capsys, "generate", "--prompt", "x", "--max-new-tokens", "9000")
+        assert "of host memory: the system has available 0.00 GiB" in line
+
+
+def test_the_installed_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "attention_predictor.cli", "generate", "--prompt", "x", "--policy", "best"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("attnpred generate: policy='best'")
+
+
+class TestRecordTrainEval:
+    """The three commands in a row, as a user would run them, on little data."""
+
+    @pytest.fixture(scope="class")
+    def texts(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("texts")
+        words = (POCKET.parents[1] / "scripts" / "demo_text.txt").read_text(encoding="utf-8")
+        for number in range(4):
+            (folder / f"part{number}.txt").write_text(words[number * 5000 : (number + 1) * 5000], encoding="utf-8")
+        return folder
+
+    @pytest.mark.usefixtures("all_cores")
+    def test_round_trip(self, texts, tmp_path, capsys):
+        histories, checkpoint = tmp_path / "histories", tmp_path / "checkpoint"
+        record = ["record", "--data", texts, "--out", histories, "--max-tokens", 1024, "--steps", 80]
+        record += ["--per-file", 1, "--validation", 0.5]
+        assert main([str(one) for one in record]) == 0
+        shards = sorted((histories / "shards").iterdir())
+        times = [shard.stat().st_mtime_ns for shard in shards]
+        assert len(shards) == 4
+        assert main([str(one) for one in record]) == 0  # again: nothing is recorded twice
+        assert [shard.stat().st_mtime_ns for shard in sorted((histories / "shards").iterdir())] == times
+        capsys.readouterr()
+        assert main(["train", "--data", str(histories), "--out", str(checkpoint), "--steps", "4", "--batch", "8"]) == 0
+        metrics = json.loads(capsys.readouterr().out)
+        assert metrics["steps"] == 4
+        assert AttentionPredictor.from_pretrained(checkpoint).training_facts["recorded_from"] == "pocket-lm"
+        table = tmp_path / "table.json"
+        judge = ["eval", "recovery", "--data", texts, "--tasks", "kv", "--questions", 4, "--per-document", 4]
+        judge += ["--context", 1500, "--budgets", 256, "--recovery", 2, "--out", table, "--rule", "full"]
+        judge += ["--rule", f"mine: predictor,predictor={checkpoint}", "--rule", "streaming"]
+        assert main([str(one) for one in judge]) == 0
+        cells = {cell["rule"]: cell for cell in json.loads(table.read_text())["cells"]}
+        assert cells["full"]["found"] >= 3
+        assert cells["streaming"]["found"] <= 1
+        assert 0.5 < cells["mine"]["relative_recovery"] <= 1
+        assert "| mine |" in capsys.readouterr().out
+        judge[judge.index(1500)] = 1400
+        assert "of other settings (context)" in fails(capsys, *judge)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("record", "--data", "nowhere", "--out", "x"), "nowhere"),
+            (("record", "--data", ".", "--out", "x", "--max-tokens", 200), "--max-tokens 200: expected more than"),
+            (("record", "--data", ".", "--out", "x", "--steps", 1), "--steps of at least 2"),
+            (("train", "--data", "nowhere", "--out", "x"), "nowhere"),
+            (("eval", "recovery", "--data", "nowhere"), "cannot read text from nowhere"),
+            (("eval", "recovery", "--data", "x", "--rule", "best"), "policy='best'"),
+            (("eval", "recovery", "--data", "x", "--rule", "full,speed=1"), "unknown field 'speed'"),
+            (("eval", "recovery", "--data", "x", "--rule", "quest,budget=big"), "budget='big' is not of type int"),
+            (("eval", "recovery", "--data", "x", "--budgets", "few"), "expected numbers separated by commas"),
+        ],
+    )
+    def test_bad_input(self, capsys, arguments, message, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        assert message in fails(capsys, *arguments)
+
+    def test_a_line_that_is_no_document(self, capsys, tmp_path):
+        file = tmp_path / "data.jsonl"
+        file.write_text('{"text": "fine"}\n{"words": 3}\n')
+        assert "data.jsonl, line 2" in fails(capsys, "record", "--data", file, "--out", tmp_path / "out")
+
+    def test_documents_that_are_all_too_short(self, capsys, tmp_path):
+        (tmp_path / "a.txt").write_text("short")
+        main(["record", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+        assert "no document" in capsys.readouterr().err
+
