@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Logits of one chunk take at most this much device memory (fp32).
+# Logits of one chunk take at most this much device memory (fp32), and a chunk has at most this many tokens.
 CHUNK_BYTES = 1 << 27
+CHUNK_TOKENS = 4096
 
 
 class Chunk(NamedTuple):
@@ -66,9 +67,10 @@ def split(key_BGTD: Tensor, value_BGTD: Tensor, chunk: int) -> Iterator[Chunk]:
 
 
 def chunk_tokens(query_BHQD: Tensor, block_size: int) -> int:
-    """Tokens a chunk may have, a multiple of the block size, so that its logits stay within ``CHUNK_BYTES``."""
+    """Tokens a chunk may have, a multiple of the block size, within ``CHUNK_BYTES`` and ``CHUNK_TOKENS``."""
     heads_and_queries = query_BHQD.shape[0] * query_BHQD.shape[1] * query_BHQD.shape[2]
-    return max(CHUNK_BYTES // (4 * heads_and_queries) // block_size, 1) * block_size
+    tokens = min(CHUNK_BYTES // (4 * heads_and_queries), CHUNK_TOKENS)
+    return max(tokens // block_size, 1) * block_size
 
 
 def scaled_logits(query_BHQD: Tensor, key_BGTD: Tensor, terms: Terms) -> Tensor:

@@ -1,6 +1,6 @@
 """TieredLayer: one layer's KV cache, all of it in host memory, the blocks that matter in a pool on the device.
 
-The way of a token: ``update`` stores its key and value and waits for what was fetched ahead; ``attend`` lets the
+The way of a token: ``update`` waits for what was fetched ahead and stores its key and value; ``attend`` lets the
 policy correct the selection, attends to the pool, shows the policy what happened and submits the fetch for the next
 token.
 
@@ -11,6 +11,7 @@ size, S slots, N blocks, W wanted blocks.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from attention_predictor.offload.policies.base import LayerSpec, Step
 from attention_predictor.offload.residency import Plan, ResidencyTable
 from attention_predictor.offload.selection import Selection
 from attention_predictor.offload.sparse import attend_slots
-from attention_predictor.predictor.errors import AttachError, IntegrityError
+from attention_predictor.predictor.errors import AttachError, FetchError, IntegrityError
 
 if TYPE_CHECKING:
     from attention_predictor.offload.engine import Engine
@@ -214,7 +215,6 @@ class TieredLayer(CacheLayerMixin):
 
     def attend(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
         """Attention of the tokens that ``update`` has just stored; ``[B, H, Q, D]``."""
-        self.armed = False
         # The slots hold blocks that were wanted for one more token; several tokens at once attend to everything.
         if query_BHQD.shape[2] == 1 and self.pool.slots:
             out_BHQD = self._attend_one(query_BHQD, terms)
@@ -222,6 +222,7 @@ class TieredLayer(CacheLayerMixin):
             out_BHQD = self._attend_all(query_BHQD, key_BGTD, value_BGTD, terms)
         self._fetch_ahead()
         self._note_memory()
+        self.armed = False  # not before: a step that fails on its way leaves the layer unusable, as it should
         return out_BHQD
 
     def _attend_all(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
@@ -317,9 +318,15 @@ class TieredLayer(CacheLayerMixin):
         if self.policy.selects != "now":
             scores_BGN = self.selection.within_reach(scores_BGN, resident_BGN, late_blocks)
         wanted_BGW = self.selection.wanted(scores_BGN, step.length, self.padding_B, self.kv_heads)
-        plan = self._fetch(wanted_BGW)
-        self.engine.stats.late_blocks += len(plan.block_n)
-        self.engine.stats.late_bytes += len(plan.block_n) * self.block_bytes
+        started = time.perf_counter()
+        try:
+            plan = self._fetch(wanted_BGW)
+        except Exception as error:
+            raise FetchError(f"layer {self.number}: a late fetch failed: {error!r}") from error
+        stats = self.engine.stats
+        stats.exposed_wait_ms += 1000 * (time.perf_counter() - started)
+        stats.late_blocks += len(plan.block_n)
+        stats.late_bytes += len(plan.block_n) * self.block_bytes
 
     def _fetch(self, wanted_BGW: Tensor) -> Plan:
         """Bring the wanted blocks into the pool. Runs on the prefetch thread or, for late fetches, in the step."""

@@ -21,7 +21,7 @@ class Stats:
         planned_blocks: Blocks wished for ahead; what was not fetched of them had stayed resident.
         ahead_bytes, late_bytes, streamed_bytes: Host to device traffic; ``streamed`` are keys and values that passed
             through for full attention, exact rows or the measurement of recovery.
-        exposed_wait_ms: Time the generating thread stood still for a fetch.
+        exposed_wait_ms: Time the generating thread stood still for a fetch, ahead (not there yet) or late.
         recovery_sum, relative_recovery_sum, recovery_count: Measured only on request.
         device_bytes: Device memory by layer and part at the last step.
         host_bytes, full_bytes: Host memory, and what the whole cache would take on the device, by layer.
@@ -48,7 +48,7 @@ class Stats:
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of wanted blocks that were already resident when attention ran."""
+        """Share of the blocks that attention read that no late fetch had to bring; 1 where nothing is fetched late."""
         return self.hit_blocks / self.wanted_blocks if self.wanted_blocks else None
 
     @property

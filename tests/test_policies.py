@@ -1,0 +1,164 @@
+"""What defines each policy, on constructed cases; that all are exact within the budget is in test_contracts.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attention_predictor import OffloadConfig, attach
+from attention_predictor.offload.dense import Terms, block_peak_and_sum, scaled_logits
+from attention_predictor.offload.policies import LayerSpec, policy_class
+from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.offload.policies.quest import KeyBounds
+
+SMALL = {"predictor": "ema", "budget": 96, "sink": 16, "recent": 16}
+B, G, H, D = 2, 2, 4, 8
+
+
+def spec(**changes) -> LayerSpec:
+    return LayerSpec(OffloadConfig(**(SMALL | changes)), None, B, G, D, torch.float32, torch.device("cpu"))
+
+
+@torch.no_grad()
+def decode(model, prompt, steps=12, each=lambda cache: None, **changes):
+    """A few greedy steps; ``each(cache)`` sees the cache after every one."""
+    with attach(model, OffloadConfig(**(SMALL | changes))) as engine:
+        cache = engine.new_cache()
+        token = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+        for _ in range(steps):
+            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            each(cache)
+        return engine.stats
+
+
+def test_streaming_reads_sink_and_recent_alone(tiny_model, ids):
+    def check(cache):
+        layer = cache.layers[0]
+        layer.check_integrity()  # which waits for what the next token was promised
+        length = layer.store.length + 1
+        blocks = set(layer.table.block_of_slot_RS[layer.table.active_RS].tolist())
+        assert blocks == {0} | set(range((length - 16) // 16, -(-length // 16)))
+
+    stats = decode(tiny_model(), ids(300), policy="streaming", each=check)
+    assert stats.late_blocks == 0
+
+
+def test_full_streams_everything_and_keeps_nothing(tiny_model, ids):
+    stats = decode(tiny_model(), ids(300), policy="full")
+    assert stats.device_kv_bytes == 0
+    assert stats.streamed_bytes >= 12 * 300 * 2 * 2 * 2 * 8 * 4
+
+
+def test_oracle_is_the_best_selection(tiny_model, ids):
+    model, prompt = tiny_model(), ids(300)
+    found = {
+        policy: decode(model, prompt, policy=policy, measure_recovery=1)
+        for policy in ("oracle", "quest", "predictor", "streaming")
+    }
+    assert found["oracle"].relative_recovery == pytest.approx(1.0, abs=1e-5)
+    for policy in ("quest", "predictor", "streaming"):
+        assert found[policy].relative_recovery < 1.0
+    assert found["predictor"].relative_recovery > found["streaming"].relative_recovery
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    pieces=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    crop=st.integers(0, 30),
+    seed=st.integers(0, 99),
+)
+def test_quest_bounds_every_logit(pieces, crop, seed):
+    """No key of a block has a larger product with the query than the block's bound, whatever was cropped."""
+    torch.manual_seed(seed)
+    keys = torch.randn(B, G, sum(pieces) + 20, D)
+    bounds, length = KeyBounds(spec()), 0
+    for piece in pieces:
+        bounds.extend(keys[:, :, length : length + piece])
+        length += piece
+    length = max(length - crop, 0)
+    bounds.crop(length, lambda start, stop: keys[:, :, start:stop])
+    bounds.extend(keys[:, :, length : length + 3])
+    bounds.check_integrity()
+    query = torch.randn(B, H, D)
+    logits = scaled_logits(query[:, :, None], keys[:, :, : length + 3], Terms(1.0))[:, :, 0]
+    peak, _ = block_peak_and_sum(logits, 16)
+    true = peak.unflatten(1, (G, -1)).amax(2)
+    assert (bounds.bound(query) >= true - 1e-4).all()
+    bounds.index(torch.tensor([1]))
+    assert (bounds.bound(query[1:]) >= true[1:] - 1e-4).all()
+
+
+def test_quest_ahead_selects_what_quest_would_have_a_step_before(tiny_model, ids):
+    model, prompt, seen = tiny_model(), ids(300), []
+
+    def keep(cache):
+        seen.append(cache.layers[0].policy.scores_BGN)
+
+    decode(model, prompt, policy="quest-ahead", each=keep)
+    assert all(scores is not None for scores in seen)
+
+
+class TestCalibration:
+    @staticmethod
+    def rows(tiny_model, ids, monkeypatch, **changes):
+        """Rows pushed into the history of layer 0, beside the truth and what was attended."""
+        pushed = []
+        observe = Predictor.observe
+
+        def watched(policy, step):
+            exact = step.exact.scores_BGQN[:, :, 0]
+            attended = step.attended_BGN
+            push = policy.history.push
+            policy.history.push = lambda row: (pushed.append((row.clone(), exact, attended)), push(row))
+            observe(policy, step)
+            del policy.history.push
+
+        monkeypatch.setattr(Predictor, "observe", watched)
+        decode(tiny_model(num_hidden_layers=1), ids(300), steps=10, **changes)
+        return pushed
+
+    def test_sketch_is_close_everywhere(self, tiny_model, ids, monkeypatch):
+        for row, exact, attended in self.rows(tiny_model, ids, monkeypatch, sketch_bits=8, late_fetch=0.0):
+            assert row.shape == exact.shape
+            assert (row - exact).abs().max() < 0.02
+            assert (row[attended] - exact[attended]).abs().max() < 0.02
+            assert (row[~attended] > 0).any()
+
+    def test_exact_comes_at_its_interval(self, tiny_model, ids, monkeypatch):
+        pushed = self.rows(
+            tiny_model, ids, monkeypatch, calibration="exact", calibration_interval=3, late_fetch=0.0
+        )
+        for step, (row, exact, attended) in enumerate(pushed, 1):
+            if step % 3 == 0:
+                assert torch.equal(row, exact)
+            else:
+                assert (row[~attended] == 0).all()
+
+    def test_none_knows_only_what_was_attended(self, tiny_model, ids, monkeypatch):
+        for row, exact, attended in self.rows(tiny_model, ids, monkeypatch, calibration="none", late_fetch=0.0):
+            assert (row[~attended] == 0).all()
+            # Normalised over fewer keys than there are, a row is never below the truth.
+            assert (row[attended] >= exact[attended] - 1e-6).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.34, 1.0])
+def test_late_fetch_is_bounded(tiny_model, ids, share):
+    stats = decode(tiny_model(), ids(300), late_fetch=share, steps=10)
+    rows, allowed = 2 * 2, int(share * 6)
+    assert stats.late_blocks <= 10 * rows * allowed
+    assert (stats.late_blocks > 0) == (share > 0)
+    parts = stats.device_kv_parts()
+    assert set(parts) >= {"pool", "history", "sketch"}
+
+
+def test_no_sketch_where_none_is_needed(tiny_model, ids):
+    stats = decode(tiny_model(), ids(300), calibration="none", late_fetch=0.0)
+    assert "sketch" not in stats.device_kv_parts()
+
+
+def test_a_policy_that_scores_nothing_now_says_so():
+    policy = policy_class("streaming")(spec())
+    with pytest.raises(TypeError, match="streaming"):
+        policy.score_now(None)
