@@ -197,7 +197,9 @@ def markdown(cells: Sequence[Cell]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="text to plant in: .txt file or directory")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="text to plant in: .txt file or directory"
+    )
     parser.add_argument("--tasks", default="kv,facts", help=f"of {','.join(synthetic.TASKS)} (%(default)s)")
     parser.add_argument("--questions", type=int, default=100, metavar="N", help="in all (%(default)s)")
     parser.add_argument("--per-document", type=int, default=20, metavar="N", help="questions a document (%(default)s)")
@@ -207,7 +209,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rule", action="append", metavar="RULE", help="[name:] policy[,field=value…]; default: full and predictor"
     )
     parser.add_argument("--recovery", type=int, default=0, metavar="N", help="measure it at every N-th step (0: never)")
-    parser.add_argument("--out", type=Path, metavar="F", help="JSON of all cells, written after each; done cells are kept")
+    parser.add_argument(
+        "--out", type=Path, metavar="F", help="JSON of all cells, written after each; done cells are kept"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -238,9 +242,7 @@ def main(args: argparse.Namespace) -> int:
             if any(cell.rule == rule.name and cell.budget == budget for cell in cells):
                 continue
             with tqdm(total=len(samples), desc=f"{rule.name}, budget {budget}", unit="doc", disable=None) as progress:
-                cell = judge(
-                    model, tokenizer, samples, rule, budget, measure_recovery=args.recovery, progress=progress
-                )
+                cell = judge(model, tokenizer, samples, rule, budget, measure_recovery=args.recovery, progress=progress)
             cells.append(cell)
             if args.out is not None:
                 args.out.parent.mkdir(parents=True, exist_ok=True)

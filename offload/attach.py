@@ -83,12 +83,7 @@ def _check_model(model: PreTrainedModel, config: OffloadConfig) -> None:
 def _load_predictor(model: PreTrainedModel, config: OffloadConfig) -> AttentionPredictor | None:
     if not issubclass(policy_class(config.policy), Predictor):
         return None
-    predictor = AttentionPredictor.from_pretrained(
-        config.predictor, device=model.device, block_size=config.block_size
-    )
-    if config.history > predictor.rows:
-        raise ConfigError(f"history={config.history}: predictor {config.predictor!r} takes at most {predictor.rows} rows")
-    return predictor
+    return AttentionPredictor.from_pretrained(config.predictor, device=model.device, block_size=config.block_size)
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:

@@ -25,7 +25,8 @@ class OffloadConfig:
         block_size: Tokens in a block; a power of two.
         sink: First tokens, always attended.
         recent: Last tokens, always attended.
-        history: Prompt queries whose score rows start the history (AttentionPredictor, section 4).
+        history: Prompt queries whose score rows start the history (AttentionPredictor, section 4); a predictor may
+            make use of fewer.
         policy: Who selects the blocks; a name in ``offload.policies``.
         predictor: ``"default"``, a checkpoint directory, or a rule (``"last"``, ``"ema"``, ``"mean"``).
         calibration: How the history learns of blocks that were not attended: from the key ``sketch`` at every step,
@@ -68,7 +69,9 @@ class OffloadConfig:
         self._check("block_size", self.block_size > 0 and self.block_size.bit_count() == 1, "a power of two")
         for name in ("sink", "recent"):
             value = getattr(self, name)
-            self._check(name, value >= 0 and value % self.block_size == 0, f"a multiple of block_size={self.block_size}")
+            self._check(
+                name, value >= 0 and value % self.block_size == 0, f"a multiple of block_size={self.block_size}"
+            )
         least = self.sink + self.recent + self.block_size
         self._check(
             "budget",

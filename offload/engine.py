@@ -121,7 +121,9 @@ class Engine:
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
-        return f"Engine({type(self.model).__name__}, {state}, policy={self.config.policy!r}, budget={self.config.budget})"
+        return (
+            f"Engine({type(self.model).__name__}, {state}, policy={self.config.policy!r}, budget={self.config.budget})"
+        )
 
     # ---- what attach, caches and layers ask --------------------------------------------------------------------------
 

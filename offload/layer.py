@@ -422,4 +422,3 @@ def _left_padding(mask: Tensor | None, batch: int, device: torch.device) -> Tens
     if real_BL is None:
         return torch.zeros(batch, dtype=torch.int64, device=device)
     return real_BL.int().argmax(-1)
-

@@ -1,4 +1,4 @@
-"""Attention of one new token over the blocks in the pool: the reference every kernel is held to.
+"""Attention of one new token over the blocks in the pool, in plain torch operations.
 
 Suffixes: B sequences, G KV heads, H query heads, S slots, T tokens of a block, L tokens of the sequence, D head size.
 """

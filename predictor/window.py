@@ -41,8 +41,7 @@ class RowWindow(AttentionPredictor):
 class WindowPredictor(RowWindow):
     """The published network (AttentionPredictor, arXiv 2502.04077, section 4), state-dict keys included.
 
-    Evaluated as written, for any window: the reference that streamed and fused evaluations are held
-    against. Its scores are on the scale of the raw block scores.
+    Evaluated as written, over the whole window at every step. Its scores are on the scale of the raw block scores.
     """
 
     arch = "paper"

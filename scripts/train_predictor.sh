@@ -10,4 +10,4 @@ python scripts/plant_tasks.py --data "$texts" --out "$out/tasks.jsonl" --documen
 attnpred record --data "$texts" --out "$out/histories" --per-file 1 --steps 192 --device "$device" --dtype float32
 attnpred record --data "$out/tasks.jsonl" --out "$out/histories" --steps 192 --device "$device" --dtype float32
 attnpred train --data "$out/histories" --out "$out/time-filters" --arch time-filters --steps 3000 --device "$device"
-attnpred train --data "$out/histories" --out "$out/paper" --arch paper --loss mse --steps 1500 --device "$device"
+attnpred train --data "$out/histories" --out "$out/paper" --arch paper --loss mse --horizon 1 --noise 0 --steps 1500 --device "$device"

@@ -14,6 +14,8 @@ import torch
 from tiny_models import VOCABULARY, make_tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from attention_predictor.eval.recovery import Rule, judge
+from attention_predictor.eval.tasks import plant, read_texts
 from attention_predictor.loading import load_model, load_tokenizer
 
 # Tiny tensors lose more by handing work to threads than they gain; tests of the pocket model take all cores.
@@ -51,6 +53,37 @@ def ids() -> Callable[..., torch.Tensor]:
         return torch.randint(2, VOCABULARY - 1, (batch, length), generator=generator)
 
     return make
+
+
+@pytest.fixture
+def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Iterator[Callable[..., None]]:
+    """Check that the predictor finds, at 8K tokens and a budget of 512, what full attention finds.
+
+    Question and answer are both decoded behind the prefill. ``spare`` answers may be missing at each bound.
+    """
+    model, tokenizer = pocket
+
+    def check(*, answers: int, device: str, spare: int) -> None:
+        texts = read_texts(POCKET.parents[1] / "scripts" / "demo_text.txt")
+        samples = plant(
+            tokenizer, texts, tasks=("kv", "facts"), documents=answers // 10, questions=10, context=8192, seed=0
+        )
+        model.to(device)
+
+        def found(policy: str, **settings: object) -> int:
+            cell = judge(model, tokenizer, samples, Rule(policy, {"policy": policy} | settings), 512)
+            assert cell.asked == answers
+            return cell.found
+
+        full = found("full")
+        assert full >= 0.95 * answers - spare
+        assert found("predictor", late_fetch=0.0) >= 0.95 * full - spare
+        assert found("predictor") >= 0.98 * full - spare
+        assert found("streaming") <= 0.1 * answers + spare
+        assert found("predictor", late_fetch=0.0, calibration="none") <= 0.3 * answers + spare
+
+    yield check
+    model.to("cpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -211,4 +211,3 @@ class TestRecordTrainEval:
         (tmp_path / "a.txt").write_text("short")
         main(["record", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
         assert "no document" in capsys.readouterr().err
-

@@ -1,4 +1,4 @@
-"""Contract 5 and its neighbours: failures surface on the generating thread, at once, and nothing hangs or goes stale."""
+"""Contract 5 and its neighbours: failures surface on the generating thread, at once; nothing hangs or goes stale."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_integrity_while_decoding(tiny_model, ids, dtype):
 
 @torch.no_grad()
 def test_random_delays_on_both_streams_change_nothing(tiny_model, ids, monkeypatch):
-    """Slow work queued on either stream must not let a block be read before it has come, or evicted before it is read."""
+    """Slow work on either stream must not let a block be read before it has come, or evicted before it is read."""
     model, prompt = tiny_model("llama").cuda(), ids(300).cuda()
     generator = torch.Generator().manual_seed(0)
 
@@ -111,6 +111,12 @@ def test_device_memory_of_a_long_context(tiny_model, ids):
         stats = engine.stats
         assert stats.device_kv_bytes <= grown <= stats.device_kv_bytes + (4 << 20)
         assert grown < stats.full_kv_bytes / 5
+
+
+@pytest.mark.timeout(600)
+def test_prediction_earns_its_place(earned_place):
+    """100 answers a cell; on a CPU, test_pocket.py asks fewer."""
+    earned_place(answers=100, device="cuda", spare=0)
 
 
 def test_sketch_is_the_same_on_both_devices():

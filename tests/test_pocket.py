@@ -7,8 +7,6 @@ import torch
 from conftest import POCKET
 
 from attention_predictor import OffloadConfig, attach
-from attention_predictor.eval.recovery import Rule, judge
-from attention_predictor.eval.tasks import plant, read_texts
 
 pytestmark = pytest.mark.usefixtures("all_cores")
 TEXT = POCKET.parents[1] / "scripts" / "demo_text.txt"
@@ -72,3 +70,9 @@ def test_generated_tokens_go_to_host_memory_too(tiny_model, ids):
     assert stats.steps == 2000
     assert stats.device_kv_parts()["pool"] == pool_bytes
     assert stats.device_kv_bytes <= stats.full_kv_bytes / 5
+
+
+@pytest.mark.timeout(900)
+def test_prediction_earns_its_place(earned_place):
+    """20 answers a cell, with one answer to spare; test_gpu.py asks 100 with none, and docs/LOG.md has both."""
+    earned_place(answers=20, device="cpu", spare=1)

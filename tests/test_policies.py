@@ -127,9 +127,7 @@ class TestCalibration:
             assert (row[~attended] > 0).any()
 
     def test_exact_comes_at_its_interval(self, tiny_model, ids, monkeypatch):
-        pushed = self.rows(
-            tiny_model, ids, monkeypatch, calibration="exact", calibration_interval=3, late_fetch=0.0
-        )
+        pushed = self.rows(tiny_model, ids, monkeypatch, calibration="exact", calibration_interval=3, late_fetch=0.0)
         for step, (row, exact, attended) in enumerate(pushed, 1):
             if step % 3 == 0:
                 assert torch.equal(row, exact)

@@ -37,6 +37,8 @@ def fit(
     *,
     arch: str = "time-filters",
     loss: str = "ce",
+    horizon: int = 24,
+    noise: float = 0.5,
     steps: int = 1000,
     batch: int = 32,
     lr: float = 3e-3,
@@ -57,6 +59,8 @@ def fit(
     device = check_options(
         arch=arch,
         loss=loss,
+        horizon=horizon,
+        noise=noise,
         steps=steps,
         batch=batch,
         lr=lr,
@@ -94,7 +98,7 @@ def fit(
             total = 0.0
             for recording in chosen:
                 records = max(1, batch // len(chosen))
-                part = segment_loss(predictor, recording, records, meta, loss, rng, device)
+                part = segment_loss(predictor, recording, records, meta, loss, horizon, noise, rng, device)
                 if part is not None:
                     (part / len(chosen)).backward()
                     total += part.item() / len(chosen)
@@ -120,7 +124,15 @@ def fit(
         "recorded_from": meta["model"],
         "documents": len(training),
         "held_out_documents": len(held_out),
-        "options": {"loss": loss, "steps": steps, "batch": batch, "lr": lr, "seed": seed},
+        "options": {
+            "loss": loss,
+            "horizon": horizon,
+            "noise": noise,
+            "steps": steps,
+            "batch": batch,
+            "lr": lr,
+            "seed": seed,
+        },
         "metrics": metrics,
     }
     predictor.save(out)
@@ -131,6 +143,8 @@ def check_options(
     *,
     arch: str,
     loss: str,
+    horizon: int,
+    noise: float,
     steps: int,
     batch: int,
     lr: float,
@@ -143,9 +157,11 @@ def check_options(
         raise ConfigError(f"arch={arch!r} can't be trained; choose from {', '.join(sorted(TARGETS))}")
     if loss not in LOSSES:
         raise ConfigError(f"loss={loss!r} is not a loss; choose from {', '.join(LOSSES)}")
-    for name, value in (("steps", steps), ("batch", batch), ("log_every", every)):
+    for name, value in (("horizon", horizon), ("steps", steps), ("batch", batch), ("log_every", every)):
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
+    if not 0 <= noise <= 3:
+        raise ConfigError(f"noise={noise} must be from 0 to 3")
     for name, number, top in (("lr", lr, 1.0), ("val_fraction", val_fraction, 0.9)):
         if not 0 < number <= top:
             raise ConfigError(f"{name}={number} must be above 0 and at most {top}")
@@ -200,6 +216,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loss", default="ce", choices=LOSSES, help="cross-entropy or squared error (default: %(default)s)"
     )
+    parser.add_argument(
+        "--horizon", type=int, default=24, help="next steps whose mean is the target (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.5, help="error of log scores in what is shown (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="records (layer, KV head) a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="largest learning rate (default: %(default)s)")
@@ -209,7 +231,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `attnpred train`: metrics as JSON on stdout; 130 when interrupted (the best so far is saved)."""
-    names = ("arch", "loss", "steps", "batch", "lr", "device", "seed")
+    names = ("arch", "loss", "horizon", "noise", "steps", "batch", "lr", "device", "seed")
     metrics = fit(args.data, args.out, progress=True, **{name: getattr(args, name) for name in names})
     print(json.dumps({"out": str(args.out), **metrics}))
     return 130 if metrics["interrupted"] else 0

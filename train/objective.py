@@ -29,10 +29,20 @@ def segment_loss(
     count: int,
     meta: dict[str, Any],
     loss: str,
+    horizon: int,
+    noise: float,
     rng: random.Random,
     device: torch.device,
 ) -> Tensor | None:
-    """Loss of `count` random records over one random segment of steps; None if it has no candidates."""
+    """Loss of `count` random records over one random segment of steps; None if it has no candidates.
+
+    The target is the mean over the next `horizon` steps. Only the next one is predicted for, yet more of them teach
+    what task accuracy needs and the mass of a single step hardly rewards: to hold on to a block that a head has
+    just found, because it comes back to it a few tokens later (docs/LOG.md has the figures).
+
+    `noise` is the standard deviation of a normal error added to the logarithm of the scores that the predictor
+    is shown: recorded rows are exact, but those of sparse decoding are estimates from the key sketch.
+    """
     warm = min(WARM, recording.steps // 2)
     start = rng.randint(0, max(0, recording.steps - 1 - warm - SEGMENT // 2))
     last_step = min(recording.steps - 1, start + warm + SEGMENT) - 1
@@ -40,11 +50,16 @@ def segment_loss(
     steps = sorted(rng.sample(possible, min(TARGETS[predictor.arch], len(possible))))
     picked = rng.sample(range(len(recording.layers)), min(count, len(recording.layers)))
     rows_1XQN = recording.scores_XQN[picked, start : last_step + 1][None].to(device, torch.float32)
+    if noise > 0:
+        generator = torch.Generator(device).manual_seed(rng.getrandbits(32))
+        error_1XQN = noise * torch.randn(rows_1XQN.shape, generator=generator, device=device)
+        rows_1XQN = (rows_1XQN * error_1XQN.exp()).clamp_max(1.0)
     state_XSNC = predictor.unroll(rows_1XQN, torch.tensor(steps, device=device) - start)[0]
-    next_step = torch.tensor(steps) + 1
     # The published network was fitted to the next row's scores; what is wanted is where the mass will be.
     target = recording.mass_XQN if loss == "ce" else recording.scores_XQN
-    target_XSN = target[picked][:, next_step].to(device, torch.float32)
+    target_XQN = target[picked].to(device, torch.float32)
+    # Towards the end of the recording there are fewer steps left to average.
+    target_XSN = torch.stack([target_XQN[:, step + 1 : step + 1 + horizon].mean(1) for step in steps], 1)
     # Sink and recent are cut off before the prediction, and recent moves: steps of one cut go together, so
     # that the edges that the convolution sees are those of decoding.
     cuts = [candidates(recording.first_tokens + step + 1, meta) for step in steps]

@@ -7,7 +7,8 @@ where questions and answers stand). Documents already recorded are skipped, so a
 
 examples:
   attnpred record --data texts/ --out runs/histories
-  attnpred record --model meta-llama/Llama-3.1-8B --data prompts.jsonl --out runs/llama --max-tokens 32768 --dtype bfloat16
+  attnpred record --model meta-llama/Llama-3.1-8B --dtype bfloat16 --data prompts.jsonl --out runs/llama \\
+      --max-tokens 32768
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ def window(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: i
     # longer than 16, so a window of characters around the place is enough.
     spare = max(len(document.text) - 16 * max_tokens, 0)
     start = int(document.place * spare)
-    ids = tokenizer(document.text[start : start + 16 * max_tokens], add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(document.text[start : start + 16 * max_tokens], add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
     left = max(len(ids) - max_tokens, 0)
     first = int(document.place * left)
     return ids[first : first + max_tokens]

@@ -29,7 +29,7 @@ class Predictor(Policy):
         super().__init__(spec)
         assert spec.predictor is not None  # attach loads it for this policy
         config = spec.config
-        self.prompt_rows = config.history
+        self.prompt_rows = min(config.history, spec.predictor.rows)
         self.history = ScoreHistory(spec.predictor, batch=spec.batch, kv_heads=spec.kv_heads, device=spec.device)
         self.sketch = (
             KeySketch(

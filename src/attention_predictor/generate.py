@@ -49,10 +49,16 @@ def add_offload_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``OffloadConfig`` that a command line needs."""
     group = parser.add_argument_group("offloading")
     group.add_argument("--policy", default=_DEFAULTS.policy, help=f"one of {', '.join(policy_names())} (%(default)s)")
-    group.add_argument("--budget", type=int, default=_DEFAULTS.budget, metavar="N", help="tokens a step reads (%(default)s)")
+    group.add_argument(
+        "--budget", type=int, default=_DEFAULTS.budget, metavar="N", help="tokens a step reads (%(default)s)"
+    )
     group.add_argument("--predictor", default=_DEFAULTS.predictor, metavar="P", help="default, a directory, or a rule")
-    group.add_argument("--calibration", default=_DEFAULTS.calibration, help=f"one of {', '.join(CALIBRATIONS)} (%(default)s)")
-    group.add_argument("--late-fetch", type=float, default=_DEFAULTS.late_fetch, metavar="SHARE", help="default %(default)s")
+    group.add_argument(
+        "--calibration", default=_DEFAULTS.calibration, help=f"one of {', '.join(CALIBRATIONS)} (%(default)s)"
+    )
+    group.add_argument(
+        "--late-fetch", type=float, default=_DEFAULTS.late_fetch, metavar="SHARE", help="default %(default)s"
+    )
     group.add_argument("--prefetch", default=_DEFAULTS.prefetch, help=f"one of {', '.join(PREFETCHERS)} (%(default)s)")
 
 
