@@ -254,7 +254,7 @@ def test_training_beats_the_last_row(arch: str, tmp_path: Path) -> None:
     assert loaded.training_facts["metrics"] == metrics
     dataset = HistoryDataset(tmp_path / "data")
     _, held_out = fit_module.split_documents(dataset, 0.1, 0)
-    again = recovery(loaded, [dataset.load(d) for d in held_out], dataset.meta, torch.device("cpu"))
+    again = recovery(loaded, [dataset.load(d) for d in held_out], dataset.meta, torch.device("cpu"), horizon=24)
     assert again == pytest.approx(found[arch])
 
 

@@ -36,6 +36,7 @@ def fit(
     out: str | PathLike[str],
     *,
     arch: str = "time-filters",
+    init: str | None = None,
     loss: str = "ce",
     horizon: int = 24,
     noise: float = 0.5,
@@ -76,14 +77,17 @@ def fit(
     training, held_out = split_documents(dataset, val_fraction, seed)
     meta, cache = dataset.meta, Cache(dataset)
     validation = [cache.load(document) for document in held_out]
-    found = {name: recovery(architecture(name)(), validation, meta, device) for name in RULES}
+    found = {name: recovery(architecture(name)(), validation, meta, device, horizon) for name in RULES}
     if not found["last"]:
         raise DataError(f"{dataset.directory}: held-out documents are too short to judge a predictor by recovery")
 
     rng = random.Random(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        predictor = architecture(arch)(block_size=block_size).to(device)
+        if init is None:
+            predictor = architecture(arch)(block_size=block_size).to(device)
+        else:
+            predictor = architecture(arch).from_pretrained(init, device, block_size=block_size).train()
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=lr, weight_decay=1e-4)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -109,7 +113,7 @@ def fit(
             schedule.step()
             done = step
             if step % log_every == 0 or step == steps:
-                now = recovery(predictor, validation, meta, device)
+                now = recovery(predictor, validation, meta, device, horizon)
                 if mean(now) > best_mean:
                     best, best_mean, found[arch] = copied(predictor), mean(now), now
                 against = {name: f"{mean(found[name]):.4f}" for name in RULES}
@@ -117,7 +121,7 @@ def fit(
     except KeyboardInterrupt:
         interrupted = True
     if arch not in found:  # interrupted before the first validation
-        best, found[arch] = copied(predictor), recovery(predictor, validation, meta, device)
+        best, found[arch] = copied(predictor), recovery(predictor, validation, meta, device, horizon)
     predictor.load_state_dict(best)
     metrics = {"recovery": found, "steps": done, "interrupted": interrupted}
     predictor.training_facts = {
@@ -125,6 +129,7 @@ def fit(
         "documents": len(training),
         "held_out_documents": len(held_out),
         "options": {
+            "init": init,
             "loss": loss,
             "horizon": horizon,
             "noise": noise,
@@ -213,6 +218,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arch", default="time-filters", choices=sorted(TARGETS), help="architecture (default: %(default)s)"
     )
+    parser.add_argument("--init", metavar="CKPT", help="start from this predictor, of the same architecture")
     parser.add_argument(
         "--loss", default="ce", choices=LOSSES, help="cross-entropy or squared error (default: %(default)s)"
     )
@@ -231,7 +237,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `attnpred train`: metrics as JSON on stdout; 130 when interrupted (the best so far is saved)."""
-    names = ("arch", "loss", "horizon", "noise", "steps", "batch", "lr", "device", "seed")
+    names = ("arch", "init", "loss", "horizon", "noise", "steps", "batch", "lr", "device", "seed")
     metrics = fit(args.data, args.out, progress=True, **{name: getattr(args, name) for name in names})
     print(json.dumps({"out": str(args.out), **metrics}))
     return 130 if metrics["interrupted"] else 0
