@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,14 +57,23 @@ def ids() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where the test run was started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Iterator[Callable[..., None]]:
     """Check that the predictor finds, at 8K tokens and a budget of 512, what full attention finds.
 
-    Question and answer are both decoded behind the prefill. ``spare`` answers may be missing at each bound.
+    Question and answer are both decoded behind the prefill. ``spare`` answers may be missing at each bound; ``ahead``
+    is the share of full attention's answers that ahead-only prediction must find.
     """
     model, tokenizer = pocket
 
-    def check(*, answers: int, device: str, spare: int) -> None:
+    def check(*, answers: int, device: str, spare: int, ahead: float) -> None:
         texts = read_texts(POCKET.parents[1] / "scripts" / "demo_text.txt")
         samples = plant(
             tokenizer, texts, tasks=("kv", "facts"), documents=answers // 10, questions=10, context=8192, seed=0
@@ -77,7 +87,7 @@ def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Ite
 
         full = found("full")
         assert full >= 0.95 * answers - spare
-        assert found("predictor", late_fetch=0.0) >= 0.95 * full - spare
+        assert found("predictor", late_fetch=0.0) >= ahead * full - spare
         assert found("predictor") >= 0.98 * full - spare
         assert found("streaming") <= 0.1 * answers + spare
         assert found("predictor", late_fetch=0.0, calibration="none") <= 0.3 * answers + spare

@@ -83,6 +83,7 @@ def test_a_killed_thread_surfaces_within_one_step(prefilled):
     engine.detach()  # does not hang either
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_in_the_middle_of_generation(tiny_model, ids):
     model = tiny_model()
     before = model.config._attn_implementation

@@ -307,6 +307,7 @@ def test_a_full_queue_notices_a_dead_worker(threaded):
     assert_soon(start)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_keyboard_interrupt_while_waiting_leaves_it_usable_and_closable(threaded):
     release = threading.Event()
     ticket = threaded.submit(lambda: release.wait(10))
