@@ -13,7 +13,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -246,7 +245,7 @@ def main(args: argparse.Namespace) -> int:
             cells.append(cell)
             if args.out is not None:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
-                draft = copy.deepcopy({"settings": settings, "cells": [asdict(one) for one in cells]})
+                draft = {"settings": settings, "cells": [asdict(one) for one in cells]}
                 temporary = args.out.with_suffix(".tmp")
                 temporary.write_text(json.dumps(draft, indent=1))
                 temporary.replace(args.out)

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from attention_predictor.offload.cache import TieredCache, adopt, full_attention_layers, is_tiered
 from attention_predictor.offload.config import OffloadConfig
@@ -64,9 +64,7 @@ class Engine:
             ContextLengthError: More tokens than the model has positions.
             HostMemoryError: The blocks would not fit in ``config.host_memory``, or in what the system has available.
         """
-        positions = getattr(self.text_config, "max_position_embeddings", None)
-        if positions is not None and tokens > positions:
-            raise ContextLengthError(f"a context of {tokens} tokens: the model has positions for {positions}")
+        check_positions(self.text_config, tokens)
         if cached and tokens - cached <= self.config.slab_blocks * self.config.block_size:
             return  # at most one slab a layer more; asking the system at every token would cost more than it tells
         needed = self._host_bytes(batch, tokens)
@@ -181,6 +179,13 @@ class Engine:
         for layer in cache.layers:
             if isinstance(layer, TieredLayer) and layer.engine is not self:
                 raise AttachError("the cache belongs to another engine; make one with engine.new_cache()")
+
+
+def check_positions(text_config: PreTrainedConfig, tokens: int) -> None:
+    """Raise ``ContextLengthError`` if the model has positions for fewer tokens."""
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise ContextLengthError(f"a context of {tokens} tokens: the model has positions for {positions}")
 
 
 def _batch_and_length(kwargs: dict[str, Any]) -> tuple[int, int]:

@@ -24,9 +24,9 @@ from transformers.generation.streamers import BaseStreamer
 from attention_predictor.loading import add_model_arguments, load_model, load_tokenizer
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import CALIBRATIONS, PREFETCHERS, OffloadConfig
-from attention_predictor.offload.engine import Engine
+from attention_predictor.offload.engine import Engine, check_positions
 from attention_predictor.offload.policies import policy_names
-from attention_predictor.predictor.errors import ConfigError, ContextLengthError, DataError
+from attention_predictor.predictor.errors import ConfigError, DataError
 
 _DEFAULTS = OffloadConfig()
 
@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.device, args.dtype)
     torch.manual_seed(args.seed)
     if args.no_offload:
-        _check_positions(model, len(ids) + args.max_new_tokens)
+        check_positions(model.config.get_text_config(decoder=True), len(ids) + args.max_new_tokens)
         result = _generate(model, tokenizer, ids, args, None)
     else:
         with attach(model, config) as engine:
@@ -123,12 +123,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list
     turns = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return list(tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _check_positions(model: PreTrainedModel, tokens: int) -> None:
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions is not None and tokens > positions:
-        raise ContextLengthError(f"a context of {tokens} tokens: the model has positions for {positions}")
 
 
 class _Progress(BaseStreamer):
