@@ -37,7 +37,8 @@ def test_a_failing_late_fetch_surfaces_in_its_step(prefilled, monkeypatch):
             "score_now",
             lambda step: (~layer.table.resident(step.n_blocks)).float().view(1, 2, -1) + 0.1,
         )
-        patch.setattr(layer.pool, "write_blocks", _raise_os_error)
+        # Only on this thread, where late fetches run: the worker may still be at work for the last token.
+        patch.setattr(layer.pool, "write_blocks", _failing_on_this_thread(layer.pool.write_blocks))
         with pytest.raises(FetchError, match="the bus is on fire"):
             model(token, past_key_values=cache)
     # The fault is gone, but the cache stays unusable: its layers differ in length, and slots may be stale.
@@ -46,8 +47,15 @@ def test_a_failing_late_fetch_surfaces_in_its_step(prefilled, monkeypatch):
             model(token, past_key_values=cache)
 
 
-def _raise_os_error(*args):
-    raise OSError("the bus is on fire")
+def _failing_on_this_thread(write_blocks):
+    this = threading.current_thread()
+
+    def fail(*args):
+        if threading.current_thread() is this:
+            raise OSError("the bus is on fire")
+        write_blocks(*args)
+
+    return fail
 
 
 def test_a_failing_fetch_ahead_is_a_fetch_error(tiny_model, ids, monkeypatch):
