@@ -189,7 +189,9 @@ class TestRecordTrainEval:
         [
             (("record", "--data", "nowhere", "--out", "x"), "nowhere"),
             (("record", "--data", ".", "--out", "x", "--max-tokens", 200), "--max-tokens 200: expected more than"),
-            (("record", "--data", ".", "--out", "x", "--steps", 1), "--steps of at least 2"),
+            (("record", "--data", ".", "--out", "x", "--steps", 64), "--steps above 64"),
+            (("record", "--data", ".", "--out", "x", "--budgets", "few"), "expected numbers separated by commas"),
+            (("record", "--data", ".", "--out", "x", "--predictor", "best"), "best: no such checkpoint"),
             (("train", "--data", "nowhere", "--out", "x"), "nowhere"),
             (("eval", "recovery", "--data", "nowhere"), "cannot read text from nowhere"),
             (("eval", "recovery", "--data", "x", "--rule", "best"), "policy='best'"),

@@ -16,11 +16,11 @@ from attention_predictor.predictor.model import AttentionPredictor, architecture
 from attention_predictor.train import fit as fit_module
 from attention_predictor.train.dataset import HistoryDataset, HistoryWriter
 from attention_predictor.train.fit import add_arguments, fit, main
-from attention_predictor.train.objective import segment_loss
+from attention_predictor.train.objective import document_loss
 from attention_predictor.train.shards import Record
 from attention_predictor.train.validate import candidates, recovery, spread
 
-META = {"block_size": 16, "sink": 64, "recent": 64, "model": "made-up"}
+META = {"block_size": 16, "sink": 64, "recent": 64, "model": "made-up", "rows": "full"}
 
 
 def make_record(seed: int, *, layer: int = 0, head: int = 0, steps: int = 120, first_tokens: int = 1100) -> Record:
@@ -123,7 +123,7 @@ def damage_meta(directory: Path, **changes: object) -> None:
 
 META_DAMAGE = {
     "block size": ({"block_size": 32}, "block_size is 32, expected 16"),
-    "newer": ({"format_version": 2}, "format_version is 2, this release reads 1"),
+    "newer": ({"format_version": 3}, "format_version is 3, this release reads 2"),
     "empty": ({"documents": {}}, "no documents"),
     "foreign": ({"documents": ["a"]}, "lacks shard entries"),
 }
@@ -145,7 +145,7 @@ def test_file_refusals(tmp_path: Path) -> None:
     for text, message in (
         ("{", "not readable as JSON"),
         ("[]", "format_version is"),
-        ('{"format_version": 1}', "lacks"),
+        ('{"format_version": 2}', "lacks"),
     ):
         (tmp_path / "meta.json").write_text(text)
         refuse(tmp_path, rf"meta.json: .*{message}")
@@ -243,7 +243,7 @@ def test_spread() -> None:
 def test_training_beats_the_last_row(arch: str, tmp_path: Path) -> None:
     make_recording(tmp_path / "data")
     steps = {"time-filters": 60, "paper": 60}[arch]
-    metrics = fit(tmp_path / "data", tmp_path / "out", arch=arch, steps=steps, batch=8, lr=1e-2, log_every=30)
+    metrics = fit(tmp_path / "data", tmp_path / "out", arch=arch, horizon=1, steps=steps, batch=8, lr=1e-2, log_every=30)
     found = metrics["recovery"]
     assert set(found) == {arch, "last", "ema", "mean"}
     # Where a sweep goes next only a convolution over blocks can know: neither rule looks at a block's neighbours.
@@ -254,7 +254,7 @@ def test_training_beats_the_last_row(arch: str, tmp_path: Path) -> None:
     assert loaded.training_facts["metrics"] == metrics
     dataset = HistoryDataset(tmp_path / "data")
     _, held_out = fit_module.split_documents(dataset, 0.1, 0)
-    again = recovery(loaded, [dataset.load(d) for d in held_out], dataset.meta, torch.device("cpu"), horizon=24)
+    again = recovery(loaded, [dataset.load(d) for d in held_out], dataset.meta, torch.device("cpu"))
     assert again == pytest.approx(found[arch])
 
 
@@ -289,10 +289,10 @@ def test_an_interrupt_saves_the_best_so_far(after: int, tmp_path: Path, monkeypa
         calls += 1
         if calls > after:
             raise KeyboardInterrupt
-        return segment_loss(*args)
+        return document_loss(*args)
 
     make_recording(tmp_path / "data", 2)
-    monkeypatch.setattr(fit_module, "segment_loss", interrupted)
+    monkeypatch.setattr(fit_module, "document_loss", interrupted)
     metrics = fit(tmp_path / "data", tmp_path / "out", steps=50, batch=1, log_every=2)
     assert metrics["interrupted"]
     assert metrics["steps"] == after

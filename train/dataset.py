@@ -22,18 +22,18 @@ from typing import Any
 from attention_predictor.predictor.errors import DataError
 from attention_predictor.train.shards import Record, Recording, encode, pyarrow_modules, schema, stack
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META_FILE = "meta.json"
 SHARDS = "shards"
-IDENTITY = ("block_size", "sink", "recent", "model")  # what all documents of one recording share
+IDENTITY = ("block_size", "sink", "recent", "model", "rows")  # what all documents of one recording share
 ROW_GROUP = 16  # records written at once: bounds memory, whatever the number of layers
 
 
 class HistoryWriter:
     """Adds documents to a recording; each is there whole or not at all, so that a killed run can go on.
 
-    `meta` must give block_size, sink, recent (tokens) and model, and may give more, such as the command. In
-    a directory that already holds a recording those four must agree with it.
+    `meta` must give block_size, sink, recent (tokens), model and rows ("sparse" or "full"), and may give more, such
+    as the command. In a directory that already holds a recording those five must agree with it.
     """
 
     def __init__(self, directory: str | os.PathLike[str], meta: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor, architecture
 from attention_predictor.train.dataset import HistoryDataset
-from attention_predictor.train.objective import LOSSES, TARGETS, segment_loss
+from attention_predictor.train.objective import LOSSES, TARGETS, document_loss
 from attention_predictor.train.shards import Recording
 from attention_predictor.train.validate import recovery
 
@@ -39,7 +39,6 @@ def fit(
     init: str | None = None,
     loss: str = "ce",
     horizon: int = 24,
-    noise: float = 0.5,
     steps: int = 1000,
     batch: int = 32,
     lr: float = 3e-3,
@@ -54,14 +53,12 @@ def fit(
 
     Every `log_every` of the `steps` the recovery on held-out documents is measured, and the best predictor
     by it is the one saved; an interrupt ends training early and saves the best so far. A step learns from
-    `batch` records of a few documents, in segments that start as decoding does: from 64 rows, then row by
-    row.
+    `batch` records of a few documents; states start as decoding does: from 64 rows, then row by row.
     """
     device = check_options(
         arch=arch,
         loss=loss,
         horizon=horizon,
-        noise=noise,
         steps=steps,
         batch=batch,
         lr=lr,
@@ -77,7 +74,7 @@ def fit(
     training, held_out = split_documents(dataset, val_fraction, seed)
     meta, cache = dataset.meta, Cache(dataset)
     validation = [cache.load(document) for document in held_out]
-    found = {name: recovery(architecture(name)(), validation, meta, device, horizon) for name in RULES}
+    found = {name: recovery(architecture(name)(), validation, meta, device) for name in RULES}
     if not found["last"]:
         raise DataError(f"{dataset.directory}: held-out documents are too short to judge a predictor by recovery")
 
@@ -102,7 +99,7 @@ def fit(
             total = 0.0
             for recording in chosen:
                 records = max(1, batch // len(chosen))
-                part = segment_loss(predictor, recording, records, meta, loss, horizon, noise, rng, device)
+                part = document_loss(predictor, recording, records, meta, loss, horizon, rng, device)
                 if part is not None:
                     (part / len(chosen)).backward()
                     total += part.item() / len(chosen)
@@ -113,7 +110,7 @@ def fit(
             schedule.step()
             done = step
             if step % log_every == 0 or step == steps:
-                now = recovery(predictor, validation, meta, device, horizon)
+                now = recovery(predictor, validation, meta, device)
                 if mean(now) > best_mean:
                     best, best_mean, found[arch] = copied(predictor), mean(now), now
                 against = {name: f"{mean(found[name]):.4f}" for name in RULES}
@@ -121,7 +118,7 @@ def fit(
     except KeyboardInterrupt:
         interrupted = True
     if arch not in found:  # interrupted before the first validation
-        best, found[arch] = copied(predictor), recovery(predictor, validation, meta, device, horizon)
+        best, found[arch] = copied(predictor), recovery(predictor, validation, meta, device)
     predictor.load_state_dict(best)
     metrics = {"recovery": found, "steps": done, "interrupted": interrupted}
     predictor.training_facts = {
@@ -132,7 +129,6 @@ def fit(
             "init": init,
             "loss": loss,
             "horizon": horizon,
-            "noise": noise,
             "steps": steps,
             "batch": batch,
             "lr": lr,
@@ -149,7 +145,6 @@ def check_options(
     arch: str,
     loss: str,
     horizon: int,
-    noise: float,
     steps: int,
     batch: int,
     lr: float,
@@ -165,8 +160,6 @@ def check_options(
     for name, value in (("horizon", horizon), ("steps", steps), ("batch", batch), ("log_every", every)):
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
-    if not 0 <= noise <= 3:
-        raise ConfigError(f"noise={noise} must be from 0 to 3")
     for name, number, top in (("lr", lr, 1.0), ("val_fraction", val_fraction, 0.9)):
         if not 0 < number <= top:
             raise ConfigError(f"{name}={number} must be above 0 and at most {top}")
@@ -223,10 +216,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loss", default="ce", choices=LOSSES, help="cross-entropy or squared error (default: %(default)s)"
     )
     parser.add_argument(
-        "--horizon", type=int, default=24, help="next steps whose mean is the target (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--noise", type=float, default=0.5, help="error of log scores in what is shown (default: %(default)s)"
+        "--horizon", type=int, default=24, help="next steps whose largest mass is the target (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="records (layer, KV head) a step (default: %(default)s)")
@@ -237,7 +227,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `attnpred train`: metrics as JSON on stdout; 130 when interrupted (the best so far is saved)."""
-    names = ("arch", "init", "loss", "horizon", "noise", "steps", "batch", "lr", "device", "seed")
+    names = ("arch", "init", "loss", "horizon", "steps", "batch", "lr", "device", "seed")
     metrics = fit(args.data, args.out, progress=True, **{name: getattr(args, name) for name in names})
     print(json.dumps({"out": str(args.out), **metrics}))
     return 130 if metrics["interrupted"] else 0

@@ -1,14 +1,18 @@
 """Record attention-score histories of a model, to train a predictor on.
 
-Each document is attended in full, in one pass; of its last tokens (--steps) the rows of block scores and the true
-block mass are kept, for every full-attention layer and KV head. A .txt file gives up to --per-file documents from
+Of a document's last tokens (--steps) the rows of block scores and the true block mass are kept, for every
+full-attention layer and KV head. With --rows sparse, the default, all but the first 64 of them are decoded one by one
+with a sparse cache, so that the rows are those a predictor sees at inference: exact where the step attended, estimated
+from the key sketch elsewhere. With --rows full everything is attended, in one pass, as the published training does.
+
+A .txt file gives up to --per-file documents from
 places spread over it; a line of a .jsonl file, {"text": …}, gives one, whose end is kept when it is too long (that is
 where questions and answers stand). Documents already recorded are skipped, so an interrupted run goes on.
 
 examples:
   attnpred record --data texts/ --out runs/histories
   attnpred record --model meta-llama/Llama-3.1-8B --dtype bfloat16 --data prompts.jsonl --out runs/llama \\
-      --max-tokens 32768
+      --max-tokens 32768 --budgets 512,1024
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,26 +34,64 @@ from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.dense import ScoreRows
 from attention_predictor.offload.layer import TieredLayer
-from attention_predictor.offload.policies import LayerSpec, Policy, register
+from attention_predictor.offload.policies import LayerSpec, Policy, Step, register
+from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.predictor.errors import ConfigError, ContextLengthError, DataError
 from attention_predictor.train.dataset import HistoryWriter
 from attention_predictor.train.shards import Record
 
+ROWS = ("sparse", "full")
+
 
 @register
-class Recorder(Policy):
+class FullRecorder(Policy):
     """Attends to everything and keeps the rows it is shown: recording is a policy that only watches."""
 
-    name = "record"
+    name = "record-full"
     selects = "all"
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)
         self.prompt_rows = spec.config.history
-        self.rows: ScoreRows | None = None
+        self.shown: list[ScoreRows] = []
 
     def observe_rows(self, rows: ScoreRows) -> None:
-        self.rows = rows
+        self.shown.append(rows)
+
+
+@register
+class SparseRecorder(Predictor):
+    """Decodes as the predictor policy does; keeps the rows its history is told and, beside them, the true mass."""
+
+    name = "record-sparse"
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        self.prompt_rows = PROMPT_ROWS  # whatever the rule that selects makes use of
+        self.prompt: list[ScoreRows] = []
+        self.steps_seen: list[tuple[Step, Tensor]] = []
+
+    def observe_rows(self, rows: ScoreRows) -> None:
+        super().observe_rows(rows)
+        self.prompt.append(rows)
+
+    def row(self, step: Step) -> Tensor:
+        row_BGN = super().row(step)
+        self.steps_seen.append((step, row_BGN))
+        return row_BGN
+
+    @property
+    def shown(self) -> list[ScoreRows]:
+        """Of the prompt's last queries and every step since."""
+        if not self.steps_seen:
+            return self.prompt
+        # The truth of all steps is read from host memory in one go.
+        last, _ = self.steps_seen[-1]
+        query_BHQD = torch.stack([step.query_BHD for step, _ in self.steps_seen], dim=2)
+        truth = last.true_rows(query_BHQD)
+        rows_BGQN = _joined([row_BGN[:, :, None] for _, row_BGN in self.steps_seen])
+        return [*self.prompt, ScoreRows(rows_BGQN, truth.mass_BGQN)]
 
 
 @dataclass(frozen=True)
@@ -104,29 +147,36 @@ def window(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: i
 
 
 @torch.no_grad()
-def record(model: PreTrainedModel, ids: list[int], steps: int) -> Iterator[Record]:
-    """Records of the last ``steps`` tokens of one document."""
-    config = OffloadConfig(policy="record", history=steps, prefetch="none")
+def record(model: PreTrainedModel, ids: list[int], steps: int, config: OffloadConfig) -> Iterator[Record]:
+    """Records of the last ``steps`` tokens of one document, under one of the two recording policies."""
+    prompt = len(ids) - steps + PROMPT_ROWS if config.policy == SparseRecorder.name else len(ids)
     with attach(model, config) as engine:
         if not engine.tiered_layers:
             raise ConfigError(f"{type(model).__name__} has no full-attention layer to record")
         cache = engine.new_cache()
         tokens = torch.tensor([ids], device=model.device)
-        model(tokens, past_key_values=cache, logits_to_keep=1)
+        for part in tokens.split([prompt] + [1] * (len(ids) - prompt), dim=1):
+            model(part, past_key_values=cache, logits_to_keep=1)
         for layer in cache.layers:
             if not isinstance(layer, TieredLayer):
                 continue
-            assert isinstance(layer.policy, Recorder)
-            rows = layer.policy.rows
-            assert rows is not None
+            assert isinstance(layer.policy, FullRecorder | SparseRecorder)
+            scores_GQN = _joined([rows.scores_BGQN[0] for rows in layer.policy.shown])
+            mass_GQN = _joined([rows.mass_BGQN[0] for rows in layer.policy.shown])
             for head in range(layer.kv_heads):
                 yield Record(
                     layer=layer.number,
                     head=head,
                     first_tokens=len(ids) - steps + 1,
-                    scores_QN=rows.scores_BGQN[0, head],
-                    mass_QN=rows.mass_BGQN[0, head],
+                    scores_QN=scores_GQN[head],
+                    mass_QN=mass_GQN[head],
                 )
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    """Rows one after the other; those from before a block existed have zeros for it."""
+    blocks = rows[-1].shape[-1]
+    return torch.cat([torch.nn.functional.pad(part, (0, blocks - part.shape[-1])) for part in rows], dim=-2)
 
 
 def is_validation(group: str, share: float) -> bool:
@@ -139,15 +189,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="D", help=".txt or .jsonl file, or a directory")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the recording")
     parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="tokens a document (%(default)s)")
-    parser.add_argument("--steps", type=int, default=192, metavar="N", help="last tokens to record (%(default)s)")
+    parser.add_argument("--steps", type=int, default=256, metavar="N", help="last tokens to record (%(default)s)")
+    parser.add_argument("--rows", choices=ROWS, default="sparse", help="what a predictor is shown (%(default)s)")
+    parser.add_argument("--predictor", default="ema", metavar="P", help="that selects for sparse rows (%(default)s)")
+    parser.add_argument("--budgets", default="256,512", metavar="N,N", help="of sparse rows, in turn (%(default)s)")
     parser.add_argument("--per-file", type=int, default=4, metavar="N", help="documents a .txt file (%(default)s)")
     parser.add_argument("--validation", type=float, default=0.1, metavar="SHARE", help="of the documents (%(default)s)")
 
 
+def recording_configs(args: argparse.Namespace) -> list[OffloadConfig]:
+    """Engine settings that documents are recorded under, in turn."""
+    if args.rows == "full":
+        return [OffloadConfig(policy=FullRecorder.name, history=args.steps, prefetch="none")]
+    try:
+        budgets = [int(text) for text in args.budgets.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--budgets {args.budgets!r}: expected numbers separated by commas") from error
+    return [
+        OffloadConfig(
+            policy=SparseRecorder.name, predictor=args.predictor, budget=budget, late_fetch=0.0, prefetch="none"
+        )
+        for budget in budgets
+    ]
+
+
 def main(args: argparse.Namespace) -> int:
-    if args.steps < 2 or args.per_file < 1 or not 0 <= args.validation < 1:
-        raise ConfigError("expected --steps of at least 2, --per-file of at least 1 and --validation from 0 to below 1")
-    defaults = OffloadConfig()
+    if args.steps <= PROMPT_ROWS or args.per_file < 1 or not 0 <= args.validation < 1:
+        raise ConfigError(
+            f"expected --steps above {PROMPT_ROWS}, --per-file of at least 1 and --validation from 0 to below 1"
+        )
+    configs = recording_configs(args)
+    defaults = configs[0]
     least = args.steps + defaults.sink + defaults.recent
     if args.max_tokens <= least:
         raise ConfigError(f"--max-tokens {args.max_tokens}: expected more than --steps + sink + recent = {least}")
@@ -165,10 +237,13 @@ def main(args: argparse.Namespace) -> int:
         "data": args.data.name,
         "max_tokens": args.max_tokens,
         "steps": args.steps,
+        "rows": args.rows,
     }
+    if args.rows == "sparse":
+        meta |= {"predictor": str(args.predictor), "budgets": args.budgets}
     writer = HistoryWriter(args.out, meta)
     short = 0
-    for document in tqdm(documents, desc="recording", unit="doc", disable=None):
+    for number, document in enumerate(tqdm(documents, desc="recording", unit="doc", disable=None)):
         if writer.has(document.name):
             continue
         ids = window(document, tokenizer, args.max_tokens)
@@ -176,7 +251,8 @@ def main(args: argparse.Namespace) -> int:
             short += 1
             continue
         split = "validation" if is_validation(document.group, args.validation) else "train"
-        writer.write(document.name, record(model, ids, args.steps), split=split)
+        config = configs[number % len(configs)]
+        writer.write(document.name, record(model, ids, args.steps, config), split=split)
     if short:
         print(f"{short} of {len(documents)} documents have no more than {least} tokens and were left out")
     if short == len(documents):

@@ -31,12 +31,11 @@ def recovery(
     recordings: Iterable[Recording],
     meta: Mapping[str, Any],
     device: torch.device,
-    horizon: int = 1,
 ) -> dict[str, float]:
     """Mass on sink, recent and chosen blocks relative to the best choice: the mean by budget.
 
-    Judged ahead: state after row t, mean mass of rows t + 1 to t + `horizon`. Steps that fit a budget whole don't count
-    for it; a budget without any step is left out.
+    Judged ahead: state after row t, mass of row t + 1. Steps that fit a budget whole don't count for it; a budget
+    without any step is left out.
     """
     shares: dict[int, list[Tensor]] = {budget: [] for budget in BUDGETS}
     for recording in recordings:
@@ -51,7 +50,7 @@ def recovery(
             if first >= last:
                 continue
             scores_XN = predictor(state_XSNC[None, :, index, first:last])[0]
-            mass_XN = mass_XQN[:, step + 1 : step + 1 + horizon].mean(1)
+            mass_XN = mass_XQN[:, step + 1]
             kept_X = mass_XN.sum(-1) - mass_XN[:, first:last].sum(-1)
             always = -(-tokens // meta["block_size"]) - (last - first)
             for budget in BUDGETS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attention_predictor.offload.policies.base import LayerSpec, Policy
+from attention_predictor.offload.policies.base import LayerSpec, Policy, Step
 from attention_predictor.offload.policies.full import Full
 from attention_predictor.offload.policies.oracle import Oracle
 from attention_predictor.offload.policies.predictor import Predictor
@@ -36,4 +36,4 @@ def policy_class(name: str) -> type[Policy]:
 for _policy in (Full, Streaming, Quest, QuestAhead, Predictor, Oracle):
     register(_policy)
 
-__all__ = ["LayerSpec", "Policy", "policy_class", "policy_names", "register"]
+__all__ = ["LayerSpec", "Policy", "Step", "policy_class", "policy_names", "register"]

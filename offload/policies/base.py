@@ -78,11 +78,14 @@ class Step:
     @cached_property
     def exact(self) -> ScoreRows:
         """The true row of this step; reads every key of the layer from host memory."""
-        query_BH1D = self.query_BHD[:, :, None]
+        return self.true_rows(self.query_BHD[:, :, None])
+
+    def true_rows(self, query_BHQD: Tensor) -> ScoreRows:
+        """The true rows of this and the steps before it, given their queries; reads every key once."""
         terms = Terms(self.terms.scaling, self.terms.softcap, self.terms.sinks_H, self.real_BL)
         return score_rows(
-            query_BH1D,
-            self.stream(query_BH1D),
+            query_BHQD,
+            self.stream(query_BHQD),
             self.length,
             terms,
             kv_heads=self.kv_heads,

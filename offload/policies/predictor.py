@@ -71,13 +71,15 @@ class Predictor(Policy):
 
     def observe(self, step: Step) -> None:
         self.steps += 1
+        self.history.push(self.row(step))
+        self.estimate = None
+
+    def row(self, step: Step) -> Tensor:
+        """What the history is told of this step, ``[B, G, N]``."""
         calibration = self.spec.config.calibration
         if calibration == "exact" and self.steps % self.spec.config.calibration_interval == 0:
-            row_BGN = step.exact.scores_BGQN[:, :, 0]
-        else:
-            row_BGN = self._row(step, estimated=calibration == "sketch")
-        self.history.push(row_BGN)
-        self.estimate = None
+            return step.exact.scores_BGQN[:, :, 0]
+        return self._row(step, estimated=calibration == "sketch")
 
     def score_next(self, length: int) -> Tensor | None:
         first, last = Selection.of(self.spec.config).candidates(length)
