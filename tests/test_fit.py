@@ -242,8 +242,7 @@ def test_spread() -> None:
 @pytest.mark.parametrize("arch", ["time-filters", "paper"])
 def test_training_beats_the_last_row(arch: str, tmp_path: Path) -> None:
     make_recording(tmp_path / "data")
-    steps = {"time-filters": 60, "paper": 60}[arch]
-    metrics = fit(tmp_path / "data", tmp_path / "out", arch=arch, horizon=1, steps=steps, batch=8, lr=1e-2, log_every=30)
+    metrics = fit(tmp_path / "data", tmp_path / "out", arch=arch, horizon=1, steps=60, batch=8, lr=1e-2, log_every=30)
     found = metrics["recovery"]
     assert set(found) == {arch, "last", "ema", "mean"}
     # Where a sweep goes next only a convolution over blocks can know: neither rule looks at a block's neighbours.
