@@ -124,3 +124,19 @@ class AttentionPredictor(nn.Module):
         if not isinstance(predictor, cls):
             raise CheckpointError(f"{name_or_path}: arch is {predictor.arch!r}, expected {cls.arch!r}")
         return predictor.to(device).eval()
+
+    @classmethod
+    def from_upstream(
+        cls, path: str | PathLike[str], device: torch.device | str | None = None, *, block_size: int = 16
+    ) -> AttentionPredictor:
+        """Load weights as the method's authors publish them (`best_model.pth`): the "paper" architecture.
+
+        The file is a pickled state-dict with `conv1.weight` [16, 1, 3, 3] to `conv3.bias` [1]; nothing but tensors is
+        unpickled. CheckpointError names missing and unexpected keys, or what else is wrong.
+        """
+        predictor = ARCHITECTURES["paper"](block_size=block_size)
+        predictor.load_state_dict(checkpoint.read_upstream(Path(path), predictor.state_dict()))
+        predictor.training_facts = {"upstream": Path(path).name}
+        if not isinstance(predictor, cls):
+            raise CheckpointError(f"{path}: arch is {predictor.arch!r}, expected {cls.arch!r}")
+        return predictor.to(device).eval()

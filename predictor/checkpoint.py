@@ -73,6 +73,27 @@ def read_tensors(directory: Path, expected: Mapping[str, Tensor]) -> dict[str, T
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({_line(error)})") from error
+    _check_tensors(path, tensors, expected)
+    return tensors
+
+
+def read_upstream(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state-dict that `torch.save` pickled, unpickled with weights only, checked as in `read_tensors`."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: file is missing; allowed: a state-dict of the published network (best_model.pth)"
+        )
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle trips over anything
+        raise CheckpointError(f"{path}: not a file of weights alone ({_line(error)[:120]})") from error
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{path}: found {type(tensors).__name__}, expected tensors by name: {sorted(expected)}")
+    _check_tensors(path, tensors, expected)
+    return dict(tensors)
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     if tensors.keys() != expected.keys():
         raise CheckpointError(
             f"{path}: missing tensors {sorted(expected.keys() - tensors.keys())}, "
@@ -86,7 +107,6 @@ def read_tensors(directory: Path, expected: Mapping[str, Tensor]) -> dict[str, T
             raise CheckpointError(f"{path}: tensor {name} has dtype {tensor.dtype}, expected floating point")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity, expected finite numbers")
-    return tensors
 
 
 def _expect(path: Path, field: str, found: Any, allowed: Container[Any], wording: str) -> None:

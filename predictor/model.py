@@ -1,9 +1,23 @@
 """All predictors under one roof: importing this module makes every architecture and rule loadable by name."""
 
+import torch
+
 from attention_predictor.predictor.base import ARCHITECTURES, AttentionPredictor, architecture
 from attention_predictor.predictor.filters import FilterPredictor
+from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.rules import ExponentialAverage, LastRow, WindowMean
+from attention_predictor.predictor.streaming import StreamedHistory
 from attention_predictor.predictor.window import WindowPredictor
+
+
+def new_history(
+    predictor: AttentionPredictor, *, batch: int, kv_heads: int, device: torch.device | str
+) -> ScoreHistory:
+    """What the predictor must remember of one layer, of the kind that evaluates it fastest."""
+    if isinstance(predictor, WindowPredictor):
+        return StreamedHistory(predictor, batch=batch, kv_heads=kv_heads, device=device)
+    return ScoreHistory(predictor, batch=batch, kv_heads=kv_heads, device=device)
+
 
 __all__ = [
     "ARCHITECTURES",
@@ -14,4 +28,5 @@ __all__ = [
     "WindowMean",
     "WindowPredictor",
     "architecture",
+    "new_history",
 ]

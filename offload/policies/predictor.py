@@ -15,7 +15,7 @@ from torch import Tensor
 from attention_predictor.offload.dense import ScoreRows, block_peak_and_sum
 from attention_predictor.offload.policies.base import LayerSpec, Part, Policy, ReadKeys, Step
 from attention_predictor.offload.selection import Selection
-from attention_predictor.predictor.history import ScoreHistory
+from attention_predictor.predictor.model import new_history
 from attention_predictor.predictor.sketch import KeySketch
 
 
@@ -30,7 +30,7 @@ class Predictor(Policy):
         assert spec.predictor is not None  # attach loads it for this policy
         config = spec.config
         self.prompt_rows = min(config.history, spec.predictor.rows)
-        self.history = ScoreHistory(spec.predictor, batch=spec.batch, kv_heads=spec.kv_heads, device=spec.device)
+        self.history = new_history(spec.predictor, batch=spec.batch, kv_heads=spec.kv_heads, device=spec.device)
         self.sketch = (
             KeySketch(
                 batch=spec.batch,

@@ -1,0 +1,204 @@
+"""The published network, streamed: the same scores as over the whole window, for a tenth of the work.
+
+One step moves the window by one row. A row of the second convolution depends on 5 rows of the window, so all but the
+two rows at each zero-padded end do not change when the window slides: they only move up by one. Their sum over rows is
+therefore kept. A step adds the row that enters this interior, takes off the one that leaves it, and computes the four
+rows at the ends: 6 rows of features in place of 64. (The network is AttentionPredictor's, arXiv 2502.04077, section 4;
+streaming it is ours.)
+
+State: the window (64 numbers of fp16 a block) and the sums (32 of fp64, so that no rounding adds up, however many the
+steps). Work: 2 × 5,328 multiply-adds a block and step to push, 2 × 9,824 to predict, against 304,160 over the window.
+
+Suffixes: B sequences, G KV heads, X = B × G, R window rows (oldest first), N blocks, C feature maps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention_predictor.predictor.errors import IntegrityError
+from attention_predictor.predictor.history import ScoreHistory
+from attention_predictor.predictor.window import WindowPredictor
+
+REACH = 2  # rows or columns to each side that two 3 × 3 convolutions look at
+STENCIL = 2 * REACH + 1
+TILE_COLUMNS = 1 << 14  # columns times rows of X convolved at once: their feature maps stay in a CPU's cache
+
+
+@dataclass(frozen=True)
+class RowBand:
+    """Both convolutions for a few rows of features, as convolutions over blocks whose channels are rows × maps.
+
+    A 2-d convolution over so few rows would spend its time on arranging data.
+    """
+
+    rows: slice  # of the window that are read
+    features: int  # rows that result
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    bias2: Tensor
+
+    @classmethod
+    def of(cls, network: WindowPredictor, rows: slice, maps: int, features: int, padded: int) -> RowBand:
+        """`maps` rows of the first convolution and `features` of the second; `padded` zero rows come before each."""
+        read = len(range(network.channels)[rows])
+        return cls(
+            rows,
+            features,
+            *_banded(network.conv1, read, maps, padded),
+            *_banded(network.conv2, maps, features, padded),
+        )
+
+    def __call__(self, window_XRN: Tensor) -> Tensor:
+        """Sum over the features' rows, [X, C, N − 2·REACH], from columns with their neighbours."""
+        maps_XCN = F.conv1d(window_XRN[:, self.rows], self.weight1, self.bias1).relu_()
+        features_XCN = F.conv1d(maps_XCN, self.weight2, self.bias2).relu_()
+        return features_XCN.unflatten(1, (self.features, -1)).sum(1)
+
+
+def _banded(conv: nn.Conv2d, rows_in: int, rows_out: int, padded: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the 1-d convolution that computes `rows_out` rows of `conv` from `rows_in`."""
+    maps_out, maps_in = conv.weight.shape[:2]
+    weight = conv.weight.new_zeros(rows_out, maps_out, rows_in, maps_in, 3)
+    for row in range(rows_out):
+        for tap in range(3):
+            read = row + tap - padded
+            if 0 <= read < rows_in:  # the others are zero rows
+                weight[row, :, read] = conv.weight[:, :, tap]
+    assert conv.bias is not None
+    return weight.flatten(2, 3).flatten(0, 1), conv.bias.repeat(rows_out)
+
+
+class StreamedHistory(ScoreHistory):
+    """A ScoreHistory of the published network whose work a step does not grow with the window.
+
+    A column's sum takes blocks that are not there yet for blocks whose scores are zero, which is what they are once
+    they appear: sums stay true while blocks arrive. At the ends of the predicted range the network pads features, not
+    scores, with zeros; the columns within reach of them, four a step, are computed over the whole window.
+    A window shorter than 5 rows has no interior and is evaluated as it is.
+    """
+
+    predictor: WindowPredictor
+
+    @torch.no_grad()
+    def __init__(self, predictor: WindowPredictor, *, batch: int, kv_heads: int, device: torch.device | str) -> None:
+        super().__init__(predictor, batch=batch, kv_heads=kv_heads, device=device)
+        self.streams = predictor.channels >= STENCIL
+        with torch.inference_mode(False):
+            shape = (batch, kv_heads, predictor.conv2.out_channels, 0)
+            self._sum_BGCN = torch.zeros(shape, dtype=torch.float64, device=device)
+            self._leaving = RowBand.of(predictor, slice(0, STENCIL), maps=3, features=1, padded=0)
+            self._entering = RowBand.of(predictor, slice(-STENCIL, None), maps=3, features=1, padded=0)
+            self._top = RowBand.of(predictor, slice(0, STENCIL - 1), maps=3, features=2, padded=1)
+            self._bottom = RowBand.of(predictor, slice(1 - STENCIL, None), maps=3, features=2, padded=0)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def start(self, rows_BGRN: Tensor) -> None:
+        super().start(rows_BGRN)
+        self._sum_up(0)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def push(self, row_BGN: Tensor) -> None:
+        if not self.started or not self.streams:
+            super().push(row_BGN)
+            return
+        known = self.n_blocks
+        self._add(self._leaving, self._sum_BGCN, 0, known, sign=-1)
+        super().push(row_BGN)
+        self._add(self._entering, self._sum_BGCN, 0, known)
+        self._sum_up(known)
+
+    @torch.no_grad()
+    def predict(self, first: int, last: int) -> Tensor:
+        if not self.streams or last - first <= 2 * STENCIL:
+            return super().predict(first, last)
+        scores_BGN = super().predict(first, first)  # checks the range; −inf everywhere
+        network = self.predictor
+        sum_BGCN = self._sum_BGCN[..., first:last].to(network.conv3.weight.dtype)
+        for band in (self._top, self._bottom):
+            self._add(band, sum_BGCN, first, last)
+        inner_XN = network.conv3(sum_BGCN.flatten(0, 1).div_(network.channels))[:, 0]
+        scores_BGN[:, :, first:last] = inner_XN.view_as(scores_BGN[:, :, first:last])
+        left_BGN = network(self._state_BGNC[:, :, first : first + 2 * REACH])
+        right_BGN = network(self._state_BGNC[:, :, last - 2 * REACH : last])
+        scores_BGN[:, :, first : first + REACH] = left_BGN[..., :REACH]
+        scores_BGN[:, :, last - REACH : last] = right_BGN[..., REACH:]
+        return scores_BGN
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def crop(self, n_blocks: int) -> None:
+        super().crop(n_blocks)
+        self._sum_up(max(0, n_blocks - REACH))  # the last columns had neighbours that are gone
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def index(self, batch_index: Tensor) -> None:
+        super().index(batch_index)
+        self._sum_BGCN = self._sum_BGCN.index_select(0, batch_index.to(self._sum_BGCN.device))
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self._sum_BGCN.numel() * self._sum_BGCN.element_size()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def check_integrity(self) -> None:
+        """As `ScoreHistory.check_integrity`; the sums must also be those of the window."""
+        super().check_integrity()
+        if self._sum_BGCN.shape[-1] != self._state_BGNC.shape[2]:
+            raise IntegrityError(
+                f"sums have room for {self._sum_BGCN.shape[-1]} blocks, the window for {self._state_BGNC.shape[2]}"
+            )
+        held_BGCN = self._sum_BGCN[..., : self.n_blocks].clone()
+        self._sum_up(0)
+        error_BGCN = (self._sum_BGCN[..., : self.n_blocks] - held_BGCN).abs()
+        if self.started and self.streams and error_BGCN.max() > 1e-4 * held_BGCN.abs().max() + 1e-6:
+            raise IntegrityError(f"feature sums differ from those of the window by up to {error_BGCN.max():.3g}")
+
+    @torch.inference_mode(False)
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamedHistory:
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, StreamedHistory)
+        twin._sum_BGCN = self._sum_BGCN.clone()
+        return twin
+
+    def _grow(self, n_blocks: int) -> None:
+        super()._grow(n_blocks)
+        self._sum_BGCN = F.pad(self._sum_BGCN, (0, self._state_BGNC.shape[2] - self._sum_BGCN.shape[-1]))
+
+    def _sum_up(self, first: int) -> None:
+        """Compute the sums of the columns from `first` on from the whole window."""
+        if not self.started or not self.streams:
+            return
+        network = self.predictor
+        for low, high in self._tiles(first, self.n_blocks, rows=network.channels):
+            maps_XCRN = F.conv2d(self._columns(low, high)[:, None], network.conv1.weight, network.conv1.bias).relu_()
+            features_XCRN = F.conv2d(maps_XCRN, network.conv2.weight, network.conv2.bias).relu_()
+            sum_BGCN = self._sum_BGCN[..., low:high]
+            sum_BGCN.copy_(features_XCRN.sum(2, dtype=torch.float64).view_as(sum_BGCN))
+
+    def _add(self, band: RowBand, out_BGCN: Tensor, first: int, last: int, sign: int = 1) -> None:
+        """Add the band's features of columns first to last − 1 to the first columns of `out_BGCN`."""
+        for low, high in self._tiles(first, last, rows=1):
+            part_BGCN = out_BGCN[..., low - first : high - first]
+            part_BGCN.add_(band(self._columns(low, high)).view_as(part_BGCN), alpha=sign)
+
+    def _columns(self, first: int, last: int) -> Tensor:
+        """Window_XRN of columns first − REACH to last + REACH − 1; where there are none, zeros."""
+        low, high = max(0, first - REACH), min(self.n_blocks, last + REACH)
+        window_XNR = self._state_BGNC[:, :, low:high].flatten(0, 1).to(self.predictor.conv1.weight.dtype)
+        return F.pad(window_XNR.transpose(1, 2), (low - first + REACH, last + REACH - high))
+
+    def _tiles(self, first: int, last: int, rows: int) -> list[tuple[int, int]]:
+        batch, kv_heads = self._state_BGNC.shape[:2]
+        width = max(64, TILE_COLUMNS // (rows * max(1, batch * kv_heads)))
+        return [(low, min(low + width, last)) for low in range(first, last, width)]
