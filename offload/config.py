@@ -32,7 +32,7 @@ class OffloadConfig:
         calibration: How the history learns of blocks that were not attended: from the key ``sketch`` at every step,
             ``exact``ly every ``calibration_interval`` steps (reads all keys from host memory), or ``none``.
         calibration_interval: Steps from one exact calibration to the next.
-        sketch_bits: Bits of a key element in the sketch.
+        sketch_bits: Bits of a key element in the sketch, on average over channels (``KeySketch``).
         late_fetch: Largest share of the budget that may be fetched within the step that uses it, chosen with the
             current query and the sketch; 0 predicts ahead only, 1 lets the sketch choose all.
         prefetch: ``"thread"`` fetches beside the computation, ``"none"`` in the middle of it.

@@ -1,8 +1,8 @@
 """TieredLayer: one layer's KV cache, all of it in host memory, the blocks that matter in a pool on the device.
 
-The way of a token: ``update`` waits for what was fetched ahead and stores its key and value; ``attend`` lets the
-policy correct the selection, attends to the pool, shows the policy what happened and submits the fetch for the next
-token.
+The way of a token: ``update`` waits for what was fetched ahead and stores its key and value; ``attend`` gives the
+policy key and query, lets it correct the selection, attends to the pool, shows it what happened and submits the fetch
+for the next token.
 
 Suffixes: B sequences, G KV heads, H query heads, R rows = B·G, Q queries, T tokens, L tokens of the sequence, D head
 size, S slots, N blocks, W wanted blocks.
@@ -117,11 +117,7 @@ class TieredLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new tokens; the returned key leads the attention function to this layer."""
         self.engine.check_open()
-        if self.armed:
-            raise AttachError(
-                f"layer {self.number}: its last step did not reach the attention function; either the step was "
-                "interrupted (use a new cache) or the model ignores the attention interface (unsupported)"
-            )
+        self._check_attended()
         key_states, value_states = key_states.detach(), value_states.detach()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -129,7 +125,6 @@ class TieredLayer(CacheLayerMixin):
         self.armed = True
         start = self.store.length
         self.store.append(key_states, value_states)
-        self.policy.extend(key_states)
         if key_states.shape[2] == 1 and self.pool.slots:
             tail, offset = divmod(start, self.store.block_size)
             slot_R = self.table.slot_of(torch.full((self.batch * self.kv_heads,), tail))
@@ -143,6 +138,13 @@ class TieredLayer(CacheLayerMixin):
         key_states = key_states.view_as(key_states)
         setattr(key_states, HANDLE, self)
         return key_states, value_states
+
+    def _check_attended(self) -> None:
+        if self.armed:
+            raise AttachError(
+                f"layer {self.number}: its last step did not reach the attention function; either the step was "
+                "interrupted (use a new cache) or the model ignores the attention interface (unsupported)"
+            )
 
     def get_seq_length(self) -> int:
         return self.store.length if self.is_initialized else 0
@@ -165,6 +167,7 @@ class TieredLayer(CacheLayerMixin):
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
+        self._check_attended()  # else the policy may lack tokens that are in the store
         self._settle()
         length = max(self.store.length + tokens_to_remove, 0)
         if length == 0:
@@ -214,7 +217,9 @@ class TieredLayer(CacheLayerMixin):
     # ---- attention -------------------------------------------------------------------------------------------------
 
     def attend(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
-        """Attention of the tokens that ``update`` has just stored; ``[B, H, Q, D]``."""
+        """Attention of the tokens that ``update`` has just stored, ``key_BGTD`` and no others; ``[B, H, Q, D]``."""
+        if self.armed:  # not where layers share keys, and attention comes back for the same ones
+            self.policy.extend(key_BGTD, query_BHQD)
         # The slots hold blocks that were wanted for one more token; several tokens at once attend to everything.
         if query_BHQD.shape[2] == 1 and self.pool.slots:
             out_BHQD = self._attend_one(query_BHQD, terms)

@@ -1,16 +1,23 @@
 """KeySketch: a few-bit copy of every key, small enough to stay on the device and be read every step.
 
-Suffixes: B sequences, G KV heads, H query heads, h query heads of one KV head, T tokens, K groups of
-tokens, J bytes of a group (several tokens each), D head size.
+Suffixes: B sequences, G KV heads, H query heads, h query heads of one KV head, Q queries, T tokens, K groups
+of tokens, J bytes of a group (several tokens each), D head size, R channels with codes, C those of one width.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attention_predictor.predictor.errors import ConfigError, IntegrityError
-from attention_predictor.predictor.quantise import SHARES, masks, pack, quantise, unpack
+from attention_predictor.predictor.quantise import LARGEST, SHARES, masks, pack, quantise, unpack
+
+# Share of the channels whose codes have twice the bits, and of those that have none, so that the mean stays. In the
+# pocket model 1/8 errs a little less over all layers, but more in the layer that looks up single tokens (docs/LOG.md).
+WIDE_SHARE = 1 / 4
+RECENT_QUERIES = 64  # of each `extend` enter the channels' importance
 
 CHUNK_GROUPS = 16  # storage grows by this many groups: doubling would waste the memory this library saves
 # Elements of fp32 in use at once. On a CPU they should stay in its cache; on a GPU few launches matter.
@@ -18,12 +25,30 @@ SCRATCH_ELEMENTS = {"cpu": 1 << 18}
 SCRATCH_ELEMENTS_GPU = 1 << 24
 
 
+@dataclass
+class Tier:
+    """Channels with codes of one width: their ranks by importance, and the codes."""
+
+    bits: int
+    ranks: slice
+    codes_BGKJC: Tensor
+    mask_P11: Tensor
+    factor_P: Tensor
+
+
 class KeySketch:
-    """One layer's keys in `bits` + 32/`group` bits an element; those of the last partial group are exact.
+    """One layer's keys in `bits` + 28/`group` bits an element; those of the last partial group are exact.
 
     It replaces the published calibration, which reads all keys every few steps: at 2 bits a row computed
     from it *every* step selects better than exact rows every fifth step, and needs no transfer.
-    2.5 bits an element is 16% of bf16 keys, 8% of the KV cache.
+    2.44 bits an element are 15% of bf16 keys, 8% of the KV cache.
+
+    `bits` is the mean over channels. What a channel's error does to the logits grows with the channel's
+    *importance*: the mean square of its queries times its keys' mean variance within a group. The most important
+    quarter of each KV head's channels has codes of twice the bits, the least important quarter none but the group's
+    mean, as reverse water-filling has it. (At 8 bits all channels have 8: nothing is left to gain.) The order of
+    the channels is found when a sequence's first whole group is stored, and stays. Everything stored is in that
+    order, so that a reader permutes the query and never the codes.
     """
 
     def __init__(
@@ -42,15 +67,23 @@ class KeySketch:
         if group < 8 or group % 8:
             raise ConfigError(f"group={group!r} of a key sketch must be a positive multiple of 8 tokens")
         self.bits, self.group, self.length = bits, group, 0
+        wide = int(head_dim * WIDE_SHARE) if 2 * bits in SHARES else 0
+        coded = head_dim - wide
         # Not under inference mode: what is made there could not be updated outside of it later.
         with torch.inference_mode(False):
-            shape = (batch, kv_heads, 0, head_dim)
-            codes_shape = (batch, kv_heads, 0, group * bits // 8, head_dim)
-            self._codes_BGKJD = torch.zeros(codes_shape, dtype=torch.uint8, device=device)
-            self._scale_BGKD = torch.zeros(shape, dtype=torch.float16, device=device)
-            self._zero_BGKD = torch.zeros(shape, dtype=torch.float16, device=device)
+            self._tiers = []
+            for width, ranks in ((2 * bits, slice(0, wide)), (bits, slice(wide, coded))):
+                if ranks.stop > ranks.start:
+                    shape = (batch, kv_heads, 0, group * width // 8, ranks.stop - ranks.start)
+                    codes_BGKJC = torch.zeros(shape, dtype=torch.uint8, device=device)
+                    self._tiers.append(Tier(width, ranks, codes_BGKJC, *masks(width, device)))
+            self._widest = max(tier.ranks.stop - tier.ranks.start for tier in self._tiers)
+            self._scale_BGKR = torch.zeros(batch, kv_heads, 0, coded, dtype=torch.float16, device=device)
+            self._zero_BGKD = torch.zeros(batch, kv_heads, 0, head_dim, dtype=torch.float16, device=device)
             self._tail_BGTD = torch.zeros(batch, kv_heads, group, head_dim, dtype=dtype, device=device)
-            self._mask_P11, self._factor_P = masks(bits, device)
+            # Sum of the squares of queries, and the channels from the most important one on.
+            self._square_BGD = torch.zeros(batch, kv_heads, head_dim, device=device)
+            self._order_BGD = torch.arange(head_dim, device=device).repeat(batch, kv_heads, 1)
 
     def tail_start(self, length: int) -> int:
         """First token that a sketch of `length` tokens holds exactly."""
@@ -58,18 +91,31 @@ class KeySketch:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def extend(self, key_BGTD: Tensor) -> None:
-        """Take the keys of the next T tokens, as the attention uses them (after RoPE)."""
-        self._check("key_BGTD", key_BGTD, (*self._tail_BGTD.shape[:2], -1, self._tail_BGTD.shape[3]))
+    def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
+        """Take the keys of the next T tokens and their queries, as the attention uses them (after RoPE).
+
+        The last queries tell which channels matter. They are read until there is a whole group; only the sum of their
+        squares is kept. Query heads that share a KV head lie side by side.
+        """
+        batch, kv_heads, _, head_dim = self._tail_BGTD.shape
+        self._check("key_BGTD", key_BGTD, (batch, kv_heads, -1, head_dim))
+        self._check("query_BHQD", query_BHQD, (batch, -1, -1, head_dim))
         tokens, filled = key_BGTD.shape[2], self.length % self.group
         taken = min(tokens, self.group - filled)
+        if self.length < self.group:
+            recent_BGhQD = query_BHQD[:, :, -RECENT_QUERIES:].unflatten(1, (kv_heads, -1))
+            self._square_BGD += recent_BGhQD.float().square().sum((2, 3))
         self._tail_BGTD[:, :, filled : filled + taken] = key_BGTD[:, :, :taken]
         if filled + taken == self.group:
             first = self.length // self.group
             end = self.tail_start(self.length + tokens) - self.length  # of the whole groups in key_BGTD
+            rest_BGTD = key_BGTD[:, :, taken:end]
+            if first == 0:
+                importance_BGD = self._square_BGD * (self._variance(self._tail_BGTD) + self._variance(rest_BGTD))
+                self._order_BGD = importance_BGD.argsort(dim=-1, descending=True, stable=True)
             self._grow(first + 1 + (end - taken) // self.group)
             self._store(first, self._tail_BGTD)
-            self._store(first + 1, key_BGTD[:, :, taken:end])
+            self._store(first + 1, rest_BGTD)
             self._tail_BGTD[:, :, : tokens - end] = key_BGTD[:, :, end:]
         self.length += tokens
 
@@ -85,17 +131,20 @@ class KeySketch:
         self._check("query_BHD", query_BHD, (batch, -1, head_dim))
         query_BGhD = query_BHD.unflatten(1, (kv_heads, -1)).float() * scaling
         heads, n_groups = query_BGhD.shape[2], self.length // self.group
+        ranked_BGhD = query_BGhD.gather(-1, self._order_BGD[:, :, None].expand_as(query_BGhD))
         logits_BGhT = query_BGhD.new_empty(batch, kv_heads, heads, self.length)
-        for first, last in self._chunks(n_groups):
-            scale_BGK1D = self._scale_BGKD[:, :, first:last, None].float()
+        for first, last in self._chunks(n_groups, self._widest):
             zero_BGKD = self._zero_BGKD[:, :, first:last].float()
-            code_BGKTD = unpack(self._codes_BGKJD[:, :, first:last], self._mask_P11)
-            product_BGKhT = (query_BGhD[:, :, None] * scale_BGK1D) @ code_BGKTD.transpose(-1, -2)
-            product_BGKhT.unflatten(-1, (len(self._factor_P), -1)).mul_(self._factor_P[:, None])
-            offset_BGhK = query_BGhD @ zero_BGKD.transpose(-1, -2)
-            part_BGhT = logits_BGhT[..., first * self.group : last * self.group]
-            part_BGhKT = part_BGhT.unflatten(-1, (last - first, self.group))
-            torch.add(product_BGKhT.transpose(2, 3), offset_BGhK[..., None], out=part_BGhKT)
+            offset_BGhK = ranked_BGhD @ zero_BGKD.transpose(-1, -2)
+            part_BGKhT = offset_BGhK.transpose(2, 3)[..., None]
+            for tier in self._tiers:
+                scale_BGK1C = self._scale_BGKR[:, :, first:last, None, tier.ranks].float()
+                code_BGKTC = unpack(tier.codes_BGKJC[:, :, first:last], tier.mask_P11)
+                product_BGKhT = (ranked_BGhD[:, :, None, :, tier.ranks] * scale_BGK1C) @ code_BGKTC.transpose(-1, -2)
+                product_BGKhT.unflatten(-1, (len(tier.factor_P), -1)).mul_(tier.factor_P[:, None])
+                part_BGKhT = product_BGKhT.add_(part_BGKhT)  # begins as the zeros' share, one number a group
+            block_BGhT = logits_BGhT[..., first * self.group : last * self.group]
+            block_BGhT.unflatten(-1, (last - first, self.group)).copy_(part_BGKhT.transpose(2, 3))
         exact_BGTD = self._tail_BGTD[:, :, : self.length % self.group].float()
         logits_BGhT[..., n_groups * self.group :] = query_BGhD @ exact_BGTD.transpose(-1, -2)
         if softcap is not None:
@@ -106,6 +155,9 @@ class KeySketch:
     @torch.no_grad()
     def crop(self, length: int, tail_key_BGTD: Tensor | None = None) -> None:
         """Forget the tokens from `length` on.
+
+        If no whole group is left, the order of the channels is found anew with the next one, from the queries read
+        until then; at length 0 these are forgotten as well.
 
         `tail_key_BGTD` are the exact keys of tokens `tail_start(length)` to `length` − 1, of which only
         codes are left; without any such token, or while they are still in the exact tail, it may be None.
@@ -119,6 +171,8 @@ class KeySketch:
             self._tail_BGTD[:, :, :tokens] = tail_key_BGTD
         elif tokens and length < self.tail_start(self.length):
             raise ValueError(f"tail_key_BGTD is needed to crop {self.length} tokens to {length}")
+        if length == 0:
+            self._square_BGD.zero_()
         self.length = length
 
     @torch.no_grad()
@@ -126,12 +180,18 @@ class KeySketch:
         """All keys as the sketch knows them, key_BGTD in the keys' dtype: to measure its error."""
         batch, kv_heads, _, head_dim = self._tail_BGTD.shape
         key_BGTD = self._tail_BGTD.new_empty(batch, kv_heads, self.length, head_dim)
-        for first, last in self._chunks(self.length // self.group):
-            code_BGKTD = unpack(self._codes_BGKJD[:, :, first:last], self._mask_P11)
-            code_BGKTD.unflatten(-2, (len(self._factor_P), -1)).mul_(self._factor_P[:, None, None])
-            scale_BGK1D = self._scale_BGKD[:, :, first:last, None].float()
-            restored_BGKTD = self._zero_BGKD[:, :, first:last, None].float() + scale_BGK1D * code_BGKTD
-            key_BGTD[:, :, first * self.group : last * self.group] = restored_BGKTD.flatten(2, 3)
+        rank_BGD = self._order_BGD.argsort(-1)
+        for first, last in self._chunks(self.length // self.group, head_dim):
+            zero_BGK1D = self._zero_BGKD[:, :, first:last, None].float()
+            restored_BGKTD = zero_BGK1D.repeat(1, 1, 1, self.group, 1)
+            for tier in self._tiers:
+                scale_BGK1C = self._scale_BGKR[:, :, first:last, None, tier.ranks].float()
+                code_BGKTC = unpack(tier.codes_BGKJC[:, :, first:last], tier.mask_P11)
+                code_BGKTC.unflatten(-2, (len(tier.factor_P), -1)).mul_(tier.factor_P[:, None, None])
+                restored_BGKTD[..., tier.ranks] += scale_BGK1C * code_BGKTC
+            restored_BGTD = restored_BGKTD.flatten(2, 3)
+            restored_BGTD = restored_BGTD.gather(-1, rank_BGD[:, :, None].expand_as(restored_BGTD))
+            key_BGTD[:, :, first * self.group : last * self.group] = restored_BGTD
         tail = self.length % self.group
         key_BGTD[:, :, self.length - tail :] = self._tail_BGTD[:, :, :tail]
         return key_BGTD
@@ -140,56 +200,81 @@ class KeySketch:
     @torch.no_grad()
     def index(self, batch_index: Tensor) -> None:
         """Keep the sequences `batch_index` [new B], in that order (beams, expanded or filtered batches)."""
-        for name in ("_codes_BGKJD", "_scale_BGKD", "_zero_BGKD", "_tail_BGTD"):
-            tensor = getattr(self, name)
-            setattr(self, name, tensor.index_select(0, batch_index.to(tensor.device)))
+        for owner, name in self._held():
+            tensor = getattr(owner, name)
+            setattr(owner, name, tensor.index_select(0, batch_index.to(tensor.device)))
 
     @property
     def nbytes(self) -> int:
         """Device memory held, spare storage included."""
-        held = (self._codes_BGKJD, self._scale_BGKD, self._zero_BGKD, self._tail_BGTD)
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return sum(getattr(owner, name).nbytes for owner, name in self._held())
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if storage and length disagree or a number that is read isn't finite."""
         n_groups, tail = divmod(self.length, self.group)
-        room = {t.shape[2] for t in (self._codes_BGKJD, self._scale_BGKD, self._zero_BGKD)}
+        room = {getattr(owner, name).shape[2] for owner, name in self._grouped()}
         if len(room) != 1 or min(room) < n_groups:
             raise IntegrityError(f"sketch of {self.length} tokens has room for {sorted(room)} groups")
-        for name, tensor in (("scale", self._scale_BGKD), ("zero", self._zero_BGKD)):
+        for name, tensor in (("scale", self._scale_BGKR), ("zero", self._zero_BGKD)):
             if not torch.isfinite(tensor[:, :, :n_groups]).all():
                 raise IntegrityError(f"sketch {name} holds NaN or infinity")
-        if (self._scale_BGKD[:, :, :n_groups] < 0).any():
+        if (self._scale_BGKR[:, :, :n_groups] < 0).any():
             raise IntegrityError("sketch scale holds negative numbers")
+        sorted_BGD = self._order_BGD.sort(-1).values
+        if (sorted_BGD != torch.arange(sorted_BGD.shape[2], device=sorted_BGD.device)).any():
+            raise IntegrityError("the sketch's order of channels is not a permutation")
         if not torch.isfinite(self._tail_BGTD[:, :, :tail]).all():
             raise IntegrityError("exact keys of the sketch hold NaN or infinity")
 
-    def _chunks(self, n_groups: int, copies: int = 1) -> list[tuple[int, int]]:
-        """Ranges of groups of which `copies` unpacked copies fit the scratch limit."""
-        batch, kv_heads, _, head_dim = self._tail_BGTD.shape
+    def _grouped(self) -> list[tuple[object, str]]:
+        """Owner and name of the tensors that grow with the groups."""
+        return [(self, "_scale_BGKR"), (self, "_zero_BGKD"), *((tier, "codes_BGKJC") for tier in self._tiers)]
+
+    def _held(self) -> list[tuple[object, str]]:
+        """Owner and name of all tensors, one entry a sequence each."""
+        return [*self._grouped(), (self, "_tail_BGTD"), (self, "_square_BGD"), (self, "_order_BGD")]
+
+    def _chunks(self, n_groups: int, channels: int) -> list[tuple[int, int]]:
+        """Ranges of groups of which that many channels a token, in fp32, fit the scratch limit."""
+        batch, kv_heads = self._tail_BGTD.shape[:2]
         limit = SCRATCH_ELEMENTS.get(self._tail_BGTD.device.type, SCRATCH_ELEMENTS_GPU)
-        step = max(1, limit // max(1, copies * batch * kv_heads * self.group * head_dim))
+        step = max(1, limit // max(1, batch * kv_heads * self.group * channels))
         return [(first, min(first + step, n_groups)) for first in range(0, n_groups, step)]
+
+    def _variance(self, key_BGTD: Tensor) -> Tensor:
+        """Variance within groups of each channel of whole groups of keys, summed over the groups, [B, G, D] in fp32."""
+        variance_BGD = torch.zeros_like(self._square_BGD)
+        for low, high in self._chunks(key_BGTD.shape[2] // self.group, 2 * key_BGTD.shape[3]):
+            part_BGKTD = key_BGTD[:, :, low * self.group : high * self.group].unflatten(2, (-1, self.group))
+            variance_BGD += part_BGKTD.float().var(3, correction=0).sum(2)
+        return variance_BGD
 
     def _store(self, first: int, key_BGTD: Tensor) -> None:
         """Write whole groups of keys as codes from group `first` on."""
-        for low, high in self._chunks(key_BGTD.shape[2] // self.group, copies=8):  # that many quantise makes
-            part_BGKTD = key_BGTD[:, :, low * self.group : high * self.group].unflatten(2, (-1, self.group))
-            code_BGKTD, scale_BGKD, zero_BGKD = quantise(part_BGKTD, self.bits)
-            self._codes_BGKJD[:, :, first + low : first + high] = pack(code_BGKTD, self.bits)
-            self._scale_BGKD[:, :, first + low : first + high] = scale_BGKD
-            self._zero_BGKD[:, :, first + low : first + high] = zero_BGKD
+        for low, high in self._chunks(key_BGTD.shape[2] // self.group, 8 * self._widest):  # copies in quantise
+            groups = slice(first + low, first + high)
+            part_BGTD = key_BGTD[:, :, low * self.group : high * self.group]
+            part_BGTD = part_BGTD.gather(-1, self._order_BGD[:, :, None].expand_as(part_BGTD))
+            part_BGKTD = part_BGTD.unflatten(2, (-1, self.group))
+            for tier in self._tiers:
+                code_BGKTC, scale_BGKC, zero_BGKC = quantise(part_BGKTD[..., tier.ranks], tier.bits)
+                tier.codes_BGKJC[:, :, groups] = pack(code_BGKTC, tier.bits)
+                self._scale_BGKR[:, :, groups, tier.ranks] = scale_BGKC
+                self._zero_BGKD[:, :, groups, tier.ranks] = zero_BGKC
+            coded = self._scale_BGKR.shape[3]
+            mean_BGKC = part_BGKTD[..., coded:].float().clamp(-LARGEST, LARGEST).mean(3)
+            self._zero_BGKD[:, :, groups, coded:] = mean_BGKC
 
     def _grow(self, n_groups: int) -> None:
-        capacity = self._codes_BGKJD.shape[2]
+        capacity = self._zero_BGKD.shape[2]
         if n_groups <= capacity:
             return
         wanted = -(-n_groups // CHUNK_GROUPS) * CHUNK_GROUPS
-        for name in ("_codes_BGKJD", "_scale_BGKD", "_zero_BGKD"):
-            old = getattr(self, name)
+        for owner, name in self._grouped():
+            old = getattr(owner, name)
             new = old.new_zeros(*old.shape[:2], wanted, *old.shape[3:])
             new[:, :, :capacity] = old
-            setattr(self, name, new)
+            setattr(owner, name, new)
 
     @staticmethod
     def _check(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

@@ -119,6 +119,8 @@ def test_an_interrupted_step_makes_its_cache_unusable(prefilled, monkeypatch):
             model(token, past_key_values=cache)
     with pytest.raises(AttachError, match="did not reach the attention function"):
         model(token, past_key_values=cache)
+    with pytest.raises(AttachError, match="did not reach the attention function"):
+        cache.crop(-1)
 
 
 def test_a_model_that_bypasses_the_attention_function_is_caught(tiny_model, ids):

@@ -125,6 +125,6 @@ def test_sketch_is_the_same_on_both_devices():
     logits = []
     for device in ("cpu", "cuda"):
         sketch = KeySketch(batch=1, kv_heads=2, head_dim=64, dtype=torch.float32, device=torch.device(device))
-        sketch.extend(key.to(device))
+        sketch.extend(key.to(device), query[:, :, None].to(device))
         logits.append(sketch.logits(query.to(device), 0.125).cpu())
     assert (logits[0] - logits[1]).abs().max() < 1e-4

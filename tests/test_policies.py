@@ -156,6 +156,18 @@ def test_no_sketch_where_none_is_needed(tiny_model, ids):
     assert "sketch" not in stats.device_kv_parts()
 
 
+def test_new_tokens_reach_the_policy_once(tiny_model):
+    """Also where attention comes back for the keys of one update, as in models whose layers share them."""
+    with attach(tiny_model(), OffloadConfig(**SMALL)) as engine:
+        layer = engine.new_cache().layers[0]
+        for tokens in (100, 30):
+            key, value = layer.update(torch.randn(B, G, tokens, D), torch.randn(B, G, tokens, D))
+            outputs = [layer.attend(torch.ones(B, H, tokens, D), key, value, Terms(1.0)) for _ in range(2)]
+            assert torch.equal(*outputs)
+            assert layer.policy.sketch.length == layer.store.length
+        layer.check_integrity()
+
+
 def test_a_policy_that_scores_nothing_now_says_so():
     policy = policy_class("streaming")(spec())
     with pytest.raises(TypeError, match="streaming"):

@@ -129,8 +129,8 @@ class Policy:
         """Share of the budget that may be fetched within a step."""
         return 1.0 if self.selects == "now" else 0.0
 
-    def extend(self, key_BGTD: Tensor) -> None:
-        """New keys have entered the cache."""
+    def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
+        """New tokens, about to be attended: their keys, just put into the cache, and their queries (Q = T)."""
 
     def observe_rows(self, rows: ScoreRows) -> None:
         """The true rows of the last ``prompt_rows`` of the queries that were just attended in full."""

@@ -4,7 +4,8 @@ AttentionPredictor (NeurIPS 2025, arXiv 2502.04077, section 4) predicts the next
 history. Blocks that a sparse step did not attend to have no score of their own; what the history is told about them is
 the *calibration*: an estimate from the 2-bit keys at every step, the truth at every few steps, or nothing.
 
-Suffixes: B sequences, G KV heads, H query heads, L tokens of the sequence, S slots, N blocks.
+Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, L tokens of the sequence, D head size, S slots,
+N blocks.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class Predictor(Policy):
     def late_share(self) -> float:
         return self.spec.config.late_fetch
 
-    def extend(self, key_BGTD: Tensor) -> None:
+    def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
         if self.sketch is not None:
-            self.sketch.extend(key_BGTD)
+            self.sketch.extend(key_BGTD, query_BHQD)
 
     def observe_rows(self, rows: ScoreRows) -> None:
         if self.history.started:

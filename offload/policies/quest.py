@@ -1,6 +1,7 @@
 """Quest (Tang et al., ICML 2024, section 3.3): an upper bound on each block's logits from its keys' extremes.
 
-Suffixes: B sequences, G KV heads, M query heads of a KV head, T tokens, D head size, N blocks.
+Suffixes: B sequences, G KV heads, H query heads, M query heads of a KV head, Q queries, T tokens, D head size, N
+blocks.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Quest(Policy):
     def parts(self) -> dict[str, KeyBounds]:  # type: ignore[override]
         return {"bounds": self.bounds}
 
-    def extend(self, key_BGTD: Tensor) -> None:
+    def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
         self.bounds.extend(key_BGTD)
 
     def score_now(self, step: Step) -> Tensor:
