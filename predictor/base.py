@@ -47,6 +47,7 @@ class AttentionPredictor(nn.Module):
     channels: ClassVar[int]  # C
     state_dtype: ClassVar[torch.dtype] = torch.float32
     learned: ClassVar[bool] = True  # False: a fixed rule, loadable by name without any file
+    gives_logits: ClassVar[bool] = False  # its scores are logarithms of shares, not on the scale of the rows
 
     def __init__(self, *, block_size: int = 16):
         super().__init__()

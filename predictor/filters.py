@@ -66,6 +66,7 @@ class FilterPredictor(AttentionPredictor):
     """
 
     arch = "time-filters"
+    gives_logits = True
     filters = 16
     hidden = 32
     drops = (0.1, 0.05, 0.025, 0.012, 0.006)  # a step, of the log scale from 0 to 1

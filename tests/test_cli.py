@@ -204,6 +204,12 @@ class TestRecordTrainEval:
         monkeypatch.chdir(tmp_path)
         assert message in fails(capsys, *arguments)
 
+    def test_a_missing_package_names_the_extra(self, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "accelerate", None)
+        for name in [name for name in sys.modules if name.startswith("attention_predictor.train.")]:
+            monkeypatch.delitem(sys.modules, name)
+        assert "needs accelerate: pip install" in fails(capsys, "train", "--data", "x", "--out", "y")
+
     def test_a_line_that_is_no_document(self, capsys, tmp_path):
         file = tmp_path / "data.jsonl"
         file.write_text('{"text": "fine"}\n{"words": 3}\n')

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.predictor.errors import CheckpointError, ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor, architecture
 from attention_predictor.train import fit as fit_module
 from attention_predictor.train.dataset import HistoryDataset, HistoryWriter
 from attention_predictor.train.fit import add_arguments, fit, main
 from attention_predictor.train.objective import document_loss
+from attention_predictor.train.options import TrainOptions
 from attention_predictor.train.shards import Record
-from attention_predictor.train.validate import candidates, recovery, spread
+from attention_predictor.train.state import STATE_FILE
+from attention_predictor.train.validate import candidates, spread, validate
 
 META = {"block_size": 16, "sink": 64, "recent": 64, "model": "made-up", "rows": "full"}
 
@@ -219,15 +221,14 @@ def test_recovery_of_perfect_foresight_is_one(tmp_path: Path) -> None:
     make_recording(tmp_path, 1)
     recordings = [HistoryDataset(tmp_path).load("books/0: a title?")]
     by_rule = {
-        name: recovery(predictor, recordings, META, torch.device("cpu"))
+        name: validate(predictor, recordings, META, torch.device("cpu"))
         for name, predictor in (("foresight", Foresight()), ("mean", architecture("mean")()))
     }
-    assert by_rule["foresight"] == {
-        "256": pytest.approx(1.0),
-        "512": pytest.approx(1.0),
-        "1024": pytest.approx(1.0),
-    }
-    assert by_rule["mean"]["256"] < 0.99
+    for metric in ("relative_recovery", "relative_recovery_ahead", "overlap"):
+        assert by_rule["foresight"][metric] == {budget: pytest.approx(1.0) for budget in ("256", "512", "1024")}
+        assert by_rule["mean"][metric]["256"] < 0.99
+    assert by_rule["foresight"]["mse"]["share"] < 1e-9 < by_rule["mean"]["mse"]["share"]
+    assert by_rule["foresight"]["recovery"]["256"] <= by_rule["foresight"]["recovery"]["1024"] <= 1.001
 
 
 def test_spread() -> None:
@@ -242,9 +243,10 @@ def test_spread() -> None:
 @pytest.mark.parametrize("arch", ["time-filters", "paper"])
 def test_training_beats_the_last_row(arch: str, tmp_path: Path) -> None:
     make_recording(tmp_path / "data")
-    metrics = fit(tmp_path / "data", tmp_path / "out", arch=arch, horizon=1, steps=60, batch=8, lr=1e-2, log_every=30)
-    found = metrics["recovery"]
-    assert set(found) == {arch, "last", "ema", "mean"}
+    options = TrainOptions(arch=arch, horizon=1, steps=60, batch=8, lr=1e-2, log_every=30)
+    metrics = fit(tmp_path / "data", tmp_path / "out", options)
+    assert set(metrics["validation"]) == {arch, "last", "ema", "mean"}
+    found = {name: values["relative_recovery"] for name, values in metrics["validation"].items()}
     # Where a sweep goes next only a convolution over blocks can know: neither rule looks at a block's neighbours.
     for budget in ("256", "512"):
         assert found[arch][budget] > max(found[rule][budget] for rule in ("last", "ema", "mean"))
@@ -253,21 +255,25 @@ def test_training_beats_the_last_row(arch: str, tmp_path: Path) -> None:
     assert loaded.training_facts["metrics"] == metrics
     dataset = HistoryDataset(tmp_path / "data")
     _, held_out = fit_module.split_documents(dataset, 0.1, 0)
-    again = recovery(loaded, [dataset.load(d) for d in held_out], dataset.meta, torch.device("cpu"))
-    assert again == pytest.approx(found[arch])
+    again = validate(loaded, [dataset.load(d) for d in held_out], dataset.meta, torch.device("cpu"))
+    assert again["relative_recovery"] == pytest.approx(found[arch])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| {arch} | {found[arch]['256']:.4f} |" in card
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out" / STATE_FILE).exists()
 
 
 def test_training_is_reproducible_and_leaves_the_global_seed_alone(tmp_path: Path) -> None:
     make_recording(tmp_path / "data", 2)
     before = torch.get_rng_state()
-    runs = [fit(tmp_path / "data", tmp_path / "out", steps=3, batch=4, seed=5) for _ in range(2)]
+    runs = [fit(tmp_path / "data", tmp_path / "out", TrainOptions(steps=3, batch=4, seed=5)) for _ in range(2)]
     assert runs[0] == runs[1]
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_mse_loss_runs(tmp_path: Path) -> None:
     make_recording(tmp_path / "data", 2)
-    metrics = fit(tmp_path / "data", tmp_path / "out", arch="paper", loss="mse", steps=2, batch=2)
+    metrics = fit(tmp_path / "data", tmp_path / "out", TrainOptions(arch="paper", loss="mse", steps=2, batch=2))
     assert metrics["steps"] == 2
 
 
@@ -292,10 +298,10 @@ def test_an_interrupt_saves_the_best_so_far(after: int, tmp_path: Path, monkeypa
 
     make_recording(tmp_path / "data", 2)
     monkeypatch.setattr(fit_module, "document_loss", interrupted)
-    metrics = fit(tmp_path / "data", tmp_path / "out", steps=50, batch=1, log_every=2)
+    metrics = fit(tmp_path / "data", tmp_path / "out", TrainOptions(steps=50, batch=1, log_every=2))
     assert metrics["interrupted"]
     assert metrics["steps"] == after
-    assert "time-filters" in metrics["recovery"]
+    assert "time-filters" in metrics["validation"]
     assert AttentionPredictor.from_pretrained(tmp_path / "out").training_facts["metrics"] == metrics
 
 
@@ -317,7 +323,7 @@ REFUSED = {
     "batch": ({"batch": -1}, "batch=-1"),
     "lr": ({"lr": float("nan")}, "lr=nan"),
     "val_fraction": ({"val_fraction": 1.0}, "val_fraction=1.0"),
-    "device": ({"device": "tpu9"}, "device='tpu9' can't be used"),
+    "precision": ({"precision": "fp8"}, "precision='fp8'"),
 }
 
 
@@ -325,7 +331,61 @@ REFUSED = {
 def test_option_refusals(option: str, tmp_path: Path) -> None:
     changes, message = REFUSED[option]
     with pytest.raises(ConfigError, match=message):
-        fit(tmp_path, tmp_path / "out", **changes)
+        TrainOptions(**changes)
+
+
+def test_refusals_before_any_work(tmp_path: Path) -> None:
+    make_recording(tmp_path / "data", 2)
+    for message, changes in (
+        ("device='tpu9' can't be used", {"device": "tpu9"}),
+        ("tracker='paper' is not one of none, tensorboard, wandb", {"tracker": "paper"}),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            fit(tmp_path / "data", tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_continued_run_ends_as_one_that_was_never_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_recording(tmp_path / "data", 4)
+    options = TrainOptions(steps=12, batch=4, log_every=3)
+    whole = fit(tmp_path / "data", tmp_path / "whole", options)
+
+    calls = 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 7 * 4:  # in the eighth step, four documents each: after the sixth the state was saved
+            raise KeyboardInterrupt
+        return document_loss(*args)
+
+    out = tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "document_loss", interrupted)
+        assert fit(tmp_path / "data", out, options)["interrupted"]
+    with pytest.raises(ConfigError, match="an unfinished run is here; continue it with --resume"):
+        fit(tmp_path / "data", out, options)
+    with pytest.raises(ConfigError, match=r"other options \(steps was 12, is 13\)"):
+        fit(tmp_path / "data", out, TrainOptions(steps=13, batch=4, log_every=3), resume=True)
+    assert fit(tmp_path / "data", out, options, resume=True) == whole
+    mine, other = (AttentionPredictor.from_pretrained(path).state_dict() for path in (out, tmp_path / "whole"))
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+    (out / STATE_FILE).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="not a training state"):
+        fit(tmp_path / "data", out, options, resume=True)
+
+
+def test_wandb_without_a_key_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    make_recording(tmp_path / "data", 2)
+    fit(tmp_path / "data", tmp_path / "out", TrainOptions(steps=2, batch=2, log_every=1), tracker="wandb")
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_data_that_cannot_train_is_refused(tmp_path: Path) -> None:

@@ -1,8 +1,13 @@
 """Train a predictor on recorded histories (attnpred record makes them).
 
-Examples:
+Every 100 steps it is judged on held-out documents, and the state of the run is saved: --resume goes on from there, to
+the same losses. The best predictor is kept, by recovery over the steps that it is trained for. A card and learning
+curves lie beside it.
+
+examples:
   attnpred train --data recordings/ --out my-predictor/
-  attnpred train --data recordings/ --out published/ --arch paper --loss mse --device cuda
+  attnpred train --data recordings/ --out published/ --arch paper --loss mse --horizon 1
+  accelerate launch --multi_gpu -m attention_predictor.cli train --data recordings/ --out my-predictor/ --precision bf16
 """
 
 from __future__ import annotations
@@ -11,11 +16,14 @@ import argparse
 import json
 import math
 import random
+from dataclasses import asdict, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,8 +31,12 @@ from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor, architecture
 from attention_predictor.train.dataset import HistoryDataset
 from attention_predictor.train.objective import LOSSES, TARGETS, document_loss
+from attention_predictor.train.options import PRECISIONS, TrainOptions
+from attention_predictor.train.report import CARD_FILE, CURVES_FILE, card, draw_curves
 from attention_predictor.train.shards import Recording
-from attention_predictor.train.validate import recovery
+from attention_predictor.train.state import forget_state, read_state, write_state
+from attention_predictor.train.tracking import TRACKERS, check_tracker, start_tracker
+from attention_predictor.train.validate import Metrics, mean_ahead, validate
 
 DOCUMENTS = 4  # documents that one step's records come from
 CACHE_BYTES = 4 << 30  # recordings kept in memory
@@ -34,139 +46,194 @@ RULES = ("last", "ema", "mean")  # judged beside the trained predictor
 def fit(
     data: str | PathLike[str],
     out: str | PathLike[str],
+    options: TrainOptions | None = None,
     *,
-    arch: str = "time-filters",
-    init: str | None = None,
-    loss: str = "ce",
-    horizon: int = 24,
-    steps: int = 1000,
-    batch: int = 32,
-    lr: float = 3e-3,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    val_fraction: float = 0.1,
-    block_size: int = 16,
-    log_every: int = 100,
+    device: str = "auto",
+    tracker: str = "none",
+    resume: bool = False,
     progress: bool = False,
+    block_size: int = 16,
 ) -> dict[str, Any]:
     """Train on the recording `data`, save the predictor to `out`, return its metrics.
 
-    Every `log_every` of the `steps` the recovery on held-out documents is measured, and the best predictor
-    by it is the one saved; an interrupt ends training early and saves the best so far. A step learns from
-    `batch` records of a few documents; states start as decoding does: from 64 rows, then row by row.
+    An interrupt ends training early and saves the best so far. A step learns from `batch` records of a few documents;
+    states start as decoding does: from 64 rows, then row by row. What a step sees depends on seed, step and process
+    alone, so that a continued run repeats nothing and leaves out nothing.
+
+    Args:
+        device: "cpu", or "auto" for what `accelerate` finds: one GPU, several processes it launched, else the CPU.
+        tracker: "none", "tensorboard" or "wandb" (offline where there is no key).
+        resume: Go on from the state that an unfinished run left in `out`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: One line on what is wrong, before any training.
     """
-    device = check_options(
-        arch=arch,
-        loss=loss,
-        horizon=horizon,
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        device=device,
-        val_fraction=val_fraction,
-        every=log_every,
-    )
+    options = options if options is not None else TrainOptions()
+    check_tracker(tracker)
+    accelerator = start(device, options.precision, tracker, out)
     dataset = HistoryDataset(data, block_size=block_size)
+    out = Path(out)
     try:
-        Path(out).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # better now than after the training
         raise ConfigError(f"out={str(out)!r} can't be made: {error.strerror or error}") from error
-    training, held_out = split_documents(dataset, val_fraction, seed)
+    training, held_out = split_documents(dataset, options.val_fraction, options.seed)
     meta, cache = dataset.meta, Cache(dataset)
-    validation = [cache.load(document) for document in held_out]
-    found = {name: recovery(architecture(name)(), validation, meta, device) for name in RULES}
-    if not found["last"]:
-        raise DataError(f"{dataset.directory}: held-out documents are too short to judge a predictor by recovery")
+    settings = asdict(options) | {"documents": len(training), "processes": accelerator.num_processes}
+    state = read_state(out, settings, resume=resume)
 
-    rng = random.Random(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if init is None:
-            predictor = architecture(arch)(block_size=block_size).to(device)
-        else:
-            predictor = architecture(arch).from_pretrained(init, device, block_size=block_size).train()
-    optimizer = torch.optim.AdamW(predictor.parameters(), lr=lr, weight_decay=1e-4)
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, 0.5 * (1 + math.cos(math.pi * i / steps)))
+    predictor = initial(options, accelerator.device, block_size)
+    optimizer = torch.optim.AdamW(predictor.parameters(), lr=options.lr, weight_decay=1e-4)
+    run: dict[str, Any] = {"step": 0, "best": copied(predictor), "best_mean": -1.0, "validation": {}, "curve": []}
+    if state is not None:
+        predictor.load_state_dict(state["predictor"])
+        optimizer.load_state_dict(state["optimizer"])
+        run = {name: state[name] for name in run}
+    elif accelerator.is_main_process:
+        validation = [cache.load(document) for document in held_out]
+        for name in RULES:
+            run["validation"][name] = validate(
+                architecture(name)(), validation, meta, accelerator.device, options.horizon
+            )
+        if not run["validation"]["last"]["relative_recovery"]:
+            raise DataError(f"{dataset.directory}: held-out documents are too short to judge a predictor by recovery")
+    start_tracker(accelerator, tracker, str(out), settings)
+
+    interrupted, losses = False, list[float]()
+    done = run["step"]
+    bar = tqdm(
+        range(done + 1, options.steps + 1),
+        desc=f"train {options.arch}",
+        initial=done,
+        total=options.steps,
+        disable=None if progress and accelerator.is_main_process else True,
     )
-    best, best_mean, done, interrupted = copied(predictor), -1.0, 0, False
-    bar = tqdm(range(1, steps + 1), desc=f"train {arch}", disable=not progress)
     try:
         for step in bar:
-            optimizer.zero_grad(set_to_none=True)
-            chosen = [cache.load(rng.choice(training)) for _ in range(min(DOCUMENTS, batch))]
-            total = 0.0
-            for recording in chosen:
-                records = max(1, batch // len(chosen))
-                part = document_loss(predictor, recording, records, meta, loss, horizon, rng, device)
-                if part is not None:
-                    (part / len(chosen)).backward()
-                    total += part.item() / len(chosen)
-            if not math.isfinite(total):
-                raise ConfigError(f"training diverged at step {step}: lr={lr} is too large")
-            torch.nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            rng = random.Random(f"{options.seed}/{step}/{accelerator.process_index}")
+            losses.append(train_step(predictor, optimizer, accelerator, options, cache, training, meta, rng, step))
             done = step
-            if step % log_every == 0 or step == steps:
-                now = recovery(predictor, validation, meta, device)
-                if mean(now) > best_mean:
-                    best, best_mean, found[arch] = copied(predictor), mean(now), now
-                against = {name: f"{mean(found[name]):.4f}" for name in RULES}
-                bar.set_postfix(loss=f"{total:.3f}", recovery=f"{mean(now):.4f}", **against)
+            if step % options.log_every == 0 or step == options.steps:
+                if accelerator.is_main_process:
+                    validation = [cache.load(document) for document in held_out]
+                    now = validate(predictor, validation, meta, accelerator.device, options.horizon)
+                    keep(run, options.arch, predictor, now, step, sum(losses) / len(losses))
+                    state = run | {"predictor": copied(predictor), "optimizer": optimizer.state_dict()}
+                    write_state(out, state | {"options": settings})
+                    against = {name: f"{mean_ahead(run['validation'][name]):.4f}" for name in RULES}
+                    bar.set_postfix(loss=f"{losses[-1]:.3f}", recovery=f"{mean_ahead(now):.4f}", **against)
+                    accelerator.log(flat(now) | {"loss": sum(losses) / len(losses)}, step=step)
+                losses = []
+                accelerator.wait_for_everyone()
     except KeyboardInterrupt:
         interrupted = True
-    if arch not in found:  # interrupted before the first validation
-        best, found[arch] = copied(predictor), recovery(predictor, validation, meta, device)
-    predictor.load_state_dict(best)
-    metrics = {"recovery": found, "steps": done, "interrupted": interrupted}
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return {}
+    if options.arch not in run["validation"]:  # interrupted before the first validation
+        validation = [cache.load(document) for document in held_out]
+        now = validate(predictor, validation, meta, accelerator.device, options.horizon)
+        keep(run, options.arch, predictor, now, done, sum(losses) / max(len(losses), 1))
+    predictor.load_state_dict(run["best"])
+    metrics = {"validation": run["validation"], "steps": done, "interrupted": interrupted}
     predictor.training_facts = {
         "recorded_from": meta["model"],
+        "rows": meta["rows"],
         "documents": len(training),
         "held_out_documents": len(held_out),
-        "options": {
-            "init": init,
-            "loss": loss,
-            "horizon": horizon,
-            "steps": steps,
-            "batch": batch,
-            "lr": lr,
-            "seed": seed,
-        },
+        "options": asdict(options),
         "metrics": metrics,
     }
     predictor.save(out)
+    rules = {name: mean_ahead(run["validation"][name]) for name in RULES}
+    draw_curves(out / CURVES_FILE, run["curve"], rules, options.arch)
+    (out / CARD_FILE).write_text(card(predictor.training_facts, options.arch), encoding="utf-8")
+    if not interrupted:
+        forget_state(out)
     return metrics
 
 
-def check_options(
-    *,
-    arch: str,
-    loss: str,
-    horizon: int,
-    steps: int,
-    batch: int,
-    lr: float,
-    device: torch.device | str,
-    val_fraction: float,
-    every: int,
-) -> torch.device:
-    """The device to train on; ConfigError naming the first option that has a value which is not allowed."""
-    if arch not in TARGETS:
-        raise ConfigError(f"arch={arch!r} can't be trained; choose from {', '.join(sorted(TARGETS))}")
-    if loss not in LOSSES:
-        raise ConfigError(f"loss={loss!r} is not a loss; choose from {', '.join(LOSSES)}")
-    for name, value in (("horizon", horizon), ("steps", steps), ("batch", batch), ("log_every", every)):
-        if value < 1:
-            raise ConfigError(f"{name}={value} must be at least 1")
-    for name, number, top in (("lr", lr, 1.0), ("val_fraction", val_fraction, 0.9)):
-        if not 0 < number <= top:
-            raise ConfigError(f"{name}={number} must be above 0 and at most {top}")
-    try:
-        return torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={str(device)!r} can't be used: {str(error).splitlines()[0]}") from error
+def start(device: str, precision: str, tracker: str, out: str | PathLike[str]) -> Accelerator:
+    """The device or devices to train on; ConfigError where that can't be."""
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"device={device!r} can't be used; choose auto (what accelerate finds) or cpu")
+    AcceleratorState._reset_state(reset_partial_state=False)  # or a second run in this process would keep its precision
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=str(out),
+    )
+
+
+def initial(options: TrainOptions, device: torch.device, block_size: int) -> AttentionPredictor:
+    """The predictor that training starts from, the same in every process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        if options.init is None:
+            return architecture(options.arch)(block_size=block_size).to(device)
+        return architecture(options.arch).from_pretrained(options.init, device, block_size=block_size).train()
+
+
+def train_step(
+    predictor: AttentionPredictor,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    options: TrainOptions,
+    cache: Cache,
+    training: list[str],
+    meta: dict[str, Any],
+    rng: random.Random,
+    step: int,
+) -> float:
+    """One step of the optimiser; the loss, averaged over processes."""
+    warmup = max(1, options.steps // 20)
+    share = min(step / warmup, 0.5 * (1 + math.cos(math.pi * (step - 1) / options.steps)))
+    for group in optimizer.param_groups:
+        group["lr"] = options.lr * share
+    optimizer.zero_grad(set_to_none=True)
+    batch = max(1, options.batch // accelerator.num_processes)
+    chosen = [cache.load(rng.choice(training)) for _ in range(min(DOCUMENTS, batch))]
+    total = 0.0
+    for recording in chosen:
+        records = max(1, batch // len(chosen))
+        with accelerator.autocast():
+            part = document_loss(
+                predictor, recording, records, meta, options.loss, options.horizon, rng, accelerator.device
+            )
+        if part is not None:
+            (part / len(chosen)).backward()
+            total += part.item() / len(chosen)
+    # A few thousand numbers: one reduction of them all, and no wrapper around a module of which more than `forward`
+    # is differentiated.
+    gradients = torch.cat([_gradient(parameter).flatten() for parameter in predictor.parameters()])
+    gradients = accelerator.reduce(torch.cat([gradients, gradients.new_tensor([total])]), "mean")
+    total = float(gradients[-1])
+    if not math.isfinite(total):
+        raise ConfigError(f"training diverged at step {step}: lr={options.lr} is too large")
+    sizes = [parameter.numel() for parameter in predictor.parameters()]
+    for parameter, gradient in zip(predictor.parameters(), gradients[:-1].split(sizes), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    torch.nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)
+    optimizer.step()
+    return total
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def keep(run: dict[str, Any], arch: str, predictor: AttentionPredictor, now: Metrics, step: int, loss: float) -> None:
+    """Note a validation; the weights too, if they are the best so far."""
+    recovered = mean_ahead(now)
+    run["step"] = step
+    run["curve"].append({"step": step, "loss": loss, "recovered": recovered})
+    if recovered > run["best_mean"]:
+        run["best"], run["best_mean"], run["validation"][arch] = copied(predictor), recovered, now
+
+
+def flat(metrics: Metrics) -> dict[str, float]:
+    return {f"{metric}/{budget}": value for metric, values in metrics.items() for budget, value in values.items()}
 
 
 class Cache:
@@ -196,38 +263,46 @@ def split_documents(dataset: HistoryDataset, val_fraction: float, seed: int) -> 
     return training, held_out
 
 
-def mean(by_budget: dict[str, float]) -> float:
-    return sum(by_budget.values()) / len(by_budget)
-
-
 def copied(predictor: AttentionPredictor) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in predictor.state_dict().items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `attnpred train`."""
-    parser.add_argument("--data", required=True, metavar="DIR", help="directory that 'attnpred record' wrote")
-    parser.add_argument("--out", required=True, metavar="CKPT", help="directory to save the predictor to")
-    parser.add_argument(
-        "--arch", default="time-filters", choices=sorted(TARGETS), help="architecture (default: %(default)s)"
-    )
-    parser.add_argument("--init", metavar="CKPT", help="start from this predictor, of the same architecture")
-    parser.add_argument(
-        "--loss", default="ce", choices=LOSSES, help="cross-entropy or squared error (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--horizon", type=int, default=24, help="next steps whose largest mass is the target (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="records (layer, KV head) a step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="largest learning rate (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="where to train, such as cuda (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    default = TrainOptions()
+    add = parser.add_argument
+    add("--data", required=True, metavar="DIR", help="directory that 'attnpred record' wrote")
+    add("--out", required=True, metavar="CKPT", help="directory to save the predictor to")
+    add("--arch", default=default.arch, choices=sorted(TARGETS), help="architecture (%(default)s)")
+    add("--init", metavar="CKPT", help="start from this predictor, of the same architecture")
+    add("--loss", default=default.loss, choices=LOSSES, help="cross-entropy or squared error (%(default)s)")
+    add("--horizon", type=int, default=default.horizon, help="steps whose largest mass is the target (%(default)s)")
+    add("--steps", type=int, default=default.steps, help="optimiser steps (%(default)s)")
+    add("--batch", type=int, default=default.batch, help="records (layer, KV head) a step (%(default)s)")
+    add("--lr", type=float, default=default.lr, help="largest learning rate (%(default)s)")
+    add("--seed", type=int, default=default.seed, help="random seed (%(default)s)")
+    add("--log-every", type=int, default=default.log_every, help="steps between validations (%(default)s)")
+    add("--precision", default=default.precision, choices=PRECISIONS, help="of the network (%(default)s: fp32)")
+    add("--device", default="auto", help="auto, what accelerate finds, or cpu (%(default)s)")
+    add("--tracker", default="none", choices=TRACKERS, help="where figures go besides CKPT (%(default)s)")
+    add("--resume", action="store_true", help="go on with an unfinished run in CKPT")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `attnpred train`: metrics as JSON on stdout; 130 when interrupted (the best so far is saved)."""
-    names = ("arch", "init", "loss", "horizon", "steps", "batch", "lr", "device", "seed")
-    metrics = fit(args.data, args.out, progress=True, **{name: getattr(args, name) for name in names})
+    options = TrainOptions(
+        **{one.name: getattr(args, one.name) for one in fields(TrainOptions) if hasattr(args, one.name)}
+    )
+    metrics = fit(
+        args.data,
+        args.out,
+        options,
+        device=args.device,
+        tracker=args.tracker,
+        resume=args.resume,
+        progress=True,
+    )
+    if not metrics:  # a process of several, not the one that reports
+        return 0
     print(json.dumps({"out": str(args.out), **metrics}))
     return 130 if metrics["interrupted"] else 0

@@ -1,10 +1,11 @@
-"""Recovery of a predictor on recorded histories: the attention mass that its choice of blocks would hold.
+"""How good a predictor is on recorded histories: the attention mass that its choice of blocks would hold.
 
-Suffixes: X records (layers × KV heads), Q steps, S chosen steps, N blocks, C state channels.
+Suffixes: X records (layers × KV heads), Q steps, S chosen steps, N blocks, K chosen blocks, C state channels.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,9 @@ STEPS = 12  # steps judged in each document, evenly spread
 RECORDS = 32  # heads judged in each document, evenly spread
 WARM = 64  # rows that predictors have seen before they are judged
 
+METRICS = ("mse", "recovery", "relative_recovery", "relative_recovery_ahead", "overlap")
+Metrics = dict[str, dict[str, float]]
+
 
 def candidates(tokens: int, meta: Mapping[str, Any]) -> tuple[int, int]:
     """Blocks first to last − 1 that a step over `tokens` tokens may choose from: all but sink and recent."""
@@ -26,18 +30,26 @@ def candidates(tokens: int, meta: Mapping[str, Any]) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def recovery(
+def validate(
     predictor: AttentionPredictor,
     recordings: Iterable[Recording],
     meta: Mapping[str, Any],
     device: torch.device,
-) -> dict[str, float]:
-    """Mass on sink, recent and chosen blocks relative to the best choice: the mean by budget.
+    horizon: int = 1,
+) -> Metrics:
+    """Means over records and steps: `{metric: {budget: value}}`, and `{"mse": {"share": value}}`.
 
-    Judged ahead: state after row t, mass of row t + 1. Steps that fit a budget whole don't count for it; a budget
-    without any step is left out.
+    Judged ahead: state after row t, mass of row t + 1.
+
+    - recovery: mass on sink, recent and chosen blocks. relative_recovery: its ratio to the best choice of that size.
+    - relative_recovery_ahead: the same ratio where each block counts with the largest mass of its next `horizon` steps.
+    - overlap: share of the best choice's blocks that were chosen.
+    - mse: squared error of the predicted share of the candidates' mass, a block. Scores that are no logits are
+      normalised as they are.
+
+    Steps that fit a budget whole don't count for it; a budget without any step is left out.
     """
-    shares: dict[int, list[Tensor]] = {budget: [] for budget in BUDGETS}
+    found: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     for recording in recordings:
         steps = spread(min(WARM, recording.steps // 2) - 1, recording.steps - 1, STEPS)
         picked = spread(0, len(recording.layers), RECORDS)
@@ -50,17 +62,44 @@ def recovery(
             if first >= last:
                 continue
             scores_XN = predictor(state_XSNC[None, :, index, first:last])[0]
-            mass_XN = mass_XQN[:, step + 1]
-            kept_X = mass_XN.sum(-1) - mass_XN[:, first:last].sum(-1)
+            mass_XN = mass_XQN[:, step + 1, first:last]
+            kept_X = mass_XQN[:, step + 1].sum(-1) - mass_XN.sum(-1)
+            ahead_XN = mass_XQN[:, step + 1 : step + 1 + horizon].amax(1)
+            kept_ahead_X = ahead_XN.sum(-1) - ahead_XN[:, first:last].sum(-1)
+            ahead_XN = ahead_XN[:, first:last]
+            share_XN = scores_XN.softmax(-1) if predictor.gives_logits else _normalised(scores_XN.clamp_min(0))
+            found["mse", "share"].append((share_XN - _normalised(mass_XN)).square().mean(-1))
             always = -(-tokens // meta["block_size"]) - (last - first)
             for budget in BUDGETS:
                 choice = budget // meta["block_size"] - always
                 if 0 < choice < last - first:
-                    chosen_XK = scores_XN.topk(choice).indices
-                    found_X = kept_X + mass_XN[:, first:last].gather(-1, chosen_XK).sum(-1)
-                    best_X = kept_X + mass_XN[:, first:last].topk(choice).values.sum(-1)
-                    shares[budget].append(found_X / best_X.clamp_min(1e-9))
-    return {str(budget): float(torch.cat(found).mean()) for budget, found in shares.items() if found}
+                    chosen_XK, best_XK = scores_XN.topk(choice).indices, mass_XN.topk(choice).indices
+                    recovered_X = kept_X + mass_XN.gather(-1, chosen_XK).sum(-1)
+                    possible_X = kept_X + mass_XN.gather(-1, best_XK).sum(-1)
+                    ahead_X = kept_ahead_X + ahead_XN.gather(-1, chosen_XK).sum(-1)
+                    possible_ahead_X = kept_ahead_X + ahead_XN.topk(choice).values.sum(-1)
+                    chosen_XN = torch.zeros_like(mass_XN).scatter_(-1, chosen_XK, 1)
+                    found["recovery", str(budget)].append(recovered_X)
+                    found["relative_recovery", str(budget)].append(recovered_X / possible_X.clamp_min(1e-9))
+                    found["relative_recovery_ahead", str(budget)].append(ahead_X / possible_ahead_X.clamp_min(1e-9))
+                    found["overlap", str(budget)].append(chosen_XN.gather(-1, best_XK).mean(-1))
+    metrics: Metrics = {name: {} for name in METRICS}
+    for (metric, column), values in found.items():
+        metrics[metric][column] = float(torch.cat(values).mean())
+    return metrics
+
+
+def _normalised(x_XN: Tensor) -> Tensor:
+    return x_XN / x_XN.sum(-1, keepdim=True).clamp_min(1e-9)
+
+
+def mean_ahead(metrics: Metrics) -> float:
+    """Relative recovery ahead, over budgets: what the best checkpoint is chosen by.
+
+    Not that of the next step alone, which is highest early in a training whose target reaches further.
+    """
+    by_budget = metrics["relative_recovery_ahead"]
+    return sum(by_budget.values()) / len(by_budget)
 
 
 def spread(first: int, end: int, count: int) -> list[int]:

@@ -29,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (module, line) in COMMANDS.items():
         command = commands.add_parser(name, help=line, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == named:
-            implementation = importlib.import_module(module)
+            try:
+                implementation = importlib.import_module(module)
+            except ModuleNotFoundError as error:  # a package that only some commands need
+                print(f"attnpred {name}: needs {error.name}: pip install 'attention-predictor[train]'", file=sys.stderr)
+                return 2
             command.description = implementation.__doc__
             implementation.add_arguments(command)
             command.set_defaults(run=implementation.main)

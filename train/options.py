@@ -1,0 +1,58 @@
+"""TrainOptions: everything that decides what a training run computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.train.objective import LOSSES, TARGETS
+
+PRECISIONS = ("no", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Settings of a run; a run is only continued with the same ones.
+
+    Attributes:
+        arch: Architecture to train.
+        init: Checkpoint of that architecture to start from, or ``None``.
+        loss: ``"ce"``, cross-entropy on block mass, or ``"mse"``, squared error of scores as published.
+        horizon: Steps ahead whose largest mass is the target.
+        steps: Optimiser steps.
+        batch: Records (layer, KV head) a step, over all processes.
+        lr: Largest learning rate; warm-up over the first twentieth, then half a cosine down to 0.
+        seed: Of everything random.
+        val_fraction: Share of documents held out where the recording names none.
+        log_every: Steps from one validation, and one saved state, to the next.
+        precision: ``"bf16"`` runs the network in bf16; weights, states and loss stay in fp32.
+
+    Raises:
+        ConfigError: Names the option, its value and what is allowed.
+    """
+
+    arch: str = "time-filters"
+    init: str | None = None
+    loss: str = "ce"
+    horizon: int = 24
+    steps: int = 1000
+    batch: int = 32
+    lr: float = 3e-3
+    seed: int = 0
+    val_fraction: float = 0.1
+    log_every: int = 100
+    precision: str = "no"
+
+    def __post_init__(self) -> None:
+        if self.arch not in TARGETS:
+            raise ConfigError(f"arch={self.arch!r} can't be trained; choose from {', '.join(sorted(TARGETS))}")
+        if self.loss not in LOSSES:
+            raise ConfigError(f"loss={self.loss!r} is not a loss; choose from {', '.join(LOSSES)}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        for name in ("horizon", "steps", "batch", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, top in (("lr", 1.0), ("val_fraction", 0.9)):
+            if not 0 < getattr(self, name) <= top:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0 and at most {top}")

@@ -1,0 +1,60 @@
+"""What a training run leaves for people: learning curves as a picture, and a card."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from attention_predictor.predictor.errors import DataError
+
+CURVES_FILE = "curves.png"
+CARD_FILE = "README.md"
+
+
+def draw_curves(path: Path, curve: list[dict[str, Any]], rules: dict[str, float], arch: str) -> None:
+    """Loss, and relative recovery ahead on the held-out documents beside that of the rules, over steps."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DataError("learning curves need matplotlib: pip install 'attention-predictor[train]'") from error
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [point["step"] for point in curve]
+    left.plot(steps, [point["loss"] for point in curve], color="tab:blue")
+    left.set(xlabel="step", ylabel="loss, mean since the last point", title="training")
+    right.plot(steps, [point["recovered"] for point in curve], color="tab:blue", label=arch)
+    for (name, value), colour in zip(rules.items(), ("tab:orange", "tab:green", "tab:gray"), strict=False):
+        right.axhline(value, color=colour, linestyle="--", label=name)
+    right.set(xlabel="step", ylabel="relative recovery ahead, mean over budgets", title="held-out documents")
+    right.legend(loc="lower right")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def card(facts: dict[str, Any], arch: str) -> str:
+    """A model card in Markdown: what it was trained on, with which command, and how it compares."""
+    found = facts["metrics"]["validation"]
+    budgets = list(found[arch]["relative_recovery"])
+    lines = [
+        f"# {arch}, a predictor of attention",
+        "",
+        f"Trained on {facts['documents']} documents recorded from `{facts['recorded_from']}` ({facts['rows']} rows), "
+        f"judged on {facts['held_out_documents']} held out; "
+        f"{facts['metrics']['steps']} of {facts['options']['steps']} steps"
+        + (", interrupted." if facts["metrics"]["interrupted"] else "."),
+        "",
+        f"    {shlex.join(['attnpred', *sys.argv[1:]])}",
+        "",
+        "Recovery relative to the best selection, one step ahead, on the held-out documents, by budget:",
+        "",
+        "| predictor | " + " | ".join(budgets) + " |",
+        "|---" * (len(budgets) + 1) + "|",
+    ]
+    for name, metrics in found.items():
+        values = " | ".join(f"{metrics['relative_recovery'][budget]:.4f}" for budget in budgets)
+        lines.append(f"| {name} | {values} |")
+    lines += ["", f"![learning curves]({CURVES_FILE})", ""]
+    return "\n".join(lines)

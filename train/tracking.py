@@ -1,0 +1,45 @@
+"""Experiment trackers: where the figures of a run go besides its own files."""
+
+from __future__ import annotations
+
+import importlib.util
+import netrc
+import os
+from typing import Any
+
+from accelerate import Accelerator
+
+from attention_predictor.predictor.errors import ConfigError
+
+TRACKERS = ("none", "tensorboard", "wandb")
+PROJECT = "attention-predictor"
+
+
+def check_tracker(name: str) -> None:
+    """ConfigError for an unknown tracker, or one whose package is missing."""
+    if name not in TRACKERS:
+        raise ConfigError(f"tracker={name!r} is not one of {', '.join(TRACKERS)}")
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ConfigError(f"tracker={name!r} needs its package: pip install {name}")
+
+
+def start_tracker(accelerator: Accelerator, name: str, directory: str, options: dict[str, Any]) -> None:
+    """Begin a run. Without a key wandb works offline: it never asks, and the run can be sent later (`wandb sync`)."""
+    if name == "none":
+        return
+    arguments: dict[str, Any] = {}
+    if name == "wandb":
+        if not _has_wandb_key():
+            os.environ.setdefault("WANDB_MODE", "offline")
+        arguments = {"wandb": {"dir": directory}}
+    config = {key: value if value is not None else "" for key, value in options.items()}
+    accelerator.init_trackers(PROJECT, config=config, init_kwargs=arguments)
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False  # no such file, or none that wandb could read either
