@@ -213,7 +213,9 @@ class TestRecordTrainEval:
     def test_a_line_that_is_no_document(self, capsys, tmp_path):
         file = tmp_path / "data.jsonl"
         file.write_text('{"text": "fine"}\n{"words": 3}\n')
-        assert "data.jsonl, line 2" in fails(capsys, "record", "--data", file, "--out", tmp_path / "out")
+        assert "data.jsonl, row 2: expected text in 'text' (--field)" in fails(
+            capsys, "record", "--data", file, "--out", tmp_path / "out"
+        )
 
     def test_documents_that_are_all_too_short(self, capsys, tmp_path):
         (tmp_path / "a.txt").write_text("short")

@@ -5,29 +5,28 @@ full-attention layer and KV head. With --rows sparse, the default, all but the f
 with a sparse cache, so that the rows are those a predictor sees at inference: exact where the step attended, estimated
 from the key sketch elsewhere. With --rows full everything is attended, in one pass, as the published training does.
 
-A .txt file gives up to --per-file documents from
-places spread over it; a line of a .jsonl file, {"text": …}, gives one, whose end is kept when it is too long (that is
-where questions and answers stand). Documents already recorded are skipped, so an interrupted run goes on.
+A .txt file gives up to --per-file documents from places spread over it. A row of a .jsonl or .parquet file, or of a
+data set of the hub, gives one, whose end is kept when it is too long: that is where questions and answers stand.
+Documents already recorded are skipped, so an interrupted run goes on.
 
 examples:
   attnpred record --data texts/ --out runs/histories
   attnpred record --model meta-llama/Llama-3.1-8B --dtype bfloat16 --data prompts.jsonl --out runs/llama \\
       --max-tokens 32768 --budgets 512,1024
+  attnpred record --data OWNER/NAME:test --documents 50 --out runs/books
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from attention_predictor.loading import add_model_arguments, load_model, load_tokenizer
 from attention_predictor.offload.attach import attach
@@ -39,6 +38,7 @@ from attention_predictor.offload.policies.predictor import Predictor
 from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.predictor.errors import ConfigError, ContextLengthError, DataError
 from attention_predictor.train.dataset import HistoryWriter
+from attention_predictor.train.documents import read_documents, window
 from attention_predictor.train.shards import Record
 
 ROWS = ("sparse", "full")
@@ -94,58 +94,6 @@ class SparseRecorder(Predictor):
         return [*self.prompt, ScoreRows(rows_BGQN, truth.mass_BGQN)]
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text to record.
-
-    ``place`` is where its window begins if it is too long, as a share of what can be left out; 1 keeps the end.
-    Documents of one ``group`` are kept for validation together, since they may overlap.
-    """
-
-    name: str
-    group: str
-    text: str
-    place: float
-
-
-def read_documents(path: Path, per_file: int) -> Iterator[Document]:
-    """Documents of a .txt or .jsonl file, or of all such files of a directory."""
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"no .txt or .jsonl file in {path}")
-    for file in files:
-        if file.suffix not in (".txt", ".jsonl"):
-            raise DataError(f"{file}: expected a .txt or .jsonl file, or a directory of them")
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {file}: {error}") from error
-        if file.suffix == ".txt":
-            for part in range(per_file):
-                yield Document(f"{file.stem}#{part}", file.stem, text, part / max(per_file - 1, 1))
-            continue
-        for number, line in enumerate(text.splitlines(), 1):
-            try:
-                name = f"{file.stem}#{number}"
-                yield Document(name, name, str(json.loads(line)["text"]), 1.0)
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f'{file}, line {number}: expected {{"text": …}}, found {line[:40]!r}') from error
-
-
-def window(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[int]:
-    """At most ``max_tokens`` token ids of the document."""
-    # Only what can be needed is tokenised: no token is shorter than a character of what it stands for, and few are
-    # longer than 16, so a window of characters around the place is enough.
-    spare = max(len(document.text) - 16 * max_tokens, 0)
-    start = int(document.place * spare)
-    ids = tokenizer(document.text[start : start + 16 * max_tokens], add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
-    left = max(len(ids) - max_tokens, 0)
-    first = int(document.place * left)
-    return ids[first : first + max_tokens]
-
-
 @torch.no_grad()
 def record(model: PreTrainedModel, ids: list[int], steps: int, config: OffloadConfig) -> Iterator[Record]:
     """Records of the last ``steps`` tokens of one document, under one of the two recording policies."""
@@ -186,7 +134,11 @@ def is_validation(group: str, share: float) -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--data", type=Path, required=True, metavar="D", help=".txt or .jsonl file, or a directory")
+    parser.add_argument(
+        "--data", required=True, metavar="D", help=".txt, .jsonl or .parquet file, a directory, or owner/name:split"
+    )
+    parser.add_argument("--field", default="text", metavar="F", help="column of a row's text (%(default)s)")
+    parser.add_argument("--documents", type=int, metavar="N", help="at most so many; needed for a data set of the hub")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the recording")
     parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="tokens a document (%(default)s)")
     parser.add_argument("--steps", type=int, default=256, metavar="N", help="last tokens to record (%(default)s)")
@@ -223,7 +175,9 @@ def main(args: argparse.Namespace) -> int:
     least = args.steps + defaults.sink + defaults.recent
     if args.max_tokens <= least:
         raise ConfigError(f"--max-tokens {args.max_tokens}: expected more than --steps + sink + recent = {least}")
-    documents = list(read_documents(args.data, args.per_file))
+    if args.documents is None and not Path(args.data).exists() and ":" in args.data:
+        raise ConfigError(f"--data {args.data} is a data set of the hub: say with --documents how much of it to take")
+    documents = list(read_documents(args.data, per_file=args.per_file, limit=args.documents, field=args.field))
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, args.device, args.dtype)
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -234,7 +188,7 @@ def main(args: argparse.Namespace) -> int:
         "sink": defaults.sink,
         "recent": defaults.recent,
         "model": Path(str(args.model)).name,
-        "data": args.data.name,
+        "data": Path(args.data).name,
         "max_tokens": args.max_tokens,
         "steps": args.steps,
         "rows": args.rows,

@@ -1,0 +1,144 @@
+"""Documents to record: text files, rows of jsonl and parquet files, data sets of the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from attention_predictor.predictor.errors import DataError
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+LONGBENCH = ("context", "input")  # a LongBench sample: the document, then the question about it
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to record.
+
+    ``place`` is where its window begins if it is too long, as a share of what can be left out; 1 keeps the end.
+    Documents of one ``group`` are kept for validation together, since they may overlap.
+    """
+
+    name: str
+    group: str
+    text: str
+    place: float
+
+
+def read_documents(source: str, *, per_file: int, limit: int | None, field: str = "text") -> Iterator[Document]:
+    """Documents of a file, of all such files of a directory, or of a data set of the hub.
+
+    A .txt file gives ``per_file`` documents from places spread over it. A row gives one, its text being the column
+    ``field`` or, for LongBench samples, ``context`` and ``input``; its end is kept when it is too long, since that is
+    where questions stand. A hub data set is named ``owner/name``, ``owner/name:split`` or ``owner/name/config:split``
+    and read as a stream.
+
+    Raises:
+        DataError: Names the file and line, or the data set, and what was expected.
+    """
+    path = Path(source)
+    documents = _of_files(path, per_file, field) if path.exists() else _of_hub(source, field)
+    return islice(documents, limit)
+
+
+def window(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[int]:
+    """At most ``max_tokens`` token ids of the document."""
+    # Only what can be needed is tokenised: no token is shorter than a character of what it stands for, and few are
+    # longer than 16, so a window of characters around the place is enough.
+    spare = max(len(document.text) - 16 * max_tokens, 0)
+    start = int(document.place * spare)
+    ids = tokenizer(document.text[start : start + 16 * max_tokens], add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
+    left = max(len(ids) - max_tokens, 0)
+    first = int(document.place * left)
+    return ids[first : first + max_tokens]
+
+
+def _of_files(path: Path, per_file: int, field: str) -> Iterator[Document]:
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"no {', '.join(SUFFIXES)} file in {path}")
+    for file in files:
+        if file.suffix not in SUFFIXES:
+            raise DataError(f"{file}: expected a {', '.join(SUFFIXES)} file, or a directory of them")
+        # Unique within the directory: a document of a known name is taken for recorded.
+        name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
+        if file.suffix == ".txt":
+            text = _read(file)
+            for part in range(per_file):
+                yield Document(f"{name}#{part}", name, text, part / max(per_file - 1, 1))
+        else:
+            rows = _jsonl(file) if file.suffix == ".jsonl" else _parquet(file)
+            yield from _of_rows(name, rows, str(file), field)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {file}: {error}") from error
+
+
+def _jsonl(file: Path) -> Iterator[Any]:
+    for number, line in enumerate(_read(file).splitlines(), 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{file}, row {number}: not readable as JSON: {line[:40]!r}") from error
+
+
+def _parquet(file: Path) -> Iterator[Any]:
+    datasets = _datasets()
+    try:
+        yield from datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not readable as parquet ({' '.join(str(error).split())[:120]})") from error
+
+
+def _of_hub(source: str, field: str) -> Iterator[Document]:
+    name, _, split = source.partition(":")
+    owner, _, rest = name.partition("/")
+    rest, _, config = rest.partition("/")
+    if not owner or not rest:
+        raise DataError(f"{source}: no such file or directory, and no name of a hub data set (owner/name:split)")
+    datasets = _datasets()
+    try:
+        rows = datasets.load_dataset(f"{owner}/{rest}", config or None, split=split or "train", streaming=True)
+        yield from _of_rows(source, rows, source, field)
+    except DataError:
+        raise
+    except Exception as error:  # the hub's client raises many kinds
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(f"{source}: no such file or directory, and the hub gives no such data set: {reason}") from error
+
+
+def _of_rows(origin: str, rows: Iterator[Any], where: str, field: str) -> Iterator[Document]:
+    for number, row in enumerate(rows, 1):
+        name = f"{origin}#{number}"
+        yield Document(name, name, _text(row, f"{where}, row {number}", field), 1.0)
+
+
+def _text(row: Any, where: str, field: str) -> str:
+    if isinstance(row, Mapping):
+        if isinstance(row.get(field), str):
+            return row[field]
+        if all(isinstance(row.get(column), str) for column in LONGBENCH):
+            return "\n\n".join(row[column] for column in LONGBENCH)
+    found = f"columns {', '.join(row)}" if isinstance(row, Mapping) else repr(row)[:40]
+    columns = " and ".join(LONGBENCH)
+    raise DataError(f"{where}: expected text in {field!r} (--field), or LongBench's {columns}; found {found}")
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("this data needs datasets: pip install 'attention-predictor[train]'") from error
+    return datasets
