@@ -101,6 +101,17 @@ def test_a_writer_does_not_mix_recordings(field: str, value: object, tmp_path: P
         HistoryWriter(tmp_path, META | {field: value})
 
 
+def test_several_writers_of_one_recording(tmp_path: Path) -> None:
+    for part in (0, 1, 2):
+        HistoryWriter(tmp_path, META, part=part).write(f"document {part}", [make_record(part)])
+    assert HistoryDataset(tmp_path).documents == ["document 0", "document 1", "document 2"]
+    resumed = HistoryWriter(tmp_path, META, part=1)  # with other numbers of processes, documents change hands
+    assert all(resumed.has(f"document {part}") for part in (0, 1, 2))
+    assert not resumed.has("document 3")
+    with pytest.raises(DataError, match=r"meta.json: holds a recording with model 'made-up', can't add one with 'new'"):
+        HistoryWriter(tmp_path, META | {"model": "new"}, part=3)
+
+
 def test_a_writer_refuses_what_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="meta of a recording lacks sink, model"):
         HistoryWriter(tmp_path, {"block_size": 16, "recent": 64})
@@ -259,6 +270,8 @@ def test_training_beats_the_last_row(arch: str, tmp_path: Path) -> None:
     assert again["relative_recovery"] == pytest.approx(found[arch])
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| {arch} | {found[arch]['256']:.4f} |" in card
+    assert f"--out {tmp_path / 'out'}" in card
+    assert "--horizon 1 --steps 60 --batch 8 --lr 0.01 --log-every 30\n" in card
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "out" / STATE_FILE).exists()
 
@@ -271,9 +284,10 @@ def test_training_is_reproducible_and_leaves_the_global_seed_alone(tmp_path: Pat
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_mse_loss_runs(tmp_path: Path) -> None:
+def test_mse_loss_and_bf16_run(tmp_path: Path) -> None:
     make_recording(tmp_path / "data", 2)
-    metrics = fit(tmp_path / "data", tmp_path / "out", TrainOptions(arch="paper", loss="mse", steps=2, batch=2))
+    options = TrainOptions(arch="paper", loss="mse", steps=2, batch=2, precision="bf16")
+    metrics = fit(tmp_path / "data", tmp_path / "out", options)
     assert metrics["steps"] == 2
 
 

@@ -7,7 +7,8 @@ import torch
 
 from attention_predictor import OffloadConfig
 from attention_predictor.predictor.base import PROMPT_ROWS
-from attention_predictor.train.record import FullRecorder, SparseRecorder, record
+from attention_predictor.predictor.errors import DataError
+from attention_predictor.train.record import FullRecorder, SparseRecorder, check_space, largest_size, record
 
 STEPS = PROMPT_ROWS + 20
 
@@ -44,3 +45,13 @@ def test_sparse_rows_are_what_the_history_was_told(tiny_model, ids):
         assert (third.scores_QN[PROMPT_ROWS:] > 0).sum(-1).max() <= 64 // 16
         # The mass is the truth for the queries that sparse decoding really had, over all keys.
         assert other.mass_QN.sum(-1).allclose(torch.ones(STEPS), atol=1e-4)
+
+
+def test_a_recording_that_does_not_fit_the_disk_is_refused(tiny_model, tmp_path, capsys):
+    # 2 layers of 2 KV heads, 100 steps over 1,000 tokens: scores and mass of 63 blocks, 2 bytes each.
+    needed = largest_size(tiny_model("llama"), documents=10, max_tokens=1000, steps=100, block_size=16)
+    assert needed == 10 * 2 * 2 * 100 * 63 * 4
+    check_space(tmp_path / "not" / "there yet", needed)
+    assert "at most 0.00 GiB" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"may take 1048576.0 GiB, .* are free"):
+        check_space(tmp_path, 2**50)

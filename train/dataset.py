@@ -23,7 +23,7 @@ from attention_predictor.predictor.errors import DataError
 from attention_predictor.train.shards import Record, Recording, encode, pyarrow_modules, schema, stack
 
 FORMAT_VERSION = 2
-META_FILE = "meta.json"
+META_FILE = "meta.json"  # of the first writer; those of others beside it are meta-1.json, …
 SHARDS = "shards"
 IDENTITY = ("block_size", "sink", "recent", "model", "rows")  # what all documents of one recording share
 ROW_GROUP = 16  # records written at once: bounds memory, whatever the number of layers
@@ -32,31 +32,36 @@ ROW_GROUP = 16  # records written at once: bounds memory, whatever the number of
 class HistoryWriter:
     """Adds documents to a recording; each is there whole or not at all, so that a killed run can go on.
 
+    Several processes may write at once, each with a `part` of its own and documents of its own.
+
     `meta` must give block_size, sink, recent (tokens), model and rows ("sparse" or "full"), and may give more, such
     as the command. In a directory that already holds a recording those five must agree with it.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], meta: Mapping[str, Any]) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: str | os.PathLike[str], meta: Mapping[str, Any], part: int = 0) -> None:
+        self.directory, self.file = Path(directory), META_FILE if part == 0 else f"meta-{part}.json"
         missing = [name for name in IDENTITY if name not in meta]
         if missing:
             raise DataError(f"meta of a recording lacks {', '.join(missing)}")
-        if (self.directory / META_FILE).exists():
-            self.meta = read_meta(self.directory)
+        self.meta: dict[str, Any] = {"format_version": FORMAT_VERSION, **meta, "documents": {}}
+        self.others: set[str] = set()  # documents that other parts have
+        for path in meta_files(self.directory):
+            found = read_meta_file(path)
             for name in IDENTITY:
-                if self.meta[name] != meta[name]:
+                if found[name] != meta[name]:
                     raise DataError(
-                        f"{self.directory / META_FILE}: holds a recording with {name} {self.meta[name]!r}, "
-                        f"can't add one with {meta[name]!r}"
+                        f"{path}: holds a recording with {name} {found[name]!r}, can't add one with {meta[name]!r}"
                     )
-        else:
-            self.meta = {"format_version": FORMAT_VERSION, **meta, "documents": {}}
-            (self.directory / SHARDS).mkdir(parents=True, exist_ok=True)
-            self._write_meta()
+            if path.name == self.file:
+                self.meta = found
+            else:
+                self.others |= found["documents"].keys()
+        (self.directory / SHARDS).mkdir(parents=True, exist_ok=True)
+        self._write_meta()
 
     def has(self, document: str) -> bool:
         """Whether the document is already recorded in full."""
-        return document in self.meta["documents"]
+        return document in self.meta["documents"] or document in self.others
 
     def write(self, document: str, records: Iterable[Record], *, split: str | None = None) -> None:
         """Add one document, replacing it if it is there. `split` "validation" keeps it from training."""
@@ -88,9 +93,9 @@ class HistoryWriter:
         self._write_meta()
 
     def _write_meta(self) -> None:
-        partial = self.directory / f".{META_FILE}.partial"
+        partial = self.directory / f".{self.file}.partial"
         partial.write_text(json.dumps(self.meta, indent=2) + "\n", "utf-8")
-        os.replace(partial, self.directory / META_FILE)
+        os.replace(partial, self.directory / self.file)
 
 
 class HistoryDataset:
@@ -155,13 +160,29 @@ class HistoryDataset:
         )
 
 
+def meta_files(directory: Path) -> list[Path]:
+    """Those of all parts, the first one's first."""
+    return sorted(directory.glob("meta*.json"), key=lambda path: (len(path.name), path.name))
+
+
 def read_meta(directory: Path) -> dict[str, Any]:
-    """`meta.json` with everything that reading needs in place."""
-    path = directory / META_FILE
+    """What all parts say together, with everything that reading needs in place."""
+    files = meta_files(directory)
+    if not files:
+        raise DataError(f"{directory / META_FILE}: file is missing; a recording is made by 'attnpred record'")
+    meta, *others = [read_meta_file(path) for path in files]
+    for path, other in zip(files[1:], others, strict=True):
+        for name in IDENTITY:
+            if other[name] != meta[name]:
+                raise DataError(f"{path}: {name} is {other[name]!r}, in {files[0].name} it is {meta[name]!r}")
+        meta["documents"] |= other["documents"]
+    return meta
+
+
+def read_meta_file(path: Path) -> dict[str, Any]:
+    """One part's, checked."""
     try:
         meta = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: file is missing; a recording is made by 'attnpred record'") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as JSON ({' '.join(str(error).split())})") from error
     if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:

@@ -147,7 +147,7 @@ def fit(
     predictor.save(out)
     rules = {name: mean_ahead(run["validation"][name]) for name in RULES}
     draw_curves(out / CURVES_FILE, run["curve"], rules, options.arch)
-    (out / CARD_FILE).write_text(card(predictor.training_facts, options.arch), encoding="utf-8")
+    (out / CARD_FILE).write_text(card(predictor.training_facts, options, str(data), str(out)), encoding="utf-8")
     if not interrupted:
         forget_state(out)
     return metrics
@@ -195,12 +195,16 @@ def train_step(
     batch = max(1, options.batch // accelerator.num_processes)
     chosen = [cache.load(rng.choice(training)) for _ in range(min(DOCUMENTS, batch))]
     total = 0.0
+
+    def network(state_XSNC: Tensor) -> Tensor:
+        with accelerator.autocast():
+            return predictor(state_XSNC).float()
+
     for recording in chosen:
         records = max(1, batch // len(chosen))
-        with accelerator.autocast():
-            part = document_loss(
-                predictor, recording, records, meta, options.loss, options.horizon, rng, accelerator.device
-            )
+        part = document_loss(
+            predictor, network, recording, records, meta, options.loss, options.horizon, rng, accelerator.device
+        )
         if part is not None:
             (part / len(chosen)).backward()
             total += part.item() / len(chosen)
@@ -281,6 +285,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=default.batch, help="records (layer, KV head) a step (%(default)s)")
     add("--lr", type=float, default=default.lr, help="largest learning rate (%(default)s)")
     add("--seed", type=int, default=default.seed, help="random seed (%(default)s)")
+    add("--val-fraction", type=float, default=default.val_fraction, help="held out where DIR names none (%(default)s)")
     add("--log-every", type=int, default=default.log_every, help="steps between validations (%(default)s)")
     add("--precision", default=default.precision, choices=PRECISIONS, help="of the network (%(default)s: fp32)")
     add("--device", default="auto", help="auto, what accelerate finds, or cpu (%(default)s)")
@@ -290,9 +295,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `attnpred train`: metrics as JSON on stdout; 130 when interrupted (the best so far is saved)."""
-    options = TrainOptions(
-        **{one.name: getattr(args, one.name) for one in fields(TrainOptions) if hasattr(args, one.name)}
-    )
+    options = TrainOptions(**{one.name: getattr(args, one.name) for one in fields(TrainOptions)})
     metrics = fit(
         args.data,
         args.out,

@@ -6,6 +6,7 @@ Suffixes: X records (layers × KV heads), Q steps, S chosen steps, N blocks, C s
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -23,6 +24,7 @@ TARGETS = {"paper": 2, "time-filters": 16}
 
 def document_loss(
     predictor: AttentionPredictor,
+    network: Callable[[Tensor], Tensor],
     recording: Recording,
     count: int,
     meta: dict[str, Any],
@@ -33,6 +35,7 @@ def document_loss(
 ) -> Tensor | None:
     """Loss of `count` random records at some random steps; None if they have no candidates.
 
+    `network` is the predictor's `forward`, perhaps in another precision; states are always made in fp32.
     States start as decoding does, from the prompt's rows. The target is the largest of the next `horizon` steps, block
     by block. Only the next one is predicted for, yet more of them teach what task accuracy needs and the mass of a
     single step hardly rewards: to hold on to a block that a head has just found, because it comes back to it a few
@@ -58,7 +61,7 @@ def document_loss(
     for (first, last), cut_state_XSNC, cut_target_XSN in parts:
         if last - first < 2:
             continue
-        scores_XSN = predictor(cut_state_XSNC[:, :, first:last])
+        scores_XSN = network(cut_state_XSNC[:, :, first:last])
         loss_XS, weight_XS = prediction_loss(scores_XSN, cut_target_XSN[:, :, first:last], loss)
         total, weight = total + (loss_XS * weight_XS).sum(), weight + weight_XS.sum()
     return total / weight if weight > 0 else None

@@ -14,16 +14,19 @@ examples:
   attnpred record --model meta-llama/Llama-3.1-8B --dtype bfloat16 --data prompts.jsonl --out runs/llama \\
       --max-tokens 32768 --budgets 512,1024
   attnpred record --data OWNER/NAME:test --documents 50 --out runs/books
+  accelerate launch --num_processes 4 -m attention_predictor.cli record --data texts/ --out runs/histories
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -70,7 +73,9 @@ class SparseRecorder(Predictor):
         super().__init__(spec)
         self.prompt_rows = PROMPT_ROWS  # whatever the rule that selects makes use of
         self.prompt: list[ScoreRows] = []
-        self.steps_seen: list[tuple[Step, Tensor]] = []
+        self.rows: list[Tensor] = []
+        self.queries: list[Tensor] = []
+        self.last: Step | None = None
 
     def observe_rows(self, rows: ScoreRows) -> None:
         super().observe_rows(rows)
@@ -78,20 +83,19 @@ class SparseRecorder(Predictor):
 
     def row(self, step: Step) -> Tensor:
         row_BGN = super().row(step)
-        self.steps_seen.append((step, row_BGN))
+        self.rows.append(row_BGN[:, :, None])
+        self.queries.append(step.query_BHD[:, :, None])
+        self.last = step
         return row_BGN
 
     @property
     def shown(self) -> list[ScoreRows]:
         """Of the prompt's last queries and every step since."""
-        if not self.steps_seen:
+        if self.last is None:
             return self.prompt
         # The truth of all steps is read from host memory in one go.
-        last, _ = self.steps_seen[-1]
-        query_BHQD = torch.stack([step.query_BHD for step, _ in self.steps_seen], dim=2)
-        truth = last.true_rows(query_BHQD)
-        rows_BGQN = _joined([row_BGN[:, :, None] for _, row_BGN in self.steps_seen])
-        return [*self.prompt, ScoreRows(rows_BGQN, truth.mass_BGQN)]
+        truth = self.last.true_rows(torch.cat(self.queries, dim=2))
+        return [*self.prompt, ScoreRows(_joined(self.rows), truth.mass_BGQN)]
 
 
 @torch.no_grad()
@@ -130,6 +134,25 @@ def _joined(rows: list[Tensor]) -> Tensor:
 def is_validation(group: str, share: float) -> bool:
     """Whether a group of documents is kept from training: by a hash, so that it is the same in every run."""
     return zlib.crc32(group.encode()) % 1000 < 1000 * share
+
+
+def largest_size(model: PreTrainedModel, documents: int, max_tokens: int, steps: int, block_size: int) -> int:
+    """Bytes that a recording may take on disk: scores and mass in fp16, before they are compressed."""
+    config = model.config.get_text_config(decoder=True)
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * 2 * documents * config.num_hidden_layers * kv_heads * steps * -(-max_tokens // block_size)
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Say how large the recording may get; DataError if the disk has no room for it."""
+    there = next(parent for parent in (directory.absolute(), *directory.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise DataError(
+            f"--out {directory}: the recording may take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
+            "take fewer --documents, --steps or --max-tokens"
+        )
+    print(f"the recording takes at most {needed / 2**30:.2f} GiB in {directory} ({free / 2**30:.0f} GiB free)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,10 +198,15 @@ def main(args: argparse.Namespace) -> int:
     least = args.steps + defaults.sink + defaults.recent
     if args.max_tokens <= least:
         raise ConfigError(f"--max-tokens {args.max_tokens}: expected more than --steps + sink + recent = {least}")
-    if args.documents is None and not Path(args.data).exists() and ":" in args.data:
-        raise ConfigError(f"--data {args.data} is a data set of the hub: say with --documents how much of it to take")
+    if args.documents is None and not Path(args.data).exists():
+        raise DataError(
+            f"--data {args.data}: no such file or directory; of a data set of the hub, say with --documents how much"
+        )
     documents = list(read_documents(args.data, per_file=args.per_file, limit=args.documents, field=args.field))
     tokenizer = load_tokenizer(args.model)
+    processes = PartialState(cpu=args.device == "cpu")
+    if processes.num_processes > 1 and args.device != "cpu":
+        args.device = str(processes.device)
     model = load_model(args.model, args.device, args.dtype)
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and args.max_tokens > positions:
@@ -195,9 +223,11 @@ def main(args: argparse.Namespace) -> int:
     }
     if args.rows == "sparse":
         meta |= {"predictor": str(args.predictor), "budgets": args.budgets}
-    writer = HistoryWriter(args.out, meta)
+    check_space(args.out, largest_size(model, len(documents), args.max_tokens, args.steps, defaults.block_size))
+    writer = HistoryWriter(args.out, meta, part=processes.process_index)
+    mine = list(enumerate(documents))[processes.process_index :: processes.num_processes]
     short = 0
-    for number, document in enumerate(tqdm(documents, desc="recording", unit="doc", disable=None)):
+    for number, document in tqdm(mine, desc="recording", unit="doc", disable=None):
         if writer.has(document.name):
             continue
         ids = window(document, tokenizer, args.max_tokens)
@@ -208,7 +238,7 @@ def main(args: argparse.Namespace) -> int:
         config = configs[number % len(configs)]
         writer.write(document.name, record(model, ids, args.steps, config), split=split)
     if short:
-        print(f"{short} of {len(documents)} documents have no more than {least} tokens and were left out")
-    if short == len(documents):
+        print(f"{short} of {len(mine)} documents have no more than {least} tokens and were left out")
+    if short == len(mine):
         raise DataError(f"no document of {args.data} has more than {least} tokens")
     return 0

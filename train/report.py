@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from attention_predictor.predictor.errors import DataError
+from attention_predictor.train.options import TrainOptions
 
 CURVES_FILE = "curves.png"
 CARD_FILE = "README.md"
@@ -34,8 +35,13 @@ def draw_curves(path: Path, curve: list[dict[str, Any]], rules: dict[str, float]
     figure.savefig(path, dpi=120)
 
 
-def card(facts: dict[str, Any], arch: str) -> str:
+def card(facts: dict[str, Any], options: TrainOptions, data: str, out: str) -> str:
     """A model card in Markdown: what it was trained on, with which command, and how it compares."""
+    arch, default = options.arch, TrainOptions()
+    changed = [one.name for one in fields(options) if getattr(options, one.name) != getattr(default, one.name)]
+    command = ["attnpred", "train", "--data", data, "--out", out]
+    for name in changed:
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     found = facts["metrics"]["validation"]
     budgets = list(found[arch]["relative_recovery"])
     lines = [
@@ -46,7 +52,7 @@ def card(facts: dict[str, Any], arch: str) -> str:
         f"{facts['metrics']['steps']} of {facts['options']['steps']} steps"
         + (", interrupted." if facts["metrics"]["interrupted"] else "."),
         "",
-        f"    {shlex.join(['attnpred', *sys.argv[1:]])}",
+        f"    {shlex.join(command)}",
         "",
         "Recovery relative to the best selection, one step ahead, on the held-out documents, by budget:",
         "",
