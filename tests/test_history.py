@@ -161,7 +161,7 @@ def test_prompt_rows_in_chunks_are_the_prompt_rows(name: str, chunks: list[int])
 
 def test_memory_grows_in_chunks() -> None:
     history = make_history(FilterPredictor())
-    a_chunk = KV_HEADS * CHUNK_BLOCKS * 33 * 4
+    a_chunk = KV_HEADS * CHUNK_BLOCKS * FilterPredictor.channels * 4
     history.start(make_rows(3, CHUNK_BLOCKS))
     assert history.nbytes == a_chunk
     history.push(make_rows(1, CHUNK_BLOCKS + 1)[:, :, 0])
