@@ -40,6 +40,7 @@ from attention_predictor.offload.policies import LayerSpec, Policy, Step, regist
 from attention_predictor.offload.policies.predictor import Predictor
 from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.predictor.errors import ConfigError, ContextLengthError, DataError
+from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.train.dataset import HistoryWriter
 from attention_predictor.train.documents import read_documents, window
 from attention_predictor.train.shards import Record
@@ -180,6 +181,7 @@ def recording_configs(args: argparse.Namespace) -> list[OffloadConfig]:
         budgets = [int(text) for text in args.budgets.split(",")]
     except ValueError as error:
         raise ConfigError(f"--budgets {args.budgets!r}: expected numbers separated by commas") from error
+    AttentionPredictor.from_pretrained(args.predictor)  # refused now, not when the model is loaded
     return [
         OffloadConfig(
             policy=SparseRecorder.name, predictor=args.predictor, budget=budget, late_fetch=0.0, prefetch="none"
