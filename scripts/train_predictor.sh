@@ -11,9 +11,8 @@ python scripts/plant_tasks.py --data "$texts" --out "$out/tasks.jsonl" --documen
 for data in "$texts" "$out/tasks.jsonl"; do
     attnpred record --data "$data" --out "$out/histories" --per-file 1 --device "$device" --dtype float32
 done
-attnpred train --data "$out/histories" --out "$out/time-filters" --steps 1500 --device "$device"
-attnpred train --data "$out/histories" --out "$out/paper" --arch paper --loss mse --horizon 1 --steps 1500 \
-    --device "$device"
+attnpred train --data "$out/histories" --out "$out/time-filters" --steps 1500
+attnpred train --data "$out/histories" --out "$out/paper" --arch paper --loss mse --horizon 1 --steps 1500
 attnpred eval recovery --data "$heldout" --questions 200 --recovery 4 --device "$device" --dtype float32 \
     --out "$out/table.json" --rule full --rule streaming \
     --rule "time-filters, ahead: predictor,predictor=$out/time-filters,late_fetch=0" \

@@ -79,6 +79,11 @@ def fit(
         raise ConfigError(f"out={str(out)!r} can't be made: {error.strerror or error}") from error
     training, held_out = split_documents(dataset, options.val_fraction, options.seed)
     meta, cache = dataset.meta, Cache(dataset)
+
+    def judged(predictor: AttentionPredictor) -> Metrics:
+        validation = [cache.load(document) for document in held_out]
+        return validate(predictor, validation, meta, accelerator.device, options.horizon)
+
     settings = asdict(options) | {"documents": len(training), "processes": accelerator.num_processes}
     state = read_state(out, settings, resume=resume)
 
@@ -90,11 +95,7 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         run = {name: state[name] for name in run}
     elif accelerator.is_main_process:
-        validation = [cache.load(document) for document in held_out]
-        for name in RULES:
-            run["validation"][name] = validate(
-                architecture(name)(), validation, meta, accelerator.device, options.horizon
-            )
+        run["validation"] = {name: judged(architecture(name)()) for name in RULES}
         if not run["validation"]["last"]["relative_recovery"]:
             raise DataError(f"{dataset.directory}: held-out documents are too short to judge a predictor by recovery")
     start_tracker(accelerator, tracker, str(out), settings)
@@ -115,8 +116,7 @@ def fit(
             done = step
             if step % options.log_every == 0 or step == options.steps:
                 if accelerator.is_main_process:
-                    validation = [cache.load(document) for document in held_out]
-                    now = validate(predictor, validation, meta, accelerator.device, options.horizon)
+                    now = judged(predictor)
                     keep(run, options.arch, predictor, now, step, sum(losses) / len(losses))
                     state = run | {"predictor": copied(predictor), "optimizer": optimizer.state_dict()}
                     write_state(out, state | {"options": settings})
@@ -131,9 +131,7 @@ def fit(
     if not accelerator.is_main_process:
         return {}
     if options.arch not in run["validation"]:  # interrupted before the first validation
-        validation = [cache.load(document) for document in held_out]
-        now = validate(predictor, validation, meta, accelerator.device, options.horizon)
-        keep(run, options.arch, predictor, now, done, sum(losses) / max(len(losses), 1))
+        keep(run, options.arch, predictor, judged(predictor), done, sum(losses) / max(len(losses), 1))
     predictor.load_state_dict(run["best"])
     metrics = {"validation": run["validation"], "steps": done, "interrupted": interrupted}
     predictor.training_facts = {

@@ -114,8 +114,9 @@ def record(model: PreTrainedModel, ids: list[int], steps: int, config: OffloadCo
             if not isinstance(layer, TieredLayer):
                 continue
             assert isinstance(layer.policy, FullRecorder | SparseRecorder)
-            scores_GQN = _joined([rows.scores_BGQN[0] for rows in layer.policy.shown])
-            mass_GQN = _joined([rows.mass_BGQN[0] for rows in layer.policy.shown])
+            shown = layer.policy.shown  # once: it reads all keys of the layer
+            scores_GQN = _joined([rows.scores_BGQN[0] for rows in shown])
+            mass_GQN = _joined([rows.mass_BGQN[0] for rows in shown])
             for head in range(layer.kv_heads):
                 yield Record(
                     layer=layer.number,
