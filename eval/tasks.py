@@ -35,13 +35,12 @@ def plant(
     context: int,
     seed: int,
     split: synthetic.Split = "eval",
-    together: bool = False,
 ) -> list[synthetic.Sample]:
     """Documents of about ``context`` tokens, each with ``questions`` questions about statements planted in it.
 
     Args:
         tasks: Tasks in turn, one a document (see ``synthetic.TASKS``).
-        context: Tokens of a document and any one of its questions, or all of them if ``together``.
+        context: Tokens of a document and any one of its questions.
         seed: The same seed gives the same documents.
     """
     unknown = set(tasks) - set(synthetic.TASKS)
@@ -63,7 +62,7 @@ def plant(
                 count=lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
                 questions=questions,
                 split=split,
-                together=together,
+                together=False,
             )
         )
     return samples

@@ -1,4 +1,4 @@
-"""Write documents with planted statements, questions and answers as .jsonl, for `attnpred record`.
+"""Write documents with planted statements as .jsonl for `attnpred record`, questions and answers as continuations.
 
 The names in them are those kept for training (`split="train"`), never those that evaluation asks about.
 
@@ -22,10 +22,10 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument("--data", type=Path, required=True, help="text to plant in: .txt file or directory")
     parser.add_argument("--out", type=Path, required=True, help="the .jsonl to write")
-    parser.add_argument("--tasks", default=",".join(synthetic.TASKS), help="default %(default)s")
+    parser.add_argument("--tasks", default="kv,facts,chain,labels", help="default %(default)s")
     parser.add_argument("--documents", type=int, default=240, help="default %(default)s")
     parser.add_argument("--questions", type=int, default=8, help="a document (%(default)s)")
-    parser.add_argument("--context", type=int, default=8192, help="tokens of document and questions (%(default)s)")
+    parser.add_argument("--context", type=int, default=8192, help="tokens of a document and a question (%(default)s)")
     args = parser.parse_args()
     samples = plant(
         load_tokenizer(args.model),
@@ -36,13 +36,13 @@ def main() -> None:
         context=args.context,
         seed=args.seed,
         split="train",
-        together=True,
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", encoding="utf-8") as file:
         for sample in samples:
-            text = "".join(piece for piece, _ in sample.transcript())
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            continuations = [one.question + one.answer + synthetic.BREAK for one in sample.questions]
+            row = {"text": sample.document, "continuations": continuations}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(f"{len(samples)} documents in {args.out}")
 
 

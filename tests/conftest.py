@@ -76,7 +76,7 @@ def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Ite
     def check(*, answers: int, device: str, spare: int, ahead: float) -> None:
         texts = read_texts(POCKET.parents[1] / "scripts" / "demo_text.txt")
         samples = plant(
-            tokenizer, texts, tasks=("kv", "facts"), documents=answers // 10, questions=10, context=8192, seed=0
+            tokenizer, texts, tasks=("kv", "facts"), documents=answers // 5, questions=5, context=8192, seed=0
         )
         model.to(device)
 

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from attention_predictor.predictor.errors import DataError
-from attention_predictor.train.documents import Document, read_documents
+from attention_predictor.train.documents import Document, excerpt, read_documents
 
 
 def read(source: Path | str, **settings: Any) -> list[Document]:
@@ -38,6 +38,27 @@ def test_another_column(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl", field="prompt")[0].text == "this"
 
 
+class Letters:
+    """A tokenizer with one token a character."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_excerpts(tmp_path: Path) -> None:
+    rows = [{"text": "abcdefgh"}, {"text": "abcdefgh", "continuations": ["123", "45678"]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+    def taken(number: int, **sizes: int) -> tuple[str, ...]:
+        found = excerpt(read(tmp_path / "a.jsonl")[number], Letters(), **sizes)  # type: ignore[arg-type]
+        return tuple("".join(map(chr, ids)) for ids in (found.prompt, *found.tails))
+
+    assert taken(0, max_tokens=6, tail=2) == ("cdef", "gh")  # the end of the text
+    # Continuations replace it; a short one goes on with the next, a long one is cut.
+    assert taken(1, max_tokens=10, tail=8) == ("defgh", "12345", "45678")
+    assert taken(1, max_tokens=10, tail=4) == ("cdefgh", "1234", "4567")
+
+
 def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
@@ -58,6 +79,8 @@ REFUSED = {
     "a.jsonl": ("{", "row 1: not readable as JSON"),
     "b.jsonl": ('{"words": "x"}', r"row 1: expected text in 'text' \(--field\), .*; found columns words"),
     "c.jsonl": ("[1]", r"found \[1\]"),
+    "d.jsonl": ('{"text": "x", "continuations": 1}', r"row 1: expected a list of texts in 'continuations'; found 1"),
+    "e.jsonl": ('{"text": "x", "continuations": [""]}', r"found \[''\]"),
     "a.parquet": ("text", "not readable as parquet"),
     "a.txt": (b"\xff\xfe\xff", "cannot read"),
 }

@@ -35,7 +35,7 @@ def make_record(seed: int, *, layer: int = 0, head: int = 0, steps: int = 120, f
     logits_QN = 6.0 * (block_N == centre_Q1) + 0.8 * torch.randn(steps, n_blocks, generator=generator)
     entered_QN = block_N < -(-(first_tokens + step_Q1) // 16)
     mass_QN = logits_QN.masked_fill(~entered_QN, -torch.inf).softmax(-1)
-    return Record(layer, head, first_tokens, mass_QN / 4, mass_QN)
+    return Record(0, layer, head, first_tokens, mass_QN / 4, mass_QN)
 
 
 def make_recording(directory: Path, documents: int = 6, **shape: int) -> HistoryWriter:
@@ -117,11 +117,11 @@ def test_a_writer_refuses_what_cannot_be_read(tmp_path: Path) -> None:
         HistoryWriter(tmp_path, {"block_size": 16, "recent": 64})
     writer, good = HistoryWriter(tmp_path, META), make_record(0)
     for wrong in (
-        Record(0, 0, 1100, good.scores_QN, good.mass_QN[:-1]),
-        Record(0, 0, 1300, good.scores_QN, good.mass_QN),
-        Record(0, 0, 1100, good.scores_QN * torch.nan, good.mass_QN),
+        Record(0, 0, 0, 1100, good.scores_QN, good.mass_QN[:-1]),
+        Record(0, 0, 0, 1300, good.scores_QN, good.mass_QN),
+        Record(0, 0, 0, 1100, good.scores_QN * torch.nan, good.mass_QN),
     ):
-        with pytest.raises(DataError, match="document 'a', layer 0, head 0"):
+        with pytest.raises(DataError, match="document 'a', sequence 0, layer 0, head 0"):
             writer.write("a", [wrong])
     with pytest.raises(DataError, match="no records"):
         writer.write("a", [])
@@ -136,7 +136,7 @@ def damage_meta(directory: Path, **changes: object) -> None:
 
 META_DAMAGE = {
     "block size": ({"block_size": 32}, "block_size is 32, expected 16"),
-    "newer": ({"format_version": 3}, "format_version is 3, this release reads 2"),
+    "newer": ({"format_version": 99}, "format_version is 99, this release reads 3"),
     "empty": ({"documents": {}}, "no documents"),
     "foreign": ({"documents": ["a"]}, "lacks shard entries"),
 }
@@ -158,7 +158,7 @@ def test_file_refusals(tmp_path: Path) -> None:
     for text, message in (
         ("{", "not readable as JSON"),
         ("[]", "format_version is"),
-        ('{"format_version": 2}', "lacks"),
+        ('{"format_version": 3}', "lacks"),
     ):
         (tmp_path / "meta.json").write_text(text)
         refuse(tmp_path, rf"meta.json: .*{message}")
@@ -410,7 +410,7 @@ def test_data_that_cannot_train_is_refused(tmp_path: Path) -> None:
         fit(tmp_path / "one", tmp_path / "out")
     writer = HistoryWriter(tmp_path / "short", META)
     for name in "ab":
-        writer.write(name, [Record(0, 0, 100, torch.rand(4, 7), torch.rand(4, 7))])
+        writer.write(name, [Record(0, 0, 0, 100, torch.rand(4, 7), torch.rand(4, 7))])
     with pytest.raises(DataError, match="too short to judge"):
         fit(tmp_path / "short", tmp_path / "out")
     (tmp_path / "file").write_text("")

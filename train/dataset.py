@@ -1,11 +1,11 @@
 """Recorded histories on disk: what attention did, step by step, for predictors to learn from.
 
 A recording is a directory with one parquet shard per document, readable by `datasets`, beside a `meta.json`
-that lists them. One table row is one (document, layer, KV head): its block scores at Q consecutive steps,
-as a predictor would see them, and the true block mass at the same steps (`predictor/scores.py` defines
-both).
+that lists them. One table row is one (document, sequence, layer, KV head): its block scores at Q consecutive
+steps, as a predictor would see them, and the true block mass at the same steps (`predictor/scores.py` defines both).
+Several sequences of a document have the prompt in common, and its rows.
 
-Suffixes: Q steps, N blocks, X records (layers × KV heads).
+Suffixes: Q steps, N blocks, X records (sequences × layers × KV heads).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from attention_predictor.predictor.errors import DataError
 from attention_predictor.train.shards import Record, Recording, encode, pyarrow_modules, schema, stack
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 META_FILE = "meta.json"  # of the first writer; those of others beside it are meta-1.json, …
 SHARDS = "shards"
 IDENTITY = ("block_size", "sink", "recent", "model", "rows")  # what all documents of one recording share
@@ -153,6 +153,7 @@ class HistoryDataset:
         return Recording(
             document=document,
             first_tokens=first_tokens,
+            sequences=[row["sequence"] for row in rows],
             layers=[row["layer"] for row in rows],
             heads=[row["head"] for row in rows],
             scores_XQN=stack(path, rows, "scores", (steps, blocks)),

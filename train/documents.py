@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,26 @@ class Document:
     """A text to record.
 
     ``place`` is where its window begins if it is too long, as a share of what can be left out; 1 keeps the end.
-    Documents of one ``group`` are kept for validation together, since they may overlap.
+    Documents of one ``group`` are kept for validation together, since they may overlap. ``continuations`` are texts
+    that each follow it by themselves, such as questions with their answers.
     """
 
     name: str
     group: str
     text: str
     place: float
+    continuations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """What is recorded of a document, as token ids.
+
+    The prompt is prefilled once; each tail is decoded behind it by itself. All tails are equally long.
+    """
+
+    prompt: list[int]
+    tails: list[list[int]]
 
 
 def read_documents(source: str, *, per_file: int, limit: int | None, field: str = "text") -> Iterator[Document]:
@@ -36,8 +49,10 @@ def read_documents(source: str, *, per_file: int, limit: int | None, field: str 
 
     A .txt file gives ``per_file`` documents from places spread over it. A row gives one, its text being the column
     ``field`` or, for LongBench samples, ``context`` and ``input``; its end is kept when it is too long, since that is
-    where questions stand. A hub data set is named ``owner/name``, ``owner/name:split`` or ``owner/name/config:split``
-    and read as a stream.
+    where questions stand. It may have ``continuations``, a list of texts that each follow it.
+
+    A data set of the hub is named ``owner/name``, ``owner/name:split`` or ``owner/name/config:split`` and read as a
+    stream.
 
     Raises:
         DataError: Names the file and line, or the data set, and what was expected.
@@ -45,6 +60,20 @@ def read_documents(source: str, *, per_file: int, limit: int | None, field: str 
     path = Path(source)
     documents = _of_files(path, per_file, field) if path.exists() else _of_hub(source, field)
     return islice(documents, limit)
+
+
+def excerpt(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: int, tail: int) -> Excerpt:
+    """At most ``max_tokens`` tokens: a prompt and either its continuations or the text's own last ``tail`` tokens."""
+    if not document.continuations:
+        ids = window(document, tokenizer, max_tokens)
+        return Excerpt(ids[:-tail], [ids[-tail:]])
+    encoded = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in document.continuations]
+    longest = min(max(len(ids) for ids in encoded), tail)
+    # A shorter one goes on with the others, so that every step of the batch is one of a continuation.
+    rounds = [chain(encoded[number:], encoded[:number]) for number in range(len(encoded))]
+    tails = [list(chain.from_iterable(each))[:longest] for each in rounds]
+    shortest = min(len(ids) for ids in tails)
+    return Excerpt(window(document, tokenizer, max_tokens - longest), [ids[:shortest] for ids in tails])
 
 
 def window(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[int]:
@@ -121,8 +150,9 @@ def _of_hub(source: str, field: str) -> Iterator[Document]:
 
 def _of_rows(origin: str, rows: Iterator[Any], where: str, field: str) -> Iterator[Document]:
     for number, row in enumerate(rows, 1):
-        name = f"{origin}#{number}"
-        yield Document(name, name, _text(row, f"{where}, row {number}", field), 1.0)
+        name, place = f"{origin}#{number}", f"{where}, row {number}"
+        text = _text(row, place, field)
+        yield Document(name, name, text, 1.0, _continuations(row, place))
 
 
 def _text(row: Any, where: str, field: str) -> str:
@@ -134,6 +164,15 @@ def _text(row: Any, where: str, field: str) -> str:
     found = f"columns {', '.join(row)}" if isinstance(row, Mapping) else repr(row)[:40]
     columns = " and ".join(LONGBENCH)
     raise DataError(f"{where}: expected text in {field!r} (--field), or LongBench's {columns}; found {found}")
+
+
+def _continuations(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    found = row.get("continuations")
+    if found is None:
+        return ()
+    if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
+        raise DataError(f"{where}: expected a list of texts in 'continuations'; found {found!r:.60}")
+    return tuple(found)
 
 
 def _datasets() -> Any:

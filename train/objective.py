@@ -1,6 +1,6 @@
 """What a predictor is trained for: to rank, one step ahead, the blocks that will hold the attention mass.
 
-Suffixes: X records (layers × KV heads), Q steps, S chosen steps, N blocks, C state channels.
+Suffixes: X records (sequences × layers × KV heads), Q steps, S chosen steps, N blocks, C state channels.
 """
 
 from __future__ import annotations

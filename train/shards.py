@@ -1,6 +1,6 @@
 """The rows of a recording's parquet shards: what one holds, and how it becomes tensors again.
 
-Suffixes: Q steps, N blocks, X records (layers × KV heads).
+Suffixes: Q steps, N blocks, X records (sequences × layers × KV heads).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from attention_predictor.predictor.errors import DataError
 
 @dataclass(frozen=True)
 class Record:
-    """One KV head of one layer over Q steps; N blocks are those of the last step."""
+    """One KV head of one layer over Q steps of one sequence; N blocks are those of the last step."""
 
+    sequence: int  # of those that follow one prompt
     layer: int
     head: int
     first_tokens: int  # tokens that the first step attends over, its own included
@@ -34,6 +35,7 @@ class Recording:
 
     document: str
     first_tokens: int
+    sequences: list[int]
     layers: list[int]
     heads: list[int]
     scores_XQN: Tensor
@@ -52,13 +54,14 @@ def encode(document: str, split: str | None, record: Record, block_size: int) ->
     """One table row; DataError where the record's shapes or numbers can't be right."""
     steps, blocks = record.scores_QN.shape
     expected = -(-(record.first_tokens + steps - 1) // block_size)
-    where = f"document {document!r}, layer {record.layer}, head {record.head}"
+    where = f"document {document!r}, sequence {record.sequence}, layer {record.layer}, head {record.head}"
     if record.mass_QN.shape != record.scores_QN.shape or blocks != expected or steps < 2:
         raise DataError(
             f"{where}: scores {list(record.scores_QN.shape)} and mass {list(record.mass_QN.shape)} must "
             f"both have at least 2 steps and {expected} blocks"
         )
-    row: dict[str, Any] = {"document": document, "split": split, "layer": record.layer, "head": record.head}
+    row: dict[str, Any] = {"document": document, "split": split, "sequence": record.sequence}
+    row |= {"layer": record.layer, "head": record.head}
     row |= {"first_tokens": record.first_tokens, "steps": steps, "blocks": blocks}
     for name, values in (("scores", record.scores_QN), ("mass", record.mass_QN)):
         if not torch.isfinite(values).all():
@@ -84,7 +87,7 @@ def stack(path: Path, rows: list[dict[str, Any]], column: str, shape: tuple[int,
 
 def schema(pa: types.ModuleType) -> Any:
     """Columns of a shard; scores and mass are fp16, little-endian, [steps, blocks] row by row."""
-    whole = ("layer", "head", "first_tokens", "steps", "blocks")
+    whole = ("sequence", "layer", "head", "first_tokens", "steps", "blocks")
     return pa.schema(
         [("document", pa.string()), ("split", pa.string())]
         + [(name, pa.int32()) for name in whole]

@@ -1,6 +1,7 @@
 """How good a predictor is on recorded histories: the attention mass that its choice of blocks would hold.
 
-Suffixes: X records (layers × KV heads), Q steps, S chosen steps, N blocks, K chosen blocks, C state channels.
+Suffixes: X records (sequences × layers × KV heads), Q steps, S chosen steps, N blocks, K chosen blocks, C state
+channels.
 """
 
 from __future__ import annotations

@@ -1,0 +1,134 @@
+"""Recording one document: two policies that watch attention, one attending to all, one decoding as the predictor does.
+
+Suffixes: B sequences, G KV heads, H query heads, Q queries, N blocks, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from attention_predictor.offload.attach import attach
+from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.dense import ScoreRows
+from attention_predictor.offload.layer import TieredLayer
+from attention_predictor.offload.policies import LayerSpec, Policy, Step, register
+from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.predictor.base import PROMPT_ROWS
+from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.train.documents import Excerpt
+from attention_predictor.train.shards import Record
+
+
+@register
+class FullRecorder(Policy):
+    """Attends to everything and keeps the rows it is shown: of the prompt's last queries, then of all."""
+
+    name = "record-full"
+    selects = "all"
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        self.prompt_rows = PROMPT_ROWS
+        self.rows: list[ScoreRows] = []
+
+    def observe_rows(self, rows: ScoreRows) -> None:
+        self.rows.append(rows)
+        self.prompt_rows = self.spec.config.history
+
+    def index(self, batch_index: Tensor) -> None:
+        self.rows = [_indexed(rows, batch_index) for rows in self.rows]
+
+    def shown(self) -> ScoreRows:
+        return _joined(self.rows)
+
+
+@register
+class SparseRecorder(Predictor):
+    """Decodes as the predictor policy does; keeps the rows its history is told and, beside them, the true mass."""
+
+    name = "record-sparse"
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        self.prompt_rows = PROMPT_ROWS  # whatever the rule that selects makes use of
+        self.prompt: list[ScoreRows] = []
+        self.told: list[Tensor] = []
+        self.queries: list[Tensor] = []
+        self.last: Step | None = None
+
+    def observe_rows(self, rows: ScoreRows) -> None:
+        super().observe_rows(rows)
+        self.prompt.append(rows)
+
+    def row(self, step: Step) -> Tensor:
+        row_BGN = super().row(step)
+        self.told.append(row_BGN[:, :, None])
+        self.queries.append(step.query_BHD[:, :, None])
+        self.last = step
+        return row_BGN
+
+    def index(self, batch_index: Tensor) -> None:
+        super().index(batch_index)
+        self.prompt = [_indexed(rows, batch_index) for rows in self.prompt]
+        self.told, self.queries = ([one[batch_index] for one in kept] for kept in (self.told, self.queries))
+
+    def shown(self) -> ScoreRows:
+        if self.last is None:
+            return _joined(self.prompt)
+        # The truth of all steps is read from host memory in one go.
+        truth = self.last.true_rows(torch.cat(self.queries, dim=2))
+        return _joined([*self.prompt, ScoreRows(_padded(self.told), truth.mass_BGQN)])
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, excerpt: Excerpt, config: OffloadConfig) -> Iterator[Record]:
+    """Records of an excerpt under one of the two recording policies.
+
+    A record holds the prompt's last ``PROMPT_ROWS`` rows and those of one tail. With ``FullRecorder``, ``history`` must
+    be at least a tail's length.
+
+    Raises:
+        ConfigError: The model has no full-attention layer.
+    """
+    with attach(model, config) as engine:
+        if not engine.tiered_layers:
+            raise ConfigError(f"{type(model).__name__} has no full-attention layer to record")
+        cache = engine.new_cache()
+        model(torch.tensor([excerpt.prompt], device=model.device), past_key_values=cache, logits_to_keep=1)
+        tails_BQ = torch.tensor(excerpt.tails, device=model.device)
+        cache.batch_repeat_interleave(len(excerpt.tails))
+        for part_BQ in tails_BQ.split(1 if config.policy == SparseRecorder.name else tails_BQ.shape[1], dim=1):
+            model(part_BQ, past_key_values=cache, logits_to_keep=1)
+        for layer in cache.layers:
+            if not isinstance(layer, TieredLayer):
+                continue
+            assert isinstance(layer.policy, FullRecorder | SparseRecorder)
+            shown = layer.policy.shown()
+            for sequence in range(layer.batch):
+                for head in range(layer.kv_heads):
+                    yield Record(
+                        sequence=sequence,
+                        layer=layer.number,
+                        head=head,
+                        first_tokens=len(excerpt.prompt) - PROMPT_ROWS + 1,
+                        scores_QN=shown.scores_BGQN[sequence, head],
+                        mass_QN=shown.mass_BGQN[sequence, head],
+                    )
+
+
+def _indexed(rows: ScoreRows, batch_index: Tensor) -> ScoreRows:
+    return ScoreRows(rows.scores_BGQN[batch_index], rows.mass_BGQN[batch_index])
+
+
+def _joined(rows: list[ScoreRows]) -> ScoreRows:
+    return ScoreRows(_padded([one.scores_BGQN for one in rows]), _padded([one.mass_BGQN for one in rows]))
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    """Rows one after the other; those from before a block existed have zeros for it."""
+    blocks = rows[-1].shape[-1]
+    return torch.cat([torch.nn.functional.pad(part, (0, blocks - part.shape[-1])) for part in rows], dim=-2)
