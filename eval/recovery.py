@@ -25,9 +25,10 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from attention_predictor.arguments import add_model_arguments, whole_numbers
 from attention_predictor.eval import synthetic
 from attention_predictor.eval.tasks import plant, read_texts
-from attention_predictor.loading import add_model_arguments, load_model, load_tokenizer
+from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.predictor.errors import ConfigError
@@ -215,10 +216,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     rules = [Rule.parse(text) for text in args.rule or ["full", "predictor"]]
-    try:
-        budgets = [int(text) for text in args.budgets.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--budgets {args.budgets!r}: expected numbers separated by commas") from error
+    budgets = whole_numbers("--budgets", args.budgets)
     for rule in rules:
         for budget in budgets:
             OffloadConfig(**({"budget": budget} | rule.settings))  # refuse bad settings before anything runs

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from attention_predictor.predictor.errors import CheckpointError
+from attention_predictor.predictor.errors import CheckpointError, one_line
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
@@ -42,7 +42,7 @@ def read_config(directory: Path, architectures: Iterable[str], block_size: int) 
     except FileNotFoundError:
         raise CheckpointError(f"{path}: file is missing; allowed: a directory written by save()") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({_line(error)})") from error
+        raise CheckpointError(f"{path}: not readable as JSON ({one_line(error)})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: found a JSON {type(config).__name__}, expected an object")
     version = config.get("format_version")
@@ -72,7 +72,7 @@ def read_tensors(directory: Path, expected: Mapping[str, Tensor]) -> dict[str, T
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or not a safetensors file ({_line(error)})") from error
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({one_line(error)})") from error
     _check_tensors(path, tensors, expected)
     return tensors
 
@@ -86,7 +86,7 @@ def read_upstream(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tenso
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle trips over anything
-        raise CheckpointError(f"{path}: not a file of weights alone ({_line(error)[:120]})") from error
+        raise CheckpointError(f"{path}: not a file of weights alone ({one_line(error)})") from error
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{path}: found {type(tensors).__name__}, expected tensors by name: {sorted(expected)}")
     _check_tensors(path, tensors, expected)
@@ -114,7 +114,3 @@ def _expect(path: Path, field: str, found: Any, allowed: Container[Any], wording
     # guessed at.
     if type(found) not in (int, str) or found not in allowed:
         raise CheckpointError(f"{path}: {field} is {found!r}, expected {wording}")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -1,6 +1,11 @@
 """Every error that this library raises on purpose; each also is the built-in kind that callers expect."""
 
 
+def one_line(error: BaseException, at_most: int = 120) -> str:
+    """What another library's error says, on one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:at_most]
+
+
 class AttentionPredictorError(Exception):
     """Base of all errors of this library: catch this one to catch them all."""
 

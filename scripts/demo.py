@@ -23,8 +23,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from attention_predictor import OffloadConfig, attach
+from attention_predictor.arguments import add_model_arguments
 from attention_predictor.eval import synthetic
-from attention_predictor.loading import add_model_arguments, load_model, load_tokenizer
+from attention_predictor.loading import load_model, load_tokenizer
 
 TEXT = Path(__file__).with_name("demo_text.txt")
 # Statement, its place in the document, a question, what the answer must say.

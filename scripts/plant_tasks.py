@@ -12,9 +12,10 @@ import argparse
 import json
 from pathlib import Path
 
+from attention_predictor.arguments import add_model_arguments
 from attention_predictor.eval import synthetic
 from attention_predictor.eval.tasks import plant, read_texts
-from attention_predictor.loading import add_model_arguments, load_tokenizer
+from attention_predictor.loading import load_tokenizer
 
 
 def main() -> None:

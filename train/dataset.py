@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from attention_predictor.predictor.errors import DataError
+from attention_predictor.predictor.errors import DataError, one_line
 from attention_predictor.train.shards import Record, Recording, encode, pyarrow_modules, schema, stack
 
 FORMAT_VERSION = 3
@@ -137,7 +137,7 @@ class HistoryDataset:
         try:
             table = parquet.read_table(path)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not readable as parquet ({' '.join(str(error).split())})") from error
+            raise DataError(f"{path}: not readable as parquet ({one_line(error)})") from error
         if not set(schema(pa).names) <= set(table.column_names) or table.num_rows != entry["records"]:
             raise DataError(
                 f"{path}: found {table.num_rows} rows of columns {table.column_names}, "
@@ -185,7 +185,7 @@ def read_meta_file(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({' '.join(str(error).split())})") from error
+        raise DataError(f"{path}: not readable as JSON ({one_line(error)})") from error
     if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
         found = meta.get("format_version") if isinstance(meta, dict) else meta
         raise DataError(f"{path}: format_version is {found!r}, this release reads {FORMAT_VERSION}")

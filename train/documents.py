@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from attention_predictor.predictor.errors import DataError
+from attention_predictor.predictor.errors import DataError, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 LONGBENCH = ("context", "input")  # a LongBench sample: the document, then the question about it
@@ -128,7 +128,7 @@ def _parquet(file: Path) -> Iterator[Any]:
     try:
         yield from datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: not readable as parquet ({' '.join(str(error).split())[:120]})") from error
+        raise DataError(f"{file}: not readable as parquet ({one_line(error)})") from error
 
 
 def _of_hub(source: str, field: str) -> Iterator[Document]:
@@ -144,8 +144,9 @@ def _of_hub(source: str, field: str) -> Iterator[Document]:
     except DataError:
         raise
     except Exception as error:  # the hub's client raises many kinds
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{source}: no such file or directory, and the hub gives no such data set: {reason}") from error
+        raise DataError(
+            f"{source}: no such file or directory, and the hub gives no such data set: {one_line(error)}"
+        ) from error
 
 
 def _of_rows(origin: str, rows: Iterator[Any], where: str, field: str) -> Iterator[Document]:

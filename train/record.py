@@ -29,7 +29,8 @@ from pathlib import Path
 from accelerate import PartialState
 from tqdm import tqdm
 
-from attention_predictor.loading import add_model_arguments, load_model, load_tokenizer
+from attention_predictor.arguments import add_model_arguments, whole_numbers
+from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.predictor.errors import ConfigError, ContextLengthError, DataError
@@ -69,10 +70,7 @@ def recording_configs(args: argparse.Namespace) -> list[OffloadConfig]:
     """Engine settings that documents are recorded under, in turn."""
     if args.rows == "full":
         return [OffloadConfig(policy=FullRecorder.name, history=args.steps, prefetch="none")]
-    try:
-        budgets = [int(text) for text in args.budgets.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--budgets {args.budgets!r}: expected numbers separated by commas") from error
+    budgets = whole_numbers("--budgets", args.budgets)
     AttentionPredictor.from_pretrained(args.predictor)  # refused now, not when the model is loaded
     return [
         OffloadConfig(

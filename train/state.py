@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from attention_predictor.predictor.errors import CheckpointError, ConfigError
+from attention_predictor.predictor.errors import CheckpointError, ConfigError, one_line
 
 STATE_FILE = "training-state.pt"
 
@@ -35,7 +35,7 @@ def read_state(directory: Path, options: dict[str, Any], *, resume: bool) -> dic
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["options"]
     except Exception as error:  # a damaged pickle trips over anything
-        raise CheckpointError(f"{path}: not a training state ({' '.join(str(error).split())[:120]})") from error
+        raise CheckpointError(f"{path}: not a training state ({one_line(error)})") from error
     differing = [
         f"{name} was {before.get(name)!r}, is {value!r}" for name, value in options.items() if before.get(name) != value
     ]

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from attention_predictor.loading import add_model_arguments, load_model, load_tokenizer
+from attention_predictor.arguments import add_model_arguments
+from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import CALIBRATIONS, PREFETCHERS, OffloadConfig
 from attention_predictor.offload.engine import Engine, check_positions

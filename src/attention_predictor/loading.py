@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from attention_predictor.predictor.errors import CheckpointError, ConfigError
+from attention_predictor.predictor.errors import CheckpointError, ConfigError, one_line
 
-# The folders of the package are links into a checkout; an installed wheel has no models beside it.
-_POCKET = Path(__file__).resolve().parents[2] / "models" / "pocket-lm"
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--model --device --dtype --seed``."""
-    default = str(_POCKET) if _POCKET.is_dir() else None
-    shown = "the pocket model" if default else "required: no pocket model beside this installation"
-    parser.add_argument("--model", default=default, metavar="M", help=f"directory or hub name (default: {shown})")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    parser.add_argument("--dtype", default="auto", help=f"one of {', '.join(DTYPES)}; auto is float32 on a CPU")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default %(default)s")
 
 
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
@@ -31,7 +16,7 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(_require(name))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot load a tokenizer from {name!r}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot load a tokenizer from {name!r}: {one_line(error)}") from error
 
 
 def load_model(name: str | None, device: str = "cpu", dtype: str = "auto") -> PreTrainedModel:
@@ -50,13 +35,13 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = "auto") -> Pr
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={device!r} can't be used: {_first_line(error)}") from error
+        raise ConfigError(f"device={device!r} can't be used: {one_line(error)}") from error
     wanted = torch.float32 if dtype == "auto" and target.type == "cpu" else DTYPES[dtype]
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
     except Exception as error:  # whatever a foreign or damaged checkpoint makes the loader raise
-        raise CheckpointError(f"cannot load a causal language model from {name!r}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error
     finally:
         logging.enable_progress_bar()
     torch.nn.Module.to(model, target)  # transformers' own `to` is wrapped in a way that mypy can't follow
@@ -67,7 +52,3 @@ def _require(name: str | None) -> str:
     if name is None:
         raise ConfigError("--model is required: no pocket model beside this installation")
     return name
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
