@@ -238,7 +238,7 @@ class TestCaches:
             cache = DynamicCache()
             model(ids(80), past_key_values=cache)
             assert cache.get_seq_length() == 80
-            assert hasattr(cache.layers[0], "store")
+            assert hasattr(cache.layers[0], "tiers")
 
     def test_no_cache_where_none_is_wanted(self, tiny_model, ids):
         model = tiny_model()
@@ -255,7 +255,7 @@ class TestCaches:
             cache = engine.new_cache()
             model(ids(80), past_key_values=cache)
             assert not hasattr(cache.layers[0], "store")
-            assert cache.layers[1].store.length == 80
+            assert cache.layers[1].tiers.store.length == 80
             assert set(engine.stats.device_bytes) == {1}
 
     def test_reset_and_reuse(self, tiny_model, ids):

@@ -56,8 +56,8 @@ def test_integrity_while_decoding(tiny_model, ids, dtype):
     with attach(model, OffloadConfig(**SMALL)) as engine:
         cache = engine.new_cache()
         token = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
-        assert cache.layers[0].store.gather(torch.tensor([0]), torch.tensor([0])).device.type == "cpu"
-        assert all(slab.is_pinned() for slab in cache.layers[0].store._slabs)
+        assert cache.layers[0].tiers.store.gather(torch.tensor([0]), torch.tensor([0])).device.type == "cpu"
+        assert all(slab.is_pinned() for slab in cache.layers[0].tiers.store._slabs)
         for step in range(200):
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
             if step % 10 == 0:
@@ -78,14 +78,14 @@ def test_random_delays_on_both_streams_change_nothing(tiny_model, ids, monkeypat
             cache = engine.new_cache()
             out = [model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)]
             for layer in cache.layers:
-                fetch, attend = layer._fetch, layer.attend
+                fetch, attend = layer.tiers.fetch, layer.attend
 
                 def delayed(call, *args):
                     if slow:
                         torch.cuda._sleep(int(torch.randint(2_000_000, (1,), generator=generator)))
                     return call(*args)
 
-                monkeypatch.setattr(layer, "_fetch", lambda *args, call=fetch: delayed(call, *args))
+                monkeypatch.setattr(layer.tiers, "fetch", lambda *args, call=fetch: delayed(call, *args))
                 monkeypatch.setattr(layer, "attend", lambda *args, call=attend: delayed(call, *args))
             for _ in range(40):
                 out.append(model(out[-1], past_key_values=cache).logits[:, -1:].argmax(-1))

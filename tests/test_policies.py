@@ -37,8 +37,8 @@ def test_streaming_reads_sink_and_recent_alone(tiny_model, ids):
     def check(cache):
         layer = cache.layers[0]
         layer.check_integrity()  # which waits for what the next token was promised
-        length = layer.store.length + 1
-        blocks = set(layer.table.block_of_slot_RS[layer.table.active_RS].tolist())
+        length = layer.tiers.store.length + 1
+        blocks = set(layer.tiers.table.block_of_slot_RS[layer.tiers.table.active_RS].tolist())
         assert blocks == {0} | set(range((length - 16) // 16, -(-length // 16)))
 
     stats = decode(tiny_model(), ids(300), policy="streaming", each=check)
@@ -164,7 +164,7 @@ def test_new_tokens_reach_the_policy_once(tiny_model):
             key, value = layer.update(torch.randn(B, G, tokens, D), torch.randn(B, G, tokens, D))
             outputs = [layer.attend(torch.ones(B, H, tokens, D), key, value, Terms(1.0)) for _ in range(2)]
             assert torch.equal(*outputs)
-            assert layer.policy.sketch.length == layer.store.length
+            assert layer.policy.sketch.length == layer.tiers.store.length
         layer.check_integrity()
 
 

@@ -32,8 +32,9 @@ from tqdm import tqdm
 from attention_predictor.arguments import add_model_arguments, whole_numbers
 from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.engine import check_positions
 from attention_predictor.predictor.base import PROMPT_ROWS
-from attention_predictor.predictor.errors import ConfigError, ContextLengthError, DataError
+from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.train.dataset import HistoryWriter
 from attention_predictor.train.documents import Document, Excerpt, excerpt, read_documents
@@ -100,9 +101,7 @@ def main(args: argparse.Namespace) -> int:
     if processes.num_processes > 1 and args.device != "cpu":
         args.device = str(processes.device)
     model = load_model(args.model, args.device, args.dtype)
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions is not None and args.max_tokens > positions:
-        raise ContextLengthError(f"--max-tokens {args.max_tokens}: the model has positions for {positions}")
+    check_positions(model.config.get_text_config(decoder=True), args.max_tokens)
     meta = {
         "block_size": defaults.block_size,
         "sink": defaults.sink,
