@@ -4,205 +4,46 @@ The document is prefilled; the question and its answer are then decoded token by
 model must find its own evidence. Answers are right when greedy decoding would give every token of them. Recovery is the
 share of true attention mass on the attended blocks, relative recovery its ratio to the best selection of that size.
 
+With --tail N nothing is asked: the last N tokens of each document are decoded, and recovery alone is judged.
+
 examples:
   attnpred eval recovery --data texts/ --tasks kv,facts --questions 100 --budgets 256,512 \\
       --rule full --rule streaming --rule quest --rule predictor,late_fetch=0 --rule predictor --out table.json
   attnpred eval recovery --data texts/ --rule "paper: predictor,predictor=runs/paper,calibration=exact,late_fetch=0"
+  attnpred eval recovery --data longbench/qasper.jsonl --tail 128 --documents 20 --rule predictor,late_fetch=0
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
+from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.arguments import add_model_arguments, whole_numbers
+from attention_predictor.documents import excerpt, read_documents
 from attention_predictor.eval import synthetic
+from attention_predictor.eval.judge import Case, Cell, Rule, judge, markdown
 from attention_predictor.eval.tasks import plant, read_texts
 from attention_predictor.loading import load_model, load_tokenizer
-from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.predictor.errors import ConfigError, DataError
 
-STOCK = "full"  # as a rule: the stock model with its whole cache
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A named way to select: what differs from the default ``OffloadConfig``."""
-
-    name: str
-    settings: dict[str, Any]
-
-    @classmethod
-    def parse(cls, text: str) -> Rule:
-        """``[name:] policy[,field=value…]``."""
-        name, _, rest = text.rpartition(":")
-        policy, *pairs = (part.strip() for part in rest.split(","))
-        types = {one.name: type(getattr(OffloadConfig(), one.name)) for one in fields(OffloadConfig)}
-        settings: dict[str, Any] = {"policy": policy}
-        for pair in pairs:
-            key, _, value = pair.partition("=")
-            if key not in types:
-                raise ConfigError(f"--rule {text!r}: unknown field {key!r}, expected one of {', '.join(types)}")
-            try:
-                settings[key] = types[key](value)
-            except ValueError as error:
-                raise ConfigError(f"--rule {text!r}: {key}={value!r} is not of type {types[key].__name__}") from error
-        return cls(name.strip() or rest.strip(), settings)
-
-
-@dataclass
-class Cell:
-    """One rule at one budget.
-
-    ``found`` counts right answers of ``asked``; the rest are means over steps, ``None`` where not measured.
-    """
-
-    rule: str
-    budget: int
-    asked: int = 0
-    found: int = 0
-    recovery: float | None = None
-    relative_recovery: float | None = None
-    hit_rate: float | None = None
-    reuse_rate: float | None = None
-    fetched_bytes_per_token: float | None = None
-    by_task: dict[str, list[int]] = field(default_factory=dict)
-
-    @property
-    def accuracy(self) -> float:
-        return self.found / self.asked if self.asked else 0.0
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95% Wilson score interval of the accuracy."""
-        n, p, z = max(self.asked, 1), self.accuracy, 1.96
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        spread = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-        return max(middle - spread, 0.0), min(middle + spread, 1.0)
-
-
-@torch.no_grad()
-def judge(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Sequence[synthetic.Sample],
-    rule: Rule,
-    budget: int,
-    *,
-    measure_recovery: int = 0,
-    progress: tqdm | None = None,
-) -> Cell:
-    """Decode every question of every sample under ``rule``; all questions of a document run as one batch."""
-    cell = Cell(rule.name, budget)
-    if rule.settings == {"policy": STOCK}:
-        for sample in samples:
-            _ask(model, tokenizer, sample, DynamicCache(config=model.config.get_text_config(decoder=True)), cell)
-            if progress is not None:
-                progress.update()
-        return cell
-    config = OffloadConfig(**({"budget": budget, "measure_recovery": measure_recovery} | rule.settings))
-    with attach(model, config) as engine:
-        for sample in samples:
-            _ask(model, tokenizer, sample, engine.new_cache(), cell)
-            if progress is not None:
-                progress.update()
-        stats = engine.stats
-    cell.recovery, cell.relative_recovery = stats.recovery, stats.relative_recovery
-    cell.hit_rate, cell.reuse_rate = stats.hit_rate, stats.reuse_rate
-    # `steps` counts one for the whole batch of a document's questions; bytes are of all its sequences.
-    sequences = cell.asked / len(samples)
-    cell.fetched_bytes_per_token = stats.fetched_bytes / max(stats.steps * sequences, 1)
-    return cell
-
-
-def _ask(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sample: synthetic.Sample,
-    cache: Cache,
-    cell: Cell,
-) -> None:
-    """All questions of a document, as a batch of sequences that share its prefill."""
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    asked = [(encode(one.question), encode(one.answer + synthetic.BREAK)) for one in sample.questions]
-    if not asked:
-        return
-    steps = max(len(question) + len(answer) for question, answer in asked)
-    streams = []
-    for number in range(len(asked)):
-        # Behind its own answer a sequence goes on with other questions, so that every step of the batch is a
-        # question-and-answer step and counts for recovery; only its own answer counts as found.
-        stream: list[int] = []
-        for question, answer in asked[number:] + asked[:number]:
-            stream += question + answer
-        streams.append(stream[:steps])
-    tokens_BL = torch.tensor(streams, device=model.device)
-    document = torch.tensor([tokenizer(sample.document, verbose=False)["input_ids"]], device=model.device)
-    model(document, past_key_values=cache, logits_to_keep=1)
-    cache.batch_repeat_interleave(len(asked))
-    predicted = [
-        model(tokens_BL[:, step : step + 1], past_key_values=cache).logits[:, -1].argmax(-1)
-        for step in range(tokens_BL.shape[1])
-    ]
-    predicted_BL = torch.stack(predicted, 1)
-    for number, (question, answer) in enumerate(asked):
-        right = _continues(predicted_BL[number], len(question), answer)
-        task = sample.questions[number].task
-        counts = cell.by_task.setdefault(task, [0, 0])
-        counts[0] += right
-        counts[1] += 1
-        cell.found += right
-        cell.asked += 1
-
-
-def _continues(predicted_L: Tensor, start: int, answer: Sequence[int]) -> bool:
-    """Whether the tokens predicted after the question, each from the right ones before it, are the answer."""
-    return predicted_L[start - 1 : start - 1 + len(answer)].tolist() == list(answer)
-
-
-def markdown(cells: Sequence[Cell]) -> str:
-    """Rules by budgets: accuracy with its interval, recovery, relative recovery."""
-    budgets = sorted({cell.budget for cell in cells})
-    head = "| rule | " + " | ".join(f"budget {budget}: found, recovery, relative" for budget in budgets) + " |"
-    lines = [head, "|---" * (len(budgets) + 1) + "|"]
-    for name in dict.fromkeys(cell.rule for cell in cells):
-        row = []
-        for budget in budgets:
-            cell = next((one for one in cells if one.rule == name and one.budget == budget), None)
-            if cell is None:
-                row.append("")
-                continue
-            low, high = cell.interval
-            text = f"{cell.accuracy:.3f} [{low:.2f}, {high:.2f}]"
-            if cell.recovery is not None and cell.relative_recovery is not None:
-                text += f", {cell.recovery:.3f}, {cell.relative_recovery:.3f}"
-            row.append(text)
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+TAIL_INTERVAL = 4  # steps between measurements of recovery where nothing else is judged
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="text to plant in: .txt file or directory"
-    )
+    what = "text to plant in: .txt file or directory; with --tail, what attnpred record takes"
+    parser.add_argument("--data", required=True, metavar="D", help=what)
     parser.add_argument("--tasks", default="kv,facts", help=f"of {','.join(synthetic.TASKS)} (%(default)s)")
     parser.add_argument("--questions", type=int, default=100, metavar="N", help="in all (%(default)s)")
     parser.add_argument("--per-document", type=int, default=20, metavar="N", help="questions a document (%(default)s)")
+    parser.add_argument("--tail", type=int, metavar="N", help="ask nothing, decode the last N tokens of each document")
+    parser.add_argument("--documents", type=int, default=20, metavar="N", help="with --tail: at most (%(default)s)")
     parser.add_argument("--context", type=int, default=8192, metavar="N", help="tokens of document and question")
     parser.add_argument("--budgets", default="256,512", metavar="N,N", help="default %(default)s")
     parser.add_argument(
@@ -215,12 +56,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    rules = [Rule.parse(text) for text in args.rule or ["full", "predictor"]]
+    rules = [Rule.parse(text) for text in args.rule or (["full", "predictor"] if args.tail is None else ["predictor"])]
     budgets = whole_numbers("--budgets", args.budgets)
     for rule in rules:
         for budget in budgets:
             OffloadConfig(**({"budget": budget} | rule.settings))  # refuse bad settings before anything runs
-    texts = read_texts(args.data)
+    if args.tail is not None:
+        args.recovery = args.recovery or TAIL_INTERVAL
+    cases = _tails(args) if args.tail is not None else _questions(args)
+    model = load_model(args.model, args.device, args.dtype)
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "out", "rule", "budgets")}
+    cells = _load(args.out, settings)
+    for budget in budgets:
+        for rule in rules:
+            if any(cell.rule == rule.name and cell.budget == budget for cell in cells):
+                continue
+            with tqdm(total=len(cases), desc=f"{rule.name}, budget {budget}", unit="doc", disable=None) as progress:
+                cell = judge(model, cases, rule, budget, measure_recovery=args.recovery, after_each=progress.update)
+            cells.append(cell)
+            if args.out is not None:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                draft = {"settings": settings, "cells": [asdict(one) for one in cells]}
+                temporary = args.out.with_suffix(".tmp")
+                temporary.write_text(json.dumps(draft, indent=1))
+                temporary.replace(args.out)
+    print(markdown(cells))
+    return 0
+
+
+def _questions(args: argparse.Namespace) -> list[Case]:
+    texts = read_texts(Path(args.data))
     tokenizer = load_tokenizer(args.model)
     samples = plant(
         tokenizer,
@@ -231,24 +96,21 @@ def main(args: argparse.Namespace) -> int:
         context=args.context,
         seed=args.seed,
     )
-    model = load_model(args.model, args.device, args.dtype)
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "out", "rule", "budgets")}
-    cells = _load(args.out, settings)
-    for budget in budgets:
-        for rule in rules:
-            if any(cell.rule == rule.name and cell.budget == budget for cell in cells):
-                continue
-            with tqdm(total=len(samples), desc=f"{rule.name}, budget {budget}", unit="doc", disable=None) as progress:
-                cell = judge(model, tokenizer, samples, rule, budget, measure_recovery=args.recovery, progress=progress)
-            cells.append(cell)
-            if args.out is not None:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                draft = {"settings": settings, "cells": [asdict(one) for one in cells]}
-                temporary = args.out.with_suffix(".tmp")
-                temporary.write_text(json.dumps(draft, indent=1))
-                temporary.replace(args.out)
-    print(markdown(cells))
-    return 0
+    return [Case.of(sample, tokenizer) for sample in samples]
+
+
+def _tails(args: argparse.Namespace) -> list[Case]:
+    if not 1 <= args.tail < args.context:
+        raise ConfigError(f"--tail {args.tail}: expected 1 to below --context {args.context}")
+    documents = list(read_documents(args.data, per_file=1, limit=args.documents))
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(args.model)
+    cases = [Case(excerpt(document, tokenizer, args.context, args.tail)) for document in documents]
+    long = [case for case in cases if len(case.excerpt.prompt) + args.tail == args.context]
+    if not long:
+        raise DataError(f"--data {args.data}: no document has {args.context} tokens (--context)")
+    if short := len(cases) - len(long):
+        print(f"{short} of {len(cases)} documents have fewer than {args.context} tokens and are left out")
+    return long
 
 
 def _load(path: Path | None, settings: dict[str, str]) -> list[Cell]:

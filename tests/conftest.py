@@ -15,7 +15,7 @@ import torch
 from tiny_models import VOCABULARY, make_tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attention_predictor.eval.recovery import Rule, judge
+from attention_predictor.eval.judge import Case, Rule, judge
 from attention_predictor.eval.tasks import plant, read_texts
 from attention_predictor.loading import load_model, load_tokenizer
 
@@ -78,10 +78,11 @@ def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Ite
         samples = plant(
             tokenizer, texts, tasks=("kv", "facts"), documents=answers // 5, questions=5, context=8192, seed=0
         )
+        cases = [Case.of(sample, tokenizer) for sample in samples]
         model.to(device)
 
         def found(policy: str, **settings: object) -> int:
-            cell = judge(model, tokenizer, samples, Rule(policy, {"policy": policy} | settings), 512)
+            cell = judge(model, cases, Rule(policy, {"policy": policy} | settings), 512)
             assert cell.asked == answers
             return cell.found
 

@@ -183,6 +183,15 @@ class TestRecordTrainEval:
         assert "| mine |" in capsys.readouterr().out
         judge[judge.index(1500)] = 1400
         assert "of other settings (context)" in fails(capsys, *judge)
+        tails = ["eval", "recovery", "--data", texts, "--tail", 12, "--context", 1000, "--budgets", 256]
+        table = tmp_path / "tails.json"
+        assert main([str(one) for one in [*tails, "--out", table, "--rule", "last: predictor,predictor=last"]]) == 0
+        assert "relative ±" in capsys.readouterr().out
+        (cell,) = json.loads(table.read_text())["cells"]
+        assert cell["asked"] == 0
+        assert 0.5 < cell["relative_recovery"] <= 1
+        assert "no document has 8192 tokens" in fails(capsys, *tails[:-4], "--context", 8192)
+        assert "--tail 12: expected" in fails(capsys, *tails[:-4], "--context", 8)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 import pytest
 
+from attention_predictor.documents import Document, excerpt, read_documents
 from attention_predictor.predictor.errors import DataError
-from attention_predictor.train.documents import Document, excerpt, read_documents
 
 
 def read(source: Path | str, **settings: Any) -> list[Document]:

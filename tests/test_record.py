@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from attention_predictor import OffloadConfig
+from attention_predictor.documents import Excerpt
 from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.predictor.errors import DataError
-from attention_predictor.train.documents import Excerpt
 from attention_predictor.train.estimate import check_space, in_words, largest_size, seconds_a_document
 from attention_predictor.train.recorder import FullRecorder, SparseRecorder, record
 

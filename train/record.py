@@ -30,6 +30,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from attention_predictor.arguments import add_model_arguments, whole_numbers
+from attention_predictor.documents import Document, Excerpt, excerpt, read_documents
 from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.engine import check_positions
@@ -37,7 +38,6 @@ from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.train.dataset import HistoryWriter
-from attention_predictor.train.documents import Document, Excerpt, excerpt, read_documents
 from attention_predictor.train.estimate import check_space, in_words, largest_size, seconds_a_document
 from attention_predictor.train.recorder import FullRecorder, SparseRecorder, record
 

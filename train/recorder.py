@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from attention_predictor.documents import Excerpt
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.dense import ScoreRows
@@ -19,7 +20,6 @@ from attention_predictor.offload.policies import LayerSpec, Policy, Step, regist
 from attention_predictor.offload.policies.predictor import Predictor
 from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.predictor.errors import ConfigError
-from attention_predictor.train.documents import Excerpt
 from attention_predictor.train.shards import Record
 
 

@@ -1,4 +1,4 @@
-"""Documents to record: text files, rows of jsonl and parquet files, data sets of the hub."""
+"""Documents to record and to judge by: text files, rows of jsonl and parquet files, data sets of the hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONGBENCH = ("context", "input")  # a LongBench sample: the document, then the q
 
 @dataclass(frozen=True)
 class Document:
-    """A text to record.
+    """A text.
 
     ``place`` is where its window begins if it is too long, as a share of what can be left out; 1 keeps the end.
     Documents of one ``group`` are kept for validation together, since they may overlap. ``continuations`` are texts
@@ -35,13 +35,21 @@ class Document:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """What is recorded of a document, as token ids.
+    """What is taken of a document, as token ids.
 
     The prompt is prefilled once; each tail is decoded behind it by itself. All tails are equally long.
     """
 
     prompt: list[int]
     tails: list[list[int]]
+
+    @classmethod
+    def cyclic(cls, prompt: list[int], tails: list[list[int]], longest: int | None = None) -> Excerpt:
+        """Of tails of different lengths: a short one goes on with the others, so that every step is one of a tail."""
+        turned = (chain(tails[number:], tails[:number]) for number in range(len(tails)))
+        endless = [list(chain.from_iterable(each)) for each in turned]
+        length = min(max(map(len, tails)) if longest is None else longest, *map(len, endless))
+        return cls(prompt, [ids[:length] for ids in endless])
 
 
 def read_documents(source: str, *, per_file: int, limit: int | None, field: str = "text") -> Iterator[Document]:
@@ -67,13 +75,9 @@ def excerpt(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: 
     if not document.continuations:
         ids = window(document, tokenizer, max_tokens)
         return Excerpt(ids[:-tail], [ids[-tail:]])
-    encoded = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in document.continuations]
-    longest = min(max(len(ids) for ids in encoded), tail)
-    # A shorter one goes on with the others, so that every step of the batch is one of a continuation.
-    rounds = [chain(encoded[number:], encoded[:number]) for number in range(len(encoded))]
-    tails = [list(chain.from_iterable(each))[:longest] for each in rounds]
-    shortest = min(len(ids) for ids in tails)
-    return Excerpt(window(document, tokenizer, max_tokens - longest), [ids[:shortest] for ids in tails])
+    tails = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in document.continuations]
+    longest = min(max(len(ids) for ids in tails), tail)
+    return Excerpt.cyclic(window(document, tokenizer, max_tokens - longest), tails, longest)
 
 
 def window(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[int]:
