@@ -4,12 +4,15 @@ Every variant is a small network on top of the default predictor's time filters 
 are, so that the states are computed once. A variant changes one thing; the table says what it is worth. Variants that
 share between heads or layers show what an architecture could gain, before anyone builds it.
 
-Recordings should hold continuations (questions) as well as plain text: the table has columns for each.
+The table gives recovery relative to the best choice of that size on held-out documents: of the next step's mass, and
+ahead, where each block counts with its largest mass of the next 24 steps. Documents with continuations (questions) and
+plain text have columns of their own.
 
 example:
   python scripts/explore_predictor.py --data runs/histories --steps 600 --out runs/explored.json
 
-Suffixes: X heads of all layers, G KV heads of a layer, S chosen steps, N blocks, C channels, H hidden channels.
+Suffixes: X KV heads of all layers, L layers, G KV heads of a layer, S chosen steps, A steps ahead of one, N blocks, C
+channels, H hidden channels.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from attention_predictor.train.objective import prediction_loss
 from attention_predictor.train.shards import Recording
 from attention_predictor.train.validate import BUDGETS, WARM, candidates
 
+BLOCK = 16
 HORIZON = 24
 SPAN = {"next": 1, "mean 24": HORIZON, "max 8": 8, "max 24": HORIZON, "next + max 24": HORIZON}
 SEQUENCES = 3  # of a document that are learned from
@@ -43,10 +47,10 @@ FEW = [3, 7, 11, 32, 35]  # averages of about 2, 8 and 40 steps, the last row, a
 
 @dataclass
 class Moments:
-    """Some steps of one sequence, all heads: state_XSNC, the next steps' mass_XSLN, and tokens attended over."""
+    """Some steps of one sequence, all heads: state_XSNC, the next steps' mass_XSAN, and tokens attended over."""
 
     state_XSNC: Tensor
-    mass_XSLN: Tensor
+    mass_XSAN: Tensor
     tokens_S: list[int]
     kv_heads: int
     is_text: bool
@@ -73,19 +77,15 @@ class Variant:
 
 def of_the_layer(state_XNC: Tensor, moments: Moments, step: int) -> Tensor:
     """The largest value among the layer's KV heads."""
-    return (
-        _of_layers(state_XNC[..., FEW], moments)
-        .amax(1, keepdim=True)
-        .expand_as(_of_layers(state_XNC[..., FEW], moments))
-        .flatten(0, 1)
-    )
+    few_LGNC = _of_layers(state_XNC[..., FEW], moments)
+    return few_LGNC.amax(1, keepdim=True).expand_as(few_LGNC).flatten(0, 1)
 
 
 def of_the_layer_before(state_XNC: Tensor, moments: Moments, step: int) -> Tensor:
     """The largest value among the KV heads of the layer below."""
-    layers = _of_layers(state_XNC[..., FEW], moments)
-    below = torch.cat([torch.zeros_like(layers[:1]), layers[:-1]]).amax(1, keepdim=True)
-    return below.expand_as(layers).flatten(0, 1)
+    few_LGNC = _of_layers(state_XNC[..., FEW], moments)
+    below_LGNC = torch.cat([torch.zeros_like(few_LGNC[:1]), few_LGNC[:-1]])
+    return below_LGNC.amax(1, keepdim=True).expand_as(few_LGNC).flatten(0, 1)
 
 
 def of_all(state_XNC: Tensor, moments: Moments, step: int) -> Tensor:
@@ -98,7 +98,7 @@ def position(state_XNC: Tensor, moments: Moments, step: int) -> Tensor:
     """Distance to the end (its logarithm), which is a block's age, and place in the sequence."""
     X, N, _ = state_XNC.shape
     block_N = torch.arange(N)
-    age_N = torch.log2((moments.tokens_S[step] / 16 - block_N).clamp_min(1)) / 16
+    age_N = torch.log2((moments.tokens_S[step] / BLOCK - block_N).clamp_min(1)) / 16
     return torch.stack([age_N, block_N / N], -1).expand(X, N, 2)
 
 
@@ -201,13 +201,13 @@ def inputs(variant: Variant, moments: Moments, step: int, meta: dict) -> tuple[T
     return torch.cat(parts, -1)[:, first:last].transpose(1, 2), first, last
 
 
-def target(variant: Variant, mass_XLN: Tensor) -> Tensor:
+def target(variant: Variant, mass_XAN: Tensor) -> Tensor:
     """What is predicted, of the next steps' mass."""
-    mass_XLN = mass_XLN[:, : SPAN[variant.target]].float()
+    mass_XAN = mass_XAN[:, : SPAN[variant.target]].float()
     if variant.target.startswith("mean"):
-        return mass_XLN.mean(1)
-    peak_XN = mass_XLN.amax(1)
-    return peak_XN + mass_XLN[:, 0] if variant.target.startswith("next +") else peak_XN
+        return mass_XAN.mean(1)
+    peak_XN = mass_XAN.amax(1)
+    return peak_XN + mass_XAN[:, 0] if variant.target.startswith("next +") else peak_XN
 
 
 def train(variant: Variant, training: list[Moments], meta: dict, steps: int, batch: int, seed: int) -> Network:
@@ -224,7 +224,7 @@ def train(variant: Variant, training: list[Moments], meta: dict, steps: int, bat
             moments = rng.choice(training)
             step = rng.randrange(len(moments.tokens_S))
             x_XCN, first, last = inputs(variant, moments, step, meta)
-            target_X1N = target(variant, moments.mass_XSLN[:, step])[:, None, first:last]
+            target_X1N = target(variant, moments.mass_XSAN[:, step])[:, None, first:last]
             scores_X1N = network(x_XCN)[:, None]
             if variant.loss == "mse":
                 share_X1N = target_X1N / target_X1N.sum(-1, keepdim=True).clamp_min(1e-6)
@@ -246,12 +246,12 @@ def judge(scores: Callable[[Moments, int], tuple[Tensor, int, int]], held_out: l
     for moments in held_out:
         for step, tokens in enumerate(moments.tokens_S):
             scores_XN, first, last = scores(moments, step)
-            mass_XLN = moments.mass_XSLN[:, step].float()
-            for span, wanted_XN in (("next", mass_XLN[:, 0]), ("ahead", mass_XLN.amax(1))):
+            mass_XAN = moments.mass_XSAN[:, step].float()
+            for span, wanted_XN in (("next", mass_XAN[:, 0]), ("ahead", mass_XAN.amax(1))):
                 choice_XN = wanted_XN[:, first:last]
                 kept_X = wanted_XN.sum(-1) - choice_XN.sum(-1)
                 for budget in BUDGETS:
-                    count = budget // 16 - (-(-tokens // 16) - (last - first))
+                    count = budget // BLOCK - (-(-tokens // BLOCK) - (last - first))
                     got_X = kept_X + choice_XN.gather(-1, scores_XN.topk(count).indices).sum(-1)
                     best_X = kept_X + choice_XN.topk(count).values.sum(-1)
                     kind = "text" if moments.is_text else "questions"
@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON of the table; what is done is kept")
     parser.add_argument("--steps", type=int, default=600, help="of training, each variant (%(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="moments of all heads a step (%(default)s)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name holds this")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     args = parser.parse_args()
     dataset = HistoryDataset(args.data)
@@ -279,6 +280,8 @@ def main() -> None:
                 moments += moments_of(dataset.load(document), predictor, rng, every, 6, true_rows)
         return moments
 
+    training, held_out = prepared("train"), prepared("validation")
+    kinds = sorted({"text" if one.is_text else "questions" for one in held_out})
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
 
     def keep(name: str, parameters: int, found: dict[str, float]) -> None:
@@ -287,14 +290,16 @@ def main() -> None:
         args.out.write_text(json.dumps(results, indent=1))
         line = [
             " / ".join(f"{found[f'{kind}, {span}, {budget}']:.3f}".lstrip("0") for budget in BUDGETS)
-            for kind in ("questions", "text")
+            for kind in kinds
             for span in ("next", "ahead")
-            if f"{kind}, {span}, 256" in found
         ]
         print(f"| {name} | {parameters:,} | " + " | ".join(line) + " |", flush=True)
 
-    training, held_out = prepared("train"), prepared("validation")
-    rules = {"last row": LAST[0], "exponential average, decay .92": LOG[4]}
+    columns = [f"{kind}, {span}" for kind in kinds for span in ("next", "ahead")]
+    print(f"| variant ({' / '.join(map(str, BUDGETS))}) | parameters | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 2) + "|")
+    half_life = round(math.log(0.5) / math.log(predictor.logit_decay[LOG[8]].sigmoid().item()), 1)
+    rules = {"last row": LAST[0], f"average of logarithms, half-life {half_life}": LOG[8]}
     for name, channel in rules.items():
 
         def score(moments: Moments, step: int, channel: int = channel) -> tuple[Tensor, int, int]:
@@ -303,7 +308,7 @@ def main() -> None:
 
         keep(name, 0, judge(score, held_out))
     for variant in sorted(VARIANTS, key=lambda one: one.true_rows):
-        if variant.name in results:
+        if variant.name in results or args.only not in variant.name:
             continue
         if variant.true_rows:
             training, held_out = prepared("train", True), prepared("validation", True)
