@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,6 +36,9 @@ class OffloadConfig:
         sketch_bits: Bits of a key element in the sketch, on average over channels (``KeySketch``).
         late_fetch: Largest share of the budget that may be fetched within the step that uses it, chosen with the
             current query and the sketch; 0 predicts ahead only, 1 lets the sketch choose all.
+        reserve: Blocks resident beyond the budget, as a share of it. Half of them are fetched ahead, the best after the
+            budget's own; half are what was wanted last. A step attends to the best of all resident blocks, chosen with
+            the current query and the sketch; without a sketch the reserve saves fetches alone.
         prefetch: ``"thread"`` fetches beside the computation, ``"none"`` in the middle of it.
         skip_layers: Layers left as they are, with their whole cache on the device.
         slab_blocks: Blocks by which host memory grows.
@@ -54,6 +58,7 @@ class OffloadConfig:
     calibration_interval: int = 5
     sketch_bits: int = 2
     late_fetch: float = 0.25
+    reserve: float = 0.5
     prefetch: str = "thread"
     skip_layers: Sequence[int] = ()
     slab_blocks: int = 64
@@ -85,6 +90,8 @@ class OffloadConfig:
         self._check("calibration", self.calibration in CALIBRATIONS, _one_of(CALIBRATIONS))
         self._check("sketch_bits", self.sketch_bits in SKETCH_BITS, _one_of(SKETCH_BITS))
         self._check("late_fetch", _is_number(self.late_fetch) and 0 <= self.late_fetch <= 1, "a share from 0 to 1")
+        holds = _is_number(self.reserve) and 0 <= self.reserve < math.inf
+        self._check("reserve", holds, "a share from 0 on, such as 0.5")
         self._check("prefetch", self.prefetch in PREFETCHERS, _one_of(PREFETCHERS))
         self._check("skip_layers", all(_is_int(i) and i >= 0 for i in self.skip_layers), "layer numbers from 0 on")
         holds = _is_int(self.measure_recovery) and self.measure_recovery >= 0

@@ -11,6 +11,7 @@ size, S slots, N blocks, W wanted blocks.
 from __future__ import annotations
 
 import copy
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -236,9 +237,9 @@ class TieredLayer(CacheLayerMixin):
             stream=self.tiers.stream,
         )
         pool, table = self.tiers.pool, self.tiers.table
-        before_RS = table.block_of_slot_RS.clone() if self.policy.late_share else table.block_of_slot_RS
-        if self.policy.late_share:
-            self._fetch_late(step)
+        before_RS = table.block_of_slot_RS.clone() if self.policy.chooses else table.block_of_slot_RS
+        if self.policy.chooses:
+            self._choose(step)
         active_RS = table.active_RS
         block_RS = table.block_of_slot_RS.masked_fill(~active_RS, -1)
         step.block_BGS = block_RS.view(self.batch, self.kv_heads, -1).to(self.device, non_blocking=True)
@@ -269,19 +270,21 @@ class TieredLayer(CacheLayerMixin):
             return
         length = self.tiers.length + 1
         scores_BGN = self.policy.score_next(length)
-        wanted_BGW = self.selection.wanted(scores_BGN, length, self.padding_B, self.kv_heads)
+        # More than a step may attend to, where the next one chooses among them.
+        more = self.selection.ahead_blocks if self.policy.chooses else 0
+        wanted_BGW = self.selection.wanted(scores_BGN, length, self.padding_B, self.kv_heads, more)
         slots = self.selection.slots(length)
         if slots > self.tiers.pool.slots:  # while the context is shorter than the budget, the pool grows with it
-            self.tiers.grow(min(slots + POOL_STEP, self.selection.slots(self.engine.config.budget)))
+            self.tiers.grow(min(slots + POOL_STEP, self.selection.slots(sys.maxsize)))
         self.tiers.fetch_ahead(wanted_BGW)
 
-    def _fetch_late(self, step: Step) -> None:
-        """Fetch, before attention, what the current query says is missing, within the policy's share."""
+    def _choose(self, step: Step) -> None:
+        """Choose with the current query, among what is resident and, within the policy's share, what is fetched now."""
         scores_BGN = self.policy.score_now(step)
         if self.policy.selects != "now":
             resident_RN = self.tiers.table.resident(step.n_blocks)
             resident_BGN = resident_RN.view(self.batch, self.kv_heads, -1).to(self.device)
-            late_blocks = self.selection.late_blocks(self.policy.late_share)
+            late_blocks = self.selection.share(self.policy.late_share)
             scores_BGN = self.selection.within_reach(scores_BGN, resident_BGN, late_blocks)
         self.tiers.fetch_late(self.selection.wanted(scores_BGN, step.length, self.padding_B, self.kv_heads))
 

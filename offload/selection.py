@@ -19,7 +19,7 @@ NEVER, ALWAYS = float("-inf"), float("inf")
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The block arithmetic of one budget (all counts in tokens).
+    """The block arithmetic of one budget (all counts in tokens, ``reserve`` is a share of the budget).
 
     ``wanted`` is pure: the same scores always give the same blocks, whoever asks and on whichever thread.
     """
@@ -28,19 +28,29 @@ class Selection:
     block_size: int
     sink: int
     recent: int
+    reserve: float = 0.0
 
     @classmethod
     def of(cls, config: OffloadConfig) -> Selection:
         """The selection that a configuration asks for."""
-        return cls(config.budget, config.block_size, config.sink, config.recent)
+        return cls(config.budget, config.block_size, config.sink, config.recent, config.reserve)
 
     def n_blocks(self, length: int) -> int:
         """Blocks that ``length`` tokens take, the last one perhaps partly filled."""
         return -(-length // self.block_size)
 
     def slots(self, length: int) -> int:
-        """Largest number of blocks a step at ``length`` tokens attends to."""
-        return min(self.n_blocks(length), self.n_blocks(self.budget))
+        """Blocks resident at ``length`` tokens: those a step attends to, and the reserve."""
+        return min(self.n_blocks(length), self.n_blocks(self.budget) + self.share(self.reserve))
+
+    @property
+    def ahead_blocks(self) -> int:
+        """Blocks beyond the budget that are fetched ahead where a step chooses among them: half the reserve.
+
+        The other half keeps what was wanted last. Measured, that recovers nearly what fetching all of the reserve
+        ahead recovers, at the traffic of fetching none.
+        """
+        return self.share(self.reserve) // 2
 
     def first_recent(self, length: int) -> int:
         """First block of the recent window: ``recent`` tokens reach into one block more unless they are aligned.
@@ -53,12 +63,12 @@ class Selection:
         """First and last + 1 of the blocks that are neither sink nor recent; none if the first is not below."""
         return self.sink // self.block_size, self.first_recent(length)
 
-    def late_blocks(self, share: float) -> int:
-        """Blocks that ``share`` of the budget may fetch within a step."""
+    def share(self, share: float) -> int:
+        """Whole blocks in a share of the budget."""
         return int(share * (self.budget // self.block_size))
 
-    def wanted(self, scores_BGN: Tensor | None, length: int, padding_B: Tensor, kv_heads: int) -> Tensor:
-        """Blocks that a step attends to whose own token is number ``length``.
+    def wanted(self, scores_BGN: Tensor | None, length: int, padding_B: Tensor, kv_heads: int, more: int = 0) -> Tensor:
+        """Blocks that a step attends to whose own token is number ``length``, and ``more`` blocks.
 
         Args:
             scores_BGN: Block scores, ``-inf`` for never; may lack the newest blocks (they are recent anyway). ``None``
@@ -67,6 +77,7 @@ class Selection:
             padding_B: int64, tokens of left padding of each sequence; blocks of nothing else are never wanted, and the
                 sink begins at the first real token.
             kv_heads: G.
+            more: Blocks beyond the budget.
 
         Returns:
             int64 ``[B, G, W]`` block numbers, distinct in a row, -1 where a row wants fewer than W.
@@ -74,7 +85,8 @@ class Selection:
         n_blocks, first_block_B1 = self.n_blocks(length), (padding_B // self.block_size)[:, None]
         block_N = torch.arange(n_blocks, device=padding_B.device)
         real_BN = block_N >= first_block_B1
-        if length <= self.budget:
+        limit = self.budget + more * self.block_size
+        if length <= limit:
             always_BN = real_BN
         else:
             sink_BN = real_BN & (block_N < first_block_B1 + self.sink // self.block_size)
@@ -84,7 +96,7 @@ class Selection:
             known = min(scores_BGN.shape[-1], n_blocks)
             full_BGN[..., :known] = scores_BGN[..., :known]
         full_BGN.masked_fill_(~real_BN[:, None], NEVER).masked_fill_(always_BN[:, None], ALWAYS)
-        count = n_blocks if length <= self.budget else self.budget // self.block_size
+        count = n_blocks if length <= limit else limit // self.block_size
         best = full_BGN.topk(count, dim=-1)
         return best.indices.masked_fill_(best.values == NEVER, -1)
 

@@ -108,14 +108,15 @@ class Tiers:
         stats.ahead_bytes += len(plan.block_n) * self.block_bytes
 
     def fetch_late(self, wanted_BGW: Tensor) -> None:
-        """Fetch within the step."""
+        """Fetch what is missing within the step; the wanted blocks are what attention reads."""
         started = time.perf_counter()
         try:
             plan = self.fetch(wanted_BGW)
         except Exception as error:
             raise FetchError(f"layer {self.number}: a late fetch failed: {error!r}") from error
         stats = self.engine.stats
-        stats.exposed_wait_ms += 1000 * (time.perf_counter() - started)
+        if len(plan.block_n):
+            stats.exposed_wait_ms += 1000 * (time.perf_counter() - started)
         stats.late_blocks += len(plan.block_n)
         stats.late_bytes += len(plan.block_n) * self.block_bytes
 

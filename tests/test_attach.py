@@ -195,6 +195,8 @@ class TestConfig:
             ({"recent": -16}, "recent=-16"),
             ({"late_fetch": -0.1}, r"late_fetch=-0.1 .* a share from 0 to 1"),
             ({"late_fetch": float("nan")}, "late_fetch=nan"),
+            ({"reserve": -0.5}, r"reserve=-0.5 .* a share from 0 on"),
+            ({"reserve": float("inf")}, "reserve=inf"),
             ({"calibration": "often"}, "calibration='often' .* sketch, exact, none"),
             ({"calibration_interval": 0}, "calibration_interval=0"),
             ({"sketch_bits": 3}, "sketch_bits=3 .* 1, 2, 4, 8"),

@@ -223,4 +223,5 @@ def test_integrity_while_decoding_sparsely(tiny_model, ids, policy):
                 cache.check_integrity()
         assert {layer.tiers.store.length for layer in cache.layers} == {200 + 40 - 7}
         if policy != "full":
-            assert all(int(layer.tiers.table.active_RS.sum(-1).max()) * 16 <= 64 for layer in cache.layers)
+            read = engine.stats.wanted_blocks / (engine.stats.steps * sum(2 * layer.kv_heads for layer in cache.layers))
+            assert read <= 64 // 16

@@ -60,7 +60,7 @@ def _failing_on_this_thread(write_blocks):
 
 def test_a_failing_fetch_ahead_is_a_fetch_error(tiny_model, ids, monkeypatch):
     model = tiny_model()
-    config = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, late_fetch=0.0)
+    config = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, late_fetch=0.0, reserve=0.0)
     with torch.no_grad(), attach(model, config) as engine:
         cache = engine.new_cache()
         model(ids(200), past_key_values=cache)

@@ -151,6 +151,31 @@ def test_late_fetch_is_bounded(tiny_model, ids, share):
     assert set(parts) >= {"pool", "history", "sketch"}
 
 
+@pytest.mark.parametrize("policy", ["predictor", "quest", "quest-ahead", "streaming", "oracle"])
+def test_a_reserve_never_widens_what_a_step_reads(tiny_model, ids, policy):
+    model, prompt, steps = tiny_model(), ids(300), 20
+    model.eval()
+    without, reserve = (
+        decode(model, prompt, steps, policy=policy, reserve=share, late_fetch=0.0) for share in (0.0, 1.0)
+    )
+    rows = 2 * 2
+    assert reserve.wanted_blocks <= steps * rows * 6
+    assert reserve.device_kv_parts()["pool"] > without.device_kv_parts()["pool"]
+    if policy in ("quest", "oracle"):  # the same choice, of which more is there already
+        assert reserve.wanted_blocks == without.wanted_blocks
+        assert reserve.fetched_bytes < without.fetched_bytes
+    if policy == "predictor":
+        assert reserve.late_blocks == 0
+
+
+def test_a_reserve_that_holds_everything_gives_the_best_selection(tiny_model, ids):
+    """Nothing is fetched late: all there is to choose from was resident, and the sketch is nearly exact."""
+    settings = {"policy": "predictor", "late_fetch": 0.0, "sketch_bits": 8, "measure_recovery": 1}
+    best = decode(tiny_model(), ids(300), reserve=4.0, **settings)
+    worse = decode(tiny_model(), ids(300), reserve=0.0, **settings)
+    assert best.relative_recovery > 0.99 > worse.relative_recovery
+
+
 def test_no_sketch_where_none_is_needed(tiny_model, ids):
     stats = decode(tiny_model(), ids(300), calibration="none", late_fetch=0.0)
     assert "sketch" not in stats.device_kv_parts()

@@ -129,6 +129,11 @@ class Policy:
         """Share of the budget that may be fetched within a step."""
         return 1.0 if self.selects == "now" else 0.0
 
+    @property
+    def chooses(self) -> bool:
+        """Whether it chooses with the current query: among resident blocks, and those it may fetch within the step."""
+        return self.late_share > 0
+
     def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
         """New tokens, about to be attended: their keys, just put into the cache, and their queries (Q = T)."""
 
@@ -143,7 +148,7 @@ class Policy:
         return None
 
     def score_now(self, step: Step) -> Tensor:
-        """Block scores ``[B, G, N]`` with the current query; called before attention if ``late_share`` is not 0."""
+        """Block scores ``[B, G, N]`` with the current query; called before attention if it ``chooses``."""
         raise TypeError(f"policy {self.name!r} has late_share={self.late_share} but does not score now")
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:

@@ -55,6 +55,10 @@ class Predictor(Policy):
     def late_share(self) -> float:
         return self.spec.config.late_fetch
 
+    @property
+    def chooses(self) -> bool:
+        return self.sketch is not None and (self.late_share > 0 or self.spec.config.reserve > 0)
+
     def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
         if self.sketch is not None:
             self.sketch.extend(key_BGTD, query_BHQD)

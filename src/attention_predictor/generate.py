@@ -60,6 +60,13 @@ def add_offload_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--late-fetch", type=float, default=_DEFAULTS.late_fetch, metavar="SHARE", help="default %(default)s"
     )
+    group.add_argument(
+        "--reserve",
+        type=float,
+        default=_DEFAULTS.reserve,
+        metavar="SHARE",
+        help="blocks kept beyond the budget (%(default)s)",
+    )
     group.add_argument("--prefetch", default=_DEFAULTS.prefetch, help=f"one of {', '.join(PREFETCHERS)} (%(default)s)")
 
 
@@ -71,6 +78,7 @@ def offload_config(args: argparse.Namespace, **changes: Any) -> OffloadConfig:
         predictor=args.predictor,
         calibration=args.calibration,
         late_fetch=args.late_fetch,
+        reserve=args.reserve,
         prefetch=args.prefetch,
         **changes,
     )
