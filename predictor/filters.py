@@ -56,22 +56,21 @@ class FilterPredictor(AttentionPredictor):
     """Filters over time, then a small convolution over blocks: better, and without a window.
 
     Ours, in the place of the network of AttentionPredictor (arXiv 2502.04077, section 4). Attention is
-    heavy-tailed, so 16 exponential averages with learned decays run over its logarithm and over its square root.
-    An average forgets a block that was looked at hard, but once; a head that comes back to it tokens later (to
-    answer with what it found at the question) needs it kept, so 5 peaks of the logarithm are held, each falling
-    linearly, in about 10 to 170 steps from top to bottom. With the last row that makes 38 channels a block.
-    None of them needs a window: a step costs about 50 operations to observe and 3,700 multiply-adds to predict per
-    block, against 300,000 for the published network.
+    heavy-tailed, so 8 exponential averages with learned decays run over its logarithm. An average forgets a block that
+    was looked at hard, but once; a head that comes back to it tokens later (to answer with what it found at the
+    question) needs it kept, so 5 peaks of the logarithm are held, each falling linearly, in about 10 to 170 steps from
+    top to bottom. With the last row that makes 14 channels a block; more of them, and other kinds, were no better
+    (docs/LOG.md). None of them needs a window: a step costs about 30 operations to observe and 1,400 multiply-adds to
+    predict per block, against 300,000 for the published network.
     Its scores are logits: softmax over the candidates estimates each block's share of their attention mass.
     """
 
     arch = "time-filters"
     gives_logits = True
-    filters = 16
+    filters = 8
     hidden = 32
     drops = (0.1, 0.05, 0.025, 0.012, 0.006)  # a step, of the log scale from 0 to 1
-    averages = 2 * filters  # channels of log scores, then of their square roots
-    channels = averages + 1 + len(drops)  # averages, last row's log scores, peaks
+    channels = filters + 1 + len(drops)  # averages of log scores, those of the last row, peaks
     eps: Tensor
     drop: Tensor
 
@@ -95,12 +94,9 @@ class FilterPredictor(AttentionPredictor):
 
     def observe(self, state_BGNC: Tensor, row_BGN: Tensor) -> Tensor:
         log_BGN1 = self.log_scale(row_BGN)[..., None]
-        sqrt_BGN1 = row_BGN.float().sqrt()[..., None]
-        share_F = 1 - self.logit_decay.sigmoid()
-        state_BGNC[..., : self.filters].lerp_(log_BGN1, share_F)
-        state_BGNC[..., self.filters : self.averages].lerp_(sqrt_BGN1, share_F)
-        state_BGNC[..., self.averages : self.averages + 1] = log_BGN1
-        peak_BGNP = state_BGNC[..., self.averages + 1 :]
+        state_BGNC[..., : self.filters].lerp_(log_BGN1, 1 - self.logit_decay.sigmoid())
+        state_BGNC[..., self.filters : self.filters + 1] = log_BGN1
+        peak_BGNP = state_BGNC[..., self.filters + 1 :]
         peak_BGNP.copy_(torch.maximum(peak_BGNP - self.drop, log_BGN1))
         return state_BGNC
 
@@ -109,11 +105,10 @@ class FilterPredictor(AttentionPredictor):
         return self._states(rows_BGRN, steps_S.tolist())
 
     def _states(self, rows_BGRN: Tensor, steps: list[int]) -> Tensor:
-        log_BGRN, sqrt_BGRN = self.log_scale(rows_BGRN), rows_BGRN.float().sqrt()
-        decay_F = self.logit_decay.sigmoid()
-        averages = [exponential_averages(x_BGRN, decay_F, steps) for x_BGRN in (log_BGRN, sqrt_BGRN)]
-        peak_BGSNP = held_peaks(log_BGRN, self.drop, steps)
-        return torch.cat([*averages, log_BGRN[:, :, steps, :, None], peak_BGSNP], dim=-1)
+        log_BGRN = self.log_scale(rows_BGRN)
+        average_BGSNF = exponential_averages(log_BGRN, self.logit_decay.sigmoid(), steps)
+        last_BGSN1 = log_BGRN[:, :, steps, :, None]
+        return torch.cat([average_BGSNF, last_BGSN1, held_peaks(log_BGRN, self.drop, steps)], dim=-1)
 
     def forward(self, state_BGNC: Tensor) -> Tensor:
         batch, kv_heads, n_blocks, channels = state_BGNC.shape

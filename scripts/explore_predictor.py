@@ -1,8 +1,8 @@
 """Compare what a predictor could be shown, trained for and made of: same recording, same steps, same seed for each.
 
-Every variant is a small network on top of the default predictor's time filters and peaks, whose decays stay as they
-are, so that the states are computed once. A variant changes one thing; the table says what it is worth. Variants that
-share between heads or layers show what an architecture could gain, before anyone builds it.
+Every variant is a small network on top of exponential averages and held peaks of the rows, whose decays are fixed, so
+that they are computed once. A variant changes one thing; the table says what it is worth. Variants that share between
+heads or layers show what an architecture could gain, before anyone builds it.
 
 The table gives recovery relative to the best choice of that size on held-out documents: of the next step's mass, and
 ahead, where each block counts with its largest mass of the next 24 steps. Documents with continuations (questions) and
@@ -30,8 +30,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attention_predictor.predictor.filters import FilterPredictor
-from attention_predictor.predictor.model import AttentionPredictor
+from attention_predictor.predictor.filters import FilterPredictor, exponential_averages, held_peaks
 from attention_predictor.train.dataset import HistoryDataset
 from attention_predictor.train.objective import prediction_loss
 from attention_predictor.train.shards import Recording
@@ -41,8 +40,10 @@ BLOCK = 16
 HORIZON = 24
 SPAN = {"next": 1, "mean 24": HORIZON, "max 8": 8, "max 24": HORIZON, "next + max 24": HORIZON}
 SEQUENCES = 3  # of a document that are learned from
-LOG, SQRT, LAST, PEAKS = range(16), range(16, 32), [32], range(33, 38)  # channels of the state
-FEW = [3, 7, 11, 32, 35]  # averages of about 2, 8 and 40 steps, the last row, a peak: shared between heads
+HALF_LIFE_F = 0.5 * 2 ** torch.linspace(0, 8, 16)
+LOG, SQRT, LAST, PEAKS = range(16), range(16, 32), [32], range(33, 38)  # channels that are computed
+SHIPPED = (*LOG[1::2], *LAST, *PEAKS)
+FEW = [3, 7, 11, 32, 35]  # averages of about 1, 4 and 21 steps, the last row, a peak: shared between heads
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Variant:
     """What differs from the first one."""
 
     name: str
-    channels: tuple[int, ...] = tuple(range(38))
+    channels: tuple[int, ...] = SHIPPED
     extra: Callable[[Tensor, Moments, int], Tensor] | None = None
     target: str = "next + max 24"
     loss: str = "ce"
@@ -107,7 +108,7 @@ def _of_layers(x_XNC: Tensor, moments: Moments) -> Tensor:
 
 
 VARIANTS = (
-    Variant("as it is: 38 channels, target next + max of 24, cross-entropy"),
+    Variant("as shipped: 8 averages of logarithms, last row, 5 peaks; next + max of 24; cross-entropy"),
     Variant("target: next", target="next"),
     Variant("target: mean of 24", target="mean 24"),
     Variant("target: max of 8", target="max 8"),
@@ -116,9 +117,11 @@ VARIANTS = (
     Variant("loss: squared error of shares", loss="mse"),
     Variant("histories: true rows", true_rows=True),
     Variant("channels: last row alone", channels=tuple(LAST)),
-    Variant("channels: without peaks", channels=(*LOG, *SQRT, *LAST)),
-    Variant("channels: without square roots", channels=(*LOG, *LAST, *PEAKS)),
-    Variant("channels: 4 averages each", channels=(*LOG[1::4], *SQRT[1::4], *LAST, *PEAKS)),
+    Variant("channels: without peaks", channels=(*LOG[1::2], *LAST)),
+    Variant("channels: peaks and last row alone", channels=(*LAST, *PEAKS)),
+    Variant("channels: 4 averages", channels=(*LOG[1::4], *LAST, *PEAKS)),
+    Variant("channels: 16 averages", channels=(*LOG, *LAST, *PEAKS)),
+    Variant("channels: 16 averages, and 16 of square roots", channels=(*LOG, *SQRT, *LAST, *PEAKS)),
     Variant("channels: with distance, age, place", extra=position),
     Variant("channels: with the layer's other heads", extra=of_the_layer),
     Variant("channels: with the layer before", extra=of_the_layer_before),
@@ -166,9 +169,17 @@ class Network(nn.Module):
         return self.last(hidden_XHN)[:, 0]
 
 
+def states(rows_XQN: Tensor, steps: list[int]) -> Tensor:
+    """All channels after each of the steps, state_XSNC."""
+    scale = FilterPredictor()
+    log_XQN, decay_F = scale.log_scale(rows_XQN), 0.5 ** (1 / HALF_LIFE_F)
+    averages = [exponential_averages(x_XQN, decay_F, steps) for x_XQN in (log_XQN, rows_XQN.sqrt())]
+    return torch.cat([*averages, log_XQN[:, steps, :, None], held_peaks(log_XQN, scale.drop, steps)], -1)
+
+
 @torch.no_grad()
 def moments_of(
-    recording: Recording, predictor: AttentionPredictor, rng: random.Random, sequences: int, steps: int, true_rows: bool
+    recording: Recording, rng: random.Random, sequences: int, steps: int, true_rows: bool
 ) -> Iterator[Moments]:
     """Random steps of random sequences."""
     every = sorted(set(recording.sequences))
@@ -178,12 +189,11 @@ def moments_of(
         possible = range(WARM - 1, recording.steps - 1)
         chosen = sorted(rng.sample(possible, min(steps * (1 if len(every) > 1 else SEQUENCES), len(possible))))
         shown_XQN = mass_XQN if true_rows else recording.scores_XQN[rows]
-        state_1XSNC = predictor.unroll(shown_XQN[None].float(), torch.tensor(chosen))
         ahead = [
             nn.functional.pad(mass_XQN[:, step + 1 :][:, :HORIZON], (0, 0, 0, HORIZON))[:, :HORIZON] for step in chosen
         ]
         yield Moments(
-            state_1XSNC[0].half(),
+            states(shown_XQN.float(), chosen).half(),
             torch.stack(ahead, 1),
             [recording.first_tokens + step + 1 for step in chosen],
             1 + max(recording.heads),
@@ -269,7 +279,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     args = parser.parse_args()
     dataset = HistoryDataset(args.data)
-    predictor = FilterPredictor.from_pretrained("default")
 
     def prepared(split: str, true_rows: bool = False) -> list[Moments]:
         every = SEQUENCES if split == "train" else 10**9
@@ -277,7 +286,7 @@ def main() -> None:
         for document in tqdm(dataset.documents, desc=f"states ({split})", disable=None, leave=False):
             if dataset.split(document) == split:
                 rng = random.Random(document)
-                moments += moments_of(dataset.load(document), predictor, rng, every, 6, true_rows)
+                moments += moments_of(dataset.load(document), rng, every, 6, true_rows)
         return moments
 
     training, held_out = prepared("train"), prepared("validation")
@@ -298,13 +307,13 @@ def main() -> None:
     columns = [f"{kind}, {span}" for kind in kinds for span in ("next", "ahead")]
     print(f"| variant ({' / '.join(map(str, BUDGETS))}) | parameters | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 2) + "|")
-    half_life = round(math.log(0.5) / math.log(predictor.logit_decay[LOG[8]].sigmoid().item()), 1)
-    rules = {"last row": LAST[0], f"average of logarithms, half-life {half_life}": LOG[8]}
+    rules = {"last row": LAST[0], f"average of logarithms, half-life {HALF_LIFE_F[7]:.1f}": LOG[7]}
     for name, channel in rules.items():
+        alone = Variant(name, channels=(channel,))
 
-        def score(moments: Moments, step: int, channel: int = channel) -> tuple[Tensor, int, int]:
-            x_XCN, first, last = inputs(VARIANTS[0], moments, step, dataset.meta)
-            return x_XCN[:, channel], first, last
+        def score(moments: Moments, step: int, variant: Variant = alone) -> tuple[Tensor, int, int]:
+            x_XCN, first, last = inputs(variant, moments, step, dataset.meta)
+            return x_XCN[:, 0], first, last
 
         keep(name, 0, judge(score, held_out))
     for variant in sorted(VARIANTS, key=lambda one: one.true_rows):

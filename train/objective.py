@@ -36,10 +36,10 @@ def document_loss(
     """Loss of `count` random records at some random steps; None if they have no candidates.
 
     `network` is the predictor's `forward`, perhaps in another precision; states are always made in fp32.
-    States start as decoding does, from the prompt's rows. The target is the largest of the next `horizon` steps, block
-    by block. Only the next one is predicted for, yet more of them teach what task accuracy needs and the mass of a
-    single step hardly rewards: to hold on to a block that a head has just found, because it comes back to it a few
-    tokens later (docs/LOG.md has the figures).
+    States start as decoding does, from the prompt's rows. The target is the next step's mass plus the largest of the
+    next `horizon` steps, block by block. Only the next one is predicted for, yet more of them teach what task accuracy
+    needs and the mass of a single step hardly rewards: to hold on to a block that a head has just found, because it
+    comes back to it a few tokens later (docs/LOG.md has the figures).
     """
     warm = min(WARM, recording.steps // 2)
     possible = range(warm - 1, recording.steps - 1)
@@ -51,7 +51,8 @@ def document_loss(
     target = recording.mass_XQN if loss == "ce" else recording.scores_XQN
     target_XQN = target[picked].to(device, torch.float32)
     # Towards the end of the recording there are fewer steps left to look ahead.
-    target_XSN = torch.stack([target_XQN[:, step + 1 : step + 1 + horizon].amax(1) for step in steps], 1)
+    peak_XSN = torch.stack([target_XQN[:, step + 1 : step + 1 + horizon].amax(1) for step in steps], 1)
+    target_XSN = peak_XSN + target_XQN[:, [step + 1 for step in steps]] if horizon > 1 else peak_XSN
     # Sink and recent are cut off before the prediction, and recent moves: steps of one cut go together, so
     # that the edges that the convolution sees are those of decoding.
     cuts = [candidates(recording.first_tokens + step + 1, meta) for step in steps]
