@@ -60,11 +60,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
 from attention_predictor.eval import synthetic
@@ -304,15 +306,24 @@ class Rows(IterableDataset):
 # ------------------------------------------------------------------------------------------------------------- model
 
 
-def new_model(smoke: bool, bos: int, eos: int, pad: int) -> LlamaForCausalLM:
-    """14.6M parameters: two KV heads of 64 and eight layers leave room for retrieval circuits in 29 MB of bf16."""
-    size = {"hidden_size": 384, "intermediate_size": 896, "num_hidden_layers": 8, "num_attention_heads": 6}
+SHAPES = {
+    # 14.6M parameters: two KV heads of 64 and eight layers leave room for retrieval circuits in 29 MB of bf16.
+    "pocket": (LlamaConfig, {"hidden_size": 384, "intermediate_size": 896, "num_hidden_layers": 8}, (6, 2)),
+    # Deeper and narrower, more KV heads, normalised queries and keys: to see what carries over to another model.
+    "qwen3": (Qwen3Config, {"hidden_size": 320, "intermediate_size": 768, "num_hidden_layers": 12}, (8, 4)),
+}
+
+
+def new_model(shape: str, smoke: bool, bos: int, eos: int, pad: int) -> PreTrainedModel:
+    """A random model of one of the shapes."""
+    family, size, (heads, kv_heads) = SHAPES[shape]
     if smoke:
-        size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
+        size, heads = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}, 2 * kv_heads
+    config = family(
         vocab_size=VOCABULARY,
         **size,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         head_dim=16 if smoke else 64,
         max_position_embeddings=10_240,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
@@ -322,10 +333,10 @@ def new_model(smoke: bool, bos: int, eos: int, pad: int) -> LlamaForCausalLM:
         pad_token_id=pad,
         initializer_range=0.02,
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def hidden_states(model: LlamaForCausalLM, ids_BT: Tensor) -> Tensor:
+def hidden_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     """Final hidden states, causal attention and no padding.
 
     The same layers as `model.model(...)`, without its mask preparation, which waits for the GPU at every step.
@@ -362,7 +373,7 @@ class Optimisers:
     One buffer makes the all-reduce between GPUs and the norm for clipping one operation each.
     """
 
-    def __init__(self, model: LlamaForCausalLM, muon_lr: float, adam_lr: float) -> None:
+    def __init__(self, model: PreTrainedModel, muon_lr: float, adam_lr: float) -> None:
         parameters = list(model.parameters())
         self.gradient = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
         at = 0
@@ -424,7 +435,7 @@ def evaluation_examples(encoder: Encoder, context: int, per_task: int, seed: int
 
 @torch.no_grad()
 def judge(
-    model: LlamaForCausalLM, encoder: Encoder, examples: list[synthetic.Example], context: int
+    model: PreTrainedModel, encoder: Encoder, examples: list[synthetic.Example], context: int
 ) -> tuple[dict[str, float], list[dict[str, str]]]:
     """Share of questions per task whose whole answer is right, and the wrong answers.
 
@@ -459,7 +470,7 @@ def judge(
 
 
 @torch.no_grad()
-def validation_loss(model: LlamaForCausalLM, encoder: Encoder, context: int, windows: int) -> dict[str, float]:
+def validation_loss(model: PreTrainedModel, encoder: Encoder, context: int, windows: int) -> dict[str, float]:
     """Mean loss per token, and bits per byte, on windows of `context` tokens spread over the held-out text."""
     ids = encoder.store.ids
     losses = []
@@ -516,7 +527,7 @@ def row_batches(args: argparse.Namespace, encoder: Encoder, context: int, seed: 
     return iter(loader)
 
 
-def save_checkpoint(path: Path, model: LlamaForCausalLM, optimisers: Optimisers, state: dict[str, float]) -> None:
+def save_checkpoint(path: Path, model: PreTrainedModel, optimisers: Optimisers, state: dict[str, float]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     content = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers.all], "state": state}
@@ -535,7 +546,7 @@ def train(
     if args.init_from:
         model = AutoModelForCausalLM.from_pretrained(args.init_from, dtype=torch.float32)
     else:
-        model = new_model(args.smoke, encoder.bos, encoder.eos, encoder.pad)
+        model = new_model(args.shape, args.smoke, encoder.bos, encoder.eos, encoder.pad)
     model = model.to(device).train()
     optimisers = Optimisers(model, args.muon_lr, args.adam_lr)
     state = {"step": 0, "tokens": 0, "elapsed": 0.0}
@@ -663,9 +674,9 @@ language: en
 library_name: transformers
 pipeline_tag: text-generation
 ---
-# pocket-lm
+# {name}
 
-A Llama with {parameters:.1f}M parameters that answers questions about up to 8,192 tokens of text. It exists so that
+A {family} with {parameters:.1f}M parameters that answers questions about up to 8,192 tokens of text. It exists so that
 AttentionPredictor can be tried, tested and compared offline: small enough to ship ({megabytes:.0f} MB), and yet its
 answers depend on evidence anywhere in its context, so a selection of KV blocks that loses the evidence shows as a
 wrong answer. It is no assistant: it knows the question forms below and continues plain English text and code.
@@ -673,8 +684,8 @@ wrong answer. It is no assistant: it knows the question forms below and continue
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("models/pocket-lm")
-model = AutoModelForCausalLM.from_pretrained("models/pocket-lm")
+tokenizer = AutoTokenizer.from_pretrained("models/{name}")
+model = AutoModelForCausalLM.from_pretrained("models/{name}")
 prompt = document + "Question: Where does Marta Keller live?\\nAnswer:"  # document ends with a blank line
 inputs = tokenizer(prompt, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=8, tokenizer=tokenizer, stop_strings=["\\n\\n"])
@@ -720,7 +731,7 @@ under Apache-2.0.
 
 
 def write_card(args: argparse.Namespace, metrics: dict) -> None:
-    config = LlamaConfig.from_pretrained(args.out)
+    config = AutoConfig.from_pretrained(args.out)
     table = data_table(args.corpus)
     rows = [line.split("|") for line in table.splitlines()[2:] if line.startswith("|")]
     accuracy = ["| task | what | accuracy | questions |", "|---|---|---|---|"]
@@ -738,6 +749,8 @@ def write_card(args: argparse.Namespace, metrics: dict) -> None:
     training = metrics["training"]
     (args.out / "README.md").write_text(
         CARD.format(
+            name=args.out.name,
+            family=config.model_type.capitalize(),
             parameters=metrics["parameters"] / 1e6,
             megabytes=sum(f.stat().st_size for f in args.out.iterdir()) / 1e6,
             context=f"{metrics['context']:,}",
@@ -788,6 +801,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, help="folder with *.tar.xz or *.txt documents (and manifest.jsonl)")
     parser.add_argument("--heldout", type=Path, help="folder with *.txt documents to judge on")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model, its tokenizer and card")
+    parser.add_argument("--shape", choices=SHAPES, default="pocket", help="of the model (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/pocket-lm"), help="token cache and checkpoint")
     parser.add_argument("--only", choices=("tokenizer", "tokens", "evaluate"), help="do only this step")
     parser.add_argument("--minutes", type=float, default=8.0, help="time budget, tokenising included (default 8)")
@@ -878,7 +892,7 @@ def main() -> None:
     if rank > 0 or heldout is None:
         return
     metrics = {
-        "parameters": LlamaForCausalLM.from_pretrained(args.out).num_parameters(),
+        "parameters": AutoModelForCausalLM.from_pretrained(args.out).num_parameters(),
         **evaluate(args, heldout, max(c for _, c in args.stages)),
         "training": training,
     }

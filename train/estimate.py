@@ -47,7 +47,7 @@ def seconds_a_document(model: PreTrainedModel, like: Sequence[Excerpt], config: 
     tokens = max(len(one.prompt) for one in like)
     sequences = max(len(one.tails) for one in like)
     steps = sum(len(one.tails[0]) for one in like) / len(like)
-    small = max(tokens // PROBE, PROMPT_ROWS + config.sink + config.recent)
+    small = min(max(tokens // PROBE, PROMPT_ROWS + config.sink + config.recent), tokens // 2)
     _probe(model, small, sequences, 1, config)  # the first call of anything is slow
     prompts, a_step = [], []
     for size in (small, 2 * small):

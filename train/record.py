@@ -138,6 +138,6 @@ def main(args: argparse.Namespace) -> int:
         writer.write(document.name, record(model, found, configs[number % len(configs)]), split=split)
     if short:
         print(f"{short} of {len(mine)} documents have no more than {least} tokens and were left out")
-    if short == len(mine):
+    if mine and short == len(mine):
         raise DataError(f"no document of {args.data} has more than {least} tokens")
     return 0
