@@ -38,7 +38,7 @@ class OffloadConfig:
             current query and the sketch; 0 predicts ahead only, 1 lets the sketch choose all.
         reserve: Blocks resident beyond the budget, as a share of it. Half of them are fetched ahead, the best after the
             budget's own; half are what was wanted last. A step attends to the best of all resident blocks, chosen with
-            the current query and the sketch; without a sketch the reserve saves fetches alone.
+            the current query; without a sketch (or with a policy that does not choose) the reserve saves fetches alone.
         prefetch: ``"thread"`` fetches beside the computation, ``"none"`` in the middle of it.
         skip_layers: Layers left as they are, with their whole cache on the device.
         slab_blocks: Blocks by which host memory grows.

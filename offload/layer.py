@@ -227,6 +227,8 @@ class TieredLayer(CacheLayerMixin):
 
     def _attend_one(self, query_BHQD: Tensor, terms: Terms) -> Tensor:
         """One token over the pool."""
+        pool, table = self.tiers.pool, self.tiers.table
+        before_RS = table.block_of_slot_RS.clone() if self.policy.chooses else table.block_of_slot_RS
         step = Step(
             query_BHD=query_BHQD[:, :, 0],
             length=self.tiers.length,
@@ -235,9 +237,9 @@ class TieredLayer(CacheLayerMixin):
             kv_heads=self.kv_heads,
             block_size=self.block_size,
             stream=self.tiers.stream,
+            pool_key_BGSTD=pool.key_BGSTD,
+            resident_BGS=before_RS.view(self.batch, self.kv_heads, -1).to(self.device),
         )
-        pool, table = self.tiers.pool, self.tiers.table
-        before_RS = table.block_of_slot_RS.clone() if self.policy.chooses else table.block_of_slot_RS
         if self.policy.chooses:
             self._choose(step)
         active_RS = table.active_RS

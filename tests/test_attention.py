@@ -126,10 +126,13 @@ def test_sparse_attention_reads_exactly_its_slots(length, seed, padded, extra, d
 def test_a_step_knows_its_attended_blocks():
     step = Step(
         query_BHD=torch.zeros(1, 2, D), length=18, real_BL=None, terms=Terms(1.0), kv_heads=2, block_size=BLOCK,
-        stream=lambda query: iter(()),
+        stream=lambda query: iter(()), pool_key_BGSTD=torch.zeros(1, 2, 3, BLOCK, D),
+        resident_BGS=torch.tensor([[[0, 1, 4], [-1, 3, 2]]]),
     )  # fmt: skip
     step.block_BGS = torch.tensor([[[0, -1, 4], [-1, -1, 2]]])
     assert step.attended_BGN.tolist() == [[[True, False, False, False, True], [False, False, True, False, False]]]
+    known = step.resident_logits_BHST == 0  # all that is resident, but for tokens that are not there yet
+    assert known.sum(-1).tolist() == [[[BLOCK, BLOCK, 18 - 4 * BLOCK], [0, BLOCK, BLOCK]]]
 
 
 class TestMask:

@@ -169,11 +169,11 @@ def test_a_reserve_never_widens_what_a_step_reads(tiny_model, ids, policy):
 
 
 def test_a_reserve_that_holds_everything_gives_the_best_selection(tiny_model, ids):
-    """Nothing is fetched late: all there is to choose from was resident, and the sketch is nearly exact."""
-    settings = {"policy": "predictor", "late_fetch": 0.0, "sketch_bits": 8, "measure_recovery": 1}
+    """Nothing is fetched late: all there is to choose from was resident, and known exactly, however poor the sketch."""
+    settings = {"policy": "predictor", "late_fetch": 0.0, "sketch_bits": 1, "measure_recovery": 1}
     best = decode(tiny_model(), ids(300), reserve=4.0, **settings)
     worse = decode(tiny_model(), ids(300), reserve=0.0, **settings)
-    assert best.relative_recovery > 0.99 > worse.relative_recovery
+    assert best.relative_recovery > 0.999 > worse.relative_recovery
 
 
 def test_no_sketch_where_none_is_needed(tiny_model, ids):

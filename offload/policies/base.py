@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attention_predictor.offload.dense import Chunk, ScoreRows, Terms, score_rows
-from attention_predictor.offload.sparse import SparseAttention
+from attention_predictor.offload.sparse import SparseAttention, slot_logits
 
 if TYPE_CHECKING:
     from attention_predictor.offload.config import OffloadConfig
@@ -62,6 +62,7 @@ class Step:
         real_BL: bool, False at padding, or ``None``.
         terms: How logits are made.
         stream: Gives all keys and values of the layer, chunk by chunk, from host memory.
+        pool_key_BGSTD, resident_BGS: Keys in the pool, and the block in each slot before the step (-1: none).
         block_BGS, attention: Set once attention has run: the block in each attended slot (-1: none) and the result.
     """
 
@@ -72,6 +73,8 @@ class Step:
     kv_heads: int
     block_size: int
     stream: Callable[[Tensor], Iterator[Chunk]]
+    pool_key_BGSTD: Tensor
+    resident_BGS: Tensor
     block_BGS: Tensor = field(init=False)
     attention: SparseAttention = field(init=False)
 
@@ -79,6 +82,13 @@ class Step:
     def exact(self) -> ScoreRows:
         """The true row of this step; reads every key of the layer from host memory."""
         return self.true_rows(self.query_BHD[:, :, None])
+
+    @cached_property
+    def resident_logits_BHST(self) -> Tensor:
+        """Exact logits of what is resident before the step; to be asked for before anything is fetched late."""
+        return slot_logits(
+            self.query_BHD, self.pool_key_BGSTD, self.resident_BGS, self.length, self.real_BL, self.terms
+        )
 
     def true_rows(self, query_BHQD: Tensor) -> ScoreRows:
         """The true rows of this and the steps before it, given their queries; reads every key once."""

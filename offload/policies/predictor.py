@@ -98,27 +98,32 @@ class Predictor(Policy):
         total_BH = step.attention.lse_BH
         B, H, _ = peak_BHS.shape
         if estimated:
-            peak_BHN, sum_BHN = self._estimated(step)
+            row_BHN, sum_BHN = self._estimated(step)
             attended_BHN = step.attended_BGN.repeat_interleave(H // self.spec.kv_heads, 1)
             rest_BH = torch.logsumexp(sum_BHN.masked_fill(attended_BHN, float("-inf")), -1)
             total_BH = torch.logaddexp(total_BH, rest_BH)
-            row_BHN = peak_BHN.masked_fill(attended_BHN, float("-inf"))
         else:
             row_BHN = peak_BHS.new_full((B, H, step.n_blocks), float("-inf"))
-        # Slots that took no part write -inf to one column more, which is cut off.
-        slot_BHS = (step.block_BGS % (step.n_blocks + 1)).repeat_interleave(H // self.spec.kv_heads, 1)
-        row_BHN = torch.nn.functional.pad(row_BHN, (0, 1)).scatter(-1, slot_BHS, peak_BHS)[..., :-1]
-        row_BHN = torch.exp(row_BHN - total_BH[..., None])
+        row_BHN = torch.exp(_put(row_BHN, step.block_BGS, peak_BHS) - total_BH[..., None])
         return row_BHN.unflatten(1, (self.spec.kv_heads, -1)).amax(2)
 
     def _estimated(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Peak and log-sum-exp ``[B, H, N]`` of each block's logits by the sketch; made once a step."""
+        """Peak and log-sum-exp ``[B, H, N]`` of each block's logits, made once a step.
+
+        By the sketch; where it chooses, exactly for what is resident: those keys are at hand, and the sketch's noise
+        must not make it leave out a block that is there.
+        """
         assert self.sketch is not None
         if self.estimate is None or self.estimate[0] is not step:
             logits_BHL = self.sketch.logits(step.query_BHD, step.terms.scaling, step.terms.softcap)
             if step.real_BL is not None:
                 logits_BHL = logits_BHL.masked_fill(~step.real_BL[:, None], float("-inf"))
-            self.estimate = (step, *block_peak_and_sum(logits_BHL, self.spec.config.block_size))
+            peak_BHN, sum_BHN = block_peak_and_sum(logits_BHL, self.spec.config.block_size)
+            if self.chooses:
+                logits_BHST = step.resident_logits_BHST
+                peak_BHN = _put(peak_BHN, step.resident_BGS, logits_BHST.amax(-1))
+                sum_BHN = _put(sum_BHN, step.resident_BGS, torch.logsumexp(logits_BHST, -1))
+            self.estimate = (step, peak_BHN, sum_BHN)
         return self.estimate[1:]
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
@@ -127,3 +132,11 @@ class Predictor(Policy):
         if self.sketch is not None:
             start = self.sketch.tail_start(length)
             self.sketch.crop(length, read_keys(start, length).to(self.spec.device))
+
+
+def _put(x_BHN: Tensor, block_BGS: Tensor, slot_BHS: Tensor) -> Tensor:
+    """``x_BHN`` with the values of slots in the places of their blocks."""
+    H, N = x_BHN.shape[1:]
+    # Slots that hold no block write to one column more, which is cut off.
+    index_BHS = (block_BGS % (N + 1)).repeat_interleave(H // block_BGS.shape[1], 1)
+    return torch.nn.functional.pad(x_BHN, (0, 1)).scatter(-1, index_BHS, slot_BHS)[..., :-1]
