@@ -64,9 +64,9 @@ class Variant:
     name: str
     channels: tuple[int, ...] = SHIPPED
     extra: Callable[[Tensor, Moments, int], Tensor] | None = None
-    target: str = "next + max 24"
+    target: str = "max 24"
     loss: str = "ce"
-    weighted: bool = True
+    weight: str = "peak"  # of the target, or the "root" of its sum, or "none"
     kernel: int = 3
     hidden: int = 32
     layers: int = 0  # further convolutions
@@ -108,12 +108,13 @@ def _of_layers(x_XNC: Tensor, moments: Moments) -> Tensor:
 
 
 VARIANTS = (
-    Variant("as shipped: 8 averages of logarithms, last row, 5 peaks; next + max of 24; cross-entropy"),
+    Variant("as shipped: 8 averages of logarithms, last row, 5 peaks; max of 24; cross-entropy, by the peak"),
     Variant("target: next", target="next"),
     Variant("target: mean of 24", target="mean 24"),
     Variant("target: max of 8", target="max 8"),
-    Variant("target: max of 24", target="max 24"),
-    Variant("loss: heads all weigh the same", weighted=False),
+    Variant("target: next + max of 24", target="next + max 24"),
+    Variant("loss: by the root of the mass", weight="root"),
+    Variant("loss: heads all weigh the same", weight="none"),
     Variant("loss: squared error of shares", loss="mse"),
     Variant("histories: true rows", true_rows=True),
     Variant("channels: last row alone", channels=tuple(LAST)),
@@ -241,7 +242,8 @@ def train(variant: Variant, training: list[Moments], meta: dict, steps: int, bat
                 loss = 1e4 * (scores_X1N.softmax(-1) - share_X1N).square().mean()
             else:
                 loss_X1, weight_X1 = prediction_loss(scores_X1N, target_X1N, "ce")
-                weight_X1 = weight_X1 if variant.weighted else torch.ones_like(weight_X1)
+                if variant.weight != "peak":
+                    weight_X1 = target_X1N.sum(-1).sqrt() if variant.weight == "root" else torch.ones_like(weight_X1)
                 loss = (loss_X1 * weight_X1).sum() / weight_X1.sum()
             (loss / batch).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)

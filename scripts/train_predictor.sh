@@ -11,8 +11,8 @@ python scripts/plant_tasks.py --data "$texts" --out "$out/tasks.jsonl" --documen
 for data in "$out/tasks.jsonl" "$texts"; do
     attnpred record --data "$data" --out "$out/histories" --per-file 1 --device "$device" --dtype float32
 done
-attnpred train --data "$out/histories" --out "$out/time-filters" --steps 1500 --batch 16
-attnpred train --data "$out/histories" --out "$out/paper" --arch paper --loss mse --horizon 1 --steps 1500 --batch 16
+attnpred train --data "$out/histories" --out "$out/time-filters" --steps 1200 --batch 16 --log-every 400
+attnpred train --data "$out/histories" --out "$out/paper" --arch paper --loss mse --horizon 1 --steps 1200 --batch 16
 rules=(
     --rule "last row, ahead: predictor,predictor=last,late_fetch=0"
     --rule "exponential average, ahead: predictor,predictor=ema,late_fetch=0"

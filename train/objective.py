@@ -18,6 +18,7 @@ from attention_predictor.train.shards import Recording
 from attention_predictor.train.validate import WARM, candidates
 
 LOSSES = ("ce", "mse")
+WEIGHT_FLOOR = 0.01  # of a step in the loss, however flat its target
 # Steps of a document learned from at once. Neighbouring steps teach the same; the window network shares no work.
 TARGETS = {"paper": 2, "time-filters": 16}
 
@@ -36,10 +37,10 @@ def document_loss(
     """Loss of `count` random records at some random steps; None if they have no candidates.
 
     `network` is the predictor's `forward`, perhaps in another precision; states are always made in fp32.
-    States start as decoding does, from the prompt's rows. The target is the next step's mass plus the largest of the
-    next `horizon` steps, block by block. Only the next one is predicted for, yet more of them teach what task accuracy
-    needs and the mass of a single step hardly rewards: to hold on to a block that a head has just found, because it
-    comes back to it a few tokens later (docs/LOG.md has the figures).
+    States start as decoding does, from the prompt's rows. The target is the largest of the next `horizon` steps, block
+    by block. Only the next one is predicted for, yet more of them teach what answers need and the mass of a single step
+    hardly rewards: to hold on to a block that a head has just found, because it comes back to it a few tokens later
+    (docs/LOG.md has the figures).
     """
     warm = min(WARM, recording.steps // 2)
     possible = range(warm - 1, recording.steps - 1)
@@ -51,8 +52,7 @@ def document_loss(
     target = recording.mass_XQN if loss == "ce" else recording.scores_XQN
     target_XQN = target[picked].to(device, torch.float32)
     # Towards the end of the recording there are fewer steps left to look ahead.
-    peak_XSN = torch.stack([target_XQN[:, step + 1 : step + 1 + horizon].amax(1) for step in steps], 1)
-    target_XSN = peak_XSN + target_XQN[:, [step + 1 for step in steps]] if horizon > 1 else peak_XSN
+    target_XSN = torch.stack([target_XQN[:, step + 1 : step + 1 + horizon].amax(1) for step in steps], 1)
     # Sink and recent are cut off before the prediction, and recent moves: steps of one cut go together, so
     # that the edges that the convolution sees are those of decoding.
     cuts = [candidates(recording.first_tokens + step + 1, meta) for step in steps]
@@ -71,14 +71,13 @@ def document_loss(
 def prediction_loss(scores_XSN: Tensor, target_XSN: Tensor, loss: str) -> tuple[Tensor, Tensor]:
     """Loss of each prediction over its candidate blocks, and the weight it has in the mean: both [X, S].
 
-    "ce": cross-entropy between softmax(scores) and the normalised target, weighted by the root of the target's sum: a
-    head that is busy outside sink and recent matters more than one that hardly looks there. "mse": squared error of
-    raw scores, as published (AttentionPredictor, arXiv 2502.04077, section 4), which rewards the few largest scores
-    alone.
+    "ce": cross-entropy between softmax(scores) and the normalised target, weighted by the target's peak: a head about
+    to look hard at one block matters more than one that looks everywhere a little. "mse": squared error of raw scores,
+    as published (AttentionPredictor, arXiv 2502.04077, section 4), which rewards the few largest scores alone.
     """
     if loss == "mse":
         loss_XS = (scores_XSN - target_XSN).square().mean(-1)
         return loss_XS, torch.ones_like(loss_XS)
     sum_XS1 = target_XSN.sum(-1, keepdim=True)
     share_XSN = target_XSN / sum_XS1.clamp_min(1e-6)
-    return -(share_XSN * scores_XSN.log_softmax(-1)).sum(-1), sum_XS1[..., 0].sqrt()
+    return -(share_XSN * scores_XSN.log_softmax(-1)).sum(-1), target_XSN.amax(-1) + WEIGHT_FLOOR

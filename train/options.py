@@ -18,7 +18,7 @@ class TrainOptions:
         arch: Architecture to train.
         init: Checkpoint of that architecture to start from, or ``None``.
         loss: ``"ce"``, cross-entropy on block mass, or ``"mse"``, squared error of scores as published.
-        horizon: Steps ahead whose largest mass, beside the next one's, is the target.
+        horizon: Steps ahead whose largest mass is the target.
         steps: Optimiser steps.
         batch: Records (layer, KV head) a step, over all processes.
         lr: Largest learning rate; warm-up over the first twentieth, then half a cosine down to 0.
