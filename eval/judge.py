@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from attention_predictor.documents import Excerpt
+from attention_predictor.documents import Excerpt, encode
 from attention_predictor.eval import synthetic
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
@@ -77,11 +77,10 @@ class Case:
         Behind its own answer a tail goes on with other questions, so that every step of the batch is a
         question-and-answer step and counts for recovery; only its own answer counts as found.
         """
-
-        def encode(text: str) -> list[int]:
-            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-        asked = [(encode(one.question), encode(one.answer + synthetic.BREAK)) for one in sample.questions]
+        asked = [
+            (encode(tokenizer, one.question), encode(tokenizer, one.answer + synthetic.BREAK))
+            for one in sample.questions
+        ]
         answers = (
             Answer(one.task, len(question), tuple(answer))
             for one, (question, answer) in zip(sample.questions, asked, strict=True)
@@ -141,7 +140,7 @@ def judge(
     """Decode every tail of every case under ``rule``; those of a case run as one batch.
 
     Args:
-        measure_recovery: At every so-manieth step; 0: never.
+        measure_recovery: At every n-th step; 0: never.
         after_each: Called after each case.
     """
     cell = Cell(rule.name, budget)
@@ -151,13 +150,11 @@ def judge(
             after_each()
         return cell
     config = OffloadConfig(**({"budget": budget, "measure_recovery": measure_recovery} | rule.settings))
-    sequences = 0.0
     with attach(model, config) as engine:
         stats = engine.stats
         for case in cases:
             before = stats.relative_recovery_sum, stats.recovery_count
             _decode(model, case, engine.new_cache(), cell)
-            sequences += len(case.excerpt.tails)
             if stats.recovery_count > before[1]:
                 mean = (stats.relative_recovery_sum - before[0]) / (stats.recovery_count - before[1])
                 cell.relative_by_document.append(mean)
@@ -165,7 +162,8 @@ def judge(
     cell.recovery, cell.relative_recovery = stats.recovery, stats.relative_recovery
     cell.hit_rate, cell.reuse_rate = stats.hit_rate, stats.reuse_rate
     # `steps` counts one for the whole batch of a document's tails; bytes are of all its sequences.
-    cell.fetched_bytes_per_token = stats.fetched_bytes / max(stats.steps * sequences / len(cases), 1)
+    sequences = sum(len(case.excerpt.tails) for case in cases) / len(cases)
+    cell.fetched_bytes_per_token = stats.fetched_bytes / max(stats.steps * sequences, 1)
     return cell
 
 

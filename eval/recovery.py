@@ -21,7 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.arguments import add_model_arguments, whole_numbers
 from attention_predictor.documents import excerpt, read_documents
@@ -63,7 +62,9 @@ def main(args: argparse.Namespace) -> int:
             OffloadConfig(**({"budget": budget} | rule.settings))  # refuse bad settings before anything runs
     if args.tail is not None:
         args.recovery = args.recovery or TAIL_INTERVAL
-    cases = _tails(args) if args.tail is not None else _questions(args)
+        cases = _tails(args)
+    else:
+        cases = _questions(args)
     model = load_model(args.model, args.device, args.dtype)
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "out", "rule", "budgets")}
     cells = _load(args.out, settings)
@@ -103,7 +104,7 @@ def _tails(args: argparse.Namespace) -> list[Case]:
     if not 1 <= args.tail < args.context:
         raise ConfigError(f"--tail {args.tail}: expected 1 to below --context {args.context}")
     documents = list(read_documents(args.data, per_file=1, limit=args.documents))
-    tokenizer: PreTrainedTokenizerBase = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     cases = [Case(excerpt(document, tokenizer, args.context, args.tail)) for document in documents]
     long = [case for case in cases if len(case.excerpt.prompt) + args.tail == args.context]
     if not long:

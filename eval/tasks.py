@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from attention_predictor.documents import encode
 from attention_predictor.eval import synthetic
 from attention_predictor.predictor.errors import ConfigError, DataError
 
@@ -59,7 +60,7 @@ def plant(
                 _haystack(rng, names, texts),
                 {task: planted[task]},
                 length=context,
-                count=lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
+                count=lambda text: len(encode(tokenizer, text)),
                 questions=questions,
                 split=split,
                 together=False,

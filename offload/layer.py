@@ -11,7 +11,6 @@ size, S slots, N blocks, W wanted blocks.
 from __future__ import annotations
 
 import copy
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -238,7 +237,7 @@ class TieredLayer(CacheLayerMixin):
             block_size=self.block_size,
             stream=self.tiers.stream,
             pool_key_BGSTD=pool.key_BGSTD,
-            resident_BGS=before_RS.view(self.batch, self.kv_heads, -1).to(self.device),
+            resident_RS=before_RS,
         )
         if self.policy.chooses:
             self._choose(step)
@@ -277,7 +276,7 @@ class TieredLayer(CacheLayerMixin):
         wanted_BGW = self.selection.wanted(scores_BGN, length, self.padding_B, self.kv_heads, more)
         slots = self.selection.slots(length)
         if slots > self.tiers.pool.slots:  # while the context is shorter than the budget, the pool grows with it
-            self.tiers.grow(min(slots + POOL_STEP, self.selection.slots(sys.maxsize)))
+            self.tiers.grow(min(slots + POOL_STEP, self.selection.most_slots))
         self.tiers.fetch_ahead(wanted_BGW)
 
     def _choose(self, step: Step) -> None:

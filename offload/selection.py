@@ -39,9 +39,14 @@ class Selection:
         """Blocks that ``length`` tokens take, the last one perhaps partly filled."""
         return -(-length // self.block_size)
 
+    @property
+    def most_slots(self) -> int:
+        """Blocks resident at most: those a step attends to, and the reserve."""
+        return self.n_blocks(self.budget) + self.share(self.reserve)
+
     def slots(self, length: int) -> int:
-        """Blocks resident at ``length`` tokens: those a step attends to, and the reserve."""
-        return min(self.n_blocks(length), self.n_blocks(self.budget) + self.share(self.reserve))
+        """Blocks resident at ``length`` tokens."""
+        return min(self.n_blocks(length), self.most_slots)
 
     @property
     def ahead_blocks(self) -> int:

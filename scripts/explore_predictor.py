@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -32,14 +31,16 @@ from tqdm import tqdm
 
 from attention_predictor.predictor.filters import FilterPredictor, exponential_averages, held_peaks
 from attention_predictor.train.dataset import HistoryDataset
+from attention_predictor.train.fit import schedule
 from attention_predictor.train.objective import prediction_loss
 from attention_predictor.train.shards import Recording
-from attention_predictor.train.validate import BUDGETS, WARM, candidates
+from attention_predictor.train.validate import BUDGETS, WARM, candidates, recovered, room
 
 BLOCK = 16
 HORIZON = 24
 SPAN = {"next": 1, "mean 24": HORIZON, "max 8": 8, "max 24": HORIZON, "next + max 24": HORIZON}
 SEQUENCES = 3  # of a document that are learned from
+SCALE = FilterPredictor()  # for its logarithm and its drops
 HALF_LIFE_F = 0.5 * 2 ** torch.linspace(0, 8, 16)
 LOG, SQRT, LAST, PEAKS = range(16), range(16, 32), [32], range(33, 38)  # channels that are computed
 SHIPPED = (*LOG[1::2], *LAST, *PEAKS)
@@ -172,10 +173,9 @@ class Network(nn.Module):
 
 def states(rows_XQN: Tensor, steps: list[int]) -> Tensor:
     """All channels after each of the steps, state_XSNC."""
-    scale = FilterPredictor()
-    log_XQN, decay_F = scale.log_scale(rows_XQN), 0.5 ** (1 / HALF_LIFE_F)
-    averages = [exponential_averages(x_XQN, decay_F, steps) for x_XQN in (log_XQN, rows_XQN.sqrt())]
-    return torch.cat([*averages, log_XQN[:, steps, :, None], held_peaks(log_XQN, scale.drop, steps)], -1)
+    log_XQN = SCALE.log_scale(rows_XQN)
+    averages = [exponential_averages(x_XQN, 0.5 ** (1 / HALF_LIFE_F), steps) for x_XQN in (log_XQN, rows_XQN.sqrt())]
+    return torch.cat([*averages, log_XQN[:, steps, :, None], held_peaks(log_XQN, SCALE.drop, steps)], -1)
 
 
 @torch.no_grad()
@@ -228,8 +228,7 @@ def train(variant: Variant, training: list[Moments], meta: dict, steps: int, bat
     network = Network(variant, x_XCN.shape[1], len(x_XCN))
     optimizer = torch.optim.AdamW(network.parameters(), lr=variant.rate, weight_decay=1e-4)
     for number in tqdm(range(1, steps + 1), desc=variant.name, disable=None, leave=False):
-        share = min(number / (steps / 20), 0.5 * (1 + math.cos(math.pi * (number - 1) / steps)))
-        optimizer.param_groups[0]["lr"] = variant.rate * share
+        optimizer.param_groups[0]["lr"] = variant.rate * schedule(number, steps)
         optimizer.zero_grad()
         for _ in range(batch):
             moments = rng.choice(training)
@@ -252,21 +251,23 @@ def train(variant: Variant, training: list[Moments], meta: dict, steps: int, bat
 
 
 @torch.no_grad()
-def judge(scores: Callable[[Moments, int], tuple[Tensor, int, int]], held_out: list[Moments]) -> dict[str, float]:
+def judge(
+    scores: Callable[[Moments, int], tuple[Tensor, int, int]], held_out: list[Moments], meta: dict
+) -> dict[str, float]:
     """Mean relative recovery by kind of document, span (the next step, or the largest of 24) and budget."""
     found: dict[str, list[Tensor]] = defaultdict(list)
     for moments in held_out:
         for step, tokens in enumerate(moments.tokens_S):
             scores_XN, first, last = scores(moments, step)
             mass_XAN = moments.mass_XSAN[:, step].float()
-            for span, wanted_XN in (("next", mass_XAN[:, 0]), ("ahead", mass_XAN.amax(1))):
-                choice_XN = wanted_XN[:, first:last]
-                kept_X = wanted_XN.sum(-1) - choice_XN.sum(-1)
-                for budget in BUDGETS:
-                    count = budget // BLOCK - (-(-tokens // BLOCK) - (last - first))
-                    got_X = kept_X + choice_XN.gather(-1, scores_XN.topk(count).indices).sum(-1)
-                    best_X = kept_X + choice_XN.topk(count).values.sum(-1)
-                    kind = "text" if moments.is_text else "questions"
+            kind = "text" if moments.is_text else "questions"
+            for budget in BUDGETS:
+                choice = room(tokens, meta, budget)
+                if not 0 < choice < last - first:
+                    continue
+                chosen_XK = scores_XN.topk(choice).indices
+                for span, wanted_XN in (("next", mass_XAN[:, 0]), ("ahead", mass_XAN.amax(1))):
+                    got_X, best_X, _ = recovered(chosen_XK, wanted_XN, first, last)
                     found[f"{kind}, {span}, {budget}"].append(got_X / best_X.clamp_min(1e-9))
     return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
@@ -317,7 +318,7 @@ def main() -> None:
             x_XCN, first, last = inputs(variant, moments, step, dataset.meta)
             return x_XCN[:, 0], first, last
 
-        keep(name, 0, judge(score, held_out))
+        keep(name, 0, judge(score, held_out, dataset.meta))
     for variant in sorted(VARIANTS, key=lambda one: one.true_rows):
         if variant.name in results or args.only not in variant.name:
             continue
@@ -329,7 +330,7 @@ def main() -> None:
             x_XCN, first, last = inputs(variant, moments, step, dataset.meta)
             return network(x_XCN), first, last
 
-        keep(variant.name, sum(one.numel() for one in network.parameters()), judge(score, held_out))
+        keep(variant.name, sum(one.numel() for one in network.parameters()), judge(score, held_out, dataset.meta))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def test_a_step_knows_its_attended_blocks():
     step = Step(
         query_BHD=torch.zeros(1, 2, D), length=18, real_BL=None, terms=Terms(1.0), kv_heads=2, block_size=BLOCK,
         stream=lambda query: iter(()), pool_key_BGSTD=torch.zeros(1, 2, 3, BLOCK, D),
-        resident_BGS=torch.tensor([[[0, 1, 4], [-1, 3, 2]]]),
+        resident_RS=torch.tensor([[0, 1, 4], [-1, 3, 2]]),
     )  # fmt: skip
     step.block_BGS = torch.tensor([[[0, -1, 4], [-1, -1, 2]]])
     assert step.attended_BGN.tolist() == [[[True, False, False, False, True], [False, False, True, False, False]]]

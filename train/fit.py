@@ -173,6 +173,11 @@ def initial(options: TrainOptions, device: torch.device, block_size: int) -> Att
         return architecture(options.arch).from_pretrained(options.init, device, block_size=block_size).train()
 
 
+def schedule(step: int, steps: int) -> float:
+    """Share of the largest learning rate at a step, from 1 on: a short rise, then down along a cosine."""
+    return min(step / max(1, steps // 20), 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)))
+
+
 def train_step(
     predictor: AttentionPredictor,
     optimizer: torch.optim.Optimizer,
@@ -185,10 +190,8 @@ def train_step(
     step: int,
 ) -> float:
     """One step of the optimiser; the loss, averaged over processes."""
-    warmup = max(1, options.steps // 20)
-    share = min(step / warmup, 0.5 * (1 + math.cos(math.pi * (step - 1) / options.steps)))
     for group in optimizer.param_groups:
-        group["lr"] = options.lr * share
+        group["lr"] = options.lr * schedule(step, options.steps)
     optimizer.zero_grad(set_to_none=True)
     batch = max(1, options.batch // accelerator.num_processes)
     chosen = [cache.load(rng.choice(training)) for _ in range(min(DOCUMENTS, batch))]

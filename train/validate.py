@@ -30,6 +30,23 @@ def candidates(tokens: int, meta: Mapping[str, Any]) -> tuple[int, int]:
     return meta["sink"] // meta["block_size"], max(tokens - meta["recent"], 0) // meta["block_size"]
 
 
+def room(tokens: int, meta: Mapping[str, Any], budget: int) -> int:
+    """Candidates that a budget has room for, beside sink and recent."""
+    first, last = candidates(tokens, meta)
+    return budget // meta["block_size"] - (-(-tokens // meta["block_size"]) - (last - first))
+
+
+def recovered(chosen_XK: Tensor, mass_XN: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass on sink, recent and the chosen of the candidates first to last − 1; at best; and the best choice, [X, K].
+
+    `chosen_XK` counts from `first`; `mass_XN` is that of all blocks.
+    """
+    choice_XN = mass_XN[:, first:last]
+    kept_X = mass_XN.sum(-1) - choice_XN.sum(-1)
+    best = choice_XN.topk(chosen_XK.shape[-1])
+    return kept_X + choice_XN.gather(-1, chosen_XK).sum(-1), kept_X + best.values.sum(-1), best.indices
+
+
 @torch.no_grad()
 def validate(
     predictor: AttentionPredictor,
@@ -63,23 +80,17 @@ def validate(
             if first >= last:
                 continue
             scores_XN = predictor(state_XSNC[None, :, index, first:last])[0]
-            mass_XN = mass_XQN[:, step + 1, first:last]
-            kept_X = mass_XQN[:, step + 1].sum(-1) - mass_XN.sum(-1)
+            mass_XN = mass_XQN[:, step + 1]
             ahead_XN = mass_XQN[:, step + 1 : step + 1 + horizon].amax(1)
-            kept_ahead_X = ahead_XN.sum(-1) - ahead_XN[:, first:last].sum(-1)
-            ahead_XN = ahead_XN[:, first:last]
             share_XN = scores_XN.softmax(-1) if predictor.gives_logits else _normalised(scores_XN.clamp_min(0))
-            found["mse", "share"].append((share_XN - _normalised(mass_XN)).square().mean(-1))
-            always = -(-tokens // meta["block_size"]) - (last - first)
+            found["mse", "share"].append((share_XN - _normalised(mass_XN[:, first:last])).square().mean(-1))
             for budget in BUDGETS:
-                choice = budget // meta["block_size"] - always
+                choice = room(tokens, meta, budget)
                 if 0 < choice < last - first:
-                    chosen_XK, best_XK = scores_XN.topk(choice).indices, mass_XN.topk(choice).indices
-                    recovered_X = kept_X + mass_XN.gather(-1, chosen_XK).sum(-1)
-                    possible_X = kept_X + mass_XN.gather(-1, best_XK).sum(-1)
-                    ahead_X = kept_ahead_X + ahead_XN.gather(-1, chosen_XK).sum(-1)
-                    possible_ahead_X = kept_ahead_X + ahead_XN.topk(choice).values.sum(-1)
-                    chosen_XN = torch.zeros_like(mass_XN).scatter_(-1, chosen_XK, 1)
+                    chosen_XK = scores_XN.topk(choice).indices
+                    recovered_X, possible_X, best_XK = recovered(chosen_XK, mass_XN, first, last)
+                    ahead_X, possible_ahead_X, _ = recovered(chosen_XK, ahead_XN, first, last)
+                    chosen_XN = torch.zeros_like(scores_XN).scatter_(-1, chosen_XK, 1)
                     found["recovery", str(budget)].append(recovered_X)
                     found["relative_recovery", str(budget)].append(recovered_X / possible_X.clamp_min(1e-9))
                     found["relative_recovery_ahead", str(budget)].append(ahead_X / possible_ahead_X.clamp_min(1e-9))

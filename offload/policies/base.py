@@ -1,7 +1,7 @@
 """What a selection policy is: one layer's judgement of which blocks matter.
 
-Suffixes: B sequences, G KV heads, H query heads, T tokens, L tokens of the sequence, D head size, N blocks, Q queries,
-S slots.
+Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, T tokens, L tokens of the sequence, D head size, N
+blocks, Q queries, S slots.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Step:
         real_BL: bool, False at padding, or ``None``.
         terms: How logits are made.
         stream: Gives all keys and values of the layer, chunk by chunk, from host memory.
-        pool_key_BGSTD, resident_BGS: Keys in the pool, and the block in each slot before the step (-1: none).
+        pool_key_BGSTD: Keys in the pool.
+        resident_RS: Block in each slot before the step (-1: none), on the host.
         block_BGS, attention: Set once attention has run: the block in each attended slot (-1: none) and the result.
     """
 
@@ -74,7 +75,7 @@ class Step:
     block_size: int
     stream: Callable[[Tensor], Iterator[Chunk]]
     pool_key_BGSTD: Tensor
-    resident_BGS: Tensor
+    resident_RS: Tensor
     block_BGS: Tensor = field(init=False)
     attention: SparseAttention = field(init=False)
 
@@ -82,6 +83,11 @@ class Step:
     def exact(self) -> ScoreRows:
         """The true row of this step; reads every key of the layer from host memory."""
         return self.true_rows(self.query_BHD[:, :, None])
+
+    @cached_property
+    def resident_BGS(self) -> Tensor:
+        """``resident_RS`` on the device."""
+        return self.resident_RS.view(len(self.query_BHD), self.kv_heads, -1).to(self.query_BHD.device)
 
     @cached_property
     def resident_logits_BHST(self) -> Tensor:

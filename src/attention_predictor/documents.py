@@ -75,9 +75,14 @@ def excerpt(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: 
     if not document.continuations:
         ids = window(document, tokenizer, max_tokens)
         return Excerpt(ids[:-tail], [ids[-tail:]])
-    tails = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in document.continuations]
+    tails = [encode(tokenizer, text) for text in document.continuations]
     longest = min(max(len(ids) for ids in tails), tail)
     return Excerpt.cyclic(window(document, tokenizer, max_tokens - longest), tails, longest)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a piece of text, without special tokens."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def window(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[int]:
@@ -86,9 +91,7 @@ def window(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: i
     # longer than 16, so a window of characters around the place is enough.
     spare = max(len(document.text) - 16 * max_tokens, 0)
     start = int(document.place * spare)
-    ids = tokenizer(document.text[start : start + 16 * max_tokens], add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
+    ids = encode(tokenizer, document.text[start : start + 16 * max_tokens])
     left = max(len(ids) - max_tokens, 0)
     first = int(document.place * left)
     return ids[first : first + max_tokens]
