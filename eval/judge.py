@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from attention_predictor.documents import Excerpt, encode
+from attention_predictor.documents import Excerpt, encode, opening
 from attention_predictor.eval import synthetic
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
@@ -85,7 +85,7 @@ class Case:
             Answer(one.task, len(question), tuple(answer))
             for one, (question, answer) in zip(sample.questions, asked, strict=True)
         )
-        prompt = tokenizer(sample.document, verbose=False)["input_ids"]
+        prompt = opening(tokenizer) + encode(tokenizer, sample.document)
         return cls(Excerpt.cyclic(prompt, [question + answer for question, answer in asked]), tuple(answers))
 
 

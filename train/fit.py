@@ -21,6 +21,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -39,7 +40,7 @@ from attention_predictor.train.tracking import TRACKERS, check_tracker, start_tr
 from attention_predictor.train.validate import Metrics, mean_ahead, validate
 
 DOCUMENTS = 4  # documents that one step's records come from
-CACHE_BYTES = 4 << 30  # recordings kept in memory
+CACHE_SHARE = 0.25  # of the memory that is free at the start, for recordings already read; all processes together
 RULES = ("last", "ema", "mean")  # judged beside the trained predictor
 
 
@@ -78,7 +79,7 @@ def fit(
     except OSError as error:  # better now than after the training
         raise ConfigError(f"out={str(out)!r} can't be made: {error.strerror or error}") from error
     training, held_out = split_documents(dataset, options.val_fraction, options.seed)
-    meta, cache = dataset.meta, Cache(dataset)
+    meta, cache = dataset.meta, Cache(dataset, accelerator.num_processes)
 
     def judged(predictor: AttentionPredictor) -> Metrics:
         validation = [cache.load(document) for document in held_out]
@@ -244,13 +245,14 @@ def flat(metrics: Metrics) -> dict[str, float]:
 class Cache:
     """Recordings loaded once while they fit in memory; the oldest go first."""
 
-    def __init__(self, dataset: HistoryDataset) -> None:
+    def __init__(self, dataset: HistoryDataset, processes: int) -> None:
         self.dataset, self.held = dataset, dict[str, Recording]()
+        self.limit = int(CACHE_SHARE * psutil.virtual_memory().available) // processes
 
     def load(self, document: str) -> Recording:
         if document not in self.held:
             self.held[document] = self.dataset.load(document)
-            while len(self.held) > 1 and sum(r.nbytes for r in self.held.values()) > CACHE_BYTES:
+            while len(self.held) > 1 and sum(r.nbytes for r in self.held.values()) > self.limit:
                 self.held.pop(next(iter(self.held)))
         return self.held[document]
 

@@ -72,12 +72,16 @@ def read_documents(source: str, *, per_file: int, limit: int | None, field: str 
 
 def excerpt(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: int, tail: int) -> Excerpt:
     """At most ``max_tokens`` tokens: a prompt and either its continuations or the text's own last ``tail`` tokens."""
-    if not document.continuations:
-        ids = window(document, tokenizer, max_tokens)
-        return Excerpt(ids[:-tail], [ids[-tail:]])
     tails = [encode(tokenizer, text) for text in document.continuations]
-    longest = min(max(len(ids) for ids in tails), tail)
-    return Excerpt.cyclic(window(document, tokenizer, max_tokens - longest), tails, longest)
+    longest = min(max((len(ids) for ids in tails), default=0), tail)
+    start = opening(tokenizer)
+    ids = start + window(document, tokenizer, max_tokens - longest - len(start))
+    return Excerpt.cyclic(ids, tails, longest) if tails else Excerpt(ids[:-tail], [ids[-tail:]])
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that begins every prompt of this model, if it has one."""
+    return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
