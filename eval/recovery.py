@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-document", type=int, default=20, metavar="N", help="questions a document (%(default)s)")
     parser.add_argument("--tail", type=int, metavar="N", help="ask nothing, decode the last N tokens of each document")
     parser.add_argument("--documents", type=int, default=20, metavar="N", help="with --tail: at most (%(default)s)")
+    parser.add_argument("--per-file", type=int, default=1, metavar="N", help="documents a .txt file (%(default)s)")
     parser.add_argument("--context", type=int, default=8192, metavar="N", help="tokens of document and question")
     parser.add_argument("--budgets", default="256,512", metavar="N,N", help="default %(default)s")
     parser.add_argument(
@@ -103,7 +104,7 @@ def _questions(args: argparse.Namespace) -> list[Case]:
 def _tails(args: argparse.Namespace) -> list[Case]:
     if not 1 <= args.tail < args.context:
         raise ConfigError(f"--tail {args.tail}: expected 1 to below --context {args.context}")
-    documents = list(read_documents(args.data, per_file=1, limit=args.documents))
+    documents = list(read_documents(args.data, per_file=args.per_file, limit=args.documents))
     tokenizer = load_tokenizer(args.model)
     cases = [Case(excerpt(document, tokenizer, args.context, args.tail)) for document in documents]
     long = [case for case in cases if len(case.excerpt.prompt) + args.tail == args.context]
