@@ -87,19 +87,21 @@ def read_upstream(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tenso
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle trips over anything
         raise CheckpointError(f"{path}: not a file of weights alone ({one_line(error)})") from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, Mapping):
         raise CheckpointError(f"{path}: found {type(tensors).__name__}, expected tensors by name: {sorted(expected)}")
     _check_tensors(path, tensors, expected)
     return dict(tensors)
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _check_tensors(path: Path, tensors: Mapping[Any, Any], expected: Mapping[str, Tensor]) -> None:
     if tensors.keys() != expected.keys():
         raise CheckpointError(
             f"{path}: missing tensors {sorted(expected.keys() - tensors.keys())}, "
-            f"unexpected tensors {sorted(tensors.keys() - expected.keys())}; allowed: {sorted(expected)}"
+            f"unexpected tensors {sorted(map(str, tensors.keys() - expected.keys()))}; allowed: {sorted(expected)}"
         )
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}, expected a tensor")
         shape, allowed = list(tensor.shape), list(expected[name].shape)
         if shape != allowed:
             raise CheckpointError(f"{path}: tensor {name} has shape {shape}, expected {allowed}")

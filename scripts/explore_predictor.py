@@ -5,8 +5,10 @@ that they are computed once. A variant changes one thing; the table says what it
 heads or layers show what an architecture could gain, before anyone builds it.
 
 The table gives recovery relative to the best choice of that size on held-out documents: of the next step's mass, and
-ahead, where each block counts with its largest mass of the next 24 steps. Documents with continuations (questions) and
-plain text have columns of their own.
+ahead, where each block counts with its largest mass of the next 24 steps. Answers hang on rarer things, looks: steps at
+which a head puts more than 0.3 of its mass on one block, and put less than 0.1 there the step before. The last column
+of each kind is the share of them whose block was chosen. Documents with continuations (questions) and plain text have
+columns of their own.
 
 example:
   python scripts/explore_predictor.py --data runs/histories --steps 600 --out runs/explored.json
@@ -37,8 +39,10 @@ from attention_predictor.train.shards import Recording
 from attention_predictor.train.validate import BUDGETS, WARM, candidates, recovered, room
 
 BLOCK = 16
+COLUMNS = ("next", "ahead", "looks")
 HORIZON = 24
 SPAN = {"next": 1, "mean 24": HORIZON, "max 8": 8, "max 24": HORIZON, "next + max 24": HORIZON}
+LOOK, ELSEWHERE = 0.3, 0.1  # mass on a block when a head looks at it, and when it doesn't
 SEQUENCES = 3  # of a document that are learned from
 SCALE = FilterPredictor()  # for its logarithm and its drops
 HALF_LIFE_F = 0.5 * 2 ** torch.linspace(0, 8, 16)
@@ -49,10 +53,11 @@ FEW = [3, 7, 11, 32, 35]  # averages of about 1, 4 and 21 steps, the last row, a
 
 @dataclass
 class Moments:
-    """Some steps of one sequence, all heads: state_XSNC, the next steps' mass_XSAN, and tokens attended over."""
+    """Some steps of one sequence, all heads: states, mass of the next steps and of the step itself, tokens so far."""
 
     state_XSNC: Tensor
     mass_XSAN: Tensor
+    now_XSN: Tensor
     tokens_S: list[int]
     kv_heads: int
     is_text: bool
@@ -70,7 +75,7 @@ class Variant:
     weight: str = "peak"  # of the target, or the "root" of its sum, or "none"
     kernel: int = 3
     hidden: int = 32
-    layers: int = 0  # further convolutions
+    layers: int = 3  # further convolutions, each 3 blocks wide
     gated: bool = False  # hidden channels scaled by what a head's blocks have in common
     named: bool = False  # a learned vector for each head of the model: no predictor for other models, but a bound
     true_rows: bool = False  # histories are the truth, not what sparse decoding knows
@@ -109,7 +114,7 @@ def _of_layers(x_XNC: Tensor, moments: Moments) -> Tensor:
 
 
 VARIANTS = (
-    Variant("as shipped: 8 averages of logarithms, last row, 5 peaks; max of 24; cross-entropy, by the peak"),
+    Variant("as shipped: 8 averages of logarithms, last row, 5 peaks; max of 24; cross-entropy, by the peak; 9 blocks"),
     Variant("target: next", target="next"),
     Variant("target: mean of 24", target="mean 24"),
     Variant("target: max of 8", target="max 8"),
@@ -128,13 +133,15 @@ VARIANTS = (
     Variant("channels: with the layer's other heads", extra=of_the_layer),
     Variant("channels: with the layer before", extra=of_the_layer_before),
     Variant("channels: with all heads of all layers", extra=of_all),
-    Variant("context: 1 block", kernel=1),
-    Variant("context: 9 blocks", kernel=9),
-    Variant("context: 3 convolutions more, 9 blocks", layers=3),
+    Variant("context: 1 block", kernel=1, layers=0),
+    Variant("context: 3 blocks", layers=0),
+    Variant("context: 5 blocks, 1 further convolution", layers=1),
+    Variant("context: 7 blocks, 2 further convolutions", layers=2),
+    Variant("context: 9 blocks, a single convolution", kernel=9, layers=0),
     Variant("size: 128 hidden", hidden=128, rate=4e-3),
     Variant("gates from what a head's blocks have in common", gated=True),
     Variant("a vector for each head of the model", named=True),
-    Variant("all heads, gates, 128 hidden, 9 blocks", extra=of_all, gated=True, hidden=128, kernel=9, rate=4e-3),
+    Variant("all heads, gates, 128 hidden", extra=of_all, gated=True, hidden=128, rate=4e-3),
 )
 
 
@@ -196,6 +203,7 @@ def moments_of(
         yield Moments(
             states(shown_XQN.float(), chosen).half(),
             torch.stack(ahead, 1),
+            mass_XQN[:, chosen],
             [recording.first_tokens + step + 1 for step in chosen],
             1 + max(recording.heads),
             len(every) == 1,
@@ -260,6 +268,9 @@ def judge(
         for step, tokens in enumerate(moments.tokens_S):
             scores_XN, first, last = scores(moments, step)
             mass_XAN = moments.mass_XSAN[:, step].float()
+            most_X1, block_X1 = mass_XAN[:, 0, first:last].max(-1, keepdim=True)
+            before_X1 = moments.now_XSN[:, step, first:last].gather(-1, block_X1)
+            looks_X = ((most_X1 > LOOK) & (before_X1 < ELSEWHERE))[:, 0]
             kind = "text" if moments.is_text else "questions"
             for budget in BUDGETS:
                 choice = room(tokens, meta, budget)
@@ -269,6 +280,7 @@ def judge(
                 for span, wanted_XN in (("next", mass_XAN[:, 0]), ("ahead", mass_XAN.amax(1))):
                     got_X, best_X, _ = recovered(chosen_XK, wanted_XN, first, last)
                     found[f"{kind}, {span}, {budget}"].append(got_X / best_X.clamp_min(1e-9))
+                found[f"{kind}, looks, {budget}"].append((chosen_XK == block_X1).any(-1)[looks_X].float())
     return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
 
@@ -303,11 +315,11 @@ def main() -> None:
         line = [
             " / ".join(f"{found[f'{kind}, {span}, {budget}']:.3f}".lstrip("0") for budget in BUDGETS)
             for kind in kinds
-            for span in ("next", "ahead")
+            for span in COLUMNS
         ]
         print(f"| {name} | {parameters:,} | " + " | ".join(line) + " |", flush=True)
 
-    columns = [f"{kind}, {span}" for kind in kinds for span in ("next", "ahead")]
+    columns = [f"{kind}, {column}" for kind in kinds for column in COLUMNS]
     print(f"| variant ({' / '.join(map(str, BUDGETS))}) | parameters | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 2) + "|")
     rules = {"last row": LAST[0], f"average of logarithms, half-life {HALF_LIFE_F[7]:.1f}": LOG[7]}

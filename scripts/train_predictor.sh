@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Record the pocket model's attention on text and on planted tasks, train the default predictor and the published
-# architecture on it, and judge both on other text. Usage: scripts/train_predictor.sh TEXTS HELDOUT OUT [DEVICE]
+# architecture on it, and judge both on other text. Usage: scripts/train_predictor.sh TEXTS HELDOUT OUT [DEVICE] [MORE…]
 #   TEXTS    a directory of .txt files to learn from; HELDOUT another one to be judged on
+#   MORE     further documents to be judged on without questions, such as LongBench's .jsonl files
 #   OUT      where recordings, checkpoints and the table go; copy OUT/time-filters over predictor/weights/default to
 #            ship it
 set -euo pipefail
-texts=$1 heldout=$2 out=$3 device=${4:-cpu}
+texts=$1 heldout=$2 out=$3 device=${4:-cpu} more=("${@:5}")
 
-python scripts/plant_tasks.py --data "$texts" --out "$out/tasks.jsonl" --documents 140 --questions 8 --seed 11
-for data in "$out/tasks.jsonl" "$texts"; do
-    attnpred record --data "$data" --out "$out/histories" --per-file 1 --device "$device" --dtype float32
-done
+python scripts/plant_tasks.py --data "$texts" --out "$out/tasks.jsonl" --documents 240 --questions 8 --seed 11
+record=(attnpred record --out "$out/histories" --per-file 1 --device "$device" --dtype float32)
+"${record[@]}" --data "$out/tasks.jsonl"
+"${record[@]}" --data "$texts" --documents 60
 attnpred train --data "$out/histories" --out "$out/time-filters" --steps 1200 --batch 16 --log-every 400
 attnpred train --data "$out/histories" --out "$out/paper" --arch paper --loss mse --horizon 1 --steps 1200 --batch 16
 rules=(
@@ -22,7 +23,9 @@ rules=(
     --rule "time-filters, ahead: predictor,predictor=$out/time-filters,late_fetch=0"
     --rule "time-filters, a quarter late: predictor,predictor=$out/time-filters"
 )
-attnpred eval recovery --data "$heldout" --questions 200 --recovery 4 --device "$device" --dtype float32 \
-    --out "$out/questions.json" --rule full --rule streaming "${rules[@]}"
-attnpred eval recovery --data "$heldout" --tail 128 --documents 20 --device "$device" --dtype float32 \
-    --out "$out/tails.json" "${rules[@]}"
+judge=(attnpred eval recovery --device "$device" --dtype float32 "${rules[@]}")
+"${judge[@]}" --rule full --rule streaming --data "$heldout" --tasks kv,facts --questions 200 --per-document 10 \
+    --recovery 6 --out "$out/questions.json"
+for data in "$heldout" "${more[@]}"; do
+    "${judge[@]}" --data "$data" --tail 64 --per-file 2 --documents 30 --recovery 6 --out "$out/tails-$(basename "$data").json"
+done

@@ -175,12 +175,13 @@ def test_rules() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_neighbour_two_blocks_away_is_the_farthest_that_counts(name: str) -> None:
-    predictor = architecture(name)()
-    rows_BGRN = make_rows(10)
+def test_blocks_farther_away_than_its_reach_do_not_count(name: str) -> None:
+    predictor, reach = architecture(name)(), {"time-filters": 4, "paper": 2}.get(name, 0)
+    rows_BGRN = make_rows(16)
     other_BGRN = F.pad(rows_BGRN[..., :-3], (0, 3), value=0.5)
-    before = predictor(predictor.start(rows_BGRN))[..., :-5]
-    torch.testing.assert_close(predictor(predictor.start(other_BGRN))[..., :-5], before)
+    before_BGN, after_BGN = (predictor(predictor.start(rows)) for rows in (rows_BGRN, other_BGRN))
+    torch.testing.assert_close(after_BGN[..., : -3 - reach], before_BGN[..., : -3 - reach])
+    assert not torch.equal(after_BGN[..., -3 - reach], before_BGN[..., -3 - reach])
 
 
 # How they are loaded
