@@ -45,7 +45,7 @@ class Rule:
                 raise ConfigError(f"--rule {text!r}: unknown field {key!r}, expected one of {', '.join(types)}")
             try:
                 settings[key] = types[key](value)
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 raise ConfigError(f"--rule {text!r}: {key}={value!r} is not of type {types[key].__name__}") from error
         return cls(name.strip() or rest.strip(), settings)
 
@@ -93,11 +93,13 @@ class Case:
 class Cell:
     """One rule at one budget.
 
-    ``found`` counts right answers of ``asked``; the rest are means over steps, ``None`` where not measured.
+    ``settings`` are those of the rule. ``found`` counts right answers of ``asked``; the rest are means over steps,
+    ``None`` where not measured.
     """
 
     rule: str
     budget: int
+    settings: dict[str, Any] = field(default_factory=dict)
     asked: int = 0
     found: int = 0
     recovery: float | None = None
@@ -143,7 +145,7 @@ def judge(
         measure_recovery: At every n-th step; 0: never.
         after_each: Called after each case.
     """
-    cell = Cell(rule.name, budget)
+    cell = Cell(rule.name, budget, rule.settings)
     if rule.settings == {"policy": STOCK}:
         for case in cases:
             _decode(model, case, DynamicCache(config=model.config.get_text_config(decoder=True)), cell)

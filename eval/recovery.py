@@ -4,7 +4,9 @@ The document is prefilled; the question and its answer are then decoded token by
 model must find its own evidence. Answers are right when greedy decoding would give every token of them. Recovery is the
 share of true attention mass on the attended blocks, relative recovery its ratio to the best selection of that size.
 
-With --tail N nothing is asked: the last N tokens of each document are decoded, and recovery alone is judged.
+With --tail N nothing is asked: of each document --context tokens are taken (of a .txt file the first ones, or with
+--per-file from places spread over it; of a row the last ones), the last N of these are decoded, and recovery alone is
+judged.
 
 examples:
   attnpred eval recovery --data texts/ --tasks kv,facts --questions 100 --budgets 256,512 \\
@@ -29,30 +31,32 @@ from attention_predictor.eval.judge import Case, Cell, Rule, judge, markdown
 from attention_predictor.eval.tasks import plant, read_texts
 from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.policies import policy_class
+from attention_predictor.offload.policies.predictor import Predictor
 from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.predictor.model import AttentionPredictor
 
 TAIL_INTERVAL = 4  # steps between measurements of recovery where nothing else is judged
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add = parser.add_argument
     what = "text to plant in: .txt file or directory; with --tail, what attnpred record takes"
-    parser.add_argument("--data", required=True, metavar="D", help=what)
-    parser.add_argument("--tasks", default="kv,facts", help=f"of {','.join(synthetic.TASKS)} (%(default)s)")
-    parser.add_argument("--questions", type=int, default=100, metavar="N", help="in all (%(default)s)")
-    parser.add_argument("--per-document", type=int, default=20, metavar="N", help="questions a document (%(default)s)")
-    parser.add_argument("--tail", type=int, metavar="N", help="ask nothing, decode the last N tokens of each document")
-    parser.add_argument("--documents", type=int, default=20, metavar="N", help="with --tail: at most (%(default)s)")
-    parser.add_argument("--per-file", type=int, default=1, metavar="N", help="documents a .txt file (%(default)s)")
-    parser.add_argument("--context", type=int, default=8192, metavar="N", help="tokens of document and question")
-    parser.add_argument("--budgets", default="256,512", metavar="N,N", help="default %(default)s")
-    parser.add_argument(
-        "--rule", action="append", metavar="RULE", help="[name:] policy[,field=value…]; default: full and predictor"
-    )
-    parser.add_argument("--recovery", type=int, default=0, metavar="N", help="measure it at every N-th step (0: never)")
-    parser.add_argument(
-        "--out", type=Path, metavar="F", help="JSON of all cells, written after each; done cells are kept"
-    )
+    add("--data", required=True, metavar="D", help=what)
+    add("--tasks", default="kv,facts", help=f"of {','.join(synthetic.TASKS)} (%(default)s)")
+    add("--questions", type=int, default=100, metavar="N", help="in all, rounded up to whole documents (%(default)s)")
+    add("--per-document", type=int, default=20, metavar="N", help="questions a document (%(default)s)")
+    add("--tail", type=int, metavar="N", help="ask nothing, decode the last N tokens taken of each document")
+    add("--documents", type=int, default=20, metavar="N", help="with --tail: at most (%(default)s)")
+    add("--per-file", type=int, default=1, metavar="N", help="with --tail: documents of a .txt file (%(default)s)")
+    add("--context", type=int, default=8192, metavar="N", help="tokens of document and question or tail (%(default)s)")
+    add("--budgets", default="256,512", metavar="N,N", help="default %(default)s")
+    add("--rule", action="append", metavar="RULE", help="[name:] policy[,field=value…]; default: full and predictor")
+    what = f"measure it at every N-th step (0: never, with --tail at every {TAIL_INTERVAL}th)"
+    add("--recovery", type=int, default=0, metavar="N", help=what)
+    what = "JSON of all cells, written after each; those done by the same rule are kept"
+    add("--out", type=Path, metavar="F", help=what)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -60,7 +64,9 @@ def main(args: argparse.Namespace) -> int:
     budgets = whole_numbers("--budgets", args.budgets)
     for rule in rules:
         for budget in budgets:
-            OffloadConfig(**({"budget": budget} | rule.settings))  # refuse bad settings before anything runs
+            check_rule(rule, budget)
+    if len({rule.name for rule in rules}) < len(rules):
+        raise ConfigError(f"--rule: names must differ, got {', '.join(rule.name for rule in rules)}")
     if args.tail is not None:
         args.recovery = args.recovery or TAIL_INTERVAL
         cases = _tails(args)
@@ -71,8 +77,10 @@ def main(args: argparse.Namespace) -> int:
     cells = _load(args.out, settings)
     for budget in budgets:
         for rule in rules:
-            if any(cell.rule == rule.name and cell.budget == budget for cell in cells):
+            same = [cell for cell in cells if (cell.rule, cell.budget) == (rule.name, budget)]
+            if any(cell.settings == rule.settings for cell in same):
                 continue
+            cells = [cell for cell in cells if cell not in same]  # another rule had this name
             with tqdm(total=len(cases), desc=f"{rule.name}, budget {budget}", unit="doc", disable=None) as progress:
                 cell = judge(model, cases, rule, budget, measure_recovery=args.recovery, after_each=progress.update)
             cells.append(cell)
@@ -84,6 +92,13 @@ def main(args: argparse.Namespace) -> int:
                 temporary.replace(args.out)
     print(markdown(cells))
     return 0
+
+
+def check_rule(rule: Rule, budget: int) -> None:
+    """Refuse bad settings, and a predictor that can't be had, before anything runs."""
+    config = OffloadConfig(**({"budget": budget} | rule.settings))
+    if issubclass(policy_class(config.policy), Predictor):
+        AttentionPredictor.from_pretrained(config.predictor, block_size=config.block_size)
 
 
 def _questions(args: argparse.Namespace) -> list[Case]:
@@ -121,10 +136,10 @@ def _load(path: Path | None, settings: dict[str, str]) -> list[Cell]:
         return []
     try:
         saved = json.loads(path.read_text())
-        cells = [Cell(**one) for one in saved["cells"]]
+        before, cells = dict(saved["settings"]), [Cell(**one) for one in saved["cells"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--out {path} is not a table of this command: {error}") from error
-    if saved["settings"] != settings:
-        differing = [key for key in settings if saved["settings"].get(key) != settings[key]]
+    if before != settings:
+        differing = [key for key in before | settings if before.get(key) != settings.get(key)]
         raise ConfigError(f"--out {path} holds a table of other settings ({', '.join(differing)}): choose another file")
     return cells
