@@ -101,7 +101,7 @@ def _check_tensors(path: Path, tensors: Mapping[Any, Any], expected: Mapping[str
         )
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}, expected a tensor")
+            raise CheckpointError(f"{path}: {name} is of type {type(tensor).__name__}, expected a tensor")
         shape, allowed = list(tensor.shape), list(expected[name].shape)
         if shape != allowed:
             raise CheckpointError(f"{path}: tensor {name} has shape {shape}, expected {allowed}")

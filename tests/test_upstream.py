@@ -48,6 +48,16 @@ def test_it_computes_the_published_function(tmp_path: Path) -> None:
     assert AttentionPredictor.from_pretrained(tmp_path / "saved").training_facts == {"upstream": "best_model.pth"}
 
 
+def test_a_wrapped_state_dict_is_refused_by_the_names_it_has(tmp_path: Path) -> None:
+    torch.save({"state_dict": made_up(), "epoch": 3}, tmp_path / "checkpoint.pth")
+    message = r"missing tensors \['conv1.bias', .*\], unexpected tensors \['epoch', 'state_dict'\]"
+    with pytest.raises(CheckpointError, match=message):
+        AttentionPredictor.from_upstream(tmp_path / "checkpoint.pth")
+    torch.save([1, 2], tmp_path / "checkpoint.pth")
+    with pytest.raises(CheckpointError, match="found list, expected tensors by name"):
+        AttentionPredictor.from_upstream(tmp_path / "checkpoint.pth")
+
+
 class Attack:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, ("attacked",)
@@ -58,7 +68,8 @@ DAMAGE = {
     "unexpected": ({"conv4.bias": torch.ones(1)}, r"missing tensors \[\], unexpected tensors \['conv4.bias'\]"),
     "shape": ({"conv1.bias": torch.ones(8)}, r"conv1.bias has shape \[8\], expected \[16\]"),
     "nan": ({"conv1.bias": torch.full((16,), torch.nan)}, "conv1.bias holds NaN"),
-    "no tensor": ({"epoch": 3}, "expected tensors by name"),
+    "no tensor": ({"conv1.bias": 3}, "conv1.bias is of type int, expected a tensor"),
+    "numbered": ({7: torch.ones(1)}, r"unexpected tensors \['7'\]"),
     "code": ({"conv1.bias": Attack()}, "not a file of weights alone"),
 }
 
