@@ -38,6 +38,13 @@ def test_another_column(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl", field="prompt")[0].text == "this"
 
 
+def test_lines_of_jsonl_end_with_line_feeds_alone(tmp_path: Path) -> None:
+    rows = ['{"text": "one\u2028and\x85one"}', "", '{"text": "two"}\r', "  ", ""]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    found = {document.name: document.text for document in read(tmp_path / "a.jsonl")}
+    assert found == {"a.jsonl#1": "one\u2028and\x85one", "a.jsonl#2": "two"}
+
+
 class Letters:
     """A tokenizer with one token a character."""
 
@@ -70,13 +77,20 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = read("owner/name/config:test", limit=3)
     assert [document.name for document in documents] == [f"owner/name/config:test#{n}" for n in (1, 2, 3)]
     read("owner/name", limit=1)
-    assert asked == [("owner/name", "config", "test", True), ("owner/name", None, "train", True)]
+    read("wikitext:test", limit=1)
+    assert asked == [
+        ("owner/name", "config", "test", True),
+        ("owner/name", None, "train", True),
+        ("wikitext", None, "test", True),
+    ]
 
 
 REFUSED = {
-    "nowhere": (None, "no such file or directory, and no name of a hub data set"),
+    "nowhere": (None, "no such file or directory, and the hub gives no such data set"),
+    "nowhere.txt": (None, "no such file or directory, and no name of a hub data set"),
+    "/nowhere": (None, "no such file or directory, and no name of a hub data set"),
     "a.md": ("x", "expected a .txt, .jsonl, .parquet file"),
-    "a.jsonl": ("{", "row 1: not readable as JSON"),
+    "a.jsonl": ("\n{", "line 2: not readable as JSON"),
     "b.jsonl": ('{"words": "x"}', r"row 1: expected text in 'text' \(--field\), .*; found columns words"),
     "c.jsonl": ("[1]", r"found \[1\]"),
     "d.jsonl": ('{"text": "x", "continuations": 1}', r"row 1: expected a list of texts in 'continuations'; found 1"),

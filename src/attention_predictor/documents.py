@@ -60,7 +60,7 @@ def read_documents(source: str, *, per_file: int, limit: int | None, field: str 
     where questions stand. It may have ``continuations``, a list of texts that each follow it.
 
     A data set of the hub is named ``owner/name``, ``owner/name:split`` or ``owner/name/config:split`` and read as a
-    stream.
+    stream; old ones have no owner.
 
     Raises:
         DataError: Names the file and line, or the data set, and what was expected.
@@ -127,11 +127,14 @@ def _read(file: Path) -> str:
 
 
 def _jsonl(file: Path) -> Iterator[Any]:
-    for number, line in enumerate(_read(file).splitlines(), 1):
+    # Not splitlines: inside a JSON string other line separators, such as U+2028, may stand as they are.
+    for number, line in enumerate(_read(file).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             yield json.loads(line)
         except ValueError as error:
-            raise DataError(f"{file}, row {number}: not readable as JSON: {line[:40]!r}") from error
+            raise DataError(f"{file}, line {number}: not readable as JSON: {line[:40]!r}") from error
 
 
 def _parquet(file: Path) -> Iterator[Any]:
@@ -143,14 +146,14 @@ def _parquet(file: Path) -> Iterator[Any]:
 
 
 def _of_hub(source: str, field: str) -> Iterator[Document]:
-    name, _, split = source.partition(":")
-    owner, _, rest = name.partition("/")
-    rest, _, config = rest.partition("/")
-    if not owner or not rest:
-        raise DataError(f"{source}: no such file or directory, and no name of a hub data set (owner/name:split)")
+    path, _, split = source.partition(":")
+    parts = path.split("/", 2)
+    if not all(parts) or path.endswith(SUFFIXES):
+        raise DataError(f"{source}: no such file or directory, and no name of a hub data set ([owner/]name:split)")
+    name, config = "/".join(parts[:2]), "".join(parts[2:])
     datasets = _datasets()
     try:
-        rows = datasets.load_dataset(f"{owner}/{rest}", config or None, split=split or "train", streaming=True)
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         yield from _of_rows(source, rows, source, field)
     except DataError:
         raise
