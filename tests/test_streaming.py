@@ -39,14 +39,26 @@ def agree(windowed: ScoreHistory, streamed: StreamedHistory, first: int, last: i
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "steps"), [(64, 1000), (5, 300), (8, 300), (3, 20), (97, 200)])
-def test_equal_over_many_steps_with_blocks_arriving(rows, steps):
+RUNS = [(64, 1000, False), (64, 1000, True), (24, 1000, False), (5, 300, True), (8, 300, False), (3, 20, False)]
+
+
+@pytest.mark.parametrize(("rows", "steps", "resets"), [*RUNS, (97, 200, False)])
+def test_equal_over_many_steps_with_blocks_arriving(rows, steps, resets):
     generator = torch.Generator().manual_seed(1)
     windowed, streamed = pair(make_network(rows))
+    prompt = make_row(40, torch.Generator().manual_seed(2))[:, :, None].repeat(1, 1, rows // 2 + 1, 1)
     for history in (windowed, streamed):
-        history.start(make_row(40, torch.Generator().manual_seed(2))[:, :, None].repeat(1, 1, rows // 2 + 1, 1))
+        history.start(prompt)
     blocks = 40
     for step in range(steps):
+        if resets and step % 190 == 180:  # as after rejected drafts, and as in a further conversation
+            blocks -= 3
+            for history in (windowed, streamed):
+                history.crop(blocks)
+        elif resets and step % 400 == 300:
+            blocks = 40
+            for history in (windowed, streamed):
+                history.start(prompt)
         blocks += step % 16 == 0
         row = make_row(blocks, generator)
         if step % 5 == 0:
