@@ -25,9 +25,10 @@ def make_record(seed: int, *, layer: int = 0, head: int = 0, steps: int = 120, f
     return Record(0, layer, head, first_tokens, mass_QN / 4, mass_QN)
 
 
-def make_recording(directory: Path, documents: int = 6, **shape: int) -> HistoryWriter:
+def make_recording(directory: Path, documents: int = 6, *, files: int | None = None, **shape: int) -> HistoryWriter:
+    """Documents of 4 heads each, taken in turn from so many files."""
     writer = HistoryWriter(directory, META)
     for i in range(documents):
         records = (make_record(10 * i + head, head=head, layer=head % 2, **shape) for head in range(4))
-        writer.write(f"books/{i}: a title?", records)
+        writer.write(f"books/{i}: a title?", records, group=None if files is None else f"file {i % files}")
     return writer

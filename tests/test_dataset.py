@@ -61,11 +61,36 @@ def test_an_interrupted_writer_resumes(tmp_path: Path) -> None:
     assert [dataset.split(document) for document in dataset.documents] == [None, "validation"]
 
 
-@pytest.mark.parametrize(("field", "value"), [("block_size", 32), ("sink", 0), ("recent", 32), ("model", "other")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("block_size", 32), ("sink", 0), ("recent", 32), ("model", "other"), ("max_tokens", 9), ("budgets", "256")],
+)
 def test_a_writer_does_not_mix_recordings(field: str, value: object, tmp_path: Path) -> None:
+    HistoryWriter(tmp_path, META | {field: value})  # holds nothing, and binds nobody
     make_recording(tmp_path, 1)
     with pytest.raises(DataError, match=f"holds a recording with {field}"):
         HistoryWriter(tmp_path, META | {field: value})
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_lost_or_cut_shard_is_recorded_again(part: int, tmp_path: Path) -> None:
+    make_recording(tmp_path, 2)
+    one, other = sorted((tmp_path / "shards").iterdir())
+    one.unlink()
+    other.write_bytes(other.read_bytes()[:-9])
+    refuse(tmp_path, "record again to repair it")
+    writer = HistoryWriter(tmp_path, META, part=part)
+    for document in ("books/0: a title?", "books/1: a title?"):
+        assert not writer.has(document)
+        writer.write(document, [make_record(3), make_record(4, head=1)])  # of another size than the first time
+        assert writer.has(document)
+    load_all(tmp_path)
+
+
+def test_a_place_that_cannot_hold_a_recording(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file: can't hold a recording: "):
+        HistoryWriter(tmp_path / "file", META)
 
 
 def test_several_writers_of_one_recording(tmp_path: Path) -> None:

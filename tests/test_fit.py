@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from attention_predictor.predictor.errors import CheckpointError, ConfigError, D
 from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.train import fit as fit_module
 from attention_predictor.train.dataset import HistoryDataset, HistoryWriter
-from attention_predictor.train.fit import add_arguments, fit, main
+from attention_predictor.train.fit import add_arguments, fit, main, train_step
 from attention_predictor.train.objective import document_loss
 from attention_predictor.train.options import TrainOptions
 from attention_predictor.train.shards import Record
@@ -69,6 +70,34 @@ def test_a_requested_split_is_kept(tmp_path: Path) -> None:
     training, held_out = fit_module.split_documents(HistoryDataset(tmp_path), 0.5, 0)
     assert held_out == ["judge"]
     assert len(training) == 2
+
+
+def test_documents_of_one_group_are_held_out_together(tmp_path: Path) -> None:
+    make_recording(tmp_path / "data", 9, files=3)
+    dataset = HistoryDataset(tmp_path / "data")
+    for seed in range(5):
+        training, held_out = fit_module.split_documents(dataset, 0.1, seed)
+        assert (len(training), len(held_out)) == (6, 3)
+        assert not {dataset.group(one) for one in training} & {dataset.group(one) for one in held_out}
+    make_recording(tmp_path / "one", 4, files=1)
+    with pytest.raises(DataError, match="no document is left to train on; record at least 2 texts"):
+        fit(tmp_path / "one", tmp_path / "out")
+
+
+def test_a_damaged_document_is_found_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = make_recording(tmp_path / "data", 3)
+    writer.write("judge", [make_record(77)], split="validation")
+
+    def damaged(record: Record) -> Record:
+        return replace(record, mass_QN=record.mass_QN.index_fill(0, torch.tensor([5]), torch.nan))
+
+    monkeypatch.setattr(torch, "isfinite", lambda values: torch.ones(()).bool())  # or the writer would refuse it
+    writer.write("books/2: a title?", [damaged(make_record(20))])
+    monkeypatch.undo()
+    monkeypatch.setattr(fit_module, "train_step", None)
+    monkeypatch.setattr(fit_module, "validate", None)
+    with pytest.raises(DataError, match=r"books-2-a-title-.*parquet: mass hold NaN or infinity"):
+        fit(tmp_path / "data", tmp_path / "out", TrainOptions(steps=2))
 
 
 @pytest.mark.parametrize("after", [0, 7])
@@ -158,9 +187,59 @@ def test_a_continued_run_ends_as_one_that_was_never_interrupted(
     assert fit(tmp_path / "data", out, options, resume=True) == whole
     mine, other = (AttentionPredictor.from_pretrained(path).state_dict() for path in (out, tmp_path / "whole"))
     assert all(torch.equal(mine[name], other[name]) for name in mine)
-    (out / STATE_FILE).write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="not a training state"):
-        fit(tmp_path / "data", out, options, resume=True)
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a recording in `data` and the state of an interrupted run in `out`."""
+    directory = tmp_path_factory.mktemp("unfinished")
+    make_recording(directory / "data", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        steps = iter([train_step])
+        patch.setattr(fit_module, "train_step", lambda *args: next(steps, interrupt)(*args))
+        assert fit(directory / "data", directory / "out", SHORT)["interrupted"]
+    return directory
+
+
+SHORT = TrainOptions(steps=3, batch=2, log_every=1)
+STATES: dict[str, tuple[Any, str]] = {
+    "damaged": (lambda state: b"damaged", r"training-state.pt: not a training state \("),
+    "foreign": (lambda state: [1, 2], "format_version is None, this release reads 1"),
+    "older": (lambda state: without(state, "format_version"), "format_version is None, this release reads 1"),
+    "newer": (lambda state: state | {"format_version": 2}, "format_version is 2, this release reads 1"),
+    "lacking": (lambda state: without(state, "curve"), "not a training state, lacks curve"),
+    "predictor": (lambda state: state | {"predictor": {}}, "training-state.pt: of another predictor"),
+    "best": (lambda state: state | {"best": 3}, "training-state.pt: of another predictor"),
+    "optimizer": (lambda state: state | {"optimizer": {}}, "training-state.pt: of another predictor"),
+}
+
+
+@pytest.mark.parametrize("damage", STATES)
+def test_a_state_of_another_kind_is_refused(damage: str, unfinished: Path, tmp_path: Path) -> None:
+    change, message = STATES[damage]
+    changed = change(torch.load(unfinished / "out" / STATE_FILE, weights_only=True))
+    if isinstance(changed, bytes):
+        (tmp_path / STATE_FILE).write_bytes(changed)
+    else:
+        torch.save(changed, tmp_path / STATE_FILE)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        fit(unfinished / "data", tmp_path, SHORT, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_is_not_continued_on_another_recording(unfinished: Path, tmp_path: Path) -> None:
+    make_recording(tmp_path / "data", 2)
+    HistoryWriter(tmp_path / "data", META).write("another", [make_record(5)])
+    with pytest.raises(ConfigError, match=r"other options \(recording was '\w{16}', is '\w{16}'\)"):
+        fit(tmp_path / "data", unfinished / "out", SHORT, resume=True)
+
+
+def without(state: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key != name}
+
+
+def interrupt(*_: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 def test_wandb_without_a_key_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ FORMAT_VERSION = 3
 META_FILE = "meta.json"  # of the first writer; those of others beside it are meta-1.json, …
 SHARDS = "shards"
 IDENTITY = ("block_size", "sink", "recent", "model", "rows")  # what all documents of one recording share
+# These too, where they are given: they decide what the rows of a document mean.
+SETTINGS = ("max_tokens", "steps", "predictor", "budgets")
 ROW_GROUP = 16  # records written at once: bounds memory, whatever the number of layers
 
 
@@ -34,8 +36,9 @@ class HistoryWriter:
 
     Several processes may write at once, each with a `part` of its own and documents of its own.
 
-    `meta` must give block_size, sink, recent (tokens), model and rows ("sparse" or "full"), and may give more, such
-    as the command. In a directory that already holds a recording those five must agree with it.
+    `meta` must give block_size, sink, recent (tokens), model and rows ("sparse" or "full"), and may give more: of that
+    max_tokens, steps, predictor and budgets must, as those five, agree with what the directory already holds. Nothing
+    is held before the first document is there.
     """
 
     def __init__(self, directory: str | os.PathLike[str], meta: Mapping[str, Any], part: int = 0) -> None:
@@ -44,27 +47,36 @@ class HistoryWriter:
         if missing:
             raise DataError(f"meta of a recording lacks {', '.join(missing)}")
         self.meta: dict[str, Any] = {"format_version": FORMAT_VERSION, **meta, "documents": {}}
-        self.others: set[str] = set()  # documents that other parts have
+        self.others: dict[str, Any] = {}  # documents that other parts have
         for path in meta_files(self.directory):
             found = read_meta_file(path)
-            for name in IDENTITY:
-                if found[name] != meta[name]:
+            for name in (*IDENTITY, *SETTINGS):
+                if found.get(name) != meta.get(name):
                     raise DataError(
-                        f"{path}: holds a recording with {name} {found[name]!r}, can't add one with {meta[name]!r}"
+                        f"{path}: holds a recording with {name} {found.get(name)!r}, "
+                        f"can't add one with {meta.get(name)!r}"
                     )
             if path.name == self.file:
                 self.meta = found
             else:
-                self.others |= found["documents"].keys()
-        (self.directory / SHARDS).mkdir(parents=True, exist_ok=True)
-        self._write_meta()
+                self.others |= found["documents"]
+        try:
+            (self.directory / SHARDS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self.directory}: can't hold a recording: {error.strerror or error}") from error
 
     def has(self, document: str) -> bool:
-        """Whether the document is already recorded in full."""
-        return document in self.meta["documents"] or document in self.others
+        """Whether the document is already recorded, its shard as large as it was."""
+        entries = (parts[document] for parts in (self.meta["documents"], self.others) if document in parts)
+        return any(is_whole(self.directory, entry) for entry in entries)
 
-    def write(self, document: str, records: Iterable[Record], *, split: str | None = None) -> None:
-        """Add one document, replacing it if it is there. `split` "validation" keeps it from training."""
+    def write(
+        self, document: str, records: Iterable[Record], *, split: str | None = None, group: str | None = None
+    ) -> None:
+        """Add one document, replacing it if it is there.
+
+        `split` "validation" keeps it from training. Documents of a `group` may overlap and are held out together.
+        """
         pa, parquet = pyarrow_modules()
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", document)[:60].strip(".-")
         name = f"{slug}-{hashlib.sha256(document.encode()).hexdigest()[:8]}.parquet"
@@ -89,6 +101,7 @@ class HistoryWriter:
             "records": count,
             "steps": steps,
             "split": split,
+            "group": group,
         }
         self._write_meta()
 
@@ -115,11 +128,11 @@ class HistoryDataset:
         if not self.meta["documents"]:
             raise DataError(f"{self.directory / META_FILE}: the recording has no documents")
         for entry in self.meta["documents"].values():
-            path = self.directory / SHARDS / entry["shard"]
-            if not path.is_file():
-                raise DataError(f"{path}: shard is missing")
-            if path.stat().st_size != entry["bytes"]:
-                raise DataError(f"{path}: shard has {path.stat().st_size} bytes, expected {entry['bytes']}")
+            if not is_whole(self.directory, entry):
+                path, again = self.directory / SHARDS / entry["shard"], "record again to repair it"
+                if not path.is_file():
+                    raise DataError(f"{path}: shard is missing; {again}")
+                raise DataError(f"{path}: shard has {path.stat().st_size} bytes, expected {entry['bytes']}; {again}")
 
     @property
     def documents(self) -> list[str]:
@@ -128,6 +141,16 @@ class HistoryDataset:
     def split(self, document: str) -> str | None:
         """The split that was asked for when the document was recorded."""
         return self.meta["documents"][document].get("split")
+
+    def group(self, document: str) -> str:
+        """What the document has its text from; the document itself where that was not recorded."""
+        return self.meta["documents"][document].get("group") or document
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when documents come, go, or are recorded anew."""
+        entries = sorted((name, entry["bytes"], entry.get("split")) for name, entry in self.meta["documents"].items())
+        return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
 
     def load(self, document: str) -> Recording:
         """Read and check one document."""
@@ -176,8 +199,17 @@ def read_meta(directory: Path) -> dict[str, Any]:
         for name in IDENTITY:
             if other[name] != meta[name]:
                 raise DataError(f"{path}: {name} is {other[name]!r}, in {files[0].name} it is {meta[name]!r}")
-        meta["documents"] |= other["documents"]
+        for document, entry in other["documents"].items():
+            # What one part has lost another may have recorded again.
+            if document not in meta["documents"] or is_whole(directory, entry):
+                meta["documents"][document] = entry
     return meta
+
+
+def is_whole(directory: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a document's shard is there, as large as `meta.json` says."""
+    path = directory / SHARDS / entry["shard"]
+    return path.is_file() and path.stat().st_size == entry["bytes"]
 
 
 def read_meta_file(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Train a predictor on recorded histories (attnpred record makes them).
 
-Every 100 steps it is judged on held-out documents, and the state of the run is saved: --resume goes on from there, to
-the same losses. The best predictor is kept, by recovery over the steps that it is trained for. A card and learning
-curves lie beside it.
+All documents are read and checked before the first step. Every --log-every steps the predictor is judged on held-out
+documents, and the state of the run is saved: --resume goes on from there, to the same losses. The best predictor is
+kept, by recovery over the steps that it is trained for. A card and learning curves lie beside it.
 
 examples:
   attnpred train --data recordings/ --out my-predictor/
@@ -35,7 +35,7 @@ from attention_predictor.train.objective import LOSSES, TARGETS, document_loss
 from attention_predictor.train.options import PRECISIONS, TrainOptions
 from attention_predictor.train.report import CARD_FILE, CURVES_FILE, card, draw_curves
 from attention_predictor.train.shards import Recording
-from attention_predictor.train.state import forget_state, read_state, write_state
+from attention_predictor.train.state import forget_state, read_state, restore, write_state
 from attention_predictor.train.tracking import TRACKERS, check_tracker, start_tracker
 from attention_predictor.train.validate import Metrics, mean_ahead, validate
 
@@ -85,17 +85,24 @@ def fit(
         validation = [cache.load(document) for document in held_out]
         return validate(predictor, validation, meta, accelerator.device, options.horizon)
 
-    settings = asdict(options) | {"documents": len(training), "processes": accelerator.num_processes}
+    settings = asdict(options) | {
+        "documents": len(training),
+        "recording": dataset.fingerprint,
+        "processes": accelerator.num_processes,
+    }
     state = read_state(out, settings, resume=resume)
 
     predictor = initial(options, accelerator.device, block_size)
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=options.lr, weight_decay=1e-4)
     run: dict[str, Any] = {"step": 0, "best": copied(predictor), "best_mean": -1.0, "validation": {}, "curve": []}
     if state is not None:
-        predictor.load_state_dict(state["predictor"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore(out, state, predictor, optimizer)
         run = {name: state[name] for name in run}
-    elif accelerator.is_main_process:
+    quiet = None if progress and accelerator.is_main_process else True
+    # A damaged shard is found now, not hours into the run. Held-out documents last: they are judged by next.
+    for document in tqdm([*training, *held_out], desc="reading", unit="doc", disable=quiet):
+        cache.load(document)
+    if state is None and accelerator.is_main_process:
         run["validation"] = {name: judged(architecture(name)()) for name in RULES}
         if not run["validation"]["last"]["relative_recovery"]:
             raise DataError(f"{dataset.directory}: held-out documents are too short to judge a predictor by recovery")
@@ -108,7 +115,7 @@ def fit(
         desc=f"train {options.arch}",
         initial=done,
         total=options.steps,
-        disable=None if progress and accelerator.is_main_process else True,
+        disable=quiet,
     )
     try:
         for step in bar:
@@ -258,15 +265,16 @@ class Cache:
 
 
 def split_documents(dataset: HistoryDataset, val_fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """Documents to train on and to judge by: as recorded where splits were given, else at random."""
+    """Documents to train on and to judge by: as recorded where splits were given, else random groups of them."""
     held_out = [document for document in dataset.documents if dataset.split(document) == "validation"]
     if not held_out:
-        documents = sorted(dataset.documents)
-        random.Random(seed).shuffle(documents)
-        held_out = documents[: max(1, round(val_fraction * len(documents)))]
+        groups = sorted({dataset.group(document) for document in dataset.documents})
+        random.Random(seed).shuffle(groups)
+        chosen = set(groups[: max(1, round(val_fraction * len(groups)))])
+        held_out = [document for document in dataset.documents if dataset.group(document) in chosen]
     training = [document for document in dataset.documents if document not in set(held_out)]
     if not training:
-        raise DataError(f"{dataset.directory}: no document is left to train on; record at least 2")
+        raise DataError(f"{dataset.directory}: no document is left to train on; record at least 2 texts")
     return training, held_out
 
 

@@ -85,8 +85,7 @@ def stack(path: Path, rows: list[dict[str, Any]], column: str, shape: tuple[int,
             raise DataError(f"{path}: {column} hold NaN or infinity")
         if joined.min() < 0 or joined.max() > LARGEST:
             raise DataError(f"{path}: {column} reach from {joined.min():.3g} to {joined.max():.3g}, expected 0 to 1")
-    values = torch.from_numpy(joined.astype(np.float16).reshape(len(rows), *shape))
-    return values
+    return torch.from_numpy(joined.astype(np.float16).reshape(len(rows), *shape))
 
 
 def schema(pa: types.ModuleType) -> Any:

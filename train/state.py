@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from attention_predictor.predictor.errors import CheckpointError, ConfigError, one_line
 
+FORMAT_VERSION = 1
 STATE_FILE = "training-state.pt"
+PARTS = {"step", "best", "best_mean", "validation", "curve", "predictor", "optimizer", "options"}
 
 
 def write_state(directory: Path, state: dict[str, Any]) -> None:
     """Whole or not at all."""
     partial = directory / f".{STATE_FILE}.partial"
-    torch.save(state, partial)
+    torch.save({"format_version": FORMAT_VERSION, **state}, partial)
     os.replace(partial, directory / STATE_FILE)
 
 
@@ -24,7 +27,7 @@ def read_state(directory: Path, options: dict[str, Any], *, resume: bool) -> dic
     """What the run in `directory` left, `None` if there is nothing to continue.
 
     ConfigError if there is and `resume` is not asked for, or if its `options` were others; CheckpointError for a file
-    that can't be read.
+    that can't be read or was not written by `write_state`.
     """
     path = directory / STATE_FILE
     if not path.exists():
@@ -33,15 +36,34 @@ def read_state(directory: Path, options: dict[str, Any], *, resume: bool) -> dic
         raise ConfigError(f"{path}: an unfinished run is here; continue it with --resume, or delete the file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        before = state["options"]
     except Exception as error:  # a damaged pickle trips over anything
         raise CheckpointError(f"{path}: not a training state ({one_line(error)})") from error
+    version = state.get("format_version") if isinstance(state, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version is {version!r}, this release reads {FORMAT_VERSION}; delete the file to start anew"
+        )
+    if missing := sorted(PARTS - state.keys()):
+        raise CheckpointError(f"{path}: not a training state, lacks {', '.join(missing)}")
+    before = state["options"]
     differing = [
         f"{name} was {before.get(name)!r}, is {value!r}" for name, value in options.items() if before.get(name) != value
     ]
     if differing:
         raise ConfigError(f"{path}: the unfinished run had other options ({'; '.join(differing)})")
     return state
+
+
+def restore(directory: Path, state: dict[str, Any], predictor: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give predictor and optimiser back what they were; CheckpointError where that belongs to others."""
+    try:
+        for part in ("best", "predictor"):
+            predictor.load_state_dict(state[part])
+        optimizer.load_state_dict(state["optimizer"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory / STATE_FILE}: of another predictor ({one_line(error)}); delete the file to start anew"
+        ) from error
 
 
 def forget_state(directory: Path) -> None:
