@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import POCKET
 
 from attention_predictor import OffloadConfig
+from attention_predictor.cli import main
 from attention_predictor.documents import Excerpt
+from attention_predictor.loading import load_tokenizer
 from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.predictor.errors import DataError
+from attention_predictor.train import recorder
+from attention_predictor.train.dataset import HistoryDataset
 from attention_predictor.train.estimate import check_space, in_words, largest_size, seconds_a_document
 from attention_predictor.train.recorder import FullRecorder, SparseRecorder, record
 
@@ -51,8 +63,10 @@ def test_sparse_rows_are_what_the_history_was_told(tiny_model, ids):
         assert other.mass_QN.sum(-1).allclose(torch.ones(STEPS), atol=1e-4)
 
 
+@pytest.mark.parametrize("at_once", [2, 16])
 @pytest.mark.parametrize("policy", [FullRecorder, SparseRecorder])
-def test_tails_of_one_prompt_are_recorded_as_each_by_itself(tiny_model, ids, policy):
+def test_tails_of_one_prompt_are_recorded_as_each_by_itself(tiny_model, ids, policy, at_once, monkeypatch):
+    monkeypatch.setattr(recorder, "SEQUENCES", at_once)
     model, tokens = tiny_model("llama"), ids(400)[0].tolist()
     tails = [ids(TAIL, seed=seed)[0].tolist() for seed in (1, 2)]
     settings = {"budget": 64, "sink": 16, "recent": 16, "late_fetch": 0.0}
@@ -79,3 +93,122 @@ def test_a_recording_that_does_not_fit_the_disk_is_refused(tiny_model, tmp_path)
     assert "at most 0.00 GiB" in check_space(tmp_path / "not" / "there yet", needed)
     with pytest.raises(DataError, match=r"may take 1048576.0 GiB, .* are free"):
         check_space(tmp_path, 2**50)
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    """`saved(family)`: the directory of a tiny model with the pocket model's tokenizer."""
+
+    def save(family: str = "llama") -> Path:
+        directory = tmp_path / family
+        tokenizer = load_tokenizer(str(POCKET))
+        tiny_model(family, vocab_size=len(tokenizer)).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return save
+
+
+def command(model: Path, data: Path, out: Path, *options: object) -> list[str]:
+    """`attnpred record` of the last 70 of 400 tokens."""
+    fixed = ("record", "--model", model, "--data", data, "--out", out, "--max-tokens", 400, "--steps", 70)
+    return [str(one) for one in (*fixed, *options)]
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Rows of about 700 tokens."""
+    text = (POCKET.parents[1] / "scripts" / "demo_text.txt").read_text(encoding="utf-8")
+    rows = (json.dumps({"text": text[1000 * i : 1000 * i + 3000]}) + "\n" for i in range(count))
+    path.write_text("".join(rows), encoding="utf-8")
+
+
+def test_a_model_without_full_attention_is_refused_before_anything_is_written(saved, tmp_path, capsys):
+    write_rows(tmp_path / "a.jsonl", 1)
+    assert main(command(saved("mistral-sliding"), tmp_path / "a.jsonl", tmp_path / "out")) == 2
+    assert "MistralForCausalLM has no full-attention layer to record" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_recording_goes_on_and_ends_as_one_that_was_not(saved, tmp_path):
+    model, data = saved(), tmp_path / "a.jsonl"
+    write_rows(data, 8)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(command(model, data, whole)) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "attention_predictor.cli", *command(model, data, parts)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in this process: sums in the same order
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not list(parts.glob("shards/[!.]*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9
+    assert len(list(parts.glob("shards/[!.]*"))) < 8
+    assert main(command(model, data, parts)) == 0
+    one, other = HistoryDataset(parts), HistoryDataset(whole)
+    assert one.documents == other.documents
+    assert sorted(path.name for path in (parts / "shards").iterdir()) == sorted(
+        path.name for path in (whole / "shards").iterdir()
+    )
+    for document in one.documents:
+        mine, its = one.load(document), other.load(document)
+        assert torch.equal(mine.scores_XQN, its.scores_XQN)
+        assert torch.equal(mine.mass_XQN, its.mass_XQN)
+
+
+def test_repeats_are_left_out_and_groups_noted(saved, tmp_path, capsys):
+    model, data, out = saved(), tmp_path / "texts", tmp_path / "out"
+    data.mkdir()
+    text = (POCKET.parents[1] / "scripts" / "demo_text.txt").read_text(encoding="utf-8")
+    (data / "a.txt").write_text(text[:1200], encoding="utf-8")  # fewer than 400 tokens: the same ones at any place
+    (data / "b.txt").write_text(text[:6000], encoding="utf-8")
+    (data / "c.txt").write_text("too short", encoding="utf-8")
+    for _ in range(2):  # again: repeats stay out
+        assert main(command(model, data, out, "--per-file", 2)) == 0
+        assert "1 of 6 documents repeat another one of their file" in capsys.readouterr().out
+    dataset = HistoryDataset(out)
+    assert {document: dataset.group(document) for document in dataset.documents} == {
+        "a.txt#0": "a.txt",
+        "b.txt#0": "b.txt",
+        "b.txt#1": "b.txt",
+    }
+
+
+def test_only_what_is_still_to_record_needs_room(saved, tmp_path, capsys, monkeypatch):
+    model, data, out = saved(), tmp_path / "a.jsonl", tmp_path / "out"
+    write_rows(data, 2)
+    assert main(command(model, data, out)) == 0
+    write_rows(data, 3)
+    asked = []
+    monkeypatch.setattr("attention_predictor.train.record.check_space", lambda _, needed: asked.append(needed) or "")
+    assert main(command(model, data, out)) == 0
+    assert "recording 1 documents" in capsys.readouterr().out
+    assert asked == [2 * 2 * 2 * 2 * 70 * (400 // 16)]
+
+
+def test_settings_of_a_recording_are_kept(saved, tmp_path, capsys):
+    model, data, out = saved(), tmp_path / "a.jsonl", tmp_path / "out"
+    write_rows(data, 1)
+    assert main(command(model, data, out)) == 0
+    assert main(command(model, data, out, "--budgets", 512)) == 2
+    assert "holds a recording with budgets '256,512', can't add one with '512'" in capsys.readouterr().err
+
+
+def test_a_process_with_short_documents_only_lets_the_others_go_on(saved, tmp_path, capsys, monkeypatch):
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"text": "short"}\n')
+    arguments = command(saved(), data, tmp_path / "out")
+    assert main(arguments) == 2
+    monkeypatch.setattr("attention_predictor.train.record.PartialState", lambda **_: Two())
+    assert main(arguments) == 0
+    assert "1 of 1 documents have no more than" in capsys.readouterr().out
+    data.write_text("\n")
+    assert main(arguments) == 2
+    assert "holds no document" in capsys.readouterr().err
+
+
+class Two:
+    """The first of two processes."""
+
+    num_processes, process_index, is_main_process = 2, 0, True

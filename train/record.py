@@ -8,9 +8,9 @@ With --rows sparse, the default, all but the first 64 steps are decoded one by o
 are those a predictor sees at inference: exact where the step attended, estimated from the key sketch elsewhere. With
 --rows full everything is attended, in one pass, as the published training does.
 
-A .txt file gives up to --per-file documents from places spread over it. A row of a .jsonl or .parquet file, or of a
-data set of the hub, gives one, whose end is kept when it is too long: that is where questions and answers stand.
-Documents already recorded are skipped, so an interrupted run goes on.
+A .txt file gives --per-file documents from places spread over it, fewer where these would be the same tokens. A row of
+a .jsonl or .parquet file, or of a data set of the hub, gives one, whose end is kept when it is too long: that is where
+questions and answers stand. Documents already recorded are skipped, so an interrupted run goes on.
 
 examples:
   attnpred record --data texts/ --out runs/histories
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import zlib
+from itertools import compress, groupby
 from pathlib import Path
 
 from accelerate import PartialState
@@ -39,7 +40,7 @@ from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.train.dataset import HistoryWriter
 from attention_predictor.train.estimate import check_space, in_words, largest_size, seconds_a_document
-from attention_predictor.train.recorder import FullRecorder, SparseRecorder, record
+from attention_predictor.train.recorder import FullRecorder, SparseRecorder, attach_recorder, record
 
 ROWS = ("sparse", "full")
 SAMPLE = 4  # documents that the estimate of time is made from
@@ -53,7 +54,7 @@ def is_validation(group: str, share: float) -> bool:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
-        "--data", required=True, metavar="D", help=".txt, .jsonl or .parquet file, a directory, or owner/name:split"
+        "--data", required=True, metavar="D", help=".txt, .jsonl or .parquet file, a directory, or [owner/]name:split"
     )
     parser.add_argument("--field", default="text", metavar="F", help="column of a row's text (%(default)s)")
     parser.add_argument("--documents", type=int, metavar="N", help="at most so many; needed for a data set of the hub")
@@ -63,8 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", choices=ROWS, default="sparse", help="what a predictor is shown (%(default)s)")
     parser.add_argument("--predictor", default="ema", metavar="P", help="that selects for sparse rows (%(default)s)")
     parser.add_argument("--budgets", default="256,512", metavar="N,N", help="of sparse rows, in turn (%(default)s)")
-    parser.add_argument("--per-file", type=int, default=4, metavar="N", help="documents a .txt file (%(default)s)")
-    parser.add_argument("--validation", type=float, default=0.1, metavar="SHARE", help="of the documents (%(default)s)")
+    parser.add_argument("--per-file", type=int, default=4, metavar="N", help="documents of a .txt file (%(default)s)")
+    what = "of the .txt files and rows, chosen by a hash of their names, kept from training (%(default)s)"
+    parser.add_argument("--validation", type=float, default=0.1, metavar="SHARE", help=what)
 
 
 def recording_configs(args: argparse.Namespace) -> list[OffloadConfig]:
@@ -96,11 +98,14 @@ def main(args: argparse.Namespace) -> int:
             f"--data {args.data}: no such file or directory; of a data set of the hub, say with --documents how much"
         )
     documents = list(read_documents(args.data, per_file=args.per_file, limit=args.documents, field=args.field))
+    if not documents:
+        raise DataError(f"--data {args.data}: holds no document")
     tokenizer = load_tokenizer(args.model)
     processes = PartialState(cpu=args.device == "cpu")
     if processes.num_processes > 1 and args.device != "cpu":
         args.device = str(processes.device)
     model = load_model(args.model, args.device, args.dtype)
+    attach_recorder(model, defaults).detach()  # refused now, before anything is written
     check_positions(model.config.get_text_config(decoder=True), args.max_tokens)
     meta = {
         "block_size": defaults.block_size,
@@ -114,30 +119,46 @@ def main(args: argparse.Namespace) -> int:
     }
     if args.rows == "sparse":
         meta |= {"predictor": str(args.predictor), "budgets": args.budgets}
-    sequences = sum(len(document.continuations) or 1 for document in documents)
-    space = check_space(args.out, largest_size(model, sequences, args.max_tokens, args.steps, defaults.block_size))
     writer = HistoryWriter(args.out, meta, part=processes.process_index)
-    mine = list(enumerate(documents))[processes.process_index :: processes.num_processes]
-    left = [(number, document) for number, document in mine if not writer.has(document.name)]
+    missing = [not writer.has(document.name) for document in documents]
+    sequences = sum(len(document.continuations) or 1 for document in compress(documents, missing))
+    space = check_space(args.out, largest_size(model, sequences, args.max_tokens, args.steps, defaults.block_size))
+    mine = range(len(documents))[processes.process_index :: processes.num_processes]
+    left = [number for number in mine if missing[number]]
+    # Budgets take turns within a file and from one to the next: of a short file only the first document is recorded.
+    files = groupby(documents, key=lambda document: document.group)
+    turns = [number + part for number, (_, same) in enumerate(files) for part, _ in enumerate(same)]
 
     def taken(document: Document) -> Excerpt | None:
         found = excerpt(document, tokenizer, args.max_tokens, args.steps - PROMPT_ROWS)
         return found if len(found.prompt) > PROMPT_ROWS + defaults.sink + defaults.recent else None
 
-    sample = [found for _, document in left[:: len(left) // SAMPLE + 1] if (found := taken(document)) is not None]
+    def is_repeat(number: int, found: Excerpt) -> bool:
+        # Places ascend within a file, so that what is taken twice is taken twice in a row.
+        before = documents[max(number - 1, 0)]
+        return number > 0 and before.group == documents[number].group and taken(before) == found
+
+    sample = [found for number in left[:: len(left) // SAMPLE + 1] if (found := taken(documents[number])) is not None]
     if sample and processes.is_main_process:
         time = in_words(len(left) * seconds_a_document(model, sample, defaults))
-        print(f"recording {len(documents)} documents: {space}, {time} on {model.device.type}")
-    short = 0
-    for number, document in tqdm(left, desc="recording", unit="doc", disable=None):
+        print(f"recording {sum(missing)} documents: {space}, {time} on {model.device.type}")
+    short = repeats = 0
+    for number in tqdm(left, desc="recording", unit="doc", disable=None):
+        document = documents[number]
         found = taken(document)
         if found is None:
             short += 1
             continue
+        if is_repeat(number, found):
+            repeats += 1
+            continue
         split = "validation" if is_validation(document.group, args.validation) else "train"
-        writer.write(document.name, record(model, found, configs[number % len(configs)]), split=split)
+        records = record(model, found, configs[turns[number] % len(configs)])
+        writer.write(document.name, records, split=split, group=document.group)
     if short:
         print(f"{short} of {len(mine)} documents have no more than {least} tokens and were left out")
-    if mine and short == len(mine):
+    if repeats:
+        print(f"{repeats} of {len(mine)} documents repeat another one of their file and were left out")
+    if short == len(mine) and processes.num_processes == 1:  # of several, another one may have longer documents
         raise DataError(f"no document of {args.data} has more than {least} tokens")
     return 0

@@ -15,12 +15,15 @@ from attention_predictor.documents import Excerpt
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.dense import ScoreRows
+from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.layer import TieredLayer
 from attention_predictor.offload.policies import LayerSpec, Policy, Step, register
 from attention_predictor.offload.policies.predictor import Predictor
 from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.predictor.errors import ConfigError
 from attention_predictor.train.shards import Record
+
+SEQUENCES = 16  # decoded at once: a sequence's cache and rows are as large as the prompt is long
 
 
 @register
@@ -84,40 +87,54 @@ class SparseRecorder(Predictor):
         return _joined([*self.prompt, ScoreRows(_padded(self.told), truth.mass_BGQN)])
 
 
+def attach_recorder(model: PreTrainedModel, config: OffloadConfig) -> Engine:
+    """Attach one of the two recording policies; AttachError or ConfigError where it would see nothing."""
+    engine = attach(model, config)
+    if not engine.tiered_layers:
+        engine.detach()
+        raise ConfigError(f"{type(model).__name__} has no full-attention layer to record")
+    return engine
+
+
 @torch.no_grad()
 def record(model: PreTrainedModel, excerpt: Excerpt, config: OffloadConfig) -> Iterator[Record]:
     """Records of an excerpt under one of the two recording policies.
 
     A record holds the prompt's last ``PROMPT_ROWS`` rows and those of one tail. With ``FullRecorder``, ``history`` must
-    be at least a tail's length.
+    be at least a tail's length. Many tails are taken ``SEQUENCES`` at a time, with a prefill each.
 
     Raises:
         ConfigError: The model has no full-attention layer.
     """
-    with attach(model, config) as engine:
-        if not engine.tiered_layers:
-            raise ConfigError(f"{type(model).__name__} has no full-attention layer to record")
-        cache = engine.new_cache()
-        model(torch.tensor([excerpt.prompt], device=model.device), past_key_values=cache, logits_to_keep=1)
-        tails_BQ = torch.tensor(excerpt.tails, device=model.device)
-        cache.batch_repeat_interleave(len(excerpt.tails))
-        for part_BQ in tails_BQ.split(1 if config.policy == SparseRecorder.name else tails_BQ.shape[1], dim=1):
-            model(part_BQ, past_key_values=cache, logits_to_keep=1)
-        for layer in cache.layers:
-            if not isinstance(layer, TieredLayer):
-                continue
-            assert isinstance(layer.policy, FullRecorder | SparseRecorder)
-            shown = layer.policy.shown()
-            for sequence in range(layer.batch):
-                for head in range(layer.kv_heads):
-                    yield Record(
-                        sequence=sequence,
-                        layer=layer.number,
-                        head=head,
-                        first_tokens=len(excerpt.prompt) - PROMPT_ROWS + 1,
-                        scores_QN=shown.scores_BGQN[sequence, head],
-                        mass_QN=shown.mass_BGQN[sequence, head],
-                    )
+    with attach_recorder(model, config) as engine:
+        for first in range(0, len(excerpt.tails), SEQUENCES):
+            part = Excerpt(excerpt.prompt, excerpt.tails[first : first + SEQUENCES])
+            yield from _decoded(model, engine, part, first)
+
+
+def _decoded(model: PreTrainedModel, engine: Engine, excerpt: Excerpt, first: int) -> Iterator[Record]:
+    """Records of tails decoded together, their sequences counted from ``first``."""
+    cache = engine.new_cache()
+    model(torch.tensor([excerpt.prompt], device=model.device), past_key_values=cache, logits_to_keep=1)
+    tails_BQ = torch.tensor(excerpt.tails, device=model.device)
+    cache.batch_repeat_interleave(len(excerpt.tails))
+    for part_BQ in tails_BQ.split(1 if engine.config.policy == SparseRecorder.name else tails_BQ.shape[1], dim=1):
+        model(part_BQ, past_key_values=cache, logits_to_keep=1)
+    for layer in cache.layers:
+        if not isinstance(layer, TieredLayer):
+            continue
+        assert isinstance(layer.policy, FullRecorder | SparseRecorder)
+        shown = layer.policy.shown()
+        for sequence in range(layer.batch):
+            for head in range(layer.kv_heads):
+                yield Record(
+                    sequence=first + sequence,
+                    layer=layer.number,
+                    head=head,
+                    first_tokens=len(excerpt.prompt) - PROMPT_ROWS + 1,
+                    scores_QN=shown.scores_BGQN[sequence, head],
+                    mass_QN=shown.mass_BGQN[sequence, head],
+                )
 
 
 def _indexed(rows: ScoreRows, batch_index: Tensor) -> ScoreRows:
