@@ -112,7 +112,7 @@ def saved(tiny_model, tmp_path):
 def command(model: Path, data: Path, out: Path, *options: object) -> list[str]:
     """`attnpred record` of the last 70 of 400 tokens."""
     fixed = ("record", "--model", model, "--data", data, "--out", out, "--max-tokens", 400, "--steps", 70)
-    return [str(one) for one in (*fixed, *options)]
+    return [str(one) for one in (*fixed, "--device", "cpu", *options)]
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -195,6 +195,12 @@ def test_settings_of_a_recording_are_kept(saved, tmp_path, capsys):
     assert "holds a recording with budgets '256,512', can't add one with '512'" in capsys.readouterr().err
 
 
+class Two:
+    """The first of two processes."""
+
+    num_processes, process_index, is_main_process = 2, 0, True
+
+
 def test_a_process_with_short_documents_only_lets_the_others_go_on(saved, tmp_path, capsys, monkeypatch):
     data = tmp_path / "a.jsonl"
     data.write_text('{"text": "short"}\n')
@@ -206,9 +212,3 @@ def test_a_process_with_short_documents_only_lets_the_others_go_on(saved, tmp_pa
     data.write_text("\n")
     assert main(arguments) == 2
     assert "holds no document" in capsys.readouterr().err
-
-
-class Two:
-    """The first of two processes."""
-
-    num_processes, process_index, is_main_process = 2, 0, True

@@ -59,7 +59,7 @@ class HistoryWriter:
             if path.name == self.file:
                 self.meta = found
             else:
-                self.others |= found["documents"]
+                merge(self.directory, self.others, found["documents"])
         try:
             (self.directory / SHARDS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -199,11 +199,15 @@ def read_meta(directory: Path) -> dict[str, Any]:
         for name in IDENTITY:
             if other[name] != meta[name]:
                 raise DataError(f"{path}: {name} is {other[name]!r}, in {files[0].name} it is {meta[name]!r}")
-        for document, entry in other["documents"].items():
-            # What one part has lost another may have recorded again.
-            if document not in meta["documents"] or is_whole(directory, entry):
-                meta["documents"][document] = entry
+        merge(directory, meta["documents"], other["documents"])
     return meta
+
+
+def merge(directory: Path, documents: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Add another part's documents; what one part has lost another may have recorded again."""
+    for document, entry in more.items():
+        if document not in documents or is_whole(directory, entry):
+            documents[document] = entry
 
 
 def is_whole(directory: Path, entry: Mapping[str, Any]) -> bool:

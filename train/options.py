@@ -23,7 +23,7 @@ class TrainOptions:
         batch: Records (layer, KV head) a step, over all processes.
         lr: Largest learning rate; warm-up over the first twentieth, then half a cosine down to 0.
         seed: Of everything random.
-        val_fraction: Share of documents held out where the recording names none.
+        val_fraction: Share of texts (files, or rows of a data set) held out where the recording names none.
         log_every: Steps from one validation, and one saved state, to the next.
         precision: ``"bf16"`` runs the network in bf16; weights, states and loss stay in fp32.
 

@@ -2,7 +2,7 @@
 
 Of a document's last tokens (--steps) the rows of block scores and the true block mass are kept, for every
 full-attention layer and KV head. Where a row of the data names continuations, a list of texts such as questions with
-their answers, each is recorded right behind the document by itself; together they cost one prefill.
+their answers, each is recorded right behind the document by itself; 16 of them together cost one prefill.
 
 With --rows sparse, the default, all but the first 64 steps are decoded one by one with a sparse cache, so that the rows
 are those a predictor sees at inference: exact where the step attended, estimated from the key sketch elsewhere. With

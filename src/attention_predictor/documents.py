@@ -37,7 +37,7 @@ class Document:
 class Excerpt:
     """What is taken of a document, as token ids.
 
-    The prompt is prefilled once; each tail is decoded behind it by itself. All tails are equally long.
+    The prompt is prefilled for all; each tail is decoded behind it by itself. All tails are equally long.
     """
 
     prompt: list[int]
