@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from attention_predictor.offload.layer import TieredLayer
-from attention_predictor.predictor.errors import AttachError
+from attention_predictor.predictor.errors import AttachError, IntegrityError
 
 if TYPE_CHECKING:
     from attention_predictor.offload.engine import Engine
@@ -24,11 +24,24 @@ class TieredCache(DynamicCache):
         super().__init__(config=engine.text_config)
         adopt(self, engine)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Leave ``get_seq_length()`` less what to remove, also where an interrupted forward left layers uneven."""
+        length = int(self.get_seq_length())
+        lengths = layer_lengths(self)
+        for number, layer in enumerate(self.layers):
+            short = length - lengths.get(number, length)
+            remove = min(tokens_to_remove + short, 0) if short else tokens_to_remove
+            layer.crop(remove)  # type: ignore[union-attr]  # as transformers' own `crop`, of layers of any kind
+
     def check_integrity(self) -> None:
-        """Check every tiered layer; raises ``IntegrityError``."""
-        for layer in self.layers:
-            if isinstance(layer, TieredLayer):
-                layer.check_integrity()
+        """Check every tiered layer, that all are of one length, and the prefetcher; raises ``IntegrityError``."""
+        tiered = [layer for layer in self.layers if isinstance(layer, TieredLayer)]
+        for layer in tiered:
+            layer.check_integrity()
+        if unevenness := describe_unevenness(self):
+            raise IntegrityError(unevenness)
+        for layer in tiered[:1]:
+            layer.engine.prefetcher.check_integrity()
 
 
 def adopt(cache: Cache, engine: Engine) -> None:
@@ -43,11 +56,34 @@ def adopt(cache: Cache, engine: Engine) -> None:
         TieredLayer(engine, number) if number in engine.tiered_layers else layer for number, layer in enumerate(layers)
     ]
     cache.layer_class_to_replicate = None
+    if type(cache) is DynamicCache:
+        cache.__class__ = TieredCache  # the layers alone would lack `crop` over uneven ones and `check_integrity`
 
 
 def is_tiered(cache: Cache) -> bool:
     """Whether the cache has tiered layers."""
     return any(isinstance(layer, TieredLayer) for layer in cache.layers)
+
+
+def layer_lengths(cache: Cache) -> dict[int, int]:
+    """Tokens in each layer that counts them."""
+    return {
+        number: int(layer.get_seq_length())  # some versions of transformers keep a tensor
+        for number, layer in enumerate(cache.layers)
+        if isinstance(layer, (TieredLayer, DynamicLayer))
+    }
+
+
+def describe_unevenness(cache: Cache) -> str | None:
+    """What is wrong, and how to go on, where layers differ in length: a forward was interrupted between them."""
+    lengths = layer_lengths(cache).values()
+    if len(set(lengths)) < 2:
+        return None
+    shortest = min(lengths)
+    return (
+        f"the layers of the cache hold from {shortest} to {max(lengths)} tokens: a forward was interrupted; go on with "
+        f"cache.crop({shortest - int(cache.get_seq_length())}), which leaves {shortest} in each, or with a new cache"
+    )
 
 
 def full_attention_layers(config: PreTrainedConfig) -> tuple[int, ...]:

@@ -93,7 +93,8 @@ class OffloadConfig:
         holds = _is_number(self.reserve) and 0 <= self.reserve < math.inf
         self._check("reserve", holds, "a share from 0 on, such as 0.5")
         self._check("prefetch", self.prefetch in PREFETCHERS, _one_of(PREFETCHERS))
-        self._check("skip_layers", all(_is_int(i) and i >= 0 for i in self.skip_layers), "layer numbers from 0 on")
+        holds = isinstance(self.skip_layers, Sequence) and all(_is_int(i) and i >= 0 for i in self.skip_layers)
+        self._check("skip_layers", holds, "layer numbers from 0 on, such as (0, 1)")
         holds = _is_int(self.measure_recovery) and self.measure_recovery >= 0
         self._check("measure_recovery", holds, "0 (never), or n for every n-th step")
         self._check(

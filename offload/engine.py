@@ -11,7 +11,13 @@ import psutil
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from attention_predictor.offload.cache import TieredCache, adopt, full_attention_layers, is_tiered
+from attention_predictor.offload.cache import (
+    TieredCache,
+    adopt,
+    describe_unevenness,
+    full_attention_layers,
+    is_tiered,
+)
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.host_store import HostStore
 from attention_predictor.offload.layer import TieredLayer
@@ -65,11 +71,11 @@ class Engine:
             HostMemoryError: The blocks would not fit in ``config.host_memory``, or in what the system has available.
         """
         check_positions(self.text_config, tokens)
-        if cached and tokens - cached <= self.config.slab_blocks * self.config.block_size:
-            return  # at most one slab a layer more; asking the system at every token would cost more than it tells
         needed = self._host_bytes(batch, tokens)
         if self.config.host_memory is not None:
             limit, source = self.config.host_memory, "host_memory allows"
+        elif cached and tokens - cached <= self.config.slab_blocks * self.config.block_size:
+            return  # at most one slab a layer more; asking the system at every token would cost more than it tells
         else:
             limit = psutil.virtual_memory().available + (self._host_bytes(batch, cached) if cached else 0)
             source = "the system has available"
@@ -177,8 +183,12 @@ class Engine:
                 "engine.new_cache(), or none; set no cache_implementation"
             )
         for layer in cache.layers:
-            if isinstance(layer, TieredLayer) and layer.engine is not self:
-                raise AttachError("the cache belongs to another engine; make one with engine.new_cache()")
+            if isinstance(layer, TieredLayer):
+                if layer.engine is not self:
+                    raise AttachError("the cache belongs to another engine; make one with engine.new_cache()")
+                layer.check_attended()  # before unevenness, which cropping could mend
+        if is_tiered(cache) and (unevenness := describe_unevenness(cache)):
+            raise AttachError(unevenness)
 
 
 def check_positions(text_config: PreTrainedConfig, tokens: int) -> None:

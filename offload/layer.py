@@ -93,7 +93,7 @@ class TieredLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new tokens; the returned key leads the attention function to this layer."""
         self.engine.check_open()
-        self._check_attended()
+        self.check_attended()
         key_states, value_states = key_states.detach(), value_states.detach()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -106,7 +106,8 @@ class TieredLayer(CacheLayerMixin):
         setattr(key_states, HANDLE, self)
         return key_states, value_states
 
-    def _check_attended(self) -> None:
+    def check_attended(self) -> None:
+        """Raise ``AttachError`` if the last step ended between ``update`` and the end of ``attend``."""
         if self.armed:
             raise AttachError(
                 f"layer {self.number}: its last step did not reach the attention function; either the step was "
@@ -134,7 +135,7 @@ class TieredLayer(CacheLayerMixin):
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        self._check_attended()  # else the policy may lack tokens that are in the store
+        self.check_attended()  # else the policy may lack tokens that are in the store
         self.tiers.settle()
         length = max(self.tiers.length + tokens_to_remove, 0)
         if length == 0:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from attention_predictor.predictor.errors import ConfigError, FetchError
+from attention_predictor.predictor.errors import ConfigError, FetchError, IntegrityError
 
 POLL_S = 0.05  # how often a blocked caller looks whether the worker is still alive
 CLOSE_S = 5.0  # how long close() lets submitted jobs finish
@@ -76,6 +76,10 @@ class Prefetcher(ABC):
     def close(self) -> None:
         """Finishes what was submitted and ends the worker. Never raises; also after a failure, or again."""
 
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """Raises IntegrityError, naming what was found, unless what is outstanding is what can be."""
+
     def __enter__(self) -> Prefetcher:
         return self
 
@@ -118,6 +122,9 @@ class SyncPrefetcher(Prefetcher):
 
     def close(self) -> None:
         self._closed = True
+
+    def check_integrity(self) -> None:
+        """Always whole: nothing is ever outstanding."""
 
     def _check(self) -> None:
         if self._error is not None:
@@ -169,8 +176,9 @@ class ThreadPrefetcher(Prefetcher):
                     self._check()
             if self.device.type == "cuda":
                 ticket._submitted = torch.cuda.current_stream(self.device).record_event()
-            self._unfinished.append(ticket)
+            # In this order: a ticket that an interrupt kept from the worker would be waited for, and never be done.
             self._mailbox.jobs.put(ticket)
+            self._unfinished.append(ticket)
         return ticket
 
     def wait(self, ticket: Ticket) -> float:
@@ -190,6 +198,24 @@ class ThreadPrefetcher(Prefetcher):
         if thread is not None and thread is not threading.current_thread():
             thread.join(CLOSE_S)
             self._mailbox.cancelled = True  # too slow: the job in progress is the last one
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError, naming what was found, unless at most `depth` jobs are unfinished, they finish in
+        order, the worker's queue holds no others, and the worker lives unless it was closed or has failed."""
+        # The worker goes on meanwhile. Each read comes before those that its progress could make contradict it.
+        with self._submitting:
+            if (unfinished := len(self._unfinished)) > self.depth:
+                raise IntegrityError(f"at most {self.depth} jobs may be unfinished, found {unfinished}")
+            done = [ticket.done for ticket in reversed(self._unfinished)]
+            if done != sorted(done):
+                raise IntegrityError(f"a job is done before one submitted earlier; last to first: {done}")
+            queued = self._mailbox.jobs.qsize()
+            queued -= not self._end.alive  # the end of all jobs is queued as well
+            if queued > (undone := done.count(False)):
+                raise IntegrityError(f"{undone} jobs are not done, found {queued} in the queue")
+            alive = self._thread is None or self._thread.is_alive()
+            if not alive and self._mailbox.error is None and not self._closed:
+                raise IntegrityError("the prefetch thread is gone, and left no error")
 
     def _start(self) -> None:
         if self.device.type == "cuda" and self.device.index is None:

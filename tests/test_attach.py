@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from attention_predictor import (
     AttachError,
@@ -21,6 +22,7 @@ from attention_predictor import (
     TieredCache,
     attach,
 )
+from attention_predictor.offload.layer import TieredLayer
 from attention_predictor.offload.policies import Policy, policy_class, policy_names, register
 
 CONFIG = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16)
@@ -140,23 +142,23 @@ class TestRefusals:
             "StaticCache": StaticCache(config=model.config, max_cache_len=64),
             "offloading=True": _offloaded(model),
         }
-        with attach(model, CONFIG) as engine:
+        with attach(model, CONFIG):
             for message, cache in caches.items():
                 with pytest.raises(AttachError, match=message):
                     model(ids(20), past_key_values=cache)
             with pytest.raises(AttachError, match="StaticCache"):
                 model.generate(ids(20), cache_implementation="static", max_new_tokens=2)
-        with attach(model, CONFIG):
-            cache = TieredCache(engine) if engine.attached else None
-            assert cache is None
 
     def test_cache_of_another_engine(self, tiny_model, ids):
         one, two = tiny_model(), tiny_model(seed=1)
         with attach(one, CONFIG) as engine, attach(two, CONFIG), pytest.raises(AttachError, match="another engine"):
             two(ids(20), past_key_values=engine.new_cache())
+        with attach(one, CONFIG), pytest.raises(AttachError, match="another engine"):
+            one(ids(20), past_key_values=TieredCache(engine))  # of the engine that was detached
 
     def test_context_beyond_the_positions(self, tiny_model, ids):
         model = tiny_model(max_position_embeddings=64)
+        before = state(model)
         with attach(model, CONFIG) as engine:
             with pytest.raises(ContextLengthError, match="65 tokens: the model has positions for 64"):
                 model(ids(65))
@@ -164,9 +166,11 @@ class TestRefusals:
                 model.generate(ids(60), max_new_tokens=10)
             with pytest.raises(ContextLengthError):
                 engine.check_fits(batch=1, tokens=65)
+        assert same_state(before, state(model))
 
     def test_host_memory_is_estimated_before_the_prefill(self, tiny_model, ids, monkeypatch):
         model = tiny_model()
+        before = state(model)
         with attach(model, OffloadConfig(predictor="ema", host_memory=1 << 19)) as engine:
             model(ids(200), past_key_values=engine.new_cache())
             monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: pytest.fail("work was done"))
@@ -174,6 +178,21 @@ class TestRefusals:
                 model(ids(4000), past_key_values=engine.new_cache())
         with attach(model, CONFIG) as engine, pytest.raises(HostMemoryError, match="the system has available"):
             engine.check_fits(batch=10**9, tokens=4000)
+        assert same_state(before, state(model))
+
+    def test_host_memory_holds_while_decoding(self, tiny_model, ids):
+        model = tiny_model()
+        before = state(model)
+        limit = 2 * 2 * 2 * 8 * 4 * 96  # keys and values of two layers and heads, fp32: 96 tokens
+        config = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, slab_blocks=1, host_memory=limit)
+        with attach(model, config) as engine:
+            cache = engine.new_cache()
+            with pytest.raises(HostMemoryError, match=r"1 × 97 tokens needs .* host_memory allows"):
+                model.generate(ids(80), past_key_values=cache, max_new_tokens=40)
+            assert cache.get_seq_length() == 96
+            assert engine.stats.host_kv_bytes == limit
+            cache.check_integrity()
+        assert same_state(before, state(model))
 
 
 def _offloaded(model):
@@ -201,7 +220,9 @@ class TestConfig:
             ({"calibration_interval": 0}, "calibration_interval=0"),
             ({"sketch_bits": 3}, "sketch_bits=3 .* 1, 2, 4, 8"),
             ({"prefetch": "magic"}, "prefetch='magic' .* thread, none"),
-            ({"skip_layers": (-1,)}, "skip_layers"),
+            ({"skip_layers": (-1,)}, r"skip_layers=\(-1,\) .* layer numbers from 0 on"),
+            ({"skip_layers": 5}, "skip_layers=5 .* layer numbers from 0 on"),
+            ({"skip_layers": "all"}, "skip_layers='all' .* layer numbers from 0 on"),
             ({"host_memory": 0}, "host_memory=0"),
             ({"measure_recovery": -1}, "measure_recovery=-1"),
             ({"predictor": ""}, "predictor=''"),
@@ -240,7 +261,9 @@ class TestCaches:
             cache = DynamicCache()
             model(ids(80), past_key_values=cache)
             assert cache.get_seq_length() == 80
-            assert hasattr(cache.layers[0], "tiers")
+            assert all(isinstance(layer, TieredLayer) for layer in cache.layers)
+            assert isinstance(cache, TieredCache)
+            cache.check_integrity()
 
     def test_no_cache_where_none_is_wanted(self, tiny_model, ids):
         model = tiny_model()
@@ -256,7 +279,8 @@ class TestCaches:
         with attach(model, OffloadConfig(predictor="ema", skip_layers=(0,))) as engine:
             cache = engine.new_cache()
             model(ids(80), past_key_values=cache)
-            assert not hasattr(cache.layers[0], "store")
+            assert type(cache.layers[0]) is DynamicLayer
+            assert cache.layers[0].keys.shape[2] == 80
             assert cache.layers[1].tiers.store.length == 80
             assert set(engine.stats.device_bytes) == {1}
 

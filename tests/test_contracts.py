@@ -169,6 +169,15 @@ def test_modes_run_sparse_and_the_same_threaded_or_not(tiny_model, ids, mode, po
     assert torch.equal(*outputs)
 
 
+@torch.no_grad()
+def test_early_exit(tiny_model, ids):
+    """Drafts by the model's own first layer: that the others' cache nothing is not taken for an interrupted step."""
+    model, prompt = tiny_model("llama"), ids(150)
+    stock = model.generate(prompt, assistant_early_exit=1, **GREEDY)
+    with attach(model, config()):
+        assert torch.equal(model.generate(prompt, assistant_early_exit=1, **GREEDY), stock)
+
+
 def test_pipeline(tiny_model, ids):
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import signal
 import threading
@@ -9,8 +10,9 @@ import time
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from attention_predictor import AttachError, FetchError, OffloadConfig, attach
+from attention_predictor import AttachError, FetchError, IntegrityError, OffloadConfig, attach
 
 CONFIG = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16)
 pytestmark = pytest.mark.timeout(60)
@@ -80,13 +82,17 @@ def _raise_value_error(*args):
 
 def test_a_killed_thread_surfaces_within_one_step(prefilled):
     model, engine, cache, token = prefilled
+    cache.check_integrity()  # which waits for what the worker still has to do
     worker = next(thread for thread in threading.enumerate() if "prefetch" in thread.name)
     killed = ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
     assert killed == 1
+    with contextlib.suppress(FetchError):  # the exception reaches the thread when it next runs Python
+        engine.prefetcher.submit(lambda: None)
+    worker.join(10)
+    assert not worker.is_alive()
     started = time.perf_counter()
     with pytest.raises(FetchError):
-        for _ in range(3):  # the exception reaches the thread when it next runs Python
-            model(token, past_key_values=cache)
+        model(token, past_key_values=cache)
     assert time.perf_counter() - started < 10
     engine.detach()  # does not hang either
 
@@ -109,18 +115,88 @@ def test_interrupt_in_the_middle_of_generation(tiny_model, ids):
 def test_an_interrupted_step_makes_its_cache_unusable(prefilled, monkeypatch):
     model, _, cache, token = prefilled
     layer = cache.layers[1]
-
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "attend", interrupt)
+        patch.setattr(layer, "attend", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             model(token, past_key_values=cache)
     with pytest.raises(AttachError, match="did not reach the attention function"):
         model(token, past_key_values=cache)
     with pytest.raises(AttachError, match="did not reach the attention function"):
         cache.crop(-1)
+
+
+def _interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def interrupt_between_layers(model, inputs, cache):
+    """A forward that ends in the first layer's MLP: behind that layer's attention, before the next one's."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.model.layers[0].mlp, "forward", _interrupt)
+        model(inputs, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("adopted", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    # Policies whose tokens don't depend on the row of a step that was taken back.
+    [OffloadConfig(predictor="ema"), OffloadConfig(policy="quest", budget=64, sink=16, recent=16)],
+    ids=["budget beyond the context", "quest"],
+)
+def test_an_interrupt_between_layers_is_noticed_and_mended_by_crop(tiny_model, ids, config, adopted):
+    model = tiny_model()
+
+    def decode(disturb) -> list[int]:
+        with attach(model, config) as engine:
+            cache = DynamicCache() if adopted else engine.new_cache()
+            token = model(ids(200), past_key_values=cache).logits[:, -1:].argmax(-1)
+            tokens = [int(token)]
+            for step in range(12):
+                if step == 5:
+                    disturb(token, cache)
+                token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+                tokens.append(int(token))
+            return tokens
+
+    def interrupt(token, cache):
+        interrupt_between_layers(model, token, cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [206, 205]
+        with pytest.raises(AttachError, match=r"from 205 to 206 tokens.* cache\.crop\(-1\), which leaves 205 in each"):
+            model(token, past_key_values=cache)
+        with pytest.raises(IntegrityError, match="from 205 to 206 tokens"):
+            cache.check_integrity()
+        cache.crop(205 - cache.get_seq_length())
+        assert [layer.get_seq_length() for layer in cache.layers] == [205, 205]
+        cache.check_integrity()
+
+    assert decode(interrupt) == decode(lambda token, cache: None)
+
+
+@torch.no_grad()
+def test_an_interrupted_prefill_is_noticed_and_mended_by_crop(tiny_model, ids):
+    model = tiny_model()
+    with attach(model, CONFIG) as engine:
+        cache = engine.new_cache()
+        interrupt_between_layers(model, ids(200), cache)
+        with pytest.raises(AttachError, match=r"from 0 to 200 tokens.* cache\.crop\(-200\)"):
+            model(ids(1), past_key_values=cache)
+        cache.crop(-200)
+        out = model(ids(200), past_key_values=cache).logits
+        assert torch.equal(out, model(ids(200), past_key_values=engine.new_cache()).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "skipped"), [("ministral", ()), ("llama", (0,))])
+def test_an_interrupt_behind_a_stock_layer_is_noticed(tiny_model, ids, family, skipped):
+    model = tiny_model(family)
+    config = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, skip_layers=skipped)
+    with attach(model, config) as engine:
+        cache = engine.new_cache()
+        model(ids(200), past_key_values=cache)
+        interrupt_between_layers(model, ids(1), cache)
+        with pytest.raises(AttachError, match="from 200 to 201 tokens"):
+            model(ids(1), past_key_values=cache)
 
 
 def test_a_model_that_bypasses_the_attention_function_is_caught(tiny_model, ids):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from attention_predictor import OffloadConfig, attach
 from attention_predictor.offload.dense import Terms, block_peak_and_sum, scaled_logits
 from attention_predictor.offload.policies import LayerSpec, policy_class
 from attention_predictor.offload.policies.predictor import Predictor
-from attention_predictor.offload.policies.quest import KeyBounds
+from attention_predictor.offload.policies.quest import KeyBounds, QuestAhead
 
 SMALL = {"predictor": "ema", "budget": 96, "sink": 16, "recent": 16}
 B, G, H, D = 2, 2, 4, 8
@@ -90,14 +92,30 @@ def test_quest_bounds_every_logit(pieces, crop, seed):
     assert (bounds.bound(query[1:]) >= true[1:] - 1e-4).all()
 
 
-def test_quest_ahead_selects_what_quest_would_have_a_step_before(tiny_model, ids):
-    model, prompt, seen = tiny_model(), ids(300), []
+def test_quest_ahead_selects_what_quest_would_have_a_step_before(tiny_model, ids, monkeypatch):
+    queries, selections = [], []
+    observe = QuestAhead.observe
 
-    def keep(cache):
-        seen.append(cache.layers[0].policy.scores_BGN)
+    def watched(policy, step):
+        queries.append(step.query_BHD)
+        observe(policy, step)
 
-    decode(model, prompt, policy="quest-ahead", each=keep)
-    assert all(scores is not None for scores in seen)
+    def check(cache):
+        (layer,) = cache.layers
+        layer.check_integrity()  # which waits for what the next token was promised
+        length, table = layer.tiers.length, layer.tiers.table
+        quest = policy_class("quest")(layer.policy.spec)
+        quest.bounds.extend(layer.tiers.store.read(0, length)[0])
+        scores = quest.bounds.bound(queries[-1])
+        wanted = layer.selection.wanted(scores, length + 1, layer.padding_B, layer.kv_heads).flatten(0, 1)
+        rows = zip(table.block_of_slot_RS, table.active_RS, strict=True)
+        selections.append([set(block_S[active_S].tolist()) for block_S, active_S in rows])
+        assert selections[-1] == [set(row) for row in wanted.tolist()]
+
+    monkeypatch.setattr(QuestAhead, "observe", watched)
+    decode(tiny_model(num_hidden_layers=1), ids(300), policy="quest-ahead", each=check)
+    assert len(queries) == len(selections) == 12
+    assert any(before != after for before, after in itertools.pairwise(selections))
 
 
 class TestCalibration:
@@ -143,9 +161,17 @@ class TestCalibration:
 
 @pytest.mark.parametrize("share", [0.0, 0.34, 1.0])
 def test_late_fetch_is_bounded(tiny_model, ids, share):
-    stats = decode(tiny_model(), ids(300), late_fetch=share, steps=10)
+    late = [0]
+    stats = decode(
+        tiny_model(),
+        ids(300),
+        late_fetch=share,
+        steps=10,
+        each=lambda cache: late.append(cache.layers[0].engine.stats.late_blocks),
+    )
     rows, allowed = 2 * 2, int(share * 6)
-    assert stats.late_blocks <= 10 * rows * allowed
+    assert len(late) == 11
+    assert all(after - before <= rows * allowed for before, after in itertools.pairwise(late))
     assert (stats.late_blocks > 0) == (share > 0)
     parts = stats.device_kv_parts()
     assert set(parts) >= {"pool", "history", "sketch"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from attention_predictor.offload.prefetch import (
     Prefetcher,
@@ -19,7 +19,7 @@ from attention_predictor.offload.prefetch import (
     ThreadPrefetcher,
     make_prefetcher,
 )
-from attention_predictor.predictor.errors import ConfigError, FetchError
+from attention_predictor.predictor.errors import ConfigError, FetchError, IntegrityError
 
 pytestmark = pytest.mark.timeout(20)
 NAME = "attention-predictor-prefetch"
@@ -72,9 +72,9 @@ def threaded():
 class PrefetchMachine(RuleBasedStateMachine):
     """Any sequence of calls: jobs run once and in order until one fails; then every call says so."""
 
-    @initialize(kind=st.sampled_from(["thread", "none"]))
-    def start(self, kind):
-        self.prefetcher: Prefetcher = make_prefetcher(kind, "cpu")
+    @initialize(depth=st.sampled_from([None, 1, 2]))
+    def start(self, depth):
+        self.prefetcher: Prefetcher = SyncPrefetcher() if depth is None else ThreadPrefetcher("cpu", depth=depth)
         self.ran: list[int] = []
         self.tickets: list = []
         self.expected: list[int] = []
@@ -125,6 +125,11 @@ class PrefetchMachine(RuleBasedStateMachine):
             assert self.failed
             assert isinstance(cause, BrokenDiskError)
 
+    @invariant()
+    def is_whole(self):
+        if hasattr(self, "prefetcher"):
+            self.prefetcher.check_integrity()
+
     @rule()
     def copied_prefetchers_are_the_same(self):
         assert copy.deepcopy({"held": self.prefetcher})["held"] is self.prefetcher
@@ -142,6 +147,40 @@ class PrefetchMachine(RuleBasedStateMachine):
 
 PrefetchMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
 TestPrefetchMachine = PrefetchMachine.TestCase
+
+
+def overfill(prefetcher):
+    prefetcher._unfinished.extend([prefetcher._unfinished[0]] * 2)
+
+
+def finish_out_of_order(prefetcher):
+    prefetcher._unfinished[1].done = True
+
+
+def queue_unasked(prefetcher):
+    for _ in range(3):
+        prefetcher._mailbox.jobs.put(prefetcher._unfinished[0])
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (overfill, "at most 2 jobs may be unfinished, found 4"),
+        (finish_out_of_order, "a job is done before one submitted earlier"),
+        (queue_unasked, "2 jobs are not done, found 4 in the queue"),
+    ],
+)
+def test_integrity_is_checked(threaded, break_it, message):
+    running, release = threading.Event(), threading.Event()
+    threaded.submit(lambda: (running.set(), release.wait(10)))
+    threaded.submit(lambda: None)
+    assert running.wait(10)
+    threaded.check_integrity()
+    with pytest.raises(IntegrityError, match=message):
+        break_it(threaded)
+        threaded.check_integrity()
+    threaded._unfinished.clear()
+    release.set()
 
 
 def test_jobs_run_in_order(prefetcher):
@@ -270,6 +309,8 @@ def test_a_worker_that_vanished_without_a_word_is_noticed(threaded):
     unrun._undone.acquire()
     threaded._mailbox.jobs.put(None)
     threaded._thread.join(5)
+    with pytest.raises(IntegrityError, match="the prefetch thread is gone, and left no error"):
+        threaded.check_integrity()
     start = time.perf_counter()
     for stale in (unrun, ticket):
         with pytest.raises(FetchError, match="the prefetch thread is gone"):
