@@ -10,14 +10,21 @@ import sys
 
 import pytest
 from conftest import POCKET
+from safetensors.torch import load_file, save_file
+from tiny_models import make_tiny_model
 
 from attention_predictor.cli import COMMANDS, main
+from attention_predictor.loading import load_model
+from attention_predictor.predictor.errors import CheckpointError
 from attention_predictor.predictor.model import AttentionPredictor
 
 
 def fails(capsys, *arguments: str) -> str:
     """Run a command that must refuse its input; returns its one line."""
-    code = main([str(one) for one in arguments])
+    try:
+        code = main([str(one) for one in arguments])
+    except SystemExit as stop:  # argparse
+        code = stop.code
     captured = capsys.readouterr()
     assert code == 2
     assert captured.out == ""
@@ -36,7 +43,8 @@ def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"] if command != "eval" else [command, "recovery", "--help"])
     assert stop.value.code == 0
-    assert f"attnpred {command}" in capsys.readouterr().out
+    _, examples = capsys.readouterr().out.split("examples:\n")
+    assert examples.startswith(f"  attnpred {command} ")
 
 
 def test_help_and_version(capsys):
@@ -85,6 +93,13 @@ class TestGenerate:
             (("--prompt", "  "), "the prompt from --prompt is empty"),
             (("--prompt", "x", "--policy", "best"), "policy='best' is not allowed: expected one of full, streaming"),
             (("--prompt", "x", "--budget", "100"), "budget=100 is not allowed: expected at least"),
+            (("--prompt", "x", "--budget", "abc"), "argument --budget: invalid int value: 'abc'"),
+            (("--prompt", "x", "--block-size", "12"), "block_size=12 is not allowed: expected a power of two"),
+            (("--prompt", "x", "--sink", "10"), "sink=10 is not allowed: expected a multiple of block_size=16"),
+            (("--prompt", "x", "--recent", "-16"), "recent=-16 is not allowed"),
+            (("--prompt", "x", "--late-fetch", "x"), "argument --late-fetch: invalid float value: 'x'"),
+            (("--prompt", "x", "--prompt-file", "y"), "argument --prompt-file: not allowed with argument --prompt"),
+            (("--prompt", "x", "--speed", "1"), "unrecognized arguments: --speed 1"),
             (("--prompt", "x", "--late-fetch", "-1"), "late_fetch=-1.0 is not allowed"),
             (("--prompt", "x", "--calibration", "no"), "calibration='no' is not allowed"),
             (("--prompt", "x", "--prefetch", "no"), "prefetch='no' is not allowed"),
@@ -124,6 +139,21 @@ class TestGenerate:
         weights.write_bytes(weights.read_bytes()[:1000])
         assert "cannot load a causal language model" in fails(capsys, "generate", "--prompt", "x", "--model", model)
 
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_model_without_all_its_weights(self, tmp_path, tied):
+        make_tiny_model(tie_word_embeddings=tied).save_pretrained(tmp_path)
+        load_model(str(tmp_path))  # the output weights may be missing where they are the embedding's
+        file = tmp_path / "model.safetensors"
+        weights = load_file(file)
+        assert ("lm_head.weight" in weights) is not tied
+        lost = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in range(2) for name in "kqv"]
+        for count in (1, 6):
+            save_file({k: v for k, v in weights.items() if k not in lost[:count]}, file, metadata={"format": "pt"})
+            with pytest.raises(CheckpointError) as caught:
+                load_model(str(tmp_path))
+            named = ", ".join(lost[: min(count, 3)]) + (" and 3 more" if count == 6 else "")
+            assert str(caught.value) == f"{str(tmp_path)!r} lacks weights of its model: {named}"
+
     def test_host_memory(self, capsys, monkeypatch):
         import psutil
 
@@ -131,6 +161,29 @@ class TestGenerate:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: nothing)
         line = fails(capsys, "generate", "--prompt", "x", "--max-new-tokens", "9000")
         assert "of host memory: the system has available 0.00 GiB" in line
+
+
+def test_interrupt(capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attention_predictor.generate.load_tokenizer", interrupt)
+    assert main(["generate", "--prompt", "x"]) == 130
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "attnpred generate: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ((), "attnpred: the following arguments are required: COMMAND (see attnpred --help)"),
+        (("eval",), "attnpred eval: the following arguments are required: BENCHMARK (see attnpred eval --help)"),
+        (("sing",), "attnpred: argument COMMAND: invalid choice: 'sing'"),
+    ],
+)
+def test_no_such_command(capsys, arguments, line):
+    assert fails(capsys, *arguments).startswith(line)
 
 
 def test_the_installed_command():

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from attention_predictor import __version__
 from attention_predictor.predictor.errors import AttentionPredictorError
@@ -19,10 +20,17 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all errors here do; argparse would print the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (2 and one line on stderr for bad input)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="attnpred", description=__doc__.splitlines()[0])
+    parser = Parser(prog="attnpred", description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"attnpred {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     named = next((word for word in arguments if not word.startswith("-")), None)

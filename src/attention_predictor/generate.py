@@ -53,6 +53,15 @@ def add_offload_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--budget", type=int, default=_DEFAULTS.budget, metavar="N", help="tokens a step reads (%(default)s)"
     )
+    group.add_argument(
+        "--block-size", type=int, default=_DEFAULTS.block_size, metavar="N", help="tokens in a block (%(default)s)"
+    )
+    group.add_argument(
+        "--sink", type=int, default=_DEFAULTS.sink, metavar="N", help="first tokens, always read (%(default)s)"
+    )
+    group.add_argument(
+        "--recent", type=int, default=_DEFAULTS.recent, metavar="N", help="last tokens, always read (%(default)s)"
+    )
     group.add_argument("--predictor", default=_DEFAULTS.predictor, metavar="P", help="default, a directory, or a rule")
     group.add_argument(
         "--calibration", default=_DEFAULTS.calibration, help=f"one of {', '.join(CALIBRATIONS)} (%(default)s)"
@@ -75,6 +84,9 @@ def offload_config(args: argparse.Namespace, **changes: Any) -> OffloadConfig:
     return OffloadConfig(
         policy=args.policy,
         budget=args.budget,
+        block_size=args.block_size,
+        sink=args.sink,
+        recent=args.recent,
         predictor=args.predictor,
         calibration=args.calibration,
         late_fetch=args.late_fetch,
