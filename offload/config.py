@@ -11,6 +11,7 @@ from attention_predictor.predictor.errors import ConfigError
 
 CALIBRATIONS = ("sketch", "exact", "none")
 PREFETCHERS = ("thread", "none")
+KERNELS = ("auto", "none")
 SKETCH_BITS = (1, 2, 4, 8)
 
 
@@ -40,6 +41,7 @@ class OffloadConfig:
             budget's own; half are what was wanted last. A step attends to the best of all resident blocks, chosen with
             the current query; without a sketch (or with a policy that does not choose) the reserve saves fetches alone.
         prefetch: ``"thread"`` fetches beside the computation, ``"none"`` in the middle of it.
+        kernels: ``"auto"`` uses compiled kernels where they can be built, ``"none"`` plain torch operations alone.
         skip_layers: Layers left as they are, with their whole cache on the device.
         slab_blocks: Blocks by which host memory grows.
         host_memory: Bytes of host memory the cache may use; ``None`` takes what the system reports as available.
@@ -60,6 +62,7 @@ class OffloadConfig:
     late_fetch: float = 0.25
     reserve: float = 0.5
     prefetch: str = "thread"
+    kernels: str = "auto"
     skip_layers: Sequence[int] = ()
     slab_blocks: int = 64
     host_memory: int | None = None
@@ -93,6 +96,7 @@ class OffloadConfig:
         holds = _is_number(self.reserve) and 0 <= self.reserve < math.inf
         self._check("reserve", holds, "a share from 0 on, such as 0.5")
         self._check("prefetch", self.prefetch in PREFETCHERS, _one_of(PREFETCHERS))
+        self._check("kernels", self.kernels in KERNELS, _one_of(KERNELS))
         holds = isinstance(self.skip_layers, Sequence) and all(_is_int(i) and i >= 0 for i in self.skip_layers)
         self._check("skip_layers", holds, "layer numbers from 0 on, such as (0, 1)")
         holds = _is_int(self.measure_recovery) and self.measure_recovery >= 0

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from attention_predictor.csrc import ops
 from attention_predictor.predictor.errors import HostMemoryError, IntegrityError
+
+if TYPE_CHECKING:
+    from attention_predictor.offload.block_pool import BlockPool
 
 
 class HostStore:
@@ -23,7 +27,7 @@ class HostStore:
     doubles, keep the memory over what is needed under one slab and never move what was written.
 
     Another thread may `gather` while this one appends, as long as it leaves the block being written alone.
-    Before `truncate` and `index`, wait for outstanding fetches.
+    Before `truncate` and `index`, wait for outstanding fetches, also for a GPU that reads the slabs itself.
     """
 
     def __init__(
@@ -97,21 +101,21 @@ class HostStore:
         kv_n2TD = self._empty(n) if out is None else out[:n]
         if kv_n2TD.shape != (expected := (n, 2, self.block_size, self.head_dim)):
             raise ValueError(f"size mismatch for out: expected {list(expected)}, got {list(kv_n2TD.shape)}")
-        slab_n = block_n // self.slab_blocks
-        entry_n = row_n * self.slab_blocks + block_n % self.slab_blocks
-        slabs, counts = torch.unique(slab_n, return_counts=True)
-        if len(slabs) == 1:
-            self._select(int(slabs[0]), entry_n, kv_n2TD)
+        if n and ops.missing(kv_n2TD.device) is None:
+            ops.gather_to_host(self._slabs, row_n.contiguous(), block_n.contiguous(), kv_n2TD)
         elif n:
-            # Grouped by slab: one vectorised read a slab, then one pass that restores the caller's order.
-            order_n = torch.argsort(slab_n, stable=True)
-            sorted_n, grouped_n2TD = entry_n[order_n], self._empty(n)
-            start = 0
-            for slab, count in zip(slabs.tolist(), counts.tolist(), strict=True):
-                self._select(slab, sorted_n[start : start + count], grouped_n2TD[start : start + count])
-                start += count
-            torch.index_select(grouped_n2TD, 0, torch.argsort(order_n), out=kv_n2TD)
+            gather_reference(self._slabs, row_n, block_n, kv_n2TD)
         return kv_n2TD
+
+    def gather_to_pool(self, row_n: Tensor, block_n: Tensor, slot_n: Tensor, pool: BlockPool) -> None:
+        """Blocks of pinned slabs into the slots of a pool on a GPU, which reads host memory itself (``ops``).
+
+        `row_n`, `block_n`, `slot_n`: int64 on the CPU. Raises IndexError for a row or block that does not exist.
+        """
+        self._check_entries(row_n, block_n)
+        if row_n.numel():
+            index = torch.stack([row_n, block_n, slot_n]).to(pool.key_BGSTD.device, non_blocking=True)
+            ops.gather_to_pool(self._slabs, *index.unbind(), pool.key_BGSTD, pool.value_BGSTD)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, stop - start, D] of a token range, on the CPU. Raises IndexError beyond."""
@@ -226,9 +230,6 @@ class HostStore:
     def _empty(self, n: int) -> Tensor:
         return torch.empty((n, 2, self.block_size, self.head_dim), dtype=self.dtype)
 
-    def _select(self, slab: int, entry_n: Tensor, out_n2TD: Tensor) -> None:
-        torch.index_select(self._slabs[slab].flatten(0, 2), 0, entry_n, out=out_n2TD)
-
     def _check_input(self, name: str, kv_BGTD: Tensor, tokens: int) -> None:
         expected = (self.batch, self.kv_heads, tokens, self.head_dim)
         if kv_BGTD.shape != expected or kv_BGTD.dtype != self.dtype:
@@ -248,3 +249,13 @@ class HostStore:
             low, high = (int(end) for end in entry_n.aminmax())
             if low < 0 or high >= count:
                 raise IndexError(f"{name} must be between 0 and {count - 1}, got {low} to {high}")
+
+
+def gather_reference(slabs: list[Tensor], row_n: Tensor, block_n: Tensor, out_n2TD: Tensor) -> None:
+    """What `ops.gather_to_host` does, in torch operations."""
+    slab_blocks = slabs[0].shape[2]
+    slab_n = block_n // slab_blocks
+    for slab in slab_n.unique().tolist():
+        here = slab_n == slab
+        entry_n = row_n[here] * slab_blocks + block_n[here] % slab_blocks
+        out_n2TD[here] = slabs[slab].flatten(0, 2)[entry_n]

@@ -28,7 +28,7 @@ from attention_predictor.offload.dense import (
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
 from attention_predictor.offload.selection import Selection
-from attention_predictor.offload.sparse import attend_slots
+from attention_predictor.offload.sparse import attend_slots, no_kernel
 from attention_predictor.offload.tiers import Tiers
 from attention_predictor.predictor.errors import AttachError
 
@@ -88,6 +88,10 @@ class TieredLayer(CacheLayerMixin):
         )
         spec = LayerSpec(config, self.engine.predictor, B, G, D, self.dtype, self.device)
         self.policy = policy_class(config.policy)(spec)
+        reason = no_kernel(self.tiers.pool.key_BGSTD) if config.kernels == "auto" else "switched off"
+        self.kernel = reason is None
+        if config.kernels == "auto" and not self.kernel:
+            self.engine.note_fallback(f"sparse attention in plain torch operations, without a kernel: {reason}")
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -239,6 +243,7 @@ class TieredLayer(CacheLayerMixin):
             stream=self.tiers.stream,
             pool_key_BGSTD=pool.key_BGSTD,
             resident_RS=before_RS,
+            kernel=self.kernel,
         )
         if self.policy.chooses:
             self._choose(step)
@@ -253,6 +258,7 @@ class TieredLayer(CacheLayerMixin):
             step.length,
             step.real_BL,
             terms,
+            kernel=self.kernel,
         )
         stats = self.engine.stats
         stats.steps += self.engine.is_first(self)

@@ -1,4 +1,4 @@
-"""Attention of one new token over the blocks in the pool, in plain torch operations.
+"""Attention of one new token over the blocks in the pool: by a kernel, or in plain torch operations.
 
 Suffixes: B sequences, G KV heads, H query heads, S slots, T tokens of a block, L tokens of the sequence, D head size.
 """
@@ -10,7 +10,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attention_predictor.csrc import ops
 from attention_predictor.offload.dense import Terms, scaled_logits
+
+
+class SlotScores(NamedTuple):
+    """What a query makes of the slots, in fp32; ``-inf`` where one takes no part.
+
+    Attributes:
+        peak_BHS: Largest logit of a slot's tokens.
+        sum_BHS: Log-sum-exp of its tokens' logits.
+    """
+
+    peak_BHS: Tensor
+    sum_BHS: Tensor
 
 
 class SparseAttention(NamedTuple):
@@ -18,28 +31,80 @@ class SparseAttention(NamedTuple):
 
     Attributes:
         out_BHD: In the dtype of the query.
-        logits_BHST: fp32, ``-inf`` where a slot or token takes no part.
+        scores: Of the slots.
         lse_BH: fp32 log-sum-exp of the logits, the sink column included.
     """
 
     out_BHD: Tensor
-    logits_BHST: Tensor
+    scores: SlotScores
     lse_BH: Tensor
+
+
+def no_kernel(key_BGSTD: Tensor) -> str | None:
+    """Why no kernel reads such a pool; ``None`` if one does."""
+    if (reason := ops.missing(key_BGSTD.device)) is not None:
+        return reason
+    T, D = key_BGSTD.shape[3:]
+    return None if ops.fits(key_BGSTD) else f"none for {key_BGSTD.dtype}, blocks of {T} tokens and a head size of {D}"
+
+
+def attend_slots(
+    query_BHD: Tensor,
+    key_BGSTD: Tensor,
+    value_BGSTD: Tensor,
+    block_BGS: Tensor,
+    length: int,
+    real_BL: Tensor | None,
+    terms: Terms,
+    *,
+    kernel: bool = False,
+) -> SparseAttention:
+    """Attend to the tokens of the blocks in the slots.
+
+    Args:
+        query_BHD: The new token's queries.
+        key_BGSTD, value_BGSTD: The pool.
+        block_BGS: int64 block in each slot, -1 for a slot that takes no part.
+        length: Tokens of the sequence, the new one included; the last block ends there.
+        real_BL: bool, False at padding; ``None`` where there is none.
+        terms: Scaling, softcap and sinks; its mask is not used.
+        kernel: By the kernel, which must be there (``no_kernel``); else by the reference.
+    """
+    if kernel:
+        out_BHD, *scores, lse_BH = _run(query_BHD, key_BGSTD, value_BGSTD, block_BGS, length, real_BL, terms)
+        return SparseAttention(out_BHD, SlotScores(*scores), lse_BH)
+    B, G, S, T, D = key_BGSTD.shape
+    H = query_BHD.shape[1]
+    logits_BHST = slot_logits(query_BHD, key_BGSTD, block_BGS, length, real_BL, terms)
+    logits = logits_BHST.view(B, G, H // G, S * T)
+    lse_BGM = torch.logsumexp(logits, -1)
+    if terms.sinks_H is not None:
+        lse_BGM = torch.logaddexp(lse_BGM, terms.sinks_H.float().view(1, G, -1))
+    weight = torch.exp(logits - lse_BGM[..., None])
+    out_BHD = (weight @ value_BGSTD.view(B, G, S * T, D).float()).view(B, H, D)
+    return SparseAttention(out_BHD.to(query_BHD.dtype), _reduced(logits_BHST), lse_BGM.view(B, H))
+
+
+def score_slots(
+    query_BHD: Tensor,
+    key_BGSTD: Tensor,
+    block_BGS: Tensor,
+    length: int,
+    real_BL: Tensor | None,
+    terms: Terms,
+    *,
+    kernel: bool = False,
+) -> SlotScores:
+    """The scores alone; arguments as for ``attend_slots``."""
+    if kernel:
+        return SlotScores(*_run(query_BHD, key_BGSTD, None, block_BGS, length, real_BL, terms)[1:3])
+    return _reduced(slot_logits(query_BHD, key_BGSTD, block_BGS, length, real_BL, terms))
 
 
 def slot_logits(
     query_BHD: Tensor, key_BGSTD: Tensor, block_BGS: Tensor, length: int, real_BL: Tensor | None, terms: Terms
 ) -> Tensor:
-    """Logits of the tokens of the blocks in the slots, logits_BHST in fp32; ``-inf`` where one takes no part.
-
-    Args:
-        query_BHD: The new token's queries.
-        key_BGSTD: Keys in the pool.
-        block_BGS: int64 block in each slot, -1 for a slot that takes no part.
-        length: Tokens of the sequence, the new one included; the last block ends there.
-        real_BL: bool, False at padding; ``None`` where there is none.
-        terms: Scaling and softcap; its mask is not used.
-    """
+    """Logits of the tokens of the blocks in the slots, logits_BHST in fp32; ``-inf`` where one takes no part."""
     B, G, S, T, D = key_BGSTD.shape
     H = query_BHD.shape[1]
     token_BGST = block_BGS[..., None] * T + torch.arange(T, device=block_BGS.device)
@@ -52,23 +117,27 @@ def slot_logits(
     return logits.view(B, H, S, T)
 
 
-def attend_slots(
+def _reduced(logits_BHST: Tensor) -> SlotScores:
+    return SlotScores(logits_BHST.amax(-1), torch.logsumexp(logits_BHST, -1))
+
+
+def _run(
     query_BHD: Tensor,
     key_BGSTD: Tensor,
-    value_BGSTD: Tensor,
+    value_BGSTD: Tensor | None,
     block_BGS: Tensor,
     length: int,
     real_BL: Tensor | None,
     terms: Terms,
-) -> SparseAttention:
-    """Attend to the tokens of the blocks in the slots; arguments as for ``slot_logits``, and sinks in ``terms``."""
-    B, G, S, T, D = key_BGSTD.shape
-    H = query_BHD.shape[1]
-    logits_BHST = slot_logits(query_BHD, key_BGSTD, block_BGS, length, real_BL, terms)
-    logits = logits_BHST.view(B, G, H // G, S * T)
-    lse_BGM = torch.logsumexp(logits, -1)
-    if terms.sinks_H is not None:
-        lse_BGM = torch.logaddexp(lse_BGM, terms.sinks_H.float().view(1, G, -1))
-    weight = torch.exp(logits - lse_BGM[..., None])
-    out_BHD = (weight @ value_BGSTD.view(B, G, S * T, D).float()).view(B, H, D)
-    return SparseAttention(out_BHD.to(query_BHD.dtype), logits_BHST, lse_BGM.view(B, H))
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return ops.sparse_decode(
+        query_BHD.contiguous(),
+        key_BGSTD,
+        value_BGSTD,
+        block_BGS.contiguous(),
+        length,
+        None if real_BL is None else real_BL.contiguous(),
+        None if terms.sinks_H is None else terms.sinks_H.float().contiguous(),
+        terms.scaling,
+        terms.softcap or 0.0,
+    )

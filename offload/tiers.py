@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attention_predictor.csrc import ops
 from attention_predictor.offload.block_pool import BlockPool
 from attention_predictor.offload.dense import Chunk, chunk_tokens
 from attention_predictor.offload.host_store import HostStore
@@ -53,6 +54,8 @@ class Tiers:
         self.pool = BlockPool(**shape, dtype=dtype, slots=0, device=device)
         self.table = ResidencyTable(rows=batch * kv_heads, slots=0)
         self.block_bytes = 2 * config.block_size * head_dim * dtype.itemsize  # keys and values
+        # Whether the GPU reads blocks out of pinned memory itself.
+        self.reads_host = self.store.pin and config.kernels == "auto" and ops.missing(device) is None
         self.ticket: Ticket | None = None
         self.plan: Plan | None = None  # what the ticket's job did; set on the prefetch thread
 
@@ -125,8 +128,11 @@ class Tiers:
         plan = self.table.plan(wanted_BGW.flatten(0, 1).cpu())
         stored = plan.block_n < self.store.n_blocks  # the next token's own block may not have begun
         if bool(stored.any()):
-            kv_n2TD = self.store.gather(plan.row_n[stored], plan.block_n[stored])
-            self.pool.write_blocks(plan.row_n[stored], plan.slot_n[stored], kv_n2TD)
+            row_n, block_n, slot_n = plan.row_n[stored], plan.block_n[stored], plan.slot_n[stored]
+            if self.reads_host:
+                self.store.gather_to_pool(row_n, block_n, slot_n, self.pool)
+            else:
+                self.pool.write_blocks(row_n, slot_n, self.store.gather(row_n, block_n))
         self.table.commit(plan)
         return plan
 
@@ -137,14 +143,21 @@ class Tiers:
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from ``length`` on."""
+        self._release()
         self.store.truncate(length)
         self.table.drop_from(self.store.n_blocks)
 
     def index(self, batch_index: Tensor) -> None:
         """Reorder, repeat or select sequences; the index is on the CPU."""
+        self._release()
         self.store.index(batch_index)
         self.pool.index(batch_index.to(self.device))
         self.table.index(batch_index, self.kv_heads)
+
+    def _release(self) -> None:
+        """Wait until the GPU no longer reads host memory, which is about to change."""
+        if self.reads_host:
+            torch.cuda.current_stream(self.device).synchronize()  # ``settle`` has ordered the fetches before it
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` if tiers contradict each other: every resident block must equal its host block."""

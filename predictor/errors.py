@@ -40,3 +40,7 @@ class FetchError(AttentionPredictorError, RuntimeError):
 
 class IntegrityError(AttentionPredictorError, AssertionError):
     """An internal structure contradicts itself: a bug in this library."""
+
+
+class BuildError(AttentionPredictorError, RuntimeError):
+    """The kernels can't be built on this machine."""

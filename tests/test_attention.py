@@ -131,8 +131,8 @@ def test_a_step_knows_its_attended_blocks():
     )  # fmt: skip
     step.block_BGS = torch.tensor([[[0, -1, 4], [-1, -1, 2]]])
     assert step.attended_BGN.tolist() == [[[True, False, False, False, True], [False, False, True, False, False]]]
-    known = step.resident_logits_BHST == 0  # all that is resident, but for tokens that are not there yet
-    assert known.sum(-1).tolist() == [[[BLOCK, BLOCK, 18 - 4 * BLOCK], [0, BLOCK, BLOCK]]]
+    known = step.resident_scores.sum_BHS.exp()  # all that is resident, but for tokens that are not there yet
+    assert known.round().tolist() == [[[BLOCK, BLOCK, 18 - 4 * BLOCK], [0, BLOCK, BLOCK]]]
 
 
 class TestMask:

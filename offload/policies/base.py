@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attention_predictor.offload.dense import Chunk, ScoreRows, Terms, score_rows
-from attention_predictor.offload.sparse import SparseAttention, slot_logits
+from attention_predictor.offload.sparse import SlotScores, SparseAttention, score_slots
 
 if TYPE_CHECKING:
     from attention_predictor.offload.config import OffloadConfig
@@ -64,6 +64,7 @@ class Step:
         stream: Gives all keys and values of the layer, chunk by chunk, from host memory.
         pool_key_BGSTD: Keys in the pool.
         resident_RS: Block in each slot before the step (-1: none), on the host.
+        kernel: Whether a kernel reads the pool.
         block_BGS, attention: Set once attention has run: the block in each attended slot (-1: none) and the result.
     """
 
@@ -76,6 +77,7 @@ class Step:
     stream: Callable[[Tensor], Iterator[Chunk]]
     pool_key_BGSTD: Tensor
     resident_RS: Tensor
+    kernel: bool = False
     block_BGS: Tensor = field(init=False)
     attention: SparseAttention = field(init=False)
 
@@ -90,10 +92,16 @@ class Step:
         return self.resident_RS.view(len(self.query_BHD), self.kv_heads, -1).to(self.query_BHD.device)
 
     @cached_property
-    def resident_logits_BHST(self) -> Tensor:
-        """Exact logits of what is resident before the step; to be asked for before anything is fetched late."""
-        return slot_logits(
-            self.query_BHD, self.pool_key_BGSTD, self.resident_BGS, self.length, self.real_BL, self.terms
+    def resident_scores(self) -> SlotScores:
+        """Exact scores of what is resident before the step; to be asked for before anything is fetched late."""
+        return score_slots(
+            self.query_BHD,
+            self.pool_key_BGSTD,
+            self.resident_BGS,
+            self.length,
+            self.real_BL,
+            self.terms,
+            kernel=self.kernel,
         )
 
     def true_rows(self, query_BHQD: Tensor) -> ScoreRows:

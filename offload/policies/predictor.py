@@ -94,7 +94,7 @@ class Predictor(Policy):
 
     def _row(self, step: Step, *, estimated: bool) -> Tensor:
         """This step's row ``[B, G, N]``: exact where it attended, estimated or zero elsewhere."""
-        peak_BHS = step.attention.logits_BHST.amax(-1)
+        peak_BHS = step.attention.scores.peak_BHS
         total_BH = step.attention.lse_BH
         B, H, _ = peak_BHS.shape
         if estimated:
@@ -120,9 +120,8 @@ class Predictor(Policy):
                 logits_BHL = logits_BHL.masked_fill(~step.real_BL[:, None], float("-inf"))
             peak_BHN, sum_BHN = block_peak_and_sum(logits_BHL, self.spec.config.block_size)
             if self.chooses:
-                logits_BHST = step.resident_logits_BHST
-                peak_BHN = _put(peak_BHN, step.resident_BGS, logits_BHST.amax(-1))
-                sum_BHN = _put(sum_BHN, step.resident_BGS, torch.logsumexp(logits_BHST, -1))
+                peak_BHN = _put(peak_BHN, step.resident_BGS, step.resident_scores.peak_BHS)
+                sum_BHN = _put(sum_BHN, step.resident_BGS, step.resident_scores.sum_BHS)
             self.estimate = (step, peak_BHN, sum_BHN)
         return self.estimate[1:]
 

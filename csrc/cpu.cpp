@@ -1,0 +1,183 @@
+// The CPU's counterparts: sparse decode attention and the gather of blocks.
+//
+// Loops are written for the compiler to vectorise; rows (sequence and KV head) are shared between threads. Every thread works
+// through whole rows, so that results don't depend on how many there are.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+struct Half { _Float16 x; };
+struct BFloat16 { uint16_t bits; };
+
+inline float to_float(float x) { return x; }
+inline float to_float(Half x) { return static_cast<float>(x.x); }
+inline float to_float(BFloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+inline void from_float(float x, float *to) { *to = x; }
+inline void from_float(float x, Half *to) { to->x = static_cast<_Float16>(x); }
+inline void from_float(float x, BFloat16 *to) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    to->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+
+// Calls work(0) to work(count - 1), on several threads.
+template <typename Work>
+void share(int64_t count, int64_t workers, const Work &work) {
+    workers = std::min(workers, count);
+    std::atomic<int64_t> next{0};
+    const auto loop = [&] {
+        for (int64_t i; (i = next.fetch_add(1)) < count;) work(i);
+    };
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < workers; ++i) others.emplace_back(loop);
+    loop();
+    for (std::thread &one : others) one.join();
+}
+
+// exp for arguments up to 0, to 2 units in the last place, in a form that compilers vectorise; std::exp is not.
+inline float exp_below(float x) {
+    const float held = std::max(x, -87.f);
+    const float whole = std::nearbyint(held * 1.44269504f);
+    const float rest = (held - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two pieces
+    float y = 1.9875691500e-4f;  // Cephes' coefficients
+    for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        y = y * rest + c;
+    y = y * rest * rest + rest + 1.f;
+    const int32_t exponent = (static_cast<int32_t>(whole) + 127) << 23;
+    float power;
+    std::memcpy(&power, &exponent, 4);
+    return x < -87.f ? 0.f : y * power;
+}
+
+constexpr int kHeads = 4;  // whose sums are kept in registers together
+
+// Products of one key with some heads' queries, each D after the one before.
+template <int kCount>
+inline void dots(const float *__restrict query, const float *__restrict key, int64_t D, float *__restrict dot) {
+    float sum[kCount] = {};
+    for (int64_t d = 0; d < D; ++d)
+        for (int m = 0; m < kCount; ++m) sum[m] += query[m * D + d] * key[d];
+    for (int m = 0; m < kCount; ++m) dot[m] = sum[m];
+}
+
+inline void add(float weight, const float *__restrict value, int64_t D, float *__restrict out) {
+    for (int64_t d = 0; d < D; ++d) out[d] += weight * value[d];
+}
+
+template <typename E>
+void attend_row(const SparseDecode &a, int64_t row) {
+    const int64_t b = row / a.kv_heads, kv_head = row % a.kv_heads, group = a.heads / a.kv_heads;
+    const int64_t D = a.head_dim, T = a.tokens, S = a.slots, first = b * a.heads + kv_head * group;
+    const float scaling = static_cast<float>(a.scaling), softcap = static_cast<float>(a.softcap);
+    // Weights of a slot are relative to the slot's own peak; what that is worth is known once all are seen.
+    std::vector<float> query(group * D), weight(group * S * T), part(D), out(group * D, 0.f);
+    std::vector<float> top(group, kNever), total(group, 0.f);
+    for (int64_t i = 0; i < group * D; ++i) query[i] = scaling * to_float(static_cast<const E *>(a.query)[first * D + i]);
+    for (int64_t s = 0; s < S; ++s) {
+        const int64_t block = a.block[row * S + s];
+        for (int64_t t = 0; t < T; ++t) {
+            const int64_t token = block * T + t;
+            const bool seen =
+                block >= 0 && token < a.length && (a.real == nullptr || a.real[b * a.length + token]);
+            if (!seen) {
+                for (int64_t m = 0; m < group; ++m) weight[(m * S + s) * T + t] = kNever;
+                continue;
+            }
+            const E *key = static_cast<const E *>(a.key) + ((row * S + s) * T + t) * D;
+            for (int64_t d = 0; d < D; ++d) part[d] = to_float(key[d]);
+            for (int64_t m0 = 0; m0 < group; m0 += kHeads) {
+                float dot[kHeads];
+                const int64_t heads = std::min<int64_t>(kHeads, group - m0);
+                if (heads == kHeads) dots<kHeads>(&query[m0 * D], part.data(), D, dot);
+                else for (int64_t m = 0; m < heads; ++m) dots<1>(&query[(m0 + m) * D], part.data(), D, dot + m);
+                for (int64_t m = 0; m < heads; ++m)
+                    weight[((m0 + m) * S + s) * T + t] =
+                        softcap != 0.f ? softcap * std::tanh(dot[m] / softcap) : dot[m];
+            }
+        }
+        for (int64_t m = 0; m < group; ++m) {
+            float *of_slot = &weight[(m * S + s) * T];
+            float peak = kNever, sum = 0.f;
+            for (int64_t t = 0; t < T; ++t) peak = std::max(peak, of_slot[t]);
+            a.peak[(first + m) * S + s] = peak;
+            if (peak == kNever) {
+                a.sum[(first + m) * S + s] = kNever;
+                std::fill(of_slot, of_slot + T, 0.f);
+                continue;
+            }
+            for (int64_t t = 0; t < T; ++t) sum += of_slot[t] = exp_below(of_slot[t] - peak);
+            a.sum[(first + m) * S + s] = peak + std::log(sum);
+            top[m] = std::max(top[m], peak);
+        }
+    }
+    if (a.value == nullptr) return;
+    for (int64_t m = 0; m < group; ++m) {
+        const float sink = a.sinks ? a.sinks[kv_head * group + m] : kNever;
+        top[m] = std::max(top[m], sink);
+        total[m] = a.sinks ? std::exp(sink - top[m]) : 0.f;
+    }
+    for (int64_t s = 0; s < S; ++s) {
+        if (a.block[row * S + s] < 0) continue;
+        for (int64_t m = 0; m < group; ++m) {
+            const float worth = std::exp(a.peak[(first + m) * S + s] - top[m]);
+            for (int64_t t = 0; t < T; ++t) total[m] += weight[(m * S + s) * T + t] *= worth;
+        }
+        for (int64_t t = 0; t < T; ++t) {
+            const E *value = static_cast<const E *>(a.value) + ((row * S + s) * T + t) * D;
+            for (int64_t d = 0; d < D; ++d) part[d] = to_float(value[d]);
+            for (int64_t m = 0; m < group; ++m) {
+                const float w = weight[(m * S + s) * T + t];
+                if (w == 0.f) continue;  // also what was never written may stand there
+                add(w, part.data(), D, &out[m * D]);
+            }
+        }
+    }
+    for (int64_t m = 0; m < group; ++m) {
+        for (int64_t d = 0; d < D; ++d)
+            from_float(out[m * D + d] / total[m], static_cast<E *>(a.out) + (first + m) * D + d);
+        a.lse[first + m] = top[m] + std::log(total[m]);
+    }
+}
+
+}  // namespace
+
+// `splits` is the number of threads here.
+extern "C" int sparse_decode(const SparseDecode *a, void *) {
+    const int64_t rows = a->batch * a->kv_heads;
+    if (a->element == kFloat32) share(rows, a->splits, [&](int64_t row) { attend_row<float>(*a, row); });
+    else if (a->element == kFloat16) share(rows, a->splits, [&](int64_t row) { attend_row<Half>(*a, row); });
+    else if (a->element == kBFloat16) share(rows, a->splits, [&](int64_t row) { attend_row<BFloat16>(*a, row); });
+    else return 1;
+    return 0;
+}
+
+extern "C" int gather_blocks(const Gather *a, void *) {
+    constexpr int64_t kPiece = 64;  // blocks that a thread takes at once
+    const int64_t bytes = 2 * a->half_bytes;
+    share((a->n + kPiece - 1) / kPiece, a->workers, [&](int64_t piece) {
+        for (int64_t i = piece * kPiece; i < std::min(a->n, (piece + 1) * kPiece); ++i) {
+            const int64_t place = a->row[i] * a->slab_blocks + a->block[i] % a->slab_blocks;
+            const char *slab = reinterpret_cast<const char *>(a->slab[a->block[i] / a->slab_blocks]);
+            std::memcpy(static_cast<char *>(a->key) + i * bytes, slab + place * bytes, bytes);
+        }
+    });
+    return 0;
+}
+
+extern "C" const char *error_text(int) { return "unknown type of elements"; }

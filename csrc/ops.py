@@ -1,0 +1,241 @@
+"""The kernels as torch operations: arguments checked, shapes known to torch.compile, a reason where there are none.
+
+Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, S slots, T tokens of a block, L tokens of the sequence,
+D head size; s slabs; n: one entry a moved block; 2 is keys then values.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from attention_predictor.csrc.build import library
+from attention_predictor.predictor.errors import BuildError
+
+ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+MOST_TOKENS, MOST_HEAD_DIM = 64, 256  # of a block and of a head that the GPU's kernel has room for
+WARPS = 4  # of a thread block of sparse_decode: slots taken at once
+GATHER_BLOCKS = (
+    32  # thread blocks of the GPU's gather: enough to fill the bus, few enough to leave the GPU to the model
+)
+logger = logging.getLogger(__name__)
+
+
+class SparseDecode(ctypes.Structure):
+    """As in kernels.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "block", "real", "sinks")),
+        *((name, ctypes.c_void_p) for name in ("out", "peak", "sum", "lse", "partial")),
+        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "heads", "slots", "tokens", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("length", "splits", "element")),
+        *((name, ctypes.c_double) for name in ("scaling", "softcap")),
+    ]
+
+
+class Gather(ctypes.Structure):
+    """As in kernels.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("slab", "row", "block", "slot", "key", "value")),
+        *((name, ctypes.c_int64) for name in ("n", "slab_blocks", "slots", "half_bytes", "workers")),
+    ]
+
+
+@functools.cache
+def missing(device: torch.device) -> str | None:
+    """Why there are no kernels for this device, said once in the log; ``None`` if there are."""
+    if device.type not in ("cpu", "cuda"):
+        return f"none are written for {device.type}"
+    try:
+        _library(device)
+    except BuildError as error:
+        logger.warning("attention_predictor runs without its kernels on %s: %s", device.type, error)
+        return str(error).splitlines()[0]
+    return None
+
+
+def fits(key_BGSTD: Tensor) -> bool:
+    """Whether `sparse_decode` can read such a pool."""
+    T, D = key_BGSTD.shape[3:]
+    return key_BGSTD.dtype in ELEMENTS and T <= MOST_TOKENS and D <= MOST_HEAD_DIM and D % 8 == 0
+
+
+@torch.library.custom_op("attention_predictor::sparse_decode", mutates_args=())
+def sparse_decode(
+    query_BHD: Tensor,
+    key_BGSTD: Tensor,
+    value_BGSTD: Tensor | None,
+    block_BGS: Tensor,
+    length: int,
+    real_BL: Tensor | None,
+    sinks_H: Tensor | None,
+    scaling: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention of one new token over the tokens of the blocks in the slots.
+
+    Args:
+        query_BHD: Queries, in the dtype of the pool: fp32, fp16 or bf16.
+        key_BGSTD, value_BGSTD: The pool; without values scores are found alone.
+        block_BGS: int64 block in each slot, -1 for one that takes no part.
+        length: Tokens of the sequence, the new one included.
+        real_BL: bool, False at padding, or ``None``.
+        sinks_H: fp32 logit of one more softmax column without a value, or ``None``.
+        scaling, softcap: Logits are softcap·tanh(scaling·q·k / softcap), or scaling·q·k for a softcap of 0.
+
+    Returns:
+        out_BHD in the dtype of the query; fp32 peak_BHS and sum_BHS, largest logit and log-sum-exp of each slot,
+        ``-inf`` where none takes part; fp32 lse_BH of all logits, the sink included. Without values, the first and
+        the last are not filled.
+    """
+    B, G, S, T, D = key_BGSTD.shape
+    H = query_BHD.shape[1]
+    _check("query_BHD", query_BHD, (B, H, D), key_BGSTD.dtype, key_BGSTD.device)
+    _check("key_BGSTD", key_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, key_BGSTD.device)
+    _check("block_BGS", block_BGS, (B, G, S), torch.int64, key_BGSTD.device)
+    if value_BGSTD is not None:
+        _check("value_BGSTD", value_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, key_BGSTD.device)
+    if real_BL is not None:
+        _check("real_BL", real_BL, (B, length), torch.bool, key_BGSTD.device)
+    if sinks_H is not None:
+        _check("sinks_H", sinks_H, (H,), torch.float32, key_BGSTD.device)
+    if H % G:
+        raise ValueError(f"query_BHD has {H} heads, expected a multiple of the pool's {G} KV heads")
+    if not fits(key_BGSTD):
+        raise ValueError(
+            f"key_BGSTD is {key_BGSTD.dtype} with blocks of {T} tokens and a head size of {D}, expected fp32, fp16 or "
+            f"bf16, at most {MOST_TOKENS} tokens, and a multiple of 8 up to {MOST_HEAD_DIM}"
+        )
+    out_BHD, peak_BHS, sum_BHS, lse_BH = _outputs(query_BHD, key_BGSTD)
+    if key_BGSTD.device.type == "cuda":
+        # Slots are split until there are two thread blocks for each multiprocessor.
+        wanted = 2 * torch.cuda.get_device_properties(key_BGSTD.device).multi_processor_count // max(1, B * G)
+        splits = max(1, min(-(-S // WARPS), wanted))
+        partial = torch.empty((B, H, splits, D + 2), dtype=torch.float32, device=key_BGSTD.device)
+    else:
+        splits, partial = _threads(B * G * S * T * D), None
+    arguments = SparseDecode(
+        *map(_address, (query_BHD, key_BGSTD, value_BGSTD, block_BGS, real_BL, sinks_H)),
+        *map(_address, (out_BHD, peak_BHS, sum_BHS, lse_BH, partial)),
+        *(B, G, H, S, T, D, length, splits, ELEMENTS[key_BGSTD.dtype], scaling, softcap),
+    )
+    _call("sparse_decode", arguments, key_BGSTD.device)
+    return out_BHD, peak_BHS, sum_BHS, lse_BH
+
+
+@sparse_decode.register_fake
+def _(query_BHD, key_BGSTD, value_BGSTD, block_BGS, length, real_BL, sinks_H, scaling, softcap):
+    return _outputs(query_BHD, key_BGSTD)
+
+
+def _outputs(query_BHD: Tensor, key_BGSTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (B, H, _), S = query_BHD.shape, key_BGSTD.shape[2]
+    score_BHS = query_BHD.new_empty((B, H, S), dtype=torch.float32)
+    return torch.empty_like(query_BHD), score_BHS, torch.empty_like(score_BHS), score_BHS.new_empty((B, H))
+
+
+@torch.library.custom_op("attention_predictor::gather_to_pool", mutates_args=("key_BGSTD", "value_BGSTD"))
+def gather_to_pool(
+    slabs: list[Tensor],
+    row_n: Tensor,
+    block_n: Tensor,
+    slot_n: Tensor,
+    key_BGSTD: Tensor,
+    value_BGSTD: Tensor,
+) -> None:
+    """Copy blocks from pinned slabs ``[B, G, slab_blocks, 2, T, D]`` into the slots of a pool on a GPU.
+
+    The GPU reads host memory itself, in the current stream; the caller keeps slabs and lists until that is done.
+
+    Args:
+        row_n, block_n, slot_n: int64 on the pool's device; which row's block goes to which slot of that row.
+    """
+    device = key_BGSTD.device
+    B, G, S, T, D = key_BGSTD.shape
+    _check("key_BGSTD", key_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, device)
+    _check("value_BGSTD", value_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, device)
+    for name, entry_n in (("row_n", row_n), ("block_n", block_n), ("slot_n", slot_n)):
+        _check(name, entry_n, (len(row_n),), torch.int64, device)
+    slab_blocks = slabs[0].shape[2]
+    for slab in slabs:
+        _check("slab", slab, (B, G, slab_blocks, 2, T, D), key_BGSTD.dtype, torch.device("cpu"))
+    half_bytes = T * D * key_BGSTD.element_size()
+    if half_bytes % 16:
+        raise ValueError(f"the keys of a block have {half_bytes} bytes, expected a multiple of 16")
+    address_s = torch.tensor([slab.data_ptr() for slab in slabs]).pin_memory().to(device, non_blocking=True)
+    arguments = Gather(
+        *map(_address, (address_s, row_n, block_n, slot_n, key_BGSTD, value_BGSTD)),
+        *(len(row_n), slab_blocks, S, half_bytes, GATHER_BLOCKS),
+    )
+    _call("gather_blocks", arguments, device)
+
+
+@gather_to_pool.register_fake
+def _(slabs, row_n, block_n, slot_n, key_BGSTD, value_BGSTD):
+    return None
+
+
+@torch.library.custom_op("attention_predictor::gather_to_host", mutates_args=("out_n2TD",))
+def gather_to_host(slabs: list[Tensor], row_n: Tensor, block_n: Tensor, out_n2TD: Tensor) -> None:
+    """Copy blocks of slabs ``[B, G, slab_blocks, 2, T, D]`` into a buffer in host memory, on several threads."""
+    host = torch.device("cpu")
+    B, G, slab_blocks, _, T, D = slabs[0].shape
+    for slab in slabs:
+        _check("slab", slab, (B, G, slab_blocks, 2, T, D), out_n2TD.dtype, host)
+    _check("out_n2TD", out_n2TD, (len(row_n), 2, T, D), out_n2TD.dtype, host)
+    for name, entry_n in (("row_n", row_n), ("block_n", block_n)):
+        _check(name, entry_n, (len(row_n),), torch.int64, host)
+    address_s = torch.tensor([slab.data_ptr() for slab in slabs])
+    half_bytes = T * D * out_n2TD.element_size()
+    arguments = Gather(
+        *map(_address, (address_s, row_n, block_n, None, out_n2TD, None)),
+        *(len(row_n), slab_blocks, 0, half_bytes, _threads(out_n2TD.numel())),
+    )
+    _call("gather_blocks", arguments, host)
+
+
+@gather_to_host.register_fake
+def _(slabs, row_n, block_n, out_n2TD):
+    return None
+
+
+def _library(device: torch.device) -> ctypes.CDLL:
+    found = library(device.type, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+    found.error_text.restype = ctypes.c_char_p
+    return found
+
+
+def _call(name: str, arguments: ctypes.Structure, device: torch.device) -> None:
+    kernels = _library(device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+            code = getattr(kernels, name)(ctypes.byref(arguments), stream)
+    else:
+        code = getattr(kernels, name)(ctypes.byref(arguments), None)
+    if code:
+        raise RuntimeError(f"{name} on {device}: {kernels.error_text(code).decode()}")
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _threads(elements: int) -> int:
+    """As many as torch uses, where the work is worth starting them."""
+    return max(1, min(torch.get_num_threads(), elements >> 18))
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    found = (tuple(tensor.shape), tensor.dtype, tensor.device)
+    if found != (shape, dtype, device) or not tensor.is_contiguous():
+        layout = "" if tensor.is_contiguous() else ", not contiguous"
+        raise ValueError(
+            f"{name}: expected {dtype} {list(shape)} on {device}, contiguous; "
+            f"found {tensor.dtype} {list(tensor.shape)} on {tensor.device}{layout}"
+        )

@@ -1,0 +1,204 @@
+"""Kernels against their references on the same inputs, on this CPU and, marked gpu, on a CUDA device."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_predictor import OffloadConfig, attach
+from attention_predictor.csrc import build, ops
+from attention_predictor.offload.dense import Terms
+from attention_predictor.offload.host_store import HostStore, gather_reference
+from attention_predictor.offload.sparse import attend_slots, score_slots
+from attention_predictor.predictor.errors import BuildError
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def exact_matmul():
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def pool_case(
+    device: str, dtype: torch.dtype, *, B: int = 2, G: int = 2, H: int = 8, S: int = 13, T: int = 16, D: int = 64
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor]:
+    """Query, keys, values, blocks (some slots empty, the tail block partly filled), length and padding."""
+    generator = torch.Generator().manual_seed(D + S)
+    query = torch.randn(B, H, D, generator=generator)
+    key, value = torch.randn(2, B, G, S, T, D, generator=generator)
+    blocks = torch.stack([torch.randperm(2 * S, generator=generator)[:S] for _ in range(B * G)]).view(B, G, S)
+    blocks[blocks % 5 == 3] = -1
+    blocks[..., 0] = 2 * S  # the tail block
+    length = 2 * S * T + T // 2 + 1
+    real = torch.arange(length) >= torch.tensor([[0], [T + 3]]).repeat(B, 1)[:B]
+    tensors = [one.to(device, dtype) for one in (query, key, value)]
+    return *tensors, blocks.to(device), length, real.to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"H": 2},
+        {"H": 14, "D": 128},
+        {"H": 6, "D": 96, "S": 40},
+        {"H": 4, "D": 256, "B": 1},
+        {"D": 16, "T": 8},
+        {"D": 32, "T": 64, "S": 3},
+        {"G": 1, "H": 1, "S": 1, "B": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("extra", ["plain", "padded", "softcap", "sinks"])
+def test_sparse_attention(device: str, dtype: torch.dtype, shape: dict[str, int], extra: str) -> None:
+    """Errors, against the reference in fp64, at most twice the reference's own in the pool's precision."""
+    query, key, value, blocks, length, real = pool_case(device, dtype, **shape)
+    sinks = torch.randn(query.shape[1], device=device) if extra == "sinks" else None
+    terms = Terms(query.shape[-1] ** -0.5, 3.0 if extra == "softcap" else None, sinks)
+    arguments = (blocks, length, real if extra == "padded" else None, terms)
+    exact = attend_slots(query.double(), key.double(), value.double(), *arguments)
+    reference = attend_slots(query, key, value, *arguments)
+    found = attend_slots(query, key, value, *arguments, kernel=True)
+    own = float((reference.out_BHD.double() - exact.out_BHD).abs().max())
+    floor = 2e-6  # where the reference happens to be exact
+    assert float((found.out_BHD.double() - exact.out_BHD).abs().max()) <= 2 * own + floor
+    torch.testing.assert_close(found.lse_BH, reference.lse_BH, atol=2e-5, rtol=1e-5)
+    for part in (found.scores, score_slots(query, key, *arguments, kernel=True)):
+        torch.testing.assert_close(part.peak_BHS, reference.scores.peak_BHS, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(part.sum_BHS, reference.scores.sum_BHS, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_compile_knows_the_shapes(device: str) -> None:
+    query, key, value, blocks, length, real = pool_case(device, torch.float32)
+    arguments = (query, key, value, blocks, length, real, None, 0.125, 0.0)
+    torch.library.opcheck(ops.sparse_decode, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def filled_store(dtype: torch.dtype, *, pin: bool = False) -> HostStore:
+    store = HostStore(batch=2, kv_heads=3, head_dim=16, dtype=dtype, slab_blocks=4, pin=pin)
+    generator = torch.Generator().manual_seed(0)
+    store.append(*torch.randn(2, 2, 3, 16 * 21 + 5, 16, generator=generator).to(dtype))
+    return store
+
+
+def entries(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(6, (count,), generator=generator), torch.randint(22, (count,), generator=generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 7, 500])
+def test_gather_to_host(dtype: torch.dtype, count: int) -> None:
+    store, (row, block) = filled_store(dtype), entries(count)
+    wanted = torch.empty(count, 2, 16, 16, dtype=dtype)
+    if count:
+        gather_reference(store._slabs, row, block, wanted)
+    assert torch.equal(store.gather(row, block), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 7, 40])
+def test_gather_to_pool(dtype: torch.dtype, count: int) -> None:
+    from attention_predictor.offload.block_pool import BlockPool
+
+    store, (row, block) = filled_store(dtype, pin=True), entries(count)
+    shape = {"batch": 2, "kv_heads": 3, "slots": 60, "block_size": 16, "head_dim": 16, "dtype": dtype}
+    by_kernel, by_copy = (BlockPool(**shape, device="cuda") for _ in range(2))
+    slot = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:count]
+    store.gather_to_pool(row, block, slot, by_kernel)
+    by_copy.write_blocks(row, slot, store.gather(row, block))
+    assert torch.equal(by_kernel.key_BGSTD, by_copy.key_BGSTD)
+    assert torch.equal(by_kernel.value_BGSTD, by_copy.value_BGSTD)
+    with pytest.raises(IndexError, match="block must be between 0 and 21"):
+        store.gather_to_pool(torch.tensor([0]), torch.tensor([22]), torch.tensor([0]), by_kernel)
+
+
+def test_wrong_arguments_are_named() -> None:
+    query, key, value, blocks, length, real = pool_case("cpu", torch.float32)
+    good = [query, key, value, blocks, length, real, None, 0.125, 0.0]
+    cases = {
+        "query_BHD: expected torch.float32 [2, 8, 64] on cpu, contiguous; found torch.float16": (0, query.half()),
+        "value_BGSTD: expected": (2, value[..., :32]),
+        "block_BGS: expected torch.int64 [2, 2, 13]": (3, blocks.int()),
+        "real_BL: expected torch.bool [2, 425]": (5, real[:, :-1]),
+        "sinks_H: expected torch.float32 [8]": (6, torch.zeros(4)),
+    }
+    for message, (place, bad) in cases.items():
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            ops.sparse_decode(*good[:place], bad, *good[place + 1 :])
+    with pytest.raises(ValueError, match=r"head size of 12, expected .* a multiple of 8 up to 256"):
+        pool = torch.zeros(1, 1, 2, 16, 12)
+        ops.sparse_decode(torch.zeros(1, 1, 12), pool, pool, torch.zeros(1, 1, 2).long(), 32, None, None, 1.0, 0.0)
+
+
+# How they are built
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """An empty cache, and nothing remembered of earlier builds, before and after."""
+    monkeypatch.setenv("ATTENTION_PREDICTOR_CACHE", str(tmp_path / "cache"))
+    for known in (build.library, ops.missing):
+        known.cache_clear()
+    yield tmp_path
+    for known in (build.library, ops.missing):
+        known.cache_clear()
+
+
+def build_one(_: int) -> float:
+    return Path(build.library("cpu")._name).stat().st_mtime
+
+
+def test_processes_that_start_at_once_build_once(no_library: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(2) as processes:
+        times = processes.map(build_one, range(2))
+    assert times[0] == times[1]
+    assert [file.suffix for file in sorted((no_library / "cache").iterdir())] == [".lock", ".so"]
+
+
+def test_another_source_or_argument_is_another_library(no_library: Path) -> None:
+    source = no_library / "one.cpp"
+    source.write_text('extern "C" int one() { return 1; }')
+    compiler = build._compiler("a C++ compiler", "CXX", ["c++", "g++", "clang++"])
+    first = build.build(compiler, ("-shared", "-fPIC"), [source])
+    assert build.build(compiler, ("-shared", "-fPIC"), [source]) == first
+    assert build.build(compiler, ("-shared", "-fPIC", "-O1"), [source]) != first
+    source.write_text('extern "C" int one() { return 2; }')
+    assert build.build(compiler, ("-shared", "-fPIC"), [source]) != first
+
+
+def test_a_failed_build_shows_what_the_compiler_said(no_library: Path) -> None:
+    source = no_library / "bad.cpp"
+    source.write_text("int one() { return nothing; }")
+    compiler = build._compiler("a C++ compiler", "CXX", ["c++", "g++", "clang++"])
+    with pytest.raises(BuildError, match=r"(?s)failed with exit code 1.*nothing"):
+        build.build(compiler, ("-shared", "-fPIC"), [source])
+
+
+def test_without_a_compiler_torch_operations_serve_and_stats_say_so(no_library, monkeypatch, tiny_model, ids, caplog):
+    model, prompt = tiny_model("llama"), ids(150)
+    outputs = []
+    for compiler, kernels in (("", "auto"), ("no-such-compiler", "auto"), ("", "none")):
+        monkeypatch.setenv("CXX", compiler)
+        for known in (build.library, ops.missing):
+            known.cache_clear()
+        with attach(model, OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, kernels=kernels)) as engine:
+            outputs.append(model.generate(prompt, do_sample=False, max_new_tokens=12))
+        assert bool(engine.stats.fallbacks) == bool(compiler)
+    assert "a C++ compiler was not found: CXX=no-such-compiler" in next(iter(caplog.messages))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[1], outputs[2])
