@@ -34,9 +34,10 @@ def library(device: str, capability: tuple[int, int] | None = None) -> ctypes.CD
     """
     if device == "cuda":
         assert capability is not None
-        number = f"{capability[0]}{capability[1]}"
+        number = "".join(map(str, capability))
+        target = f"arch=compute_{number},code=sm_{number}"
         compiler = _compiler("nvcc", "CUDACXX", [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin/nvcc", "nvcc"])
-        flags: tuple[str, ...] = ("-O3", *SHARED, "-Xcompiler", "-fPIC", "-gencode", f"arch=compute_{number},code=sm_{number}")
+        flags: tuple[str, ...] = ("-O3", *SHARED, "-Xcompiler", "-fPIC", "-gencode", target)
         sources = sorted(SOURCES.glob("*.cu"))
     else:
         compiler = _compiler("a C++ compiler", "CXX", ["c++", "g++", "clang++"])
