@@ -255,7 +255,13 @@ def gather_reference(slabs: list[Tensor], row_n: Tensor, block_n: Tensor, out_n2
     """What `ops.gather_to_host` does, in torch operations."""
     slab_blocks = slabs[0].shape[2]
     slab_n = block_n // slab_blocks
-    for slab in slab_n.unique().tolist():
-        here = slab_n == slab
-        entry_n = row_n[here] * slab_blocks + block_n[here] % slab_blocks
-        out_n2TD[here] = slabs[slab].flatten(0, 2)[entry_n]
+    entry_n = row_n * slab_blocks + block_n % slab_blocks
+    # Grouped by slab: one vectorised read a slab, then one pass that restores the caller's order.
+    order_n = torch.argsort(slab_n, stable=True)
+    sorted_n, grouped_n2TD = entry_n[order_n], torch.empty_like(out_n2TD)
+    start = 0
+    for slab, count in zip(*(found.tolist() for found in torch.unique(slab_n, return_counts=True)), strict=True):
+        part = slice(start, start + count)
+        torch.index_select(slabs[slab].flatten(0, 2), 0, sorted_n[part], out=grouped_n2TD[part])
+        start += count
+    torch.index_select(grouped_n2TD, 0, torch.argsort(order_n), out=out_n2TD)
