@@ -141,7 +141,8 @@ def _outputs(query_BHD: Tensor, key_BGSTD: Tensor) -> tuple[Tensor, Tensor, Tens
 
 @torch.library.custom_op("attention_predictor::gather_to_pool", mutates_args=("key_BGSTD", "value_BGSTD"))
 def gather_to_pool(
-    slabs: list[Tensor],
+    slab_s: Tensor,
+    slab_blocks: int,
     row_n: Tensor,
     block_n: Tensor,
     slot_n: Tensor,
@@ -150,33 +151,33 @@ def gather_to_pool(
 ) -> None:
     """Copy blocks from pinned slabs ``[B, G, slab_blocks, 2, T, D]`` into the slots of a pool on a GPU.
 
-    The GPU reads host memory itself, in the current stream; the caller keeps slabs and lists until that is done.
+    The GPU reads host memory itself, in the current stream; the caller keeps slabs and lists until that is done, and
+    vouches that rows, blocks and slots exist.
 
     Args:
+        slab_s: int64 addresses of the slabs, on the pool's device.
         row_n, block_n, slot_n: int64 on the pool's device; which row's block goes to which slot of that row.
     """
     device = key_BGSTD.device
-    B, G, S, T, D = key_BGSTD.shape
-    _check("key_BGSTD", key_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, device)
-    _check("value_BGSTD", value_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, device)
+    shape = tuple(key_BGSTD.shape)
+    S, T, D = shape[2:]
+    _check("key_BGSTD", key_BGSTD, shape, key_BGSTD.dtype, device)
+    _check("value_BGSTD", value_BGSTD, shape, key_BGSTD.dtype, device)
+    _check("slab_s", slab_s, (len(slab_s),), torch.int64, device)
     for name, entry_n in (("row_n", row_n), ("block_n", block_n), ("slot_n", slot_n)):
         _check(name, entry_n, (len(row_n),), torch.int64, device)
-    slab_blocks = slabs[0].shape[2]
-    for slab in slabs:
-        _check("slab", slab, (B, G, slab_blocks, 2, T, D), key_BGSTD.dtype, torch.device("cpu"))
     half_bytes = T * D * key_BGSTD.element_size()
     if half_bytes % 16:
         raise ValueError(f"the keys of a block have {half_bytes} bytes, expected a multiple of 16")
-    address_s = torch.tensor([slab.data_ptr() for slab in slabs]).pin_memory().to(device, non_blocking=True)
     arguments = Gather(
-        *map(_address, (address_s, row_n, block_n, slot_n, key_BGSTD, value_BGSTD)),
+        *map(_address, (slab_s, row_n, block_n, slot_n, key_BGSTD, value_BGSTD)),
         *(len(row_n), slab_blocks, S, half_bytes, GATHER_BLOCKS),
     )
     _call("gather_blocks", arguments, device)
 
 
 @gather_to_pool.register_fake
-def _(slabs, row_n, block_n, slot_n, key_BGSTD, value_BGSTD):
+def _(slab_s, slab_blocks, row_n, block_n, slot_n, key_BGSTD, value_BGSTD):
     return None
 
 

@@ -47,6 +47,7 @@ class HostStore:
         self.pin = pin and torch.cuda.is_available()
         self.length = 0
         self._slabs: list[Tensor] = []
+        self._addresses_made: tuple[list[int], Tensor] | None = None  # from what, and the tensor on the GPU
 
     @property
     def n_blocks(self) -> int:
@@ -114,8 +115,10 @@ class HostStore:
         """
         self._check_entries(row_n, block_n)
         if row_n.numel():
-            index = torch.stack([row_n, block_n, slot_n]).to(pool.key_BGSTD.device, non_blocking=True)
-            ops.gather_to_pool(self._slabs, *index.unbind(), pool.key_BGSTD, pool.value_BGSTD)
+            device = pool.key_BGSTD.device
+            index = torch.stack([row_n, block_n, slot_n]).to(device, non_blocking=True)
+            slab_s = self._addresses(device)
+            ops.gather_to_pool(slab_s, self.slab_blocks, *index.unbind(), pool.key_BGSTD, pool.value_BGSTD)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, stop - start, D] of a token range, on the CPU. Raises IndexError beyond."""
@@ -182,6 +185,13 @@ class HostStore:
         twin = memo[id(self)] = copy.copy(self)
         twin._slabs = [self._new_slab(self.batch).copy_(slab) for slab in self._slabs]
         return twin
+
+    def _addresses(self, device: torch.device) -> Tensor:
+        """The slabs' addresses, int64 on a GPU; made anew when the slabs have changed."""
+        found = [slab.data_ptr() for slab in self._slabs]
+        if self._addresses_made is None or self._addresses_made[0] != found:
+            self._addresses_made = found, torch.tensor(found, device=device)
+        return self._addresses_made[1]
 
     def _slabs_for(self, tokens: int) -> int:
         return math.ceil(tokens / (self.slab_blocks * self.block_size))

@@ -101,6 +101,11 @@ def of_all(state_XNC: Tensor, moments: Moments, step: int) -> Tensor:
     return torch.cat([few.mean(0, keepdim=True).expand_as(few), few.amax(0, keepdim=True).expand_as(few)], -1)
 
 
+def true_mass(state_XNC: Tensor, moments: Moments, step: int) -> Tensor:
+    """The step's true mass of each block: more than sums of attended blocks beside their peaks could tell."""
+    return SCALE.log_scale(moments.now_XSN[:, step].float())[..., None]
+
+
 def position(state_XNC: Tensor, moments: Moments, step: int) -> Tensor:
     """Distance to the end (its logarithm), which is a block's age, and place in the sequence."""
     X, N, _ = state_XNC.shape
@@ -130,6 +135,7 @@ VARIANTS = (
     Variant("channels: 16 averages", channels=(*LOG, *LAST, *PEAKS)),
     Variant("channels: 16 averages, and 16 of square roots", channels=(*LOG, *SQRT, *LAST, *PEAKS)),
     Variant("channels: with distance, age, place", extra=position),
+    Variant("channels: with block sums, even true ones", extra=true_mass),
     Variant("channels: with the layer's other heads", extra=of_the_layer),
     Variant("channels: with the layer before", extra=of_the_layer_before),
     Variant("channels: with all heads of all layers", extra=of_all),

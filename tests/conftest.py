@@ -65,6 +65,15 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.fixture
+def exact_matmul() -> Iterator[None]:
+    """fp32 products on a GPU are fp32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture
 def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Iterator[Callable[..., None]]:
     """Check that the predictor finds, at 8K tokens and a budget of 512, what full attention finds.
 

@@ -10,16 +10,8 @@ from attention_predictor import OffloadConfig, attach
 from attention_predictor.offload.policies import policy_names
 from attention_predictor.predictor.sketch import KeySketch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_matmul")]
 SMALL = {"predictor": "ema", "budget": 64, "sink": 16, "recent": 16}
-
-
-@pytest.fixture(autouse=True)
-def exact_matmul():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def decode(model, prompt, tokens=24):

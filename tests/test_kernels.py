@@ -17,16 +17,9 @@ from attention_predictor.offload.host_store import HostStore, gather_reference
 from attention_predictor.offload.sparse import attend_slots, score_slots
 from attention_predictor.predictor.errors import BuildError
 
+pytestmark = pytest.mark.usefixtures("exact_matmul")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def exact_matmul():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def pool_case(
