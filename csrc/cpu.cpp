@@ -1,4 +1,4 @@
-// The CPU's counterparts: sparse decode attention and the gather of blocks.
+// The CPU's counterparts: sparse decode attention, the scores of a sketch, and the gather of blocks.
 //
 // Loops are written for the compiler to vectorise; rows (sequence and KV head) are shared between threads. Every thread works
 // through whole rows, so that results don't depend on how many there are.
@@ -76,6 +76,13 @@ inline void dots(const float *__restrict query, const float *__restrict key, int
     for (int m = 0; m < kCount; ++m) dot[m] = sum[m];
 }
 
+// Products of one key with the queries of all heads of a group.
+inline void all_dots(const float *query, const float *key, int64_t D, int64_t heads, float *dot) {
+    int64_t m = 0;
+    for (; m + kHeads <= heads; m += kHeads) dots<kHeads>(query + m * D, key, D, dot + m);
+    for (; m < heads; ++m) dots<1>(query + m * D, key, D, dot + m);
+}
+
 inline void add(float weight, const float *__restrict value, int64_t D, float *__restrict out) {
     for (int64_t d = 0; d < D; ++d) out[d] += weight * value[d];
 }
@@ -86,7 +93,7 @@ void attend_row(const SparseDecode &a, int64_t row) {
     const int64_t D = a.head_dim, T = a.tokens, S = a.slots, first = b * a.heads + kv_head * group;
     const float scaling = static_cast<float>(a.scaling), softcap = static_cast<float>(a.softcap);
     // Weights of a slot are relative to the slot's own peak; what that is worth is known once all are seen.
-    std::vector<float> query(group * D), weight(group * S * T), part(D), out(group * D, 0.f);
+    std::vector<float> query(group * D), weight(group * S * T), part(D), out(group * D, 0.f), dot(group);
     std::vector<float> top(group, kNever), total(group, 0.f);
     for (int64_t i = 0; i < group * D; ++i) query[i] = scaling * to_float(static_cast<const E *>(a.query)[first * D + i]);
     for (int64_t s = 0; s < S; ++s) {
@@ -101,15 +108,9 @@ void attend_row(const SparseDecode &a, int64_t row) {
             }
             const E *key = static_cast<const E *>(a.key) + ((row * S + s) * T + t) * D;
             for (int64_t d = 0; d < D; ++d) part[d] = to_float(key[d]);
-            for (int64_t m0 = 0; m0 < group; m0 += kHeads) {
-                float dot[kHeads];
-                const int64_t heads = std::min<int64_t>(kHeads, group - m0);
-                if (heads == kHeads) dots<kHeads>(&query[m0 * D], part.data(), D, dot);
-                else for (int64_t m = 0; m < heads; ++m) dots<1>(&query[(m0 + m) * D], part.data(), D, dot + m);
-                for (int64_t m = 0; m < heads; ++m)
-                    weight[((m0 + m) * S + s) * T + t] =
-                        softcap != 0.f ? softcap * std::tanh(dot[m] / softcap) : dot[m];
-            }
+            all_dots(query.data(), part.data(), D, group, dot.data());
+            for (int64_t m = 0; m < group; ++m)
+                weight[(m * S + s) * T + t] = softcap != 0.f ? softcap * std::tanh(dot[m] / softcap) : dot[m];
         }
         for (int64_t m = 0; m < group; ++m) {
             float *of_slot = &weight[(m * S + s) * T];
@@ -155,6 +156,68 @@ void attend_row(const SparseDecode &a, int64_t row) {
     }
 }
 
+inline float half_to_float(uint16_t bits) {
+    _Float16 x;
+    std::memcpy(&x, &bits, 2);
+    return static_cast<float>(x);
+}
+
+// The codes of token t of a group as numbers; bytes hold the tokens J apart (`quantise.pack`).
+inline void unpack(const uint8_t *codes, int64_t t, int64_t J, int64_t channels, int64_t bits, float *out) {
+    const uint8_t *from = codes + t % J * channels;
+    const int64_t shift = bits * (t / J);
+    const uint8_t mask = static_cast<uint8_t>((1 << bits) - 1);
+    for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<float>((from[c] >> shift) & mask);
+}
+
+template <typename E>
+void score_row(const SketchScores &a, int64_t row) {
+    const int64_t b = row / a.kv_heads, kv_head = row % a.kv_heads, heads = a.heads / a.kv_heads;
+    const int64_t D = a.head_dim, L = a.length, first = b * a.heads + kv_head * heads, groups = L / a.group;
+    const int64_t narrow_channels = a.coded - a.wide_channels;
+    const int64_t wide_bytes = a.group * a.wide_bits / 8, narrow_bytes = a.group * a.bits / 8;
+    const float softcap = static_cast<float>(a.softcap);
+    std::vector<float> logit(heads * L), zero(D), offset(heads), query(heads * a.coded), key(std::max(D, a.coded)), dot(heads);
+    for (int64_t k = 0; k < groups; ++k) {
+        const int64_t at = row * a.capacity + k;
+        for (int64_t d = 0; d < D; ++d) zero[d] = half_to_float(a.zero[at * D + d]);
+        all_dots(a.ranked + first * D, zero.data(), D, heads, offset.data());
+        for (int64_t m = 0; m < heads; ++m)
+            for (int64_t c = 0; c < a.coded; ++c)
+                query[m * a.coded + c] = a.ranked[(first + m) * D + c] * half_to_float(a.scale[at * a.coded + c]);
+        for (int64_t t = 0; t < a.group; ++t) {
+            if (a.wide) unpack(a.wide + at * wide_bytes * a.wide_channels, t, wide_bytes, a.wide_channels, a.wide_bits, key.data());
+            unpack(a.narrow + at * narrow_bytes * narrow_channels, t, narrow_bytes, narrow_channels, a.bits,
+                   key.data() + a.wide_channels);
+            all_dots(query.data(), key.data(), a.coded, heads, dot.data());
+            for (int64_t m = 0; m < heads; ++m) logit[m * L + k * a.group + t] = offset[m] + dot[m];
+        }
+    }
+    for (int64_t token = groups * a.group; token < L; ++token) {
+        const E *exact = static_cast<const E *>(a.tail) + (row * a.group + token % a.group) * D;
+        for (int64_t d = 0; d < D; ++d) key[d] = to_float(exact[d]);
+        all_dots(a.query + first * D, key.data(), D, heads, dot.data());
+        for (int64_t m = 0; m < heads; ++m) logit[m * L + token] = dot[m];
+    }
+    const int64_t blocks = (L + a.block_size - 1) / a.block_size;
+    for (int64_t m = 0; m < heads; ++m) {
+        float *of_head = &logit[m * L];
+        if (softcap != 0.f)
+            for (int64_t i = 0; i < L; ++i) of_head[i] = softcap * std::tanh(of_head[i] / softcap);
+        if (a.real)
+            for (int64_t i = 0; i < L; ++i) of_head[i] = a.real[b * L + i] ? of_head[i] : kNever;
+        for (int64_t n = 0; n < blocks; ++n) {
+            const int64_t begin = n * a.block_size, end = std::min(L, begin + a.block_size);
+            float peak = kNever, sum = 0.f;
+            for (int64_t i = begin; i < end; ++i) peak = std::max(peak, of_head[i]);
+            if (peak > kNever)
+                for (int64_t i = begin; i < end; ++i) sum += exp_below(of_head[i] - peak);
+            a.peak[(first + m) * blocks + n] = peak;
+            a.sum[(first + m) * blocks + n] = peak > kNever ? peak + std::log(sum) : kNever;
+        }
+    }
+}
+
 }  // namespace
 
 // `splits` is the number of threads here.
@@ -163,6 +226,15 @@ extern "C" int sparse_decode(const SparseDecode *a, void *) {
     if (a->element == kFloat32) share(rows, a->splits, [&](int64_t row) { attend_row<float>(*a, row); });
     else if (a->element == kFloat16) share(rows, a->splits, [&](int64_t row) { attend_row<Half>(*a, row); });
     else if (a->element == kBFloat16) share(rows, a->splits, [&](int64_t row) { attend_row<BFloat16>(*a, row); });
+    else return 1;
+    return 0;
+}
+
+extern "C" int sketch_scores(const SketchScores *a, void *) {
+    const int64_t rows = a->batch * a->kv_heads;
+    if (a->element == kFloat32) share(rows, a->workers, [&](int64_t row) { score_row<float>(*a, row); });
+    else if (a->element == kFloat16) share(rows, a->workers, [&](int64_t row) { score_row<Half>(*a, row); });
+    else if (a->element == kBFloat16) share(rows, a->workers, [&](int64_t row) { score_row<BFloat16>(*a, row); });
     else return 1;
     return 0;
 }

@@ -3,6 +3,9 @@
 attention: one token over the blocks of a pool. Our kernel, the torch operations it replaces, and torch's own
 scaled_dot_product_attention over the same keys and values, which gives no block scores.
 
+sketch: what a query makes of every block of the context, by the 2-bit keys. Our kernel, which is for CPUs as yet, and
+the torch operations it replaces.
+
 gather: scattered blocks from host memory to the pool. Our kernel (on a GPU it reads pinned memory itself), what it
 replaces, and a plain copy of as many bytes in one piece, which is the bus at its best.
 
@@ -31,9 +34,11 @@ from attention_predictor.offload.dense import Terms
 from attention_predictor.offload.host_store import HostStore, gather_reference
 from attention_predictor.offload.sparse import attend_slots
 from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.predictor.sketch import KeySketch
 
 BLOCK = 16
-PARTS = ("attention", "gather")
+CHUNK = 4096  # tokens made at once
+PARTS = ("attention", "sketch", "gather")
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
     if (reason := ops.missing(device)) is not None:
         raise ConfigError(f"there are no kernels to time: {reason}")
     torch.manual_seed(args.seed)
-    timings = {"attention": attention, "gather": gather}[args.part](args, device, dtype)
+    timings = {"attention": attention, "sketch": sketch, "gather": gather}[args.part](args, device, dtype)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     settings = {name: getattr(args, name) for name in numbers} | {"dtype": str(dtype).removeprefix("torch.")}
     first = timings[0]
@@ -111,12 +116,29 @@ def attention(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
     return [timed(name, way, moved, args.repeats, device) for name, way in ways.items()]
 
 
+def sketch(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Timing]:
+    """Scores of all blocks of the context."""
+    if device.type != "cpu":
+        raise ConfigError("bench sketch: its kernel is for CPUs alone; expected --device cpu")
+    keys = KeySketch(batch=args.batch, kv_heads=args.kv_heads, head_dim=args.head_dim, dtype=dtype, device=device)
+    query_BHQD = torch.randn(args.batch, args.heads, 64, args.head_dim, dtype=dtype)
+    for start in range(0, args.context, CHUNK):
+        tokens = min(CHUNK, args.context - start)
+        keys.extend(torch.randn(args.batch, args.kv_heads, tokens, args.head_dim, dtype=dtype), query_BHQD)
+    query_BHD, scaling = query_BHQD[:, :, 0], args.head_dim**-0.5
+    ways: dict[str, Callable[[], object]] = {
+        "ours": lambda: keys.block_scores(query_BHD, scaling, block_size=BLOCK, kernel=True),
+        "torch operations": lambda: keys.block_scores(query_BHD, scaling, block_size=BLOCK),
+    }
+    return [timed(name, way, keys.nbytes, args.repeats, device) for name, way in ways.items()]
+
+
 def gather(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Timing]:
     """Scattered blocks of a store to a pool, or on a CPU to a buffer."""
     shape = {"batch": args.batch, "kv_heads": args.kv_heads, "head_dim": args.head_dim, "dtype": dtype}
     store = HostStore(**shape, pin=device.type == "cuda")
-    for start in range(0, args.context, 4096):
-        tokens = min(4096, args.context - start)
+    for start in range(0, args.context, CHUNK):
+        tokens = min(CHUNK, args.context - start)
         store.append(*torch.randn(2, args.batch, args.kv_heads, tokens, args.head_dim, dtype=dtype))
     rows = args.batch * args.kv_heads
     row_n, block_n = torch.randint(rows, (args.blocks,)), torch.randint(store.n_blocks, (args.blocks,))

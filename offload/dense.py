@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attention_predictor.predictor.scores import block_peak_and_sum
+
 # Logits of one chunk take at most this much device memory (fp32), and a chunk has at most this many tokens.
 CHUNK_BYTES = 1 << 27
 CHUNK_TOKENS = 4096
@@ -158,14 +160,6 @@ def score_rows(
     B, H, Q, N = scores_BHQN.shape
     grouped = (B, kv_heads, H // kv_heads, Q, N)
     return ScoreRows(scores_BHQN.view(grouped).amax(2), mass_BHQN.view(grouped).mean(2))
-
-
-def block_peak_and_sum(logits_HT: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Maximum and log-sum-exp of the logits ``[..., T]`` over each block, ``[..., N]``; a partial block is allowed."""
-    short = -logits_HT.shape[-1] % block_size
-    padded = torch.nn.functional.pad(logits_HT, (0, short), value=float("-inf"))
-    blocks = padded.unflatten(-1, (-1, block_size))
-    return blocks.amax(-1), torch.logsumexp(blocks, -1)
 
 
 def _masked(logits_BHQT: Tensor, start: int, length: int, mask: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 Suffixes: B sequences, G KV heads, H query heads, Q queries, N blocks, T tokens.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,3 +42,11 @@ def _blocks(prob_BHQT: Tensor, kv_heads: int, block_size: int) -> Tensor:
     padded_BHQT = F.pad(prob_BHQT, (0, missing)) if missing else prob_BHQT
     n_blocks = (tokens + missing) // block_size
     return padded_BHQT.reshape(batch, kv_heads, heads // kv_heads, queries, n_blocks, block_size)
+
+
+def block_peak_and_sum(logits_HT: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Maximum and log-sum-exp of the logits ``[..., T]`` over each block, ``[..., N]``; a partial block is allowed."""
+    short = -logits_HT.shape[-1] % block_size
+    padded = F.pad(logits_HT, (0, short), value=float("-inf"))
+    blocks = padded.unflatten(-1, (-1, block_size))
+    return blocks.amax(-1), torch.logsumexp(blocks, -1)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attention_predictor.csrc import ops
 from attention_predictor.predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.quantise import LARGEST, SHARES, masks, pack, quantise, unpack
+from attention_predictor.predictor.scores import block_peak_and_sum
 
 # Share of the channels whose codes have twice the bits, and of those that have none, so that the mean stays. In the
 # pocket model 1/8 errs a little less over all layers, but more in the layer that looks up single tokens (docs/LOG.md).
@@ -150,6 +152,45 @@ class KeySketch:
         if softcap is not None:
             logits_BGhT.div_(softcap).tanh_().mul_(softcap)
         return logits_BGhT.flatten(1, 2)
+
+    @torch.no_grad()
+    def block_scores(
+        self,
+        query_BHD: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        *,
+        block_size: int,
+        real_BL: Tensor | None = None,
+        kernel: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Largest logit and log-sum-exp of each block's tokens, peak_BHN and sum_BHN in fp32.
+
+        `real_BL` is False at padding; a block of nothing else has ``-inf``. With `kernel`, and on a CPU, it is done
+        in one pass that never holds the logits of more than a row (`csrc/ops.py`).
+        """
+        if kernel and self._tail_BGTD.device.type == "cpu":
+            scaled_BHD = query_BHD.float() * scaling
+            kv_heads = self._order_BGD.shape[1]
+            order_BHD = self._order_BGD.repeat_interleave(query_BHD.shape[1] // kv_heads, 1)
+            *wide, narrow = (tier.codes_BGKJC for tier in self._tiers)
+            return ops.sketch_scores(
+                scaled_BHD,
+                scaled_BHD.gather(-1, order_BHD),
+                self._zero_BGKD,
+                self._scale_BGKR,
+                wide[0] if wide else None,
+                narrow,
+                self._tail_BGTD,
+                self.length,
+                None if real_BL is None else real_BL.contiguous(),
+                block_size,
+                softcap or 0.0,
+            )
+        logits_BHT = self.logits(query_BHD, scaling, softcap)
+        if real_BL is not None:
+            logits_BHT = logits_BHT.masked_fill(~real_BL[:, None], float("-inf"))
+        return block_peak_and_sum(logits_BHT, block_size)
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import re
 from pathlib import Path
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor
 
 from attention_predictor import OffloadConfig, attach
+from attention_predictor.cli import main
 from attention_predictor.csrc import build, ops
+from attention_predictor.eval.speed import PARTS
 from attention_predictor.offload.dense import Terms
 from attention_predictor.offload.host_store import HostStore, gather_reference
 from attention_predictor.offload.sparse import attend_slots, score_slots
 from attention_predictor.predictor.errors import BuildError
+from attention_predictor.predictor.sketch import KeySketch
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -80,6 +84,25 @@ def test_torch_compile_knows_the_shapes(device: str) -> None:
     torch.library.opcheck(ops.sparse_decode, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("length", [5, 64, 700, 1029])
+@pytest.mark.parametrize("extra", ["plain", "padded", "softcap"])
+def test_sketch_scores(dtype: torch.dtype, bits: int, length: int, extra: str) -> None:
+    """Against the logits in torch operations, block by block."""
+    generator = torch.Generator().manual_seed(length + bits)
+    B, G, H, D = 2, 2, 6, 48
+    sketch = KeySketch(batch=B, kv_heads=G, head_dim=D, dtype=dtype, device="cpu", bits=bits)
+    key, query = torch.randn(B, G, length, D, generator=generator), torch.randn(B, H, length, D, generator=generator)
+    sketch.extend(key.to(dtype), query.to(dtype))
+    real = torch.arange(length) >= torch.tensor([[0], [length // 3]]) if extra == "padded" else None
+    arguments = (query[:, :, -1].to(dtype), D**-0.5, 2.0 if extra == "softcap" else None)
+    wanted = sketch.block_scores(*arguments, block_size=16, real_BL=real)
+    found = sketch.block_scores(*arguments, block_size=16, real_BL=real, kernel=True)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+
+
 def filled_store(dtype: torch.dtype, *, pin: bool = False) -> HostStore:
     store = HostStore(batch=2, kv_heads=3, head_dim=16, dtype=dtype, slab_blocks=4, pin=pin)
     generator = torch.Generator().manual_seed(0)
@@ -136,6 +159,18 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"head size of 12, expected .* a multiple of 8 up to 256"):
         pool = torch.zeros(1, 1, 2, 16, 12)
         ops.sparse_decode(torch.zeros(1, 1, 12), pool, pool, torch.zeros(1, 1, 2).long(), 32, None, None, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_bench(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--kv-heads", "2", "--heads", "4", "--head-dim", "32", "--context", "600"]
+    assert main(["bench", part, *options, "--budget", "128", "--blocks", "20", "--repeats", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["part"] == part
+    assert found["timings"][0]["name"].startswith("ours")
+    assert all(one["ms"] > 0 and one["gb_per_s"] > 0 for one in found["timings"])
+    assert main(["bench", part, "--heads", "3", "--kv-heads", "2"]) == 2
+    assert capsys.readouterr().err == "attnpred bench: --heads 3: expected a multiple of --kv-heads 2\n"
 
 
 # How they are built

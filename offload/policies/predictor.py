@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attention_predictor.offload.dense import ScoreRows, block_peak_and_sum
+from attention_predictor.offload.dense import ScoreRows
 from attention_predictor.offload.policies.base import LayerSpec, Part, Policy, ReadKeys, Step
 from attention_predictor.offload.selection import Selection
 from attention_predictor.predictor.model import new_history
@@ -115,10 +115,14 @@ class Predictor(Policy):
         """
         assert self.sketch is not None
         if self.estimate is None or self.estimate[0] is not step:
-            logits_BHL = self.sketch.logits(step.query_BHD, step.terms.scaling, step.terms.softcap)
-            if step.real_BL is not None:
-                logits_BHL = logits_BHL.masked_fill(~step.real_BL[:, None], float("-inf"))
-            peak_BHN, sum_BHN = block_peak_and_sum(logits_BHL, self.spec.config.block_size)
+            peak_BHN, sum_BHN = self.sketch.block_scores(
+                step.query_BHD,
+                step.terms.scaling,
+                step.terms.softcap,
+                block_size=self.spec.config.block_size,
+                real_BL=step.real_BL,
+                kernel=step.kernel,
+            )
             if self.chooses:
                 peak_BHN = _put(peak_BHN, step.resident_BGS, step.resident_scores.peak_BHS)
                 sum_BHN = _put(sum_BHN, step.resident_BGS, step.resident_scores.sum_BHS)
