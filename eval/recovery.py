@@ -36,6 +36,11 @@ from attention_predictor.offload.policies.predictor import Predictor
 from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor
 
+# What decides a table, besides its rules and budgets.
+SETTINGS = (
+    *("model", "device", "dtype", "seed", "data", "tasks", "questions"),
+    *("per_document", "tail", "documents", "per_file", "context", "recovery"),
+)
 TAIL_INTERVAL = 4  # steps between measurements of recovery where nothing else is judged
 
 
@@ -73,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
     else:
         cases = _questions(args)
     model = load_model(args.model, args.device, args.dtype)
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "out", "rule", "budgets")}
+    settings = {name: str(getattr(args, name)) for name in SETTINGS}
     cells = _load(args.out, settings)
     for budget in budgets:
         for rule in rules:

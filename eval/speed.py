@@ -1,4 +1,4 @@
-"""Time the parts of a decoding step, each against what it replaces, in one process.
+"""Time a part of a decoding step against what it replaces, in one process.
 
 attention: one token over the blocks of a pool. Our kernel, the torch operations it replaces, and torch's own
 scaled_dot_product_attention over the same keys and values, which gives no block scores.
@@ -38,7 +38,6 @@ from attention_predictor.predictor.sketch import KeySketch
 
 BLOCK = 16
 CHUNK = 4096  # tokens made at once
-PARTS = ("attention", "sketch", "gather")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,6 @@ class Timing:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     parser.add_argument("--dtype", default="auto", choices=sorted(DTYPES), help="auto: bf16 on a GPU, else fp32")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (%(default)s)")
@@ -80,15 +78,16 @@ def main(args: argparse.Namespace) -> int:
     if (reason := ops.missing(device)) is not None:
         raise ConfigError(f"there are no kernels to time: {reason}")
     torch.manual_seed(args.seed)
-    timings = {"attention": attention, "sketch": sketch, "gather": gather}[args.part](args, device, dtype)
+    part = args.subcommand
+    timings = {"attention": attention, "sketch": sketch, "gather": gather}[part](args, device, dtype)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     settings = {name: getattr(args, name) for name in numbers} | {"dtype": str(dtype).removeprefix("torch.")}
     first = timings[0]
     if args.json:
         rows = [asdict(one) | {"ratio": one.ms / first.ms} for one in timings]
-        print(json.dumps({"part": args.part, "machine": machine, "settings": settings, "timings": rows}))
+        print(json.dumps({"part": part, "machine": machine, "settings": settings, "timings": rows}))
         return 0
-    print(f"{args.part}, {machine}: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    print(f"{part}, {machine}: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
     for one in timings:
         print(f"  {one.name:<44} {one.ms:9.3f} ms {one.gb_per_s:8.1f} GB/s   {one.ms / first.ms:6.2f} × ours")
     return 0

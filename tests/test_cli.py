@@ -41,7 +41,7 @@ def generate(capsys, *arguments: str) -> dict:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"] if command != "eval" else [command, "recovery", "--help"])
+        main([command, *{"eval": ["recovery"], "bench": ["decode"]}.get(command, []), "--help"])
     assert stop.value.code == 0
     _, examples = capsys.readouterr().out.split("examples:\n")
     assert examples.startswith(f"  attnpred {command} ")
@@ -178,7 +178,7 @@ def test_interrupt(capsys, monkeypatch):
     ("arguments", "line"),
     [
         ((), "attnpred: the following arguments are required: COMMAND (see attnpred --help)"),
-        (("eval",), "attnpred eval: the following arguments are required: BENCHMARK (see attnpred eval --help)"),
+        (("eval",), "attnpred eval: the following arguments are required: {recovery} (see attnpred eval --help)"),
         (("sing",), "attnpred: argument COMMAND: invalid choice: 'sing'"),
     ],
 )
@@ -234,6 +234,9 @@ class TestRecordTrainEval:
         assert cells["streaming"]["found"] <= 1
         assert 0.5 < cells["mine"]["relative_recovery"] <= 1
         assert "| mine |" in capsys.readouterr().out
+        saved = json.loads(table.read_text())["settings"]
+        assert saved["context"] == "1500"
+        assert not any(" at 0x" in value for value in saved.values())  # else another process would refuse the file
         judge[judge.index(1500)] = 1400
         assert "of other settings (context)" in fails(capsys, *judge)
         tails = ["eval", "recovery", "--data", texts, "--tail", 12, "--context", 1000, "--budgets", 256]
