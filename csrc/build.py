@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -23,6 +24,7 @@ SOURCES = Path(__file__).resolve().parent
 CPU_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
 SHARED = ("-std=c++17", "-shared")
 SECONDS = 600  # that a build may take
+logger = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -55,6 +57,9 @@ def build(compiler: str, flags: tuple[str, ...], sources: list[Path]) -> Path:
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
+            # Seconds for a CPU; for a GPU long enough to ask oneself what is going on.
+            level = logging.WARNING if "-gencode" in flags else logging.INFO
+            logger.log(level, "building kernels with %s, once: %s", compiler, path)
             partial = path.with_suffix(".partial")
             _run([compiler, *flags, *map(str, sources), "-o", str(partial)])
             os.replace(partial, path)

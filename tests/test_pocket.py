@@ -8,7 +8,11 @@ import pytest
 import torch
 from conftest import POCKET
 
-from attention_predictor import OffloadConfig, attach
+from attention_predictor import AttentionPredictor, OffloadConfig, attach
+from attention_predictor.offload.block_pool import BlockPool
+from attention_predictor.offload.selection import Selection
+from attention_predictor.predictor.model import new_history
+from attention_predictor.predictor.sketch import KeySketch
 
 pytestmark = pytest.mark.usefixtures("all_cores")
 TEXT = POCKET.parents[1] / "scripts" / "demo_text.txt"
@@ -48,6 +52,17 @@ def test_the_device_holds_a_fifth_at_most(pocket):
     assert measured == pytest.approx(stats.device_kv_bytes, rel=0.01)
     assert measured <= stats.full_kv_bytes / 5
     assert set(stats.device_kv_parts()) == {"pool", "sketch", "history"}
+
+
+def test_a_fifth_holds_in_half_precision_too():
+    """There pool and cache halve, while codes, scales and the history's state stay as large as they are."""
+    config, shape = OffloadConfig(budget=512), {"batch": 1, "kv_heads": 2, "head_dim": 64, "dtype": torch.bfloat16}
+    sketch = KeySketch(**shape, device="cpu", bits=config.sketch_bits)
+    sketch.extend(torch.randn(1, 2, 8192, 64).bfloat16(), torch.randn(1, 6, 64, 64).bfloat16())
+    history = new_history(AttentionPredictor.from_pretrained("default"), batch=1, kv_heads=2, device="cpu")
+    history.start(torch.rand(1, 2, 64, 512))
+    pool = BlockPool(**shape, slots=Selection.of(config).most_slots, block_size=config.block_size, device="cpu")
+    assert sketch.nbytes + history.nbytes + pool.nbytes <= 2 * 2 * 8192 * 64 * 2 / 5
 
 
 @torch.no_grad()
