@@ -7,7 +7,6 @@ They include no torch headers: a build takes seconds, and the library is called 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import logging
@@ -34,6 +33,8 @@ def library(device: str, capability: tuple[int, int] | None = None) -> ctypes.CD
     Raises:
         BuildError: There is no compiler, or it refused; with what it said.
     """
+    if os.name != "posix":
+        raise BuildError(f"kernels are built on POSIX systems alone, this is {os.name}")
     if device == "cuda":
         assert capability is not None
         number = "".join(map(str, capability))
@@ -53,6 +54,8 @@ def build(compiler: str, flags: tuple[str, ...], sources: list[Path]) -> Path:
     path = cache_directory() / f"{_key(compiler, flags, sources)}.so"
     if path.exists():
         return path
+    import fcntl
+
     # Of several processes that start at once, one builds and the others wait for it.
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
