@@ -5,15 +5,19 @@
 #   MORE     further documents to be judged on without questions, such as LongBench's .jsonl files
 #   OUT      where recordings, checkpoints and the table go; copy OUT/time-filters over predictor/weights/default to
 #            ship it
+# A small trial of all its steps: CONTEXT=1500 DOCUMENTS=4 STEPS=20 QUESTIONS=8 scripts/train_predictor.sh …
 set -euo pipefail
 texts=$1 heldout=$2 out=$3 device=${4:-cpu} more=("${@:5}")
+context=${CONTEXT:-8192} documents=${DOCUMENTS:-240} steps=${STEPS:-1200} questions=${QUESTIONS:-200}
 
-python scripts/plant_tasks.py --data "$texts" --out "$out/tasks.jsonl" --documents 240 --questions 8 --seed 11
-record=(attnpred record --out "$out/histories" --per-file 1 --device "$device" --dtype float32)
+python scripts/plant_tasks.py --data "$texts" --out "$out/tasks.jsonl" --documents "$documents" \
+    --questions 8 --context "$context" --seed 11
+record=(attnpred record --out "$out/histories" --per-file 1 --max-tokens "$context" --device "$device" --dtype float32)
 "${record[@]}" --data "$out/tasks.jsonl"
-"${record[@]}" --data "$texts" --documents 60
-attnpred train --data "$out/histories" --out "$out/time-filters" --steps 1200 --batch 16 --log-every 400
-attnpred train --data "$out/histories" --out "$out/paper" --arch paper --loss mse --horizon 1 --steps 1200 --batch 16
+"${record[@]}" --data "$texts" --documents $((documents / 4))
+attnpred train --data "$out/histories" --out "$out/time-filters" --steps "$steps" --batch 16
+attnpred train --data "$out/histories" --out "$out/paper" --arch paper --loss mse --horizon 1 --steps "$steps" \
+    --batch 16
 rules=(
     --rule "last row, ahead: predictor,predictor=last,late_fetch=0"
     --rule "exponential average, ahead: predictor,predictor=ema,late_fetch=0"
@@ -23,8 +27,8 @@ rules=(
     --rule "time-filters, ahead: predictor,predictor=$out/time-filters,late_fetch=0"
     --rule "time-filters, a quarter late: predictor,predictor=$out/time-filters"
 )
-judge=(attnpred eval recovery --device "$device" --dtype float32 "${rules[@]}")
-"${judge[@]}" --rule full --rule streaming --data "$heldout" --tasks kv,facts --questions 200 --per-document 10 \
+judge=(attnpred eval recovery --context "$context" --device "$device" --dtype float32 "${rules[@]}")
+"${judge[@]}" --rule full --rule streaming --data "$heldout" --tasks kv,facts --questions "$questions" --per-document 10 \
     --recovery 6 --out "$out/questions.json"
 for data in "$heldout" "${more[@]}"; do
     "${judge[@]}" --data "$data" --tail 64 --per-file 2 --documents 30 --recovery 6 --out "$out/tails-$(basename "$data").json"
