@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -45,7 +46,11 @@ void share(int64_t count, int64_t workers, const Work &work) {
         for (int64_t i; (i = next.fetch_add(1)) < count;) work(i);
     };
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < workers; ++i) others.emplace_back(loop);
+    try {
+        for (int64_t i = 1; i < workers; ++i) others.emplace_back(loop);
+    } catch (const std::system_error &) {
+        // No more threads are to be had: those there are do all.
+    }
     loop();
     for (std::thread &one : others) one.join();
 }
