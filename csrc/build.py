@@ -46,7 +46,9 @@ def library(device: str, capability: tuple[int, int] | None = None) -> ctypes.CD
         compiler = _compiler("a C++ compiler", "CXX", ["c++", "g++", "clang++"])
         flags = (*CPU_FLAGS, *SHARED, "-fPIC", "-pthread")
         sources = sorted(SOURCES.glob("*.cpp"))
-    return ctypes.CDLL(str(build(compiler, flags, sources)))
+    kernels = ctypes.CDLL(str(build(compiler, flags, sources)))
+    kernels.error_text.restype = ctypes.c_char_p
+    return kernels
 
 
 def build(compiler: str, flags: tuple[str, ...], sources: list[Path]) -> Path:

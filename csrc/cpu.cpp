@@ -70,6 +70,26 @@ inline float exp_below(float x) {
     return x < -87.f ? 0.f : y * power;
 }
 
+// Logits become weights relative to their largest; where there is none, zeros.
+inline void to_weights(float *logit, int64_t count, float *peak, float *sum) {
+    float top = kNever, total = 0.f;
+    for (int64_t i = 0; i < count; ++i) top = std::max(top, logit[i]);
+    if (top == kNever) std::fill(logit, logit + count, 0.f);
+    else for (int64_t i = 0; i < count; ++i) total += logit[i] = exp_below(logit[i] - top);
+    *peak = top;
+    *sum = top == kNever ? kNever : top + std::log(total);
+}
+
+// Calls run with a number of the type, and returns 0; 1 for an unknown type.
+template <typename Run>
+int with_element(int64_t element, const Run &run) {
+    if (element == kFloat32) run(float{});
+    else if (element == kFloat16) run(Half{});
+    else if (element == kBFloat16) run(BFloat16{});
+    else return 1;
+    return 0;
+}
+
 constexpr int kHeads = 4;  // whose sums are kept in registers together
 
 // Products of one key with some heads' queries, each D after the one before.
@@ -118,18 +138,9 @@ void attend_row(const SparseDecode &a, int64_t row) {
                 weight[(m * S + s) * T + t] = softcap != 0.f ? softcap * std::tanh(dot[m] / softcap) : dot[m];
         }
         for (int64_t m = 0; m < group; ++m) {
-            float *of_slot = &weight[(m * S + s) * T];
-            float peak = kNever, sum = 0.f;
-            for (int64_t t = 0; t < T; ++t) peak = std::max(peak, of_slot[t]);
-            a.peak[(first + m) * S + s] = peak;
-            if (peak == kNever) {
-                a.sum[(first + m) * S + s] = kNever;
-                std::fill(of_slot, of_slot + T, 0.f);
-                continue;
-            }
-            for (int64_t t = 0; t < T; ++t) sum += of_slot[t] = exp_below(of_slot[t] - peak);
-            a.sum[(first + m) * S + s] = peak + std::log(sum);
-            top[m] = std::max(top[m], peak);
+            const int64_t at = (first + m) * S + s;
+            to_weights(&weight[(m * S + s) * T], T, &a.peak[at], &a.sum[at]);
+            top[m] = std::max(top[m], a.peak[at]);
         }
     }
     if (a.value == nullptr) return;
@@ -213,12 +224,8 @@ void score_row(const SketchScores &a, int64_t row) {
             for (int64_t i = 0; i < L; ++i) of_head[i] = a.real[b * L + i] ? of_head[i] : kNever;
         for (int64_t n = 0; n < blocks; ++n) {
             const int64_t begin = n * a.block_size, end = std::min(L, begin + a.block_size);
-            float peak = kNever, sum = 0.f;
-            for (int64_t i = begin; i < end; ++i) peak = std::max(peak, of_head[i]);
-            if (peak > kNever)
-                for (int64_t i = begin; i < end; ++i) sum += exp_below(of_head[i] - peak);
-            a.peak[(first + m) * blocks + n] = peak;
-            a.sum[(first + m) * blocks + n] = peak > kNever ? peak + std::log(sum) : kNever;
+            const int64_t at = (first + m) * blocks + n;
+            to_weights(of_head + begin, end - begin, &a.peak[at], &a.sum[at]);
         }
     }
 }
@@ -227,21 +234,15 @@ void score_row(const SketchScores &a, int64_t row) {
 
 // `splits` is the number of threads here.
 extern "C" int sparse_decode(const SparseDecode *a, void *) {
-    const int64_t rows = a->batch * a->kv_heads;
-    if (a->element == kFloat32) share(rows, a->splits, [&](int64_t row) { attend_row<float>(*a, row); });
-    else if (a->element == kFloat16) share(rows, a->splits, [&](int64_t row) { attend_row<Half>(*a, row); });
-    else if (a->element == kBFloat16) share(rows, a->splits, [&](int64_t row) { attend_row<BFloat16>(*a, row); });
-    else return 1;
-    return 0;
+    return with_element(a->element, [&](auto number) {
+        share(a->batch * a->kv_heads, a->splits, [&](int64_t row) { attend_row<decltype(number)>(*a, row); });
+    });
 }
 
 extern "C" int sketch_scores(const SketchScores *a, void *) {
-    const int64_t rows = a->batch * a->kv_heads;
-    if (a->element == kFloat32) share(rows, a->workers, [&](int64_t row) { score_row<float>(*a, row); });
-    else if (a->element == kFloat16) share(rows, a->workers, [&](int64_t row) { score_row<Half>(*a, row); });
-    else if (a->element == kBFloat16) share(rows, a->workers, [&](int64_t row) { score_row<BFloat16>(*a, row); });
-    else return 1;
-    return 0;
+    return with_element(a->element, [&](auto number) {
+        share(a->batch * a->kv_heads, a->workers, [&](int64_t row) { score_row<decltype(number)>(*a, row); });
+    });
 }
 
 extern "C" int gather_blocks(const Gather *a, void *) {

@@ -61,14 +61,16 @@ class Gather(ctypes.Structure):
 
 @functools.cache
 def missing(device: torch.device) -> str | None:
-    """Why there are no kernels for this device, said once in the log; ``None`` if there are."""
+    """Why there are no kernels for this device, on one line; what a compiler said goes to the log, once."""
     if device.type not in ("cpu", "cuda"):
         return f"none are written for {device.type}"
     try:
         _library(device)
     except BuildError as error:
-        logger.warning("attention_predictor runs without its kernels on %s: %s", device.type, error)
-        return str(error).splitlines()[0]
+        reason, *output = str(error).splitlines()
+        if output:
+            logger.warning("kernels for %s: %s", device.type, error)
+        return reason
     return None
 
 
@@ -261,33 +263,31 @@ def _(slab_s, slab_blocks, row_n, block_n, slot_n, key_BGSTD, value_BGSTD):
 
 
 @torch.library.custom_op("attention_predictor::gather_to_host", mutates_args=("out_n2TD",))
-def gather_to_host(slabs: list[Tensor], row_n: Tensor, block_n: Tensor, out_n2TD: Tensor) -> None:
-    """Copy blocks of slabs ``[B, G, slab_blocks, 2, T, D]`` into a buffer in host memory, on several threads."""
-    host = torch.device("cpu")
-    B, G, slab_blocks, _, T, D = slabs[0].shape
-    for slab in slabs:
-        _check("slab", slab, (B, G, slab_blocks, 2, T, D), out_n2TD.dtype, host)
-    _check("out_n2TD", out_n2TD, (len(row_n), 2, T, D), out_n2TD.dtype, host)
+def gather_to_host(slab_s: Tensor, slab_blocks: int, row_n: Tensor, block_n: Tensor, out_n2TD: Tensor) -> None:
+    """Copy blocks of slabs ``[B, G, slab_blocks, 2, T, D]`` into a buffer in host memory, on several threads.
+
+    ``slab_s`` are the slabs' int64 addresses. The caller vouches for them, and that rows and blocks exist.
+    """
+    host, (n, _, T, D) = torch.device("cpu"), out_n2TD.shape
+    _check("slab_s", slab_s, (len(slab_s),), torch.int64, host)
+    _check("out_n2TD", out_n2TD, (n, 2, T, D), out_n2TD.dtype, host)
     for name, entry_n in (("row_n", row_n), ("block_n", block_n)):
-        _check(name, entry_n, (len(row_n),), torch.int64, host)
-    address_s = torch.tensor([slab.data_ptr() for slab in slabs])
+        _check(name, entry_n, (n,), torch.int64, host)
     half_bytes = T * D * out_n2TD.element_size()
     arguments = Gather(
-        *map(_address, (address_s, row_n, block_n, None, out_n2TD, None)),
-        *(len(row_n), slab_blocks, 0, half_bytes, _threads(out_n2TD.numel())),
+        *map(_address, (slab_s, row_n, block_n, None, out_n2TD, None)),
+        *(n, slab_blocks, 0, half_bytes, _threads(out_n2TD.numel())),
     )
     _call("gather_blocks", arguments, host)
 
 
 @gather_to_host.register_fake
-def _(slabs, row_n, block_n, out_n2TD):
+def _(slab_s, slab_blocks, row_n, block_n, out_n2TD):
     return None
 
 
 def _library(device: torch.device) -> ctypes.CDLL:
-    found = library(device.type, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
-    found.error_text.restype = ctypes.c_char_p
-    return found
+    return library(device.type, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
 
 
 def _call(name: str, arguments: ctypes.Structure, device: torch.device) -> None:

@@ -40,14 +40,19 @@ class HostStore:
         block_size: int = 16,
         slab_blocks: int = 64,
         pin: bool = False,
+        kernel: bool = True,
     ) -> None:
-        """`pin` asks for page-locked memory; without a CUDA device it means nothing and is ignored."""
+        """`pin` asks for page-locked memory; without a CUDA device it means nothing and is ignored.
+
+        `kernel`: `gather` uses the compiled one where it can be built.
+        """
         self.batch, self.kv_heads, self.head_dim, self.dtype = batch, kv_heads, head_dim, dtype
         self.block_size, self.slab_blocks = block_size, slab_blocks
         self.pin = pin and torch.cuda.is_available()
+        self.kernel = kernel
         self.length = 0
         self._slabs: list[Tensor] = []
-        self._addresses_made: tuple[list[int], Tensor] | None = None  # from what, and the tensor on the GPU
+        self._addresses_made: tuple[list[int], Tensor] | None = None  # from what, and the tensor
 
     @property
     def n_blocks(self) -> int:
@@ -102,8 +107,10 @@ class HostStore:
         kv_n2TD = self._empty(n) if out is None else out[:n]
         if kv_n2TD.shape != (expected := (n, 2, self.block_size, self.head_dim)):
             raise ValueError(f"size mismatch for out: expected {list(expected)}, got {list(kv_n2TD.shape)}")
-        if n and ops.missing(kv_n2TD.device) is None:
-            ops.gather_to_host(self._slabs, row_n.contiguous(), block_n.contiguous(), kv_n2TD)
+        host = kv_n2TD.device
+        if n and self.kernel and ops.missing(host) is None:
+            slab_s = self._addresses(host)
+            ops.gather_to_host(slab_s, self.slab_blocks, row_n.contiguous(), block_n.contiguous(), kv_n2TD)
         elif n:
             gather_reference(self._slabs, row_n, block_n, kv_n2TD)
         return kv_n2TD
@@ -187,11 +194,11 @@ class HostStore:
         return twin
 
     def _addresses(self, device: torch.device) -> Tensor:
-        """The slabs' addresses, int64 on a GPU; made anew when the slabs have changed."""
-        found = [slab.data_ptr() for slab in self._slabs]
-        if self._addresses_made is None or self._addresses_made[0] != found:
-            self._addresses_made = found, torch.tensor(found, device=device)
-        return self._addresses_made[1]
+        """The slabs' addresses, int64; made anew when the slabs have changed, or for another device."""
+        found, made = [slab.data_ptr() for slab in self._slabs], self._addresses_made
+        if made is None or made[0] != found or made[1].device != device:
+            made = self._addresses_made = found, torch.tensor(found, device=device)
+        return made[1]
 
     def _slabs_for(self, tokens: int) -> int:
         return math.ceil(tokens / (self.slab_blocks * self.block_size))

@@ -88,10 +88,11 @@ class TieredLayer(CacheLayerMixin):
         )
         spec = LayerSpec(config, self.engine.predictor, B, G, D, self.dtype, self.device)
         self.policy = policy_class(config.policy)(spec)
-        reason = no_kernel(self.tiers.pool.key_BGSTD) if config.kernels == "auto" else "switched off"
-        self.kernel = reason is None
-        if config.kernels == "auto" and not self.kernel:
-            self.engine.note_fallback(f"sparse attention in plain torch operations, without a kernel: {reason}")
+        wanted = config.kernels == "auto"
+        reason = no_kernel(self.tiers.pool.key_BGSTD) if wanted else None
+        self.kernel = wanted and reason is None
+        if reason is not None:
+            self.engine.note_fallback(f"plain torch operations in place of kernels: {reason}")
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -50,12 +50,14 @@ class Tiers:
         self.engine, self.number = engine, number
         self.kv_heads, self.device = kv_heads, device
         shape = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": config.block_size}
-        self.store = HostStore(**shape, dtype=dtype, slab_blocks=config.slab_blocks, pin=device.type == "cuda")
+        kernels = config.kernels == "auto"
+        pin = device.type == "cuda"
+        self.store = HostStore(**shape, dtype=dtype, slab_blocks=config.slab_blocks, pin=pin, kernel=kernels)
         self.pool = BlockPool(**shape, dtype=dtype, slots=0, device=device)
         self.table = ResidencyTable(rows=batch * kv_heads, slots=0)
         self.block_bytes = 2 * config.block_size * head_dim * dtype.itemsize  # keys and values
         # Whether the GPU reads blocks out of pinned memory itself.
-        self.reads_host = self.store.pin and config.kernels == "auto" and ops.missing(device) is None
+        self.reads_host = self.store.pin and kernels and ops.missing(device) is None
         self.ticket: Ticket | None = None
         self.plan: Plan | None = None  # what the ticket's job did; set on the prefetch thread
 
