@@ -14,10 +14,9 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -29,6 +28,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from attention_predictor.arguments import add_model_arguments
+from attention_predictor.eval.bench import report
 from attention_predictor.loading import load_model
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
@@ -71,51 +71,39 @@ def main(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     ids_1T = torch.randint(model.config.vocab_size, (1, args.context), device=model.device)
 
-    def stock(**options: Any) -> Callable[[], Any]:
-        @contextmanager
-        def made() -> Iterator[tuple[Cache, Stats | None]]:
-            yield DynamicCache(config=model.config.get_text_config(decoder=True), **options), None
-
-        return made
-
-    def offloaded(config: OffloadConfig) -> Callable[[], Any]:
-        @contextmanager
-        def made() -> Iterator[tuple[Cache, Stats | None]]:
-            with attach(model, config) as engine:
-                yield engine.new_cache(), engine.stats
-
-        return made
-
-    ways = {
-        "ours": offloaded(ours),
-        "ours, kernels=none": offloaded(OffloadConfig(budget=args.budget, kernels="none")),
-        "stock cache on the device": stock(),
+    ways: dict[str, OffloadConfig | dict[str, Any]] = {
+        "ours": ours,
+        "ours, kernels=none": OffloadConfig(budget=args.budget, kernels="none"),
+        "stock cache on the device": {},
     }
     if model.device.type == "cuda":
-        ways["stock cache, offloaded"] = stock(offloading=True)
+        ways["stock cache, offloaded"] = {"offloading": True}
     found = [timed(model, name, way, ids_1T, args) for name, way in tqdm(ways.items(), disable=None, leave=False)]
-    machine = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
-    settings = {name: getattr(args, name) for name in ("context", "budget", "batch", "steps")} | {
-        "model": str(args.model)
-    }
-    if args.json:
-        rows = [asdict(way) | {"ratio": way.median_ms / found[0].median_ms} for way in found]
-        print(json.dumps({"part": "decode", "machine": machine, "settings": settings, "timings": rows}))
-        return 0
-    print(
-        f"decode, {machine}, {torch.get_num_threads()} threads: " + ", ".join(f"{k} {v}" for k, v in settings.items())
-    )
-    for way in found:
-        ratio = way.median_ms / found[0].median_ms
-        print(f"  {way.name:<28} {way.median_ms:9.2f} ms a token, 95%: {way.p95_ms:9.2f} ms   {ratio:6.2f} × ours")
+    settings = {name: getattr(args, name) for name in ("context", "budget", "batch", "steps")}
+    settings["model"] = str(args.model)
+    line = "{name:<28} {median_ms:9.2f} ms a token, 95%: {p95_ms:9.2f} ms"
+    rows = [asdict(way) for way in found]
+    report("decode", model.device, settings, rows, by="median_ms", line=line, as_json=args.json)
     return 0
 
 
+@contextmanager
+def opened(model: PreTrainedModel, way: OffloadConfig | dict[str, Any]) -> Iterator[tuple[Cache, Stats | None]]:
+    """A cache of ours, or a stock one with these options; the model is attached for as long as it is ours."""
+    if isinstance(way, OffloadConfig):
+        with attach(model, way) as engine:
+            yield engine.new_cache(), engine.stats
+    else:
+        yield DynamicCache(config=model.config.get_text_config(decoder=True), **way), None
+
+
 @torch.no_grad()
-def timed(model: PreTrainedModel, name: str, way: Callable[[], Any], ids_1T: Tensor, args: argparse.Namespace) -> Way:
+def timed(
+    model: PreTrainedModel, name: str, way: OffloadConfig | dict[str, Any], ids_1T: Tensor, args: argparse.Namespace
+) -> Way:
     """Prefill, then steps one by one."""
     steps = args.steps + WARM_UP
-    with way() as (cache, stats):
+    with opened(model, way) as (cache, stats):
         model(ids_1T[:, :-steps], past_key_values=cache, logits_to_keep=1)
         if args.batch > 1:
             cache.batch_repeat_interleave(args.batch)

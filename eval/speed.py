@@ -19,7 +19,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from statistics import median
 import torch
 
 from attention_predictor.csrc import ops
+from attention_predictor.eval.bench import report
 from attention_predictor.loading import DTYPES, find_device
 from attention_predictor.offload.block_pool import BlockPool
 from attention_predictor.offload.dense import Terms
@@ -80,16 +80,9 @@ def main(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     part = args.subcommand
     timings = {"attention": attention, "sketch": sketch, "gather": gather}[part](args, device, dtype)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     settings = {name: getattr(args, name) for name in numbers} | {"dtype": str(dtype).removeprefix("torch.")}
-    first = timings[0]
-    if args.json:
-        rows = [asdict(one) | {"ratio": one.ms / first.ms} for one in timings]
-        print(json.dumps({"part": part, "machine": machine, "settings": settings, "timings": rows}))
-        return 0
-    print(f"{part}, {machine}: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
-    for one in timings:
-        print(f"  {one.name:<44} {one.ms:9.3f} ms {one.gb_per_s:8.1f} GB/s   {one.ms / first.ms:6.2f} × ours")
+    line = "{name:<44} {ms:9.3f} ms {gb_per_s:8.1f} GB/s"
+    report(part, device, settings, [asdict(one) for one in timings], by="ms", line=line, as_json=args.json)
     return 0
 
 
