@@ -12,7 +12,9 @@
 #include <thread>
 #include <vector>
 
-#include "kernels.h"
+#include "attention.h"
+#include "gather.h"
+#include "sketch.h"
 
 namespace {
 

@@ -3,9 +3,8 @@
 // What limits it is bytes in flight on the bus, not threads: a few thread blocks with four 16-byte loads outstanding in each
 // thread reach what the bus gives, and leave the rest of the GPU to the model.
 
-#include <cuda_runtime.h>
-
-#include "kernels.h"
+#include "device.cuh"
+#include "gather.h"
 
 namespace {
 
@@ -42,6 +41,6 @@ __global__ void __launch_bounds__(kThreads) gather_blocks_kernel(const Gather a)
 extern "C" int gather_blocks(const Gather *a, void *stream) {
     const int64_t blocks = a->n < a->workers ? a->n : a->workers;
     if (blocks > 0)
-        gather_blocks_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*a);
+        device::launch(gather_blocks_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), *a);
     return static_cast<int>(cudaGetLastError());
 }

@@ -5,25 +5,16 @@
 // their maximum and sum are found: they are what the history is told of the block, and what the softmax is made with.
 // Warps, then splits over the slots, are merged by log-sum-exp (as in FlashDecoding).
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include "kernels.h"
+#include "attention.h"
+#include "device.cuh"
 
 namespace {
+
+using namespace device;
 
 constexpr int kWarps = 4;
 constexpr int kPart = 8;        // elements of a token in one lane
 constexpr int kMaxTokens = 64;  // of a block
-constexpr unsigned kAll = 0xffffffffu;
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void from_float(float x, float *to) { *to = x; }
-__device__ __forceinline__ void from_float(float x, __half *to) { *to = __float2half_rn(x); }
-__device__ __forceinline__ void from_float(float x, __nv_bfloat16 *to) { *to = __float2bfloat16_rn(x); }
 
 template <typename E>
 __device__ __forceinline__ void load_part(const E *from, float (&part)[kPart]) {
@@ -34,18 +25,6 @@ __device__ __forceinline__ void load_part(const E *from, float (&part)[kPart]) {
     const E *elements = reinterpret_cast<const E *>(raw);
 #pragma unroll
     for (int i = 0; i < kPart; ++i) part[i] = to_float(elements[i]);
-}
-
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, offset));
-    return x;
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(kAll, x, offset);
-    return x;
 }
 
 // kLanes: lanes of a token, some of which may idle; M: query heads handled together.
@@ -216,9 +195,9 @@ void launch(const SparseDecode &a, cudaStream_t stream) {
     const int group = static_cast<int>(a.heads / a.kv_heads), pieces = (group + M - 1) / M;
     const dim3 grid(static_cast<unsigned>(a.splits), static_cast<unsigned>(a.kv_heads * pieces),
                     static_cast<unsigned>(a.batch));
-    attend_slots<E, kLanes, M><<<grid, 32 * kWarps, 0, stream>>>(a);
+    device::launch(attend_slots<E, kLanes, M>, grid, dim3(32 * kWarps), 0, stream, a);
     if (a.value != nullptr)
-        merge_splits<E><<<static_cast<unsigned>(a.batch * a.heads), 128, 0, stream>>>(a);
+        device::launch(merge_splits<E>, dim3(static_cast<unsigned>(a.batch * a.heads)), dim3(128), 0, stream, a);
 }
 
 template <typename E, int kLanes>

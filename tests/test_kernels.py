@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from emulated import emulated_gpu
 from torch import Tensor
 
 from attention_predictor import OffloadConfig, attach
-from attention_predictor.csrc import build, ops
+from attention_predictor.csrc import binding, build, ops
 from attention_predictor.offload.dense import Terms
 from attention_predictor.offload.host_store import HostStore, gather_reference
 from attention_predictor.offload.sparse import attend_slots, score_slots
@@ -19,8 +22,15 @@ from attention_predictor.predictor.errors import BuildError
 from attention_predictor.predictor.sketch import KeySketch
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """ "cpu" and "cuda" as they are; "emulated": tensors on the CPU, and the GPU's kernels (tests/emulation)."""
+    with emulated_gpu() if request.param == "emulated" else nullcontext():
+        yield "cpu" if request.param == "emulated" else request.param
 
 
 def pool_case(
@@ -39,7 +49,7 @@ def pool_case(
     return *tensors, blocks.to(device), length, real.to(device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape",
@@ -74,7 +84,7 @@ def test_sparse_attention(device: str, dtype: torch.dtype, shape: dict[str, int]
         torch.testing.assert_close(part.sum_BHS, reference.scores.sum_BHS, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_torch_compile_knows_the_shapes(device: str) -> None:
     query, key, value, blocks, length, real = pool_case(device, torch.float32)
     arguments = (query, key, value, blocks, length, real, None, 0.125, 0.0)
@@ -165,10 +175,10 @@ def test_wrong_arguments_are_named() -> None:
 def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """An empty cache, and nothing remembered of earlier builds, before and after."""
     monkeypatch.setenv("ATTENTION_PREDICTOR_CACHE", str(tmp_path / "cache"))
-    for known in (build.library, ops.missing):
+    for known in (build.library, binding.missing):
         known.cache_clear()
     yield tmp_path
-    for known in (build.library, ops.missing):
+    for known in (build.library, binding.missing):
         known.cache_clear()
 
 
@@ -207,7 +217,7 @@ def test_without_a_compiler_torch_operations_serve_and_stats_say_so(no_library, 
     outputs = []
     for compiler, kernels in (("", "auto"), ("no-such-compiler", "auto"), ("", "none")):
         monkeypatch.setenv("CXX", compiler)
-        for known in (build.library, ops.missing):
+        for known in (build.library, binding.missing):
             known.cache_clear()
         with attach(model, OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, kernels=kernels)) as engine:
             outputs.append(model.generate(prompt, do_sample=False, max_new_tokens=12))
