@@ -1,0 +1,63 @@
+"""The processes that share a run: one a GPU, started by ``accelerate launch`` or ``torchrun``."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from attention_predictor.predictor.errors import AttentionPredictorError, ConfigError
+
+PATIENCE = timedelta(days=7)  # of processes that are done, with those that are not
+
+
+class Processes:
+    """This process and how many there are, as the launcher's environment says; one where there is none.
+
+    Attributes:
+        rank, count: This process's number, from 0 on, and how many there are.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.count = int(os.environ.get("WORLD_SIZE", "1"))
+            self.rank = int(os.environ["RANK"]) if self.count > 1 else 0
+            self.local_rank = int(os.environ.get("LOCAL_RANK", str(self.rank)))
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE are not those of a launcher: {error}") from error
+        self._group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """The device that this process takes where one of that name was asked for."""
+        return f"{name}:{self.local_rank}" if self.count > 1 and torch.device(name).type == name == "cuda" else name
+
+    def owns(self, index: int) -> bool:
+        """Whether the sample of that index is this process's to do."""
+        return index % self.count == self.rank
+
+    def __enter__(self) -> Processes:
+        if self.count > 1:
+            dist.init_process_group("gloo")
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.count > 1:
+            dist.destroy_process_group()
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.count > 1:
+            try:
+                dist.barrier(group=self._group)
+            except RuntimeError as error:
+                raise AttentionPredictorError(
+                    "another process of this run has ended: what it says is wrong; run the command again to go on"
+                ) from error

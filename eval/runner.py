@@ -1,0 +1,305 @@
+"""Runs a benchmark: every sample of every task, under every policy and budget, results kept as they come.
+
+How a benchmark is made. Subclass ``Benchmark``: its tasks, the samples of each (lazily, always the same in the same
+order), what decides its results besides the model (``settings``), and what a sample's record holds (``predict``, with
+a ``Subject`` that generates or tells likelihoods under the policy). Its command adds its own arguments to
+``add_run_arguments``, refuses everything bad, makes a ``Plan`` and calls ``run``:
+
+    plan = Plan.of(args)                                      # policies, budgets, output directory
+    benchmark = MyBenchmark(load_tokenizer(args.model), ...)
+    folder = run(benchmark, plan)                             # None in processes that are not the main one
+    if folder is not None:
+        ...folder.variants, folder.tasks, folder.records(variant, task)...
+
+Scores are made from records alone, so that they can be made again without model and data: beside its benchmark each
+module has ``sample_scores(task, records) -> list[float]``, where a record with an ``error`` scores as nothing found.
+
+What ``run`` sees to:
+
+- ``OUT/<variant>/<task>.jsonl``, a variant being ``full`` or ``<policy>-<budget>``: one line a sample, on disk before
+  the next begins: ``Sample.record`` and what ``predict`` gave, ``id``, ``index``, ``seconds``, and the engine's figures
+  (``STATS``). A sample that failed has ``error`` in place of results and what ``Benchmark.missing`` says: it is
+  counted, never left out.
+- What is done is not done again: a run goes on where it was stopped or killed; ``--retry-errors`` tries failed samples
+  once more. ``OUT/run.json`` has all settings, a digest of every task's samples, and each session's versions, git state
+  and machine; other settings or other samples are refused. More policies, budgets and tasks may come.
+- Everything that can be known to be wrong is refused before the model is loaded.
+- Under ``accelerate launch`` or ``torchrun`` processes take samples in turn; the result is the same files. Whatever is
+  random starts from seed, task and sample, not from what ran before.
+- Greedy decoding, one sequence at a time, since a policy's budget is each sequence's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from attention_predictor.arguments import add_model_arguments, whole_numbers
+from attention_predictor.eval.folder import RunFolder
+from attention_predictor.eval.judge import Rule
+from attention_predictor.eval.predictions import Appender, Record, part
+from attention_predictor.eval.processes import Processes
+from attention_predictor.eval.provenance import describe_session
+from attention_predictor.eval.subject import Subject
+from attention_predictor.eval.variants import Variant, make_variants
+from attention_predictor.loading import DTYPES, find_device, load_model
+from attention_predictor.offload.stats import Stats
+from attention_predictor.predictor.errors import AttentionPredictorError, ConfigError, DataError, one_line
+
+# Of an engine's Stats, what each record keeps.
+STATS = (
+    *("steps", "hit_rate", "reuse_rate", "fetched_bytes", "late_bytes", "streamed_bytes", "exposed_wait_ms"),
+    *("device_kv_bytes", "full_kv_bytes", "recovery", "relative_recovery"),
+)
+ERROR_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question of a task.
+
+    Attributes:
+        id: Its name, unique in its task.
+        prompt: What the model is given, as text; ``predict`` tokenises it.
+        record: What its line holds beside the prediction, such as ``answers``.
+        hidden: What ``predict`` needs beside the prompt and no line holds.
+    """
+
+    id: str
+    prompt: str
+    record: Mapping[str, Any] = field(default_factory=dict)
+    hidden: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Benchmark(ABC):
+    """Tasks, their samples, and what to record of each.
+
+    Attributes:
+        name: As in ``attnpred eval <name>``.
+        tasks: In the order of the table.
+        missing: What a failed sample's record holds in place of a prediction.
+    """
+
+    name: ClassVar[str]
+    missing: ClassVar[Mapping[str, Any]] = {"pred": ""}
+    tasks: Sequence[str]
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What decides results besides model, policies, seed and limit, as plain values."""
+
+    @abstractmethod
+    def samples(self, task: str) -> Iterator[Sample]:
+        """The samples of a task, one at a time; ``DataError`` for a bad one. Called several times."""
+
+    @abstractmethod
+    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+        """What the record holds of this sample's prediction. Whatever it raises is recorded as the sample's error."""
+
+    def check(self, task: str, limit: int | None) -> dict[str, Any]:
+        """Read what will be run once, before the model loads.
+
+        Returns:
+            ``samples``, their number, and ``sha256``, by which other data is told. A benchmark that makes its samples
+            at some cost may say both without making them.
+
+        Raises:
+            DataError: A sample is bad, there is none, or two have one id.
+        """
+        ids, digest = set(), hashlib.sha256()
+        for sample in islice(self.samples(task), limit):
+            if sample.id in ids:
+                raise DataError(f"{self.name}: task {task} has two samples with id {sample.id!r}")
+            ids.add(sample.id)
+            parts = [sample.id, sample.prompt, dict(sample.record), dict(sample.hidden)]
+            digest.update(json.dumps(parts, sort_keys=True).encode())
+        if not ids:
+            raise DataError(f"{self.name}: task {task} has no samples")
+        return {"samples": len(ids), "sha256": digest.hexdigest()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run besides the benchmark itself."""
+
+    model: str
+    device: str
+    dtype: str
+    seed: int
+    limit: int | None
+    out: Path
+    retry_errors: bool
+    variants: Sequence[Variant]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Plan:
+        """From ``add_run_arguments``; ``ConfigError`` or ``CheckpointError`` for what is wrong with them."""
+        if args.model is None:
+            raise ConfigError("--model is required: no pocket model beside this installation")
+        if args.limit is not None and args.limit < 1:
+            raise ConfigError(f"--limit {args.limit}: expected at least 1")
+        if args.dtype not in DTYPES:
+            raise ConfigError(f"dtype={args.dtype!r} is not allowed: expected one of {', '.join(DTYPES)}")
+        find_device(args.device)
+        given = args.policies if args.policies is not None or args.rule else POLICIES
+        named = given.split(",") if given is not None else []
+        rules = [Rule(name.strip(), {"policy": name.strip()}) for name in named]
+        rules += [Rule.parse(text) for text in args.rule or ()]
+        variants = make_variants(rules, whole_numbers("--budgets", args.budgets))
+        # The same model by another path is the same model.
+        model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
+        return cls(model, args.device, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides results for all variants."""
+        device = torch.device(self.device).type
+        return {"model": self.model, "device": device, "dtype": self.dtype, "seed": self.seed, "limit": self.limit}
+
+
+POLICIES = "full,predictor"
+BUDGETS = "512,1024"
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every benchmark has."""
+    add_model_arguments(parser)
+    add = parser.add_argument
+    what = f"policies with their default settings ({POLICIES}, unless there are rules); full is the stock model"
+    add("--policies", metavar="P,P", help=what)
+    what = "[name:] policy[,field=value…]: one more policy, with other settings; may be given several times"
+    add("--rule", action="append", metavar="RULE", help=what)
+    add("--budgets", default=BUDGETS, metavar="N,N", help="tokens a step reads, each a row of the table (%(default)s)")
+    add("--limit", type=int, metavar="N", help="the first N samples of each task alone")
+    add("--out", type=Path, required=True, metavar="DIR", help="results; an unfinished run in it goes on")
+    add("--retry-errors", action="store_true", help="try samples once more that failed")
+
+
+def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
+    """Do whatever of the plan is not done; returns its results in the main process, ``None`` in others.
+
+    Raises:
+        DataError, ConfigError, CheckpointError: What can't be run, before the model is loaded.
+    """
+    description: dict[str, Any] = {
+        "benchmark": benchmark.name,
+        "settings": plan.settings() | benchmark.settings(),
+        "tasks": {task: benchmark.check(task, plan.limit) for task in benchmark.tasks},
+        "variants": {variant.name: variant.describe() for variant in plan.variants},
+    }
+    description = json.loads(json.dumps(description))  # as it will be read back: no tuples
+    RunFolder(plan.out).check(description)
+    with Processes() as processes, ExitStack() as stack:
+        folder = RunFolder(plan.out)
+        if processes.is_main:
+            folder.check(description)  # again: another run may have begun here in the meantime
+            stack.enter_context(folder.opened(description, describe_session(processes.count)))
+            folder.fold()
+        processes.wait()
+        work = _Work.left(benchmark, plan, folder, processes, description["tasks"])
+        if work.left_samples:
+            work.do(load_model(plan.model, processes.device(plan.device), plan.dtype))
+        processes.wait()
+        if not processes.is_main:
+            return None
+        folder.fold()
+        return folder
+
+
+@dataclass
+class _Work:
+    """This process's share of a run, and how much of it is left."""
+
+    benchmark: Benchmark
+    plan: Plan
+    folder: RunFolder
+    processes: Processes
+    total: int
+    done: Mapping[tuple[str, str], set[int]]  # indices, by variant and task
+
+    @classmethod
+    def left(
+        cls,
+        benchmark: Benchmark,
+        plan: Plan,
+        folder: RunFolder,
+        processes: Processes,
+        tasks: Mapping[str, Mapping[str, Any]],
+    ) -> _Work:
+        done, total = {}, 0
+        for variant in plan.variants:
+            for task in benchmark.tasks:
+                mine = {index for index in range(tasks[task]["samples"]) if processes.owns(index)}
+                records = folder.records(variant.name, task)
+                kept = (one["index"] for one in records if not (plan.retry_errors and "error" in one))
+                done[variant.name, task] = mine.intersection(kept)
+                total += len(mine)
+        return cls(benchmark, plan, folder, processes, total, done)
+
+    @property
+    def left_samples(self) -> int:
+        return self.total - sum(map(len, self.done.values()))
+
+    def do(self, model: PreTrainedModel) -> None:
+        started = self.total - self.left_samples
+        quiet = None if self.processes.is_main else True
+        with tqdm(total=self.total, initial=started, unit="sample", disable=quiet) as bar:
+            for variant in self.plan.variants:
+                for task in self.benchmark.tasks:
+                    bar.set_description(f"{variant.name} {task}")
+                    self._do_task(model, variant, task, bar)
+
+    def _do_task(self, model: PreTrainedModel, variant: Variant, task: str, bar: tqdm) -> None:
+        done = self.done[variant.name, task]
+        path = self.folder.results(variant.name, task)
+        with Appender(part(path, self.processes.rank) if self.processes.count > 1 else path) as results:
+            for index, sample in enumerate(islice(self.benchmark.samples(task), self.plan.limit)):
+                if not self.processes.owns(index) or index in done:
+                    continue
+                record = _attempt(self.benchmark, self.plan.seed, model, variant, task, sample)
+                results.append({"index": index} | record)
+                bar.update()
+                if record.get("error", "").startswith(torch.AcceleratorError.__name__):
+                    raise AttentionPredictorError(
+                        f"the device is of no use after {record['error']}; run the command again, with --retry-errors"
+                    )
+
+
+def _attempt(
+    benchmark: Benchmark, seed: int, model: PreTrainedModel, variant: Variant, task: str, sample: Sample
+) -> Record:
+    """One sample's record, whatever happens to it."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{task}/{sample.id}".encode()).digest()[:8], "big") >> 1)
+    started = time.perf_counter()
+    figures: dict[str, Any] = {}
+    try:
+        # Attached anew for each: figures are of this sample, and a failed fetch ends with it.
+        with variant.attached(model) as engine:
+            found = benchmark.predict(Subject(model, engine), task, sample)
+            if engine is not None:
+                figures = _figures(engine.stats)
+    except Exception as error:  # recorded, and counted in the table: whatever it is, the other samples go on
+        found = dict(benchmark.missing) | {"error": f"{type(error).__name__}: {one_line(error, ERROR_CHARACTERS)}"}
+    if "error" in found:  # out here, where the error and what its frames held is gone
+        gc.collect()
+        torch.cuda.empty_cache()
+    return {"id": sample.id} | found | dict(sample.record) | {"seconds": time.perf_counter() - started} | figures
+
+
+def _figures(stats: Stats) -> dict[str, Any]:
+    known = stats.to_dict()
+    figures = {name: known[name] for name in STATS}
+    return figures | ({"fallbacks": known["fallbacks"]} if known["fallbacks"] else {})

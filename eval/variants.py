@@ -1,0 +1,74 @@
+"""Variants: the rows of a table, each a selection policy at a budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from attention_predictor.eval.judge import STOCK, Rule
+from attention_predictor.eval.recovery import check_rule
+from attention_predictor.offload.attach import attach
+from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.engine import Engine
+from attention_predictor.offload.policies import policy_class
+from attention_predictor.predictor.errors import ConfigError
+
+_NAME = re.compile(r"[\w.=,+ -]+")  # names become directories
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A rule at a budget.
+
+    ``full`` is the stock model with its whole cache, no part of ours at work: what all else is judged by must not
+    depend on the code that is judged. It therefore needs the memory that a stock model needs. Where that is too much,
+    a rule such as ``full,prefetch=thread`` attends to everything through the engine, streaming from host memory.
+
+    Attributes:
+        name: The rule's name and, unless it attends to everything, the budget: its directory.
+        policy: Its policy.
+        budget: Tokens a step attends to; ``None`` for all.
+        config: Settings of its engine; ``None`` for the stock model.
+    """
+
+    name: str
+    policy: str
+    budget: int | None
+    config: OffloadConfig | None
+
+    @classmethod
+    def of(cls, rule: Rule, budget: int) -> Variant:
+        """Checks all settings; ``ConfigError`` or ``CheckpointError`` says what is wrong with them."""
+        check_rule(rule, budget)
+        if not _NAME.fullmatch(rule.name) or rule.name.startswith("."):
+            raise ConfigError(f"rule {rule.name!r} can't name a directory: give it another name (name: policy,…)")
+        policy = rule.settings["policy"]
+        selects_all = policy_class(policy).selects == "all"
+        config = None if rule.settings == {"policy": STOCK} else OffloadConfig(**({"budget": budget} | rule.settings))
+        if selects_all:
+            return cls(rule.name, policy, None, config)
+        if "budget" in rule.settings:
+            raise ConfigError(f"rule {rule.name!r}: its budget is one of --budgets, not a field")
+        return cls(f"{rule.name}-{budget}", policy, budget, config)
+
+    def attached(self, model: PreTrainedModel) -> AbstractContextManager[Engine | None]:
+        """The model under this variant, for the time of a ``with`` block."""
+        return nullcontext() if self.config is None else attach(model, self.config)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides its results."""
+        settings = {} if self.config is None else self.config.to_dict()
+        return settings | {"policy": self.policy, "budget": self.budget, "stock": self.config is None}
+
+
+def make_variants(rules: Sequence[Rule], budgets: Sequence[int]) -> list[Variant]:
+    """Every rule at every budget, in this order; once, where a rule attends to everything."""
+    if len({rule.name for rule in rules}) < len(rules):
+        raise ConfigError(f"policies must differ in name, got {', '.join(rule.name for rule in rules)}")
+    variants = [Variant.of(rule, budget) for rule in rules for budget in budgets]
+    return list({variant.name: variant for variant in variants}.values())
