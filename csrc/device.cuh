@@ -52,6 +52,13 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same for a and b in bf16.
+__device__ __forceinline__ void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // Four 8 × 8 matrices of 2-byte elements from shared memory; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void *row) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
@@ -82,14 +89,16 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cu
     emulation::launch(kernel, grid, block, shared_bytes, arguments...);
 }
 
-inline float half_of(uint32_t pair, int which) {
+template <typename E>
+float half_of(uint32_t pair, int which) {
     const uint16_t bits = static_cast<uint16_t>(pair >> (16 * which));
-    __half x;
+    E x;
     std::memcpy(&x, &bits, 2);
-    return __half2float(x);
+    return to_float(x);
 }
 
-inline void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+template <typename E>
+void multiply_pairs(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     using emulation::machine;
     machine.wide[machine.current] = {a[0], a[1], a[2], a[3], b[0], b[1]};
     const int begin = emulation::warp_begin(), lane = emulation::lane();
@@ -98,11 +107,16 @@ inline void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
         const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
         for (int k = 0; k < 16; ++k) {
             const int of_a = row % 8 * 4 + k % 8 / 2, of_b = column * 4 + k % 8 / 2;
-            d[i] += half_of(machine.wide[begin + of_a][row / 8 + 2 * (k / 8)], k % 2) *
-                    half_of(machine.wide[begin + of_b][4 + k / 8], k % 2);
+            d[i] += half_of<E>(machine.wide[begin + of_a][row / 8 + 2 * (k / 8)], k % 2) *
+                    half_of<E>(machine.wide[begin + of_b][4 + k / 8], k % 2);
         }
     }
     __syncwarp();
+}
+
+inline void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { multiply_pairs<__half>(d, a, b); }
+inline void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    multiply_pairs<__nv_bfloat16>(d, a, b);
 }
 
 inline void load_matrices(uint32_t (&to)[4], const void *row) {

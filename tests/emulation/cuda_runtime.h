@@ -2,6 +2,7 @@
 // the other. What it tests is a kernel's logic, its barriers included: a barrier that not all threads reach ends the process
 // with a line that says so. It knows nothing of races within a warp's step, of memory order, or of speed.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -37,7 +38,7 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 #define __restrict__
 
 using cudaStream_t = void *;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMisalignedAddress = 716 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char *cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid argument"; }
 
@@ -45,8 +46,11 @@ namespace emulation {
 
 enum class At { kReady, kWarp, kBlock, kDone };
 
+// A fiber begins as a context, and is left and entered by jumps from then on: those ask nothing of the system.
 struct Fiber {
     ucontext_t context;
+    jmp_buf place;
+    bool begun = false;
     std::vector<char> stack = std::vector<char>(64 << 10);
     At at = At::kReady;
     dim3 thread;
@@ -54,7 +58,8 @@ struct Fiber {
 
 struct Machine {
     std::vector<Fiber> fibers;
-    ucontext_t scheduler;
+    ucontext_t before;
+    jmp_buf scheduler;
     int current = 0;
     std::function<void()> body;
     std::vector<uint64_t> exchange;          // a number a thread, for shuffles
@@ -73,13 +78,20 @@ namespace emulation {
 inline void enter() {
     machine.body();
     machine.fibers[machine.current].at = At::kDone;
-    swapcontext(&machine.fibers[machine.current].context, &machine.scheduler);
+    _longjmp(machine.scheduler, 1);
+}
+
+inline void resume(Fiber &fiber) {
+    if (_setjmp(machine.scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    swapcontext(&machine.before, &fiber.context);
 }
 
 inline void wait(At at) {
     const int me = machine.current;
     machine.fibers[me].at = at;
-    swapcontext(&machine.fibers[me].context, &machine.scheduler);
+    if (_setjmp(machine.fibers[me].place) == 0) _longjmp(machine.scheduler, 1);
 }
 
 // Lets threads go on where all that are left of a warp, or of the thread block, have arrived.
@@ -107,6 +119,7 @@ inline void run_block(int threads) {
         fiber.context.uc_stack.ss_size = fiber.stack.size();
         fiber.context.uc_link = nullptr;
         fiber.at = At::kReady;
+        fiber.begun = false;
         const unsigned n = static_cast<unsigned>(i);
         fiber.thread = dim3(n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y);
         makecontext(&fiber.context, enter, 0);
@@ -118,7 +131,7 @@ inline void run_block(int threads) {
             moved = true;
             machine.current = i;
             threadIdx = machine.fibers[i].thread;
-            swapcontext(&machine.scheduler, &machine.fibers[i].context);
+            resume(machine.fibers[i]);
         }
         for (int w = 0; w < threads; w += 32) moved = release(w, std::min(w + 32, threads), At::kWarp) || moved;
         moved = release(0, threads, At::kBlock) || moved;
@@ -213,6 +226,13 @@ inline float __int_as_float(int x) { float y; std::memcpy(&y, &x, 4); return y; 
 inline int __float_as_int(float x) { int y; std::memcpy(&y, &x, 4); return y; }
 inline float __uint_as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { unsigned y; std::memcpy(&y, &x, 4); return y; }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+    unsigned found = 0;
+    for (int i = 0; i < 4; ++i) found |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return found;
+}
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
 inline float exp2f_(float x) { return std::exp2(x); }
 using std::max;
