@@ -11,29 +11,75 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kInFlight = 4;
 
+// One block of keys and values, by all threads of a thread block.
+__device__ __forceinline__ void copy_block(const uint4 *from, uint4 *key, uint4 *value, int64_t vectors) {
+    for (int64_t begin = 0; begin < 2 * vectors; begin += kThreads * kInFlight) {
+        uint4 held[kInFlight];
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            const int64_t v = begin + i * kThreads + threadIdx.x;
+            if (v < 2 * vectors) held[i] = __ldcs(from + v);
+        }
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            const int64_t v = begin + i * kThreads + threadIdx.x;
+            if (v < vectors) key[v] = held[i];
+            else if (v < 2 * vectors) value[v - vectors] = held[i];
+        }
+    }
+}
+
+__device__ __forceinline__ char *host_block(const int64_t *slab, int64_t slab_blocks, int64_t row, int64_t block, int64_t bytes) {
+    return reinterpret_cast<char *>(slab[block / slab_blocks]) + (row * slab_blocks + block % slab_blocks) * bytes;
+}
+
 __global__ void __launch_bounds__(kThreads) gather_blocks_kernel(const Gather a) {
     const int64_t vectors = a.half_bytes / 16;  // of the keys, and as many of the values
     for (int64_t entry = blockIdx.x; entry < a.n; entry += gridDim.x) {
-        const int64_t row = a.row[entry], block = a.block[entry];
-        const int64_t place = row * a.slab_blocks + block % a.slab_blocks;
-        const auto *from = reinterpret_cast<const uint4 *>(a.slab[block / a.slab_blocks]) + place * 2 * vectors;
-        const int64_t to = (row * a.slots + a.slot[entry]) * vectors;
-        uint4 *key = static_cast<uint4 *>(a.key) + to, *value = static_cast<uint4 *>(a.value) + to;
-        for (int64_t begin = 0; begin < 2 * vectors; begin += kThreads * kInFlight) {
-            uint4 held[kInFlight];
-#pragma unroll
-            for (int i = 0; i < kInFlight; ++i) {
-                const int64_t v = begin + i * kThreads + threadIdx.x;
-                if (v < 2 * vectors) held[i] = __ldcs(from + v);
-            }
-#pragma unroll
-            for (int i = 0; i < kInFlight; ++i) {
-                const int64_t v = begin + i * kThreads + threadIdx.x;
-                if (v < vectors) key[v] = held[i];
-                else if (v < 2 * vectors) value[v - vectors] = held[i];
-            }
+        const int64_t row = a.row[entry], to = (row * a.slots + a.slot[entry]) * vectors;
+        const char *from = host_block(a.slab, a.slab_blocks, row, a.block[entry], 2 * a.half_bytes);
+        copy_block(reinterpret_cast<const uint4 *>(from), static_cast<uint4 *>(a.key) + to,
+                   static_cast<uint4 *>(a.value) + to, vectors);
+    }
+}
+
+// Rows take turns, so that thread blocks have as much to do when one row has all the moves.
+__global__ void __launch_bounds__(kThreads) move_blocks_kernel(const Move a) {
+    const int64_t vectors = a.half_bytes / 16;
+    int64_t begun = 0;  // moves of the rows before
+    for (int64_t row = 0; row < a.rows; ++row) {
+        const int64_t moves = a.moves[row], turn = begun % gridDim.x;
+        for (int64_t i = (blockIdx.x + gridDim.x - turn) % gridDim.x; i < moves; i += gridDim.x) {
+            const int64_t entry = row * a.slots + i, to = (row * a.slots + a.slot[entry]) * vectors;
+            const char *from = host_block(a.slab, a.slab_blocks, row, a.block[entry], 2 * a.half_bytes);
+            copy_block(reinterpret_cast<const uint4 *>(from), static_cast<uint4 *>(a.key) + to,
+                       static_cast<uint4 *>(a.value) + to, vectors);
+        }
+        begun += moves;
+    }
+}
+
+__global__ void append_token_kernel(const Append a) {
+    const int64_t row = blockIdx.x, token = a.length[0] - 1, block = token / a.tokens, offset = token % a.tokens;
+    const int64_t vectors = a.token_bytes / 16, half = a.tokens * vectors;
+    const int64_t slot = a.slot[row * a.capacity + block];
+    auto *host = reinterpret_cast<uint4 *>(host_block(a.slab, a.slab_blocks, row, block, 2 * a.tokens * a.token_bytes));
+    const auto *new_key = static_cast<const uint4 *>(a.new_key) + row * vectors;
+    const auto *new_value = static_cast<const uint4 *>(a.new_value) + row * vectors;
+    if (slot < 0 && threadIdx.x == 0) atomicAdd(reinterpret_cast<unsigned long long *>(a.lost), 1ull);
+    for (int64_t v = threadIdx.x; v < vectors; v += blockDim.x) {
+        const uint4 key = new_key[v], value = new_value[v];
+        host[offset * vectors + v] = key;
+        host[half + offset * vectors + v] = value;
+        if (slot >= 0) {
+            const int64_t to = ((row * a.slots + slot) * a.tokens + offset) * vectors + v;
+            static_cast<uint4 *>(a.key)[to] = key;
+            static_cast<uint4 *>(a.value)[to] = value;
         }
     }
+    if (offset) return;
+    // A block is opened with zeros: host memory comes as it is.
+    for (int64_t v = vectors + threadIdx.x; v < half; v += blockDim.x) host[v] = host[half + v] = make_uint4(0, 0, 0, 0);
 }
 
 }  // namespace
@@ -42,5 +88,17 @@ extern "C" int gather_blocks(const Gather *a, void *stream) {
     const int64_t blocks = a->n < a->workers ? a->n : a->workers;
     if (blocks > 0)
         device::launch(gather_blocks_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), *a);
+    return static_cast<int>(cudaGetLastError());
+}
+
+extern "C" int move_blocks(const Move *a, void *stream) {
+    device::launch(move_blocks_kernel, dim3(static_cast<unsigned>(a->workers)), dim3(kThreads), 0,
+                   static_cast<cudaStream_t>(stream), *a);
+    return static_cast<int>(cudaGetLastError());
+}
+
+extern "C" int append_token(const Append *a, void *stream) {
+    device::launch(append_token_kernel, dim3(static_cast<unsigned>(a->rows)), dim3(64), 0,
+                   static_cast<cudaStream_t>(stream), *a);
     return static_cast<int>(cudaGetLastError());
 }

@@ -12,3 +12,24 @@ struct Gather {
     int64_t n, slab_blocks, slots, half_bytes;  // half_bytes: the keys, or the values, of one block
     int64_t workers;                            // GPU: thread blocks; CPU: threads
 };
+
+// The same on a GPU for lists that a GPU made (`Select`): each row has its own.
+struct Move {
+    const int64_t *slab;       // addresses of the slabs, each [R, slab_blocks, 2, T, D]
+    const int32_t *block;      // [R, S]
+    const int32_t *slot;       // [R, S]
+    const int32_t *moves;      // [R] how many of them
+    void *key, *value;         // [R, S, T, D]
+    int64_t rows, slab_blocks, slots, half_bytes, workers;
+};
+
+// A new token's key and value, written where they belong: to the slot of its block, and to host memory.
+struct Append {
+    const void *new_key, *new_value;  // [R, D]
+    void *key, *value;                // [R, S, T, D]
+    const int64_t *slab;              // addresses of the slabs
+    const int32_t *slot;              // [R, C] slot of each block
+    const int64_t *length;            // [1] tokens of the sequence, the new one included
+    int64_t *lost;                    // [1] counts tokens whose block has no slot: there must be none
+    int64_t rows, slab_blocks, slots, capacity, tokens, token_bytes;
+};

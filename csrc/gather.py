@@ -25,6 +25,27 @@ class Gather(ctypes.Structure):
     ]
 
 
+class Move(ctypes.Structure):
+    """As in gather.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("slab", "block", "slot", "moves", "key", "value")),
+        *((name, ctypes.c_int64) for name in ("rows", "slab_blocks", "slots", "half_bytes", "workers")),
+    ]
+
+
+class Append(ctypes.Structure):
+    """As in gather.h."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("new_key", "new_value", "key", "value", "slab", "slot", "length", "lost")
+        ),
+        *((name, ctypes.c_int64) for name in ("rows", "slab_blocks", "slots", "capacity", "tokens", "token_bytes")),
+    ]
+
+
 @torch.library.custom_op("attention_predictor::gather_to_pool", mutates_args=("key_BGSTD", "value_BGSTD"))
 def gather_to_pool(
     slab_s: Tensor,
@@ -46,15 +67,13 @@ def gather_to_pool(
     """
     device = key_BGSTD.device
     shape = tuple(key_BGSTD.shape)
-    S, T, D = shape[2:]
+    S = shape[2]
     check("key_BGSTD", key_BGSTD, shape, key_BGSTD.dtype, device)
     check("value_BGSTD", value_BGSTD, shape, key_BGSTD.dtype, device)
     check("slab_s", slab_s, (len(slab_s),), torch.int64, device)
     for name, entry_n in (("row_n", row_n), ("block_n", block_n), ("slot_n", slot_n)):
         check(name, entry_n, (len(row_n),), torch.int64, device)
-    half_bytes = T * D * key_BGSTD.element_size()
-    if half_bytes % 16:
-        raise ValueError(f"the keys of a block have {half_bytes} bytes, expected a multiple of 16")
+    half_bytes = _half_bytes(key_BGSTD)
     arguments = Gather(
         *map(address, (slab_s, row_n, block_n, slot_n, key_BGSTD, value_BGSTD)),
         *(len(row_n), slab_blocks, S, half_bytes, GATHER_BLOCKS),
@@ -64,6 +83,81 @@ def gather_to_pool(
 
 @gather_to_pool.register_fake
 def _(slab_s, slab_blocks, row_n, block_n, slot_n, key_BGSTD, value_BGSTD):
+    return None
+
+
+@torch.library.custom_op("attention_predictor::move_blocks", mutates_args=("key_BGSTD", "value_BGSTD"))
+def move_blocks(
+    slab_s: Tensor,
+    slab_blocks: int,
+    block_RS: Tensor,
+    slot_RS: Tensor,
+    moves_R: Tensor,
+    key_BGSTD: Tensor,
+    value_BGSTD: Tensor,
+) -> None:
+    """As ``gather_to_pool``, by lists that are on the GPU alone: each row's first ``moves_R`` entries.
+
+    Args:
+        slab_s: int64 addresses of the slabs.
+        block_RS, slot_RS: int32; which block goes to which slot.
+        moves_R: int32, how many.
+    """
+    device, (B, G, S, T, D) = key_BGSTD.device, key_BGSTD.shape
+    check("value_BGSTD", value_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, device)
+    check("slab_s", slab_s, (len(slab_s),), torch.int64, device)
+    check("block_RS", block_RS, (B * G, S), torch.int32, device)
+    check("slot_RS", slot_RS, (B * G, S), torch.int32, device)
+    check("moves_R", moves_R, (B * G,), torch.int32, device)
+    arguments = Move(
+        *map(address, (slab_s, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD)),
+        *(B * G, slab_blocks, S, _half_bytes(key_BGSTD), GATHER_BLOCKS),
+    )
+    call("move_blocks", arguments, device)
+
+
+@move_blocks.register_fake
+def _(slab_s, slab_blocks, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD):
+    return None
+
+
+@torch.library.custom_op("attention_predictor::append_token", mutates_args=("key_BGSTD", "value_BGSTD", "lost_1"))
+def append_token(
+    new_key_BGD: Tensor,
+    new_value_BGD: Tensor,
+    key_BGSTD: Tensor,
+    value_BGSTD: Tensor,
+    slab_s: Tensor,
+    slab_blocks: int,
+    slot_RC: Tensor,
+    length_1: Tensor,
+    lost_1: Tensor,
+) -> None:
+    """Write the newest token's key and value to the slot of its block and, from the GPU, to pinned host memory.
+
+    Args:
+        slot_RC: int32, the slot of each block, -1 for one that is absent.
+        length_1: int64, tokens of the sequence, this one included.
+        lost_1: int64, counts tokens whose block had no slot: any is an error, which the caller raises.
+    """
+    device, (B, G, S, T, D) = key_BGSTD.device, key_BGSTD.shape
+    check("new_key_BGD", new_key_BGD, (B, G, D), key_BGSTD.dtype, device)
+    check("new_value_BGD", new_value_BGD, (B, G, D), key_BGSTD.dtype, device)
+    check("value_BGSTD", value_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, device)
+    check("slab_s", slab_s, (len(slab_s),), torch.int64, device)
+    check("slot_RC", slot_RC, (B * G, slot_RC.shape[1]), torch.int32, device)
+    check("length_1", length_1, (1,), torch.int64, device)
+    check("lost_1", lost_1, (1,), torch.int64, device)
+    _half_bytes(key_BGSTD)
+    arguments = Append(
+        *map(address, (new_key_BGD, new_value_BGD, key_BGSTD, value_BGSTD, slab_s, slot_RC, length_1, lost_1)),
+        *(B * G, slab_blocks, S, slot_RC.shape[1], T, D * key_BGSTD.element_size()),
+    )
+    call("append_token", arguments, device)
+
+
+@append_token.register_fake
+def _(new_key_BGD, new_value_BGD, key_BGSTD, value_BGSTD, slab_s, slab_blocks, slot_RC, length_1, lost_1):
     return None
 
 
@@ -89,3 +183,12 @@ def gather_to_host(slab_s: Tensor, slab_blocks: int, row_n: Tensor, block_n: Ten
 @gather_to_host.register_fake
 def _(slab_s, slab_blocks, row_n, block_n, out_n2TD):
     return None
+
+
+def _half_bytes(key_BGSTD: Tensor) -> int:
+    """Bytes of a block's keys; a token's must be a multiple of 16."""
+    T, D = key_BGSTD.shape[3:]
+    token_bytes = D * key_BGSTD.element_size()
+    if token_bytes % 16:
+        raise ValueError(f"the key of a token has {token_bytes} bytes, expected a multiple of 16")
+    return T * token_bytes

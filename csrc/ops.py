@@ -2,7 +2,25 @@
 
 from attention_predictor.csrc.attention import fits, sparse_decode
 from attention_predictor.csrc.binding import missing
-from attention_predictor.csrc.gather import gather_to_host, gather_to_pool
+from attention_predictor.csrc.gather import append_token, gather_to_host, gather_to_pool, move_blocks
+from attention_predictor.csrc.observe import fold_row, observe_row
+from attention_predictor.csrc.predict import pack_convolutions, predict_blocks
+from attention_predictor.csrc.select import choose_ahead, choose_blocks
 from attention_predictor.csrc.sketch import sketch_scores
 
-__all__ = ["fits", "gather_to_host", "gather_to_pool", "missing", "sketch_scores", "sparse_decode"]
+__all__ = [
+    "append_token",
+    "choose_ahead",
+    "choose_blocks",
+    "fits",
+    "fold_row",
+    "gather_to_host",
+    "gather_to_pool",
+    "missing",
+    "move_blocks",
+    "observe_row",
+    "pack_convolutions",
+    "predict_blocks",
+    "sketch_scores",
+    "sparse_decode",
+]

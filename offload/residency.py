@@ -13,7 +13,9 @@ from torch import Tensor
 
 from attention_predictor.predictor.errors import IntegrityError
 
-USE_SHIFT = 32  # a slot's last use is the number of the commit that wanted it, above the slot's own number
+# A slot's last use is one number: the commit that wanted its block, the block, and the slot. Among blocks wanted last
+# at the same time the lower one goes first, whatever slots they are in: the same wishes leave the same blocks resident.
+COMMIT_SHIFT, BLOCK_SHIFT = 36, 14
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,7 @@ class ResidencyTable:
         self._slot_of_block_RN[plan.row_n, plan.block_n + 1] = plan.slot_n.int()
         self.block_of_slot_RS[plan.row_n, plan.slot_n] = plan.block_n
         self.active_RS.copy_(_mark(plan.slot_RW, self.slots))
-        now_S = (self._commits << USE_SHIFT) + torch.arange(self.slots)
-        torch.where(self.active_RS, now_S, self._use_RS, out=self._use_RS)
+        self._use_RS.copy_(torch.where(self.active_RS, self._uses(torch.tensor(self._commits)), self._use_RS))
 
     def slot_of(self, block_R: Tensor) -> Tensor:
         """The slot [R] of one block of every row, -1 where it is not resident (or the block is -1)."""
@@ -146,6 +147,27 @@ class ResidencyTable:
             self._use_RS = self._use_RS[row_R]
         self._version += 1
 
+    def commits_of_slots(self) -> Tensor:
+        """The commit that wanted each slot's block last, int64 [R, S]; 0 for an empty slot."""
+        return self._use_RS >> COMMIT_SHIFT
+
+    def load(self, block_of_slot_RS: Tensor, active_RS: Tensor, commit_RS: Tensor) -> None:
+        """Takes over what another keeper of the same slots has made of them.
+
+        `commit_RS`: numbers from 1 on, the larger the later each block was wanted; not read where a slot is empty.
+        """
+        filled_RS = block_of_slot_RS >= 0
+        with torch.inference_mode(False):
+            self.block_of_slot_RS = block_of_slot_RS.clone()
+            self.active_RS = active_RS.clone()
+            self._slot_of_block_RN.fill_(-1)
+        self._reserve(int(block_of_slot_RS.max()) + 1 if block_of_slot_RS.numel() else 0)
+        row_n, slot_n = filled_RS.nonzero(as_tuple=True)
+        self._slot_of_block_RN[row_n, block_of_slot_RS[row_n, slot_n] + 1] = slot_n.int()
+        self._commits = max(self._commits, int(commit_RS[filled_RS].max()) if filled_RS.any() else 0)
+        self._use_RS.copy_(torch.where(filled_RS, self._uses(commit_RS), torch.arange(self.slots)))
+        self._version += 1
+
     def check_integrity(self) -> None:
         """Raises IntegrityError, naming what was found, unless every resident block has one slot, both maps
         are inverse, and slots are active or have a last use only when filled."""
@@ -161,8 +183,12 @@ class ResidencyTable:
             raise IntegrityError(f"row {row}: slot {slot} holds block {block}, found under slot {back}")
         if (active := int((self.active_RS & ~filled_RS).sum())) > 0:
             raise IntegrityError(f"{active} empty slots are active")
-        if not torch.equal(self._use_RS >> USE_SHIFT > 0, filled_RS):
+        if not torch.equal(self._use_RS >> COMMIT_SHIFT > 0, filled_RS):
             raise IntegrityError("a filled slot was never wanted, or an empty one has a last use")
+
+    def _uses(self, commit: Tensor) -> Tensor:
+        block_RS = self.block_of_slot_RS
+        return (commit << COMMIT_SHIFT) + (block_RS << BLOCK_SHIFT) + torch.arange(self.slots)
 
     def _slots_of(self, block_RW: Tensor) -> Tensor:
         blocks = self._slot_of_block_RN.shape[1] - 1
@@ -173,11 +199,11 @@ class ResidencyTable:
     def _slots_by_use(self, kept_RW: Tensor, row_n: Tensor, rank_n: Tensor) -> Tensor:
         """The `rank_n[i]`-th slot that row `row_n[i]` can give away: empty ones come first, then the least
         recently wanted, and never one of `kept_RW`."""
-        # Use and slot in one number: sorting values is several times faster than sorting indices (and numpy
-        # than torch, on short rows), and no tie is left to chance.
+        # With the slot in the number: sorting values is several times faster than sorting indices (and numpy than
+        # torch, on short rows), and no tie is left to chance.
         use_RS = self._use_RS.masked_fill(_mark(kept_RW, self.slots), torch.iinfo(torch.int64).max)
         sorted_RS = torch.from_numpy(np.sort(use_RS.numpy(), axis=1))
-        return sorted_RS[row_n, rank_n] & ((1 << USE_SHIFT) - 1)
+        return sorted_RS[row_n, rank_n] & ((1 << BLOCK_SHIFT) - 1)
 
     def _reserve(self, blocks: int) -> None:
         """Makes room in the map, doubling it so that a growing context costs constant time a step."""

@@ -20,7 +20,17 @@ def library() -> ctypes.CDLL:
     """All CUDA sources, compiled as C++ against the emulation's headers."""
     version = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(HEADERS.iterdir()))).hexdigest()[:16]
     compiler = build._compiler("a C++ compiler", "CXX", ["c++", "g++", "clang++"])
-    flags = ("-x", "c++", "-std=c++17", "-O1", "-g", "-shared", "-fPIC", f"-I{HEADERS}", f"-DEMULATION={version!r}")
+    flags = (
+        "-x",
+        "c++",
+        "-std=c++17",
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-shared",
+        "-fPIC",
+        f"-I{HEADERS}",
+        f"-DEMULATION={version!r}",
+    )
     kernels = ctypes.CDLL(str(build.build(compiler, flags, sorted(build.SOURCES.glob("*.cu")))))
     kernels.error_text.restype = ctypes.c_char_p
     return kernels
