@@ -1,4 +1,4 @@
-"""DeviceTable against Selection and ResidencyTable: the same scores must leave the same blocks, equal to the store's."""
+"""DeviceTable against Selection and ResidencyTable: the same scores leave the same blocks, equal to the stored ones."""
 
 from __future__ import annotations
 
