@@ -68,10 +68,12 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void *row
                  : "memory");
 }
 
-// 16 bytes from device to shared memory, in the background.
+// 4, 8 or 16 bytes from device to shared memory, in the background.
+template <int kBytes = 16>
 __device__ __forceinline__ void copy_async(void *to, const void *from) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+    if constexpr (kBytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `kLeft` committed groups of this thread's copies are under way.
@@ -127,7 +129,8 @@ inline void load_matrices(uint32_t (&to)[4], const void *row) {
     }
 }
 
-inline void copy_async(void *to, const void *from) { std::memcpy(to, from, 16); }
+template <int kBytes = 16>
+void copy_async(void *to, const void *from) { std::memcpy(to, from, kBytes); }
 inline void commit_copies() {}
 template <int kLeft>
 void wait_copies() {}
