@@ -4,9 +4,16 @@ Suffixes: B sequences, G KV heads, X = B × G, R history rows (oldest first), S 
 blocks, C state channels, H hidden channels, F filters, P peaks.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
+from attention_predictor.csrc import ops
+from attention_predictor.csrc.observe import FILTERS
+from attention_predictor.csrc.predict import CHANNELS, FURTHER, HIDDEN
 from attention_predictor.predictor.base import AttentionPredictor, register
 
 CHUNK_ROWS = 16  # rows weighted at once: the work for many steps grows with it, the number of operations falls
@@ -51,6 +58,22 @@ def held_peaks(x_RN: Tensor, drop_P: Tensor, steps: list[int]) -> Tensor:
     return torch.stack(peaks, dim=-1)
 
 
+@dataclass(frozen=True)
+class PackedFilters:
+    """A FilterPredictor as the kernels read it (`csrc/observe.py`, `csrc/predict.py`).
+
+    Attributes:
+        fold_C: Weight of the new score in each average; how far each peak falls, the last score's by all there is.
+        eps: Of the logarithmic scale.
+        weight, bias: Of the convolutions, by `pack_convolutions`.
+    """
+
+    fold_C: Tensor
+    eps: float
+    weight: Tensor
+    bias: Tensor
+
+
 @register
 class FilterPredictor(AttentionPredictor):
     """Filters over time, then small convolutions over blocks: better, and without a window.
@@ -86,6 +109,36 @@ class FilterPredictor(AttentionPredictor):
         self.conv2 = nn.Conv1d(self.hidden, 1, 1)
         self.register_buffer("eps", torch.tensor(1e-5))  # below it scores count as equal; saved with the weights
         self.register_buffer("drop", torch.tensor(self.drops))
+        self._packed: tuple[list[tuple[int, int]], PackedFilters] | None = None
+
+    @property
+    def no_kernel(self) -> str | None:
+        """Why the kernels don't compute this predictor; `None` if they do."""
+        found = (self.filters, self.channels, self.hidden, self.further)
+        expected = (FILTERS, CHANNELS, HIDDEN, FURTHER)
+        if found == expected:
+            return None
+        return "none for {} filters, {} channels, {} hidden ones and {} further convolutions".format(*found)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def packed(self) -> PackedFilters:
+        """What the kernels read; made anew where a parameter has changed or moved since.
+
+        To be called once before a step is captured: making it reads a number back from the device.
+        """
+        tensors = (*self.parameters(), *self.buffers())
+        found = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        if self._packed is None or self._packed[0] != found:
+            weight_F, last_1 = 1 - self.logit_decay.sigmoid(), self.drop.new_full((1,), torch.inf)
+            convolutions = [self.conv1, *self.spread]
+            biases = [convolution.bias for convolution in convolutions]
+            weight, bias = ops.pack_convolutions(
+                [convolution.weight for convolution in convolutions], biases, self.conv2.weight, self.conv2.bias
+            )
+            fold_C = torch.cat([weight_F, last_1, self.drop]).float()
+            self._packed = (found, PackedFilters(fold_C, float(self.eps), weight, bias))
+        return self._packed[1]
 
     def log_scale(self, scores: Tensor) -> Tensor:
         """Map [0, 1] to [0, 1] logarithmically; zero stays zero, so a new block enters as zeros."""

@@ -1,6 +1,6 @@
 """ScoreHistory: what a predictor must remember of one layer, for a sequence that grows.
 
-Suffixes: B sequences, G KV heads, R history rows (oldest first), N blocks, C state channels.
+Suffixes: B sequences, G KV heads, H query heads, S slots, R history rows (oldest first), N blocks, C state channels.
 """
 
 from __future__ import annotations
@@ -11,10 +11,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention_predictor.csrc import binding, ops
 from attention_predictor.predictor.base import AttentionPredictor
-from attention_predictor.predictor.errors import IntegrityError
+from attention_predictor.predictor.errors import ConfigError, IntegrityError
+from attention_predictor.predictor.filters import FilterPredictor, PackedFilters
 
 CHUNK_BLOCKS = 64  # capacity grows by this many blocks: doubling would waste the memory this library saves
+
+
+def no_kernel(predictor: AttentionPredictor, device: torch.device | str) -> str | None:
+    """Why no kernel keeps this predictor's history on that device; `None` if one does."""
+    device = torch.device(device)
+    if not isinstance(predictor, FilterPredictor):
+        return f"none evaluates the predictor {predictor.arch!r}"
+    if not binding.on_gpu(device):
+        return f"the predictor's are written for GPUs, not for {device.type}"
+    return predictor.no_kernel or ops.missing(device)
+
+
+def row_of_logits(
+    peak_BHN: Tensor | None, block_BGS: Tensor, slot_peak_BHS: Tensor, total_BH: Tensor, n_blocks: int
+) -> Tensor:
+    """The row of a step, row_BGN: exp(logit − total) of each block, the largest among the heads of a KV head.
+
+    By the exact logit where a slot holds the block, else by the estimated one.
+
+    Args:
+        peak_BHN: fp32 estimated largest logit of each block, at least `n_blocks`; `None`: nothing is known.
+        block_BGS: int64 block in each slot, none twice in a row; -1 for a slot that takes no part.
+        slot_peak_BHS: fp32 exact largest logit of each slot.
+        total_BH: fp32 log-sum-exp of all logits.
+        n_blocks: N.
+    """
+    B, H, _ = slot_peak_BHS.shape
+    G = block_BGS.shape[1]
+    # One more column takes what slots without a block write; it is cut off.
+    logit_BHN = slot_peak_BHS.new_full((B, H, n_blocks + 1), -torch.inf)
+    if peak_BHN is not None:
+        logit_BHN[..., :n_blocks] = peak_BHN[..., :n_blocks]
+    index_BHS = (block_BGS % (n_blocks + 1)).repeat_interleave(H // G, 1)
+    logit_BHN.scatter_(-1, index_BHS, slot_peak_BHS)
+    share_BHN = torch.exp(logit_BHN - total_BH[..., None]).masked_fill_(logit_BHN == -torch.inf, 0.0)
+    return share_BHN.unflatten(1, (G, -1)).amax(2)[..., :n_blocks]
 
 
 class ScoreHistory:
@@ -22,10 +60,24 @@ class ScoreHistory:
 
     A block that appears enters as zeros. Spare capacity is kept at zero, so growing within it is free.
     Copies made by `copy.deepcopy` own their state and share the predictor.
+
+    With `kernel`, decoded steps are observed and predicted by kernels (`csrc/observe.py`, `csrc/predict.py`), else by
+    the predictor's own operations; ConfigError where there is none (`no_kernel`).
     """
 
-    def __init__(self, predictor: AttentionPredictor, *, batch: int, kv_heads: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        predictor: AttentionPredictor,
+        *,
+        batch: int,
+        kv_heads: int,
+        device: torch.device | str,
+        kernel: bool = False,
+    ) -> None:
+        if kernel and (reason := no_kernel(predictor, device)) is not None:
+            raise ConfigError(f"kernel=True, but there is no kernel: {reason}")
         self.predictor = predictor
+        self.kernel = kernel
         self.n_blocks = 0
         self.started = False
         # Not under inference mode: what is made there could not be updated outside of it later.
@@ -70,10 +122,30 @@ class ScoreHistory:
             self.start(row_BGN[:, :, None])
             return
         self._grow(row_BGN.shape[-1])
+        if self.kernel:
+            packed = self._packed()
+            ops.fold_row(row_BGN.float().contiguous(), self._state_BGNC, packed.fold_C, packed.eps)
+            return
         state_BGNC = self._state_BGNC[:, :, : self.n_blocks]
         observed_BGNC = self.predictor.observe(state_BGNC, row_BGN)
         if observed_BGNC.data_ptr() != state_BGNC.data_ptr():
             state_BGNC.copy_(observed_BGNC)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def observe(
+        self, peak_BHN: Tensor | None, block_BGS: Tensor, slot_peak_BHS: Tensor, total_BH: Tensor, n_blocks: int
+    ) -> None:
+        """`push` of what `row_of_logits` makes of the same arguments; the kernel does both at once."""
+        if not self.kernel or not self.started:
+            self.push(row_of_logits(peak_BHN, block_BGS, slot_peak_BHS, total_BH, n_blocks))
+            return
+        if n_blocks < self.n_blocks:
+            raise ValueError(f"n_blocks must be at least {self.n_blocks}, got {n_blocks}")
+        self._grow(n_blocks)
+        packed = self._packed()
+        logits = (block_BGS, slot_peak_BHS, total_BH)
+        ops.observe_row(peak_BHN, *logits, self._state_BGNC, packed.fold_C, packed.eps, 1, n_blocks, None, None)
 
     @torch.no_grad()
     def predict(self, first: int, last: int) -> Tensor:
@@ -85,6 +157,11 @@ class ScoreHistory:
         """
         if not 0 <= first <= self.n_blocks or not 0 <= last <= self.n_blocks:
             raise ValueError(f"blocks {first}..{last} must lie within 0..{self.n_blocks}")
+        if self.kernel:
+            packed = self._packed()
+            # As if a block were one token, all but the last of which the next step may choose.
+            candidates = (first, 1, 1, last)
+            return ops.predict_blocks(self._state_BGNC, packed.weight, packed.bias, self.n_blocks, *candidates, None)
         batch, kv_heads = self._state_BGNC.shape[:2]
         shape, device = (batch, kv_heads, self.n_blocks), self._state_BGNC.device
         scores_BGN = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
@@ -110,6 +187,31 @@ class ScoreHistory:
     def index(self, batch_index: Tensor) -> None:
         """Keep the sequences `batch_index` [new B], in that order (beams, expanded or filtered batches)."""
         self._state_BGNC = self._state_BGNC.index_select(0, batch_index.to(self._state_BGNC.device))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def reserve(self, n_blocks: int) -> None:
+        """Make room for that many blocks at least, and keep what is there; the state may move."""
+        batch, kv_heads, capacity, channels = self._state_BGNC.shape
+        if n_blocks > capacity:
+            chunks = -(-n_blocks // CHUNK_BLOCKS)
+            grown_BGNC = self._state_BGNC.new_zeros(batch, kv_heads, chunks * CHUNK_BLOCKS, channels)
+            grown_BGNC[:, :, : self.n_blocks] = self._state_BGNC[:, :, : self.n_blocks]
+            self._state_BGNC = grown_BGNC
+
+    def advance(self, n_blocks: int) -> None:
+        """Know of that many blocks, because whoever asks has brought `state_BGNC` as far: a captured step."""
+        if not self.started or not self.n_blocks <= n_blocks <= self._state_BGNC.shape[2]:
+            raise ValueError(
+                f"n_blocks must lie within {self.n_blocks}..{self._state_BGNC.shape[2]} of a history that has started, "
+                f"got {n_blocks}"
+            )
+        self.n_blocks = n_blocks
+
+    @property
+    def state_BGNC(self) -> Tensor:
+        """The state itself, spare capacity included, which stays zero; it moves when the history grows beyond it."""
+        return self._state_BGNC
 
     @property
     def nbytes(self) -> int:
@@ -139,13 +241,12 @@ class ScoreHistory:
         return twin
 
     def _grow(self, n_blocks: int) -> None:
-        batch, kv_heads, capacity, channels = self._state_BGNC.shape
-        if n_blocks > capacity:
-            chunks = -(-n_blocks // CHUNK_BLOCKS)
-            grown_BGNC = self._state_BGNC.new_zeros(batch, kv_heads, chunks * CHUNK_BLOCKS, channels)
-            grown_BGNC[:, :, : self.n_blocks] = self._state_BGNC[:, :, : self.n_blocks]
-            self._state_BGNC = grown_BGNC
+        self.reserve(n_blocks)
         self.n_blocks = n_blocks
+
+    def _packed(self) -> PackedFilters:
+        assert isinstance(self.predictor, FilterPredictor)  # the only one with kernels
+        return self.predictor.packed()
 
     def _check(self, name: str, rows: Tensor, *, dims: int, at_least: int) -> None:
         expected = tuple(self._state_BGNC.shape[:2])

@@ -171,8 +171,10 @@ class StreamedHistory(ScoreHistory):
         twin._sum_BGCN = self._sum_BGCN.clone()
         return twin
 
-    def _grow(self, n_blocks: int) -> None:
-        super()._grow(n_blocks)
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def reserve(self, n_blocks: int) -> None:
+        super().reserve(n_blocks)
         self._sum_BGCN = F.pad(self._sum_BGCN, (0, self._state_BGNC.shape[2] - self._sum_BGCN.shape[-1]))
 
     def _sum_up(self, first: int) -> None:

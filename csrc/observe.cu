@@ -1,0 +1,118 @@
+// The history's row and its folding, in one pass over the state.
+//
+// A thread block takes a tile of blocks of one KV head. Its state is contiguous; a thread reads and writes 16 bytes at a time,
+// so that what it holds begins in any channel. Seven such vectors are two blocks: with a multiple of seven threads, a thread's
+// channels are the same in all of its vectors, and so is what it does to them. All loads from far away are under way before
+// the first is waited for.
+
+#include "device.cuh"
+#include "observe.h"
+
+namespace {
+
+constexpr int kChannels = 14;
+constexpr int kFilters = 8;   // the averages come first
+constexpr int kPeriod = 7;    // vectors in two blocks
+constexpr int kTile = 128;    // blocks
+constexpr int kThreads = 32 * kPeriod;
+constexpr int kVectors = kTile / 2 * kPeriod / kThreads;  // of a thread
+static_assert(kVectors * kThreads == kTile / 2 * kPeriod && kThreads >= kTile, "a thread has whole vectors and a block at most");
+
+// The logarithm of the largest share that any head of the group gives to a block, from each head's logit.
+template <typename Logit>
+__device__ __forceinline__ float largest_share(Logit logit, const float *total, int group) {
+    float most = -INFINITY;
+#pragma unroll 4
+    for (int m = 0; m < group; ++m) most = fmaxf(most, logit(m) - total[m]);  // passes over −inf − −inf
+    return most;
+}
+
+__global__ void __launch_bounds__(kThreads) fold_row(const ObserveRow a, const float eps, const float full_scale) {
+    __shared__ int slot_of[kTile];     // −1: not attended
+    __shared__ float log_score[kTile];
+    const int length = static_cast<int>(a.length_1 ? min(*a.length_1, a.length) : a.length);
+    const int block_size = static_cast<int>(a.block_size);
+    const int first = blockIdx.x * kTile;
+    const int known = min(kTile, (length + block_size - 1) / block_size - first);
+    if (known <= 0) return;
+    const int t = threadIdx.x;
+    const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
+
+    auto *state = reinterpret_cast<float4 *>(a.state + (row * a.capacity + first) * kChannels);
+    const int held = (known * kChannels + 3) / 4;  // vectors of known blocks; the last may reach into an unknown one
+    float4 vector[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+        if (t + i * kThreads < held) vector[i] = state[t + i * kThreads];
+
+    // Averages move to the score by a weight; peaks, the last score among them, fall by so much and never below it.
+    bool averages[4];
+    float fold[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const int channel = (4 * t + j) % kChannels;
+        averages[j] = channel < kFilters;
+        fold[j] = a.fold[channel];
+    }
+
+    const int group = static_cast<int>(a.heads / a.kv_heads);
+    const float *total = a.total + row * group;
+    float score = 0.f;
+    if (a.given != nullptr) {
+        if (t < known) score = a.given[row * a.columns + first + t];
+    } else {
+        const int64_t *block = a.block + row * a.slots;
+        const int64_t near = t < a.slots ? block[t] : -1;
+        if (t < kTile) slot_of[t] = -1;
+        float share = -INFINITY;
+        if (t < known && a.peak != nullptr) {
+            const float *peak = a.peak + row * group * a.columns + first + t;
+            share = largest_share([&](int m) { return peak[m * a.columns]; }, total, group);
+        }
+        __syncthreads();
+        for (int64_t s = t; s < a.slots; s += kThreads) {
+            const int64_t place = (s == t ? near : block[s]) - first;
+            if (place >= 0 && place < known) slot_of[place] = static_cast<int>(s);
+        }
+        __syncthreads();
+        if (t < known) {
+            if (slot_of[t] >= 0) {
+                const float *peak = a.slot_peak + row * group * a.slots + slot_of[t];
+                share = largest_share([&](int m) { return peak[m * a.slots]; }, total, group);
+            }
+            score = expf(share);
+        }
+    }
+    if (t < known) {
+        if (a.row != nullptr) a.row[row * a.columns + first + t] = score;
+        log_score[t] = log1pf(score / eps) / full_scale;
+    }
+    __syncthreads();
+
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+        if (t + i * kThreads >= held) break;
+        float x[4] = {vector[i].x, vector[i].y, vector[i].z, vector[i].w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int place = (4 * t + j) / kChannels + i * (kThreads / kPeriod * 2);
+            if (place >= known) continue;  // unknown blocks stay zero
+            const float y = log_score[place];
+            x[j] = averages[j] ? fmaf(fold[j], y - x[j], x[j]) : fmaxf(x[j] - fold[j], y);
+        }
+        state[t + i * kThreads] = make_float4(x[0], x[1], x[2], x[3]);
+    }
+}
+
+}  // namespace
+
+extern "C" int observe_row(const ObserveRow *a, void *stream) {
+    if (a->capacity % 2) return cudaErrorInvalidValue;
+    const int64_t blocks = (a->length + a->block_size - 1) / a->block_size;
+    const dim3 grid(static_cast<unsigned>((blocks + kTile - 1) / kTile), static_cast<unsigned>(a->kv_heads),
+                    static_cast<unsigned>(a->batch));
+    if (grid.x && grid.y && grid.z)
+        device::launch(fold_row, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), *a,
+                       static_cast<float>(a->eps), static_cast<float>(log1p(1 / a->eps)));
+    return static_cast<int>(cudaGetLastError());
+}

@@ -1,0 +1,119 @@
+"""A step's row of block scores, folded into the state of the time filters, as torch operations.
+
+Suffixes: B sequences, G KV heads, H query heads, S slots, N blocks, C state channels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from attention_predictor.csrc import binding
+from attention_predictor.csrc.binding import address, call, check
+
+FILTERS, PEAKS = 8, 6  # averages of a block, and peaks with the last score: what the kernel is written for
+
+
+class ObserveRow(ctypes.Structure):
+    """As in observe.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("given", "peak", "block", "slot_peak", "total", "fold", "length_1")),
+        *((name, ctypes.c_void_p) for name in ("state", "row")),
+        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "heads", "slots", "columns", "capacity")),
+        *((name, ctypes.c_int64) for name in ("block_size", "length")),
+        ("eps", ctypes.c_double),
+    ]
+
+
+@torch.library.custom_op("attention_predictor::observe_row", mutates_args=("state_BGNC", "row_BGN"))
+def observe_row(
+    peak_BHN: Tensor | None,
+    block_BGS: Tensor,
+    slot_peak_BHS: Tensor,
+    total_BH: Tensor,
+    state_BGNC: Tensor,
+    fold_C: Tensor,
+    eps: float,
+    block_size: int,
+    length: int,
+    length_1: Tensor | None,
+    row_BGN: Tensor | None,
+) -> None:
+    """Make a step's row of the logits it found, and fold it into the state; on a GPU.
+
+    A block's score is exp(logit − total), the largest of the group's heads: by the exact logit where a slot holds the
+    block, else by the estimated one (``row_of_logits`` in ``predictor/history.py``).
+
+    Args:
+        peak_BHN: fp32 estimated largest logit of each block, ``-inf`` for a score of zero; ``None``: zero for all.
+        block_BGS: int64 block in each slot, none twice in a row; -1 for a slot that takes no part.
+        slot_peak_BHS: fp32 exact largest logit of each slot.
+        total_BH: fp32 log-sum-exp of all logits.
+        state_BGNC: fp32 state, with even room for blocks; those beyond the sequence are left as they are.
+        fold_C: fp32 weight of the new score in each average, then how far each peak falls (``FilterPredictor.packed``).
+        eps: Of the logarithmic scale.
+        block_size, length: Tokens of a block and of the sequence, the new one included.
+        length_1: int64 true length on the device, at most ``length``; ``None``: ``length``.
+        row_BGN: Takes the row, if it is wanted; fp32.
+    """
+    B, G, S = block_BGS.shape
+    H, n_blocks = total_BH.shape[1], -(-length // block_size)
+    columns = n_blocks if peak_BHN is None else peak_BHN.shape[2]
+    if row_BGN is not None and peak_BHN is None:
+        columns = row_BGN.shape[2]
+    _check_state(state_BGNC, fold_C, B, G, n_blocks)
+    device = state_BGNC.device
+    check("block_BGS", block_BGS, (B, G, S), torch.int64, device)
+    check("slot_peak_BHS", slot_peak_BHS, (B, H, S), torch.float32, device)
+    check("total_BH", total_BH, (B, H), torch.float32, device)
+    for name, tensor, rows in (("peak_BHN", peak_BHN, H), ("row_BGN", row_BGN, G)):
+        if tensor is not None:
+            check(name, tensor, (B, rows, columns), torch.float32, device)
+    if length_1 is not None:
+        check("length_1", length_1, (1,), torch.int64, device)
+    if H % G or columns < n_blocks:
+        raise ValueError(
+            f"expected heads a multiple of {G} and columns for the {n_blocks} blocks of {length} tokens; "
+            f"found {H} heads, {columns} columns"
+        )
+    arguments = ObserveRow(
+        *map(address, (None, peak_BHN, block_BGS, slot_peak_BHS, total_BH, fold_C, length_1, state_BGNC, row_BGN)),
+        *(B, G, H, S, columns, state_BGNC.shape[2], block_size, length, eps),
+    )
+    call("observe_row", arguments, device)
+
+
+@observe_row.register_fake
+def _(peak, block_BGS, slot_peak_BHS, total_BH, state_BGNC, fold_C, eps, block_size, length, length_1, row_BGN):
+    return None
+
+
+@torch.library.custom_op("attention_predictor::fold_row", mutates_args=("state_BGNC",))
+def fold_row(row_BGN: Tensor, state_BGNC: Tensor, fold_C: Tensor, eps: float) -> None:
+    """Fold a row of scores, fp32, into the state of the blocks it covers; other arguments as for ``observe_row``."""
+    B, G, N = row_BGN.shape
+    _check_state(state_BGNC, fold_C, B, G, N)
+    check("row_BGN", row_BGN, (B, G, N), torch.float32, state_BGNC.device)
+    arguments = ObserveRow(
+        *map(address, (row_BGN, None, None, None, None, fold_C, None, state_BGNC, None)),
+        *(B, G, G, 0, N, state_BGNC.shape[2], 1, N, eps),
+    )
+    call("observe_row", arguments, state_BGNC.device)
+
+
+@fold_row.register_fake
+def _(row_BGN, state_BGNC, fold_C, eps):
+    return None
+
+
+def _check_state(state_BGNC: Tensor, fold_C: Tensor, batch: int, kv_heads: int, n_blocks: int) -> None:
+    device, room = state_BGNC.device, state_BGNC.shape[2]
+    if not binding.on_gpu(device):
+        raise ValueError(f"state_BGNC is on {device}, expected a GPU: this kernel is written for no other device")
+    check("state_BGNC", state_BGNC, (batch, kv_heads, room, FILTERS + PEAKS), torch.float32, device)
+    check("fold_C", fold_C, (FILTERS + PEAKS,), torch.float32, device)
+    if room % 2 or room < n_blocks:
+        raise ValueError(f"state_BGNC has room for {room} blocks, expected an even number and at least {n_blocks}")

@@ -1,0 +1,103 @@
+"""The next step's scores by the time filters' network, as a torch operation.
+
+Suffixes: B sequences, G KV heads, N blocks, C state channels; of a convolution: O channels out, I channels in, 3 taps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from attention_predictor.csrc import binding
+from attention_predictor.csrc.binding import address, call, check
+
+CHANNELS, HIDDEN, FURTHER = 14, 32, 3  # of the network that the kernel is written for
+SLICE = 16  # channels that a matrix instruction takes at once
+SLICES = 3 * (SLICE + FURTHER * HIDDEN) // SLICE
+BIASES = (1 + FURTHER) * HIDDEN + HIDDEN + 1
+WARPS = (8, 4, 2)  # of a thread block: the most with which every multiprocessor has one
+
+
+class PredictBlocks(ctypes.Structure):
+    """As in predict.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("state", "weight", "bias", "length_1", "scores")),
+        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "capacity", "columns", "first", "recent")),
+        *((name, ctypes.c_int64) for name in ("block_size", "length", "warps")),
+    ]
+
+
+def pack_convolutions(weights_OI3: list[Tensor], biases_O: list[Tensor], last_I: Tensor, bias: Tensor) -> list[Tensor]:
+    """The network as ``predict_blocks`` reads it: weights in fp16, a lane's of each matrix together; biases in fp32.
+
+    A lane of a warp has, of 16 inputs times 8 outputs, output lane / 4 and the inputs 2·(lane % 4) + {0, 1, 8, 9} (PTX,
+    mma.m16n8k16, B); of two such matrices that makes 16 bytes.
+    """
+    slices = []
+    for weight_OI3 in weights_OI3:
+        missing = -weight_OI3.shape[1] % SLICE
+        weight_3IO = torch.nn.functional.pad(weight_OI3, (0, 0, 0, missing)).permute(2, 1, 0)
+        # inputs: slice, half, lane, pair; outputs: pair of matrices, matrix, lane
+        weight = weight_3IO.reshape(3, -1, 2, 4, 2, HIDDEN // 16, 2, 8)
+        slices.append(weight.permute(0, 1, 5, 7, 3, 6, 2, 4).flatten())
+    return [torch.cat(slices).half(), torch.cat([x.flatten() for x in (*biases_O, last_I, bias)]).float()]
+
+
+@torch.library.custom_op("attention_predictor::predict_blocks", mutates_args=())
+def predict_blocks(
+    state_BGNC: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    n_blocks: int,
+    first: int,
+    recent: int,
+    block_size: int,
+    length: int,
+    length_1: Tensor | None,
+) -> Tensor:
+    """Scores of the candidates for the next step: ``FilterPredictor.forward`` on their states alone; on a GPU.
+
+    They end before the ``recent`` tokens (one at least) that the next step, of length + 1 tokens, attends to anyway.
+
+    Args:
+        state_BGNC: fp32 state, with even room for blocks.
+        weight, bias: Of ``pack_convolutions``.
+        n_blocks: Columns of the result.
+        first: First candidate.
+        recent: Tokens at the end that are no candidates.
+        block_size, length: Tokens of a block and of the sequence, this step's included.
+        length_1: int64 true length on the device, at most ``length``; ``None``: ``length``.
+
+    Returns:
+        fp32 scores_BGN, ``-inf`` where there is no candidate.
+    """
+    B, G, room, _ = state_BGNC.shape
+    device = state_BGNC.device
+    if not binding.on_gpu(device):
+        raise ValueError(f"state_BGNC is on {device}, expected a GPU: this kernel is written for no other device")
+    check("state_BGNC", state_BGNC, (B, G, room, CHANNELS), torch.float32, device)
+    check("weight", weight, (SLICES * SLICE * HIDDEN,), torch.float16, device)
+    check("bias", bias, (BIASES,), torch.float32, device)
+    if length_1 is not None:
+        check("length_1", length_1, (1,), torch.int64, device)
+    if room % 2 or room < -(-length // block_size):
+        raise ValueError(
+            f"state_BGNC has room for {room} blocks, expected an even number and at least {-(-length // block_size)}"
+        )
+    scores_BGN = state_BGNC.new_empty((B, G, n_blocks))
+    multiprocessors = binding.multiprocessors(device)
+    warps = next((w for w in WARPS if B * G * -(-n_blocks // (32 * w - 2 * FURTHER)) >= multiprocessors), WARPS[-1])
+    arguments = PredictBlocks(
+        *map(address, (state_BGNC, weight, bias, length_1, scores_BGN)),
+        *(B, G, room, n_blocks, first, recent, block_size, length, warps),
+    )
+    call("predict_blocks", arguments, device)
+    return scores_BGN
+
+
+@predict_blocks.register_fake
+def _(state_BGNC, weight, bias, n_blocks, first, recent, block_size, length, length_1):
+    return state_BGNC.new_empty((*state_BGNC.shape[:2], n_blocks))
