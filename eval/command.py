@@ -6,7 +6,10 @@ import argparse
 
 from attention_predictor.eval.subcommands import add_subcommands, run_subcommand
 
-BENCHMARKS = {"recovery": ("attention_predictor.eval.recovery", "answers found and attention mass recovered")}
+BENCHMARKS = {
+    "longbench": ("attention_predictor.eval.longbench.command", "LongBench and LongBench-E: a table of scores"),
+    "recovery": ("attention_predictor.eval.recovery", "answers found and attention mass recovered"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool) -> 
 
 
 def fitted_ids(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool, longest: int, room: int | None
+    tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool, longest: int | None, room: int | None
 ) -> tuple[list[int], bool]:
     """Token ids of a prompt that fits, and whether something was left out.
 
@@ -44,11 +44,13 @@ def fitted_ids(
     instructions stand (LongBench, section 4.1). It is cut as text, before the chat template is put around it.
 
     Args:
-        longest: Tokens of the text.
+        longest: Tokens of the text; ``None`` for as many as there is room for.
         room: Tokens of the whole prompt; where template or seam need more than is left, more of the middle goes.
+            ``None`` if there is no limit.
     """
     ids = list(tokenizer(text, verbose=False)["input_ids"])
-    allowed, cut = longest, False
+    limits = [limit for limit in (longest, room) if limit is not None]
+    allowed, cut = min(limits, default=len(ids)), False
     while True:
         if len(ids) > allowed:
             half, cut = allowed // 2, True

@@ -17,6 +17,7 @@ COMMANDS = {
     "record": ("attention_predictor.train.record", "record attention-score histories of a model, to train on"),
     "train": ("attention_predictor.train.fit", "train a predictor on recorded histories"),
     "eval": ("attention_predictor.eval.command", "judge a model under selection policies"),
+    "score": ("attention_predictor.eval.score", "score predictions of a benchmark again"),
     "bench": ("attention_predictor.eval.bench", "time decoding, or a part of it, against what it replaces"),
 }
 
