@@ -10,7 +10,7 @@ from typing import Any
 from attention_predictor.predictor.errors import ConfigError
 
 CALIBRATIONS = ("sketch", "exact", "none")
-PREFETCHERS = ("thread", "none")
+PREFETCHERS = ("thread", "graph", "none")
 KERNELS = ("auto", "none")
 SKETCH_BITS = (1, 2, 4, 8)
 
@@ -40,7 +40,9 @@ class OffloadConfig:
         reserve: Blocks resident beyond the budget, as a share of it. Half of them are fetched ahead, the best after the
             budget's own; half are what was wanted last. A step attends to the best of all resident blocks, chosen with
             the current query; without a sketch (or with a policy that does not choose) the reserve saves fetches alone.
-        prefetch: ``"thread"`` fetches beside the computation, ``"none"`` in the middle of it.
+        prefetch: ``"thread"`` fetches beside the computation, ``"none"`` in the middle of it. ``"graph"`` captures
+            whole decoding steps, fetches included, as one CUDA graph; where that can't be, the thread does it, and
+            ``stats`` says why.
         kernels: ``"auto"`` uses compiled kernels where they can be built, ``"none"`` plain torch operations alone.
         skip_layers: Layers left as they are, with their whole cache on the device.
         slab_blocks: Blocks by which host memory grows.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
+import weakref
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from attention_predictor.offload.cache import (
@@ -19,6 +23,8 @@ from attention_predictor.offload.cache import (
     is_tiered,
 )
 from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.generation import Sampling, generate
+from attention_predictor.offload.graph import CaptureError, Graphed, is_ready, is_step, why_not
 from attention_predictor.offload.host_store import HostStore
 from attention_predictor.offload.layer import TieredLayer
 from attention_predictor.offload.prefetch import make_prefetcher
@@ -34,7 +40,6 @@ class Engine:
 
     Attributes:
         config: The settings.
-        stats: What happened so far.
         predictor: The loaded predictor, ``None`` for policies without one.
         tiered_layers: Numbers of the layers whose cache is in host memory.
     """
@@ -47,16 +52,72 @@ class Engine:
         self.device: torch.device = model.device
         skipped = set(config.skip_layers)
         self.tiered_layers = frozenset(full_attention_layers(self.text_config)) - skipped
-        self.stats = Stats()
+        self.stats_kept = Stats()  # but for what captured steps have counted since
         self.prefetcher = make_prefetcher(config.prefetch, self.device)
         self.attached = False
+        self._graphed: weakref.WeakKeyDictionary[TieredCache, Graphed] = weakref.WeakKeyDictionary()
 
     # ---- use ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> Stats:
+        """What happened so far."""
+        for graphed in list(self._graphed.values()):
+            graphed.collect(self.stats_kept)
+        return self.stats_kept
 
     def new_cache(self) -> TieredCache:
         """An empty cache for direct ``model(ids, past_key_values=cache)`` calls."""
         self.check_open()
         return TieredCache(self)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        max_new_tokens: int,
+        attention_mask: Tensor | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        prefill_chunk_size: int | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Continue prompts by the shortest loop there is: tokens are chosen on the device, for the next step there.
+
+        ``model.generate`` can do more, and waits for the device at every token.
+
+        Args:
+            input_ids: int64 ``[B, T]``; shorter prompts are padded on the left, with zeros in ``attention_mask``.
+            max_new_tokens: New tokens at most.
+            temperature, top_k, top_p: ``Sampling``; a temperature of 0 is greedy.
+            eos_token_id: Ends a sequence; as the model's generation config says, if ``None``.
+            pad_token_id: Fills up sequences that have ended before others.
+            prefill_chunk_size: Tokens of the prompt that go through the model at once; all, if ``None``.
+            seed: Of the random numbers; torch's own state, if ``None``.
+
+        Returns:
+            int64 ``[B, T + new]``, prompts included.
+
+        Raises:
+            ConfigError: An argument that is not allowed.
+            ContextLengthError, HostMemoryError: What ``check_fits`` refuses.
+        """
+        self.check_open()
+        settings = self.model.generation_config
+        return generate(
+            self,
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            attention_mask=attention_mask,
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
+            eos_token_id=settings.eos_token_id if eos_token_id is None else eos_token_id,
+            pad_token_id=settings.pad_token_id if pad_token_id is None else pad_token_id,
+            prefill_chunk_size=prefill_chunk_size,
+            seed=seed,
+        )
 
     def check_fits(self, *, batch: int, tokens: int, cached: int = 0) -> None:
         """Refuse, before any work is done, what the model or the host memory can't hold.
@@ -106,6 +167,12 @@ class Engine:
             return
         self.attached = False
         self._hook.remove()
+        if self._own_forward is not None:
+            self.model.__dict__.update(self._own_forward)
+            if not self._own_forward:
+                del self.model.forward
+        for graphed in list(self._graphed.values()):
+            graphed.leave()
         for config, implementation in self._implementations:
             config._attn_implementation_internal = implementation
         del self.model._attention_predictor_engine
@@ -149,8 +216,36 @@ class Engine:
         """Install the one hook on the model; ``attach`` has set the attention function."""
         self._parameters = list(inspect.signature(self.model.forward).parameters)
         self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._own_forward: dict[str, Any] | None = None
+        self._captures = True  # until a capture has failed
+        if self.config.prefetch == "graph":
+            # Of this model alone. A forward hook could change a result, but not keep the forward from being computed.
+            self._own_forward = {k: v for k, v in self.model.__dict__.items() if k == "forward"}
+            self._forward = self.model.forward
+            self.model.forward = functools.wraps(self._forward)(self._graph_or_forward)
         self.model._attention_predictor_engine = self  # type: ignore[assignment]  # not a module of the model
         self.attached = True
+
+    def _graph_or_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward: captured where it is a step that can be."""
+        cache = kwargs.get("past_key_values")
+        if args or not isinstance(cache, TieredCache):
+            return self._forward(*args, **kwargs)
+        graphed = self._graphed.get(cache)
+        if self._captures and is_step(kwargs) and is_ready(cache):
+            reason = why_not(cache, kwargs.get("attention_mask")) if graphed is None or not graphed.entered else None
+            if reason is None:
+                if graphed is None:
+                    graphed = self._graphed[cache] = Graphed(cache, self._forward)
+                try:
+                    return graphed.run(cache, kwargs)
+                except CaptureError as error:
+                    self._captures = False
+                    reason = f"{type(self.model).__name__} can't be captured: {error}"
+            self.note_fallback(f"the prefetch thread in place of captured steps: {reason}")
+        if graphed is not None:
+            graphed.leave()
+        return self._forward(**kwargs)
 
     def remember(self, implementations: list[tuple[Any, str | None]]) -> None:
         """The attention implementation of every config of the model, for ``detach``."""

@@ -239,12 +239,15 @@ class ThreadPrefetcher(Prefetcher):
 
 
 def make_prefetcher(kind: str, device: torch.device | str) -> Prefetcher:
-    """The prefetcher named `kind`: "thread" or "none". Raises ConfigError for another name."""
-    if kind == "thread":
+    """The prefetcher of a configuration's `prefetch`. Raises ConfigError for another name.
+
+    Captured steps fetch by themselves; around them, the thread does.
+    """
+    if kind in ("thread", "graph"):
         return ThreadPrefetcher(device)
     if kind == "none":
         return SyncPrefetcher()
-    raise ConfigError(f"prefetch must be 'thread' or 'none', got {kind!r}")
+    raise ConfigError(f"prefetch must be 'thread', 'graph' or 'none', got {kind!r}")
 
 
 def _work(mailbox: _Mailbox, device: torch.device) -> None:

@@ -219,7 +219,7 @@ class TestConfig:
             ({"calibration": "often"}, "calibration='often' .* sketch, exact, none"),
             ({"calibration_interval": 0}, "calibration_interval=0"),
             ({"sketch_bits": 3}, "sketch_bits=3 .* 1, 2, 4, 8"),
-            ({"prefetch": "magic"}, "prefetch='magic' .* thread, none"),
+            ({"prefetch": "magic"}, "prefetch='magic' .* thread, graph, none"),
             ({"skip_layers": (-1,)}, r"skip_layers=\(-1,\) .* layer numbers from 0 on"),
             ({"skip_layers": 5}, "skip_layers=5 .* layer numbers from 0 on"),
             ({"skip_layers": "all"}, "skip_layers='all' .* layer numbers from 0 on"),

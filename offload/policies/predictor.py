@@ -59,6 +59,24 @@ class Predictor(Policy):
     def chooses(self) -> bool:
         return self.sketch is not None and (self.late_share > 0 or self.spec.config.reserve > 0)
 
+    @property
+    def no_graph(self) -> str | None:
+        config = self.spec.config
+        if config.calibration != "sketch":
+            return f"captured steps calibrate by the sketch, calibration is {config.calibration!r}"
+        if config.measure_recovery:
+            return "recovery is measured by reading all keys, which the host does"
+        return self.history.no_graph
+
+    @property
+    def is_started(self) -> bool:
+        return self.history.started and self.sketch is not None and self.sketch.length >= self.sketch.group
+
+    def reserve(self, tokens: int) -> None:
+        self.history.reserve(-(-tokens // self.spec.config.block_size))
+        if self.sketch is not None:
+            self.sketch.reserve(tokens)
+
     def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
         if self.sketch is not None:
             self.sketch.extend(key_BGTD, query_BHQD)

@@ -1,0 +1,155 @@
+"""DeviceStep: one layer's decoding step as kernels in a row, none of which waits for the host.
+
+The same step as ``TieredLayer`` takes with the prefetch thread, for the predictor's policy: append, choose, fetch late,
+attend; then, beside the layers that follow, observe, predict, choose ahead and fetch.
+
+Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, S slots, D head size, C capacity in blocks, L
+capacity in tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attention_predictor.csrc import ops
+from attention_predictor.offload.dense import Terms
+from attention_predictor.offload.device_table import DeviceTable
+from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.predictor.errors import AttachError
+
+if TYPE_CHECKING:
+    from attention_predictor.offload.layer import TieredLayer
+
+# Layers whose fetches for the next token may be under way before the next layer's step waits for the first of them:
+# what a step holds in the meantime takes memory, and four layers are enough to hide behind.
+DEPTH = 4
+
+
+class Shared:
+    """What the steps of all layers of one cache share: its length on the device, and the stream beside the model's.
+
+    Attributes:
+        capacity: Tokens that the step has room for.
+        length_1: int64 on the device, tokens of each sequence, the one in progress included.
+        padding_B: int64, tokens of left padding; ``real_BL``: bool, False at padding, ``None`` where there is none.
+    """
+
+    def __init__(self, length: int, capacity: int, padding_B: Tensor) -> None:
+        device = padding_B.device
+        self.capacity = capacity
+        self.length_1 = torch.tensor([length], device=device)
+        self.padding_B = padding_B
+        token_L = torch.arange(capacity, device=device)
+        self.real_BL = (token_L >= padding_B[:, None]).contiguous() if bool(padding_B.any()) else None
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._under_way: deque[tuple[Any, Any]] = deque()
+
+    @contextmanager
+    def aside(self, held: object) -> Iterator[None]:
+        """What is done within goes to the side stream, behind what is queued now.
+
+        ``held`` are the tensors that it reads and the model's stream has made: their memory must not be used again
+        before it is through.
+        """
+        if self.side is None:
+            yield
+            return
+        main = torch.cuda.current_stream(self.side.device)
+        while len(self._under_way) >= DEPTH:
+            self._wait(main)
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            yield
+            done = torch.cuda.Event()
+            done.record(self.side)
+        self._under_way.append((done, held))
+
+    def join(self) -> None:
+        """Order the model's stream behind all that went to the side."""
+        while self.side is not None and self._under_way:
+            self._wait(torch.cuda.current_stream(self.side.device))
+
+    def _wait(self, main: torch.cuda.Stream) -> None:
+        done, _ = self._under_way.popleft()
+        main.wait_event(done)
+
+
+class DeviceStep:
+    """One layer's step; made when its cache has room for ``shared.capacity`` tokens."""
+
+    def __init__(self, layer: TieredLayer, shared: Shared) -> None:
+        assert isinstance(layer.policy, Predictor)
+        assert layer.policy.sketch is not None
+        self.shared, self.tiers, self.policy, self.selection = shared, layer.tiers, layer.policy, layer.selection
+        self.sketch, self.history = layer.policy.sketch, layer.policy.history
+        self.kv_heads = layer.kv_heads
+        blocks = self.selection.n_blocks(shared.capacity)
+        self.table = DeviceTable(
+            self.tiers.table, self.selection, self.tiers.store, self.tiers.pool, blocks, self.tiers.length
+        )
+
+    def attend(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
+        """Attention of the newest token, which ``shared.length_1`` counts already; ``[B, H, 1, D]``."""
+        if query_BHQD.shape[2] != 1 or key_BGTD.shape[2] != 1:
+            raise AttachError(f"a step on the device takes one token a sequence, got {key_BGTD.shape[2]}")
+        shared, policy = self.shared, self.policy
+        query_BHD, key_BGD = query_BHQD[:, :, 0].contiguous(), key_BGTD[:, :, 0].contiguous()
+        self.table.append(key_BGD, value_BGTD[:, :, 0].contiguous(), shared.length_1)
+        self.sketch.append(key_BGD, shared.length_1)
+        resident = self._over(self.table.block_BGS, query_BHD, None, terms)[1:3] if policy.chooses else None
+        peak_BHC, sum_BHC = self.sketch.block_scores(
+            query_BHD,
+            terms.scaling,
+            terms.softcap,
+            block_size=self.selection.block_size,
+            real_BL=shared.real_BL,
+            kernel=True,
+            length_1=shared.length_1,
+        )
+        late_blocks = self.selection.share(policy.late_share)
+        rest_BH = self.table.choose(peak_BHC, sum_BHC, resident, late_blocks, shared.length_1, shared.padding_B)
+        out_BHD, slot_peak_BHS, _, lse_BH = self._over(
+            self.table.active_BGS, query_BHD, self.tiers.pool.value_BGSTD, terms
+        )
+        with shared.aside((peak_BHC, rest_BH, slot_peak_BHS, lse_BH)):
+            total_BH = torch.logaddexp(lse_BH, rest_BH)
+            self.history.observe_slots(peak_BHC, self.table.active_BGS, slot_peak_BHS, total_BH, shared.length_1)
+            score_BGC = self.history.predict_ahead(
+                self.selection.sink // self.selection.block_size, self.selection.recent, shared.length_1
+            )
+            more = self.selection.ahead_blocks if policy.chooses else 0
+            self.table.choose_ahead(score_BGC, more, shared.length_1, shared.padding_B)
+        return out_BHD[:, :, None]
+
+    def advance(self) -> None:
+        """The host's counts follow, one token on."""
+        self.tiers.store.advance(1)
+        self.sketch.advance(1)
+        self.history.advance(self.tiers.store.n_blocks)
+
+    def leave(self) -> None:
+        """The host's table takes over."""
+        self.table.leave(self.tiers.table)
+
+    def _over(
+        self, block_BGS: Tensor, query_BHD: Tensor, value_BGSTD: Tensor | None, terms: Terms
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Attention, or scores alone, over the slots that a block is named for."""
+        return ops.sparse_decode(
+            query_BHD,
+            self.tiers.pool.key_BGSTD,
+            value_BGSTD,
+            block_BGS,
+            self.shared.capacity,
+            self.shared.real_BL,
+            None if terms.sinks_H is None else terms.sinks_H.float().contiguous(),
+            terms.scaling,
+            terms.softcap or 0.0,
+            self.shared.length_1,
+        )

@@ -1,0 +1,147 @@
+"""The shortest decoding loop: tokens are chosen on the device, and the host hardly ever waits for them.
+
+Suffixes: B sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attention_predictor.predictor.errors import ConfigError
+
+if TYPE_CHECKING:
+    from attention_predictor.offload.engine import Engine
+
+LOOK_EVERY = 16  # tokens, from one look at whether all sequences have ended to the next
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a token is chosen from its logits.
+
+    Attributes:
+        temperature: Divides the logits; 0 takes the largest one.
+        top_k: Only so many of the largest logits take part; 0: all.
+        top_p: Only the smallest set of tokens with this much probability takes part.
+
+    Raises:
+        ConfigError: A value that is not allowed.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, holds, allowed in (
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
+        ):
+            if not holds:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: expected {allowed}")
+
+    def choose(self, logits_BV: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Next tokens [B, 1]; the host doesn't wait."""
+        if self.temperature == 0:
+            return logits_BV.argmax(-1, keepdim=True)
+        logits_BV = logits_BV.float() / self.temperature
+        if self.top_k:
+            least_B1 = logits_BV.topk(min(self.top_k, logits_BV.shape[1]), -1).values[:, -1:]
+            logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+        if self.top_p < 1:
+            sorted_BV, order_BV = logits_BV.softmax(-1).sort(-1, descending=True)
+            beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= self.top_p  # what comes before is enough
+            logits_BV = logits_BV.masked_fill(beyond_BV.scatter(1, order_BV, beyond_BV), -torch.inf)
+        # The largest of p / e for exponential e is a draw from p: no look at the numbers, as multinomial takes.
+        draw_BV = torch.empty_like(logits_BV).exponential_(generator=generator)
+        return (logits_BV.softmax(-1) / draw_BV).argmax(-1, keepdim=True)
+
+
+@torch.no_grad()
+def generate(
+    engine: Engine,
+    ids_BT: Tensor,
+    *,
+    max_new_tokens: int,
+    attention_mask: Tensor | None,
+    sampling: Sampling,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    prefill_chunk_size: int | None,
+    seed: int | None,
+) -> Tensor:
+    """See ``Engine.generate``."""
+    if ids_BT.dim() != 2 or ids_BT.shape[1] == 0:
+        raise ConfigError(f"input_ids must be [batch, tokens] with a token at least, got {list(ids_BT.shape)}")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} is not allowed: expected at least 1")
+    if attention_mask is not None and attention_mask.shape != ids_BT.shape:
+        raise ConfigError(f"attention_mask is {list(attention_mask.shape)}, input_ids {list(ids_BT.shape)}")
+    B, T = ids_BT.shape
+    engine.check_fits(batch=B, tokens=T + max_new_tokens)
+    device = engine.device
+    ids_BT = ids_BT.to(device)
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    mask_BT = attention_mask.to(device) if padded and attention_mask is not None else None
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    ends = torch.tensor(_list(eos_token_id), dtype=torch.int64, device=device)
+    pad = pad_token_id if pad_token_id is not None else (_list(eos_token_id) or [0])[0]
+
+    cache = engine.new_cache()
+    logits_BV = _prefill(engine, cache, ids_BT, mask_BT, prefill_chunk_size)
+    position_B1 = torch.full((B, 1), T, device=device) if mask_BT is None else mask_BT.sum(-1, keepdim=True)
+    new_BT = torch.full((B, max_new_tokens), pad, dtype=torch.int64, device=device)
+    ended_B1 = torch.zeros((B, 1), dtype=torch.bool, device=device)
+    for count in range(max_new_tokens):
+        token_B1 = sampling.choose(logits_BV, generator).masked_fill(ended_B1, pad)
+        new_BT[:, count : count + 1] = token_B1
+        if len(ends):
+            ended_B1 = ended_B1 | (token_B1 == ends).any(-1, keepdim=True)
+            if count % LOOK_EVERY == LOOK_EVERY - 1 and bool(ended_B1.all()):
+                break
+        if count + 1 == max_new_tokens:
+            break
+        if mask_BT is not None:
+            mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
+        output = engine.model(
+            token_B1, attention_mask=mask_BT, position_ids=position_B1, past_key_values=cache, use_cache=True
+        )
+        logits_BV, position_B1 = output.logits[:, -1], position_B1 + 1
+    return torch.cat([ids_BT, new_BT[:, : _until_all_ended(new_BT[:, : count + 1], ends)]], 1)
+
+
+def _prefill(engine: Engine, cache: object, ids_BT: Tensor, mask_BT: Tensor | None, chunk: int | None) -> Tensor:
+    """Logits behind the prompt, [B, V]."""
+    position_BT = None if mask_BT is None else (mask_BT.long().cumsum(-1) - 1).clamp_min(0)
+    for start in range(0, ids_BT.shape[1], chunk or ids_BT.shape[1]):
+        stop = min(start + (chunk or ids_BT.shape[1]), ids_BT.shape[1])
+        output = engine.model(
+            ids_BT[:, start:stop],
+            attention_mask=None if mask_BT is None else mask_BT[:, :stop],
+            position_ids=None if position_BT is None else position_BT[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return output.logits[:, -1]
+
+
+def _until_all_ended(new_BT: Tensor, ends: Tensor) -> int:
+    """Tokens up to where the last sequence ends, its end included."""
+    if not len(ends):
+        return new_BT.shape[1]
+    is_end_BT = (new_BT[..., None] == ends).any(-1)
+    last_B = torch.where(is_end_BT.any(1), is_end_BT.int().argmax(1) + 1, new_BT.shape[1])
+    return int(last_B.max())
+
+
+def _list(token_ids: int | Sequence[int] | None) -> list[int]:
+    if token_ids is None:
+        return []
+    return [token_ids] if isinstance(token_ids, int) else list(token_ids)
