@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from attention_predictor.csrc import binding
 from attention_predictor.csrc.binding import address, call, check
@@ -30,20 +31,23 @@ class PredictBlocks(ctypes.Structure):
     ]
 
 
-def pack_convolutions(weights_OI3: list[Tensor], biases_O: list[Tensor], last_I: Tensor, bias: Tensor) -> list[Tensor]:
-    """The network as ``predict_blocks`` reads it: weights in fp16, a lane's of each matrix together; biases in fp32.
+def pack_convolutions(convolutions: list[nn.Conv1d], last: nn.Conv1d) -> tuple[Tensor, Tensor]:
+    """The network as ``predict_blocks`` reads it: weights in fp16, a lane's of each matrix together; the rest in fp32.
 
     A lane of a warp has, of 16 inputs times 8 outputs, output lane / 4 and the inputs 2·(lane % 4) + {0, 1, 8, 9} (PTX,
-    mma.m16n8k16, B); of two such matrices that makes 16 bytes.
+    mma.m16n8k16, B); of two such matrices that makes 16 bytes. The rest are the biases, and the last convolution.
     """
-    slices = []
-    for weight_OI3 in weights_OI3:
-        missing = -weight_OI3.shape[1] % SLICE
-        weight_3IO = torch.nn.functional.pad(weight_OI3, (0, 0, 0, missing)).permute(2, 1, 0)
-        # inputs: slice, half, lane, pair; outputs: pair of matrices, matrix, lane
-        weight = weight_3IO.reshape(3, -1, 2, 4, 2, HIDDEN // 16, 2, 8)
+    slices: list[Tensor] = []
+    rest: list[Tensor] = []
+    for convolution in convolutions:
+        weight_OI3, bias_O = convolution.parameters()
+        padded_OI3 = F.pad(weight_OI3, (0, 0, 0, -weight_OI3.shape[1] % SLICE))
+        # Inputs: slice, half, lane, pair. Outputs: two matrices, matrix, lane.
+        weight = padded_OI3.permute(2, 1, 0).reshape(3, -1, 2, 4, 2, HIDDEN // 16, 2, 8)
         slices.append(weight.permute(0, 1, 5, 7, 3, 6, 2, 4).flatten())
-    return [torch.cat(slices).half(), torch.cat([x.flatten() for x in (*biases_O, last_I, bias)]).float()]
+        rest.append(bias_O)
+    rest += [parameter.flatten() for parameter in last.parameters()]
+    return torch.cat(slices).half(), torch.cat(rest).float()
 
 
 @torch.library.custom_op("attention_predictor::predict_blocks", mutates_args=())
@@ -64,7 +68,7 @@ def predict_blocks(
 
     Args:
         state_BGNC: fp32 state, with even room for blocks.
-        weight, bias: Of ``pack_convolutions``.
+        weight, bias: By ``pack_convolutions``.
         n_blocks: Columns of the result.
         first: First candidate.
         recent: Tokens at the end that are no candidates.

@@ -125,17 +125,13 @@ class FilterPredictor(AttentionPredictor):
     def packed(self) -> PackedFilters:
         """What the kernels read; made anew where a parameter has changed or moved since.
 
-        To be called once before a step is captured: making it reads a number back from the device.
+        Making it reads a number back from the device: not while a CUDA graph is captured.
         """
         tensors = (*self.parameters(), *self.buffers())
         found = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
         if self._packed is None or self._packed[0] != found:
             weight_F, last_1 = 1 - self.logit_decay.sigmoid(), self.drop.new_full((1,), torch.inf)
-            convolutions = [self.conv1, *self.spread]
-            biases = [convolution.bias for convolution in convolutions]
-            weight, bias = ops.pack_convolutions(
-                [convolution.weight for convolution in convolutions], biases, self.conv2.weight, self.conv2.bias
-            )
+            weight, bias = ops.pack_convolutions([self.conv1, *self.spread], self.conv2)
             fold_C = torch.cat([weight_F, last_1, self.drop]).float()
             self._packed = (found, PackedFilters(fold_C, float(self.eps), weight, bias))
         return self._packed[1]

@@ -80,6 +80,7 @@ class ScoreHistory:
         self.kernel = kernel
         self.n_blocks = 0
         self.started = False
+        self._packed: PackedFilters | None = None
         # Not under inference mode: what is made there could not be updated outside of it later.
         with torch.inference_mode(False):
             shape = (batch, kv_heads, 0, predictor.channels)
@@ -91,6 +92,7 @@ class ScoreHistory:
         """Forget everything, then take the prompt's last rows (1 or more; N sets the number of blocks)."""
         self._check("rows_BGRN", rows_BGRN, dims=4, at_least=0)
         self.crop(0)
+        self._packed = None
         if rows_BGRN.shape[2] == 0:
             return
         self._grow(rows_BGRN.shape[-1])
@@ -123,7 +125,7 @@ class ScoreHistory:
             return
         self._grow(row_BGN.shape[-1])
         if self.kernel:
-            packed = self._packed()
+            packed = self.packed
             ops.fold_row(row_BGN.float().contiguous(), self._state_BGNC, packed.fold_C, packed.eps)
             return
         state_BGNC = self._state_BGNC[:, :, : self.n_blocks]
@@ -133,7 +135,7 @@ class ScoreHistory:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def observe(
+    def push_slots(
         self, peak_BHN: Tensor | None, block_BGS: Tensor, slot_peak_BHS: Tensor, total_BH: Tensor, n_blocks: int
     ) -> None:
         """`push` of what `row_of_logits` makes of the same arguments; the kernel does both at once."""
@@ -143,9 +145,9 @@ class ScoreHistory:
         if n_blocks < self.n_blocks:
             raise ValueError(f"n_blocks must be at least {self.n_blocks}, got {n_blocks}")
         self._grow(n_blocks)
-        packed = self._packed()
-        logits = (block_BGS, slot_peak_BHS, total_BH)
-        ops.observe_row(peak_BHN, *logits, self._state_BGNC, packed.fold_C, packed.eps, 1, n_blocks, None, None)
+        packed = self.packed
+        arguments = (self._state_BGNC, packed.fold_C, packed.eps, 1, n_blocks, None, None)
+        ops.observe_row(peak_BHN, block_BGS, slot_peak_BHS, total_BH, *arguments)
 
     @torch.no_grad()
     def predict(self, first: int, last: int) -> Tensor:
@@ -158,16 +160,54 @@ class ScoreHistory:
         if not 0 <= first <= self.n_blocks or not 0 <= last <= self.n_blocks:
             raise ValueError(f"blocks {first}..{last} must lie within 0..{self.n_blocks}")
         if self.kernel:
-            packed = self._packed()
-            # As if a block were one token, all but the last of which the next step may choose.
-            candidates = (first, 1, 1, last)
-            return ops.predict_blocks(self._state_BGNC, packed.weight, packed.bias, self.n_blocks, *candidates, None)
+            packed = self.packed
+            # As if a block were a token, the newest of which alone is recent.
+            candidates = (first, 1, 1, last, None)
+            return ops.predict_blocks(self._state_BGNC, packed.weight, packed.bias, self.n_blocks, *candidates)
         batch, kv_heads = self._state_BGNC.shape[:2]
         shape, device = (batch, kv_heads, self.n_blocks), self._state_BGNC.device
         scores_BGN = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
         if first < last:
             scores_BGN[:, :, first:last] = self.predictor(self._state_BGNC[:, :, first:last])
         return scores_BGN
+
+    # Steps that know their length on the device alone, where a kernel reads it (`no_graph` says if there is none).
+    # Nothing grows in them: room is reserved before, and whoever takes them says afterwards how far they came.
+
+    @property
+    def no_graph(self) -> str | None:
+        """Why such steps can't use this history; `None` if they can."""
+        return no_kernel(self.predictor, self._state_BGNC.device)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def observe_slots(
+        self, peak_BHN: Tensor | None, block_BGS: Tensor, slot_peak_BHS: Tensor, total_BH: Tensor, length_1: Tensor
+    ) -> None:
+        """As `push_slots`; int64 `length_1` are the tokens of the sequence, the new one included."""
+        packed, size = self.packed, self.predictor.block_size
+        n_blocks = self._state_BGNC.shape[2] if peak_BHN is None else min(self._state_BGNC.shape[2], peak_BHN.shape[2])
+        arguments = (self._state_BGNC, packed.fold_C, packed.eps, size, n_blocks * size, length_1, None)
+        ops.observe_row(peak_BHN, block_BGS, slot_peak_BHS, total_BH, *arguments)
+
+    @torch.no_grad()
+    def predict_ahead(self, first: int, recent: int, length_1: Tensor, n_blocks: int) -> Tensor:
+        """As `predict`, for the step after the one at `length_1` tokens; scores_BGN with `n_blocks` columns.
+
+        Candidates go from block `first` to those of the `recent` tokens that that step attends to in any case.
+        """
+        packed, size = self.packed, self.predictor.block_size
+        candidates = (first, recent, size, self._state_BGNC.shape[2] * size, length_1)
+        return ops.predict_blocks(self._state_BGNC, packed.weight, packed.bias, n_blocks, *candidates)
+
+    def advance(self, n_blocks: int) -> None:
+        """Such steps have brought the state as far as this many blocks."""
+        if not self.started or not self.n_blocks <= n_blocks <= self._state_BGNC.shape[2]:
+            raise ValueError(
+                f"n_blocks must lie within {self.n_blocks}..{self._state_BGNC.shape[2]} of a history that has started, "
+                f"got {n_blocks}"
+            )
+        self.n_blocks = n_blocks
 
     @torch.no_grad()
     def crop(self, n_blocks: int) -> None:
@@ -199,19 +239,18 @@ class ScoreHistory:
             grown_BGNC[:, :, : self.n_blocks] = self._state_BGNC[:, :, : self.n_blocks]
             self._state_BGNC = grown_BGNC
 
-    def advance(self, n_blocks: int) -> None:
-        """Know of that many blocks, because whoever asks has brought `state_BGNC` as far: a captured step."""
-        if not self.started or not self.n_blocks <= n_blocks <= self._state_BGNC.shape[2]:
-            raise ValueError(
-                f"n_blocks must lie within {self.n_blocks}..{self._state_BGNC.shape[2]} of a history that has started, "
-                f"got {n_blocks}"
-            )
-        self.n_blocks = n_blocks
-
     @property
     def state_BGNC(self) -> Tensor:
         """The state itself, spare capacity included, which stays zero; it moves when the history grows beyond it."""
         return self._state_BGNC
+
+    @property
+    def packed(self) -> PackedFilters:
+        """The predictor as the kernels read it, as of the first step after `start`: its memory stays in place."""
+        if self._packed is None:
+            assert isinstance(self.predictor, FilterPredictor)  # the only one with kernels
+            self._packed = self.predictor.packed()
+        return self._packed
 
     @property
     def nbytes(self) -> int:
@@ -243,10 +282,6 @@ class ScoreHistory:
     def _grow(self, n_blocks: int) -> None:
         self.reserve(n_blocks)
         self.n_blocks = n_blocks
-
-    def _packed(self) -> PackedFilters:
-        assert isinstance(self.predictor, FilterPredictor)  # the only one with kernels
-        return self.predictor.packed()
 
     def _check(self, name: str, rows: Tensor, *, dims: int, at_least: int) -> None:
         expected = tuple(self._state_BGNC.shape[:2])
