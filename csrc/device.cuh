@@ -34,6 +34,14 @@ __device__ __forceinline__ T warp_sum(T x) {
 
 #ifdef __CUDACC__
 
+// atomicAdd, ordered as a thread block's arrival must be: after all it wrote before, and before all it reads afterwards, as seen
+// by the whole GPU. What other threads of the thread block wrote counts, if a barrier lies between.
+__device__ __forceinline__ int add_in_order(int *at, int x) {
+    int old;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(at), "r"(x) : "memory");
+    return old;
+}
+
 // Shared memory of a size that is known at the launch.
 __device__ __forceinline__ void *dynamic_shared() {
     extern __shared__ uint4 device_dynamic_shared[];
@@ -82,8 +90,18 @@ __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
+// Of a clock that all of the GPU shares.
+__device__ __forceinline__ int64_t nanoseconds() {
+    int64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+}
+
 #else
 
+inline int64_t nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
+
+inline int add_in_order(int *at, int x) { return atomicAdd(at, x); }
 inline void *dynamic_shared() { return emulation::machine.dynamic.data(); }
 
 template <typename... P, typename... A>

@@ -8,6 +8,8 @@
 
 namespace {
 
+using device::nanoseconds;
+
 constexpr int kThreads = 128;
 constexpr int kInFlight = 4;
 
@@ -45,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) gather_blocks_kernel(const Gather a)
 
 // Rows take turns, so that thread blocks have as much to do when one row has all the moves.
 __global__ void __launch_bounds__(kThreads) move_blocks_kernel(const Move a) {
-    const int64_t vectors = a.half_bytes / 16;
+    const int64_t vectors = a.half_bytes / 16, started = nanoseconds();
     int64_t begun = 0;  // moves of the rows before
     for (int64_t row = 0; row < a.rows; ++row) {
         const int64_t moves = a.moves[row], turn = begun % gridDim.x;
@@ -57,7 +59,12 @@ __global__ void __launch_bounds__(kThreads) move_blocks_kernel(const Move a) {
         }
         begun += moves;
     }
+    // The first thread block has as much to do as any.
+    if (blockIdx.x == 0 && threadIdx.x == 0 && a.spent != nullptr && begun) *a.spent += nanoseconds() - started;
 }
+
+// A moment, so that what lies between two of them can be told: added or taken off.
+__global__ void note_time_kernel(int64_t *spent, int64_t sign) { *spent += sign * nanoseconds(); }
 
 __global__ void append_token_kernel(const Append a) {
     const int64_t row = blockIdx.x, token = a.length[0] - 1, block = token / a.tokens, offset = token % a.tokens;
@@ -94,6 +101,11 @@ extern "C" int gather_blocks(const Gather *a, void *stream) {
 extern "C" int move_blocks(const Move *a, void *stream) {
     device::launch(move_blocks_kernel, dim3(static_cast<unsigned>(a->workers)), dim3(kThreads), 0,
                    static_cast<cudaStream_t>(stream), *a);
+    return static_cast<int>(cudaGetLastError());
+}
+
+extern "C" int note_time(const Moment *a, void *stream) {
+    device::launch(note_time_kernel, dim3(1), dim3(1), 0, static_cast<cudaStream_t>(stream), a->spent, a->sign);
     return static_cast<int>(cudaGetLastError());
 }
 

@@ -20,6 +20,7 @@ struct Move {
     const int32_t *slot;       // [R, S]
     const int32_t *moves;      // [R] how many of them
     void *key, *value;         // [R, S, T, D]
+    int64_t *spent;            // [1] adds up the nanoseconds of launches that moved something; null: nobody asks
     int64_t rows, slab_blocks, slots, half_bytes, workers;
 };
 
@@ -32,4 +33,10 @@ struct Append {
     const int64_t *length;            // [1] tokens of the sequence, the new one included
     int64_t *lost;                    // [1] counts tokens whose block has no slot: there must be none
     int64_t rows, slab_blocks, slots, capacity, tokens, token_bytes;
+};
+
+// The time on the GPU's clock, added to or taken from a sum.
+struct Moment {
+    int64_t *spent;  // [1] nanoseconds
+    int64_t sign;
 };

@@ -29,9 +29,15 @@ class Move(ctypes.Structure):
     """As in gather.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("slab", "block", "slot", "moves", "key", "value")),
+        *((name, ctypes.c_void_p) for name in ("slab", "block", "slot", "moves", "key", "value", "spent")),
         *((name, ctypes.c_int64) for name in ("rows", "slab_blocks", "slots", "half_bytes", "workers")),
     ]
+
+
+class Moment(ctypes.Structure):
+    """As in gather.h."""
+
+    _fields_ = [("spent", ctypes.c_void_p), ("sign", ctypes.c_int64)]
 
 
 class Append(ctypes.Structure):
@@ -86,7 +92,7 @@ def _(slab_s, slab_blocks, row_n, block_n, slot_n, key_BGSTD, value_BGSTD):
     return None
 
 
-@torch.library.custom_op("attention_predictor::move_blocks", mutates_args=("key_BGSTD", "value_BGSTD"))
+@torch.library.custom_op("attention_predictor::move_blocks", mutates_args=("key_BGSTD", "value_BGSTD", "spent_1"))
 def move_blocks(
     slab_s: Tensor,
     slab_blocks: int,
@@ -95,6 +101,7 @@ def move_blocks(
     moves_R: Tensor,
     key_BGSTD: Tensor,
     value_BGSTD: Tensor,
+    spent_1: Tensor | None,
 ) -> None:
     """As ``gather_to_pool``, by lists that are on the GPU alone: each row's first ``moves_R`` entries.
 
@@ -102,6 +109,7 @@ def move_blocks(
         slab_s: int64 addresses of the slabs.
         block_RS, slot_RS: int32; which block goes to which slot.
         moves_R: int32, how many.
+        spent_1: int64, adds up the nanoseconds of calls that moved something; ``None`` if nobody asks.
     """
     device, (B, G, S, T, D) = key_BGSTD.device, key_BGSTD.shape
     check("value_BGSTD", value_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, device)
@@ -109,15 +117,29 @@ def move_blocks(
     check("block_RS", block_RS, (B * G, S), torch.int32, device)
     check("slot_RS", slot_RS, (B * G, S), torch.int32, device)
     check("moves_R", moves_R, (B * G,), torch.int32, device)
+    if spent_1 is not None:
+        check("spent_1", spent_1, (1,), torch.int64, device)
     arguments = Move(
-        *map(address, (slab_s, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD)),
+        *map(address, (slab_s, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, spent_1)),
         *(B * G, slab_blocks, S, _half_bytes(key_BGSTD), GATHER_BLOCKS),
     )
     call("move_blocks", arguments, device)
 
 
 @move_blocks.register_fake
-def _(slab_s, slab_blocks, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD):
+def _(slab_s, slab_blocks, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, spent_1):
+    return None
+
+
+@torch.library.custom_op("attention_predictor::note_time", mutates_args=("spent_1",))
+def note_time(spent_1: Tensor, sign: int) -> None:
+    """Add the time on the GPU's clock, in nanoseconds, to ``spent_1`` (int64), or take it off where ``sign`` is -1."""
+    check("spent_1", spent_1, (1,), torch.int64, spent_1.device)
+    call("note_time", Moment(spent_1.data_ptr(), sign), spent_1.device)
+
+
+@note_time.register_fake
+def _(spent_1, sign):
     return None
 
 

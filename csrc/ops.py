@@ -2,11 +2,11 @@
 
 from attention_predictor.csrc.attention import fits, sparse_decode
 from attention_predictor.csrc.binding import missing
-from attention_predictor.csrc.gather import append_token, gather_to_host, gather_to_pool, move_blocks
+from attention_predictor.csrc.gather import append_token, gather_to_host, gather_to_pool, move_blocks, note_time
 from attention_predictor.csrc.observe import fold_row, observe_row
 from attention_predictor.csrc.predict import pack_convolutions, predict_blocks
 from attention_predictor.csrc.select import choose_ahead, choose_blocks
-from attention_predictor.csrc.sketch import sketch_scores
+from attention_predictor.csrc.sketch import no_sketch_kernel, sketch_append, sketch_scores, sketch_store
 
 __all__ = [
     "append_token",
@@ -18,9 +18,13 @@ __all__ = [
     "gather_to_pool",
     "missing",
     "move_blocks",
+    "note_time",
+    "no_sketch_kernel",
     "observe_row",
     "pack_convolutions",
     "predict_blocks",
+    "sketch_append",
     "sketch_scores",
+    "sketch_store",
     "sparse_decode",
 ]

@@ -18,6 +18,7 @@ from attention_predictor.offload.layer import HANDLE, TieredLayer
 NAME = "attention_predictor"
 
 
+@torch.compiler.disable  # all that is to be fused lies around it
 def tiered_attention(
     module: torch.nn.Module,
     query: Tensor,

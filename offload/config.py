@@ -43,6 +43,7 @@ class OffloadConfig:
         prefetch: ``"thread"`` fetches beside the computation, ``"none"`` in the middle of it. ``"graph"`` captures
             whole decoding steps, fetches included, as one CUDA graph; where that can't be, the thread does it, and
             ``stats`` says why.
+        compile: Captured steps are made of compiled decoder layers (``torch.compile``): faster, after a minute's wait.
         kernels: ``"auto"`` uses compiled kernels where they can be built, ``"none"`` plain torch operations alone.
         skip_layers: Layers left as they are, with their whole cache on the device.
         slab_blocks: Blocks by which host memory grows.
@@ -64,6 +65,7 @@ class OffloadConfig:
     late_fetch: float = 0.25
     reserve: float = 0.5
     prefetch: str = "thread"
+    compile: bool = False
     kernels: str = "auto"
     skip_layers: Sequence[int] = ()
     slab_blocks: int = 64
@@ -98,6 +100,8 @@ class OffloadConfig:
         holds = _is_number(self.reserve) and 0 <= self.reserve < math.inf
         self._check("reserve", holds, "a share from 0 on, such as 0.5")
         self._check("prefetch", self.prefetch in PREFETCHERS, _one_of(PREFETCHERS))
+        self._check("compile", isinstance(self.compile, bool), "True or False")
+        self._check("compile", not self.compile or self.prefetch == "graph", "False, but with prefetch='graph'")
         self._check("kernels", self.kernels in KERNELS, _one_of(KERNELS))
         holds = isinstance(self.skip_layers, Sequence) and all(_is_int(i) and i >= 0 for i in self.skip_layers)
         self._check("skip_layers", holds, "layer numbers from 0 on, such as (0, 1)")

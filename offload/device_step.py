@@ -38,6 +38,7 @@ class Shared:
         capacity: Tokens that the step has room for.
         length_1: int64 on the device, tokens of each sequence, the one in progress included.
         padding_B: int64, tokens of left padding; ``real_BL``: bool, False at padding, ``None`` where there is none.
+        spent_1: int64 nanoseconds for which steps stood still: late fetches, and the wait for the last ones ahead.
     """
 
     def __init__(self, length: int, capacity: int, padding_B: Tensor) -> None:
@@ -45,6 +46,7 @@ class Shared:
         self.capacity = capacity
         self.length_1 = torch.tensor([length], device=device)
         self.padding_B = padding_B
+        self.spent_1 = torch.zeros(1, dtype=torch.int64, device=device)
         token_L = torch.arange(capacity, device=device)
         self.real_BL = (token_L >= padding_B[:, None]).contiguous() if bool(padding_B.any()) else None
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -71,9 +73,11 @@ class Shared:
         self._under_way.append((done, held))
 
     def join(self) -> None:
-        """Order the model's stream behind all that went to the side."""
+        """Order the model's stream behind all that went to the side; the wait counts as exposed."""
+        ops.note_time(self.spent_1, -1)
         while self.side is not None and self._under_way:
             self._wait(torch.cuda.current_stream(self.side.device))
+        ops.note_time(self.spent_1, 1)
 
     def _wait(self, main: torch.cuda.Stream) -> None:
         done, _ = self._under_way.popleft()
@@ -113,16 +117,17 @@ class DeviceStep:
             length_1=shared.length_1,
         )
         late_blocks = self.selection.share(policy.late_share)
-        rest_BH = self.table.choose(peak_BHC, sum_BHC, resident, late_blocks, shared.length_1, shared.padding_B)
+        rest_BH = self.table.choose(
+            peak_BHC, sum_BHC, resident, late_blocks, shared.length_1, shared.padding_B, shared.spent_1
+        )
         out_BHD, slot_peak_BHS, _, lse_BH = self._over(
             self.table.active_BGS, query_BHD, self.tiers.pool.value_BGSTD, terms
         )
         with shared.aside((peak_BHC, rest_BH, slot_peak_BHS, lse_BH)):
             total_BH = torch.logaddexp(lse_BH, rest_BH)
             self.history.observe_slots(peak_BHC, self.table.active_BGS, slot_peak_BHS, total_BH, shared.length_1)
-            score_BGC = self.history.predict_ahead(
-                self.selection.sink // self.selection.block_size, self.selection.recent, shared.length_1
-            )
+            first, blocks = self.selection.sink // self.selection.block_size, peak_BHC.shape[2]
+            score_BGC = self.history.predict_ahead(first, self.selection.recent, shared.length_1, blocks)
             more = self.selection.ahead_blocks if policy.chooses else 0
             self.table.choose_ahead(score_BGC, more, shared.length_1, shared.padding_B)
         return out_BHD[:, :, None]

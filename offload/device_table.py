@@ -78,12 +78,14 @@ class DeviceTable:
         late_blocks: int,
         length_1: Tensor,
         padding_B: Tensor,
+        spent_1: Tensor,
     ) -> Tensor:
         """Choose what this token attends to, among what is resident and ``late_blocks`` others, and fetch these.
 
         Args:
             peak_BHC, sum_BHC: Estimates of all blocks; where ``resident``, the exact scores of slots, is given, these
                 are put in their places. Without it nothing is chosen: the step attends to what was chosen ahead.
+            spent_1: int64, adds up the nanoseconds that late fetches take.
 
         Returns:
             fp32 rest_BH, log-sum-exp of the blocks not attended to.
@@ -105,7 +107,7 @@ class DeviceTable:
             resident is not None,
         )
         if resident is not None:
-            self._fetch()
+            self._fetch(spent_1)
         return rest_BH
 
     def choose_ahead(self, score_BGC: Tensor, more: int, length_1: Tensor, padding_B: Tensor) -> None:
@@ -122,7 +124,7 @@ class DeviceTable:
             self.selection.sink // size,
             self.selection.recent,
         )
-        self._fetch()
+        self._fetch(None)
 
     def leave(self, table: ResidencyTable) -> None:
         """Give the state back to the host's table; waits for the device."""
@@ -138,7 +140,7 @@ class DeviceTable:
         rows = (self.block_BGS.flatten(0, 1), self.active_BGS.flatten(0, 1), self.use_RS, self.slot_RC)
         return (*rows, self.move_block_RS, self.move_slot_RS, self.moves_R, self.key_RC)
 
-    def _fetch(self) -> None:
+    def _fetch(self, spent_1: Tensor | None) -> None:
         ops.move_blocks(
             self.slab_s,
             self.store.slab_blocks,
@@ -147,4 +149,5 @@ class DeviceTable:
             self.moves_R,
             self.pool.key_BGSTD,
             self.pool.value_BGSTD,
+            spent_1,
         )

@@ -22,6 +22,7 @@ from attention_predictor.offload.cache import (
     full_attention_layers,
     is_tiered,
 )
+from attention_predictor.offload.compiled import CompiledLayers
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.generation import Sampling, generate
 from attention_predictor.offload.graph import CaptureError, Graphed, is_ready, is_step, why_not
@@ -222,6 +223,7 @@ class Engine:
             # Of this model alone. A forward hook could change a result, but not keep the forward from being computed.
             self._own_forward = {k: v for k, v in self.model.__dict__.items() if k == "forward"}
             self._forward = self.model.forward
+            self._compiled = CompiledLayers(self.model) if self.config.compile else None
             self.model.forward = functools.wraps(self._forward)(self._graph_or_forward)
         self.model._attention_predictor_engine = self  # type: ignore[assignment]  # not a module of the model
         self.attached = True
@@ -236,7 +238,7 @@ class Engine:
             reason = why_not(cache, kwargs.get("attention_mask")) if graphed is None or not graphed.entered else None
             if reason is None:
                 if graphed is None:
-                    graphed = self._graphed[cache] = Graphed(cache, self._forward)
+                    graphed = self._graphed[cache] = Graphed(cache, self._forward, self._compiled)
                 try:
                     return graphed.run(cache, kwargs)
                 except CaptureError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from attention_predictor.csrc import binding
 from attention_predictor.offload.cache import TieredCache
+from attention_predictor.offload.compiled import CompiledLayers
 from attention_predictor.offload.device_step import DeviceStep, Shared
 from attention_predictor.offload.layer import TieredLayer
 from attention_predictor.predictor.errors import IntegrityError
@@ -90,10 +92,11 @@ class Graphed:
     The first steps run kernel by kernel, then one is captured, then replayed for every token until the room is used up.
     """
 
-    def __init__(self, cache: TieredCache, forward: Forward) -> None:
+    def __init__(self, cache: TieredCache, forward: Forward, compiled: CompiledLayers | None) -> None:
         self.layers = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
         self.engine = self.layers[0].engine
         self.forward = forward
+        self.compiled = compiled
         self.entered = False
         self.running = False
         self.eager_steps = 0  # to be taken yet
@@ -154,6 +157,8 @@ class Graphed:
         """Add to the figures what the device has counted since the last time; waits for it."""
         if not self.steps:
             return
+        stats.exposed_wait_ms += int(self.shared.spent_1) / 1e6
+        self.shared.spent_1.zero_()
         counts_N5 = torch.stack([step.table.counts for step in self.steps]).cpu()
         for step, counts in zip(self.steps, counts_N5.tolist(), strict=True):
             chosen, late, planned, ahead, lost = counts
@@ -197,9 +202,10 @@ class Graphed:
 
     def _step(self, cache: TieredCache) -> Any:
         self.shared.length_1.add_(1)
-        output = self.forward(
-            input_ids=self.ids_B1, position_ids=self.position_B1, past_key_values=cache, use_cache=True
-        )
+        with self.compiled if self.compiled is not None else nullcontext():
+            output = self.forward(
+                input_ids=self.ids_B1, position_ids=self.position_B1, past_key_values=cache, use_cache=True
+            )
         self.shared.join()
         return output
 

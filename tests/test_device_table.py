@@ -50,6 +50,7 @@ class Twin:
         self.table = DeviceTable(other.table, self.selection, other.store, other.pool, CAPACITY, length)
         self.host_table = other.table
         self.length_1 = torch.tensor([length], device=device)
+        self.spent_1 = torch.zeros(1, dtype=torch.int64, device=device)
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.device)
@@ -116,7 +117,9 @@ def test_the_same_blocks(kind: str, length: int, late: float, reserve: float) ->
         slots = twin.table.block_BGS.repeat_interleave(H // G, 1)
         slot_sums = known.gather(-1, slots.clamp(0, blocks - 1)).contiguous()
         with kernels(kind):
-            rest = twin.table.choose(sums + 1, sums, (slot_sums + 1, slot_sums), late_blocks, twin.length_1, padding)
+            rest = twin.table.choose(
+                sums + 1, sums, (slot_sums + 1, slot_sums), late_blocks, twin.length_1, padding, twin.spent_1
+            )
         twin.by_host.fetch_late(wanted)
         twin.check()
         attended = twin.by_host.table.active_blocks(blocks).view(B, G, -1).to(twin.device)

@@ -67,12 +67,12 @@ class SparseRecorder(Predictor):
         super().observe_rows(rows)
         self.prompt.append(rows)
 
-    def row(self, step: Step) -> Tensor:
-        row_BGN = super().row(step)
+    def tell_history(self, step: Step) -> None:
+        row_BGN = self.row(step)
+        self.history.push(row_BGN)
         self.told.append(row_BGN[:, :, None])
         self.queries.append(step.query_BHD[:, :, None])
         self.last = step
-        return row_BGN
 
     def index(self, batch_index: Tensor) -> None:
         super().index(batch_index)

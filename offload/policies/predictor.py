@@ -16,6 +16,7 @@ from torch import Tensor
 from attention_predictor.offload.dense import ScoreRows
 from attention_predictor.offload.policies.base import LayerSpec, Part, Policy, ReadKeys, Step
 from attention_predictor.offload.selection import Selection
+from attention_predictor.predictor.history import row_of_logits
 from attention_predictor.predictor.model import new_history
 from attention_predictor.predictor.sketch import KeySketch
 
@@ -31,7 +32,13 @@ class Predictor(Policy):
         assert spec.predictor is not None  # attach loads it for this policy
         config = spec.config
         self.prompt_rows = min(config.history, spec.predictor.rows)
-        self.history = new_history(spec.predictor, batch=spec.batch, kv_heads=spec.kv_heads, device=spec.device)
+        self.history = new_history(
+            spec.predictor,
+            batch=spec.batch,
+            kv_heads=spec.kv_heads,
+            device=spec.device,
+            kernels=config.kernels == "auto",
+        )
         self.sketch = (
             KeySketch(
                 batch=spec.batch,
@@ -94,15 +101,24 @@ class Predictor(Policy):
 
     def observe(self, step: Step) -> None:
         self.steps += 1
-        self.history.push(self.row(step))
+        self.tell_history(step)
         self.estimate = None
+
+    def tell_history(self, step: Step) -> None:
+        """Fold this step's row into the history."""
+        if self._reads_all_keys:
+            self.history.push(self.row(step))
+        else:
+            self.history.push_slots(*self._logits(step))
 
     def row(self, step: Step) -> Tensor:
         """What the history is told of this step, ``[B, G, N]``."""
-        calibration = self.spec.config.calibration
-        if calibration == "exact" and self.steps % self.spec.config.calibration_interval == 0:
-            return step.exact.scores_BGQN[:, :, 0]
-        return self._row(step, estimated=calibration == "sketch")
+        return step.exact.scores_BGQN[:, :, 0] if self._reads_all_keys else row_of_logits(*self._logits(step))
+
+    @property
+    def _reads_all_keys(self) -> bool:
+        config = self.spec.config
+        return config.calibration == "exact" and self.steps % config.calibration_interval == 0
 
     def score_next(self, length: int) -> Tensor | None:
         first, last = Selection.of(self.spec.config).candidates(length)
@@ -110,20 +126,15 @@ class Predictor(Policy):
             return None  # every block is sink or recent
         return self.history.predict(first, min(last, self.history.n_blocks))
 
-    def _row(self, step: Step, *, estimated: bool) -> Tensor:
-        """This step's row ``[B, G, N]``: exact where it attended, estimated or zero elsewhere."""
-        peak_BHS = step.attention.scores.peak_BHS
-        total_BH = step.attention.lse_BH
-        B, H, _ = peak_BHS.shape
-        if estimated:
-            row_BHN, sum_BHN = self._estimated(step)
-            attended_BHN = step.attended_BGN.repeat_interleave(H // self.spec.kv_heads, 1)
+    def _logits(self, step: Step) -> tuple[Tensor | None, Tensor, Tensor, Tensor, int]:
+        """This step's row, as ``row_of_logits`` takes it: exact where it attended, estimated or zero elsewhere."""
+        peak_BHN, total_BH = None, step.attention.lse_BH
+        if self.spec.config.calibration == "sketch":
+            peak_BHN, sum_BHN = self._estimated(step)
+            attended_BHN = step.attended_BGN.repeat_interleave(sum_BHN.shape[1] // self.spec.kv_heads, 1)
             rest_BH = torch.logsumexp(sum_BHN.masked_fill(attended_BHN, float("-inf")), -1)
             total_BH = torch.logaddexp(total_BH, rest_BH)
-        else:
-            row_BHN = peak_BHS.new_full((B, H, step.n_blocks), float("-inf"))
-        row_BHN = torch.exp(_put(row_BHN, step.block_BGS, peak_BHS) - total_BH[..., None])
-        return row_BHN.unflatten(1, (self.spec.kv_heads, -1)).amax(2)
+        return peak_BHN, step.block_BGS, step.attention.scores.peak_BHS, total_BH, step.n_blocks
 
     def _estimated(self, step: Step) -> tuple[Tensor, Tensor]:
         """Peak and log-sum-exp ``[B, H, N]`` of each block's logits, made once a step.

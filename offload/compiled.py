@@ -1,0 +1,48 @@
+"""CompiledLayers: a model's decoder layers under torch.compile, for as long as a step needs them so."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from attention_predictor.predictor.errors import AttachError
+
+
+class CompiledLayers:
+    """Within ``with``, the decoder layers' forwards are compiled: small operations around the linear layers are fused.
+
+    The cache and the attention stay as they are (``torch.compiler.disable``).
+
+    One compilation serves all layers and lasts as long as this object.
+
+    Raises:
+        AttachError: The model's decoder layers are not where transformers' models have them.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        layers = getattr(model.get_decoder(), "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise AttachError(f"compile=True: {type(model).__name__} has no list of decoder layers to compile")
+        self._layers = [
+            (layer, vars(layer).get("forward"), torch.compile(layer.forward, dynamic=False)) for layer in layers
+        ]
+
+    def __enter__(self) -> None:
+        # The number of a layer is read by every layer, and would make another program of each.
+        self._settings = torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=256)
+        self._settings.__enter__()
+        for layer, _, compiled in self._layers:
+            layer.forward = compiled
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for layer, own, _ in self._layers:
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
+        self._settings.__exit__(kind, error, trace)
