@@ -1,8 +1,9 @@
-"""Attention over all keys, one chunk at a time: what prefill, later turns and every reference need.
+"""Attention over all keys, a chunk at a time: what prefill, later turns and every reference need.
 
-Keys and values come as an iterator of chunks, so that a cache in host memory passes through the device without ever
-being there as a whole; chunks are merged by log-sum-exp (Milakov and Gimelshein 2018, "Online normalizer calculation
-for softmax").
+Keys and values of what is cached come as an iterator of chunks, so that a cache in host memory passes through the
+device without ever being there as a whole. Each chunk gives a ``Piece``, by a fused kernel where one can do it
+(``fused.py``), else by the plain operations here, which honour every mask; pieces are merged by their log-sum-exp
+(Milakov and Gimelshein 2018, "Online normalizer calculation for softmax").
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens of a chunk, D head size, N blocks.
 """
@@ -10,17 +11,28 @@ Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens of a chunk
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from attention_predictor.offload import fused
+from attention_predictor.offload.fused import Piece
 from attention_predictor.predictor.scores import block_peak_and_sum
 
-# Logits of one chunk take at most this much device memory (fp32), and a chunk has at most this many tokens.
-CHUNK_BYTES = 1 << 27
-CHUNK_TOKENS = 4096
+# Tokens of a chunk. Merging a piece costs each query as much as attention to some hundred keys.
+CHUNK_TOKENS, MANY_QUERIES = 16384, 64
+# Of what the plain operations hold at once: bytes of fp32 logits, and tokens.
+LOGITS_BYTES = 1 << 27
+LOGITS_TOKENS = 4096
+# Elements that a mask of queries by keys may have. Longer prompts are attended sequence by sequence, or plainly.
+MASK_ELEMENTS = 1 << 24
+# Fewer keys are not worth a kernel, and some kernels do not take so few.
+FUSED_TOKENS = 64
+# Log-sum-exp of no key at all. Finite, so that differences of two of them are.
+NOTHING = -1e30
 
 
 class Chunk(NamedTuple):
@@ -29,6 +41,16 @@ class Chunk(NamedTuple):
     start: int
     key_BGTD: Tensor
     value_BGTD: Tensor
+
+    @property
+    def end(self) -> int:
+        return self.start + self.key_BGTD.shape[2]
+
+    def tokens(self, start: int, end: int) -> Chunk:
+        """The tokens that lie within these numbers, which count from the first of the sequence."""
+        start = min(max(start, self.start), self.end)
+        part = slice(start - self.start, max(end, start) - self.start)
+        return Chunk(start, self.key_BGTD[:, :, part], self.value_BGTD[:, :, part])
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +70,11 @@ class Terms:
     sinks_H: Tensor | None = None
     mask: Tensor | None = None
 
-    def last_queries(self, count: int) -> Terms:
-        """The same terms for the last ``count`` queries alone."""
+    def queries(self, low: int, high: int) -> Terms:
+        """The same terms for queries ``low`` to ``high`` alone."""
         if self.mask is None or self.mask.dim() == 2:
             return self
-        return Terms(self.scaling, self.softcap, self.sinks_H, self.mask[:, :, -count:])
+        return replace(self, mask=self.mask[:, :, low:high])
 
 
 class ScoreRows(NamedTuple):
@@ -62,36 +84,35 @@ class ScoreRows(NamedTuple):
     mass_BGQN: Tensor
 
 
-def split(key_BGTD: Tensor, value_BGTD: Tensor, chunk: int) -> Iterator[Chunk]:
-    """Chunks of keys and values that are on the device already."""
-    for start in range(0, key_BGTD.shape[2], chunk):
-        yield Chunk(start, key_BGTD[:, :, start : start + chunk], value_BGTD[:, :, start : start + chunk])
+def chunk_tokens(query_BHQD: Tensor) -> int:
+    """Tokens that a chunk from host memory should have: many where many queries make merging dear."""
+    return CHUNK_TOKENS if query_BHQD.shape[2] > MANY_QUERIES else LOGITS_TOKENS
 
 
-def chunk_tokens(query_BHQD: Tensor, block_size: int) -> int:
-    """Tokens a chunk may have, a multiple of the block size, within ``CHUNK_BYTES`` and ``CHUNK_TOKENS``."""
-    heads_and_queries = query_BHQD.shape[0] * query_BHQD.shape[1] * query_BHQD.shape[2]
-    tokens = min(CHUNK_BYTES // (4 * heads_and_queries), CHUNK_TOKENS)
-    return max(tokens // block_size, 1) * block_size
+def split(chunk: Chunk, tokens: int) -> Iterator[Chunk]:
+    """The same in chunks that end where a multiple of so many tokens does."""
+    start = chunk.start
+    while start < chunk.end:
+        end = min((start // tokens + 1) * tokens, chunk.end)
+        yield chunk.tokens(start, end)
+        start = end
 
 
-def scaled_logits(query_BHQD: Tensor, key_BGTD: Tensor, terms: Terms) -> Tensor:
-    """fp32 ``[B, H, Q, T]`` logits before any mask; the query heads of a KV head share its keys unrepeated."""
-    B, H, Q, D = query_BHQD.shape
-    grouped = query_BHQD.float().reshape(B, key_BGTD.shape[1], -1, D)
-    logits_BHQT = (grouped @ key_BGTD.float().transpose(-1, -2)).view(B, H, Q, -1) * terms.scaling
-    if terms.softcap is not None:
-        logits_BHQT = terms.softcap * torch.tanh(logits_BHQT / terms.softcap)
-    return logits_BHQT
+# ---- attention ---------------------------------------------------------------------------------------------------
 
 
 def attend_prompt(query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
-    """Attention of a prompt over itself: torch's fused attention where it can do it, ``attend`` where not."""
+    """Attention of the last Q of T tokens that are all on the device: torch's own where it can do it."""
     B, H, Q, _ = query_BHQD.shape
     length, mask = key_BGTD.shape[2], terms.mask
-    too_large = mask is not None and mask.dim() == 2 and B * Q * length > CHUNK_BYTES
-    if terms.softcap is not None or terms.sinks_H is not None or too_large:
-        return attend(query_BHQD, split(key_BGTD, value_BGTD, chunk_tokens(query_BHQD, 1)), length, terms)
+    plain = terms.softcap is None and terms.sinks_H is None
+    if mask is None:
+        # is_causal means from the top left, which is wrong behind tokens that are cached.
+        ours = Q not in (1, length) or fused.takes_flash_attn(query_BHQD)
+    else:
+        ours = mask.dim() == 2 and B * Q * length > MASK_ELEMENTS
+    if ours or not plain:
+        return attend(query_BHQD, Chunk(0, key_BGTD, value_BGTD), terms)
     if mask is not None and mask.dim() == 2:
         causal_QL = torch.ones(Q, length, dtype=torch.bool, device=mask.device).tril(length - Q)
         mask = causal_QL & mask[:, None, None]
@@ -109,69 +130,223 @@ def attend_prompt(query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, term
     )
 
 
-def attend(query_BHQD: Tensor, chunks: Iterable[Chunk], length: int, terms: Terms) -> Tensor:
-    """Softmax attention of the last Q of ``length`` tokens over all keys.
+def attend(query_BHQD: Tensor, own: Chunk, terms: Terms, past: Iterable[Chunk] = ()) -> Tensor:
+    """Softmax attention of the last Q tokens of ``own``: to ``own``, and to the chunks of what came before it.
 
     Returns:
         ``[B, H, Q, D]`` in the dtype of the query; a query that may see no key gives zeros.
     """
+    first_query = own.end - query_BHQD.shape[2]
+    unpadded = _unpadded(terms.mask) if no_fused(query_BHQD, own.key_BGTD, terms) is None else None
+    parts = unpadded or [_Part(slice(None), 0)]
+    for chunk in chain(past, (own.tokens(own.start, first_query), own.tokens(first_query, own.end))):
+        for part in parts if chunk.end > chunk.start else ():
+            if unpadded:
+                piece = _fused(query_BHQD, chunk, first_query, terms, part)
+            else:
+                piece = _plain(query_BHQD, chunk, first_query, terms)
+            part.so_far = merge(part.so_far, piece)
+    return _joined(query_BHQD, parts, first_query, terms.sinks_H)
+
+
+def no_fused(query_BHQD: Tensor, key_BGTD: Tensor, terms: Terms) -> str | None:
+    """Why ``attend`` has to use plain operations, or ``None`` (padding that is not on the left is found only there)."""
+    if terms.mask is not None and terms.mask.dim() == 4:
+        return "the model gives a mask of its own"
+    return fused.missing(query_BHQD, key_BGTD, terms.softcap)
+
+
+def merge(one: Piece | None, other: Piece | None) -> Piece | None:
+    """Attention to the keys of both, which have none in common; ``None`` is attention to no key."""
+    if one is None or other is None:
+        return one or other
+    share_BHQ = torch.sigmoid(other.lse_BHQ - one.lse_BHQ)  # of the weights, what the other's keys have
+    out_BHQD = torch.lerp(one.out_BHQD.float(), other.out_BHQD.float(), share_BHQ[..., None])
+    return Piece(out_BHQD, torch.logaddexp(one.lse_BHQ, other.lse_BHQ))
+
+
+@dataclass
+class _Part:
+    """Sequences that are attended together, without their padding: what is before token ``first``."""
+
+    sequences: slice
+    first: int
+    so_far: Piece | None = None
+
+
+def _unpadded(mask: Tensor | None) -> list[_Part] | None:
+    """What is to be attended where kernels know no mask; ``None`` where padding is not on the left alone."""
+    if mask is None:
+        return [_Part(slice(None), 0)]
+    # The one place where a prompt waits for the device: kernels need to be told the sizes.
+    first_and_real = torch.stack([mask.int().argmax(-1), mask.sum(-1)], -1).tolist()
+    length = mask.shape[1]
+    if any(real and first + real != length for first, real in first_and_real):
+        return None
+    return [_Part(slice(row, row + 1), length - real) for row, (_, real) in enumerate(first_and_real)]
+
+
+def _fused(query_BHQD: Tensor, chunk: Chunk, first_query: int, terms: Terms, part: _Part) -> Piece | None:
+    """Attention of a part's queries to a chunk by a kernel; the chunk is all before the queries, or all theirs."""
+    low = max(part.first - first_query, 0)
+    query_BHQD = query_BHQD[part.sequences, :, low:]
+    keys = Chunk(chunk.start, chunk.key_BGTD[part.sequences], chunk.value_BGTD[part.sequences])
+    keys = keys.tokens(part.first, chunk.end)
+    tokens = keys.end - keys.start
+    if tokens == 0:
+        return None
+    piece = None
+    if tokens >= FUSED_TOKENS:
+        form = (query_BHQD, keys.key_BGTD, keys.value_BGTD, terms.scaling, terms.softcap)
+        piece = fused.attend_piece(*form, causal=keys.start >= first_query)
+    return piece or _plain(query_BHQD, keys, first_query + low, replace(terms, mask=None))
+
+
+def _plain(query_BHQD: Tensor, chunk: Chunk, first_query: int, terms: Terms) -> Piece:
+    """Attention to a chunk by plain operations, in tiles of queries and keys whose logits are few enough."""
+    B, H, Q, _ = query_BHQD.shape
+    rows = max(LOGITS_BYTES // (4 * B * H * min(chunk.end - chunk.start, LOGITS_TOKENS)), 1)
+    pieces = []
+    for low in range(0, Q, rows):
+        high = min(low + rows, Q)
+        piece: Piece | None = None
+        for keys in split(chunk, LOGITS_TOKENS):
+            hidden = keys.start >= first_query + high and (terms.mask is None or terms.mask.dim() == 2)
+            if piece is None or not hidden:
+                tile = _tile(query_BHQD[:, :, low:high], keys, first_query + low, terms.queries(low, high))
+                piece = merge(piece, tile)
+        assert piece is not None
+        pieces.append(piece)
+    return Piece(*(torch.cat(x, 2) for x in zip(*pieces, strict=True)))
+
+
+def _tile(query_BHQD: Tensor, keys: Chunk, first_query: int, terms: Terms) -> Piece:
+    logits_BHQT = _masked(scaled_logits(query_BHQD, keys.key_BGTD, terms), keys.start, first_query, terms.mask)
+    peak_BHQ1 = logits_BHQT.amax(-1, keepdim=True)
+    # A row that sees no key has a peak of -inf; 0 stands in, so that exp gives 0 and not nan.
+    peak_BHQ1 = peak_BHQ1.masked_fill(peak_BHQ1 == float("-inf"), 0.0)
+    weight_BHQT = torch.exp(logits_BHQT - peak_BHQ1)
+    total_BHQ1 = weight_BHQT.sum(-1, keepdim=True)
+    at_least = total_BHQ1.clamp_min(torch.finfo(torch.float32).tiny)
+    grouped_BGNT = weight_BHQT.unflatten(1, (keys.value_BGTD.shape[1], -1)).flatten(2, 3)
+    out_BHQD = _product(grouped_BGNT, keys.value_BGTD).view(query_BHQD.shape) / at_least
+    lse_BHQ1 = (peak_BHQ1 + at_least.log()).masked_fill(total_BHQ1 == 0, NOTHING)
+    return Piece(out_BHQD, lse_BHQ1[..., 0])
+
+
+def _joined(query_BHQD: Tensor, parts: list[_Part], first_query: int, sinks_H: Tensor | None) -> Tensor:
+    """The output of all parts, sinks counted; zeros for queries that belong to none."""
+    outs = []
+    for part in parts:
+        piece = part.so_far
+        if piece is not None and sinks_H is not None:  # one more column, with a value of zero
+            share_BHQ = torch.sigmoid(piece.lse_BHQ - sinks_H.float().view(1, -1, 1))
+            piece = Piece(piece.out_BHQD * share_BHQ[..., None], piece.lse_BHQ)
+        if piece is not None and piece.out_BHQD.shape == query_BHQD.shape:
+            return piece.out_BHQD.to(query_BHQD.dtype)
+        outs.append(piece)
+    out_BHQD = torch.zeros_like(query_BHQD)
+    for part, piece in zip(parts, outs, strict=True):
+        if piece is not None:
+            out_BHQD[part.sequences, :, max(part.first - first_query, 0) :] = piece.out_BHQD.to(query_BHQD.dtype)
+    return out_BHQD
+
+
+# ---- logits and rows of scores -----------------------------------------------------------------------------------
+
+
+def scaled_logits(query_BHQD: Tensor, key_BGTD: Tensor, terms: Terms) -> Tensor:
+    """fp32 ``[B, H, Q, T]`` logits before any mask; the query heads of a KV head share its keys unrepeated."""
     B, H, Q, D = query_BHQD.shape
-    if terms.sinks_H is None:
-        peak_BHQ1 = query_BHQD.new_full((B, H, Q, 1), float("-inf"), dtype=torch.float32)
-        total_BHQ1 = torch.zeros_like(peak_BHQ1)
-    else:  # the sink is a column that has been merged already, with a value of zero
-        peak_BHQ1 = terms.sinks_H.float().view(1, H, 1, 1).expand(B, H, Q, 1)
-        total_BHQ1 = torch.ones_like(peak_BHQ1)
-    out_BHQD = query_BHQD.new_zeros((B, H, Q, D), dtype=torch.float32)
-    for chunk in chunks:
-        logits_BHQT = _masked(scaled_logits(query_BHQD, chunk.key_BGTD, terms), chunk.start, length, terms.mask)
-        new_peak_BHQ1 = torch.maximum(peak_BHQ1, logits_BHQT.amax(-1, keepdim=True))
-        # A row without any key so far has a peak of -inf; 0 stands in, so that exp gives 0 and not nan.
-        base_BHQ1 = new_peak_BHQ1.masked_fill(new_peak_BHQ1 == float("-inf"), 0.0)
-        weight_BHQT = torch.exp(logits_BHQT - base_BHQ1)
-        decay_BHQ1 = torch.exp(peak_BHQ1 - base_BHQ1)
-        grouped = weight_BHQT.reshape(B, chunk.value_BGTD.shape[1], -1, weight_BHQT.shape[-1])
-        out_BHQD = out_BHQD * decay_BHQ1 + (grouped @ chunk.value_BGTD.float()).view(B, H, Q, D)
-        total_BHQ1 = total_BHQ1 * decay_BHQ1 + weight_BHQT.sum(-1, keepdim=True)
-        peak_BHQ1 = new_peak_BHQ1
-    return (out_BHQD / total_BHQ1.clamp_min(torch.finfo(torch.float32).tiny)).to(query_BHQD.dtype)
+    grouped_BGND = query_BHQD.reshape(B, key_BGTD.shape[1], -1, D)
+    logits_BHQT = _product(grouped_BGND, key_BGTD.transpose(-1, -2)).view(B, H, Q, -1) * terms.scaling
+    if terms.softcap is not None:
+        logits_BHQT = terms.softcap * torch.tanh(logits_BHQT / terms.softcap)
+    return logits_BHQT
+
+
+class Scorer:
+    """True block scores and block mass of the last Q of ``length`` tokens, from every key, shown chunk by chunk.
+
+    No matrix of queries by keys is ever whole: each chunk leaves one maximum and one log-sum-exp a block, which are two
+    fp32 numbers for each query, query head and block.
+    """
+
+    @torch.no_grad()
+    def __init__(self, query_BHQD: Tensor, length: int, terms: Terms, *, kv_heads: int, block_size: int) -> None:
+        B, H, Q, _ = query_BHQD.shape
+        self.query_BHQD, self.first_query, self.terms = query_BHQD, length - Q, terms
+        self.kv_heads, self.block_size = kv_heads, block_size
+        shape = (B, H, Q, -(-length // block_size))
+        self.peak_BHQN = query_BHQD.new_full(shape, float("-inf"), dtype=torch.float32)
+        self.sum_BHQN = torch.full_like(self.peak_BHQN, float("-inf"))
+        if terms.sinks_H is None:
+            self.total_BHQ1 = self.peak_BHQN.new_full((B, H, Q, 1), float("-inf"))
+        else:
+            self.total_BHQ1 = terms.sinks_H.float().view(1, H, 1, 1).expand(B, H, Q, 1)
+
+    @torch.no_grad()
+    def add(self, chunk: Chunk) -> None:
+        """Take keys that were not shown before."""
+        size = self.block_size
+        most = min(LOGITS_BYTES // (4 * self.query_BHQD[..., 0].numel()), LOGITS_TOKENS)
+        for keys in split(chunk, max(most // size, 1) * size):
+            logits_BHQT = scaled_logits(self.query_BHQD, keys.key_BGTD, self.terms)
+            logits_BHQT = _masked(logits_BHQT, keys.start, self.first_query, self.terms.mask)
+            first, short = divmod(keys.start, size)
+            if short:  # the block has begun in another chunk
+                logits_BHQT = torch.nn.functional.pad(logits_BHQT, (short, 0), value=float("-inf"))
+            peak_BHQN, sum_BHQN = block_peak_and_sum(logits_BHQT, size)
+            blocks = slice(first, first + peak_BHQN.shape[-1])
+            torch.maximum(self.peak_BHQN[..., blocks], peak_BHQN, out=self.peak_BHQN[..., blocks])
+            torch.logaddexp(self.sum_BHQN[..., blocks], sum_BHQN, out=self.sum_BHQN[..., blocks])
+            here_BHQ1 = torch.logsumexp(sum_BHQN, -1, keepdim=True)
+            self.total_BHQ1 = torch.logaddexp(self.total_BHQ1, here_BHQ1)
+
+    def watch(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        """The same chunks, each taken before it is handed on."""
+        for chunk in chunks:
+            self.add(chunk)
+            yield chunk
+
+    @torch.no_grad()
+    def rows(self) -> ScoreRows:
+        """The rows, once all keys have been shown; the scorer is used up."""
+        total_BHQ1 = self.total_BHQ1.masked_fill(self.total_BHQ1 == float("-inf"), 0.0)
+        scores_BHQN, mass_BHQN = (x.sub_(total_BHQ1).exp_() for x in (self.peak_BHQN, self.sum_BHQN))
+        heads = (self.kv_heads, -1)
+        return ScoreRows(scores_BHQN.unflatten(1, heads).amax(2), mass_BHQN.unflatten(1, heads).mean(2))
 
 
 def score_rows(
     query_BHQD: Tensor, chunks: Iterable[Chunk], length: int, terms: Terms, *, kv_heads: int, block_size: int
 ) -> ScoreRows:
-    """True block scores and block mass of the last Q queries, in one pass over the keys.
-
-    Chunks must start at block borders. No matrix of queries by keys is ever whole: each chunk leaves one maximum and
-    one log-sum-exp a block.
-    """
-    peaks, sums = [], []
+    """True rows of the last Q of ``length`` tokens, in one pass over the keys (``Scorer``)."""
+    scorer = Scorer(query_BHQD, length, terms, kv_heads=kv_heads, block_size=block_size)
     for chunk in chunks:
-        logits_BHQT = _masked(scaled_logits(query_BHQD, chunk.key_BGTD, terms), chunk.start, length, terms.mask)
-        peak_BHQN, sum_BHQN = block_peak_and_sum(logits_BHQT, block_size)
-        peaks.append(peak_BHQN)
-        sums.append(sum_BHQN)
-    peak_BHQN, sum_BHQN = torch.cat(peaks, -1), torch.cat(sums, -1)
-    total_BHQ1 = torch.logsumexp(sum_BHQN, -1, keepdim=True)
-    if terms.sinks_H is not None:
-        total_BHQ1 = torch.logaddexp(total_BHQ1, terms.sinks_H.float().view(1, -1, 1, 1))
-    total_BHQ1 = total_BHQ1.masked_fill(total_BHQ1 == float("-inf"), 0.0)
-    scores_BHQN, mass_BHQN = torch.exp(peak_BHQN - total_BHQ1), torch.exp(sum_BHQN - total_BHQ1)
-    B, H, Q, N = scores_BHQN.shape
-    grouped = (B, kv_heads, H // kv_heads, Q, N)
-    return ScoreRows(scores_BHQN.view(grouped).amax(2), mass_BHQN.view(grouped).mean(2))
+        scorer.add(chunk)
+    return scorer.rows()
 
 
-def _masked(logits_BHQT: Tensor, start: int, length: int, mask: Tensor | None) -> Tensor:
-    """Rule out the keys that a query may not see, ``start`` being the number of the chunk's first token."""
+def _product(one_BGMK: Tensor, other_BGKN: Tensor) -> Tensor:
+    """fp32 matrix product; what is multiplied with half precision on a GPU is rounded to it, for its tensor cores."""
+    half = other_BGKN.dtype in (torch.float16, torch.bfloat16)
+    if one_BGMK.is_cuda and half and not torch.is_grad_enabled():
+        pair = (one_BGMK.to(other_BGKN.dtype).flatten(0, 1), other_BGKN.flatten(0, 1))
+        return torch.bmm(*pair, out_dtype=torch.float32).unflatten(0, one_BGMK.shape[:2])
+    return one_BGMK.float() @ other_BGKN.float()
+
+
+def _masked(logits_BHQT: Tensor, first_key: int, first_query: int, mask: Tensor | None) -> Tensor:
+    """Rule out the keys that a query may not see; numbers of the first key and query in the sequence."""
     Q, T = logits_BHQT.shape[-2:]
     if mask is not None and mask.dim() == 4:
-        part = mask[..., start : start + T]
+        part = mask[..., first_key : first_key + T]
         return logits_BHQT.masked_fill(~part, float("-inf")) if part.dtype == torch.bool else logits_BHQT + part
-    if start + T > length - Q + 1:  # some query comes before some key of this chunk
-        query_Q1 = torch.arange(length - Q, length, device=logits_BHQT.device)[:, None]
-        key_T = torch.arange(start, start + T, device=logits_BHQT.device)
+    if first_key + T > first_query + 1:  # some query comes before some key of this chunk
+        query_Q1 = torch.arange(first_query, first_query + Q, device=logits_BHQT.device)[:, None]
+        key_T = torch.arange(first_key, first_key + T, device=logits_BHQT.device)
         logits_BHQT = logits_BHQT.masked_fill(key_T > query_Q1, float("-inf"))
     if mask is not None:
-        logits_BHQT = logits_BHQT.masked_fill(~mask[:, None, None, start : start + T], float("-inf"))
+        logits_BHQT = logits_BHQT.masked_fill(~mask[:, None, None, first_key : first_key + T], float("-inf"))
     return logits_BHQT

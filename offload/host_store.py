@@ -195,9 +195,11 @@ class HostStore:
         streams, side = torch.get_device_module(device), inward(device)
         current = streams.current_stream(device)
         shape = (2, self.batch, self.kv_heads, S, self.slab_blocks, self.block_size, self.head_dim)
+        like: dict[str, Any] = {"dtype": self.dtype, "device": device}
         with streams.stream(side):  # memory of that stream: what it does there is in order with the last call's
-            kv_2BGSnTD = [torch.empty(shape, dtype=self.dtype, device=device) for _ in chunks[:2]]
-            raw = torch.empty((S, *self._slab_shape(self.batch)), dtype=self.dtype, device=device)
+            kv_2BGSnTD = [torch.empty(shape, **like) for _ in chunks[:2]]
+            # Slabs as they are, whose layout the GPU changes; on a CPU one copy does both.
+            raw = None if device.type == "cpu" else torch.empty((S, *self._slab_shape(self.batch)), **like)
 
         def load(number: int) -> Any:
             slabs = self._slabs[chunks[number] : min(chunks[number] + S, n_slabs)]
@@ -205,18 +207,23 @@ class HostStore:
             if number > 1:
                 side.wait_stream(current)  # what was there has been used
             with streams.stream(side):
-                for here, slab in zip(raw, slabs, strict=False):
-                    here.copy_(slab, non_blocking=True)
-                into.copy_(raw[: len(slabs)].permute(4, 1, 2, 0, 3, 5, 6))
+                for i, slab in enumerate(slabs):
+                    if raw is None:
+                        into[:, :, :, i].copy_(slab.movedim(3, 0))
+                    else:
+                        raw[i].copy_(slab, non_blocking=True)
+                if raw is not None:
+                    into.copy_(raw[: len(slabs)].permute(4, 1, 2, 0, 3, 5, 6))
                 ready = streams.Event()
                 ready.record(side)
             return ready
 
         try:
-            ready = load(0) if chunks else None
+            loaded = [load(0)] if chunks else []
             for number, first in enumerate(chunks):
-                this, ready = ready, load(number + 1) if number + 1 < len(chunks) else None
-                this.wait(current)
+                if number + 1 < len(chunks):
+                    loaded.append(load(number + 1))
+                loaded[number].wait(current)
                 start = first * slab_tokens
                 key_BGTD, value_BGTD = kv_2BGSnTD[number % 2].flatten(3, 5)[:, :, :, : stop - start]
                 yield start, key_BGTD, value_BGTD
@@ -327,6 +334,7 @@ class HostStore:
         return outbox(device) if self.pin and device.type == "cuda" else None
 
     def _write(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+        self.settle()  # what is on its way may be of the same block
         for start, parts in self._runs(key_BGTD, value_BGTD):
             # Stacked where the tokens are: one transfer carries both keys and values.
             self._put(start, torch.stack(parts, dim=-3))

@@ -17,14 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from attention_predictor.offload.dense import (
-    Terms,
-    attend,
-    attend_prompt,
-    chunk_tokens,
-    score_rows,
-    split,
-)
+from attention_predictor.offload.dense import Chunk, Scorer, Terms, attend, attend_prompt, no_fused
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
 from attention_predictor.offload.selection import Selection
@@ -202,31 +195,26 @@ class TieredLayer(CacheLayerMixin):
 
     def _attend_all(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
         """Prefill, later turns, verification, and every step of full attention."""
-        length = self.tiers.length
+        length, queries = self.tiers.length, query_BHQD.shape[2]
         self.padding_B = _left_padding(terms.mask, self.batch, self.device)
-        is_prompt = key_BGTD.shape[2] == length  # all there is has just been computed: no need to read it back
-        if is_prompt:
+        rows = min(self.policy.prompt_rows, queries)
+        last_BHRD, last_terms = query_BHQD[:, :, queries - rows :], terms.queries(queries - rows, queries)
+        scorer = (
+            Scorer(last_BHRD, length, last_terms, kv_heads=self.kv_heads, block_size=self.block_size) if rows else None
+        )
+        # What has just been computed is on the device; only what came before is read back, and once.
+        own = Chunk(length - key_BGTD.shape[2], key_BGTD, value_BGTD)
+        if own.start == 0:
             out_BHQD = attend_prompt(query_BHQD, key_BGTD, value_BGTD, terms)
         else:
-            out_BHQD = attend(query_BHQD, self.tiers.stream(query_BHQD), length, terms)
-        rows = min(self.policy.prompt_rows, query_BHQD.shape[2])
-        if rows:
-            last_BHRD = query_BHQD[:, :, -rows:]
-            if is_prompt:
-                chunks = split(key_BGTD, value_BGTD, chunk_tokens(last_BHRD, self.block_size))
-            else:
-                chunks = self.tiers.stream(last_BHRD)
-            self.policy.observe_rows(
-                score_rows(
-                    last_BHRD,
-                    chunks,
-                    length,
-                    terms.last_queries(rows),
-                    kv_heads=self.kv_heads,
-                    block_size=self.block_size,
-                )
-            )
-        if query_BHQD.shape[2] == 1 and self.engine.is_first(self):
+            past = self.tiers.stream(query_BHQD, own.start)
+            out_BHQD = attend(query_BHQD, own, terms, past if scorer is None else scorer.watch(past))
+            if query_BHQD.is_cuda and (reason := no_fused(query_BHQD, key_BGTD, terms)) is not None:
+                self.engine.note_fallback(f"plain torch operations attend to what is cached: {reason}")
+        if scorer is not None:
+            scorer.add(own)
+            self.policy.observe_rows(scorer.rows())
+        if queries == 1 and self.engine.is_first(self):
             self.engine.stats.steps += 1
         return out_BHQD
 

@@ -79,13 +79,15 @@ class Tiers:
         else:
             self.table.drop_from(tail)  # the tail block has grown behind the pool's back
 
-    def stream(self, query_BHQD: Tensor) -> Iterator[Chunk]:
-        """All keys and values from host memory, in chunks that suit the query."""
-        size = chunk_tokens(query_BHQD, self.store.block_size)
-        for start in range(0, self.store.length, size):
-            key_BGTD, value_BGTD = self.store.read(start, min(start + size, self.store.length))
+    def stream(self, query_BHQD: Tensor, stop: int | None = None) -> Iterator[Chunk]:
+        """Keys and values of the tokens before ``stop`` (all), from host memory, in chunks that suit the query.
+
+        A chunk is valid until the next is asked for.
+        """
+        stop = self.store.length if stop is None else stop
+        for start, key_BGTD, value_BGTD in self.store.stream(stop, chunk_tokens(query_BHQD), self.device):
             self.engine.stats.streamed_bytes += key_BGTD.nbytes + value_BGTD.nbytes
-            yield Chunk(start, key_BGTD.to(self.device), value_BGTD.to(self.device))
+            yield Chunk(start, key_BGTD, value_BGTD)
 
     # ---- moving blocks ---------------------------------------------------------------------------------------------
 
@@ -158,8 +160,9 @@ class Tiers:
 
     def _release(self) -> None:
         """Wait until the GPU no longer reads host memory, which is about to change."""
-        if self.reads_host:
-            torch.cuda.current_stream(self.device).synchronize()  # ``settle`` has ordered the fetches before it
+        if self.store.pin:
+            # ``settle`` has ordered the fetches before it, and so has ``HostStore.stream`` its copies.
+            torch.cuda.current_stream(self.device).synchronize()
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` if tiers contradict each other: every resident block must equal its host block."""

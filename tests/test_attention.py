@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
+from attention_predictor.offload import dense, fused
 from attention_predictor.offload.attention import tiered_attention, tiered_mask
-from attention_predictor.offload.dense import Terms, attend, attend_prompt, score_rows, split
+from attention_predictor.offload.dense import Chunk, Terms, attend, attend_prompt, score_rows, split
 from attention_predictor.offload.policies.base import Step
 from attention_predictor.offload.sparse import attend_slots
 from attention_predictor.predictor.scores import block_mass, block_scores
@@ -55,22 +56,149 @@ def tensors(length, Q, seed=0):
     return torch.randn(B, H, Q, D) * 2, torch.randn(B, G, length, D), torch.randn(B, G, length, D)
 
 
+@pytest.fixture(params=["plain", "tiles", "fused"])
+def way(request, monkeypatch):
+    """Plain operations, the same in small tiles, and fused kernels for however few keys."""
+    if request.param == "tiles":
+        monkeypatch.setattr(dense, "LOGITS_BYTES", 4 * B * H * 3 * 8)
+        monkeypatch.setattr(dense, "LOGITS_TOKENS", 8)
+    if request.param == "fused":
+        monkeypatch.setattr(dense, "FUSED_TOKENS", 1)
+        monkeypatch.setattr(dense, "MASK_ELEMENTS", 0)
+    return request.param
+
+
 @pytest.mark.parametrize("mask", ["causal", "padding", "4-D"])
 @pytest.mark.parametrize("extra", TERMS)
 @pytest.mark.parametrize(("length", "Q"), [(23, 23), (23, 5), (23, 1), (16, 7)])
-def test_chunked_attention_and_rows(mask, extra, length, Q):
+def test_attention_in_chunks_and_rows(way, mask, extra, length, Q):
     query, key, value = tensors(length, Q)
     terms = Terms(D**-0.5, mask=masks(length, Q)[mask], **extra)
     expected, probability = literal(query, key, value, terms)
-    out = attend(query, split(key, value, 8), length, terms)
-    assert (out - expected).abs().max() < 1e-5
-    rows = score_rows(query, split(key, value, 8), length, terms, kv_heads=G, block_size=BLOCK)
+    # What a query of padding gives is nobody's business.
+    real = terms.mask[:, length - Q :] if mask == "padding" else torch.ones(B, Q, dtype=torch.bool)
+    whole = Chunk(0, key, value)
+    past, own = split(whole.tokens(0, length - Q), 8), whole.tokens(length - Q, length)
+    for out in (attend(query, own, terms, past), attend(query, whole, terms), attend_prompt(query, key, value, terms)):
+        assert (out - expected).abs().amax(-1).masked_fill(~real[:, None], 0).max() < 1e-5
+    rows = score_rows(query, split(whole, 8), length, terms, kv_heads=G, block_size=BLOCK)
     assert (rows.scores_BGQN - block_scores(probability, G, BLOCK)).abs().max() < 1e-6
     assert (rows.mass_BGQN - block_mass(probability, G, BLOCK)).abs().max() < 1e-6
-    if length == Q:
-        real = terms.mask if mask == "padding" else torch.ones(B, length, dtype=torch.bool)
-        difference = (attend_prompt(query, key, value, terms) - expected).abs().amax(-1)
-        assert difference.masked_fill(~real[:, None], 0).max() < 1e-5
+
+
+@pytest.mark.parametrize("mask", ["causal", "padding"])
+@pytest.mark.parametrize("cuts", [[23], [5, 23], [3, 7, 8, 23]])
+def test_chunks_need_not_end_with_blocks(mask, cuts):
+    query, key, value = tensors(23, 6)
+    terms, whole = Terms(D**-0.5, mask=masks(23, 6)[mask]), Chunk(0, key, value)
+    chunks = [whole.tokens(start, end) for start, end in zip([0, *cuts], cuts, strict=False)]
+    form = {"kv_heads": G, "block_size": BLOCK}
+    expected = score_rows(query, [whole], 23, terms, **form)
+    for got, wanted in zip(score_rows(query, chunks, 23, terms, **form), expected, strict=True):
+        assert (got - wanted).abs().max() < 1e-6
+
+
+class TestFused:
+    """Whether kernels run where they should, and what they are trusted with."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        monkeypatch.setattr(dense, "FUSED_TOKENS", 1)
+        calls, real = [], fused.attend_piece
+
+        def counted(query, *args, **kwargs):
+            calls.append((len(query), kwargs["causal"]))
+            return real(query, *args, **kwargs)
+
+        monkeypatch.setattr(fused, "attend_piece", counted)
+        return calls
+
+    def attend(self, length, Q, **terms):
+        query, key, value = tensors(length, Q)
+        whole = Chunk(0, key, value)
+        attend(query, whole.tokens(length - Q, length), Terms(D**-0.5, **terms), split(whole.tokens(0, length - Q), 8))
+
+    def test_one_call_a_chunk(self, calls):
+        self.attend(23, 7)
+        assert calls == [(B, False), (B, False), (B, True)]
+
+    def test_sinks_are_merged_afterwards(self, calls):
+        self.attend(23, 7, sinks_H=torch.zeros(H))
+        assert len(calls) == 3
+
+    def test_padded_sequences_go_one_by_one_and_chunks_of_padding_not_at_all(self, calls):
+        self.attend(23, 7, mask=torch.arange(23) >= torch.tensor([[0], [17]]))
+        assert calls == [(1, False), (1, False), (1, True), (1, True)]
+
+    @pytest.mark.parametrize(
+        "terms",
+        [
+            {"softcap": 3.0},
+            {"mask": torch.ones(B, 1, 7, 23, dtype=torch.bool)},
+            {"mask": torch.arange(23) != torch.tensor([[4], [5]])},  # a hole
+        ],
+    )
+    def test_what_kernels_cannot_do(self, calls, terms):
+        self.attend(23, 7, **terms)
+        assert not calls
+
+    def test_gradients_are_exact(self, calls):
+        """The log-sum-exp of a kernel has no gradient; that of the plain operations has."""
+        query, key, value = (x.requires_grad_() for x in tensors(23, 7))
+        terms = Terms(D**-0.5)
+        whole = Chunk(0, key, value)
+        attend(query, whole.tokens(16, 23), terms, split(whole.tokens(0, 16), 8)).square().sum().backward()
+        found = [x.grad.clone() for x in (query, key, value)]
+        query.grad = key.grad = value.grad = None
+        literal(query, key, value, terms)[0].square().sum().backward()
+        assert not calls
+        for got, wanted in zip(found, (query.grad, key.grad, value.grad), strict=True):
+            assert (got - wanted).abs().max() < 1e-4
+
+    @pytest.mark.parametrize("softcap", [None, 3.0])
+    @pytest.mark.parametrize("Q", [23, 5])
+    def test_flash_attn_where_it_is_installed(self, monkeypatch, Q, softcap):
+        """By a stand-in of the same signature and layout: [B, T, H, D], causal from the bottom right."""
+        seen = []
+
+        def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+                            alibi_slopes=None, deterministic=False, return_attn_probs=False):  # fmt: skip
+            assert return_attn_probs
+            seen.append(causal)
+            query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+            mask = None if causal else torch.ones(*q.shape[:1], 1, q.shape[1], k.shape[1], dtype=torch.bool)
+            terms = Terms(softmax_scale, softcap or None, mask=mask)
+            out, _ = literal(query, key, value, terms)
+            logits = dense._masked(dense.scaled_logits(query, key, terms), 0, k.shape[1] - q.shape[1], mask)
+            return out.float().transpose(1, 2), logits.logsumexp(-1), None
+
+        monkeypatch.setattr(dense, "FUSED_TOKENS", 1)
+        monkeypatch.setattr(fused, "flash_attn", lambda query, softcap: flash_attn_func)
+        query, key, value = tensors(23, Q)
+        terms = Terms(D**-0.5, softcap)
+        out = attend_prompt(query, key, value, terms)
+        assert (out - literal(query, key, value, terms)[0]).abs().max() < 1e-5
+        assert seen == ([True] if Q == 23 else [False, True])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merging_costs_little_precision(dtype):
+    """In chunks, of which each is rounded: beside one kernel for all in the same precision, and plain operations."""
+    torch.manual_seed(0)
+    key, value = (torch.randn(1, 2, 1000, 64).to(dtype) for _ in range(2))
+    query = (torch.randn(1, 6, 200, 64) * 2).to(dtype)
+    repeated = [x.repeat_interleave(3, 1) for x in (key, value)]
+    mask = torch.ones(200, 1000, dtype=torch.bool).tril(800)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    exact = sdpa(query.double(), *(x.double() for x in repeated), attn_mask=mask, scale=0.125)
+    logits = (query @ repeated[0].mT * 0.125).masked_fill(~mask, -torch.inf)
+    plain = logits.softmax(-1, dtype=torch.float32).to(dtype) @ repeated[1] - exact
+    in_one = sdpa(query, *repeated, attn_mask=mask, scale=0.125) - exact
+    whole = Chunk(0, key, value)
+    out = attend(query, whole.tokens(800, 1000), Terms(0.125), split(whole.tokens(0, 800), 128))
+    assert out.dtype == dtype
+    assert (out - exact).square().mean().sqrt() <= 2 * in_one.square().mean().sqrt()
+    assert (out - exact).abs().max() <= plain.abs().max()
 
 
 def test_additive_mask():
@@ -78,14 +206,15 @@ def test_additive_mask():
     allowed = torch.ones(3, 12, dtype=torch.bool).tril(9)
     additive = torch.zeros(1, 1, 3, 12).masked_fill(~allowed, torch.finfo(torch.float32).min)
     as_bool = Terms(D**-0.5, mask=allowed[None, None])
-    out = attend(query, split(key, value, 4), 12, Terms(D**-0.5, mask=additive))
-    assert (out - attend(query, split(key, value, 4), 12, as_bool)).abs().max() < 1e-6
+    whole = Chunk(0, key, value)
+    out = attend(query, whole, Terms(D**-0.5, mask=additive))
+    assert (out - attend(query, whole, as_bool)).abs().max() < 1e-6
 
 
 def test_a_query_that_sees_nothing_gives_zeros():
     query, key, value = tensors(8, 8)
     padding = torch.arange(8) >= torch.tensor([[0], [3]])
-    out = attend(query, split(key, value, 4), 8, Terms(1.0, mask=padding))
+    out = attend(query, Chunk(0, key, value), Terms(1.0, mask=padding))
     assert torch.isfinite(out).all()
     assert (out[1, :, :3] == 0).all()
 
