@@ -41,12 +41,12 @@ class Shared:
         spent_1: int64 nanoseconds for which steps stood still: late fetches, and the wait for the last ones ahead.
     """
 
-    def __init__(self, length: int, capacity: int, padding_B: Tensor) -> None:
+    def __init__(self, length: int, capacity: int, padding_B: Tensor, spent_1: Tensor) -> None:
         device = padding_B.device
         self.capacity = capacity
         self.length_1 = torch.tensor([length], device=device)
         self.padding_B = padding_B
-        self.spent_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self.spent_1 = spent_1
         token_L = torch.arange(capacity, device=device)
         self.real_BL = (token_L >= padding_B[:, None]).contiguous() if bool(padding_B.any()) else None
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -93,9 +93,14 @@ class DeviceStep:
         self.shared, self.tiers, self.policy, self.selection = shared, layer.tiers, layer.policy, layer.selection
         self.sketch, self.history = layer.policy.sketch, layer.policy.history
         self.kv_heads = layer.kv_heads
-        blocks = self.selection.n_blocks(shared.capacity)
         self.table = DeviceTable(
-            self.tiers.table, self.selection, self.tiers.store, self.tiers.pool, blocks, self.tiers.length
+            self.tiers.table,
+            self.selection,
+            self.tiers.store,
+            self.tiers.pool,
+            capacity=self.selection.n_blocks(shared.capacity),
+            length=self.tiers.length,
+            counts=layer.engine.counts.of_layer(layer.number, self.tiers.block_bytes),
         )
 
     def attend(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:

@@ -23,11 +23,19 @@ class DeviceTable:
 
     Attributes:
         block_BGS, active_BGS: int64, block in each slot, and those of them that this step attends to; -1 for none.
-        counts: int64 on the device: chosen now, fetched late, chosen ahead, fetched ahead, tokens without a slot.
+        counts: As ``DeviceCounts.of_layer``.
     """
 
     def __init__(
-        self, table: ResidencyTable, selection: Selection, store: HostStore, pool: BlockPool, capacity: int, length: int
+        self,
+        table: ResidencyTable,
+        selection: Selection,
+        store: HostStore,
+        pool: BlockPool,
+        *,
+        capacity: int,
+        length: int,
+        counts: Tensor,
     ) -> None:
         device, self.selection, self.store, self.pool = pool.key_BGSTD.device, selection, store, pool
         B, G, S = pool.key_BGSTD.shape[:3]
@@ -48,7 +56,7 @@ class DeviceTable:
         self.move_slot_RS = torch.zeros_like(self.move_block_RS)
         self.moves_R = torch.zeros(R, dtype=torch.int32, device=device)
         self.key_RC = torch.zeros((R, capacity), dtype=torch.int32, device=device)
-        self.counts = torch.zeros(5, dtype=torch.int64, device=device)
+        self.counts = counts
         self.slab_s = store.addresses(device)
 
     @property

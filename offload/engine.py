@@ -29,7 +29,7 @@ from attention_predictor.offload.graph import CaptureError, Graphed, is_ready, i
 from attention_predictor.offload.host_store import HostStore
 from attention_predictor.offload.layer import TieredLayer
 from attention_predictor.offload.prefetch import make_prefetcher
-from attention_predictor.offload.stats import Stats
+from attention_predictor.offload.stats import DeviceCounts, Stats
 from attention_predictor.predictor.errors import AttachError, ContextLengthError, HostMemoryError
 from attention_predictor.predictor.model import AttentionPredictor
 
@@ -53,7 +53,8 @@ class Engine:
         self.device: torch.device = model.device
         skipped = set(config.skip_layers)
         self.tiered_layers = frozenset(full_attention_layers(self.text_config)) - skipped
-        self.stats_kept = Stats()  # but for what captured steps have counted since
+        self.stats_kept = Stats()  # but for what captured steps have counted since: to look there waits for the device
+        self.counts = DeviceCounts(self.device)
         self.prefetcher = make_prefetcher(config.prefetch, self.device)
         self.attached = False
         self._graphed: weakref.WeakKeyDictionary[TieredCache, Graphed] = weakref.WeakKeyDictionary()
@@ -63,8 +64,7 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """What happened so far."""
-        for graphed in list(self._graphed.values()):
-            graphed.collect(self.stats_kept)
+        self.counts.move_into(self.stats_kept)
         return self.stats_kept
 
     def new_cache(self) -> TieredCache:
@@ -209,9 +209,9 @@ class Engine:
 
     def note_fallback(self, message: str) -> None:
         """Something runs otherwise than asked for: logged once, counted in ``stats.fallbacks``."""
-        if message not in self.stats.fallbacks:
+        if message not in self.stats_kept.fallbacks:
             logger.warning(message)
-        self.stats.fallbacks[message] += 1
+        self.stats_kept.fallbacks[message] += 1
 
     def hook(self) -> None:
         """Install the one hook on the model; ``attach`` has set the attention function."""
@@ -235,7 +235,9 @@ class Engine:
             return self._forward(*args, **kwargs)
         graphed = self._graphed.get(cache)
         if self._captures and is_step(kwargs) and is_ready(cache):
-            reason = why_not(cache, kwargs.get("attention_mask")) if graphed is None or not graphed.entered else None
+            reason = None
+            if graphed is None or not graphed.entered:
+                reason = why_not(cache, kwargs.get("attention_mask"), graphed)
             if reason is None:
                 if graphed is None:
                     graphed = self._graphed[cache] = Graphed(cache, self._forward, self._compiled)

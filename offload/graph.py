@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,9 @@ from attention_predictor.offload.cache import TieredCache
 from attention_predictor.offload.compiled import CompiledLayers
 from attention_predictor.offload.device_step import DeviceStep, Shared
 from attention_predictor.offload.layer import TieredLayer
-from attention_predictor.predictor.errors import IntegrityError
-
-if TYPE_CHECKING:
-    from attention_predictor.offload.stats import Stats
 
 GROWTH = 4096  # tokens by which a captured step has more room than it needs: then it is captured anew
+WORTH_IT, IN_VAIN = 8, 3  # steps that pay for capturing one; times that fewer are taken before it is given up
 EAGER_STEPS = 2  # taken before one is captured: libraries set themselves up in them
 INPUTS = {
     "input_ids",
@@ -38,7 +35,7 @@ INPUTS = {
 Forward = Callable[..., Any]
 
 
-def why_not(cache: TieredCache, mask_BL: Tensor | None) -> str | None:
+def why_not(cache: TieredCache, mask_BL: Tensor | None, graphed: Graphed | None) -> str | None:
     """Why steps over this cache can't be captured; ``None`` if they can. The mask is read back from the device."""
     for number, layer in enumerate(cache.layers):
         if not isinstance(layer, TieredLayer):
@@ -49,6 +46,8 @@ def why_not(cache: TieredCache, mask_BL: Tensor | None) -> str | None:
             return "they need the kernels"
         if (reason := layer.policy.no_graph) is not None:
             return reason
+    if graphed is not None and graphed.in_vain >= IN_VAIN:
+        return "something else changes the cache every few tokens, as beams do"
     if mask_BL is not None:
         token_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
         first = cache.layers[0]
@@ -99,6 +98,8 @@ class Graphed:
         self.compiled = compiled
         self.entered = False
         self.running = False
+        self.taken = 0  # steps since the cache was entered
+        self.in_vain = 0  # times that it was left before captured steps paid
         self.eager_steps = 0  # to be taken yet
         self.steps: list[DeviceStep] = []
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -132,6 +133,7 @@ class Graphed:
                 output = self.output
             for step in self.steps:
                 step.advance()
+            self.taken += 1
         except BaseException:
             for layer in self.layers:
                 layer.armed = True  # how far the device has come is unknown: no further step on this cache
@@ -146,33 +148,12 @@ class Graphed:
         if not self.entered or self.running:
             return
         self.entered = False
+        self.in_vain = self.in_vain + 1 if self.taken < WORTH_IT else 0
         self.graph = self.output = None
-        self.collect(self.engine.stats_kept)
         for layer, step in zip(self.layers, self.steps, strict=True):
             step.leave()
             layer.graphed = layer.device_step = None
         self.steps = []
-
-    def collect(self, stats: Stats) -> None:
-        """Add to the figures what the device has counted since the last time; waits for it."""
-        if not self.steps:
-            return
-        stats.exposed_wait_ms += int(self.shared.spent_1) / 1e6
-        self.shared.spent_1.zero_()
-        counts_N5 = torch.stack([step.table.counts for step in self.steps]).cpu()
-        for step, counts in zip(self.steps, counts_N5.tolist(), strict=True):
-            chosen, late, planned, ahead, lost = counts
-            if lost:
-                raise IntegrityError(f"{lost} tokens came to a block without a slot")
-            step.table.counts.zero_()
-            block_bytes = step.tiers.block_bytes
-            stats.wanted_blocks += chosen or planned
-            stats.hit_blocks += (chosen or planned) - late
-            stats.planned_blocks += planned
-            stats.ahead_blocks += ahead
-            stats.late_blocks += late
-            stats.ahead_bytes += ahead * block_bytes
-            stats.late_bytes += late * block_bytes
 
     # ---- how -------------------------------------------------------------------------------------------------------
 
@@ -188,12 +169,13 @@ class Graphed:
         for layer in self.layers:
             layer.tiers.settle()
             layer.tiers.grow(layer.selection.most_slots)
+            layer.tiers.store.settle()
             layer.tiers.store.reserve(capacity)
             layer.policy.reserve(capacity)
-        self.shared = Shared(length, capacity, self.layers[0].padding_B)
+        self.shared = Shared(length, capacity, self.layers[0].padding_B, self.engine.counts.spent_1)
         self.ids_B1 = torch.zeros_like(ids_B1)
         self.position_B1 = torch.zeros_like(ids_B1)
-        self.eager_steps = EAGER_STEPS
+        self.eager_steps, self.taken = EAGER_STEPS, 0
         self.steps = [DeviceStep(layer, self.shared) for layer in self.layers]
         for layer, step in zip(self.layers, self.steps, strict=True):
             layer.graphed, layer.device_step = self, step

@@ -26,7 +26,9 @@ from attention_predictor.offload.tiers import Tiers
 from attention_predictor.predictor.errors import AttachError
 
 if TYPE_CHECKING:
+    from attention_predictor.offload.device_step import DeviceStep
     from attention_predictor.offload.engine import Engine
+    from attention_predictor.offload.graph import Graphed
 
 # The key that `update` returns carries its layer under this name to the attention function.
 HANDLE = "_attention_predictor_layer"
@@ -57,6 +59,9 @@ class TieredLayer(CacheLayerMixin):
     def _clear(self) -> None:
         self.is_initialized = False
         self.armed = False  # between `update` and `attend`
+        # While steps run without the host (`graph.py`): who runs them, and this layer's part.
+        self.graphed: Graphed | None = None
+        self.device_step: DeviceStep | None = None
 
     # ---- what transformers asks of a cache layer -------------------------------------------------------------------
 
@@ -88,6 +93,7 @@ class TieredLayer(CacheLayerMixin):
             self.engine.note_fallback(f"plain torch operations in place of kernels: {reason}")
         self.is_initialized = True
 
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new tokens; the returned key leads the attention function to this layer."""
         self.engine.check_open()
@@ -95,9 +101,10 @@ class TieredLayer(CacheLayerMixin):
         key_states, value_states = key_states.detach(), value_states.detach()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.tiers.settle()
+        self._settle()
         self.armed = True
-        self.tiers.append(key_states, value_states)
+        if self.device_step is None:
+            self.tiers.append(key_states, value_states)
         # A view of its own, so that no reference from the tensor to this layer outlives the call. The layer must
         # never hold the tensor in turn: that cycle would keep the whole prefill alive.
         key_states = key_states.view_as(key_states)
@@ -112,6 +119,12 @@ class TieredLayer(CacheLayerMixin):
                 "interrupted (use a new cache) or the model ignores the attention interface (unsupported)"
             )
 
+    def _settle(self) -> None:
+        """Let the host have the tiers: after fetches under way, and steps that it took no part in."""
+        if self.graphed is not None:
+            self.graphed.leave()  # but for a step that it is running itself
+        self.tiers.settle()
+
     def get_seq_length(self) -> int:
         return self.tiers.length if self.is_initialized else 0
 
@@ -123,7 +136,7 @@ class TieredLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         if self.is_initialized:
-            self.tiers.settle()
+            self._settle()
             del self.tiers, self.policy
         self._clear()
 
@@ -134,7 +147,7 @@ class TieredLayer(CacheLayerMixin):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         self.check_attended()  # else the policy may lack tokens that are in the store
-        self.tiers.settle()
+        self._settle()
         length = max(self.tiers.length + tokens_to_remove, 0)
         if length == 0:
             self.reset()
@@ -146,7 +159,7 @@ class TieredLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if not self.is_initialized:
             return
-        self.tiers.settle()
+        self._settle()
         index = beam_idx.cpu()
         if len(index) == self.batch and bool((index == torch.arange(self.batch)).all()):
             return
@@ -171,7 +184,7 @@ class TieredLayer(CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict) -> TieredLayer:
         if self.is_initialized:
-            self.tiers.settle()
+            self._settle()
         clone = self.__class__.__new__(self.__class__)
         memo[id(self)] = clone
         clone.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
@@ -181,6 +194,10 @@ class TieredLayer(CacheLayerMixin):
 
     def attend(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
         """Attention of the tokens that ``update`` has just stored, ``key_BGTD`` and no others; ``[B, H, Q, D]``."""
+        if self.device_step is not None:
+            out_BHQD = self.device_step.attend(query_BHQD, key_BGTD, value_BGTD, terms)
+            self.armed = False
+            return out_BHQD
         if self.armed:  # not where layers share keys, and attention comes back for the same ones
             self.policy.extend(key_BGTD, query_BHQD)
         # The slots hold blocks that were wanted for one more token; several tokens at once attend to everything.
@@ -215,7 +232,7 @@ class TieredLayer(CacheLayerMixin):
             scorer.add(own)
             self.policy.observe_rows(scorer.rows())
         if queries == 1 and self.engine.is_first(self):
-            self.engine.stats.steps += 1
+            self.engine.stats_kept.steps += 1
         return out_BHQD
 
     def _attend_one(self, query_BHQD: Tensor, terms: Terms) -> Tensor:
@@ -249,7 +266,7 @@ class TieredLayer(CacheLayerMixin):
             terms,
             kernel=self.kernel,
         )
-        stats = self.engine.stats
+        stats = self.engine.stats_kept
         stats.steps += self.engine.is_first(self)
         stats.wanted_blocks += int(active_RS.sum())
         stats.hit_blocks += int((active_RS & (before_RS == block_RS)).sum())
@@ -293,13 +310,13 @@ class TieredLayer(CacheLayerMixin):
         got_BG = mass_BGN.masked_fill(~step.attended_BGN, 0).sum(-1) / total_BG
         best_BGW = self.selection.wanted(mass_BGN, step.length, self.padding_B, self.kv_heads)
         best_BG = mass_BGN.gather(-1, best_BGW.clamp_min(0)).masked_fill(best_BGW < 0, 0).sum(-1) / total_BG
-        stats = self.engine.stats
+        stats = self.engine.stats_kept
         stats.recovery_sum += float(got_BG.sum())
         stats.relative_recovery_sum += float((got_BG / best_BG.clamp_min(1e-12)).sum())
         stats.recovery_count += got_BG.numel()
 
     def _note_memory(self) -> None:
-        stats = self.engine.stats
+        stats = self.engine.stats_kept
         parts = {name: part.nbytes for name, part in self.policy.parts.items()}
         stats.device_bytes[self.number] = {"pool": self.tiers.pool.nbytes} | parts
         stats.host_bytes[self.number] = self.tiers.store.nbytes
@@ -309,6 +326,7 @@ class TieredLayer(CacheLayerMixin):
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` if the tiers or what the policy holds contradict themselves."""
         if self.is_initialized:
+            self._settle()
             self.tiers.check_integrity()
             self.policy.check_integrity()
 

@@ -6,6 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from attention_predictor.predictor.errors import IntegrityError
+
 MIB = 1 << 20
 
 
@@ -143,6 +148,48 @@ class Stats:
             rows.append(("recovery", f"{_percent(self.recovery)} ({relative} of the best selection)"))
         rows += [(f"fallback ×{count}", message) for message, count in self.fallbacks.items()]
         return "\n".join(f"{name:<26}{value}" for name, value in rows)
+
+
+class DeviceCounts:
+    """What steps that the host takes no part in have counted on the device, until someone asks.
+
+    Attributes:
+        spent_1: int64 nanoseconds for which steps stood still.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.spent_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self._of_layer: dict[int, tuple[Tensor, int]] = {}
+
+    def of_layer(self, number: int, block_bytes: int) -> Tensor:
+        """int64: blocks chosen now, fetched late, chosen ahead, fetched ahead; tokens whose block had no slot."""
+        if number not in self._of_layer:
+            self._of_layer[number] = (torch.zeros(5, dtype=torch.int64, device=self.spent_1.device), block_bytes)
+        return self._of_layer[number][0]
+
+    def move_into(self, stats: Stats) -> None:
+        """Add all to the figures and begin anew; waits for the device.
+
+        Raises:
+            IntegrityError: A token's block had no slot.
+        """
+        if not self._of_layer:
+            return
+        stats.exposed_wait_ms += int(self.spent_1) / 1e6
+        self.spent_1.zero_()
+        for number, (counts, block_bytes) in self._of_layer.items():
+            chosen, late, planned, ahead, lost = counts.tolist()
+            counts.zero_()
+            if lost:
+                raise IntegrityError(f"layer {number}: {lost} tokens came to a block without a slot")
+            attended = chosen or planned  # where nothing is chosen late, what was chosen ahead is attended to
+            stats.wanted_blocks += attended
+            stats.hit_blocks += attended - late
+            stats.planned_blocks += planned
+            stats.ahead_blocks += ahead
+            stats.late_blocks += late
+            stats.ahead_bytes += ahead * block_bytes
+            stats.late_bytes += late * block_bytes
 
 
 def _percent(value: float | None) -> str:

@@ -86,7 +86,7 @@ class Tiers:
         """
         stop = self.store.length if stop is None else stop
         for start, key_BGTD, value_BGTD in self.store.stream(stop, chunk_tokens(query_BHQD), self.device):
-            self.engine.stats.streamed_bytes += key_BGTD.nbytes + value_BGTD.nbytes
+            self.engine.stats_kept.streamed_bytes += key_BGTD.nbytes + value_BGTD.nbytes
             yield Chunk(start, key_BGTD, value_BGTD)
 
     # ---- moving blocks ---------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class Tiers:
         if self.ticket is None:
             return
         ticket, self.ticket = self.ticket, None
-        stats = self.engine.stats
+        stats = self.engine.stats_kept
         stats.exposed_wait_ms += self.engine.prefetcher.wait(ticket)
         plan = self.plan
         assert plan is not None  # `wait` has raised otherwise
@@ -121,7 +121,7 @@ class Tiers:
             plan = self.fetch(wanted_BGW)
         except Exception as error:
             raise FetchError(f"layer {self.number}: a late fetch failed: {error!r}") from error
-        stats = self.engine.stats
+        stats = self.engine.stats_kept
         if len(plan.block_n):
             stats.exposed_wait_ms += 1000 * (time.perf_counter() - started)
         stats.late_blocks += len(plan.block_n)

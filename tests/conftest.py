@@ -82,7 +82,7 @@ def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Ite
     """
     model, tokenizer = pocket
 
-    def check(*, answers: int, device: str, spare: int, ahead: float) -> None:
+    def check(*, answers: int, device: str, spare: int, ahead: float, prefetch: str = "thread") -> None:
         texts = read_texts(POCKET.parents[1] / "scripts" / "demo_text.txt")
         samples = plant(
             tokenizer, texts, tasks=("kv", "facts"), documents=answers // 5, questions=5, context=8192, seed=0
@@ -91,7 +91,7 @@ def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Ite
         model.to(device)
 
         def found(policy: str, **settings: object) -> int:
-            cell = judge(model, cases, Rule(policy, {"policy": policy} | settings), 512)
+            cell = judge(model, cases, Rule(policy, {"policy": policy, "prefetch": prefetch} | settings), 512)
             assert cell.asked == answers
             return cell.found
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from attention_predictor import OffloadConfig
 from attention_predictor.offload.device_table import DeviceTable
 from attention_predictor.offload.prefetch import make_prefetcher
+from attention_predictor.offload.residency import ResidencyTable
 from attention_predictor.offload.selection import Selection
-from attention_predictor.offload.stats import Stats
+from attention_predictor.offload.stats import DeviceCounts, Stats
 from attention_predictor.offload.tiers import Tiers
 
 DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -47,10 +48,16 @@ class Twin:
             tiers.settle()
         self.store, self.pool = other.store, other.pool
         self.store.reserve(CAPACITY * 16)
-        self.table = DeviceTable(other.table, self.selection, other.store, other.pool, CAPACITY, length)
+        self.table = self.device_table(other.table, length)
         self.host_table = other.table
         self.length_1 = torch.tensor([length], device=device)
         self.spent_1 = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def device_table(self, table: ResidencyTable, length: int) -> DeviceTable:
+        counts = DeviceCounts(self.device).of_layer(0, 1)
+        return DeviceTable(
+            table, self.selection, self.store, self.pool, capacity=CAPACITY, length=length, counts=counts
+        )
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.device)
@@ -136,7 +143,7 @@ def test_the_same_blocks(kind: str, length: int, late: float, reserve: float) ->
         twin.by_host.settle()
         twin.check()
         if step == 4:  # to the host's table and back
-            twin.table = DeviceTable(twin.host_table, selection, twin.store, twin.pool, CAPACITY, tokens)
+            twin.table = twin.device_table(twin.host_table, tokens)
 
 
 @pytest.mark.parametrize("kind", DEVICES)

@@ -1,0 +1,176 @@
+"""Captured steps on a CUDA device: the contracts that they have to keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES
+from torch import Tensor
+
+from attention_predictor import OffloadConfig, attach
+from attention_predictor.offload import device_step
+from attention_predictor.offload.device_step import DeviceStep
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_matmul")]
+SMALL = {"budget": 96, "sink": 32, "recent": 32}
+
+
+def decode(model, prompt: Tensor, tokens: int, **settings: object) -> tuple[object, dict]:
+    mask = torch.ones_like(prompt)
+    with attach(model, OffloadConfig(**settings)) as engine:
+        out = model.generate(
+            prompt,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return out, engine.stats.to_dict()
+
+
+def captured(stats: dict) -> bool:
+    """Whether steps were captured; where not, the reason is one of those that a family has."""
+    if not stats["fallbacks"]:
+        return True
+    (reason,) = stats["fallbacks"]
+    assert "keeps a" in reason or "can't be captured" in reason or "head size" in reason or "nothing is" in reason
+    return False
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_when_the_budget_covers_the_context(tiny_model, ids, family: str) -> None:
+    model, prompt = tiny_model(family).cuda(), ids(150).cuda()
+    stock = model.generate(
+        prompt,
+        do_sample=False,
+        max_new_tokens=24,
+        min_new_tokens=24,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    ours, stats = decode(model, prompt, 24, prefetch="graph")
+    captured(stats)
+    assert torch.equal(ours.sequences, stock.sequences)
+    assert max((a - b).abs().max() for a, b in zip(ours.logits, stock.logits, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_captured_threaded_and_synchronous_give_the_same_tokens(tiny_model, ids, family: str, batch: int) -> None:
+    model, prompt = tiny_model(family).cuda(), ids(300, batch=batch).cuda()
+    outputs = []
+    for prefetch in ("graph", "thread", "none"):
+        out, stats = decode(model, prompt, 60, prefetch=prefetch, **SMALL)
+        assert not stats["fallbacks"]
+        outputs.append(out.sequences)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_half_precision_stays_close(tiny_model, ids, family: str) -> None:
+    model, prompt = tiny_model(family).to("cuda", torch.bfloat16), ids(300, batch=2).cuda()
+    (graph, stats), (thread, _) = (decode(model, prompt, 8, prefetch=way, **SMALL) for way in ("graph", "thread"))
+    assert captured(stats)
+    assert (graph.logits[0] - thread.logits[0]).abs().max() < 1e-6  # of the prefill
+    assert (graph.logits[1] - thread.logits[1]).abs().max() < 0.05 * thread.logits[1].abs().max()
+
+
+def test_compiled_layers_give_the_same_tokens(tiny_model, ids) -> None:
+    model, prompt = tiny_model("llama").cuda(), ids(300).cuda()
+    graph, _ = decode(model, prompt, 40, prefetch="graph", **SMALL)
+    compiled, stats = decode(model, prompt, 40, prefetch="graph", compile=True, **SMALL)
+    assert captured(stats)
+    assert torch.equal(graph.sequences, compiled.sequences)
+
+
+def test_beams_go_by_the_thread(tiny_model, ids) -> None:
+    model, prompt = tiny_model("llama").cuda(), ids(200).cuda()
+    outputs = []
+    for prefetch in ("graph", "thread"):
+        with attach(model, OffloadConfig(prefetch=prefetch, **SMALL)) as engine:
+            outputs.append(model.generate(prompt, do_sample=False, num_beams=3, max_new_tokens=20))
+    assert torch.equal(*outputs)
+    assert engine.stats.fallbacks == {}
+
+
+@torch.no_grad()
+def test_many_tokens_with_integrity_checks(tiny_model, ids) -> None:
+    """10,000 tokens, across the growth of the room, the host looking at everything every 500 of them."""
+    model = tiny_model("llama", max_position_embeddings=20000).cuda()
+    with attach(model, OffloadConfig(prefetch="graph", **SMALL)) as engine:
+        cache = engine.new_cache()
+        token = model(ids(300, batch=2).cuda(), past_key_values=cache).logits[:, -1:].argmax(-1)
+        for step in range(10_000):
+            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            if step % 500 == 499:
+                cache.check_integrity()
+        assert cache.get_seq_length() == 10_300
+        assert not engine.stats.fallbacks
+        assert engine.stats.steps == 10_000
+
+
+@torch.no_grad()
+def test_random_delays_on_both_streams_change_nothing(tiny_model, ids, monkeypatch) -> None:
+    model, prompt = tiny_model("llama").cuda(), ids(300).cuda()
+    generator = torch.Generator().manual_seed(0)
+    attend, aside = DeviceStep.attend, device_step.Shared.aside
+
+    def sleep() -> None:
+        torch.cuda._sleep(int(torch.randint(1_000_000, (1,), generator=generator)))
+
+    def slow_attend(self, *args):
+        sleep()
+        out = attend(self, *args)
+        sleep()
+        return out
+
+    def slow_aside(self, held):
+        context = aside(self, held)
+        enter = context.__enter__
+        context.__enter__ = lambda: (enter(), sleep())
+        return context
+
+    def run() -> Tensor:
+        with attach(model, OffloadConfig(prefetch="graph", **SMALL)) as engine:
+            cache = engine.new_cache()
+            out = [model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)]
+            for step in range(120):
+                out.append(model(out[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+                if step % 30 == 29:  # leaves: other delays are captured
+                    cache.check_integrity()
+            return torch.cat(out, 1)
+
+    plain = run()
+    monkeypatch.setattr(DeviceStep, "attend", slow_attend)
+    monkeypatch.setattr(device_step.Shared, "aside", slow_aside)
+    assert torch.equal(run(), plain)
+
+
+def test_a_model_that_asks_the_host_goes_by_the_thread(tiny_model, ids, monkeypatch) -> None:
+    model, prompt = tiny_model("llama").cuda(), ids(300).cuda()
+    thread, _ = decode(model, prompt, 20, **SMALL)
+    mlp = type(model.model.layers[0].mlp)
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: forward(self, x) * float(x.abs().max() > -1))
+    graph, stats = decode(model, prompt, 20, prefetch="graph", **SMALL)
+    assert torch.equal(graph.sequences, thread.sequences)
+    (reason,) = stats["fallbacks"]
+    assert "LlamaForCausalLM can't be captured" in reason
+
+
+def test_the_shortest_loop_gives_the_same_tokens(tiny_model, ids) -> None:
+    model, prompt = tiny_model("llama").cuda(), ids(300, batch=2).cuda()
+    wanted, _ = decode(model, prompt, 50, **SMALL)
+    with attach(model, OffloadConfig(prefetch="graph", **SMALL)) as engine:
+        found = engine.generate(prompt, max_new_tokens=50, eos_token_id=[])
+        assert not engine.stats.fallbacks
+    assert torch.equal(found, wanted.sequences)
+
+
+@pytest.mark.timeout(600)
+def test_prediction_earns_its_place(earned_place) -> None:
+    """100 answers a cell of the pocket model, in captured steps."""
+    earned_place(answers=100, device="cuda", spare=0, ahead=0.95, prefetch="graph")

@@ -1,0 +1,183 @@
+"""Steps without the host: the same tokens as with the prefetch thread. Kernels are emulated here, captured on a GPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from emulated import emulated_gpu
+from torch import Tensor
+
+from attention_predictor import OffloadConfig, attach
+from attention_predictor.offload import engine as engine_module
+from attention_predictor.offload.cache import TieredCache
+from attention_predictor.offload.graph import Graphed
+from attention_predictor.predictor.errors import ConfigError
+
+SETTINGS = {"budget": 96, "sink": 32, "recent": 32, "slab_blocks": 4}
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device steps on the CPU, by the emulated GPU's kernels; all else as on a CPU."""
+    run = Graphed.run
+
+    def emulated_run(self: Graphed, cache: TieredCache, kwargs: dict) -> object:
+        with emulated_gpu():
+            return run(self, cache, kwargs)
+
+    monkeypatch.setattr(Graphed, "run", emulated_run)
+    monkeypatch.setattr(engine_module, "why_not", lambda cache, mask, graphed: None)
+    monkeypatch.setattr("attention_predictor.offload.graph.GROWTH", 128)
+
+
+def decode(model, prompt: Tensor, steps: int, mask: Tensor | None = None, **settings: object) -> tuple[Tensor, object]:
+    with attach(model, OffloadConfig(**SETTINGS | settings)) as engine:
+        out = model.generate(
+            prompt, attention_mask=mask, do_sample=False, max_new_tokens=steps, min_new_tokens=steps, pad_token_id=0
+        )
+        return out, engine.stats.to_dict()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_same_tokens_and_fetches(emulated, tiny_model, ids, family: str) -> None:
+    """Across the room's growth (128 tokens here), with blocks that open and groups of the sketch that fill."""
+    model, prompt = tiny_model(family), ids(245)
+    thread, by_host = decode(model, prompt, 20)
+    graph, by_device = decode(model, prompt, 20, prefetch="graph")
+    assert torch.equal(graph, thread)
+    assert by_device["fallbacks"] == {}
+    for name in ("steps", "ahead_bytes", "late_bytes", "hit_rate"):
+        assert by_device[name] == pytest.approx(by_host[name], rel=0.05), name
+
+
+def test_budget_beyond_the_context_is_the_stock_model(emulated, tiny_model, ids) -> None:
+    model, prompt = tiny_model("llama"), ids(100)
+    stock = model.generate(prompt, do_sample=False, max_new_tokens=12, min_new_tokens=12, pad_token_id=0)
+    assert torch.equal(decode(model, prompt, 12, prefetch="graph", budget=1024)[0], stock)
+
+
+def test_left_padding(emulated, tiny_model, ids) -> None:
+    model, prompt = tiny_model("llama"), ids(200, batch=2)
+    mask = torch.ones_like(prompt)
+    mask[1, :37] = 0
+    thread, _ = decode(model, prompt, 8, mask)
+    graph, stats = decode(model, prompt, 8, mask, prefetch="graph")
+    assert torch.equal(graph, thread)
+    assert stats["fallbacks"] == {}
+
+
+def test_the_host_takes_the_cache_back(emulated, tiny_model, ids) -> None:
+    """Steps, then a turn of several tokens, a crop, a copy, integrity checks; and steps again."""
+    model, prompt = tiny_model("llama"), ids(230)
+    outputs = []
+    for prefetch in ("thread", "graph"):
+        with attach(model, OffloadConfig(**SETTINGS, prefetch=prefetch)) as engine, torch.no_grad():
+            cache, logits = engine.new_cache(), []
+
+            def step(cache, count: int, logits=logits) -> None:
+                for token in range(count):
+                    logits.append(model(prompt[:, token : token + 1], past_key_values=cache).logits)
+
+            model(prompt, past_key_values=cache)
+            step(cache, 5)
+            cache.check_integrity()
+            step(cache, 4)
+            twin = copy.deepcopy(cache)
+            model(prompt[:, :9], past_key_values=cache)
+            step(cache, 3)
+            cache.crop(-6)
+            step(cache, 3)
+            step(twin, 3)
+            for one in (cache, twin):
+                one.check_integrity()
+            assert cache.get_seq_length() == 230 + 5 + 4 + 9 + 3 - 6 + 3
+        outputs.append(torch.cat(logits, 1))
+    torch.testing.assert_close(outputs[1], outputs[0], atol=2e-4, rtol=1e-3)
+
+
+def test_interrupted_steps_make_the_cache_unusable(emulated, tiny_model, ids, monkeypatch) -> None:
+    model, prompt = tiny_model("llama"), ids(150)
+    with attach(model, OffloadConfig(**SETTINGS, prefetch="graph")) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(prompt, past_key_values=cache)
+        model(prompt[:, :1], past_key_values=cache)
+        layer = cache.layers[1]
+        monkeypatch.setattr(layer.device_step, "attend", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt[:, :1], past_key_values=cache)
+        monkeypatch.undo()
+        with pytest.raises(Exception, match="did not reach the attention function"):
+            model(prompt[:, :1], past_key_values=cache)
+
+
+def test_what_cannot_be_captured_says_so_once(tiny_model, ids) -> None:
+    model, prompt = tiny_model("llama"), ids(150)
+    thread, _ = decode(model, prompt, 6)
+    graph, stats = decode(model, prompt, 6, prefetch="graph")
+    assert torch.equal(graph, thread)
+    assert next(iter(stats["fallbacks"])).startswith("the prefetch thread in place of captured steps: they need a CUDA")
+
+
+def test_detaching_gives_the_forward_back(tiny_model, ids) -> None:
+    model = tiny_model("llama")
+    before = dict(vars(model))
+    engine = attach(model, OffloadConfig(**SETTINGS, prefetch="graph"))
+    assert "forward" in vars(model)
+    engine.detach()
+    assert vars(model).keys() == before.keys()
+    assert model.forward == type(model).forward.__get__(model)
+
+
+class TestEngineGenerate:
+    @pytest.mark.parametrize("prefetch", ["thread", "none"])
+    def test_greedy_is_what_transformers_gives(self, tiny_model, ids, prefetch: str) -> None:
+        model, prompt = tiny_model("llama"), ids(150)
+        wanted, _ = decode(model, prompt, 10)
+        with attach(model, OffloadConfig(**SETTINGS, prefetch=prefetch)) as engine:
+            assert torch.equal(engine.generate(prompt, max_new_tokens=10, eos_token_id=[]), wanted)
+            chunked = engine.generate(prompt, max_new_tokens=10, eos_token_id=[], prefill_chunk_size=64)
+            assert torch.equal(chunked, wanted)
+
+    def test_sequences_end(self, tiny_model, ids) -> None:
+        model, prompt = tiny_model("llama"), ids(120, batch=2)
+        mask = torch.ones_like(prompt)
+        mask[1, :20] = 0
+        with attach(model, OffloadConfig(**SETTINGS)) as engine:
+            free = engine.generate(prompt, max_new_tokens=40, attention_mask=mask, eos_token_id=[])[:, 120:]
+            end = int(free[0, 5])
+            found = engine.generate(prompt, max_new_tokens=40, attention_mask=mask, eos_token_id=end, pad_token_id=0)
+        for row, whole in zip(found[:, 120:], free, strict=True):
+            length = next((i + 1 for i, token in enumerate(whole.tolist()) if token == end), 40)
+            assert torch.equal(row[:length], whole[:length])
+            assert not row[length:].any()
+
+    def test_sampling(self, tiny_model, ids) -> None:
+        model, prompt = tiny_model("llama"), ids(80)
+        with attach(model, OffloadConfig(**SETTINGS)) as engine:
+            one, same, other = (
+                engine.generate(prompt, max_new_tokens=12, temperature=1.5, top_k=20, top_p=0.9, seed=seed)
+                for seed in (1, 1, 2)
+            )
+            sure = engine.generate(prompt, max_new_tokens=12, temperature=1.5, top_k=1)
+            greedy = engine.generate(prompt, max_new_tokens=12)
+        assert torch.equal(one, same)
+        assert not torch.equal(one, other)
+        assert torch.equal(sure, greedy)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"max_new_tokens": 0}, "max_new_tokens=0 is not allowed: expected at least 1"),
+            ({"max_new_tokens": 1, "temperature": -1.0}, "temperature=-1.0 is not allowed: expected 0 or more"),
+            ({"max_new_tokens": 1, "top_p": 0.0}, "top_p=0.0 is not allowed"),
+            ({"max_new_tokens": 1, "attention_mask": torch.ones(1, 3)}, r"attention_mask is \[1, 3\], input_ids"),
+        ],
+    )
+    def test_bad_arguments(self, tiny_model, ids, arguments: dict, message: str) -> None:
+        with (
+            attach(tiny_model("llama"), OffloadConfig(**SETTINGS)) as engine,
+            pytest.raises(ConfigError, match=message),
+        ):
+            engine.generate(ids(40), **arguments)
