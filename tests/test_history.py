@@ -88,6 +88,12 @@ class HistoryMachine(RuleBasedStateMachine):
             self.history.push(row_BGN)
         self.take(row_BGN[:, :, None])
 
+    @rule(n_blocks=st.integers(0, 200))
+    @precondition(lambda self: hasattr(self, "history"))
+    def reserve(self, n_blocks: int) -> None:
+        self.history.reserve(n_blocks)
+        assert self.history.state_BGNC.shape[2] >= n_blocks
+
     @rule(share=st.floats(0, 1))
     @precondition(lambda self: hasattr(self, "history") and self.state is not None)
     def crop(self, share: float) -> None:
@@ -166,6 +172,21 @@ def test_memory_grows_in_chunks() -> None:
     assert history.nbytes == a_chunk
     history.push(make_rows(1, CHUNK_BLOCKS + 1)[:, :, 0])
     assert history.nbytes == 2 * a_chunk
+
+
+def test_room_that_was_reserved_is_kept() -> None:
+    history, other = make_history(FilterPredictor()), make_history(FilterPredictor())
+    for one in (history, other):
+        one.start(make_rows(3, 50))
+    history.reserve(200)
+    state_BGNC = history.state_BGNC
+    for more in range(20):
+        row_BGN = make_rows(1, 50 + 7 * more, seed=more)[:, :, 0]
+        history.push(row_BGN)
+        other.push(row_BGN)
+    assert history.state_BGNC is state_BGNC
+    assert torch.equal(history.state_BGNC[:, :, :192], other.state_BGNC)
+    history.check_integrity()
 
 
 def test_training_weights_leave_no_graph_behind() -> None:
