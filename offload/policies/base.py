@@ -6,16 +6,18 @@ blocks, Q queries, S slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attention_predictor.offload.dense import Chunk, ScoreRows, Terms, score_rows
 from attention_predictor.offload.sparse import SlotScores, SparseAttention, score_slots
+from attention_predictor.predictor.errors import IntegrityError
 
 if TYPE_CHECKING:
     from attention_predictor.offload.config import OffloadConfig
@@ -50,6 +52,42 @@ class LayerSpec:
 
     def __deepcopy__(self, memo: dict) -> LayerSpec:
         return self  # settings and shared weights: copies of a cache use the same
+
+
+class BlockValues:
+    """One number for each block, value_BGN on the device: what a policy remembers of a layer.
+
+    Always exchanged as a whole, never written into: tensors made under inference mode would not allow it later.
+    """
+
+    def __init__(self, spec: LayerSpec, fill: float | bool = 0.0) -> None:
+        dtype = torch.bool if isinstance(fill, bool) else torch.float32
+        self.fill = fill
+        self.value_BGN = torch.full((spec.batch, spec.kv_heads, 0), fill, dtype=dtype, device=spec.device)
+
+    @property
+    def n_blocks(self) -> int:
+        return self.value_BGN.shape[-1]
+
+    def grow(self, n_blocks: int, fill: float | bool | None = None) -> Tensor:
+        """At least so many blocks, new ones with ``fill`` (by default the one of the first blocks); the new value."""
+        more = max(n_blocks - self.n_blocks, 0)
+        self.value_BGN = F.pad(self.value_BGN, (0, more), value=self.fill if fill is None else fill)
+        return self.value_BGN
+
+    def crop(self, n_blocks: int) -> None:
+        self.value_BGN = self.value_BGN[..., :n_blocks]
+
+    def index(self, batch_index: Tensor) -> None:
+        self.value_BGN = self.value_BGN[batch_index]
+
+    @property
+    def nbytes(self) -> int:
+        return self.value_BGN.nbytes
+
+    def check_integrity(self) -> None:
+        if bool(self.value_BGN.isnan().any()):
+            raise IntegrityError(f"values of {self.n_blocks} blocks: some are NaN")
 
 
 @dataclass
@@ -128,20 +166,40 @@ class Step:
         mask = torch.zeros((B, G, self.n_blocks + 1), dtype=torch.bool, device=self.block_BGS.device)
         return mask.scatter_(-1, self.block_BGS % (self.n_blocks + 1), True)[..., :-1]
 
+    @cached_property
+    def seen(self) -> ScoreRows:
+        """The row of this step over the blocks it attended to and normalised over them; zero at the others."""
+        peak_BHS, sum_BHS = (torch.exp(part - self.attention.lse_BH[..., None]) for part in self.attention.scores)
+        B, G, _ = self.block_BGS.shape
+        zeros_BG1N = sum_BHS.new_zeros((B, G, 1, self.n_blocks + 1))
+        # Slots that took no part write to one column more, which is cut off.
+        index_BG1S = (self.block_BGS % (self.n_blocks + 1))[:, :, None]
+        return ScoreRows(
+            zeros_BG1N.scatter(-1, index_BG1S, peak_BHS.unflatten(1, (G, -1)).amax(2, keepdim=True))[..., :-1],
+            zeros_BG1N.scatter(-1, index_BG1S, sum_BHS.unflatten(1, (G, -1)).mean(2, keepdim=True))[..., :-1],
+        )
+
 
 class Policy:
     """Selects the blocks of one layer. A policy overrides what it needs; its name is its entry in the registry.
 
     ``selects`` says when: ``"ahead"`` for the next token, so that the fetch hides behind this one; ``"now"`` with the
-    current query, so that it can't; ``"all"`` attends to everything and selects nothing.
+    current query, so that it can't; ``"all"`` attends to everything and selects nothing. ``evicts`` says that a block
+    once left out is never selected again, by definition; the host store holds it all the same.
     """
 
     name: ClassVar[str]
     selects: ClassVar[When]
+    evicts: ClassVar[bool] = False
     prompt_rows: int = 0  # score rows of the last prompt queries it wants to see
 
     def __init__(self, spec: LayerSpec) -> None:
         self.spec = spec
+
+    @classmethod
+    def budget(cls, config: OffloadConfig, layer: int, n_layers: int) -> int:
+        """Tokens that a step may attend to in offloaded layer ``layer`` of ``n_layers``, both counted from 0."""
+        return config.budget
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -186,3 +244,30 @@ class Policy:
     def check_integrity(self) -> None:
         for part in self.parts.values():
             part.check_integrity()
+
+
+def newest_first(scores_BGN: Tensor, first: int) -> Tensor:
+    """The scores with the blocks from ``first`` on above all others, the newest highest."""
+    newer = max(scores_BGN.shape[-1] - first, 0)
+    if newer == 0:
+        return scores_BGN
+    top_BG1 = scores_BGN.amax(-1, keepdim=True).clamp_min(0)
+    place_N = torch.arange(1, newer + 1, device=scores_BGN.device)
+    return torch.cat([scores_BGN[..., :first], top_BG1 + place_N], -1)
+
+
+def share_budget(config: OffloadConfig, weights: Sequence[float]) -> list[int]:
+    """Budgets of layers, their sum exactly that of equal ones (in whole blocks).
+
+    Each gets sink, recent and one block; what is left of the sum goes by weight, rounded to blocks so that the largest
+    fractions are rounded up, and of equal ones those of the lower layers.
+    """
+    least = (config.sink + config.recent) // config.block_size + 1
+    free = len(weights) * (config.budget // config.block_size - least)
+    total = sum(weights)
+    exact = [free * (weight / total if total else 1 / len(weights)) for weight in weights]
+    blocks = [int(share) for share in exact]
+    by_fraction = sorted(range(len(weights)), key=lambda layer: blocks[layer] - exact[layer])
+    for layer in by_fraction[: free - sum(blocks)]:
+        blocks[layer] += 1
+    return [(least + more) * config.block_size for more in blocks]
