@@ -36,7 +36,7 @@ class Twin:
         self.selection = Selection.of(config)
         self.padding_B = torch.tensor([0, 21], device=device)
         self.generator = torch.Generator().manual_seed(length)
-        engine = SimpleNamespace(config=config, prefetcher=make_prefetcher("none", device), stats=Stats())
+        engine = SimpleNamespace(config=config, prefetcher=make_prefetcher("none", device), stats_kept=Stats())
         shape = {"batch": B, "kv_heads": G, "head_dim": D, "dtype": torch.float32, "device": self.device}
         self.by_host, other = Tiers(engine, 0, **shape), Tiers(engine, 0, **shape)
         keys, values = self.random(2, B, G, length, D)
