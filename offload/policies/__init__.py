@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from attention_predictor.offload.policies.base import LayerSpec, Policy, Step
+from attention_predictor.offload.policies.cake import CAKE
 from attention_predictor.offload.policies.full import Full
+from attention_predictor.offload.policies.h2o import H2O
+from attention_predictor.offload.policies.lazy_eviction import LazyEviction
 from attention_predictor.offload.policies.oracle import Oracle
 from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.offload.policies.pyramidkv import PyramidKV
 from attention_predictor.offload.policies.quest import Quest, QuestAhead
+from attention_predictor.offload.policies.snapkv import SnapKV
 from attention_predictor.offload.policies.streaming import Streaming
 from attention_predictor.predictor.errors import ConfigError
 
@@ -33,7 +38,7 @@ def policy_class(name: str) -> type[Policy]:
     return _REGISTRY[name]
 
 
-for _policy in (Full, Streaming, Quest, QuestAhead, Predictor, Oracle):
+for _policy in (Full, Streaming, Quest, QuestAhead, Predictor, Oracle, H2O, SnapKV, PyramidKV, CAKE, LazyEviction):
     register(_policy)
 
 __all__ = ["LayerSpec", "Policy", "Step", "policy_class", "policy_names", "register"]

@@ -1,4 +1,9 @@
-"""Quest (Tang et al., ICML 2024, section 3.3): an upper bound on each block's logits from its keys' extremes.
+"""Quest (Tang et al., ICML 2024, arXiv 2406.10774, section 3.3): an upper bound on each block's logits from its keys.
+
+As in the paper: pages of 16 tokens (``block_size``), each judged by the smallest and largest element of its keys in
+every channel, the best taken with the current query. Its first two layers attend to everything: ``skip_layers=(0, 1)``
+does that. Adapted: query heads that share a KV head share its pages, chosen by the largest of their bounds; sink and
+recent are always among them.
 
 Suffixes: B sequences, G KV heads, H query heads, M query heads of a KV head, Q queries, T tokens, D head size, N
 blocks.

@@ -1,0 +1,503 @@
+"""What defines each baseline, on constructed cases; family by family, test_contracts.py takes them up by name."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_contracts import (
+    beams,
+    chunked_prefill,
+    deep_copied_prefix,
+    inference_mode,
+    left_padded_batch,
+    next_turn,
+    one_token_prompt,
+    prompt_lookup,
+)
+
+from attention_predictor import OffloadConfig, attach
+from attention_predictor.offload.dense import ScoreRows
+from attention_predictor.offload.policies import LayerSpec, policy_class, policy_names
+from attention_predictor.offload.policies.base import BlockValues, newest_first, share_budget
+from attention_predictor.offload.policies.cake import layer_shares, preference
+from attention_predictor.offload.policies.snapkv import pooled
+from attention_predictor.offload.selection import NEVER, Selection
+from attention_predictor.predictor.errors import IntegrityError
+
+BASELINES = ("h2o", "snapkv", "pyramidkv", "cake", "lazy-eviction")
+EVICTING = ("h2o", "lazy-eviction")
+SMALL = {"budget": 96, "sink": 16, "recent": 16}
+B, G, H, D = 2, 2, 4, 8
+
+
+def make(policy: str, **changes):
+    config = OffloadConfig(**(SMALL | {"policy": policy} | changes))
+    return policy_class(policy)(LayerSpec(config, None, B, G, D, torch.float32, torch.device("cpu")))
+
+
+def rows(scores_QN: torch.Tensor) -> ScoreRows:
+    """The same rows for all sequences and heads, peak and mass alike."""
+    scores_BGQN = scores_QN.float().expand(B, G, *scores_QN.shape)
+    return ScoreRows(scores_BGQN, scores_BGQN)
+
+
+def wanted(policy, length: int) -> set[int]:
+    """The blocks that every sequence and head selects for the step at ``length`` tokens."""
+    scores_BGN = policy.score_next(length)
+    selection = Selection.of(policy.spec.config)
+    found = {
+        frozenset(row)
+        for row in selection.wanted(scores_BGN, length, torch.zeros(B, dtype=torch.int64), G).flatten(0, 1).tolist()
+    }
+    (blocks,) = found
+    return set(blocks) - {-1}
+
+
+def observing(monkeypatch, policy: str) -> list:
+    """Pairs of a policy and each step that it observes."""
+    seen, kind = [], policy_class(policy)
+    observe = kind.observe
+    monkeypatch.setattr(kind, "observe", lambda self, step: (observe(self, step), seen.append((self, step))))
+    return seen
+
+
+@torch.no_grad()
+def decode(model, prompt, policy, steps=40, **changes):
+    """A prompt and some greedy steps behind it; the cache and the tokens fed."""
+    with attach(model, OffloadConfig(**(SMALL | {"policy": policy} | changes))) as engine:
+        cache = engine.new_cache()
+        tokens = [model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)]
+        for _ in range(steps):
+            tokens.append(model(tokens[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+        cache.check_integrity()
+    return cache, torch.cat([prompt, *tokens[:-1]], 1)
+
+
+def attention_mass(model, tokens) -> list[torch.Tensor]:
+    """The stock model's attention by layer, summed by block and averaged over the heads of a KV head, [B, G, Q, N]."""
+    with torch.no_grad():
+        attentions = model(tokens, output_attentions=True).attentions
+    blocks = (F.pad(one, (0, -one.shape[-1] % 16)).unflatten(-1, (-1, 16)).sum(-1) for one in attentions)
+    return [one.unflatten(1, (G, -1)).mean(2) for one in blocks]
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", BASELINES)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        beams,
+        left_padded_batch,
+        chunked_prefill,
+        next_turn,
+        deep_copied_prefix,
+        prompt_lookup,
+        one_token_prompt,
+        inference_mode,
+    ],
+)
+def test_modes(tiny_model, ids, mode, policy):
+    """The stock model's tokens where the budget covers the context; else the same tokens, threaded or not."""
+    model, prompt = tiny_model("llama"), ids(150)
+    with attach(model, OffloadConfig(policy=policy)):
+        ours = mode(model, prompt)
+    assert torch.equal(ours, mode(model, prompt))
+    sparse = []
+    for prefetch in ("thread", "none"):
+        with attach(model, OffloadConfig(policy=policy, budget=64, sink=16, recent=16, prefetch=prefetch)):
+            sparse.append(mode(model, prompt))
+    assert torch.equal(*sparse)
+
+
+@pytest.mark.parametrize("policy", BASELINES)
+def test_a_step_reads_no_more_than_its_budget(tiny_model, ids, monkeypatch, policy):
+    seen = observing(monkeypatch, policy)
+    decode(tiny_model(), ids(300, batch=2), policy)
+    assert len(seen) == 2 * 40
+    assert all(int(step.attended_BGN.sum(-1).max()) <= 96 // 16 for _, step in seen)
+
+
+def test_those_that_evict_say_so(tiny_model, ids):
+    assert {name for name in policy_names() if policy_class(name).evicts} == set(EVICTING)
+    for policy in EVICTING:
+        cache, _ = decode(tiny_model(), ids(100), policy, steps=2)
+        assert "evicted" in cache.layers[0].engine.stats.device_kv_parts()
+
+
+@pytest.mark.parametrize("policy", EVICTING)
+def test_what_is_evicted_never_comes_back(tiny_model, ids, monkeypatch, policy):
+    seen = observing(monkeypatch, policy)
+    decode(tiny_model(num_hidden_layers=1), ids(200, batch=2), policy, steps=150)
+    attended = [step.attended_BGN for _, step in seen]
+    left = 0
+    for before, after in itertools.pairwise(attended):
+        gone = ~before
+        assert not (after[..., : before.shape[-1]] & gone).any()
+        left += int((~after[..., : before.shape[-1]] & before).sum())
+    assert left > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", EVICTING)
+def test_a_further_turn_brings_nothing_back(tiny_model, ids, monkeypatch, policy):
+    seen = observing(monkeypatch, policy)
+    model, prompt = tiny_model(num_hidden_layers=1), ids(300)
+    with attach(model, OffloadConfig(**(SMALL | {"policy": policy}))) as engine:
+        cache = engine.new_cache()
+        model(prompt, past_key_values=cache)
+        for turn in (prompt[:, :1], prompt[:, :20], prompt[:, :1], prompt[:, :1]):
+            model(turn, past_key_values=cache)
+            cache.check_integrity()
+    first, *later = (step.attended_BGN for _, step in seen)
+    assert len(later) == 2
+    for attended in later:
+        assert not (attended[..., : first.shape[-1]] & ~first).any()
+
+
+def test_what_a_step_has_seen(tiny_model, ids, monkeypatch):
+    """The exact row, where a step attends to everything; normalised over what it attends to, where not."""
+    for budget in (1024, 96):
+        seen = observing(monkeypatch, "h2o")
+        decode(tiny_model(num_hidden_layers=1), ids(300, batch=2), "h2o", steps=3, budget=budget)
+        for _, step in seen:
+            for ours, exact in zip(step.seen, step.exact, strict=True):
+                assert ours.shape == exact.shape
+                if budget == 1024:
+                    assert (ours - exact).abs().max() < 1e-5
+                else:
+                    assert (ours[:, :, 0][~step.attended_BGN] == 0).all()
+                    assert (ours[:, :, 0][step.attended_BGN] >= exact[:, :, 0][step.attended_BGN] - 1e-6).all()
+            assert (step.seen.mass_BGQN.sum(-1) - 1).abs().max() < 1e-5
+        monkeypatch.undo()
+
+
+class TestBlockValues:
+    spec = LayerSpec(OffloadConfig(), None, B, G, D, torch.float32, torch.device("cpu"))
+
+    def test_follow_their_sequences(self):
+        values = BlockValues(self.spec)
+        assert values.grow(3).tolist() == [[[0.0] * 3] * G] * B
+        values.value_BGN = values.value_BGN + torch.arange(B)[:, None, None]
+        assert values.grow(5, fill=7).shape == (B, G, 5)
+        values.index(torch.tensor([1, 1, 0]))
+        assert values.value_BGN[:, 0].tolist() == [[1, 1, 1, 7, 7], [1, 1, 1, 7, 7], [0, 0, 0, 7, 7]]
+        assert values.nbytes == 3 * G * 5 * 4
+        values.crop(2)
+        assert values.n_blocks == values.grow(1).shape[-1] == 2
+        values.check_integrity()
+
+    def test_truth_values(self):
+        values = BlockValues(self.spec, False)
+        assert values.grow(4).dtype == torch.bool
+        assert not values.value_BGN.any()
+        values.check_integrity()
+
+    def test_nan_is_found(self):
+        values = BlockValues(self.spec, math.nan)
+        values.grow(2)
+        with pytest.raises(IntegrityError, match="2 blocks: some are NaN"):
+            values.check_integrity()
+
+    def test_copies_are_apart(self):
+        with torch.inference_mode():
+            values = BlockValues(self.spec)
+            values.grow(2)
+            twin = copy.deepcopy(values)
+        twin.value_BGN = twin.grow(3) + 1
+        assert values.grow(2).sum() == 0
+
+
+def test_newest_first():
+    scores = torch.tensor([[[0.5, NEVER, 3.0, 0.1, 0.2]]])
+    order = newest_first(scores, 3)[0, 0].argsort(descending=True).tolist()
+    assert order == [4, 3, 2, 0, 1]
+    assert torch.equal(newest_first(scores, 5), scores)
+    assert newest_first(torch.full((1, 1, 3), NEVER), 1)[0, 0].tolist() == [NEVER, 1.0, 2.0]
+
+
+# ---- H2O -------------------------------------------------------------------------------------------------------------
+
+
+def test_h2o_accumulates_all_attention(tiny_model, ids):
+    """Over the whole of a prompt and all steps, where nothing is evicted: the column sums of the attention map."""
+    model = tiny_model()
+    cache, tokens = decode(model, ids(150, batch=2), "h2o", steps=20, budget=1024)
+    for layer, mass_BGQN in zip(cache.layers, attention_mass(model, tokens), strict=True):
+        assert (layer.policy.attention.value_BGN - mass_BGQN.sum(2)).abs().max() < 1e-3
+        assert not layer.policy.evicted.value_BGN.any()
+
+
+def test_h2o_accumulates_over_chunks(tiny_model, ids, monkeypatch):
+    monkeypatch.setattr(policy_class("h2o"), "prompt_rows", 40)
+    model, prompt = tiny_model(), ids(150)
+    with torch.no_grad(), attach(model, OffloadConfig(policy="h2o")) as engine:
+        cache = engine.new_cache()
+        for chunk in prompt.split(40, dim=1):
+            model(chunk, past_key_values=cache)
+    for layer, mass_BGQN in zip(cache.layers, attention_mass(model, prompt), strict=True):
+        assert (layer.policy.attention.value_BGN - mass_BGQN.sum(2)).abs().max() < 1e-3
+
+
+def test_h2o_keeps_the_newest_half_and_the_heavy_hitters():
+    """320 tokens and a budget of 6 blocks: sink, the newest 48 tokens' 4 blocks at most, the heaviest of the rest."""
+    policy = make("h2o")
+    early, recent_look = torch.zeros(20), torch.zeros(20)
+    early[5], recent_look[9] = 0.9, 0.8
+    policy.observe_rows(rows(torch.stack([early] * 3 + [recent_look])))
+    # Block 9 is what the last query looks at; block 5 has had more attention in all.
+    assert wanted(policy, 320) == {0, 5, 16, 17, 18, 19} - {16} | {9}
+    assert wanted(policy, 321) == {0, 5, 17, 18, 19, 20}
+
+
+# ---- SnapKV ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    blocks=st.integers(1, 12),
+    kernel=st.sampled_from([1, 3, 5, 7, 15]),
+    block_size=st.sampled_from([8, 16, 32]),
+    seed=st.integers(0, 99),
+)
+def test_pooled_is_average_pooling_over_tokens(blocks, kernel, block_size, seed):
+    torch.manual_seed(seed)
+    sums = torch.rand(2, 3, blocks)
+    tokens = (sums / block_size).repeat_interleave(block_size, -1)
+    true = F.avg_pool1d(tokens, kernel, stride=1, padding=kernel // 2).unflatten(-1, (blocks, block_size)).sum(-1)
+    assert (pooled(sums, kernel, block_size) - true).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [300, 100])
+def test_snapkv_votes_are_the_windows(tiny_model, ids, chunk):
+    model, prompt = tiny_model(), ids(300, batch=2)
+    with torch.no_grad(), attach(model, OffloadConfig(**(SMALL | {"policy": "snapkv"}))) as engine:
+        cache = engine.new_cache()
+        for part in prompt.split(chunk, dim=1):
+            model(part, past_key_values=cache)
+    for layer, mass_BGQN in zip(cache.layers, attention_mass(model, prompt), strict=True):
+        votes_BGN = mass_BGQN[:, :, -32:].mean(2)
+        assert (layer.policy.votes.value_BGN - pooled(votes_BGN, 5, 16)).abs().max() < 1e-4
+
+
+def test_snapkv_a_short_last_chunk_has_its_share_of_the_window():
+    policy, votes = make("snapkv"), torch.rand(40, 20)
+    policy.observe_rows(rows(votes[:32]))
+    policy.observe_rows(rows(votes[32:]))
+    expected = 0.75 * votes[:32].mean(0) + 0.25 * votes[32:].mean(0)
+    assert (policy.votes.value_BGN - pooled(expected.expand(B, G, 20), 5, 16)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "cake"])
+def test_static_selection(tiny_model, ids, monkeypatch, policy):
+    """Decoding changes no vote; blocks of the prompt only ever leave, those with the fewest votes first."""
+    seen = observing(monkeypatch, policy)
+    cache, _ = decode(tiny_model(num_hidden_layers=1), ids(320), policy, steps=80, budget=160)
+    votes_GN = cache.layers[0].policy.votes.value_BGN[0]
+    assert votes_GN.shape == (G, 20)
+    before = [set(range(18))] * G
+    for policy_object, step in seen:
+        assert torch.equal(policy_object.votes.value_BGN[0], votes_GN)
+        newest = min(step.n_blocks - 2, 20)  # recent tokens, and all that has been generated
+        for head in range(G):
+            best = votes_GN[head, 1:newest].topk(10 - 1 - (step.n_blocks - newest)).indices + 1
+            kept = set(step.attended_BGN[0, head].nonzero().flatten().tolist())
+            assert kept == {0} | set(best.tolist()) | set(range(newest, step.n_blocks))
+            assert kept & set(range(18)) <= before[head]
+            before[head] = kept & set(range(18))
+    assert len(before[0]) < len(seen[0][1].attended_BGN[0, 0, :18].nonzero())
+
+
+# ---- PyramidKV -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    n_layers=st.integers(1, 80),
+    free=st.integers(0, 300),
+    sink=st.integers(0, 4),
+    recent=st.integers(0, 4),
+    odd=st.integers(0, 15),
+)
+def test_pyramid_budgets(n_layers, free, sink, recent, odd):
+    """The total is exactly that of equal budgets, no layer has more than the one below, each has the least it needs."""
+    least = 16 * (sink + recent + 1)
+    config = OffloadConfig(budget=least + 16 * free + odd, sink=16 * sink, recent=16 * recent)
+    budgets = [policy_class("pyramidkv").budget(config, layer, n_layers) for layer in range(n_layers)]
+    assert sum(budgets) == n_layers * (least + 16 * free)
+    assert all(budget % 16 == 0 and budget >= least for budget in budgets)
+    assert all(below >= above for below, above in itertools.pairwise(budgets))
+
+
+def test_pyramid_falls_by_equal_steps_to_a_twentieth():
+    config = OffloadConfig(budget=16 * (9 + 400))  # 400 blocks free in each layer
+    budgets = [policy_class("pyramidkv").budget(config, layer, 39) for layer in range(39)]
+    free = [budget // 16 - 9 for budget in budgets]
+    assert free == [780 - 20 * layer for layer in range(39)]
+    assert free[-1] == 400 / 20
+    assert policy_class("pyramidkv").prompt_rows == 8
+
+
+def test_other_policies_have_equal_budgets():
+    for name in policy_names():
+        if name != "pyramidkv":
+            assert policy_class(name).budget(OffloadConfig(budget=512), 3, 8) == 512
+
+
+def test_share_budget_by_any_weights():
+    config = OffloadConfig(budget=160, sink=16, recent=16)  # 3 blocks at least, 7 to share a layer
+    assert share_budget(config, [0.0, 0.0, 0.0]) == [160] * 3
+    assert share_budget(config, [1.0, 0.0]) == [48 + 14 * 16, 48]
+    assert share_budget(config, [1.0, 1.0, 1.0, 4.0]) == [48 + 16 * more for more in (4, 4, 4, 16)]
+    assert share_budget(config, [2.0, 1.0]) == [48 + 9 * 16, 48 + 5 * 16]
+
+
+# ---- CAKE ------------------------------------------------------------------------------------------------------------
+
+
+def test_cake_prefers_what_is_looked_at_now_and_then():
+    """Of two blocks with the same mean attention, the one that has it at once."""
+    steady, sudden = torch.full((32,), 0.01), torch.zeros(32)
+    sudden[20] = 0.32
+    mass_QN = torch.zeros(32, 20)
+    mass_QN[:, 4], mass_QN[:, 10] = steady, sudden
+    cake, snapkv = make("cake"), make("snapkv")
+    for policy in (cake, snapkv):
+        policy.observe_rows(rows(mass_QN))
+    votes = cake.votes.value_BGN[0, 0]
+    expected = mass_QN.mean(0) + 200 * mass_QN.var(0)
+    assert torch.allclose(votes, pooled(expected[None, None], 5, 16)[0, 0])
+    assert votes[10] > 10 * votes[4]
+    assert torch.isclose(*snapkv.votes.value_BGN[0, 0, [4, 10]])
+
+
+def test_cake_of_a_single_query_has_no_variance():
+    policy = make("cake")
+    policy.observe_rows(rows(torch.rand(1, 20)))
+    policy.check_integrity()
+
+
+def test_cake_shares_equal_their_definition():
+    torch.manual_seed(0)
+    layers = [torch.rand(B, G, 32, 25).softmax(-1) ** power for power in (1, 2, 4)]
+    for tau1, tau2 in ((1.0, 1.0), (1.6, 0.4)):
+        preferences = []
+        for mass_BGQN in layers:
+            one = []
+            for sequence in mass_BGQN.double():
+                entropy = -sum(p * math.log(p) for p in sequence.flatten().tolist())
+                columns = sequence.transpose(1, 2).reshape(-1, 32).tolist()
+                shift = sum(sum((p - sum(c) / 32) ** 2 for p in c) / 31 for c in columns)
+                one.append(entropy ** (1 / tau1) * shift ** (1 / tau2))
+            preferences.append(one)
+        expected = torch.tensor(preferences) / torch.tensor(preferences).sum(0)
+        shares = layer_shares(layers, tau1, tau2)
+        assert shares.shape == (3, B)
+        assert torch.allclose(shares, expected, rtol=1e-3)
+        assert torch.allclose(shares.sum(0), torch.ones(B))
+    assert torch.allclose(layer_shares([layers[0]] * 4), torch.full((4, B), 0.25))
+
+
+def test_cake_wants_room_where_attention_is_spread_and_shifts():
+    concentrated, spread = torch.zeros(1, 1, 32, 20), torch.full((1, 1, 32, 20), 0.05)
+    concentrated[..., 3] = 1.0
+    moving = torch.eye(20).repeat(2, 1)[None, None, :32]
+    assert preference(concentrated) == 0  # no entropy, no shift
+    assert preference(spread) < 1e-6  # it never shifts
+    assert preference(0.5 * spread + 0.5 * moving) > preference(0.9 * spread + 0.1 * moving) > 0
+
+
+# ---- LazyEviction ----------------------------------------------------------------------------------------------------
+
+
+def lazily(steps_SN: torch.Tensor, **changes):
+    policy = make("lazy-eviction", **changes)
+    policy.observe_rows(rows(steps_SN))
+    return policy
+
+
+def test_lazy_eviction_keeps_what_recurs():
+    """A block that is looked at every 12th query, 11 queries ago for the last time, beside one that had more in all.
+
+    H2O drops it for the steady trickle to other blocks, and so does whoever looks at the last row alone.
+    """
+    attention_QN = torch.zeros(60, 30)
+    attention_QN[:, 10:20] = 4e-4  # below α, and in sum above what block 5 has had
+    attention_QN[::12, 5] = 4e-3
+    lazy, h2o, last = lazily(attention_QN), make("h2o"), make("snapkv")
+    h2o.observe_rows(rows(attention_QN))
+    last.observe_rows(rows(attention_QN[-1:]))
+    assert attention_QN[:, 10].sum() > attention_QN[:, 5].sum()
+    assert 5 in wanted(lazy, 480)
+    assert 5 not in wanted(h2o, 480)
+    assert 5 not in wanted(last, 480)
+
+
+def test_lazy_eviction_drops_what_is_overdue():
+    """Two blocks of the same interval: the one that should have come back long ago goes first."""
+    attention_QN = torch.zeros(80, 30)
+    attention_QN[0:80:8, 5] = attention_QN[0:40:8, 7] = 0.01
+    policy = lazily(attention_QN)
+    importance = policy.importance()[0, 0]
+    assert importance[5] > importance[7] > importance[9] == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), steps=st.integers(1, 60))
+def test_lazy_eviction_importance_equals_its_definition(seed, steps):
+    torch.manual_seed(seed)
+    attention_QN = torch.rand(steps, 12) * 1e-3 * (torch.rand(steps, 12) < 0.3)
+    policy = lazily(attention_QN[:1])
+    for row in attention_QN[1:]:
+        policy.observe_rows(rows(row[None]))
+    for block in range(12):
+        last, longest = 0, 0
+        for step, value in enumerate(attention_QN[:, block].tolist(), 1):
+            if value >= 5e-4:
+                longest, last = max(longest, step - last), step
+        expected = 0.0
+        if longest:
+            overdue, often = (steps - last) / longest, longest - 1
+            expected = 2 / (1 + math.exp(overdue)) + 2 / (1 + math.exp(often))
+        assert policy.importance()[0, 0, block].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_lazy_eviction_lags(tiny_model, ids, monkeypatch):
+    """Several blocks at a time, every 32 tokens; between times nothing leaves, and the budget holds throughout."""
+    seen = observing(monkeypatch, "lazy-eviction")
+    settings = {"budget": 192, "sink": 16, "recent": 32}
+    decode(tiny_model(num_hidden_layers=1), ids(300), "lazy-eviction", steps=150, **settings)
+    held = [step.attended_BGN.sum(-1) for _, step in seen]
+    assert max(int(one.max()) for one in held) == 192 // 16
+    left = [
+        int((before.attended_BGN & ~after.attended_BGN[..., : before.n_blocks]).sum(-1).max())
+        for (_, before), (_, after) in itertools.pairwise(seen)
+    ]
+    evictions = [number for number, blocks in enumerate(left) if blocks]
+    assert all(left[number] == 2 + 1 for number in evictions)
+    assert {after - before for before, after in itertools.pairwise(evictions)} == {48}
+
+
+def test_lazy_eviction_after_a_crop(tiny_model, ids):
+    """Cropped far behind what was evicted, it counts what is left and evicts anew."""
+    model = tiny_model(num_hidden_layers=1)
+    with torch.no_grad(), attach(model, OffloadConfig(**(SMALL | {"policy": "lazy-eviction"}))) as engine:
+        cache = engine.new_cache()
+        model(ids(300), past_key_values=cache)
+        policy = cache.layers[0].policy
+        for length in (250, 120, 40):
+            cache.crop(length - cache.get_seq_length())
+            assert policy.gone == int(policy.evicted.value_BGN.sum(-1).min())
+            for token in ids(40).split(1, dim=1):
+                model(token, past_key_values=cache)
+                cache.check_integrity()
+                assert int((~policy.evicted.value_BGN).sum(-1).max()) <= 96 // 16
