@@ -14,16 +14,17 @@ from torch import Tensor
 from attention_predictor.csrc import binding
 from attention_predictor.csrc.binding import ELEMENTS, address, call, check, threads
 
-MOST_TOKENS, MOST_HEAD_DIM = 64, 256  # of a block and of a head that the GPU's kernel has room for
-WARPS = 4  # of a thread block: slots taken at once
+MOST_HEAD_DIM = 256  # that the GPU's kernel has room for
+WARPS, HEADS = 4, 8  # of a thread block: warps, and query heads of a KV head
+MOST_SPLITS = 64  # thread blocks that share a row's slots
 
 
 class SparseDecode(ctypes.Structure):
     """As in attention.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "block", "real", "sinks")),
-        *((name, ctypes.c_void_p) for name in ("out", "peak", "sum", "lse", "partial")),
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "block", "real", "sinks", "length_1")),
+        *((name, ctypes.c_void_p) for name in ("out", "peak", "sum", "lse", "partial", "arrived")),
         *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "heads", "slots", "tokens", "head_dim")),
         *((name, ctypes.c_int64) for name in ("length", "splits", "element")),
         *((name, ctypes.c_double) for name in ("scaling", "softcap")),
@@ -32,11 +33,10 @@ class SparseDecode(ctypes.Structure):
 
 def fits(key_BGSTD: Tensor) -> bool:
     """Whether `sparse_decode` can read such a pool."""
-    T, D = key_BGSTD.shape[3:]
-    return key_BGSTD.dtype in ELEMENTS and T <= MOST_TOKENS and D <= MOST_HEAD_DIM and D % 8 == 0
+    D = key_BGSTD.shape[4]
+    return key_BGSTD.dtype in ELEMENTS and D <= MOST_HEAD_DIM and D % 8 == 0
 
 
-@torch.library.custom_op("attention_predictor::sparse_decode", mutates_args=())
 def sparse_decode(
     query_BHD: Tensor,
     key_BGSTD: Tensor,
@@ -47,64 +47,111 @@ def sparse_decode(
     sinks_H: Tensor | None,
     scaling: float,
     softcap: float,
+    length_1: Tensor | None = None,
+    arrived_BH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention of one new token over the tokens of the blocks in the slots.
 
+    As an operation of torch it is ``torch.ops.attention_predictor.sparse_decode``. Where nothing is traced it is called
+    without torch's dispatcher, which takes as long as all else on the way to the kernel.
+
     Args:
         query_BHD: Queries, in the dtype of the pool: fp32, fp16 or bf16.
-        key_BGSTD, value_BGSTD: The pool; without values scores are found alone.
+        key_BGSTD, value_BGSTD: The pool; without values scores are found alone, the same as with them, bit by bit.
         block_BGS: int64 block in each slot, -1 for one that takes no part.
-        length: Tokens of the sequence, the new one included.
+        length: Tokens of the sequence, the new one included; their most where ``length_1`` is given.
         real_BL: bool, False at padding, or ``None``.
         sinks_H: fp32 logit of one more softmax column without a value, or ``None``.
         scaling, softcap: Logits are softcap·tanh(scaling·q·k / softcap), or scaling·q·k for a softcap of 0.
+        length_1: int64 tokens of the sequence, on the device; ``None``: ``length``.
+        arrived_BH: int32 zeros, which are zeros again afterwards, for a GPU's thread blocks to count themselves. Whoever
+            calls again and again keeps them, for one call at a time; ``None``: made for this call.
 
     Returns:
         out_BHD in the dtype of the query; fp32 peak_BHS and sum_BHS, largest logit and log-sum-exp of each slot,
         ``-inf`` where none takes part; fp32 lse_BH of all logits, the sink included. Without values, the first and
-        the last are not filled.
+        the last have no elements.
+
+    Raises:
+        ValueError: An argument's shape, dtype, device or layout; which, what was expected and what was found.
     """
+    run = _operation if torch.compiler.is_compiling() else _sparse_decode
+    arguments = (query_BHD, key_BGSTD, value_BGSTD, block_BGS, length, real_BL, sinks_H, scaling, softcap)
+    return run(*arguments, length_1, arrived_BH)
+
+
+def _sparse_decode(
+    query_BHD: Tensor,
+    key_BGSTD: Tensor,
+    value_BGSTD: Tensor | None,
+    block_BGS: Tensor,
+    length: int,
+    real_BL: Tensor | None,
+    sinks_H: Tensor | None,
+    scaling: float,
+    softcap: float,
+    length_1: Tensor | None,
+    arrived_BH: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, G, S, T, D = key_BGSTD.shape
-    H = query_BHD.shape[1]
-    check("query_BHD", query_BHD, (B, H, D), key_BGSTD.dtype, key_BGSTD.device)
-    check("key_BGSTD", key_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, key_BGSTD.device)
-    check("block_BGS", block_BGS, (B, G, S), torch.int64, key_BGSTD.device)
+    H, dtype, device = query_BHD.shape[1], key_BGSTD.dtype, key_BGSTD.device
+    check("query_BHD", query_BHD, (B, H, D), dtype, device)
+    check("key_BGSTD", key_BGSTD, (B, G, S, T, D), dtype, device)
+    check("block_BGS", block_BGS, (B, G, S), torch.int64, device)
     if value_BGSTD is not None:
-        check("value_BGSTD", value_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, key_BGSTD.device)
+        check("value_BGSTD", value_BGSTD, (B, G, S, T, D), dtype, device)
     if real_BL is not None:
-        check("real_BL", real_BL, (B, length), torch.bool, key_BGSTD.device)
+        check("real_BL", real_BL, (B, length), torch.bool, device)
     if sinks_H is not None:
-        check("sinks_H", sinks_H, (H,), torch.float32, key_BGSTD.device)
+        check("sinks_H", sinks_H, (H,), torch.float32, device)
+    if length_1 is not None:
+        check("length_1", length_1, (1,), torch.int64, device)
+    if arrived_BH is not None:
+        check("arrived_BH", arrived_BH, (B, H), torch.int32, device)
     if H % G:
         raise ValueError(f"query_BHD has {H} heads, expected a multiple of the pool's {G} KV heads")
     if not fits(key_BGSTD):
         raise ValueError(
-            f"key_BGSTD is {key_BGSTD.dtype} with blocks of {T} tokens and a head size of {D}, expected fp32, fp16 or "
-            f"bf16, at most {MOST_TOKENS} tokens, and a multiple of 8 up to {MOST_HEAD_DIM}"
+            f"key_BGSTD is {dtype} with a head size of {D}, expected fp32, fp16 or bf16, and a multiple of 8 up to "
+            f"{MOST_HEAD_DIM}"
         )
-    out_BHD, peak_BHS, sum_BHS, lse_BH = _outputs(query_BHD, key_BGSTD)
-    if binding.on_gpu(key_BGSTD.device):
-        # Slots are split until there are two thread blocks for each multiprocessor.
-        wanted = 2 * binding.multiprocessors(key_BGSTD.device) // max(1, B * G)
-        splits = max(1, min(-(-S // WARPS), wanted))
-        partial = torch.empty((B, H, splits, D + 2), dtype=torch.float32, device=key_BGSTD.device)
+    outputs = out_BHD, peak_BHS, sum_BHS, lse_BH = _outputs(query_BHD, key_BGSTD, value_BGSTD)
+    partial = None
+    if binding.on_gpu(device):
+        splits = _splits(B * G * -(-H // (G * HEADS)), S, D, device)
+        if value_BGSTD is not None:
+            partial = torch.empty((B, H, splits, D + 4), dtype=torch.float32, device=device)
+            if arrived_BH is None:
+                arrived_BH = torch.zeros((B, H), dtype=torch.int32, device=device)
     else:
-        splits, partial = threads(B * G * S * T * D), None
+        splits = threads(key_BGSTD.numel())
     arguments = SparseDecode(
-        *map(address, (query_BHD, key_BGSTD, value_BGSTD, block_BGS, real_BL, sinks_H)),
-        *map(address, (out_BHD, peak_BHS, sum_BHS, lse_BH, partial)),
-        *(B, G, H, S, T, D, length, splits, ELEMENTS[key_BGSTD.dtype], scaling, softcap),
+        *map(address, (query_BHD, key_BGSTD, value_BGSTD, block_BGS, real_BL, sinks_H, length_1)),
+        *map(address, (out_BHD, peak_BHS, sum_BHS, lse_BH, partial, arrived_BH)),
+        *(B, G, H, S, T, D, length, splits, ELEMENTS[dtype], scaling, softcap),
     )
-    call("sparse_decode", arguments, key_BGSTD.device)
-    return out_BHD, peak_BHS, sum_BHS, lse_BH
+    call("sparse_decode", arguments, device)
+    return outputs
 
 
-@sparse_decode.register_fake
-def _(query_BHD, key_BGSTD, value_BGSTD, block_BGS, length, real_BL, sinks_H, scaling, softcap):
-    return _outputs(query_BHD, key_BGSTD)
+_operation = torch.library.custom_op("attention_predictor::sparse_decode", _sparse_decode, mutates_args=())
 
 
-def _outputs(query_BHD: Tensor, key_BGSTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@_operation.register_fake
+def _(query_BHD, key_BGSTD, value_BGSTD, *rest):
+    return _outputs(query_BHD, key_BGSTD, value_BGSTD)
+
+
+def _outputs(query_BHD: Tensor, key_BGSTD: Tensor, value_BGSTD: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, H, _), S = query_BHD.shape, key_BGSTD.shape[2]
-    score_BHS = query_BHD.new_empty((B, H, S), dtype=torch.float32)
-    return torch.empty_like(query_BHD), score_BHS, torch.empty_like(score_BHS), score_BHS.new_empty((B, H))
+    peak_BHS, sum_BHS = (query_BHD.new_empty((B, H, S), dtype=torch.float32) for _ in range(2))
+    if value_BGSTD is None:
+        return query_BHD.new_empty(0), peak_BHS, sum_BHS, peak_BHS.new_empty(0)
+    return torch.empty_like(query_BHD), peak_BHS, sum_BHS, peak_BHS.new_empty((B, H))
+
+
+def _splits(rows: int, slots: int, head_dim: int, device: torch.device) -> int:
+    """Thread blocks for the slots of each row: as many as run at once, and a slot at least for each warp."""
+    at_once = (2 if head_dim > 128 else 4) * binding.multiprocessors(device)  # as many as have registers there
+    most = min(at_once // rows, -(-slots // WARPS), MOST_SPLITS)
+    return 1 << max(most.bit_length() - 1, 0)  # a power of two

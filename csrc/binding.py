@@ -60,8 +60,8 @@ def threads(elements: int) -> int:
 
 
 def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    found = (tuple(tensor.shape), tensor.dtype, tensor.device)
-    if found != (shape, dtype, device) or not tensor.is_contiguous():
+    as_expected = tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
+    if not (as_expected and tensor.is_contiguous()):
         layout = "" if tensor.is_contiguous() else ", not contiguous"
         raise ValueError(
             f"{name}: expected {dtype} {list(shape)} on {device}, contiguous; "
@@ -74,6 +74,7 @@ def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count

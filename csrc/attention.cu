@@ -1,0 +1,534 @@
+// Sparse decode attention: one new token over the slots of a block pool; the query heads of a KV head go together.
+//
+// Every key and value is read once, from device memory to the registers that the tensor cores take it from: nothing is staged
+// in shared memory, and no barrier stands in the way. A warp takes 16 tokens at a time, and asks for the next keys and values
+// as soon as it has used the present ones. With lane = 4·g + q, and all of them at once:
+//     logits = Q · Kᵀ    lane: of head g, for tokens 2q, 2q + 1, 2q + 8, 2q + 9; it loads keys g and g + 8
+//     outᵀ  += Vᵀ · P    lane: of heads 2q, 2q + 1, for elements 8g to 8g + 7 of each 64; it loads values of its logits' tokens
+// Terms of a product may come in any order. So a lane takes 8 elements in a row, one load of 16 bytes, where the instruction
+// would have it take 4 times 2; and pairs of tokens are made of two loads, without a transposition.
+//
+// Weights are split into two numbers of the pool's precision, so that they are as good as fp32. A pool in fp32 is computed by
+// fused multiply-adds in the same layout: exact, and no faster than that allows.
+//
+// Warps, then splits over the slots, are merged by log-sum-exp (as in FlashDecoding); the last split to arrive merges them.
+
+#include <type_traits>
+
+#include "attention.h"
+#include "device.cuh"
+
+namespace {
+
+using namespace device;
+
+constexpr int kWarps = 4;      // of a thread block
+constexpr int kHeads = 8;      // of a KV head, handled together
+constexpr int kTile = 16;      // tokens a warp takes at once
+constexpr int kListed = 512;   // slots looked through at once
+constexpr int kMaxSplits = 64; // of a row, a power of two
+
+struct Place {
+    int slot, block;
+};
+
+__device__ __forceinline__ int quad() { return threadIdx.x % kWarp / 4; }      // g
+__device__ __forceinline__ int in_quad() { return threadIdx.x % 4; }           // q
+__device__ __forceinline__ int own_token(int i) { return 2 * in_quad() + i % 2 + 8 * (i / 2); }  // of this lane's four
+
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
+    return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(kAll, x, 1);
+    return x + __shfl_xor_sync(kAll, x, 2);
+}
+
+__device__ __forceinline__ void add_scaled(float factor, float4 x, float4 &to) {
+    to.x = fmaf(factor, x.x, to.x);
+    to.y = fmaf(factor, x.y, to.y);
+    to.z = fmaf(factor, x.z, to.z);
+    to.w = fmaf(factor, x.w, to.w);
+}
+
+// Minus infinity is no place to measure distances from.
+__device__ __forceinline__ float origin(float peak) { return peak > -INFINITY ? peak : 0.f; }
+
+template <typename E>
+__device__ __forceinline__ void load_vector(const E *from, bool there, uint32_t (&to)[4]) {
+    const uint4 raw = there ? __ldcg(reinterpret_cast<const uint4 *>(from)) : uint4{};
+    to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
+}
+
+template <typename E>
+__device__ __forceinline__ uint32_t pack(E low, E high) {
+    static_assert(sizeof(E) == 2);
+    const E pair[2] = {low, high};
+    uint32_t word;
+    memcpy(&word, pair, sizeof(word));
+    return word;
+}
+
+template <typename E>
+__device__ __forceinline__ void multiply_as(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (std::is_same_v<E, __half>) multiply(d, a, b);
+    else multiply_bf16(d, a, b);
+}
+
+// What a lane has summed up of the output: [64 elements][element % 4][2 · (element / 4 % 2) + head % 2].
+template <int kWidth>
+using Sums = float[kWidth / 64][4][4];
+
+// Keys and values of 16 tokens in a warp's registers. kWidth: head size that there is room for.
+template <typename E, int kWidth>
+struct Tile {
+    // In shared memory, for each product the lanes' operands: there are half as many heads as rows.
+    using Query = uint4[kWidth / 16][kWarp];
+    uint32_t key[2][kWidth / 32][4], value[4][kWidth / 64][4];
+
+    // The thread block's, from that of the lane's head.
+    __device__ __forceinline__ void load_query(const E *from, int D, Query &query) {
+        for (int j = threadIdx.x / kWarp; j < kWidth / 32; j += kWarps) {
+            uint32_t vector[4];
+            load_vector(from + 32 * j + 8 * in_quad(), 32 * j + 8 * in_quad() < D, vector);
+            query[2 * j][threadIdx.x % kWarp] = make_uint4(vector[0], 0, vector[1], 0);
+            query[2 * j + 1][threadIdx.x % kWarp] = make_uint4(vector[2], 0, vector[3], 0);
+        }
+    }
+
+    // Rows that are not there are copies of the last one: they are masked.
+    __device__ __forceinline__ void load_key(const E *from, int rows, int D) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const E *row = from + min(quad() + 8 * h, rows - 1) * D + 8 * in_quad();
+#pragma unroll
+            for (int j = 0; j < kWidth / 32; ++j) load_vector(row + 32 * j, 32 * j + 8 * in_quad() < D, key[h][j]);
+        }
+    }
+
+    __device__ __forceinline__ void load_value(const E *from, int rows, int D) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const E *row = from + min(own_token(i), rows - 1) * D + 8 * quad();
+#pragma unroll
+            for (int j = 0; j < kWidth / 64; ++j) load_vector(row + 64 * j, 64 * j + 8 * quad() < D, value[i][j]);
+        }
+    }
+
+    __device__ __forceinline__ void multiply_keys(const Query &query, float (&logit)[4]) const {
+        float sum[2][4] = {};
+#pragma unroll
+        for (int n = 0; n < kWidth / 16; ++n) {
+            const uint4 asked = query[n][threadIdx.x % kWarp];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const uint32_t *pair = key[h][n / 2] + n % 2 * 2;
+                multiply_as<E>(sum[h], {asked.x, asked.y, asked.z, asked.w}, {pair[0], pair[1]});
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) logit[i] = sum[i / 2][i % 2];
+    }
+
+    __device__ __forceinline__ void add_values(const float (&weight)[4], unsigned seen, Sums<kWidth> &sums) {
+        if (seen != (1u << kTile) - 1) {
+            // What stands at tokens that are not seen may be no number, and 0 · NaN is NaN.
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int n = 0; n < kWidth / 16; ++n)
+                    if (!(seen >> own_token(i) & 1)) value[i][n / 4][n % 4] = 0;
+        }
+        E high[4], low[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            from_float(weight[i], &high[i]);
+            from_float(weight[i] - to_float(high[i]), &low[i]);
+        }
+        const uint32_t coarse[2] = {pack(high[0], high[1]), pack(high[2], high[3])};
+        const uint32_t fine[2] = {pack(low[0], low[1]), pack(low[2], low[3])};
+#pragma unroll
+        for (int j = 0; j < kWidth / 64; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const unsigned halves = e % 2 ? 0x7632 : 0x5410;  // of elements e and e + 4, for two tokens at a time
+                uint32_t pairs[4];
+#pragma unroll
+                for (int n = 0; n < 4; ++n)
+                    pairs[n] = __byte_perm(value[n / 2 * 2][j][e / 2 + n % 2 * 2], value[n / 2 * 2 + 1][j][e / 2 + n % 2 * 2], halves);
+                multiply_as<E>(sums[j][e], pairs, coarse);
+                multiply_as<E>(sums[j][e], pairs, fine);
+            }
+        }
+    }
+};
+
+// In fp32 keys and values are read where they are used; lanes that use the same find it in the first cache.
+template <int kWidth>
+struct Tile<float, kWidth> {
+    struct Query {};
+    const float *asked, *key, *value;
+    int rows, head_dim;
+
+    __device__ __forceinline__ void load_query(const float *from, int D, Query &) { asked = from, head_dim = D; }
+    __device__ __forceinline__ void load_key(const float *from, int count, int) { key = from, rows = count; }
+    __device__ __forceinline__ void load_value(const float *from, int, int) { value = from; }
+
+    __device__ __forceinline__ void multiply_keys(const Query &, float (&logit)[4]) const {
+        const float *row[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            row[i] = key + min(own_token(i), rows - 1) * head_dim;
+            logit[i] = 0.f;
+        }
+#pragma unroll 4
+        for (int d = 0; d < head_dim; d += 4) {
+            const float4 by = *reinterpret_cast<const float4 *>(asked + d);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float4 found = *reinterpret_cast<const float4 *>(row[i] + d);
+                logit[i] = fmaf(by.x, found.x, logit[i]);
+                logit[i] = fmaf(by.y, found.y, logit[i]);
+                logit[i] = fmaf(by.z, found.z, logit[i]);
+                logit[i] = fmaf(by.w, found.w, logit[i]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void add_values(const float (&weight)[4], unsigned seen, Sums<kWidth> &sums) {
+#pragma unroll
+        for (int t = 0; t < kTile; ++t) {
+            const int i = t % 2 + 2 * (t / 8), from = 8 * in_quad() + t % 8 / 2;
+            const float of_heads[2] = {__shfl_sync(kAll, weight[i], from), __shfl_sync(kAll, weight[i], from + 4)};
+            if (!(seen >> t & 1)) continue;
+#pragma unroll
+            for (int n = 0; n < kWidth / 32; ++n) {
+                const int d = n / 2 * 64 + 8 * quad() + n % 2 * 4;
+                if (d >= head_dim) continue;
+                const float4 found = *reinterpret_cast<const float4 *>(value + t * head_dim + d);
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    sums[n / 2][0][n % 2 * 2 + h] = fmaf(of_heads[h], found.x, sums[n / 2][0][n % 2 * 2 + h]);
+                    sums[n / 2][1][n % 2 * 2 + h] = fmaf(of_heads[h], found.y, sums[n / 2][1][n % 2 * 2 + h]);
+                    sums[n / 2][2][n % 2 * 2 + h] = fmaf(of_heads[h], found.z, sums[n / 2][2][n % 2 * 2 + h]);
+                    sums[n / 2][3][n % 2 * 2 + h] = fmaf(of_heads[h], found.w, sums[n / 2][3][n % 2 * 2 + h]);
+                }
+            }
+        }
+    }
+};
+
+// What a thread block works on: some slots of a row, and the query heads it attends for.
+struct Share {
+    int row, head0;  // over all sequences
+    int sequence, heads, tokens, head_dim, slots, length;
+
+    __device__ explicit Share(const SparseDecode &a) {
+        const int group = static_cast<int>(a.heads / a.kv_heads), pieces = (group + kHeads - 1) / kHeads;
+        const int kv_head = blockIdx.y / pieces, first = blockIdx.y % pieces * kHeads;
+        sequence = blockIdx.z;
+        heads = min(kHeads, group - first);
+        row = sequence * static_cast<int>(a.kv_heads) + kv_head;
+        head0 = sequence * static_cast<int>(a.heads) + kv_head * group + first;
+        length = static_cast<int>(a.length_1 ? *a.length_1 : a.length);
+        tokens = static_cast<int>(a.tokens);
+        head_dim = static_cast<int>(a.head_dim);
+        slots = static_cast<int>(a.slots);
+    }
+};
+
+__device__ __forceinline__ void write_scores(const SparseDecode &a, const Share &share, int m, int slot, float peak, float sum) {
+    const int64_t at = static_cast<int64_t>(share.head0 + m) * share.slots + slot;
+    a.peak[at] = peak;
+    a.sum[at] = sum;
+}
+
+__device__ __forceinline__ const int64_t *blocks_of(const SparseDecode &a, const Share &share) {
+    return a.block + static_cast<int64_t>(share.row) * share.slots;
+}
+
+// Writes the scores of slots that take no part, 32 in a row for each warp of a row.
+__device__ __forceinline__ void write_inactive(const SparseDecode &a, const Share &share) {
+    const int ranks = gridDim.x * kWarps, rank = threadIdx.x / kWarp * gridDim.x + blockIdx.x;
+    for (int slot = rank * kWarp + threadIdx.x % kWarp; slot < share.slots; slot += ranks * kWarp)
+        if (blocks_of(a, share)[slot] < 0)
+            for (int m = 0; m < share.heads; ++m) write_scores(a, share, m, slot, -INFINITY, -INFINITY);
+}
+
+// Lists the warp's own among the active slots from `begin` on, and returns how many they are. All warps of a row count active
+// slots alike and take them in turn, so that the work is even wherever they stand.
+__device__ __forceinline__ int list_slots(const SparseDecode &a, const Share &share, int begin, Place *list) {
+    constexpr int kTogether = 4;
+    const int lane = threadIdx.x % kWarp, ranks = gridDim.x * kWarps, shift = __ffs(ranks) - 1;  // a power of two
+    const int rank = threadIdx.x / kWarp * gridDim.x + blockIdx.x;  // few slots go to many thread blocks
+    const int end = min(begin + kListed, share.slots);
+    int active = 0;
+    for (int first = begin; first < end; first += kTogether * kWarp) {
+        int found[kTogether];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+            const int slot = first + i * kWarp + lane;
+            found[i] = slot < end ? static_cast<int>(blocks_of(a, share)[slot]) : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+            const int slot = first + i * kWarp + lane;
+            const unsigned all = __ballot_sync(kAll, found[i] >= 0);
+            const int number = active + __popc(all & ((1u << lane) - 1));
+            if (found[i] >= 0 && (number & (ranks - 1)) == rank) list[number >> shift] = {slot, found[i]};
+            active += __popc(all);
+        }
+    }
+    __syncwarp();
+    return (active - rank + ranks - 1) >> shift;
+}
+
+// Whether this lane's token, of the first 16 lanes, is there and no padding.
+__device__ __forceinline__ uint8_t is_real(const SparseDecode &a, const Share &share, int block, int part) {
+    const int offset = part * kTile + threadIdx.x % kWarp, token = block * share.tokens + offset;
+    if (offset >= min(share.tokens, (part + 1) * kTile) || token >= share.length) return 0;
+    return a.real ? a.real[share.sequence * a.length + token] : 1;
+}
+
+// What the splits made of a head, one after the other: D sums, then the largest logit and the sum of weights.
+__device__ __forceinline__ float *partials_of(const SparseDecode &a, const Share &share, int m) {
+    return a.partial + static_cast<int64_t>(share.head0 + m) * gridDim.x * (share.head_dim + 4);
+}
+
+// Merges the warps of this thread block into its partial result.
+template <int kWidth>
+__device__ __forceinline__ void merge_warps(const SparseDecode &a, const Share &share, float top, float total,
+                                            const Sums<kWidth> &sums) {
+    __shared__ float4 part[kWarps][kHeads][kWidth / 4];
+    __shared__ float part_top[kHeads][kWarps], part_total[kHeads][kWarps];
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int n = 0; n < kWidth / 32; ++n) {
+            const int i = n % 2 * 2 + h;
+            part[warp][2 * in_quad() + h][n / 2 * 16 + 2 * quad() + n % 2] =
+                make_float4(sums[n / 2][0][i], sums[n / 2][1][i], sums[n / 2][2][i], sums[n / 2][3][i]);
+        }
+    }
+    if (in_quad() == 0) {
+        part_top[quad()][warp] = top;
+        part_total[quad()][warp] = total;
+    }
+    __syncthreads();
+    for (int m = warp; m < share.heads; m += kWarps) {
+        float now = -INFINITY, worth[kWarps], sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) now = fmaxf(now, part_top[m][w]);
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+            worth[w] = expf(part_top[m][w] - origin(now));
+            sum += worth[w] * part_total[m][w];
+        }
+        float *partial = partials_of(a, share, m) + blockIdx.x * (share.head_dim + 4);
+        for (int d = 4 * lane; d < share.head_dim; d += 4 * kWarp) {
+            float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) add_scaled(worth[w], part[w][m][d / 4], x);
+            *reinterpret_cast<float4 *>(partial + d) = x;
+        }
+        if (lane == 0) *reinterpret_cast<float2 *>(partial + share.head_dim) = make_float2(now, sum);
+    }
+}
+
+// Whether this thread block is the last of its row's splits to come here; it then sees what the others have written.
+__device__ __forceinline__ bool arrives_last(int32_t *arrived) {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = add_in_order(arrived, 1) == static_cast<int>(gridDim.x) - 1;
+        if (last) *arrived = 0;  // for the next launch
+    }
+    __syncthreads();
+    return last;
+}
+
+// Merges the partial results of a row, and the sink.
+template <typename E>
+__device__ __forceinline__ void merge_splits(const SparseDecode &a, const Share &share) {
+    constexpr int kHeld = 8;
+    __shared__ float worth_of[kWarps][kMaxSplits];
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, D = share.head_dim, width = D + 4, splits = gridDim.x;
+    float *worth = worth_of[warp];
+    for (int m = warp; m < share.heads; m += kWarps) {
+        const int head = share.head0 + m;
+        const float *partials = partials_of(a, share, m);
+        float4 held[kHeld];
+        const auto hold = [&](int first, int d) {
+#pragma unroll
+            for (int i = 0; i < kHeld; ++i)
+                if (first + i < splits && d < D) held[i] = __ldcg(reinterpret_cast<const float4 *>(partials + (first + i) * width + d));
+        };
+        hold(0, 4 * lane);  // before what they are worth is known: both are on their way together
+        float2 found[kMaxSplits / kWarp];
+        float now = a.sinks ? a.sinks[head % a.heads] : -INFINITY;
+        const float sink = now;
+#pragma unroll
+        for (int i = 0; i < kMaxSplits / kWarp; ++i) {
+            const int s = i * kWarp + lane;
+            found[i] = s < splits ? __ldcg(reinterpret_cast<const float2 *>(partials + s * width + D)) : make_float2(-INFINITY, 0.f);
+            now = fmaxf(now, found[i].x);
+        }
+        now = warp_max(now);
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < kMaxSplits / kWarp; ++i) sum += expf(found[i].x - origin(now)) * found[i].y;
+        sum = warp_sum(sum) + expf(sink - origin(now));
+#pragma unroll
+        for (int i = 0; i < kMaxSplits / kWarp; ++i) worth[i * kWarp + lane] = expf(found[i].x - origin(now)) / sum;
+        if (lane == 0) a.lse[head] = origin(now) + logf(sum);
+        __syncwarp();
+        for (int d = 4 * lane; d < D; d += 4 * kWarp) {
+            float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+            for (int first = 0; first < splits; first += kHeld) {
+                if (first || d >= 4 * kWarp) hold(first, d);
+#pragma unroll
+                for (int i = 0; i < kHeld; ++i)
+                    if (first + i < splits) add_scaled(worth[first + i], held[i], x);
+            }
+            E *out = static_cast<E *>(a.out) + static_cast<int64_t>(head) * D + d;
+            from_float(x.x, out);
+            from_float(x.y, out + 1);
+            from_float(x.z, out + 2);
+            from_float(x.w, out + 3);
+        }
+        __syncwarp();
+    }
+}
+
+// Thread blocks that a multiprocessor has registers for; attention.py shares out the slots for as many.
+constexpr int resident(int width) { return width > 128 ? 2 : 4; }
+
+template <typename E, int kWidth, bool kValues>
+__global__ void __launch_bounds__(kWarps *kWarp, resident(kWidth)) attend_slots(const SparseDecode a) {
+    __shared__ Place listed[kWarps][kListed / kWarps];
+    __shared__ typename Tile<E, kWidth>::Query query;
+    const Share share(a);
+    Place *list = listed[threadIdx.x / kWarp];
+    const int D = share.head_dim;
+    const int parts = (share.tokens + kTile - 1) / kTile;
+    const float scaling = static_cast<float>(a.scaling), softcap = static_cast<float>(a.softcap);
+    const int64_t row_offset = static_cast<int64_t>(share.row) * share.slots * share.tokens * D;
+    const E *keys = static_cast<const E *>(a.key) + row_offset, *values = static_cast<const E *>(a.value) + row_offset;
+
+    // A group of fewer heads has its last one several times.
+    const E *asked = static_cast<const E *>(a.query) + static_cast<int64_t>(share.head0 + min(quad(), share.heads - 1)) * D;
+
+    Tile<E, kWidth> tile;
+    Sums<kWidth> sums = {};
+    float top = -INFINITY, total = 0.f;  // of this lane's head: largest logit so far, and weights relative to it
+    for (int begin = 0; begin < share.slots; begin += kListed) {
+        const int count = list_slots(a, share, begin, list);
+        const auto offset = [&](int entry, int part) { return (list[entry].slot * share.tokens + part * kTile) * D; };
+        const auto rows = [&](int part) { return min(kTile, share.tokens - part * kTile); };
+        uint8_t real;
+        if (count > 0) {
+            real = is_real(a, share, list[0].block, 0);
+            tile.load_key(keys + offset(0, 0), rows(0), D);
+            if constexpr (kValues) tile.load_value(values + offset(0, 0), rows(0), D);
+        }
+        if (begin == 0) {
+            // What is needed later comes behind what takes longest.
+            tile.load_query(asked, D, query);
+            write_inactive(a, share);
+            __syncthreads();
+        }
+        float slot_peak = -INFINITY, slot_sum = 0.f;
+        for (int entry = 0, part = 0; entry < count;) {
+            const bool first = part == 0, last = part == parts - 1;
+            float logit[4];
+            tile.multiply_keys(query, logit);
+            const unsigned seen = __ballot_sync(kAll, real != 0);
+            part = last ? 0 : part + 1;
+            entry += last;
+            if (entry < count) {
+                real = is_real(a, share, list[entry].block, part);
+                tile.load_key(keys + offset(entry, part), rows(part), D);
+            }
+
+            // Multiplications are never fused with what follows: a slot's scores are the same with values and without.
+#pragma unroll
+            for (int i = 0; i < 4; ++i) logit[i] = __fmul_rn(logit[i], scaling);
+            if (softcap != 0.f) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) logit[i] = __fmul_rn(softcap, tanhf(logit[i] / softcap));
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (!(seen >> own_token(i) & 1)) logit[i] = -INFINITY;
+            const float peak = quad_max(fmaxf(fmaxf(logit[0], logit[1]), fmaxf(logit[2], logit[3])));
+            float weight[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) weight[i] = expf(logit[i] - origin(peak));
+            const float sum = quad_sum(weight[0] + weight[1] + weight[2] + weight[3]);
+            if (first) {
+                slot_peak = peak;
+                slot_sum = sum;
+            } else {
+                const float before = slot_peak;
+                slot_peak = fmaxf(before, peak);
+                slot_sum = __fmul_rn(slot_sum, expf(before - origin(slot_peak))) + __fmul_rn(sum, expf(peak - origin(slot_peak)));
+            }
+            if (last && in_quad() == 0 && quad() < share.heads)
+                write_scores(a, share, quad(), list[entry - 1].slot, slot_peak, origin(slot_peak) + logf(slot_sum));
+
+            if constexpr (kValues) {
+                const float now = fmaxf(top, peak), shrink = expf(top - origin(now)), worth = expf(peak - origin(now));
+                top = now;
+                total = total * shrink + sum * worth;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) weight[i] *= worth;
+                const float of_heads[2] = {__shfl_sync(kAll, shrink, 8 * in_quad()), __shfl_sync(kAll, shrink, 8 * in_quad() + 4)};
+#pragma unroll
+                for (int n = 0; n < kWidth / 4; ++n) sums[n / 16][n / 4 % 4][n % 4] *= of_heads[n % 2];
+                tile.add_values(weight, seen, sums);
+                if (entry < count) tile.load_value(values + offset(entry, part), rows(part), D);
+            }
+        }
+        __syncwarp();
+    }
+    if constexpr (kValues) {
+        merge_warps<kWidth>(a, share, top, total, sums);
+        if (arrives_last(a.arrived + blockIdx.z * a.heads + blockIdx.y)) merge_splits<E>(a, share);
+    }
+}
+
+template <typename E, int kWidth>
+void launch(const SparseDecode &a, cudaStream_t stream) {
+    const int64_t pieces = (a.heads / a.kv_heads + kHeads - 1) / kHeads;
+    const dim3 grid(static_cast<unsigned>(a.splits), static_cast<unsigned>(a.kv_heads * pieces), static_cast<unsigned>(a.batch));
+    const dim3 block(kWarps * kWarp);
+    if (a.value) device::launch(attend_slots<E, kWidth, true>, grid, block, 0, stream, a);
+    else device::launch(attend_slots<E, kWidth, false>, grid, block, 0, stream, a);
+}
+
+template <typename E>
+void choose_width(const SparseDecode &a, cudaStream_t stream) {
+    if (a.head_dim <= 64) launch<E, 64>(a, stream);
+    else if (a.head_dim <= 128) launch<E, 128>(a, stream);
+    else launch<E, 256>(a, stream);
+}
+
+}  // namespace
+
+extern "C" int sparse_decode(const SparseDecode *a, void *stream) {
+    const auto cuda_stream = static_cast<cudaStream_t>(stream);
+    const int64_t splits = a->splits;
+    if (a->head_dim % 8 || a->head_dim > 256 || splits < 1 || splits > kMaxSplits || splits & (splits - 1)) return cudaErrorInvalidValue;
+    for (const void *read : {a->query, a->key, a->value})
+        if (reinterpret_cast<uintptr_t>(read) % 16) return cudaErrorMisalignedAddress;
+    if (a->element == kFloat32) choose_width<float>(*a, cuda_stream);
+    else if (a->element == kFloat16) choose_width<__half>(*a, cuda_stream);
+    else if (a->element == kBFloat16) choose_width<__nv_bfloat16>(*a, cuda_stream);
+    else return cudaErrorInvalidValue;
+    return static_cast<int>(cudaGetLastError());
+}
+
+extern "C" const char *error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
