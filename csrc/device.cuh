@@ -42,6 +42,13 @@ __device__ __forceinline__ int add_in_order(int *at, int x) {
     return old;
 }
 
+// 2^x to 2 units in the last place for x from -126 on; 0 below.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Shared memory of a size that is known at the launch.
 __device__ __forceinline__ void *dynamic_shared() {
     extern __shared__ uint4 device_dynamic_shared[];
@@ -98,6 +105,8 @@ __device__ __forceinline__ int64_t nanoseconds() {
 }
 
 #else
+
+inline float exp2_approx(float x) { return x < -126 ? 0.f : std::exp2(x); }
 
 inline int64_t nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 
