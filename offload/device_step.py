@@ -119,6 +119,7 @@ class DeviceStep:
             block_size=self.selection.block_size,
             real_BL=shared.real_BL,
             kernel=True,
+            length=shared.capacity,
             length_1=shared.length_1,
         )
         late_blocks = self.selection.share(policy.late_share)

@@ -222,9 +222,14 @@ class Engine:
         if self.config.prefetch == "graph":
             # Of this model alone. A forward hook could change a result, but not keep the forward from being computed.
             self._own_forward = {k: v for k, v in self.model.__dict__.items() if k == "forward"}
-            self._forward = self.model.forward
+            plain = self._forward = self.model.forward
             self._compiled = CompiledLayers(self.model) if self.config.compile else None
-            self.model.forward = functools.wraps(self._forward)(self._graph_or_forward)
+
+            @functools.wraps(plain)
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                return self._graph_or_forward(*args, **kwargs)
+
+            self.model.forward = forward
         self.model._attention_predictor_engine = self  # type: ignore[assignment]  # not a module of the model
         self.attached = True
 

@@ -111,7 +111,8 @@ class Graphed:
     def run(self, cache: TieredCache, kwargs: dict[str, Any]) -> Any:
         """One forward; its result is the model's own kind of output, valid until the next step."""
         ids_B1 = kwargs["input_ids"]
-        if self.entered and (self._length() + 1 > self.shared.capacity or ids_B1.shape != self.ids_B1.shape):
+        # Room for this token, and for the next one, whose blocks are chosen.
+        if self.entered and (self._length() + 2 > self.shared.capacity or ids_B1.shape != self.ids_B1.shape):
             self.leave()
         if not self.entered:
             self._enter(ids_B1)
@@ -165,7 +166,7 @@ class Graphed:
         length, config = self._length(), self.engine.config
         # A limit on host memory is kept to the slab.
         growth = GROWTH if config.host_memory is None else config.slab_blocks * config.block_size
-        capacity = (length // growth + 1) * growth
+        capacity = ((length + 2) // growth + 1) * growth
         for layer in self.layers:
             layer.tiers.settle()
             layer.tiers.grow(layer.selection.most_slots)

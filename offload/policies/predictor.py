@@ -73,7 +73,8 @@ class Predictor(Policy):
             return f"captured steps calibrate by the sketch, calibration is {config.calibration!r}"
         if config.measure_recovery:
             return "recovery is measured by reading all keys, which the host does"
-        return self.history.no_graph
+        assert self.sketch is not None
+        return self.history.no_graph or self.sketch.no_kernel(config.block_size)
 
     @property
     def is_started(self) -> bool:
@@ -86,7 +87,7 @@ class Predictor(Policy):
 
     def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
         if self.sketch is not None:
-            self.sketch.extend(key_BGTD, query_BHQD)
+            self.sketch.extend(key_BGTD, query_BHQD, kernel=self.spec.config.kernels == "auto")
 
     def observe_rows(self, rows: ScoreRows) -> None:
         if self.history.started:
