@@ -7,8 +7,8 @@ H^(1/τ1) · V^(1/τ2), H being the entropy of that attention (how widely it is 
 
 Adapted: blocks in place of tokens, the rest as in SnapKV; the query heads of a KV head are averaged before and not
 after the variance. While decoding, the authors' code goes on evicting what the newest query looks at least; here the
-blocks generated take the place of the lowest indicators. All layers have the same budget: ``layer_shares`` says what
-the paper would give them, which is known only when the prompt has gone through all (the paper's cascade).
+blocks generated take the place of the lowest indicators. All layers have the same budget: what the paper would give
+them (``layer_shares``, and ``share_budget`` in blocks) is known only when the prompt has gone through the last one.
 
 Suffixes: B sequences, G KV heads, Q queries, N blocks, L layers.
 """
