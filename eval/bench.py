@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from attention_predictor.eval.subcommands import add_subcommands, run_subcommand
 
 PARTS = {
     "decode": ("attention_predictor.eval.decode", "whole steps of a model, against the stock caches"),
-    "attention": ("attention_predictor.eval.speed", "one token over the blocks of a pool"),
-    "sketch": ("attention_predictor.eval.speed", "scores of all blocks by the key sketch"),
-    "gather": ("attention_predictor.eval.speed", "blocks from host memory to the pool"),
+    "attention": ("attention_predictor.eval.speed.attention", "one token over the blocks of a pool"),
+    "sketch": ("attention_predictor.eval.speed.sketch", "scores of all blocks by the key sketch"),
+    "predictor": ("attention_predictor.eval.speed.predictor", "scores of all blocks for the next token"),
+    "gather": ("attention_predictor.eval.speed.gather", "blocks from host memory to the pool"),
 }
+Row = Mapping[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,22 +28,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 main = run_subcommand
 
 
+def machine(device: torch.device) -> str:
+    """What the timings were taken on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def with_ratios(rows: Sequence[Row], by: str) -> list[dict[str, Any]]:
+    """Each row with its ``ratio`` to the first one that has ``by``; rows without it (skipped ones) stay as they are."""
+    base = next((row[by] for row in rows if by in row), None)
+    return [{**row, "ratio": row[by] / base} if by in row else dict(row) for row in rows]
+
+
 def report(
     part: str,
     device: torch.device,
-    settings: Mapping[str, Any],
-    timings: Sequence[Mapping[str, Any]],
+    settings: Row,
+    rows: Sequence[Row],
     *,
-    by: str,
-    line: str,
+    line: str | Callable[[Row], str],
     as_json: bool,
 ) -> None:
-    """Print timings, ours first: `by` names their milliseconds, whose ratio to ours is added; `line` shows one."""
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    rows = [{**one, "ratio": one[by] / timings[0][by]} for one in timings]
+    """Print rows: each by ``line``, a format or a function; one that was ``skipped`` by name and reason."""
     if as_json:
-        print(json.dumps({"part": part, "machine": machine, "settings": settings, "timings": rows}))
+        found = {"part": part, "machine": machine(device), "settings": dict(settings), "timings": [*map(dict, rows)]}
+        print(json.dumps(found))
         return
-    print(f"{part}, {machine}: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    print(f"{part}, {machine(device)}: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    show = line.format_map if isinstance(line, str) else line
     for row in rows:
-        print(f"  {line.format(**row)}   {row['ratio']:6.2f} × ours")
+        print("  " + (f"{row['name']:<44} skipped: {row['skipped']}" if "skipped" in row else show(row)))

@@ -2,34 +2,365 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
+from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
+from attention_predictor.eval import synthetic_cache, ways
+from attention_predictor.eval.breakdown import breakdown, covered, stage_of
+from attention_predictor.eval.comparison import compare
+from attention_predictor.eval.shapes import SHAPES, random_model, shape_config
+from attention_predictor.eval.synthetic_cache import PAST, Locality, SyntheticCache
+from attention_predictor.eval.timings import TimingsFile
+from attention_predictor.offload.dense import scaled_logits
+from attention_predictor.predictor.errors import ConfigError, DataError
+
+CPU = torch.device("cpu")
+LAYER = ["--kv-heads", "2", "--heads", "4", "--repeats", "2", "--json"]
+PARTS = {
+    "attention": ["--head-dim", "32", "--budget", "128"],
+    "sketch": ["--head-dim", "32", "--context", "600"],
+    "gather": ["--head-dim", "32", "--context", "600", "--blocks", "20"],
+    "predictor": ["--tokens", "512,1024", "--layers", "3"],
+}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.mark.parametrize("part", ["attention", "sketch", "gather"])
-def test_bench(part: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--device", "cpu", "--kv-heads", "2", "--heads", "4", "--head-dim", "32", "--context", "600"]
-    assert main(["bench", part, *options, "--budget", "128", "--blocks", "20", "--repeats", "2", "--json"]) == 0
+def layer_options(part: str) -> list[str]:
+    options = LAYER if part != "gather" else [one for one in LAYER if one not in ("--heads", "4")]
+    return [*options, *PARTS[part]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("part", PARTS)
+def test_parts(part: str, device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", part, "--device", device, *layer_options(part)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["part"] == part
     assert found["timings"][0]["name"].startswith("ours")
-    assert all(one["ms"] > 0 and one["gb_per_s"] > 0 for one in found["timings"])
-    assert main(["bench", part, "--heads", "3", "--kv-heads", "2"]) == 2
-    assert capsys.readouterr().err == "attnpred bench: --heads 3: expected a multiple of --kv-heads 2\n"
+    timed = [one for one in found["timings"] if "skipped" not in one]
+    assert all(one["ms"] > 0 and one["eager_ms"] > 0 and one["ratio"] > 0 for one in timed)
+    assert timed[0]["ratio"] == 1
+    if part == "predictor":
+        assert {one["tokens"] for one in timed} == {512, 1024}
+        assert all(one["token_ms"] == pytest.approx(3 * one["ms"]) for one in timed)
+    else:
+        assert all(one["gb_per_s"] > 0 for one in timed)
 
 
-def test_bench_decode(tiny_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flashinfer_is_asked_for_where_it_can_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "attention", "--device", "cpu", *layer_options("attention")]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["timings"]}
+    assert rows["FlashInfer's paged decode, without"]["skipped"] == "it needs a CUDA device"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["attention", "--heads", "3", "--kv-heads", "2"], "--heads 3: expected a multiple of --kv-heads 2"),
+        (["gather", "--blocks", "0"], "--blocks 0: expected at least 1"),
+        (["predictor", "--tokens", "16"], "--tokens 16: expected at least 144"),
+        (["predictor", "--layers", "0"], "--layers 0: expected at least 1"),
+        (["decode", "--steps", "0"], "--steps and --batch must be at least 1"),
+        (["decode", "--context", "300", "--steps", "400"], "--context 300: expected at least 409, for the 408 steps"),
+        (
+            ["decode", "--synthetic", "--context", "80", "--steps", "9"],
+            "--context 80: expected at least 81, for the 17",
+        ),
+        (["decode", "--shape", "llama"], "--shape 'llama' is not known: expected one of llama-3.1-8b, "),
+        (["decode", "--ways", "thread,fast"], "--ways 'fast' is not known: expected some of floor, graph, "),
+        (["decode", "--ways", "offloaded"], "--ways offloaded: it needs a CUDA device"),
+        (["decode", "--budget", "20"], "budget=20 is not allowed"),
+        (["decode", "--memory-limit", "24"], "--memory-limit 24.0: for CUDA devices, found cpu"),
+        (["decode", "--plot", "times.txt"], "--plot times.txt: expected a name that ends in one of .png"),
+        (
+            ["decode", "--ways", "floor", "--steps", "1017", "--context", "2000"],
+            "--steps 1017: too many for the floor's",
+        ),
+        (["decode", "--dtype", "int8", "--shape", "tiny"], "--dtype int8: expected one of auto, "),
+    ],
+)
+def test_bad_input_is_one_line(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *command, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"attnpred bench: {message}")
+    assert error.count("\n") == 1
+
+
+# Decoding
+
+
+def decode(*options: str) -> list[str]:
+    return ["bench", "decode", "--device", "cpu", "--budget", "160", "--steps", "2", *options]
+
+
+def test_decode_behind_a_prefill(tiny_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
-    options = ["--model", str(tmp_path), "--device", "cpu", "--context", "300", "--budget", "144", "--batch", "2"]
-    assert main(["bench", "decode", *options, "--steps", "4", "--json"]) == 0
+    options = ["--model", str(tmp_path), "--context", "300", "--batch", "2", "--ways", "device,no-kernels,thread"]
+    assert main([*decode(*options), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [one["name"] for one in found["timings"]] == ["ours", "ours, kernels=none", "stock cache on the device"]
+    assert [one["way"] for one in found["timings"]] == ["thread", "no-kernels", "device"]
     assert all(0 < one["median_ms"] <= one["p95_ms"] for one in found["timings"])
-    assert found["timings"][0]["engine"]["steps"] == 7
-    assert found["timings"][0]["engine"]["fallbacks"] == {}
-    assert main(["bench", "decode", *options, "--steps", "400"]) == 2
-    assert "--context 300: expected more than the 403 steps" in capsys.readouterr().err
+    assert all(one["steps"] == 2 and one["to_ours"] > 0 for one in found["timings"])
+    assert all(one["breakdown"]["stages_ms"]["linear layers"] > 0 for one in found["timings"])
+    ours, *_, stock = found["timings"]
+    assert ours["to_ours"] == 1
+    assert ours["engine"]["steps"] == 2  # the timed ones alone
+    assert ours["engine"]["fallbacks"] == {}
+    assert ours["engine"]["device_kv_parts"].keys() == {"pool", "sketch", "history"}
+    assert "engine" not in stock
+    assert found["settings"]["synthetic"] is False
+
+
+def test_a_sweep_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, plot = tmp_path / "new" / "rows.jsonl", tmp_path / "times.png"
+    options = ["--shape", "tiny", "--synthetic", "--out", str(out)]
+    assert main(decode(*options, "--contexts", "512", "--ways", "thread")) == 0
+    before = out.read_text()
+    out.write_text(before + '{"way": "device", "context": 51')  # cut off in the writing
+    both = [*options, "--contexts", "512,1024", "--plot", str(plot)]
+    assert main([*decode(*both), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["timings"]
+    assert [(one["way"], one["context"]) for one in rows] == [
+        (way, context) for context in (512, 1024) for way in ("thread", "device")
+    ]
+    assert out.read_text().startswith(before)
+    assert len(out.read_text().splitlines()) == 1 + 4
+    assert plot.stat().st_size > 1000
+    assert all(0 < one["query_similarity"] < 1 for one in rows)
+    assert main(decode(*options, "--contexts", "512", "--ways", "thread", "--seed", "1")) == 2
+    assert "holds timings of other settings (seed: 0 there, 1 asked for)" in capsys.readouterr().err
+    assert main(decode(*both)) == 0  # nothing left to do
+    text = capsys.readouterr().out
+    assert len(out.read_text().splitlines()) == 1 + 4
+    assert "ours, thread" in text
+    assert "1.00 × ours" in text
+    assert "MiB fetched" in text
+
+
+def test_what_does_not_fit_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = namedtuple("memory", "available")(3 << 19)  # for a slab in each layer, but not for two
+    monkeypatch.setattr(ways.psutil, "virtual_memory", lambda: memory)
+    out = tmp_path / "rows.jsonl"
+    options = ["--shape", "tiny", "--synthetic", "--context", "2048", "--out", str(out)]
+    assert main([*decode(*options), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert rows[0]["skipped"].startswith("the KV cache of 1 × 2048 tokens needs")
+    assert "of host memory, 0.00 GiB are available" in rows[1]["skipped"]
+    assert len(out.read_text().splitlines()) == 1  # tried again the next time
+    assert main(decode(*options)) == 0
+    assert "skipped: keys and values take" in capsys.readouterr().out
+
+
+def test_the_compiled_floor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Traced as one graph; on a GPU it is compiled as well, which takes a CPU a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    options = ["--shape", "tiny", "--synthetic", "--context", "512", "--ways", "floor,device", "--json"]
+    assert main(decode(*options)) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert [(one["way"], one["context"]) for one in rows] == [("floor", 1024), ("device", 512)]
+    assert "to_floor" not in rows[0]
+    assert rows[1]["to_floor"] == rows[1]["median_ms"] / rows[0]["median_ms"]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_every_way_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--shape", "tiny", "--synthetic", "--contexts", "1024,4096", "--memory-limit", "8", "--json"]
+    try:
+        assert main(["bench", "decode", "--device", "cuda", "--budget", "256", "--steps", "6", *options]) == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert {one["way"] for one in rows} == set(ways.WAYS) - {"no-kernels"}
+    for one in rows:
+        assert one["median_ms"] > 0
+        assert one["breakdown"]["idle_ms"] >= 0
+        assert one["breakdown"]["stages_ms"]["linear layers"] > 0
+        assert one.get("engine", {}).get("fallbacks", {}) == {}
+
+
+def test_rows_are_compared_at_their_context() -> None:
+    rows: list[dict[str, Any]] = [
+        {"way": "floor", "context": 1024, "median_ms": 2.0},
+        {"way": "thread", "context": 1024, "median_ms": 4.0},
+        {"way": "graph", "context": 4096, "skipped": "no memory"},
+        {"way": "thread", "context": 4096, "median_ms": 5.0},
+        {"way": "device", "context": 4096, "median_ms": 20.0},
+    ]
+    found = compare(rows)
+    assert found[0] == rows[0]
+    assert found[2] == rows[2]
+    assert (found[1]["to_ours"], found[1]["to_floor"]) == (1.0, 2.0)
+    assert (found[4]["to_ours"], found[4]["to_floor"]) == (4.0, 10.0)
+
+
+@pytest.mark.parametrize("text", ["times\n", "[1]\n", '{"settings": {}}\nx\n'])
+def test_a_file_that_holds_no_timings(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match="is not a file of timings"):
+        TimingsFile(path, {})
+
+
+# Where the time goes
+
+
+def test_stages_by_kernel_names() -> None:
+    names = {
+        "void (anonymous namespace)::attend_slots<__nv_bfloat16, 128>(SparseDecode)": "attention",
+        "score_groups(SketchScores, Layout)": "sketch",
+        "fold_row(ObserveRow, float, float)": "history",
+        "score_tiles(PredictBlocks)": "predictor",
+        "select_blocks_kernel(Select)": "selection",
+        "move_blocks_kernel(Move)": "gather",
+        "append_token_kernel(Append)": "gather",
+        "attention_predictor::sparse_decode": "attention",
+        "attention_predictor::gather_to_host": "gather",
+        "void pytorch_flash::flash_fwd_splitkv_kernel<...>": "attention",
+        "nvjet_tst_128x64_64x8_1x2_h_bz_TNT": "linear layers",
+        "void gemvNSP_kernel<__nv_bfloat16>": "linear layers",
+        "triton_tem_fused_mm_3": "linear layers",
+        "aten::addmm": "linear layers",
+        "void at::native::sbtopk::gatherTopK<float>": "selection",
+        "Memcpy HtoD (Pinned -> Device)": "copies",
+        "aten::searchsorted": "other",
+        "triton_red_fused_add_mean_mul_pow_rsqrt_1": "other",
+        "void at::native::vectorized_elementwise_kernel<4>": "other",
+    }
+    assert {name: stage_of(name) for name in names} == names
+
+
+def test_covered() -> None:
+    assert covered([]) == 0
+    assert covered([(4.0, 5.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 4.0
+
+
+def test_breakdown_on_a_cpu() -> None:
+    weight = torch.randn(256, 256)
+
+    def steps() -> None:
+        for _ in range(2):
+            torch.topk(weight @ weight, 3)
+
+    found = breakdown(steps, 2, CPU)
+    assert found is not None
+    assert found.keys() == {"stages_ms"}
+    assert found["stages_ms"]["linear layers"] > 0
+    assert found["stages_ms"]["selection"] > 0
+    assert breakdown(lambda: None, 1, CPU) is None
+
+
+# Models and caches that are made up
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-3.1-8b", 8_030_261_248), ("llama-3.2-1b", 1_235_814_400), ("qwen2.5-7b", 7_615_616_512)],
+)
+def test_published_shapes(name: str, parameters: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape_config(name, 1 << 19))
+    assert sum(one.numel() for one in model.parameters()) == parameters
+    assert model.config.max_position_embeddings == 1 << 19
+    assert set(SHAPES) >= {"tiny", name}
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return random_model(shape_config("tiny", 4096), CPU, torch.float32)
+
+
+def made_up(model: PreTrainedModel, length: int, **settings: Any) -> tuple[SyntheticCache, Tensor]:
+    """A cache's contents, and the ids of 6 steps behind it."""
+    ids = torch.arange(PAST + 6)[None]
+    return SyntheticCache(model, ids, length, **settings), ids[:, PAST:]
+
+
+def test_random_models_are_reproducible_and_ids_related(model: PreTrainedModel) -> None:
+    again = random_model(shape_config("tiny", 4096), CPU, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    unit = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach(), dim=-1)
+    near, far = (unit[:256] * unit[1:257]).sum(-1).mean(), (unit[:256] * unit[256:]).sum(-1).mean()
+    assert 0.7 < near < 0.9
+    assert 0.3 < far < near - 0.15
+    related, _ = made_up(model, 600)
+    unrelated = SyntheticCache(model, torch.arange(0, 490, 7)[None], 600)
+    assert related.query_similarity() > unrelated.query_similarity() > 0.2
+
+
+def test_every_cache_gets_the_same(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic_cache, "CHUNK", 128)
+    made, ids = made_up(model, 600, batch=2)
+    stock = DynamicCache(config=model.config)
+    made.fill(stock)
+    with attach(model, OffloadConfig(budget=1024)) as engine:
+        cache = engine.new_cache()
+        made.fill(cache)
+        for number, layer in enumerate(stock.layers):
+            key, value = cache.layers[number].tiers.store.read(0, 600)
+            assert torch.equal(key, layer.keys)
+            assert torch.equal(value, layer.values)
+        assert not torch.equal(stock.layers[0].keys[0], stock.layers[0].keys[1])
+        cache.check_integrity()
+        policy = cache.layers[0].policy
+        assert policy.sketch.length == 600
+        assert policy.history.started
+        assert policy.history.n_blocks == 38
+        with torch.no_grad():  # the budget holds everything: ours must say what the stock cache says
+            found = [model(ids[:, i : i + 1].expand(2, 1), past_key_values=cache).logits for i in range(6)]
+            cache.check_integrity()
+    with torch.no_grad():
+        wanted = [model(ids[:, i : i + 1].expand(2, 1), past_key_values=stock).logits for i in range(6)]
+    torch.testing.assert_close(torch.cat(found), torch.cat(wanted), atol=1e-4, rtol=1e-4)
+
+
+def test_history_is_that_of_a_prefill(model: PreTrainedModel) -> None:
+    """The last rows are the true softmax of the model's queries over the keys."""
+    made, _ = made_up(model, 600)
+    stock = DynamicCache(config=model.config)
+    made.fill(stock)
+    with attach(model, OffloadConfig(budget=160, predictor="last")) as engine:
+        cache = engine.new_cache()
+        made.fill(cache)
+        state = cache.layers[1].policy.history._state_BGNC[:, :, :38, -1]
+    query = made.queries[1][:, :, PAST - 1 : PAST]
+    prob = scaled_logits(query, stock.layers[1].keys, made.terms[1]).softmax(-1)
+    blocks = torch.nn.functional.pad(prob, (0, 8)).view(1, 2, 2, 38, 16).amax((2, 4))
+    torch.testing.assert_close(state.float(), blocks, atol=1e-3, rtol=1e-2)
+
+
+def test_attention_is_as_asked_for(model: PreTrainedModel) -> None:
+    """A span's mean logit is its own at its time; all else is noise of the deviation asked for."""
+    made, _ = made_up(model, 3000, locality=Locality(spans=20, noise=1.5))
+    (key,) = (torch.cat([chunk.key_BGTD for chunk in made.chunks(0)], 2),)
+    query_GXD = made.queries[0][0].float().unflatten(0, (2, 2)).flatten(1, 2)
+    logit_GXT = made.terms[0].scaling * query_GXD @ key[0].mT
+    largest_G = logit_GXT.amax((1, 2))
+    assert bool((largest_G > 8).all())  # ln(.8 / .2 · 3000 · exp(1.5² / 2) / (16 · Σ 1 / rank)) is 6.5, the best's
+    spread = logit_GXT.std(-1).median()
+    assert 1.2 < spread < 2.2
+    mass_GN = logit_GXT.softmax(-1)[..., : 187 * 16].unflatten(-1, (187, 16)).sum(-1)
+    held = mass_GN.sort(-1, descending=True).values[..., :19].sum(-1)
+    assert float(held.mean()) > 3 * 19 / 187  # a tenth of the blocks holds far more than a tenth
+
+
+def test_synthetic_refuses_what_it_cannot_fill(tiny_model) -> None:
+    ids = torch.zeros(1, PAST + 6, dtype=torch.long)
+    with pytest.raises(ConfigError, match="has layers that don't attend to the whole context"):
+        SyntheticCache(tiny_model("gemma3"), ids, 600)
+    with pytest.raises(ConfigError, match="at least 64 tokens, found 60"):
+        SyntheticCache(tiny_model("llama"), ids, 60)

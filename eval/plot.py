@@ -1,0 +1,58 @@
+"""A plot of milliseconds a token against context, a line for each way."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attention_predictor.predictor.errors import ConfigError
+
+FORMATS = (".png", ".svg", ".pdf")
+# Distinct in print and for colour-blind readers (Okabe and Ito 2008); ours are the strong ones.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse a plot that can't be made, before any work; ``None`` asks for none."""
+    if path is None:
+        return
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"--plot {path}: expected a name that ends in one of {', '.join(FORMATS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'attention-predictor[train]'")
+
+
+def plot_timings(rows: Sequence[Mapping[str, Any]], path: Path, title: str, *, floor: str) -> None:
+    """Draw the rows that have ``median_ms``; the way named ``floor``, measured at one context, as a level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    timed = [row for row in rows if "median_ms" in row]
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    names = [name for name in dict.fromkeys(row["name"] for row in timed) if name != floor]
+    for number, name in enumerate(names):
+        points = sorted((row["context"], row["median_ms"]) for row in timed if row["name"] == name)
+        width, marker = (2.2, "o") if name.startswith("ours") else (1.6, "s")
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=width, marker=marker)
+    for row in timed:
+        if row["name"] == floor:
+            axes.axhline(row["median_ms"], color="0.45", linestyle="--", linewidth=1.4, label=floor)
+    axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="ms a token", title=title)
+    contexts = sorted({row["context"] for row in timed if row["name"] != floor})
+    axes.set_xticks(contexts, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in contexts])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+    axes.tick_params(axis="y", which="minor", labelsize="x-small")
+    axes.grid(True, which="major", color="0.85")
+    axes.grid(True, which="minor", axis="y", color="0.93")
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+    pyplot.close(figure)

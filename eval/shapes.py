@@ -1,0 +1,163 @@
+"""Models of a named shape with random weights, made on the device: timings ask for the shape alone.
+
+What random weights would get wrong is how much a token's queries resemble the last one's, and with it which blocks a
+step wants again. In trained models they resemble each other closely (TAPPA, ICLR 2026, arXiv 2601.21709: q-similarity).
+So here consecutive token ids have similar embeddings: each is the sum of a part that all share, one that drifts slowly
+from id to id, and one of its own; and what layers add to the residual stream is kept small beside it. Decode ids in
+their order and queries resemble each other as in trained models; ``synthetic_cache`` reports by how much.
+
+Suffixes: V ids, E hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers.utils import logging
+
+from attention_predictor.predictor.errors import ConfigError
+
+# Shares of an embedding's variance; the rest is the token's own.
+COMMON, DRIFTING = 0.5, 0.3
+DRIFT_TOKENS = 64  # ids over which the drifting part becomes another one
+BRANCH_SCALE = 0.25  # what attention and MLPs add up to over all layers, as a share of the embedding, roughly
+ROWS = 8192  # embeddings made at once
+
+_LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+# name: (config class, what differs from its defaults), from the models' published config.json
+SHAPES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
+    "llama-3.1-8b": (
+        LlamaConfig,
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": _LLAMA_3_ROPE | {"factor": 8.0},
+        },
+    ),
+    "llama-3.2-1b": (
+        LlamaConfig,
+        {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": _LLAMA_3_ROPE | {"factor": 32.0},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2.5-7b": (
+        Qwen2Config,
+        {
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+    ),
+    "qwen3-8b": (
+        Qwen3Config,
+        {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+    ),
+    "tiny": (  # runs anywhere
+        LlamaConfig,
+        {
+            "vocab_size": 512,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 131072,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+    ),
+}
+
+
+def check_shape(name: str) -> None:
+    """Raise ``ConfigError``, listing the names, for an unknown one."""
+    if name not in SHAPES:
+        raise ConfigError(f"--shape {name!r} is not known: expected one of {', '.join(SHAPES)}")
+
+
+def shape_config(name: str, positions: int) -> PreTrainedConfig:
+    """The config of a named shape, with room for so many positions."""
+    kind, fields = SHAPES[name]
+    more = {"max_position_embeddings": max(positions, fields["max_position_embeddings"])}
+    return kind(**(fields | more), bos_token_id=None, eos_token_id=None, pad_token_id=None)
+
+
+@torch.no_grad()
+def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """A model with random weights, in evaluation mode; no weight is ever on another device."""
+    torch.manual_seed(seed)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with device:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    finally:
+        logging.set_verbosity(verbosity)
+    _relate(model.get_input_embeddings().weight)
+    quiet = BRANCH_SCALE / math.sqrt(2 * config.num_hidden_layers)
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.mul_(quiet)
+    return model.eval()
+
+
+def _relate(weight_VE: Tensor) -> None:
+    """Embeddings of unit variance, similar for consecutive ids."""
+    ids, width = weight_VE.shape
+    own = math.sqrt(1 - COMMON - DRIFTING)
+    common_E = torch.randn(width, device=weight_VE.device) * math.sqrt(COMMON)
+    anchor_AE = torch.randn(ids // DRIFT_TOKENS + 2, width, device=weight_VE.device) * math.sqrt(DRIFTING)
+    for part_VE, id_V in zip(
+        weight_VE.split(ROWS), torch.arange(ids, device=weight_VE.device).split(ROWS), strict=True
+    ):
+        # Between two anchors on an arc, so that the variance is the same everywhere.
+        angle_V1 = (id_V % DRIFT_TOKENS / DRIFT_TOKENS * (math.pi / 2))[:, None]
+        before_V = id_V // DRIFT_TOKENS
+        drifting_VE = angle_V1.cos() * anchor_AE[before_V] + angle_V1.sin() * anchor_AE[before_V + 1]
+        part_VE.copy_(common_E + drifting_VE + own * torch.randn_like(drifting_VE))

@@ -1,0 +1,1 @@
+"""Parts of a decoding step, timed alone: a module a part, each a subcommand of ``attnpred bench``."""

@@ -1,0 +1,103 @@
+"""Time bringing scattered blocks from host memory to the pool, on a CPU to a buffer.
+
+On a GPU: our kernel, which reads pinned memory itself, with lists of blocks that are on the device already; the whole
+call with lists from the host; what it replaces; and a plain copy of as many bytes in one piece by the copy engine,
+which is the bus at its best. On a CPU: our kernel, indexing by torch, and a copy in one piece.
+
+Of what can be captured in a CUDA graph, milliseconds and rate are the device's own; in parentheses what a single call
+from Python takes.
+
+examples:
+  attnpred bench gather
+  attnpred bench gather --blocks 2048 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention_predictor.csrc import ops
+from attention_predictor.eval.speed.options import BLOCK, add_options, checked, show
+from attention_predictor.eval.speed.stopwatch import Call, timed
+from attention_predictor.offload.block_pool import BlockPool
+from attention_predictor.offload.host_store import HostStore, gather_reference
+
+CHUNK = 4096  # tokens made at once
+LISTS = 8  # of blocks, taken in turn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, "batch", "kv-heads", "head-dim", "context", "blocks")
+
+
+def main(args: argparse.Namespace) -> int:
+    device, dtype = checked(args)
+    shape: dict[str, Any] = {
+        "batch": args.batch,
+        "kv_heads": args.kv_heads,
+        "head_dim": args.head_dim,
+        "block_size": BLOCK,
+        "dtype": dtype,
+    }
+    store = HostStore(**shape, pin=device.type == "cuda")
+    for start in range(0, args.context, CHUNK):
+        tokens = min(CHUNK, args.context - start)
+        store.append(*torch.randn(2, args.batch, args.kv_heads, tokens, args.head_dim, dtype=dtype))
+    rows, n = args.batch * args.kv_heads, args.blocks
+    lists = [(torch.randint(rows, (n,)), torch.randint(store.n_blocks, (n,))) for _ in range(LISTS)]
+    moved = n * 2 * BLOCK * args.head_dim * dtype.itemsize
+    ways = _to_pool(store, lists, moved, shape, device) if device.type == "cuda" else _to_buffer(store, lists, moved)
+    rules: dict[str, Any] = {"repeats": args.repeats, "moved": moved}
+    found = [timed(name, calls, device, capturable=on_device, **rules) for name, (calls, on_device) in ways.items()]
+    return show(args, device, dtype, found)
+
+
+Ways = dict[str, tuple[list[Call], bool]]  # calls, and whether the device alone is at work
+
+
+def _to_pool(
+    store: HostStore, lists: list[tuple[Tensor, Tensor]], moved: int, shape: dict[str, Any], device: torch.device
+) -> Ways:
+    slot_n = torch.arange(len(lists[0][0]))
+    pool = BlockPool(**shape, slots=len(slot_n), device=device)
+    whole = torch.empty(moved, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(moved, dtype=torch.uint8, device=device)
+    slab_s = store.addresses(device)
+
+    def by_kernel(row_n: Tensor, block_n: Tensor) -> Call:
+        entries = [entry_n.to(device) for entry_n in (row_n, block_n, slot_n)]
+        return lambda: ops.gather_to_pool(slab_s, store.slab_blocks, *entries, pool.key_BGSTD, pool.value_BGSTD)
+
+    def by_call(row_n: Tensor, block_n: Tensor) -> Call:
+        return lambda: store.gather_to_pool(row_n, block_n, slot_n, pool)
+
+    def by_host(row_n: Tensor, block_n: Tensor) -> Call:
+        return lambda: pool.write_blocks(row_n, slot_n, store.gather(row_n, block_n))
+
+    return {
+        "ours, lists on the device": ([by_kernel(*one) for one in lists], True),
+        "ours, lists from the host": ([by_call(*one) for one in lists], False),
+        "gathered on the CPU, then copied": ([by_host(*one) for one in lists], False),
+        "one piece by the copy engine": ([lambda: there.copy_(whole, non_blocking=True)], True),
+    }
+
+
+def _to_buffer(store: HostStore, lists: list[tuple[Tensor, Tensor]], moved: int) -> Ways:
+    buffer = torch.empty(len(lists[0][0]), 2, BLOCK, store.head_dim, dtype=store.dtype)
+    whole, there = torch.empty(moved, dtype=torch.uint8), torch.empty(moved, dtype=torch.uint8)
+
+    def by_kernel(row_n: Tensor, block_n: Tensor) -> Call:
+        return lambda: store.gather(row_n, block_n, buffer)
+
+    def by_torch(row_n: Tensor, block_n: Tensor) -> Call:
+        return lambda: gather_reference(store._slabs, row_n, block_n, buffer)
+
+    return {
+        "ours": ([by_kernel(*one) for one in lists], True),
+        "indexing by torch": ([by_torch(*one) for one in lists], True),
+        "one piece": ([lambda: there.copy_(whole)], True),
+    }

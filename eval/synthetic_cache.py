@@ -1,0 +1,196 @@
+"""Fills caches without a prefill: made-up keys and values that a model's own queries look at as they do at real ones.
+
+The queries are the model's: those of the tokens about to be decoded, at their positions, and of the 64 tokens before
+them, taken from a run over these tokens alone. Keys are noise, but for *spans*, a few hundred for each KV head: runs of
+tokens whose keys lie along the query of one of these steps, of one query head. So each span has its time, comes up and
+goes by as fast as the model's queries change, and how much it is liked falls off as a power of its rank. Trained models
+look like this: a few places hold most of a head's attention and stay liked for a while (re-access: TAPPA, ICLR 2026,
+arXiv 2601.21709). What comes of it is measured and reported, not assumed: similarity of the queries, hit rate, reuse,
+bytes fetched.
+
+The same seed gives the same keys and values for every kind of cache, chunk by chunk: a long context never stands on the
+device as a whole unless the cache puts it there.
+
+Suffixes: B sequences, G KV heads, H query heads, h query heads of one KV head, Q queries, X = h × Q, S spans, T tokens,
+D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from attention_predictor.offload.attach import attach
+from attention_predictor.offload.cache import TieredCache
+from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.dense import Chunk, Terms, score_rows
+from attention_predictor.offload.layer import TieredLayer
+from attention_predictor.predictor.errors import ConfigError
+
+CHUNK = 4096  # tokens made at once, a multiple of every block size
+PAST = 64  # queries before the first decoded one: those that start a history
+
+
+@dataclass(frozen=True, slots=True)
+class Locality:
+    """What attention over the made-up keys is like.
+
+    With the defaults and a model of ``shapes``, hit rate, reuse and the share of the budget that a step fetches are
+    about those of the pocket model on books and documentation at budgets of 512 and 1,024 (docs/LOG.md).
+
+    Attributes:
+        spans: Of each KV head, together at most a quarter of the tokens.
+        span_tokens: Tokens of a span, which begins in the middle of such a stretch: it lies in two blocks of 16.
+        falloff: A span's attention at its time is proportional to rank ** −falloff.
+        share: A head's attention on the spans, were all at their time at once; the rest is on the noise.
+        noise: Standard deviation of the logits of all other keys.
+    """
+
+    spans: int = 256
+    span_tokens: int = 16
+    falloff: float = 1.0
+    share: float = 0.8
+    noise: float = 2.0
+
+
+class QueryTap(TieredLayer):
+    """A tiered layer that keeps what it was last asked with."""
+
+    query_BHQD: Tensor
+    terms: Terms
+
+    def attend(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
+        self.query_BHQD, self.terms = query_BHQD, terms
+        return super().attend(query_BHQD, key_BGTD, value_BGTD, terms)
+
+
+@torch.no_grad()
+def tap_queries(model: PreTrainedModel, ids_1Q: Tensor, first: int) -> list[QueryTap]:
+    """The layers of a cache after these tokens at the positions from ``first`` on, with nothing before them.
+
+    Raises:
+        ConfigError: Not every layer attends to the whole context.
+    """
+    with attach(model, OffloadConfig(policy="full")) as engine:
+        cache = engine.new_cache()
+        taps = [QueryTap(engine, number) for number in range(len(cache.layers))]
+        if len(engine.tiered_layers) < len(taps):
+            raise ConfigError(f"--synthetic: {type(model).__name__} has layers that don't attend to the whole context")
+        cache.layers = list(taps)
+        position_1Q = torch.arange(first, first + ids_1Q.shape[1], device=ids_1Q.device)[None]
+        model(ids_1Q, past_key_values=cache, position_ids=position_1Q, logits_to_keep=1)
+    return taps
+
+
+class SyntheticCache:
+    """Keys and values of ``length`` tokens in each layer of a model.
+
+    Args:
+        model: All of its layers attend to the whole context.
+        ids_1Q: The ``PAST`` last tokens of the prompt, then those that will be decoded.
+        length: Tokens of the prompt.
+        batch: Sequences, each with keys and values of its own.
+
+    Raises:
+        ConfigError: The model has other layers, or the prompt is shorter than ``PAST`` tokens.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids_1Q: Tensor,
+        length: int,
+        *,
+        batch: int = 1,
+        seed: int = 0,
+        locality: Locality | None = None,
+    ) -> None:
+        if length < PAST:
+            raise ConfigError(f"--synthetic: expected a prompt of at least {PAST} tokens, found {length}")
+        self.length, self.batch, self.seed = length, batch, seed
+        self.locality = locality or Locality()
+        self.device, self.dtype = model.device, model.dtype
+        taps = tap_queries(model, ids_1Q, length - PAST)
+        self.kv_heads = taps[0].kv_heads
+        self.queries = [tap.query_BHQD.cpu() for tap in taps]  # query_1HQD of each layer
+        self.terms = [Terms(tap.terms.scaling, tap.terms.softcap, tap.terms.sinks_H) for tap in taps]
+
+    def query_similarity(self) -> float:
+        """Mean cosine of the queries of any two steps, over heads and layers (q-similarity, arXiv 2601.21709)."""
+        found = []
+        for query_1HQD in self.queries:
+            unit_HQD = torch.nn.functional.normalize(query_1HQD[0].float(), dim=-1)
+            steps = unit_HQD.shape[1]
+            found.append((unit_HQD.sum(1).square().sum(-1) - steps) / (steps * (steps - 1)))
+        return float(torch.stack(found).mean())
+
+    def chunks(self, number: int) -> Iterator[Chunk]:
+        """Keys and values of one layer, on the device; the same at every call."""
+        query_GhQD = self.queries[number][0].to(self.device).float().unflatten(0, (self.kv_heads, -1))
+        G, _, _, D = query_GhQD.shape
+        generator = torch.Generator(self.device).manual_seed(self.seed << 16 | number)
+        made: dict[str, Any] = {"generator": generator, "device": self.device}
+        scaling = self.terms[number].scaling
+        token_BGST, key_BGSD = self._spans(query_GhQD, scaling, made)
+        noise_G11 = (self.locality.noise / (scaling * query_GhQD.norm(dim=-1).mean((1, 2))))[:, None, None]
+        for start in range(0, self.length, CHUNK):
+            shape = (self.batch, G, min(CHUNK, self.length - start), D)
+            key_BGTD = torch.randn(shape, **made) * noise_G11
+            b, g, s, t = ((token_BGST >= start) & (token_BGST < start + shape[2])).nonzero(as_tuple=True)
+            key_BGTD[b, g, token_BGST[b, g, s, t] - start] += key_BGSD[b, g, s]
+            yield Chunk(start, key_BGTD.to(self.dtype), torch.randn(shape, **made).to(self.dtype))
+
+    def _spans(self, query_GhQD: Tensor, scaling: float, made: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The tokens of the spans, best first, no token in two of one KV head; and what is added to their keys."""
+        look, B, G, D = self.locality, self.batch, query_GhQD.shape[0], query_GhQD.shape[3]
+        offset = look.span_tokens // 2
+        cells = (self.length - offset) // look.span_tokens
+        spans = min(look.spans, max(1, cells // 4))
+        cell_BGS = torch.rand(B, G, cells, **made).topk(spans).indices
+        inner_T = torch.arange(offset, offset + look.span_tokens, device=self.device)
+        token_BGST = cell_BGS[..., None] * look.span_tokens + inner_T
+
+        query_GXD = query_GhQD.flatten(1, 2)
+        which_BGS1 = torch.randint(query_GXD.shape[1], (B, G, spans, 1), **made)
+        liked_BGSD = query_GXD.expand(B, -1, -1, -1).gather(2, which_BGS1.expand(-1, -1, -1, D))
+        # The noise, of which exp(logit) has mean exp(noise² / 2), and the spans' logits must give the share asked for.
+        odds = math.log(look.share / (1 - look.share)) + math.log(self.length) + look.noise**2 / 2
+        weight_S = torch.arange(1, spans + 1, device=self.device).float() ** -look.falloff
+        logit_S1 = odds + (weight_S / (look.span_tokens * weight_S.sum())).log()[:, None]
+        return token_BGST, liked_BGSD * logit_S1 / (scaling * liked_BGSD.square().sum(-1, keepdim=True))
+
+    @torch.no_grad()
+    def fill(self, cache: Cache) -> None:
+        """Put all tokens into an empty cache: ours, or a stock one."""
+        for number in range(len(self.queries)):
+            if isinstance(cache, TieredCache):
+                layer = cache.layers[number]
+                assert isinstance(layer, TieredLayer)  # `tap_queries` has refused all others
+                self._fill_tiered(layer, number)
+            else:
+                _, keys, values = zip(*self.chunks(number), strict=True)
+                cache.update(torch.cat(keys, 2), torch.cat(values, 2), number)
+
+    def _fill_tiered(self, layer: TieredLayer, number: int) -> None:
+        """Leave the layer as a prefill does: store and sketch filled, history started, the first fetch under way."""
+        past_BHQD = self.queries[number][:, :, :PAST].to(self.device).expand(self.batch, -1, -1, -1)
+
+        def stored() -> Iterator[Chunk]:
+            for chunk in self.chunks(number):
+                layer.update(chunk.key_BGTD, chunk.value_BGTD)
+                layer.policy.extend(chunk.key_BGTD, past_BHQD)
+                layer.armed = False  # this update is not followed by an attention call
+                yield chunk
+
+        shape = {"kv_heads": self.kv_heads, "block_size": layer.block_size}
+        rows = score_rows(past_BHQD, stored(), self.length, self.terms[number], **shape)
+        layer.policy.observe_rows(rows)
+        layer._fetch_ahead()
+        layer._note_memory()

@@ -1,0 +1,60 @@
+"""TimingsFile: rows of a sweep, appended as they come, so that an interrupted one goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attention_predictor.predictor.errors import ConfigError, DataError
+
+
+class TimingsFile:
+    """JSON lines: the settings first, then a row each.
+
+    Raises:
+        ConfigError: The file has rows of other settings, whose ratios to these would mean nothing.
+        DataError: It is no such file. (A last line that was cut off in the writing is dropped.)
+    """
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+        """Without a path rows are kept in memory alone."""
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if path is None:
+            return
+        if path.exists() and path.stat().st_size:
+            self._read(path, settings)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"settings": dict(settings)}) + "\n")
+
+    def find(self, **fields: Any) -> dict[str, Any] | None:
+        """The row with these values, if there is one."""
+        return next((row for row in self.rows if fields.items() <= row.items()), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row; one that was ``skipped`` is not written, so that another run tries again."""
+        self.rows.append(row)
+        if self.path is not None and "skipped" not in row:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def _read(self, path: Path, settings: Mapping[str, Any]) -> None:
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        try:
+            first, *self.rows = (json.loads(line) for line in whole.splitlines())
+            found = first["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"--out {path} is not a file of timings: {error!r}") from error
+        wanted = json.loads(json.dumps(dict(settings)))
+        for name in found | wanted:
+            if found.get(name) != wanted.get(name):
+                raise ConfigError(
+                    f"--out {path} holds timings of other settings ({name}: {found.get(name)!r} there, "
+                    f"{wanted.get(name)!r} asked for): choose another file"
+                )
+        if whole != text:
+            path.write_text(whole)

@@ -1,0 +1,143 @@
+"""One way to hold the cache, tried: filled, warmed up, timed step by step, looked into."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from attention_predictor.eval.breakdown import breakdown
+from attention_predictor.eval.synthetic_cache import SyntheticCache
+from attention_predictor.eval.ways import Session, Way, does_not_fit, opened
+from attention_predictor.predictor.errors import HostMemoryError, one_line
+
+WARM_UP = 5  # steps: compilers compile in the first ones, graphs are captured
+PROFILED = 3  # steps behind the timed ones
+LEAST = 5  # timed steps, however long they take
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is decoded, the same for all ways.
+
+    Attributes:
+        ids_1T: The prompt, then the tokens of the steps; sequences of a batch are all the same.
+        steps: Timed ones; ``WARM_UP`` come before and ``PROFILED`` after.
+        seconds: For the timed steps: then no more are taken, but for the ``LEAST`` first.
+        synthetic: Fills the caches with what is not the prompt's own; ``None`` for a prefill.
+        limit_bytes: Of device memory, ``None`` for all there is.
+    """
+
+    ids_1T: Tensor
+    steps: int
+    batch: int
+    budget: int
+    seconds: float
+    synthetic: SyntheticCache | None
+    limit_bytes: int | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and steps."""
+        return self.ids_1T.shape[1]
+
+    @property
+    def prompt(self) -> int:
+        """Tokens that are in the cache before the first step."""
+        return self.context - steps_within(self.steps)
+
+
+def steps_within(timed: int) -> int:
+    """Steps at the end of a context: warm-up, timed, profiled."""
+    return WARM_UP + timed + PROFILED
+
+
+def try_way(model: PreTrainedModel, way: Way, work: Workload) -> dict[str, Any]:
+    """What came of it, or why it was ``skipped``: for lack of memory, and for no other reason."""
+    row: dict[str, Any] = {"name": way.name, "context": work.context, "batch": work.batch}
+    if reason := does_not_fit(model, way, context=work.context, batch=work.batch, limit_bytes=work.limit_bytes):
+        return row | {"skipped": reason}
+    try:
+        with opened(model, way, context=work.context, batch=work.batch, budget=work.budget) as session:
+            return row | _figures(model, session, work)
+    except (torch.OutOfMemoryError, HostMemoryError) as error:
+        return row | {"skipped": one_line(error, 200)}
+    finally:
+        _release(model.device)
+
+
+@torch.no_grad()
+def _figures(model: PreTrainedModel, session: Session, work: Workload) -> dict[str, Any]:
+    device, engine = model.device, session.engine
+    filled_s = -time.perf_counter()
+    if work.synthetic is not None:
+        work.synthetic.fill(session.cache)
+    else:
+        model(work.ids_1T[:, : work.prompt].expand(work.batch, -1), past_key_values=session.cache, logits_to_keep=1)
+    _wait(device)
+    filled_s += time.perf_counter()
+    tokens = iter(work.ids_1T[:, work.prompt :].expand(work.batch, -1).contiguous().split(1, dim=1))
+    for _ in range(WARM_UP):
+        session.step(next(tokens))
+    _wait(device)
+    if engine is not None:
+        engine.stats.reset()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times = _timed(session, tokens, work, device)
+    found: dict[str, Any] = {
+        "median_ms": statistics.median(times),
+        "p95_ms": sorted(times)[math.ceil(0.95 * len(times)) - 1],
+        "steps": len(times),
+        "filled_s": filled_s,
+        "weights_bytes": sum(weight.nbytes for weight in model.parameters()),
+        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+    if engine is not None:
+        stats = engine.stats
+        found["engine"] = stats.to_dict()
+        found["fetched_bytes_per_token"] = stats.fetched_bytes / max(stats.steps, 1)
+        found["exposed_wait_ms_per_token"] = stats.exposed_wait_ms / max(stats.steps, 1)
+
+    def profiled() -> None:
+        for _ in range(PROFILED):
+            session.step(next(tokens))
+            _wait(device)
+
+    found["breakdown"] = breakdown(profiled, PROFILED, device)
+    return found
+
+
+def _timed(session: Session, tokens: Iterator[Tensor], work: Workload, device: torch.device) -> list[float]:
+    """Milliseconds of each step; the host waits for each, as a loop does that looks at every token."""
+    times: list[float] = []
+    while len(times) < work.steps and (len(times) < LEAST or sum(times) < 1000 * work.seconds):
+        token_B1 = next(tokens)
+        begun = time.perf_counter()
+        session.step(token_B1)
+        _wait(device)
+        times.append(1000 * (time.perf_counter() - begun))
+    return times
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _release(device: torch.device) -> None:
+    """Give back what the last way held, pinned memory included: the next one needs it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # has no public name before torch 2.12
+        torch.cuda.reset_peak_memory_stats(device)

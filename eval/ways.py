@@ -1,0 +1,149 @@
+"""Ways to hold the cache while a model decodes: ours, and those of transformers that it is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
+
+from attention_predictor.offload.attach import attach
+from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.engine import Engine
+from attention_predictor.predictor.errors import ConfigError
+
+FLOOR_CONTEXT = 1024  # tokens at which the floor is measured, whatever the context of the others
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to hold the cache.
+
+    Attributes:
+        name: In tables and plots.
+        kind: Ours, transformers' ``DynamicCache``, or its ``StaticCache`` with the whole step compiled.
+        options: Of ``OffloadConfig`` or of the stock cache.
+        needs_gpu: Whether it is for CUDA devices alone.
+        by_default: Whether it is measured without being asked for; on a CPU nothing is compiled unless asked for.
+    """
+
+    name: str
+    kind: Literal["ours", "dynamic", "static"]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs_gpu: bool = False
+    by_default: bool = True
+
+
+FLOOR = "floor"
+WAYS = {
+    FLOOR: Way("static cache, compiled, 1K context", "static"),
+    "graph": Way("ours, graph", "ours", {"prefetch": "graph"}, needs_gpu=True),
+    "graph-compiled": Way(
+        "ours, graph, compiled layers", "ours", {"prefetch": "graph", "compile": True}, needs_gpu=True
+    ),
+    "thread": Way("ours, thread", "ours"),
+    "no-kernels": Way("ours, thread, no kernels", "ours", {"kernels": "none"}, by_default=False),
+    "device": Way("stock cache on the device", "dynamic"),
+    "offloaded": Way("stock cache, offloaded", "dynamic", {"offloading": True}, needs_gpu=True),
+}
+
+
+def choose(names: str | None, device: torch.device, budget: int) -> list[str]:
+    """Keys of the ways asked for (``"graph,device"``), or of all that this device has, in the table's order.
+
+    Raises:
+        ConfigError: An unknown name, or one that can't be measured here.
+    """
+    if names is None:
+        gpu = device.type == "cuda"
+        return [
+            name
+            for name, way in WAYS.items()
+            if way.by_default and (gpu or way.kind != "static") and _unavailable(way, device, budget) is None
+        ]
+    asked = names.split(",")
+    for name in asked:
+        if name not in WAYS:
+            raise ConfigError(f"--ways {name!r} is not known: expected some of {', '.join(WAYS)}")
+        if (reason := _unavailable(WAYS[name], device, budget)) is not None:
+            raise ConfigError(f"--ways {name}: {reason}")
+    return [name for name in WAYS if name in asked]
+
+
+def _unavailable(way: Way, device: torch.device, budget: int) -> str | None:
+    if way.needs_gpu and device.type != "cuda":
+        return "it needs a CUDA device"
+    if way.kind == "ours":
+        try:
+            OffloadConfig(budget=budget, **way.options)
+        except ConfigError as error:
+            return str(error)
+    return None
+
+
+@dataclass
+class Session:
+    """A cache in use, and how the model takes a step with it."""
+
+    cache: Cache
+    step: Callable[[Tensor], object]
+    engine: Engine | None = None
+
+
+@contextmanager
+def opened(model: PreTrainedModel, way: Way, *, context: int, batch: int, budget: int) -> Iterator[Session]:
+    """An empty cache for so many tokens; the model is attached, or compiled, for as long as it is in use."""
+    config = model.config.get_text_config(decoder=True)
+    with ExitStack() as stack:
+        if way.kind == "static" or way.options.get("compile"):
+            stack.callback(torch.compiler.reset)  # with what was compiled goes the memory that its graphs hold
+        if way.kind == "ours":
+            engine = stack.enter_context(attach(model, OffloadConfig(budget=budget, **way.options)))
+            engine.check_fits(batch=batch, tokens=context)
+            cache: Cache = engine.new_cache()
+            yield Session(cache, lambda token_B1: model(token_B1, past_key_values=cache), engine)
+        elif way.kind == "dynamic":
+            cache = DynamicCache(config=config, **way.options)
+            yield Session(cache, lambda token_B1: model(token_B1, past_key_values=cache))
+        else:
+            cache = StaticCache(config=config, max_cache_len=context, **way.options)
+            forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+
+            def step(token_B1: Tensor) -> object:
+                torch.compiler.cudagraph_mark_step_begin()  # the last step's logits may be overwritten
+                return forward(token_B1, past_key_values=cache)
+
+            yield Session(cache, step)
+
+
+def does_not_fit(model: PreTrainedModel, way: Way, *, context: int, batch: int, limit_bytes: int | None) -> str | None:
+    """Why a stock cache of this size can't be held, ``None`` if it can; ours says so itself (``engine.check_fits``)."""
+    if way.kind == "ours":
+        return None
+    config, device = model.config.get_text_config(decoder=True), model.device
+    layer_bytes = batch * context * _token_bytes(config, model.dtype)
+    needed = (config.num_hidden_layers + 1) * layer_bytes  # a step makes one layer's anew before the old one is gone
+    if device.type != "cuda" or way.options.get("offloading"):
+        available, where = psutil.virtual_memory().available, "host memory"
+    else:
+        used = torch.cuda.memory_allocated(device)
+        available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - used
+        if limit_bytes is not None:
+            available = min(available, limit_bytes - used)
+        where = "device memory"
+    if needed <= available:
+        return None
+    return f"keys and values take {needed / 2**30:.2f} GiB of {where}, {available / 2**30:.2f} GiB are available"
+
+
+def _token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token in one layer."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * heads * head_dim * dtype.itemsize
