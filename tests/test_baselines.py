@@ -485,8 +485,8 @@ def test_lazy_eviction_lags(tiny_model, ids, monkeypatch):
         for (_, before), (_, after) in itertools.pairwise(seen)
     ]
     evictions = [number for number, blocks in enumerate(left) if blocks]
-    assert all(left[number] == 2 + 1 for number in evictions)
-    assert {after - before for before, after in itertools.pairwise(evictions)} == {48}
+    assert all(left[number] == 2 for number in evictions)
+    assert {after - before for before, after in itertools.pairwise(evictions)} == {32}
 
 
 def test_lazy_eviction_after_a_crop(tiny_model, ids):

@@ -10,9 +10,9 @@ every W tokens, and between times nothing goes. What goes never comes back.
 
 Adapted: blocks in place of tokens; a block is active if one of its tokens is, for a query head of the KV head. The
 paper keeps the last W tokens and lets the cache grow by W beyond the budget before it evicts. Here W is the engine's
-recent tokens (64; the paper has 27 to 175, by model and task), and room for W more is made within the budget, of half
-of what is free at most. The last W queries of a prompt count as steps: a long prompt is evicted before decoding.
-α = 5e-4 is the paper's for Llama (1e-4 for its other models).
+recent tokens (64; the paper has 27 to 175, by model and task), and room for W tokens is made within the budget, of at
+most half of what sink and recent leave. The last W queries of a prompt count as steps, so that a long one is evicted
+before decoding. α = 5e-4 is the paper's for Llama (1e-4 for its other models).
 
 Suffixes: B sequences, G KV heads, Q queries, N blocks.
 """
@@ -77,12 +77,12 @@ class LazyEviction(Policy):
         return torch.zeros_like(evicted_BGN, dtype=torch.float32).masked_fill(evicted_BGN, NEVER)
 
     def _evict(self, length: int) -> Tensor:
-        """Leave so many blocks that those of the next W tokens find room; evicted_BGN, the blocks gone by now."""
+        """Make room for W tokens, those of the block that needs it now among them; evicted_BGN, all that is gone."""
         n_blocks, size = self.selection.n_blocks(length), self.selection.block_size
         first, last = self.selection.candidates(length)
         budget = self.selection.budget // size
         free = budget - (first + n_blocks - last)
-        keep = budget - min(self.selection.recent // size, free // 2)
+        keep = budget + 1 - max(min(self.selection.recent // size, free // 2), 1)
         place_N = torch.arange(n_blocks, device=self.spec.device)
         # In fp64, so that of equals the newer ones stay and nothing else changes places.
         rank_BGN = F.pad(self.importance().double(), (0, n_blocks - self.last.n_blocks)) + 1e-9 * place_N

@@ -55,9 +55,9 @@ class SnapKV(Policy):
         config, prompt_blocks = self.spec.config, self.votes.n_blocks
         n_blocks = -(-length // config.block_size)
         # The recent tokens touch one block more unless they are aligned: counted always, lest one come and go.
-        recent = n_blocks - 1 - config.recent // config.block_size
+        first_recent = n_blocks - 1 - config.recent // config.block_size
         votes_BGN = F.pad(self.votes.value_BGN, (0, max(n_blocks - prompt_blocks, 0)))
-        return newest_first(votes_BGN, max(min(recent, prompt_blocks), 0))
+        return newest_first(votes_BGN, max(min(first_recent, prompt_blocks), 0))
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
         self.votes.crop(-(-length // self.spec.config.block_size))
