@@ -1,9 +1,8 @@
 // Selection and residency without the host: a thread block takes a row (a sequence's KV head), from scores to the list of blocks
 // that must move.
 //
-// The best of N scores are found by radix selection: four passes over the scores, eight bits each, give the least score that
-// is chosen; equal ones go by block number. Everything that has an order is found by counting and prefix sums, never by who
-// comes first: the same scores give the same slots.
+// Whatever has an order is found by counting, never by who comes first: the same scores give the same slots. What takes the
+// time is waiting, for other threads at barriers, and for memory: there is little to compute.
 
 #include "device.cuh"
 #include "select.h"
@@ -15,7 +14,9 @@ using namespace device;
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kBins = 256;
-constexpr int kCopies = 4;  // of the histogram: scores share their first bits, and would queue at one counter
+constexpr int kCopies = 4;   // of the histogram: scores share their first bits, and would queue at one counter
+constexpr int kHeads = 4;    // query heads whose numbers a thread reads together
+constexpr int kList = 1024;  // blocks that are compared each with each
 constexpr uint32_t kNever = 0, kAlways = 0xffffffffu;
 constexpr int64_t kEmpty = INT64_MIN;
 
@@ -27,11 +28,14 @@ __device__ __forceinline__ uint32_t ordered(float x) {
 }
 
 struct Shared {
-    uint32_t histogram[kCopies][kBins];
+    union {
+        uint32_t histogram[kCopies][kBins];
+        uint32_t top[kThreads];
+    };
+    float warp_top[kHeads][kWarps], warp_total[kHeads][kWarps];
     int warp_sum[2][kWarps];
-    float warp_top[kWarps], warp_total[kWarps];
-    uint32_t digit;
-    int left, equal;
+    uint32_t digit, bound;
+    int left, equal, found;
 };
 
 // Prefix sums over the thread block of two counts a thread, exclusive; the totals too.
@@ -124,35 +128,167 @@ __device__ __forceinline__ uint32_t least_of_best(int n, int wanted, int *of_equ
     return prefix;
 }
 
-// Log-sum-exp over the thread block of n numbers.
-__device__ __forceinline__ float log_sum_exp(const float *x, int n, Shared &shared) {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    float top = -INFINITY;
-    for (int i = threadIdx.x; i < n; i += kThreads) top = fmaxf(top, x[i]);
-    top = warp_max(top);
-    if (lane == 0) shared.warp_top[warp] = top;
-    __syncthreads();
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, shared.warp_top[w]);
-    float total = 0.f;
-    if (top > -INFINITY)
-        for (int i = threadIdx.x; i < n; i += kThreads) total += expf(x[i] - top);
-    total = warp_sum(total);
-    if (lane == 0) shared.warp_total[warp] = total;
-    __syncthreads();
-    total = 0.f;
-    for (int w = 0; w < kWarps; ++w) total += shared.warp_total[w];
-    __syncthreads();
-    return top > -INFINITY ? top + logf(total) : -INFINITY;
+// Blocks in shared memory, the best first: the larger key, of equal ones the lower block.
+struct List {
+    uint32_t *key;
+    int32_t *block;
+};
+
+__device__ __forceinline__ bool before(uint32_t key, int32_t block, uint32_t other_key, int32_t other_block) {
+    return key > other_key || (key == other_key && block < other_block);
 }
+
+// The `wanted` best of n blocks, into `best`, by rank; `room` has kList entries. Returns how many there are.
+//
+// Every few threads find their largest key. The wanted-th of these is a bound that as many keys reach, and few others: those
+// that do are compared each with each. Where they are too many (equal keys, or blocks wanted by the hundred) the least key
+// that is wanted is found by radix selection.
+template <typename Key>
+__device__ __forceinline__ int best_blocks(int n, int wanted, List best, List room, Shared &shared, const Key &key) {
+    if (wanted <= 0) return 0;
+    if (wanted <= kThreads / 2) {
+        int together = 1;  // threads that find a maximum
+        while (kThreads / (2 * together) >= 4 * wanted && together < kWarp) together *= 2;
+        const int groups = kThreads / together;
+        uint32_t top = kNever;
+        for (int i = threadIdx.x; i < n; i += kThreads) top = max(top, key(i));
+        for (int offset = 1; offset < together; offset *= 2) top = max(top, __shfl_xor_sync(kAll, top, offset));
+        if (threadIdx.x % together == 0) shared.top[threadIdx.x / together] = top;
+        if (threadIdx.x == 0) shared.found = 0, shared.bound = 1;
+        __syncthreads();
+        if (static_cast<int>(threadIdx.x) < groups) {
+            const uint32_t mine = shared.top[threadIdx.x];
+            int rank = 0;
+            for (int g = 0; g < groups; ++g) rank += before(shared.top[g], g, mine, static_cast<int>(threadIdx.x));
+            if (rank == wanted - 1 && mine != kNever) shared.bound = mine;
+        }
+        __syncthreads();
+        const uint32_t bound = shared.bound;
+        for (int i = threadIdx.x; i < n; i += kThreads) {
+            const uint32_t x = key(i);
+            if (x < bound) continue;
+            const int at = atomicAdd(&shared.found, 1);
+            if (at < kList) {
+                room.key[at] = x;
+                room.block[at] = i;
+            }
+        }
+        __syncthreads();
+        const int found = shared.found;
+        if (found <= kList) {
+            for (int i = threadIdx.x; i < found; i += kThreads) {
+                int rank = 0;
+                for (int j = 0; j < found; ++j) rank += before(room.key[j], room.block[j], room.key[i], room.block[i]);
+                if (rank < wanted) {
+                    best.key[rank] = room.key[i];
+                    best.block[rank] = room.block[i];
+                }
+            }
+            __syncthreads();
+            return min(found, wanted);
+        }
+    }
+    int of_equal = 0, equal = 0;
+    const uint32_t least = least_of_best(n, wanted, &of_equal, &equal, shared, key);
+    // A thread's blocks lie side by side here: equal ones are taken in order. Ranks are by block then, not by key.
+    const int chunk = (n + kThreads - 1) / kThreads;
+    const int begin = min(n, static_cast<int>(threadIdx.x) * chunk), end = min(n, begin + chunk);
+    int count[2] = {0, 0}, first[2], total[2];
+    for (int i = begin; i < end; ++i) {
+        count[0] += key(i) > least;
+        count[1] += key(i) == least;
+    }
+    scan(count, first, total, shared);
+    int above = first[0], same = first[1];
+    for (int i = begin; i < end; ++i) {
+        const uint32_t x = key(i);
+        if (x > least || (x == least && same < of_equal)) {
+            const int at = above + min(same, of_equal);
+            best.key[at] = x;
+            best.block[at] = i;
+        }
+        above += x > least;
+        same += x == least;
+    }
+    __syncthreads();
+    return total[0] + min(total[1], of_equal);
+}
+
+// For each block the sum over the heads of its share of what a head attends to, as the bits of a float in `key`; each head's
+// log-sum-exp over all blocks in `rest`.
+__device__ __forceinline__ void shares(const float *sum, int64_t capacity, int n, int heads, uint32_t *key, float *rest, Shared &shared) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    for (int m0 = 0; m0 < heads; m0 += kHeads) {
+        float top[kHeads], total[kHeads];
+#pragma unroll
+        for (int m = 0; m < kHeads; ++m) top[m] = -INFINITY, total[m] = 0.f;
+        for (int i = threadIdx.x; i < n; i += kThreads) {
+#pragma unroll
+            for (int m = 0; m < kHeads; ++m) {
+                if (m0 + m >= heads) break;
+                const float x = sum[(m0 + m) * capacity + i], now = fmaxf(top[m], x);
+                if (now > -INFINITY) total[m] = total[m] * expf(top[m] - now) + expf(x - now);
+                top[m] = now;
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < kHeads; ++m) {
+            const float now = warp_max(top[m]);
+            total[m] = warp_sum(now > -INFINITY ? total[m] * expf(top[m] - now) : 0.f);
+            if (lane == 0) shared.warp_top[m][warp] = now, shared.warp_total[m][warp] = total[m];
+        }
+        __syncthreads();
+        float all[kHeads];
+#pragma unroll
+        for (int m = 0; m < kHeads; ++m) {
+            const float mine = shared.warp_top[m][lane], now = warp_max(mine);
+            const float sum_m = warp_sum(now > -INFINITY ? shared.warp_total[m][lane] * expf(mine - now) : 0.f);
+            all[m] = now > -INFINITY ? now + logf(sum_m) : -INFINITY;
+            if (threadIdx.x == 0 && m0 + m < heads) rest[m0 + m] = all[m];
+        }
+        for (int i = threadIdx.x; i < n; i += kThreads) {
+            float share = m0 ? __uint_as_float(key[i]) : 0.f;
+#pragma unroll
+            for (int m = 0; m < kHeads; ++m)
+                if (m0 + m < heads && all[m] > -INFINITY) share += expf(sum[(m0 + m) * capacity + i] - all[m]);
+            key[i] = __float_as_uint(share);
+        }
+        __syncthreads();
+    }
+}
+
+size_t rows_bytes(int64_t slots) { return slots * (8 + 8 * (1 + 1 + 3) + 4 + 4 + 1) + 8 * kList; }
+
+// What is in shared memory of that size.
+struct Rows {
+    int64_t *age;      // of each slot
+    List chosen;       // blocks, and in place of keys their slots
+    List best, room;
+    List entry;        // 3 S: what is resident, the best others, what is always chosen
+    int32_t *given, *missing;
+    uint8_t *kept;
+
+    __device__ explicit Rows(void *memory, int S) {
+        age = static_cast<int64_t *>(memory);
+        auto *next = reinterpret_cast<int32_t *>(age + S);
+        const auto take = [&next](int entries) {
+            const List list = {reinterpret_cast<uint32_t *>(next), next + entries};
+            next += 2 * entries;
+            return list;
+        };
+        chosen = take(S), best = take(S), entry = take(3 * S), room = take(kList);
+        given = next;
+        missing = given + S;
+        kept = reinterpret_cast<uint8_t *>(missing + S);
+    }
+
+};
 
 __global__ void __launch_bounds__(kThreads) select_blocks_kernel(const Select a) {
     __shared__ Shared shared;
-    // Of dynamic size: for each slot its age, whether its block stays, the wanted blocks, the slots to be given away.
-    int64_t *age = static_cast<int64_t *>(dynamic_shared());
+    __shared__ int entries;
     const int S = static_cast<int>(a.slots);
-    int32_t *wanted = reinterpret_cast<int32_t *>(age + S), *given = wanted + S, *missing = given + S;
-    uint8_t *kept = reinterpret_cast<uint8_t *>(missing + S);
-
+    const Rows rows(dynamic_shared(), S);
     const int64_t row = blockIdx.x, b = row / a.kv_heads;
     const int group = static_cast<int>(a.heads / a.kv_heads);
     const int64_t head0 = row * group;  // over all sequences
@@ -161,13 +297,17 @@ __global__ void __launch_bounds__(kThreads) select_blocks_kernel(const Select a)
     const int known = static_cast<int>((stored + size - 1) / size), n = static_cast<int>((length + size - 1) / size);
     const int first = static_cast<int>(a.padding[b] / size);
     const int recent = static_cast<int>(a.recent > 1 ? a.recent : 1);
-    const int first_recent = static_cast<int>((length > recent ? length - recent : 0) / size);
+    // Always chosen: from `first` to `sink_end`, and from `recent_begin` on. Never: before `first`.
     const bool everything = length <= a.limit;
+    const int sink_end = everything ? n : min(n, first + static_cast<int>(a.sink_blocks));
+    const int recent_begin = max(sink_end, static_cast<int>((length > recent ? length - recent : 0) / size));
+    const int most = everything ? n : static_cast<int>(a.limit / size);
     int64_t *block = a.block + row * S, *active = a.active + row * S, *use = a.use + row * S;
     int32_t *slot = a.slot + row * a.capacity;
     uint32_t *key = a.key + row * a.capacity;
-    const int chunk = (n + kThreads - 1) / kThreads;  // blocks of a thread, side by side, where their order counts
-    const int begin = min(n, static_cast<int>(threadIdx.x) * chunk), end = min(n, begin + chunk);
+    const auto settled = [&](int i, uint32_t x) {
+        return i < first ? kNever : i < sink_end || i >= recent_begin ? kAlways : x;
+    };
 
     if (!a.ahead) {
         if (a.slot_sum != nullptr) {
@@ -179,118 +319,114 @@ __global__ void __launch_bounds__(kThreads) select_blocks_kernel(const Select a)
             }
             __syncthreads();
         }
-        for (int i = threadIdx.x; i < n; i += kThreads) key[i] = 0;
-        for (int m = 0; m < group; ++m) {
-            // Each head's shares are added to the key, as a float still.
-            const float *sum = a.sum + (head0 + m) * a.capacity;
-            const float all = log_sum_exp(sum, n, shared);
-            if (threadIdx.x == 0) a.rest[head0 + m] = all;
-            if (all > -INFINITY)
-                for (int i = threadIdx.x; i < n; i += kThreads)
-                    key[i] = __float_as_uint(__uint_as_float(key[i]) + expf(sum[i] - all));
-        }
-        __syncthreads();
+        shares(a.sum + head0 * a.capacity, a.capacity, n, group, key, a.rest + head0, shared);
     }
     if (a.ahead || a.chooses) {
-        int of_equal = 0, equal = 0;
-        for (int i = threadIdx.x; i < n; i += kThreads) {
-            const bool always = everything || i < first + a.sink_blocks || i >= first_recent;
-            uint32_t x;
-            if (a.ahead) x = i < known ? ordered(a.score[row * a.capacity + i]) : kNever;
-            else x = ordered(__uint_as_float(key[i]));
-            // Always and never are settled here for the next token; for this one the absent blocks are ranked first.
-            if (a.ahead) x = i < first ? kNever : always ? kAlways : x;
-            key[i] = x;
-        }
-        __syncthreads();
-        if (!a.ahead) {
-            uint32_t least = 0;
-            if (a.late < n) {
-                if (a.late > 0)
-                    least = least_of_best(n, static_cast<int>(a.late), &of_equal, &equal, shared,
-                                          [&](int i) { return slot[i] < 0 ? key[i] : kNever; });
-                else least = kAlways, of_equal = 0;
-            }
-            int count[2] = {0, 0}, before[2], total[2];
-            if (least)
-                for (int i = begin; i < end; ++i) count[0] += slot[i] < 0 && key[i] == least;
-            scan(count, before, total, shared);
-            for (int i = begin; i < end; ++i) {
-                const bool absent = slot[i] < 0, always = everything || i < first + a.sink_blocks || i >= first_recent;
-                uint32_t x = key[i];
-                if (least && absent && (x < least || (x == least && before[0]++ >= of_equal))) x = kNever;
-                key[i] = i < first ? kNever : always ? kAlways : x;
+        int chosen;
+        if (a.ahead) {
+            const float *score = a.score + row * a.capacity;
+            chosen = best_blocks(n, most, rows.best, rows.room, shared, [&](int i) {
+                return settled(i, i < known ? ordered(score[i]) : kNever);
+            });
+            for (int w = threadIdx.x; w < chosen; w += kThreads) {
+                rows.chosen.block[w] = rows.best.block[w];
+                rows.chosen.key[w] = static_cast<uint32_t>(slot[rows.best.block[w]]);
             }
             __syncthreads();
+        } else {
+            // The best absent ones may come; then the best of these and what is resident are chosen.
+            const int late = static_cast<int>(a.late < S ? a.late : S);
+            const int comers = best_blocks(n, late, rows.best, rows.room, shared, [&](int i) {
+                return slot[i] < 0 ? ordered(__uint_as_float(key[i])) : kNever;
+            });
+            if (threadIdx.x == 0) entries = S + comers;
+            for (int i = threadIdx.x; i < S + comers; i += kThreads) {
+                const int n_i = i < S ? static_cast<int>(block[i]) : rows.best.block[i - S];
+                rows.entry.block[i] = n_i;
+                rows.entry.key[i] = n_i < 0 || n_i >= n ? kNever : settled(n_i, ordered(__uint_as_float(key[n_i])));
+            }
+            __syncthreads();
+            // What is always chosen is resident, as a rule.
+            for (int i = first + threadIdx.x; i < n; i += kThreads) {
+                if ((i >= sink_end && i < recent_begin) || slot[i] >= 0) continue;
+                bool comes = false;
+                for (int c = 0; c < comers; ++c) comes = comes || rows.best.block[c] == i;
+                if (comes) continue;
+                const int at = atomicAdd(&entries, 1);
+                rows.entry.block[at] = i;
+                rows.entry.key[at] = kAlways;
+            }
+            if (threadIdx.x == 0) shared.found = 0;
+            __syncthreads();
+            const int count = entries;
+            for (int i = threadIdx.x; i < count; i += kThreads) {
+                const uint32_t mine = rows.entry.key[i];
+                const int32_t n_i = rows.entry.block[i];
+                if (mine == kNever) continue;
+                int rank = 0;
+                for (int j = 0; j < count; ++j) rank += before(rows.entry.key[j], rows.entry.block[j], mine, n_i);
+                if (rank >= most) continue;
+                rows.chosen.block[rank] = n_i;
+                rows.chosen.key[rank] = i < S ? static_cast<uint32_t>(i) : ~0u;
+                atomicAdd(&shared.found, 1);
+            }
+            __syncthreads();
+            chosen = shared.found;
         }
-        const int most = everything ? n : static_cast<int>(a.limit / size);
-        const uint32_t least = least_of_best(n, most, &of_equal, &equal, shared, [&](int i) { return key[i]; });
-        int count[2] = {0, 0}, before[2], total[2];
-        for (int i = begin; i < end; ++i) {
-            count[0] += key[i] > least;
-            count[1] += key[i] == least;
-        }
-        scan(count, before, total, shared);
-        const int chosen = total[0] + min(total[1], of_equal);
-        int above = before[0], same = before[1];
-        for (int i = begin; i < end; ++i) {
-            const bool is_above = key[i] > least, is_same = key[i] == least;
-            if (is_above || (is_same && same < of_equal)) wanted[above + min(same, of_equal)] = i;
-            above += is_above;
-            same += is_same;
-        }
+
+        // What is there stays. What is missing is listed in the order of rank, but for the next token's own block, which may not
+        // have begun: it comes last, since nothing is there to fetch.
         for (int s = threadIdx.x; s < S; s += kThreads) {
-            kept[s] = 0;
+            rows.kept[s] = 0;
             active[s] = -1;
         }
         __syncthreads();
-
-        // What is there stays; what is missing is listed in order.
         const int share = (chosen + kThreads - 1) / kThreads;
         const int from = min(chosen, static_cast<int>(threadIdx.x) * share), to = min(chosen, from + share);
-        count[0] = count[1] = 0;
+        int count[2] = {0, 0}, place[2], total[2];
         for (int w = from; w < to; ++w) {
-            const int s = slot[wanted[w]];
-            if (s >= 0) kept[s] = 1;
-            else ++count[0];
+            const int s = static_cast<int>(rows.chosen.key[w]);
+            if (s >= 0) rows.kept[s] = 1;
+            else ++count[rows.chosen.block[w] >= known];
         }
-        scan(count, before, total, shared);
+        scan(count, place, total, shared);
+        const int misses = total[0] + total[1];
+        place[1] += total[0];
         for (int w = from; w < to; ++w)
-            if (slot[wanted[w]] < 0) missing[before[0]++] = wanted[w];
-        const int misses = total[0];
-        const int64_t now = 2 * stored + a.ahead;
+            if (static_cast<int>(rows.chosen.key[w]) < 0)
+                rows.missing[place[rows.chosen.block[w] >= known]++] = rows.chosen.block[w];
         for (int s = threadIdx.x; s < S; s += kThreads)
-            age[s] = kept[s] ? INT64_MAX : block[s] < 0 ? kEmpty + s : (use[s] << 32) + block[s];
+            rows.age[s] = rows.kept[s] ? INT64_MAX : block[s] < 0 ? kEmpty + s : (use[s] << 32) + block[s];
         __syncthreads();
-        if (misses)
+        if (misses) {
             for (int s = threadIdx.x; s < S; s += kThreads) {
-                if (kept[s]) continue;
+                if (rows.kept[s]) continue;
+                const int64_t mine = rows.age[s];
                 int rank = 0;
-                for (int other = 0; other < S; ++other) rank += age[other] < age[s];
-                if (rank < misses) given[rank] = s;
+                for (int other = 0; other < S; ++other) rank += rows.age[other] < mine;
+                if (rank < misses) {
+                    rows.given[rank] = s;
+                    if (block[s] >= 0) slot[block[s]] = -1;
+                }
             }
-        __syncthreads();
-        for (int i = threadIdx.x; i < misses; i += kThreads) {
-            const int s = given[i];
-            if (block[s] >= 0) slot[block[s]] = -1;
+            __syncthreads();
+            for (int i = threadIdx.x; i < misses; i += kThreads) {
+                const int s = rows.given[i], n_i = rows.missing[i];
+                block[s] = n_i;
+                slot[n_i] = s;
+                a.move_block[row * S + i] = n_i;
+                a.move_slot[row * S + i] = s;
+            }
+            __syncthreads();
         }
-        __syncthreads();
-        for (int i = threadIdx.x; i < misses; i += kThreads) {
-            const int s = given[i];
-            block[s] = missing[i];
-            slot[missing[i]] = s;
-            a.move_block[row * S + i] = missing[i];
-            a.move_slot[row * S + i] = s;
-        }
-        __syncthreads();
+        const int64_t now = 2 * stored + a.ahead;
         for (int w = threadIdx.x; w < chosen; w += kThreads) {
-            const int s = slot[wanted[w]];
-            active[s] = wanted[w];
+            const int n_w = rows.chosen.block[w], s = slot[n_w];
+            active[s] = n_w;
             use[s] = now;
         }
         if (threadIdx.x == 0) {
-            // The next token's own block may not have begun: it is the last one, and nothing is there to fetch.
-            a.moves[row] = misses > 0 && missing[misses - 1] >= known ? misses - 1 : misses;
+            a.moves[row] = total[0];
             if (a.count != nullptr) {
                 auto *counted = reinterpret_cast<unsigned long long *>(a.count);
                 atomicAdd(&counted[0], static_cast<unsigned long long>(chosen));
@@ -317,7 +453,7 @@ __global__ void __launch_bounds__(kThreads) select_blocks_kernel(const Select a)
 }  // namespace
 
 extern "C" int select_blocks(const Select *a, void *stream) {
-    const size_t shared_bytes = static_cast<size_t>(a->slots) * (8 + 3 * 4 + 1);
+    const size_t shared_bytes = rows_bytes(a->slots);
 #ifdef __CUDACC__
     if (shared_bytes > 32 << 10) {
         const auto code = cudaFuncSetAttribute(select_blocks_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -92,7 +92,7 @@ class DeviceStep:
         assert layer.policy.sketch is not None
         self.shared, self.tiers, self.policy, self.selection = shared, layer.tiers, layer.policy, layer.selection
         self.sketch, self.history = layer.policy.sketch, layer.policy.history
-        self.kv_heads = layer.kv_heads
+        self.arrived_BH: Tensor | None = None  # made for the first query: only it tells how many heads there are
         self.table = DeviceTable(
             self.tiers.table,
             self.selection,
@@ -109,6 +109,8 @@ class DeviceStep:
             raise AttachError(f"a step on the device takes one token a sequence, got {key_BGTD.shape[2]}")
         shared, policy = self.shared, self.policy
         query_BHD, key_BGD = query_BHQD[:, :, 0].contiguous(), key_BGTD[:, :, 0].contiguous()
+        if self.arrived_BH is None:
+            self.arrived_BH = query_BHD.new_zeros(query_BHD.shape[:2], dtype=torch.int32)
         self.table.append(key_BGD, value_BGTD[:, :, 0].contiguous(), shared.length_1)
         self.sketch.append(key_BGD, shared.length_1)
         resident = self._over(self.table.block_BGS, query_BHD, None, terms)[1:3] if policy.chooses else None
@@ -163,4 +165,5 @@ class DeviceStep:
             terms.scaling,
             terms.softcap or 0.0,
             self.shared.length_1,
+            self.arrived_BH,
         )

@@ -31,23 +31,23 @@ def kernels(kind: str) -> AbstractContextManager[None]:
 class Twin:
     """The same tokens in two sets of tiers: one is kept by the host, one by the device's table."""
 
-    def __init__(self, device: str, config: OffloadConfig, length: int) -> None:
+    def __init__(self, device: str, config: OffloadConfig, length: int, capacity: int = CAPACITY) -> None:
         self.device, self.config = torch.device(device), config
-        self.selection = Selection.of(config)
+        self.selection, self.capacity = Selection.of(config), capacity
         self.padding_B = torch.tensor([0, 21], device=device)
         self.generator = torch.Generator().manual_seed(length)
         engine = SimpleNamespace(config=config, prefetcher=make_prefetcher("none", device), stats_kept=Stats())
         shape = {"batch": B, "kv_heads": G, "head_dim": D, "dtype": torch.float32, "device": self.device}
         self.by_host, other = Tiers(engine, 0, **shape), Tiers(engine, 0, **shape)
         keys, values = self.random(2, B, G, length, D)
-        wanted_BGW = self.selection.wanted(self.random(B, G, 99), length + 1, self.padding_B, G)
+        wanted_BGW = self.selection.wanted(self.random(B, G, capacity), length + 1, self.padding_B, G)
         for tiers in (self.by_host, other):
             tiers.append(keys, values)
             tiers.grow(self.selection.most_slots)
             tiers.fetch_ahead(wanted_BGW)
             tiers.settle()
         self.store, self.pool = other.store, other.pool
-        self.store.reserve(CAPACITY * 16)
+        self.store.reserve(capacity * 16)
         self.table = self.device_table(other.table, length)
         self.host_table = other.table
         self.length_1 = torch.tensor([length], device=device)
@@ -56,7 +56,7 @@ class Twin:
     def device_table(self, table: ResidencyTable, length: int) -> DeviceTable:
         counts = DeviceCounts(self.device).of_layer(0, 1)
         return DeviceTable(
-            table, self.selection, self.store, self.pool, capacity=CAPACITY, length=length, counts=counts
+            table, self.selection, self.store, self.pool, capacity=self.capacity, length=length, counts=counts
         )
 
     def random(self, *shape: int) -> Tensor:
@@ -147,13 +147,16 @@ def test_the_same_blocks(kind: str, length: int, late: float, reserve: float) ->
 
 
 @pytest.mark.parametrize("kind", DEVICES)
-def test_equal_scores_go_by_block(kind: str) -> None:
+@pytest.mark.parametrize("length", [500, 21000])  # the latter: more equal scores than are compared each with each
+def test_equal_scores_go_by_block(kind: str, length: int) -> None:
     config = OffloadConfig(budget=144, sink=32, recent=32, reserve=0.0, kernels="none")
-    twin = Twin("cpu" if kind == "emulated" else kind, config, 500)
+    twin = Twin("cpu" if kind == "emulated" else kind, config, length, capacity=length // 16 + 4)
     twin.padding_B.zero_()
-    scores = torch.zeros(B, G, CAPACITY, device=twin.device)
+    scores = torch.zeros(B, G, twin.capacity, device=twin.device)
     scores[..., 20] = 1
     with kernels(kind):
         twin.table.choose_ahead(scores, 0, twin.length_1, twin.padding_B)
-    # Sink 0 and 1, recent 29 to 31 (the window reaches into a block more), and the best four of what is between.
-    assert twin.table.active_BGS[0, 0].sort().values.tolist() == [0, 1, 2, 3, 4, 20, 29, 30, 31]
+    # Sink 0 and 1, recent the last (its window reaches into a block more), and the best of what is between.
+    recent = list(range((length + 1 - 32) // 16, (length + 16) // 16))
+    between = [*range(2, 8 - len(recent)), 20]
+    assert twin.table.active_BGS[0, 0].sort().values.tolist() == [0, 1, *between, *recent]

@@ -172,4 +172,4 @@ def _put(x_BHN: Tensor, block_BGS: Tensor, slot_BHS: Tensor) -> Tensor:
     H, N = x_BHN.shape[1:]
     # Slots that hold no block write to one column more, which is cut off.
     index_BHS = (block_BGS % (N + 1)).repeat_interleave(H // block_BGS.shape[1], 1)
-    return torch.nn.functional.pad(x_BHN, (0, 1)).scatter(-1, index_BHS, slot_BHS)[..., :-1]
+    return torch.nn.functional.pad(x_BHN, (0, 1)).scatter(-1, index_BHS, slot_BHS)[..., :-1].contiguous()
