@@ -220,22 +220,25 @@ struct Tile<float, kWidth> {
     }
 };
 
-// What a thread block works on: some slots of a row, and the query heads it attends for.
+// What a thread block works on: its share of a row's slots, for some query heads.
 struct Share {
-    int row, head0;  // over all sequences
-    int sequence, heads, tokens, head_dim, slots, length;
+    int sequence, row, head0, heads;  // row and first head: over all sequences
+    int split, splits, rank, ranks;   // the warp among those of the row; splits and ranks are powers of two
+    int tokens, head_dim, slots;
 
-    __device__ explicit Share(const SparseDecode &a) {
-        const int group = static_cast<int>(a.heads / a.kv_heads), pieces = (group + kHeads - 1) / kHeads;
-        const int kv_head = blockIdx.y / pieces, first = blockIdx.y % pieces * kHeads;
+    __device__ __forceinline__ explicit Share(const SparseDecode &a) {
+        splits = static_cast<int>(a.splits);
+        split = blockIdx.x & (splits - 1);
+        rank = threadIdx.x / kWarp * splits + split;  // few slots go to many thread blocks
+        ranks = kWarps * splits;
         sequence = blockIdx.z;
-        heads = min(kHeads, group - first);
-        row = sequence * static_cast<int>(a.kv_heads) + kv_head;
-        head0 = sequence * static_cast<int>(a.heads) + kv_head * group + first;
-        length = static_cast<int>(a.length_1 ? *a.length_1 : a.length);
+        row = sequence * static_cast<int>(a.kv_heads) + blockIdx.y;
         tokens = static_cast<int>(a.tokens);
         head_dim = static_cast<int>(a.head_dim);
         slots = static_cast<int>(a.slots);
+        const int first = (blockIdx.x >> (__ffs(splits) - 1)) * kHeads;
+        heads = min(kHeads, static_cast<int>(a.group) - first);
+        head0 = row * static_cast<int>(a.group) + first;
     }
 };
 
@@ -251,9 +254,9 @@ __device__ __forceinline__ const int64_t *blocks_of(const SparseDecode &a, const
 
 // Writes the scores of slots that take no part, 32 in a row for each warp of a row.
 __device__ __forceinline__ void write_inactive(const SparseDecode &a, const Share &share) {
-    const int ranks = gridDim.x * kWarps, rank = threadIdx.x / kWarp * gridDim.x + blockIdx.x;
-    for (int slot = rank * kWarp + threadIdx.x % kWarp; slot < share.slots; slot += ranks * kWarp)
+    for (int slot = share.rank * kWarp + threadIdx.x % kWarp; slot < share.slots; slot += share.ranks * kWarp)
         if (blocks_of(a, share)[slot] < 0)
+#pragma unroll 1
             for (int m = 0; m < share.heads; ++m) write_scores(a, share, m, slot, -INFINITY, -INFINITY);
 }
 
@@ -261,8 +264,7 @@ __device__ __forceinline__ void write_inactive(const SparseDecode &a, const Shar
 // slots alike and take them in turn, so that the work is even wherever they stand.
 __device__ __forceinline__ int list_slots(const SparseDecode &a, const Share &share, int begin, Place *list) {
     constexpr int kTogether = 4;
-    const int lane = threadIdx.x % kWarp, ranks = gridDim.x * kWarps, shift = __ffs(ranks) - 1;  // a power of two
-    const int rank = threadIdx.x / kWarp * gridDim.x + blockIdx.x;  // few slots go to many thread blocks
+    const int lane = threadIdx.x % kWarp, shift = __ffs(share.ranks) - 1;
     const int end = min(begin + kListed, share.slots);
     int active = 0;
     for (int first = begin; first < end; first += kTogether * kWarp) {
@@ -274,27 +276,28 @@ __device__ __forceinline__ int list_slots(const SparseDecode &a, const Share &sh
         }
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
+            if (first + i * kWarp >= end) break;
             const int slot = first + i * kWarp + lane;
             const unsigned all = __ballot_sync(kAll, found[i] >= 0);
             const int number = active + __popc(all & ((1u << lane) - 1));
-            if (found[i] >= 0 && (number & (ranks - 1)) == rank) list[number >> shift] = {slot, found[i]};
+            if (found[i] >= 0 && (number & (share.ranks - 1)) == share.rank) list[number >> shift] = {slot, found[i]};
             active += __popc(all);
         }
     }
     __syncwarp();
-    return (active - rank + ranks - 1) >> shift;
+    return (active - share.rank + share.ranks - 1) >> shift;
 }
 
 // Whether this lane's token, of the first 16 lanes, is there and no padding.
-__device__ __forceinline__ uint8_t is_real(const SparseDecode &a, const Share &share, int block, int part) {
+__device__ __forceinline__ uint8_t is_real(const SparseDecode &a, const Share &share, int length, int block, int part) {
     const int offset = part * kTile + threadIdx.x % kWarp, token = block * share.tokens + offset;
-    if (offset >= min(share.tokens, (part + 1) * kTile) || token >= share.length) return 0;
+    if (offset >= min(share.tokens, (part + 1) * kTile) || token >= length) return 0;
     return a.real ? a.real[share.sequence * a.length + token] : 1;
 }
 
 // What the splits made of a head, one after the other: D sums, then the largest logit and the sum of weights.
 __device__ __forceinline__ float *partials_of(const SparseDecode &a, const Share &share, int m) {
-    return a.partial + static_cast<int64_t>(share.head0 + m) * gridDim.x * (share.head_dim + 4);
+    return a.partial + static_cast<int64_t>(share.head0 + m) * share.splits * (share.head_dim + 4);
 }
 
 // Merges the warps of this thread block into its partial result.
@@ -327,7 +330,7 @@ __device__ __forceinline__ void merge_warps(const SparseDecode &a, const Share &
             worth[w] = expf(part_top[m][w] - origin(now));
             sum += worth[w] * part_total[m][w];
         }
-        float *partial = partials_of(a, share, m) + blockIdx.x * (share.head_dim + 4);
+        float *partial = partials_of(a, share, m) + share.split * (share.head_dim + 4);
         for (int d = 4 * lane; d < share.head_dim; d += 4 * kWarp) {
             float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
@@ -339,12 +342,12 @@ __device__ __forceinline__ void merge_warps(const SparseDecode &a, const Share &
 }
 
 // Whether this thread block is the last of its row's splits to come here; it then sees what the others have written.
-__device__ __forceinline__ bool arrives_last(int32_t *arrived) {
+__device__ __forceinline__ bool arrives_last(const SparseDecode &a, const Share &share) {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-        last = add_in_order(arrived, 1) == static_cast<int>(gridDim.x) - 1;
-        if (last) *arrived = 0;  // for the next launch
+        last = add_in_order(a.arrived + share.head0, 1) == share.splits - 1;
+        if (last) a.arrived[share.head0] = 0;  // for the next launch
     }
     __syncthreads();
     return last;
@@ -355,7 +358,7 @@ template <typename E>
 __device__ __forceinline__ void merge_splits(const SparseDecode &a, const Share &share) {
     constexpr int kHeld = 8;
     __shared__ float worth_of[kWarps][kMaxSplits];
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, D = share.head_dim, width = D + 4, splits = gridDim.x;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, D = share.head_dim, width = D + 4, splits = share.splits;
     float *worth = worth_of[warp];
     for (int m = warp; m < share.heads; m += kWarps) {
         const int head = share.head0 + m;
@@ -368,7 +371,7 @@ __device__ __forceinline__ void merge_splits(const SparseDecode &a, const Share 
         };
         hold(0, 4 * lane);  // before what they are worth is known: both are on their way together
         float2 found[kMaxSplits / kWarp];
-        float now = a.sinks ? a.sinks[head % a.heads] : -INFINITY;
+        float now = a.sinks ? a.sinks[head % (a.kv_heads * a.group)] : -INFINITY;
         const float sink = now;
 #pragma unroll
         for (int i = 0; i < kMaxSplits / kWarp; ++i) {
@@ -423,23 +426,24 @@ __global__ void __launch_bounds__(kWarps *kWarp, resident(kWidth)) attend_slots(
 
     Tile<E, kWidth> tile;
     Sums<kWidth> sums = {};
+    int length = 0;
     float top = -INFINITY, total = 0.f;  // of this lane's head: largest logit so far, and weights relative to it
     for (int begin = 0; begin < share.slots; begin += kListed) {
         const int count = list_slots(a, share, begin, list);
         const auto offset = [&](int entry, int part) { return (list[entry].slot * share.tokens + part * kTile) * D; };
         const auto rows = [&](int part) { return min(kTile, share.tokens - part * kTile); };
-        uint8_t real;
         if (count > 0) {
-            real = is_real(a, share, list[0].block, 0);
             tile.load_key(keys + offset(0, 0), rows(0), D);
             if constexpr (kValues) tile.load_value(values + offset(0, 0), rows(0), D);
         }
         if (begin == 0) {
             // What is needed later comes behind what takes longest.
+            length = static_cast<int>(a.length_1 ? *a.length_1 : a.length);
             tile.load_query(asked, D, query);
             write_inactive(a, share);
             __syncthreads();
         }
+        uint8_t real = count > 0 ? is_real(a, share, length, list[0].block, 0) : 0;
         float slot_peak = -INFINITY, slot_sum = 0.f;
         for (int entry = 0, part = 0; entry < count;) {
             const bool first = part == 0, last = part == parts - 1;
@@ -449,8 +453,8 @@ __global__ void __launch_bounds__(kWarps *kWarp, resident(kWidth)) attend_slots(
             part = last ? 0 : part + 1;
             entry += last;
             if (entry < count) {
-                real = is_real(a, share, list[entry].block, part);
                 tile.load_key(keys + offset(entry, part), rows(part), D);
+                real = is_real(a, share, length, list[entry].block, part);
             }
 
             // Multiplications are never fused with what follows: a slot's scores are the same with values and without.
@@ -496,14 +500,14 @@ __global__ void __launch_bounds__(kWarps *kWarp, resident(kWidth)) attend_slots(
     }
     if constexpr (kValues) {
         merge_warps<kWidth>(a, share, top, total, sums);
-        if (arrives_last(a.arrived + blockIdx.z * a.heads + blockIdx.y)) merge_splits<E>(a, share);
+        if (arrives_last(a, share)) merge_splits<E>(a, share);
     }
 }
 
 template <typename E, int kWidth>
 void launch(const SparseDecode &a, cudaStream_t stream) {
-    const int64_t pieces = (a.heads / a.kv_heads + kHeads - 1) / kHeads;
-    const dim3 grid(static_cast<unsigned>(a.splits), static_cast<unsigned>(a.kv_heads * pieces), static_cast<unsigned>(a.batch));
+    const int64_t pieces = (a.group + kHeads - 1) / kHeads;
+    const dim3 grid(static_cast<unsigned>(a.splits * pieces), static_cast<unsigned>(a.kv_heads), static_cast<unsigned>(a.batch));
     const dim3 block(kWarps * kWarp);
     if (a.value) device::launch(attend_slots<E, kWidth, true>, grid, block, 0, stream, a);
     else device::launch(attend_slots<E, kWidth, false>, grid, block, 0, stream, a);

@@ -16,6 +16,6 @@ struct SparseDecode {
     float *lse;               // [B, H] log-sum-exp of all, the sink included
     float *partial;           // [B, H, splits, D + 4] room for the GPU's partial results
     int32_t *arrived;         // [B, H] zeros, and zeros again afterwards: splits that are done
-    int64_t batch, kv_heads, heads, slots, tokens, head_dim, length, splits, element;
+    int64_t batch, kv_heads, group, slots, tokens, head_dim, length, splits, element;  // H = kv_heads · group
     double scaling, softcap;  // logits are softcap · tanh(scaling · q·k / softcap); softcap 0: scaling · q·k
 };

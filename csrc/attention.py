@@ -25,7 +25,7 @@ class SparseDecode(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "block", "real", "sinks", "length_1")),
         *((name, ctypes.c_void_p) for name in ("out", "peak", "sum", "lse", "partial", "arrived")),
-        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "heads", "slots", "tokens", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "group", "slots", "tokens", "head_dim")),
         *((name, ctypes.c_int64) for name in ("length", "splits", "element")),
         *((name, ctypes.c_double) for name in ("scaling", "softcap")),
     ]
@@ -64,8 +64,8 @@ def sparse_decode(
         sinks_H: fp32 logit of one more softmax column without a value, or ``None``.
         scaling, softcap: Logits are softcap·tanh(scaling·q·k / softcap), or scaling·q·k for a softcap of 0.
         length_1: int64 tokens of the sequence, on the device; ``None``: ``length``.
-        arrived_BH: int32 zeros, which are zeros again afterwards, for a GPU's thread blocks to count themselves. Whoever
-            calls again and again keeps them, for one call at a time; ``None``: made for this call.
+        arrived_BH: int32 zeros, and zeros again afterwards, by which a GPU's thread blocks know the last of them. Whoever
+            calls again and again keeps them, for one call at a time; ``None``: made for this call, by one more kernel.
 
     Returns:
         out_BHD in the dtype of the query; fp32 peak_BHS and sum_BHS, largest logit and log-sum-exp of each slot,
@@ -128,7 +128,7 @@ def _sparse_decode(
     arguments = SparseDecode(
         *map(address, (query_BHD, key_BGSTD, value_BGSTD, block_BGS, real_BL, sinks_H, length_1)),
         *map(address, (out_BHD, peak_BHS, sum_BHS, lse_BH, partial, arrived_BH)),
-        *(B, G, H, S, T, D, length, splits, ELEMENTS[dtype], scaling, softcap),
+        *(B, G, H // G, S, T, D, length, splits, ELEMENTS[dtype], scaling, softcap),
     )
     call("sparse_decode", arguments, device)
     return outputs
@@ -144,7 +144,8 @@ def _(query_BHD, key_BGSTD, value_BGSTD, *rest):
 
 def _outputs(query_BHD: Tensor, key_BGSTD: Tensor, value_BGSTD: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, H, _), S = query_BHD.shape, key_BGSTD.shape[2]
-    peak_BHS, sum_BHS = (query_BHD.new_empty((B, H, S), dtype=torch.float32) for _ in range(2))
+    peak_BHS = query_BHD.new_empty((B, H, S), dtype=torch.float32)
+    sum_BHS = torch.empty_like(peak_BHS)
     if value_BGSTD is None:
         return query_BHD.new_empty(0), peak_BHS, sum_BHS, peak_BHS.new_empty(0)
     return torch.empty_like(query_BHD), peak_BHS, sum_BHS, peak_BHS.new_empty((B, H))

@@ -60,6 +60,8 @@ def pool_case(
         {"H": 4, "D": 256, "B": 1},
         {"D": 16, "T": 8},
         {"D": 32, "T": 64, "S": 3},
+        {"D": 8, "T": 21, "S": 9},
+        {"H": 20, "G": 1, "B": 1},
         {"G": 1, "H": 1, "S": 1, "B": 1},
     ],
     ids=str,
@@ -78,16 +80,70 @@ def test_sparse_attention(device: str, dtype: torch.dtype, shape: dict[str, int]
     floor = 2e-6  # where the reference happens to be exact
     assert float((found.out_BHD.double() - exact.out_BHD).abs().max()) <= 2 * own + floor
     torch.testing.assert_close(found.lse_BH, reference.lse_BH, atol=2e-5, rtol=1e-5)
-    for part in (found.scores, score_slots(query, key, *arguments, kernel=True)):
-        torch.testing.assert_close(part.peak_BHS, reference.scores.peak_BHS, atol=2e-5, rtol=1e-5)
-        torch.testing.assert_close(part.sum_BHS, reference.scores.sum_BHS, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found.scores.peak_BHS, reference.scores.peak_BHS, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found.scores.sum_BHS, reference.scores.sum_BHS, atol=2e-5, rtol=1e-5)
+    assert same(found.scores, score_slots(query, key, *arguments, kernel=True))
+
+
+def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_takes_no_part_may_be_no_number(device: str, dtype: torch.dtype) -> None:
+    query, key, value, blocks, length, real = pool_case(device, dtype)
+    arguments = (blocks, length, real, None, 0.125, 0.0)
+    found = ops.sparse_decode(query, key, value, *arguments)
+    token = blocks[..., None] * 16 + torch.arange(16, device=device)
+    hidden = (blocks[..., None] < 0) | (token >= length)
+    hidden |= ~real.gather(1, token.clamp(0, length - 1).flatten(1)).view_as(hidden)
+    assert bool(hidden.any(-1).any(-1).all())
+    key, value = (one.masked_fill(hidden[..., None], float("nan")) for one in (key, value))
+    assert same(ops.sparse_decode(query, key, value, *arguments), found)
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_the_length_may_be_known_on_the_device_alone(device: str) -> None:
+    query, key, value, blocks, length, real = pool_case(device, torch.bfloat16)
+    rest = (None, 0.125, 0.0)
+    length_1, room = torch.tensor([length], device=device), length + 77
+    padded = torch.nn.functional.pad(real, (0, room - length), value=True)
+    for values in (value, None):
+        wanted = ops.sparse_decode(query, key, values, blocks, length, real, *rest)
+        assert same(ops.sparse_decode(query, key, values, blocks, room, padded, *rest, length_1), wanted)
+    terms = Terms(0.125)
+    wanted = attend_slots(query, key, value, blocks, length, real, terms)
+    found = attend_slots(query, key, value, blocks, room, padded, terms, length_1=length_1)
+    assert torch.equal(found.out_BHD, wanted.out_BHD)
+    assert same(score_slots(query, key, blocks, room, padded, terms, length_1=length_1), wanted.scores)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
+@pytest.mark.parametrize("multiprocessors, H, S", [(1, 1, 523), (3, 9, 70), (500, 9, 70)])
+def test_slots_are_shared_out(device: str, multiprocessors: int, H: int, S: int, monkeypatch) -> None:
+    """Whatever number of thread blocks shares them, the last one merges them, call after call."""
+    query, key, value, blocks, length, real = pool_case(device, torch.float16, B=1, G=1, H=H, S=S, T=1, D=16)
+    arguments = (query, key, value, blocks, length, real, Terms(0.25))
+    wanted = attend_slots(*arguments)
+    monkeypatch.setattr(binding, "multiprocessors", lambda _: multiprocessors)
+    arrived = torch.zeros(query.shape[:2], dtype=torch.int32, device=device)
+    for _ in range(2):
+        found = attend_slots(*arguments, kernel=True, arrived_BH=arrived)
+        torch.testing.assert_close(found.out_BHD, wanted.out_BHD, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(found.lse_BH, wanted.lse_BH, atol=2e-5, rtol=1e-5)
+        assert not bool(arrived.any())
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_torch_compile_knows_the_shapes(device: str) -> None:
     query, key, value, blocks, length, real = pool_case(device, torch.float32)
-    arguments = (query, key, value, blocks, length, real, None, 0.125, 0.0)
-    torch.library.opcheck(ops.sparse_decode, arguments, test_utils=("test_schema", "test_faketensor"))
+    for values in (value, None):
+        arguments = (query, key, values, blocks, length, real, None, 0.125, 0.0)
+        operation = torch.ops.attention_predictor.sparse_decode.default
+        torch.library.opcheck(operation, (*arguments, None, None), test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(ops.sparse_decode, fullgraph=True, backend="aot_eager")
+    assert same(compiled(*arguments), ops.sparse_decode(*arguments))
 
 
 def filled_store(dtype: torch.dtype, *, pin: bool = False) -> HostStore:
@@ -132,13 +188,15 @@ def test_gather_to_pool(dtype: torch.dtype, count: int) -> None:
 
 def test_wrong_arguments_are_named() -> None:
     query, key, value, blocks, length, real = pool_case("cpu", torch.float32)
-    good = [query, key, value, blocks, length, real, None, 0.125, 0.0]
+    good = [query, key, value, blocks, length, real, None, 0.125, 0.0, None, None]
     cases = {
         "query_BHD: expected torch.float32 [2, 8, 64] on cpu, contiguous; found torch.float16": (0, query.half()),
         "value_BGSTD: expected": (2, value[..., :32]),
         "block_BGS: expected torch.int64 [2, 2, 13]": (3, blocks.int()),
         "real_BL: expected torch.bool [2, 425]": (5, real[:, :-1]),
         "sinks_H: expected torch.float32 [8]": (6, torch.zeros(4)),
+        "length_1: expected torch.int64 [1]": (9, torch.tensor(425)),
+        "arrived_BH: expected torch.int32 [2, 8]": (10, torch.zeros(2, 8)),
     }
     for message, (place, bad) in cases.items():
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
