@@ -7,6 +7,7 @@ from attention_predictor.csrc.observe import fold_row, observe_row
 from attention_predictor.csrc.predict import pack_convolutions, predict_blocks
 from attention_predictor.csrc.select import choose_ahead, choose_blocks
 from attention_predictor.csrc.sketch import no_sketch_kernel, sketch_append, sketch_scores, sketch_store
+from attention_predictor.csrc.window import pack_network, push_window, score_window
 
 __all__ = [
     "append_token",
@@ -18,11 +19,14 @@ __all__ = [
     "gather_to_pool",
     "missing",
     "move_blocks",
-    "note_time",
     "no_sketch_kernel",
+    "note_time",
     "observe_row",
     "pack_convolutions",
+    "pack_network",
     "predict_blocks",
+    "push_window",
+    "score_window",
     "sketch_append",
     "sketch_scores",
     "sketch_store",

@@ -31,23 +31,28 @@ class PredictBlocks(ctypes.Structure):
     ]
 
 
-def pack_convolutions(convolutions: list[nn.Conv1d], last: nn.Conv1d) -> tuple[Tensor, Tensor]:
-    """The network as ``predict_blocks`` reads it: weights in fp16, a lane's of each matrix together; the rest in fp32.
+def fragments(weight_SIO: Tensor) -> Tensor:
+    """Weights of S slices of 16 inputs × 32 outputs, in fp16, a lane's of each matrix together.
 
-    A lane of a warp has, of 16 inputs times 8 outputs, output lane / 4 and the inputs 2·(lane % 4) + {0, 1, 8, 9} (PTX,
-    mma.m16n8k16, B); of two such matrices that makes 16 bytes. The rest are the biases, and the last convolution.
+    A lane of a warp has, of 16 inputs × 8 outputs, output lane / 4 and the inputs 2·(lane % 4) + {0, 1, 8, 9} (PTX,
+    mma.m16n8k16, B); of two such matrices that makes 16 bytes.
     """
+    # Inputs: half, lane, pair. Outputs: two matrices, matrix, lane.
+    weight = weight_SIO.reshape(-1, 2, 4, 2, HIDDEN // 16, 2, 8)
+    return weight.permute(0, 4, 6, 2, 5, 1, 3).flatten().half()
+
+
+def pack_convolutions(convolutions: list[nn.Conv1d], last: nn.Conv1d) -> tuple[Tensor, Tensor]:
+    """The network as ``predict_blocks`` reads it: ``fragments`` of the weights; biases and the last one in fp32."""
     slices: list[Tensor] = []
     rest: list[Tensor] = []
     for convolution in convolutions:
         weight_OI3, bias_O = convolution.parameters()
         padded_OI3 = F.pad(weight_OI3, (0, 0, 0, -weight_OI3.shape[1] % SLICE))
-        # Inputs: slice, half, lane, pair. Outputs: two matrices, matrix, lane.
-        weight = padded_OI3.permute(2, 1, 0).reshape(3, -1, 2, 4, 2, HIDDEN // 16, 2, 8)
-        slices.append(weight.permute(0, 1, 5, 7, 3, 6, 2, 4).flatten())
+        slices.append(padded_OI3.permute(2, 1, 0).reshape(-1, SLICE, HIDDEN))
         rest.append(bias_O)
     rest += [parameter.flatten() for parameter in last.parameters()]
-    return torch.cat(slices).half(), torch.cat(rest).float()
+    return fragments(torch.cat(slices)), torch.cat(rest).float()
 
 
 @torch.library.custom_op("attention_predictor::predict_blocks", mutates_args=())

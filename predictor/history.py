@@ -157,8 +157,7 @@ class ScoreHistory:
         (AttentionPredictor, arXiv 2502.04077, section 4), so their large scores don't leak into their
         neighbours.
         """
-        if not 0 <= first <= self.n_blocks or not 0 <= last <= self.n_blocks:
-            raise ValueError(f"blocks {first}..{last} must lie within 0..{self.n_blocks}")
+        self._check_range(first, last)
         if self.kernel:
             packed = self.packed
             # As if a block were a token, the newest of which alone is recent.
@@ -282,6 +281,10 @@ class ScoreHistory:
     def _grow(self, n_blocks: int) -> None:
         self.reserve(n_blocks)
         self.n_blocks = n_blocks
+
+    def _check_range(self, first: int, last: int) -> None:
+        if not 0 <= first <= self.n_blocks or not 0 <= last <= self.n_blocks:
+            raise ValueError(f"blocks {first}..{last} must lie within 0..{self.n_blocks}")
 
     def _check(self, name: str, rows: Tensor, *, dims: int, at_least: int) -> None:
         expected = tuple(self._state_BGNC.shape[:2])

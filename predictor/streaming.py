@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_predictor.predictor.errors import IntegrityError
+from attention_predictor.csrc import binding, ops
+from attention_predictor.csrc.window import FEATURES, MAPS, ROWS
+from attention_predictor.predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.window import WindowPredictor
 
@@ -75,6 +77,17 @@ def _banded(conv: nn.Conv2d, rows_in: int, rows_out: int, padded: int) -> tuple[
     return weight.flatten(2, 3).flatten(0, 1), conv.bias.repeat(rows_out)
 
 
+def no_kernel(predictor: WindowPredictor, device: torch.device | str) -> str | None:
+    """Why no kernel streams this network on that device; `None` if one does."""
+    device, rows = torch.device(device), predictor.channels
+    if not binding.on_gpu(device):
+        return f"the predictor's are written for GPUs, not for {device.type}"
+    maps, features = predictor.conv1.out_channels, predictor.conv2.out_channels
+    if (rows, maps, features) != (ROWS, MAPS, FEATURES):
+        return f"none for a window of {rows} rows, {maps} maps and {features} features"
+    return ops.missing(device)
+
+
 class StreamedHistory(ScoreHistory):
     """A ScoreHistory of the published network whose work a step does not grow with the window.
 
@@ -82,17 +95,31 @@ class StreamedHistory(ScoreHistory):
     they appear: sums stay true while blocks arrive. At the ends of the predicted range the network pads features, not
     scores, with zeros; the columns within reach of them, four a step, are computed over the whole window.
     A window shorter than 5 rows has no interior and is evaluated as it is.
+
+    With `kernel`, steps are done by kernels (`csrc/window.py`), maps and weights of the second convolution in fp16;
+    ConfigError where there is none (`no_kernel`).
     """
 
     predictor: WindowPredictor
 
     @torch.no_grad()
-    def __init__(self, predictor: WindowPredictor, *, batch: int, kv_heads: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        predictor: WindowPredictor,
+        *,
+        batch: int,
+        kv_heads: int,
+        device: torch.device | str,
+        kernel: bool = False,
+    ) -> None:
+        if kernel and (reason := no_kernel(predictor, device)) is not None:
+            raise ConfigError(f"kernel=True, but there is no kernel: {reason}")
         super().__init__(predictor, batch=batch, kv_heads=kv_heads, device=device)
         self.streams = predictor.channels >= STENCIL
         with torch.inference_mode(False):
             shape = (batch, kv_heads, predictor.conv2.out_channels, 0)
             self._sum_BGCN = torch.zeros(shape, dtype=torch.float64, device=device)
+            self._network = ops.pack_network(predictor.conv1, predictor.conv2, predictor.conv3) if kernel else None
             self._leaving = RowBand.of(predictor, slice(0, STENCIL), maps=3, features=1, padded=0)
             self._entering = RowBand.of(predictor, slice(-STENCIL, None), maps=3, features=1, padded=0)
             self._top = RowBand.of(predictor, slice(0, STENCIL - 1), maps=3, features=2, padded=1)
@@ -111,16 +138,25 @@ class StreamedHistory(ScoreHistory):
             super().push(row_BGN)
             return
         known = self.n_blocks
-        self._add(self._leaving, self._sum_BGCN, 0, known, sign=-1)
-        super().push(row_BGN)
-        self._add(self._entering, self._sum_BGCN, 0, known)
+        if self._network is not None:
+            self._check("row_BGN", row_BGN, dims=3, at_least=known)
+            self._grow(row_BGN.shape[-1])
+            row_BGN = row_BGN.float().contiguous()
+            ops.push_window(row_BGN, self._state_BGNC, self._sum_BGCN, *self._network, known)
+        else:
+            self._add(self._leaving, self._sum_BGCN, 0, known, sign=-1)
+            super().push(row_BGN)
+            self._add(self._entering, self._sum_BGCN, 0, known)
         self._sum_up(known)
 
     @torch.no_grad()
     def predict(self, first: int, last: int) -> Tensor:
         if not self.streams or last - first <= 2 * STENCIL:
             return super().predict(first, last)
-        scores_BGN = super().predict(first, first)  # checks the range; −inf everywhere
+        self._check_range(first, last)
+        if self._network is not None:
+            return ops.score_window(self._state_BGNC, self._sum_BGCN, *self._network, self.n_blocks, first, last)
+        scores_BGN = super().predict(first, first)  # −inf everywhere
         network = self.predictor
         sum_BGCN = self._sum_BGCN[..., first:last].to(network.conv3.weight.dtype)
         for band in (self._top, self._bottom):
@@ -161,7 +197,8 @@ class StreamedHistory(ScoreHistory):
         held_BGCN = self._sum_BGCN[..., : self.n_blocks].clone()
         self._sum_up(0)
         error_BGCN = (self._sum_BGCN[..., : self.n_blocks] - held_BGCN).abs()
-        if self.started and self.streams and error_BGCN.max() > 1e-4 * held_BGCN.abs().max() + 1e-6:
+        share = 1e-4 if self._network is None else 1e-3  # of what torch may do in TF32, and the kernel does not
+        if self.started and self.streams and error_BGCN.max() > share * held_BGCN.abs().max() + 1e-6:
             raise IntegrityError(f"feature sums differ from those of the window by up to {error_BGCN.max():.3g}")
 
     @torch.inference_mode(False)
@@ -181,10 +218,14 @@ class StreamedHistory(ScoreHistory):
         """Compute the sums of the columns from `first` on from the whole window."""
         if not self.started or not self.streams:
             return
-        network = self.predictor
+        network, weight = self.predictor, self.predictor.conv2.weight
+        if self._network is not None:  # what the kernels take off the sums must have entered them
+            weight = weight.half().to(weight.dtype)
         for low, high in self._tiles(first, self.n_blocks, rows=network.channels):
             maps_XCRN = F.conv2d(self._columns(low, high)[:, None], network.conv1.weight, network.conv1.bias).relu_()
-            features_XCRN = F.conv2d(maps_XCRN, network.conv2.weight, network.conv2.bias).relu_()
+            if self._network is not None:
+                maps_XCRN = maps_XCRN.half().to(maps_XCRN.dtype)
+            features_XCRN = F.conv2d(maps_XCRN, weight, network.conv2.bias).relu_()
             sum_BGCN = self._sum_BGCN[..., low:high]
             sum_BGCN.copy_(features_XCRN.sum(2, dtype=torch.float64).view_as(sum_BGCN))
 

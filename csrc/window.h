@@ -1,0 +1,15 @@
+#pragma once
+#include "kernels.h"
+
+// A step of the published network, streamed: the window of R = 64 rows, and sums of its features over the rows between the ends.
+struct WindowStep {
+    const float *row;     // [B, G, columns] the step's scores
+    void *window;         // [B, G, capacity, R] fp16, oldest first
+    double *sum;          // [B, G, 32, capacity]
+    const void *weight;   // fp16, of the second convolution, as `pack_network` lays it out
+    const float *rest;    // [16 · 9 + 16] of the first convolution; [32] biases of the second; [32 + 1] of the third
+    float *scores;        // [B, G, columns]
+    int64_t batch, kv_heads, columns, capacity;
+    int64_t known;        // columns whose sums are kept up
+    int64_t first, last;  // columns that are scored
+};

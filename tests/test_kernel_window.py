@@ -1,0 +1,174 @@
+"""The published network streamed by kernels, against the network over its whole window on the same rows."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+from emulated import emulated_gpu
+from torch import Tensor
+
+from attention_predictor.csrc import ops
+from attention_predictor.predictor.errors import ConfigError, IntegrityError
+from attention_predictor.predictor.history import ScoreHistory
+from attention_predictor.predictor.streaming import StreamedHistory, no_kernel
+from attention_predictor.predictor.window import WindowPredictor
+
+pytestmark = pytest.mark.usefixtures("exact_matmul")
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """ "emulated": tensors on the CPU, and the GPU's kernels (tests/emulation)."""
+    with emulated_gpu() if request.param == "emulated" else nullcontext():
+        yield "cpu" if request.param == "emulated" else request.param
+
+
+@pytest.fixture(scope="module")
+def network() -> WindowPredictor:
+    """Random, with weights large enough for scores that differ."""
+    torch.manual_seed(0)
+    network = WindowPredictor().eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(2).add_(0.1 * torch.randn_like(parameter))
+        network.conv1.weight.mul_(5)
+    return network
+
+
+def rows_of(count: int, blocks: int, *, batch: int = 1, kv_heads: int = 1, seed: int = 0) -> Tensor:
+    """Heavy-tailed scores."""
+    return torch.rand(batch, kv_heads, count, blocks, generator=torch.Generator().manual_seed(seed)) ** 8
+
+
+def compare(network: WindowPredictor, windowed: ScoreHistory, streamed: StreamedHistory, first: int, last: int) -> None:
+    """Errors against fp64, at most twice those of the network in half precision."""
+    assert torch.equal(streamed.state_BGNC, windowed.state_BGNC)
+    window_BGNC = windowed.state_BGNC[:, :, first:last].cpu()
+    with torch.no_grad():
+        exact = copy.deepcopy(network).double()(window_BGNC)  # the scores come out in fp32
+        in_half = copy.deepcopy(network).half()(window_BGNC)
+    found = streamed.predict(first, last).cpu()
+    assert found.shape[2] == windowed.n_blocks
+    assert torch.equal(found.isinf(), windowed.predict(first, last).cpu().isinf())
+    own = float((in_half - exact).abs().max())
+    assert float((found[..., first:last] - exact).abs().max()) <= 2 * own + 2e-5
+
+
+@pytest.mark.parametrize("start", [1, 40])
+def test_many_steps_with_blocks_arriving(device: str, start: int, network: WindowPredictor) -> None:
+    """More steps than the window has rows; draft tokens are taken back, sequences reordered and copied on the way."""
+    on_device = copy.deepcopy(network).to(device)
+    shape = {"batch": 1, "kv_heads": 1, "device": device}
+    windowed, streamed = ScoreHistory(on_device, **shape), StreamedHistory(on_device, **shape, kernel=True)
+    blocks = 20
+    for history in (windowed, streamed):
+        history.start(rows_of(start, blocks).to(device))
+    for step in range(80):
+        if step == 33:
+            blocks -= 2
+            for history in (windowed, streamed):
+                history.crop(blocks)
+        if step == 44:
+            streamed.index(torch.tensor([0]))
+            streamed = copy.deepcopy(streamed)
+        blocks += step % 16 == 0
+        row_BGN = rows_of(1, blocks, seed=step)[:, :, 0].to(device)
+        for history in (windowed, streamed):
+            history.push(row_BGN)
+        if step % 13 == 0 or step > 77:
+            compare(network, windowed, streamed, 2, blocks - 3)
+    compare(network, windowed, streamed, 0, blocks)
+    streamed.check_integrity()
+    streamed._sum_BGCN[0, 0, 0, 3] *= 1.1
+    with pytest.raises(IntegrityError, match="feature sums differ"):
+        streamed.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "first", "last"),
+    [
+        (11, 0, 11),
+        (12, 1, 12),
+        (125, 0, 125),  # around where tiles meet: each writes 126 blocks
+        (130, 3, 128),
+        (128, 100, 127),
+        (260, 124, 254),
+        (260, 0, 260),
+        (30, 4, 14),  # so few that they are computed over the window
+    ],
+)
+def test_tiles_and_ends(device: str, blocks: int, first: int, last: int, network: WindowPredictor) -> None:
+    on_device = copy.deepcopy(network).to(device)
+    shape = {"batch": 2, "kv_heads": 1, "device": device}
+    windowed, streamed = ScoreHistory(on_device, **shape), StreamedHistory(on_device, **shape, kernel=True)
+    for history in (windowed, streamed):
+        history.start(rows_of(70, blocks - 1, batch=2).to(device))
+        history.push(rows_of(1, blocks - 1, batch=2, seed=1)[:, :, 0].to(device))
+        history.push(rows_of(1, blocks, batch=2, seed=2)[:, :, 0].to(device))  # one more block
+    compare(network, windowed, streamed, first, last)
+
+
+def test_sums_lose_what_they_took(device: str, network: WindowPredictor) -> None:
+    """Once the prompt's rows have left, the same rows make the same sums, but for the last bits of fp64."""
+    history = StreamedHistory(copy.deepcopy(network).to(device), batch=1, kv_heads=1, device=device, kernel=True)
+    history.start(rows_of(64, 12).to(device))
+    same = rows_of(1, 12, seed=5)[:, :, 0].to(device)
+    for _ in range(64):
+        history.push(same)
+    before = history._sum_BGCN.clone()
+    for step in range(70):
+        history.push(same if step >= 5 else rows_of(1, 12, seed=step)[:, :, 0].to(device))
+        # The last of the other rows leaves 64 steps after it came.
+        equal = torch.allclose(history._sum_BGCN, before, rtol=0, atol=1e-12)
+        assert equal == (step >= 68)
+
+
+def test_where_there_is_no_kernel(network: WindowPredictor) -> None:
+    short = type("Short", (WindowPredictor,), {"channels": 24, "rows": 24})()
+    with emulated_gpu():
+        assert no_kernel(network, "cpu") is None
+        assert no_kernel(short, "cpu") == "none for a window of 24 rows, 16 maps and 32 features"
+    assert no_kernel(network, "cpu") == "the predictor's are written for GPUs, not for cpu"
+    with pytest.raises(ConfigError, match="kernel=True, but there is no kernel: the predictor's are written for GPUs"):
+        StreamedHistory(network, batch=1, kv_heads=1, device="cpu", kernel=True)
+    reason = "none evaluates the predictor 'paper'"
+    assert StreamedHistory(network, batch=1, kv_heads=1, device="cpu").no_graph == reason
+
+
+def test_wrong_arguments_are_named(network: WindowPredictor) -> None:
+    packed = [x.detach() for x in ops.pack_network(network.conv1, network.conv2, network.conv3)]
+    window_BGNR = torch.zeros(1, 2, 20, 64, dtype=torch.float16)
+    sum_BGCN = torch.zeros(1, 2, 32, 20, dtype=torch.float64)
+    good = [torch.zeros(1, 2, 18), window_BGNR, sum_BGCN, *packed, 17]
+    cases = {
+        "row_BGN: expected torch.float32 [1, 2, 18]": (0, torch.zeros(1, 2, 18).half()),
+        "window_BGNR: expected torch.float16 [1, 2, 20, 64]": (1, window_BGNR.float()),
+        "sum_BGCN: expected torch.float64 [1, 2, 32, 20]": (2, sum_BGCN[..., :19]),
+        "weight: expected torch.float16 [4608]": (3, packed[0].float()),
+        "rest: expected torch.float32 [225]": (4, packed[1][1:]),
+        "row_BGN has 18 columns, expected at least 19 and at most 20": (5, 19),
+    }
+    with pytest.raises(ValueError, match="window_BGNR is on cpu, expected a GPU"):
+        ops.push_window(*good)
+    with emulated_gpu():
+        for message, (place, bad) in cases.items():
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+                ops.push_window(*good[:place], bad, *good[place + 1 :])
+        for n_blocks, first, last in ((18, 3, 6), (18, 3, 19), (21, 0, 21), (18, -1, 9)):
+            with pytest.raises(ValueError, match=rf"^blocks {first}\.\.{last} of {n_blocks}: expected 4 at least"):
+                ops.score_window(window_BGNR, sum_BGCN, *packed, n_blocks, first, last)
+
+
+def test_torch_compile_knows_the_shapes(device: str, network: WindowPredictor) -> None:
+    packed = [x.detach().to(device) for x in ops.pack_network(network.conv1, network.conv2, network.conv3)]
+    window_BGNR = torch.rand(1, 1, 20, 64, device=device).half()
+    sum_BGCN = torch.rand(1, 1, 32, 20, device=device, dtype=torch.float64)
+    tests = ("test_schema", "test_faketensor")
+    arguments = (torch.rand(1, 1, 18, device=device), window_BGNR, sum_BGCN, *packed, 18)
+    torch.library.opcheck(ops.push_window, arguments, test_utils=tests)
+    torch.library.opcheck(ops.score_window, (window_BGNR, sum_BGCN, *packed, 18, 2, 15), test_utils=tests)
