@@ -30,7 +30,7 @@ def plot_timings(rows: Sequence[Mapping[str, Any]], path: Path, title: str, *, f
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     timed = [row for row in rows if "median_ms" in row]
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
@@ -38,21 +38,25 @@ def plot_timings(rows: Sequence[Mapping[str, Any]], path: Path, title: str, *, f
     for number, name in enumerate(names):
         points = sorted((row["context"], row["median_ms"]) for row in timed if row["name"] == name)
         width, marker = (2.2, "o") if name.startswith("ours") else (1.6, "s")
+        label = f"{name}: {points[-1][1]:,.1f} ms at {_tokens(points[-1][0])}"
         colour = COLOURS[number % len(COLOURS)]
-        axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=width, marker=marker)
-    for row in timed:
-        if row["name"] == floor:
-            axes.axhline(row["median_ms"], color="0.45", linestyle="--", linewidth=1.4, label=floor)
+        axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=width, marker=marker)
+    for level_ms in (row["median_ms"] for row in timed if row["name"] == floor):
+        label = f"{floor}: {level_ms:,.1f} ms"
+        axes.axhline(level_ms, color="0.45", linestyle="--", linewidth=1.4, label=label)
     axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="ms a token", title=title)
     contexts = sorted({row["context"] for row in timed if row["name"] != floor})
-    axes.set_xticks(contexts, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in contexts])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
-    axes.tick_params(axis="y", which="minor", labelsize="x-small")
-    axes.grid(True, which="major", color="0.85")
-    axes.grid(True, which="minor", axis="y", color="0.93")
+    axes.set_xticks(contexts, [_tokens(context) for context in contexts])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(True, which="major", color="0.88")
     axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
     pyplot.close(figure)
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 1024}K" if count % 1024 == 0 else str(count)

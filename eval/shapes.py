@@ -107,7 +107,7 @@ SHAPES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "head_dim": 32,
+            "head_dim": 64,
             "max_position_embeddings": 131072,
             "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
         },

@@ -139,5 +139,5 @@ def _release(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        torch._C._host_emptyCache()  # has no public name before torch 2.12
+        torch._C._host_emptyCache()  # older versions of torch have no public name for it
         torch.cuda.reset_peak_memory_stats(device)

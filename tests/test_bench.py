@@ -150,7 +150,7 @@ def test_a_sweep_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_what_does_not_fit_is_skipped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    memory = namedtuple("memory", "available")(3 << 19)  # for a slab in each layer, but not for two
+    memory = namedtuple("memory", "available")(3 << 20)  # for a slab in each layer, but not for two
     monkeypatch.setattr(ways.psutil, "virtual_memory", lambda: memory)
     out = tmp_path / "rows.jsonl"
     options = ["--shape", "tiny", "--synthetic", "--context", "2048", "--out", str(out)]

@@ -15,6 +15,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from attention_predictor.predictor.model import new_history
 from attention_predictor.predictor.window import WINDOW_ROWS, WindowPredictor
 
 SINK = RECENT = 4  # blocks
-WHOLE = "published, over its window"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help=what)
 
 
+@dataclass(frozen=True)
+class Way:
+    """A predictor and how it is evaluated: by kernels, streamed where it can be, or over its whole window."""
+
+    name: str
+    predictor: AttentionPredictor
+    kv_heads: int
+    kernels: bool = False
+    whole: bool = False
+
+    def history(self, batch: int, device: torch.device) -> ScoreHistory:
+        """An empty one."""
+        form: dict[str, Any] = {"batch": batch, "kv_heads": self.kv_heads, "device": device}
+        if self.whole:
+            return ScoreHistory(self.predictor, **form)
+        return new_history(self.predictor, **form, kernels=self.kernels)
+
+
 def main(args: argparse.Namespace) -> int:
     device, _ = checked(args, needs_kernels=False)
     contexts = whole_numbers("--tokens", args.tokens)
@@ -53,48 +71,34 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--layers {args.layers}: expected at least 1")
     published = WindowPredictor().to(device).eval()
     default = AttentionPredictor.from_pretrained("default", device=device)
+    ways = (
+        Way("ours, kernels", default, args.kv_heads, kernels=True),
+        Way("ours, torch operations", default, args.kv_heads),
+        Way("published, streamed, kernels", published, args.kv_heads, kernels=True),
+        Way("published, streamed", published, args.kv_heads),
+        Way("published, over its window", published, args.kv_heads, whole=True),
+        Way("published, over its window, each query head", published, args.heads, whole=True),
+    )
     rows: list[Row] = []
     for tokens in contexts:
-        here = [
-            _timed(way, predictor, kv_heads, kernels, tokens, args, device)
-            for way, predictor, kv_heads, kernels in (
-                ("ours, kernels", default, args.kv_heads, True),
-                ("ours, torch operations", default, args.kv_heads, False),
-                ("published, streamed, kernels", published, args.kv_heads, True),
-                ("published, streamed", published, args.kv_heads, False),
-                (WHOLE, published, args.kv_heads, False),
-                (f"{WHOLE}, each query head", published, args.heads, False),
-            )
-        ]
-        rows += with_ratios(here, "ms")
+        rows += with_ratios([_timed(way, tokens, args, device) for way in ways], "ms")
     settings = {name: getattr(args, name) for name in (*args.numbers, "layers")} | {"predictor": "default"}
     report(args.subcommand, device, settings, rows, line=_line, as_json=args.json)
     return 0
 
 
-def _timed(
-    name: str,
-    predictor: AttentionPredictor,
-    kv_heads: int,
-    kernels: bool,
-    tokens: int,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> Row:
-    if kernels and (reason := no_kernel(predictor, device)) is not None:
-        return {"name": name, "tokens": tokens, "skipped": reason}
-    form: dict[str, Any] = {"batch": args.batch, "kv_heads": kv_heads, "device": device}
-    whole = name.startswith(WHOLE)
-    history = ScoreHistory(predictor, **form) if whole else new_history(predictor, **form, kernels=kernels)
-    n_blocks = tokens // BLOCK
-    rows_BGRN = torch.rand(args.batch, kv_heads, WINDOW_ROWS, n_blocks, device=device) ** 8  # few large ones
+def _timed(way: Way, tokens: int, args: argparse.Namespace, device: torch.device) -> Row:
+    if way.kernels and (reason := no_kernel(way.predictor, device)) is not None:
+        return {"name": way.name, "tokens": tokens, "skipped": reason}
+    history, n_blocks = way.history(args.batch, device), tokens // BLOCK
+    rows_BGRN = torch.rand(args.batch, way.kv_heads, WINDOW_ROWS, n_blocks, device=device) ** 8  # few large ones
     history.start(rows_BGRN)
 
     def step() -> None:
         history.push(rows_BGRN[:, :, 0])
         history.predict(SINK, n_blocks - RECENT)
 
-    row = timed(name, [step], device, repeats=args.repeats, seconds=args.seconds)
+    row = timed(way.name, [step], device, repeats=args.repeats, seconds=args.seconds)
     return {**row, "tokens": tokens, "token_ms": row["ms"] * args.layers}
 
 
