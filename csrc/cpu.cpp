@@ -189,44 +189,53 @@ inline void unpack(const uint8_t *codes, int64_t t, int64_t J, int64_t channels,
 }
 
 template <typename E>
-void score_row(const SketchScores &a, int64_t row) {
-    const int64_t b = row / a.kv_heads, kv_head = row % a.kv_heads, heads = a.heads / a.kv_heads;
-    const int64_t D = a.head_dim, L = a.length, first = b * a.heads + kv_head * heads, groups = L / a.group;
-    const int64_t narrow_channels = a.coded - a.wide_channels;
-    const int64_t wide_bytes = a.group * a.wide_bits / 8, narrow_bytes = a.group * a.bits / 8;
-    const float softcap = static_cast<float>(a.softcap);
-    std::vector<float> logit(heads * L), zero(D), offset(heads), query(heads * a.coded), key(std::max(D, a.coded)), dot(heads);
+void score_row(const SketchScores &a, int64_t length, int64_t row) {
+    const Sketch &s = a.sketch;
+    const int64_t b = row / s.kv_heads, kv_head = row % s.kv_heads, heads = a.heads / s.kv_heads;
+    const int64_t D = s.head_dim, first = b * a.heads + kv_head * heads, groups = length / s.group;
+    const int64_t narrow_channels = s.coded - s.wide_channels;
+    const int64_t wide_bytes = s.group * s.wide_bits / 8, narrow_bytes = s.group * s.bits / 8;
+    const float scaling = static_cast<float>(a.scaling), softcap = static_cast<float>(a.softcap);
+    const int64_t *order = s.order + row * D;
+    std::vector<float> query(heads * D), ranked(heads * D), scaled(heads * s.coded);
+    std::vector<float> logit(heads * length), zero(D), offset(heads), key(D), dot(heads);
+    for (int64_t m = 0; m < heads; ++m) {
+        const E *given = static_cast<const E *>(a.query) + (first + m) * D;
+        for (int64_t d = 0; d < D; ++d) query[m * D + d] = scaling * to_float(given[d]);
+        for (int64_t c = 0; c < D; ++c) ranked[m * D + c] = query[m * D + order[c]];
+    }
     for (int64_t k = 0; k < groups; ++k) {
-        const int64_t at = row * a.capacity + k;
-        for (int64_t d = 0; d < D; ++d) zero[d] = half_to_float(a.zero[at * D + d]);
-        all_dots(a.ranked + first * D, zero.data(), D, heads, offset.data());
+        const int64_t at = row * s.capacity + k;
+        for (int64_t d = 0; d < D; ++d) zero[d] = half_to_float(s.zero[at * D + d]);
+        all_dots(ranked.data(), zero.data(), D, heads, offset.data());
         for (int64_t m = 0; m < heads; ++m)
-            for (int64_t c = 0; c < a.coded; ++c)
-                query[m * a.coded + c] = a.ranked[(first + m) * D + c] * half_to_float(a.scale[at * a.coded + c]);
-        for (int64_t t = 0; t < a.group; ++t) {
-            if (a.wide) unpack(a.wide + at * wide_bytes * a.wide_channels, t, wide_bytes, a.wide_channels, a.wide_bits, key.data());
-            unpack(a.narrow + at * narrow_bytes * narrow_channels, t, narrow_bytes, narrow_channels, a.bits,
-                   key.data() + a.wide_channels);
-            all_dots(query.data(), key.data(), a.coded, heads, dot.data());
-            for (int64_t m = 0; m < heads; ++m) logit[m * L + k * a.group + t] = offset[m] + dot[m];
+            for (int64_t c = 0; c < s.coded; ++c)
+                scaled[m * s.coded + c] = ranked[m * D + c] * half_to_float(s.scale[at * s.coded + c]);
+        for (int64_t t = 0; t < s.group; ++t) {
+            if (s.wide) unpack(s.wide + at * wide_bytes * s.wide_channels, t, wide_bytes, s.wide_channels, s.wide_bits, key.data());
+            unpack(s.narrow + at * narrow_bytes * narrow_channels, t, narrow_bytes, narrow_channels, s.bits,
+                   key.data() + s.wide_channels);
+            all_dots(scaled.data(), key.data(), s.coded, heads, dot.data());
+            for (int64_t m = 0; m < heads; ++m) logit[m * length + k * s.group + t] = offset[m] + dot[m];
         }
     }
-    for (int64_t token = groups * a.group; token < L; ++token) {
-        const E *exact = static_cast<const E *>(a.tail) + (row * a.group + token % a.group) * D;
+    for (int64_t token = groups * s.group; token < length; ++token) {
+        const E *exact = static_cast<const E *>(s.tail) + (row * s.group + token % s.group) * D;
         for (int64_t d = 0; d < D; ++d) key[d] = to_float(exact[d]);
-        all_dots(a.query + first * D, key.data(), D, heads, dot.data());
-        for (int64_t m = 0; m < heads; ++m) logit[m * L + token] = dot[m];
+        all_dots(query.data(), key.data(), D, heads, dot.data());
+        for (int64_t m = 0; m < heads; ++m) logit[m * length + token] = dot[m];
     }
-    const int64_t blocks = (L + a.block_size - 1) / a.block_size;
+    const int64_t blocks = (length + a.block_size - 1) / a.block_size;
+    const int64_t columns = (a.length + a.block_size - 1) / a.block_size;
     for (int64_t m = 0; m < heads; ++m) {
-        float *of_head = &logit[m * L];
+        float *of_head = &logit[m * length];
         if (softcap != 0.f)
-            for (int64_t i = 0; i < L; ++i) of_head[i] = softcap * std::tanh(of_head[i] / softcap);
+            for (int64_t i = 0; i < length; ++i) of_head[i] = softcap * std::tanh(of_head[i] / softcap);
         if (a.real)
-            for (int64_t i = 0; i < L; ++i) of_head[i] = a.real[b * L + i] ? of_head[i] : kNever;
+            for (int64_t i = 0; i < length; ++i) of_head[i] = a.real[b * a.length + i] ? of_head[i] : kNever;
         for (int64_t n = 0; n < blocks; ++n) {
-            const int64_t begin = n * a.block_size, end = std::min(L, begin + a.block_size);
-            const int64_t at = (first + m) * blocks + n;
+            const int64_t begin = n * a.block_size, end = std::min(length, begin + a.block_size);
+            const int64_t at = (first + m) * columns + n;
             to_weights(of_head + begin, end - begin, &a.peak[at], &a.sum[at]);
         }
     }
@@ -242,8 +251,10 @@ extern "C" int sparse_decode(const SparseDecode *a, void *) {
 }
 
 extern "C" int sketch_scores(const SketchScores *a, void *) {
-    return with_element(a->element, [&](auto number) {
-        share(a->batch * a->kv_heads, a->workers, [&](int64_t row) { score_row<decltype(number)>(*a, row); });
+    const int64_t length = a->length_1 ? *a->length_1 : a->length;
+    return with_element(a->sketch.element, [&](auto number) {
+        share(a->sketch.batch * a->sketch.kv_heads, a->workers,
+              [&](int64_t row) { score_row<decltype(number)>(*a, length, row); });
     });
 }
 

@@ -1,20 +1,38 @@
 #pragma once
 #include "kernels.h"
 
-// What one query makes of every block, by the few-bit keys of a sketch. N blocks, K groups of tokens (room for `capacity`
-// of them), J bytes of a group. Channels stand in the order of their importance, but for `query` and `tail`.
+// What a sketch is made of (`KeySketch`): K groups of tokens, room for `capacity` of them, J bytes of a group. Channels stand in
+// the order of their importance, but for those of `tail`.
+struct Sketch {
+    uint16_t *zero;           // [B, G, capacity, D] fp16
+    uint16_t *scale;          // [B, G, capacity, coded] fp16
+    uint8_t *wide;            // [B, G, capacity, group · wide_bits / 8, wide_channels]; null: there are none
+    uint8_t *narrow;          // [B, G, capacity, group · bits / 8, coded − wide_channels]
+    void *tail;               // [B, G, group, D] exact keys of the last, partial group
+    const int64_t *order;     // [B, G, D] channels, from the most important one on
+    int64_t batch, kv_heads, head_dim, capacity, group, coded, wide_channels, wide_bits, bits, element;
+};
+
+// What one query makes of every block.
 struct SketchScores {
-    const float *query;       // [B, H, D] times the scaling
-    const float *ranked;      // the same, channels in order
-    const uint16_t *zero;     // [B, G, capacity, D] fp16
-    const uint16_t *scale;    // [B, G, capacity, coded] fp16
-    const uint8_t *wide;      // [B, G, capacity, group · wide_bits / 8, wide_channels]; null: there are none
-    const uint8_t *narrow;    // [B, G, capacity, group · bits / 8, coded − wide_channels]
-    const void *tail;         // [B, G, group, D] exact keys of the last, partial group
-    const uint8_t *real;      // [B, L] 0 at padding; null: no padding
+    Sketch sketch;
+    const void *query;        // [B, H, D]
+    const uint8_t *real;      // [B, length] 0 at padding; null: no padding
+    const int64_t *length_1;  // tokens of the sequence; null: length
     float *peak;              // [B, H, N] largest logit of a block
     float *sum;               // [B, H, N] log-sum-exp of a block's logits
-    int64_t batch, kv_heads, heads, head_dim, capacity, group, length, block_size;
-    int64_t coded, wide_channels, wide_bits, bits, element, workers;
-    double softcap;           // 0: none
+    int64_t heads, length, block_size;
+    int64_t workers;          // GPU: its multiprocessors; CPU: threads
+    double scaling, softcap;  // softcap 0: none
+};
+
+// Keys that become codes: `groups` whole groups, or one token, which goes to the tail and may complete its group. GPU alone.
+struct SketchStore {
+    Sketch sketch;
+    const void *key;          // [B, G, T, D]
+    int64_t of_batch, of_head, of_token;  // elements of `key` from one to the next
+    int64_t first, groups;    // groups `first` on are stored
+    int64_t append;           // 1: one token, the last of the sequence
+    const int64_t *length_1;  // tokens of the sequence, this one included; null: length
+    int64_t length;
 };

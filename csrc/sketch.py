@@ -1,8 +1,8 @@
-"""The scores of a key sketch as a torch operation.
+"""A key sketch on kernels, as torch operations: scores of all blocks, and new keys that become codes.
 
-Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, S slots, T tokens of a block, L tokens of the sequence,
-D head size, N blocks, K groups of tokens,
-J bytes of a group, R channels with codes, C those of one width.
+Suffixes: B sequences, G KV heads, H query heads, T tokens, L tokens of the sequence (or room for them), D head size,
+N blocks, K groups of tokens, J bytes of a group, R channels with codes, C those of one width. ``KeySketch`` says what
+the tensors of a sketch hold.
 """
 
 from __future__ import annotations
@@ -12,83 +12,242 @@ import ctypes
 import torch
 from torch import Tensor
 
+from attention_predictor.csrc import binding
 from attention_predictor.csrc.binding import ELEMENTS, address, call, check, threads
+
+GROUP = 64  # tokens of a group that the GPU's kernels are made for
+BLOCK_SIZES = (8, 16, 32, 64)  # tokens of a block, likewise
+MOST_HEAD_DIM = 256
+
+
+class Sketch(ctypes.Structure):
+    """As in sketch.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("zero", "scale", "wide", "narrow", "tail", "order")),
+        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "head_dim", "capacity", "group")),
+        *((name, ctypes.c_int64) for name in ("coded", "wide_channels", "wide_bits", "bits", "element")),
+    ]
 
 
 class SketchScores(ctypes.Structure):
     """As in sketch.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("query", "ranked", "zero", "scale", "wide", "narrow", "tail", "real")),
-        *((name, ctypes.c_void_p) for name in ("peak", "sum")),
-        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "heads", "head_dim", "capacity", "group")),
-        *((name, ctypes.c_int64) for name in ("length", "block_size", "coded", "wide_channels", "wide_bits", "bits")),
-        *((name, ctypes.c_int64) for name in ("element", "workers")),
-        ("softcap", ctypes.c_double),
+        ("sketch", Sketch),
+        *((name, ctypes.c_void_p) for name in ("query", "real", "length_1", "peak", "sum")),
+        *((name, ctypes.c_int64) for name in ("heads", "length", "block_size", "workers")),
+        *((name, ctypes.c_double) for name in ("scaling", "softcap")),
     ]
+
+
+class SketchStore(ctypes.Structure):
+    """As in sketch.h."""
+
+    _fields_ = [
+        ("sketch", Sketch),
+        ("key", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("of_batch", "of_head", "of_token", "first", "groups", "append")),
+        ("length_1", ctypes.c_void_p),
+        ("length", ctypes.c_int64),
+    ]
+
+
+def no_sketch_kernel(
+    device: torch.device, dtype: torch.dtype, head_dim: int, group: int, block_size: int | None = None
+) -> str | None:
+    """Why no kernel scores blocks of `block_size` tokens by such a sketch, on one line; ``None`` if one does.
+
+    Without a `block_size`: why none makes codes of its keys.
+    """
+    if (reason := binding.missing(device)) is not None:
+        return reason
+    if dtype not in ELEMENTS:
+        return f"none for a sketch of {dtype} keys"
+    if not binding.on_gpu(device):
+        return "none on a CPU that makes codes of a sketch's keys" if block_size is None else None
+    if group != GROUP:
+        return f"none for a sketch in groups of {group} tokens, only of {GROUP}"
+    if head_dim % 8 or head_dim > MOST_HEAD_DIM:
+        return f"none for a sketch with a head size of {head_dim}, only for multiples of 8 up to {MOST_HEAD_DIM}"
+    if block_size is not None and block_size not in BLOCK_SIZES:
+        return (
+            f"none for a sketch's scores of blocks of {block_size} tokens, only of {', '.join(map(str, BLOCK_SIZES))}"
+        )
+    return None
 
 
 @torch.library.custom_op("attention_predictor::sketch_scores", mutates_args=())
 def sketch_scores(
     query_BHD: Tensor,
-    ranked_BHD: Tensor,
+    order_BGD: Tensor,
+    tail_BGTD: Tensor,
     zero_BGKD: Tensor,
     scale_BGKR: Tensor,
     wide_BGKJC: Tensor | None,
     narrow_BGKJC: Tensor,
-    tail_BGTD: Tensor,
     length: int,
+    length_1: Tensor | None,
     real_BL: Tensor | None,
     block_size: int,
+    scaling: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """What one query makes of every block, by the few-bit keys of a sketch (`KeySketch` has the layout); on a CPU.
+    """What one query makes of every block, by the few-bit keys of a sketch.
 
     Args:
-        query_BHD: fp32, times the scaling.
-        ranked_BHD: The same, the channels in the sketch's order.
-        zero_BGKD, scale_BGKR: fp16 of each group of tokens, for all channels and for those with codes.
-        wide_BGKJC, narrow_BGKJC: uint8 codes of the first channels, where these have more bits, and of the others.
-        tail_BGTD: Exact keys of the last, partial group.
-        length: Tokens of the sequence.
+        query_BHD: In the dtype of the keys, channels in the model's order; query heads of one KV head lie side by side.
+        length: Tokens of the sequence, or room for them where `length_1` is given.
+        length_1: int64 on the device, tokens of the sequence; blocks behind it are left as they come.
         real_BL: bool, False at padding, or ``None``.
-        softcap: Bound of the logits, 0 for none.
+        scaling, softcap: Logits are softcap·tanh(scaling·q·k / softcap), or scaling·q·k for a softcap of 0.
 
     Returns:
         fp32 peak_BHN and sum_BHN: largest logit and log-sum-exp of each block, ``-inf`` where it is all padding.
     """
-    host, (B, G, K, D) = torch.device("cpu"), zero_BGKD.shape
-    H, R, group = query_BHD.shape[1], scale_BGKR.shape[3], tail_BGTD.shape[2]
-    wide = 0 if wide_BGKJC is None else wide_BGKJC.shape[4]
-    check("query_BHD", query_BHD, (B, H, D), torch.float32, host)
-    check("ranked_BHD", ranked_BHD, (B, H, D), torch.float32, host)
-    check("zero_BGKD", zero_BGKD, (B, G, K, D), torch.float16, host)
-    check("scale_BGKR", scale_BGKR, (B, G, K, R), torch.float16, host)
-    check("narrow_BGKJC", narrow_BGKJC, (B, G, K, narrow_BGKJC.shape[3], R - wide), torch.uint8, host)
-    if wide_BGKJC is not None:
-        check("wide_BGKJC", wide_BGKJC, (B, G, K, wide_BGKJC.shape[3], wide), torch.uint8, host)
-    check("tail_BGTD", tail_BGTD, (B, G, group, D), tail_BGTD.dtype, host)
+    device, (B, G, D), H = order_BGD.device, order_BGD.shape, query_BHD.shape[1]
+    sketch = _sketch(order_BGD, tail_BGTD, zero_BGKD, scale_BGKR, wide_BGKJC, narrow_BGKJC)
+    check("query_BHD", query_BHD, (B, H, D), tail_BGTD.dtype, device)
+    _check_length(length, length_1, zero_BGKD.shape[2], tail_BGTD.shape[2], device)
     if real_BL is not None:
-        check("real_BL", real_BL, (B, length), torch.bool, host)
-    if H % G or length // group > K or tail_BGTD.dtype not in ELEMENTS:
-        raise ValueError(
-            f"expected heads a multiple of {G}, at most {K} groups of {group} tokens and a tail of fp32, fp16 or bf16; "
-            f"found {H} heads, {length} tokens, {tail_BGTD.dtype}"
-        )
-    wide_bits, bits = (0 if codes is None else codes.shape[3] * 8 // group for codes in (wide_BGKJC, narrow_BGKJC))
-    peak_BHN = query_BHD.new_empty(B, H, -(-length // block_size))
-    sum_BHN = torch.empty_like(peak_BHN)
+        check("real_BL", real_BL, (B, length), torch.bool, device)
+    if H % G:
+        raise ValueError(f"query_BHD has {H} heads, expected a multiple of the sketch's {G} KV heads")
+    _check_served(tail_BGTD, block_size)
+    peak_BHN, sum_BHN = _scores(query_BHD, length, block_size)
+    workers = binding.multiprocessors(device) if binding.on_gpu(device) else threads(B * G * length * D)
     arguments = SketchScores(
-        *map(address, (query_BHD, ranked_BHD, zero_BGKD, scale_BGKR, wide_BGKJC, narrow_BGKJC, tail_BGTD, real_BL)),
-        *map(address, (peak_BHN, sum_BHN)),
-        *(B, G, H, D, K, group, length, block_size, R, wide, wide_bits, bits, ELEMENTS[tail_BGTD.dtype]),
-        *(threads(B * G * length * D), softcap),
+        sketch,
+        *map(address, (query_BHD, real_BL, length_1, peak_BHN, sum_BHN)),
+        *(H, length, block_size, workers, scaling, softcap),
     )
-    call("sketch_scores", arguments, host)
+    call("sketch_scores", arguments, device)
     return peak_BHN, sum_BHN
 
 
 @sketch_scores.register_fake
-def _(query_BHD, ranked_BHD, zero, scale, wide, narrow, tail, length, real_BL, block_size, softcap):
-    peak_BHN = query_BHD.new_empty(*query_BHD.shape[:2], -(-length // block_size))
+def _(query_BHD, order, tail, zero, scale, wide, narrow, length, length_1, real, block_size, scaling, softcap):
+    return _scores(query_BHD, length, block_size)
+
+
+def _scores(query_BHD: Tensor, length: int, block_size: int) -> tuple[Tensor, Tensor]:
+    peak_BHN = query_BHD.new_empty((*query_BHD.shape[:2], -(-length // block_size)), dtype=torch.float32)
     return peak_BHN, torch.empty_like(peak_BHN)
+
+
+@torch.library.custom_op(
+    "attention_predictor::sketch_append",
+    mutates_args=("tail_BGTD", "zero_BGKD", "scale_BGKR", "wide_BGKJC", "narrow_BGKJC"),
+)
+def sketch_append(
+    key_BGD: Tensor,
+    order_BGD: Tensor,
+    tail_BGTD: Tensor,
+    zero_BGKD: Tensor,
+    scale_BGKR: Tensor,
+    wide_BGKJC: Tensor | None,
+    narrow_BGKJC: Tensor,
+    length: int,
+    length_1: Tensor | None,
+) -> None:
+    """The newest token's key goes to the tail; a group that it completes becomes codes, as by ``quantise``. On a GPU.
+
+    The order of the channels must be known: the caller leaves a sequence's first group to ``KeySketch.extend``.
+
+    Args:
+        length: Tokens of the sequence, this one included, or room for them where `length_1` is given.
+        length_1: int64 on the device, tokens of the sequence, this one included.
+    """
+    device, (B, G, D) = order_BGD.device, order_BGD.shape
+    sketch = _sketch(order_BGD, tail_BGTD, zero_BGKD, scale_BGKR, wide_BGKJC, narrow_BGKJC)
+    check("key_BGD", key_BGD, (B, G, D), tail_BGTD.dtype, device)
+    _check_length(length, length_1, zero_BGKD.shape[2], tail_BGTD.shape[2], device)
+    if length < 1:
+        raise ValueError(f"length is {length}, expected at least 1, the new token")
+    _check_served(tail_BGTD, None)
+    arguments = SketchStore(sketch, address(key_BGD), G * D, D, 0, 0, 1, 1, address(length_1), length)
+    call("sketch_store", arguments, device)
+
+
+@sketch_append.register_fake
+def _(key_BGD, order_BGD, tail, zero, scale, wide, narrow, length, length_1):
+    return None
+
+
+@torch.library.custom_op(
+    "attention_predictor::sketch_store", mutates_args=("zero_BGKD", "scale_BGKR", "wide_BGKJC", "narrow_BGKJC")
+)
+def sketch_store(
+    key_BGTD: Tensor,
+    order_BGD: Tensor,
+    tail_BGTD: Tensor,
+    zero_BGKD: Tensor,
+    scale_BGKR: Tensor,
+    wide_BGKJC: Tensor | None,
+    narrow_BGKJC: Tensor,
+    first: int,
+) -> None:
+    """Whole groups of keys become codes, as ``quantise`` has them: groups `first` on. On a GPU.
+
+    Args:
+        key_BGTD: In the dtype of the tail; its channels must be side by side, tokens and heads may be apart.
+    """
+    device, (B, G, D), T = order_BGD.device, order_BGD.shape, key_BGTD.shape[2]
+    sketch = _sketch(order_BGD, tail_BGTD, zero_BGKD, scale_BGKR, wide_BGKJC, narrow_BGKJC)
+    group, K = tail_BGTD.shape[2], zero_BGKD.shape[2]
+    found = (tuple(key_BGTD.shape), key_BGTD.dtype, key_BGTD.device, key_BGTD.stride(3))
+    if found != ((B, G, T, D), tail_BGTD.dtype, device, 1) or T % group:
+        raise ValueError(
+            f"key_BGTD: expected {tail_BGTD.dtype} {[B, G, -1, D]} on {device} (-1: a multiple of {group}), a token's "
+            f"channels side by side; found {key_BGTD.dtype} {list(key_BGTD.shape)} on {key_BGTD.device}, strides "
+            f"{key_BGTD.stride()}"
+        )
+    if first < 0 or first + T // group > K:
+        raise ValueError(f"groups {first} to {first + T // group} are to be stored, there is room for {K}")
+    _check_served(tail_BGTD, None)
+    arguments = SketchStore(sketch, address(key_BGTD), *key_BGTD.stride()[:3], first, T // group, 0, None, 0)
+    call("sketch_store", arguments, device)
+
+
+@sketch_store.register_fake
+def _(key_BGTD, order_BGD, tail, zero, scale, wide, narrow, first):
+    return None
+
+
+def _sketch(
+    order_BGD: Tensor,
+    tail_BGTD: Tensor,
+    zero_BGKD: Tensor,
+    scale_BGKR: Tensor,
+    wide_BGKJC: Tensor | None,
+    narrow_BGKJC: Tensor,
+) -> Sketch:
+    """The tensors of a sketch, checked against each other."""
+    device, (B, G, K, D) = zero_BGKD.device, zero_BGKD.shape
+    group, R = tail_BGTD.shape[2], scale_BGKR.shape[3]
+    wide = 0 if wide_BGKJC is None else wide_BGKJC.shape[4]
+    check("order_BGD", order_BGD, (B, G, D), torch.int64, device)
+    check("tail_BGTD", tail_BGTD, (B, G, group, D), tail_BGTD.dtype, device)
+    check("zero_BGKD", zero_BGKD, (B, G, K, D), torch.float16, device)
+    check("scale_BGKR", scale_BGKR, (B, G, K, R), torch.float16, device)
+    check("narrow_BGKJC", narrow_BGKJC, (B, G, K, narrow_BGKJC.shape[3], R - wide), torch.uint8, device)
+    if wide_BGKJC is not None:
+        check("wide_BGKJC", wide_BGKJC, (B, G, K, wide_BGKJC.shape[3], wide), torch.uint8, device)
+    wide_bits, bits = (0 if codes is None else codes.shape[3] * 8 // group for codes in (wide_BGKJC, narrow_BGKJC))
+    tensors = (zero_BGKD, scale_BGKR, wide_BGKJC, narrow_BGKJC, tail_BGTD, order_BGD)
+    return Sketch(
+        *map(address, tensors), B, G, D, K, group, R, wide, wide_bits, bits, ELEMENTS.get(tail_BGTD.dtype, -1)
+    )
+
+
+def _check_length(length: int, length_1: Tensor | None, room: int, group: int, device: torch.device) -> None:
+    if length // group > room:
+        raise ValueError(f"length is {length} tokens, expected at most {room} whole groups of {group}")
+    if length_1 is not None:
+        check("length_1", length_1, (1,), torch.int64, device)
+
+
+def _check_served(tail_BGTD: Tensor, block_size: int | None) -> None:
+    _, _, group, D = tail_BGTD.shape
+    if (reason := no_sketch_kernel(tail_BGTD.device, tail_BGTD.dtype, D, group, block_size)) is not None:
+        raise ValueError(f"no kernel: {reason}")

@@ -93,16 +93,22 @@ class KeySketch:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
+    def extend(self, key_BGTD: Tensor, query_BHQD: Tensor, *, kernel: bool = False) -> None:
         """Take the keys of the next T tokens and their queries, as the attention uses them (after RoPE).
 
         The last queries tell which channels matter. They are read until there is a whole group; only the sum of their
-        squares is kept. Query heads that share a KV head lie side by side.
+        squares is kept. Query heads that share a KV head lie side by side. With `kernel`, and on a GPU where there is
+        one, keys become codes in one pass over them.
         """
         batch, kv_heads, _, head_dim = self._tail_BGTD.shape
         self._check("key_BGTD", key_BGTD, (batch, kv_heads, -1, head_dim))
         self._check("query_BHQD", query_BHQD, (batch, -1, -1, head_dim))
         tokens, filled = key_BGTD.shape[2], self.length % self.group
+        kernel = kernel and self._no_kernel(None) is None
+        if kernel and tokens == 1 and self.length >= self.group:
+            self.reserve(self.length + 1)
+            self.append(key_BGTD[:, :, 0])
+            return self.advance(1)
         taken = min(tokens, self.group - filled)
         if self.length < self.group:
             recent_BGhQD = query_BHQD[:, :, -RECENT_QUERIES:].unflatten(1, (kv_heads, -1))
@@ -115,10 +121,49 @@ class KeySketch:
             if first == 0:
                 importance_BGD = self._square_BGD * (self._variance(self._tail_BGTD) + self._variance(rest_BGTD))
                 self._order_BGD = importance_BGD.argsort(dim=-1, descending=True, stable=True)
-            self._grow(first + 1 + (end - taken) // self.group)
-            self._store(first, self._tail_BGTD)
-            self._store(first + 1, rest_BGTD)
+            self.reserve(self.length + tokens)
+            self._store(first, self._tail_BGTD, kernel)
+            self._store(first + 1, rest_BGTD, kernel)
             self._tail_BGTD[:, :, : tokens - end] = key_BGTD[:, :, end:]
+        self.length += tokens
+        return None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens there is room for; until there are more, no tensor moves."""
+        return (self._zero_BGKD.shape[2] + 1) * self.group - 1
+
+    @torch.inference_mode(False)
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens, for callers that `append`."""
+        n_groups, held = tokens // self.group, self._zero_BGKD.shape[2]
+        if n_groups <= held:
+            return
+        wanted = -(-n_groups // CHUNK_GROUPS) * CHUNK_GROUPS
+        for owner, name in self._grouped():
+            old = getattr(owner, name)
+            new = old.new_zeros(*old.shape[:2], wanted, *old.shape[3:])
+            new[:, :, :held] = old
+            setattr(owner, name, new)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def append(self, key_BGD: Tensor, length_1: Tensor | None = None) -> None:
+        """Take the key of one more token by one kernel, on a GPU; `length` follows when the caller calls `advance`.
+
+        The first group must be whole, since the order of the channels is found with it, and there must be room
+        (`reserve`). `length_1`, int64 on the device, are the sequence's tokens, this one included, where the host does
+        not know them; else they are `length` + 1.
+        """
+        if self.length < self.group:
+            raise ValueError(f"append needs a whole group of {self.group} tokens before it, there are {self.length}")
+        length = self.length + 1 if length_1 is None else self.capacity
+        ops.sketch_append(key_BGD.to(self._tail_BGTD.dtype).contiguous(), *self._tensors(), length, length_1)
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that were taken by `append`."""
+        if not 0 <= tokens <= self.capacity - self.length:
+            raise ValueError(f"tokens must lie within 0..{self.capacity - self.length}, got {tokens}")
         self.length += tokens
 
     @torch.no_grad()
@@ -163,34 +208,37 @@ class KeySketch:
         block_size: int,
         real_BL: Tensor | None = None,
         kernel: bool = False,
+        length: int | None = None,
+        length_1: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Largest logit and log-sum-exp of each block's tokens, peak_BHN and sum_BHN in fp32.
 
-        `real_BL` is False at padding; a block of nothing else has ``-inf``. With `kernel`, and on a CPU, it is done
-        in one pass that never holds the logits of more than a row (`csrc/ops.py`).
+        `real_BL` is False at padding; a block of nothing else has ``-inf``. With `kernel`, where there is one
+        (`no_kernel`), it is done in one pass that never holds the logits. With `length_1`, int64 on the device, the
+        kernel reads there how many tokens the sequence has; `length` is then what it has room for, N and L are that
+        length's, and blocks behind the sequence are left as they come.
         """
-        if kernel and self._tail_BGTD.device.type == "cpu":
-            scaled_BHD = query_BHD.float() * scaling
-            kv_heads = self._order_BGD.shape[1]
-            order_BHD = self._order_BGD.repeat_interleave(query_BHD.shape[1] // kv_heads, 1)
-            *wide, narrow = (tier.codes_BGKJC for tier in self._tiers)
+        if kernel and self.no_kernel(block_size) is None:
             return ops.sketch_scores(
-                scaled_BHD,
-                scaled_BHD.gather(-1, order_BHD),
-                self._zero_BGKD,
-                self._scale_BGKR,
-                wide[0] if wide else None,
-                narrow,
-                self._tail_BGTD,
-                self.length,
+                query_BHD.to(self._tail_BGTD.dtype).contiguous(),
+                *self._tensors(),
+                self.length if length is None else length,
+                length_1,
                 None if real_BL is None else real_BL.contiguous(),
                 block_size,
+                scaling,
                 softcap or 0.0,
             )
+        if length is not None or length_1 is not None:
+            raise ValueError(f"a length on the device is read by a kernel alone: {self.no_kernel(block_size)}")
         logits_BHT = self.logits(query_BHD, scaling, softcap)
         if real_BL is not None:
             logits_BHT = logits_BHT.masked_fill(~real_BL[:, None], float("-inf"))
         return block_peak_and_sum(logits_BHT, block_size)
+
+    def no_kernel(self, block_size: int) -> str | None:
+        """Why no kernel scores blocks of that size by this sketch, on one line; ``None`` if one does."""
+        return self._no_kernel(block_size)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -267,6 +315,16 @@ class KeySketch:
         if not torch.isfinite(self._tail_BGTD[:, :, :tail]).all():
             raise IntegrityError("exact keys of the sketch hold NaN or infinity")
 
+    def _no_kernel(self, block_size: int | None) -> str | None:
+        tail_BGTD = self._tail_BGTD
+        return ops.no_sketch_kernel(tail_BGTD.device, tail_BGTD.dtype, tail_BGTD.shape[3], self.group, block_size)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """What kernels work on, as they want it."""
+        *wide, narrow = (tier.codes_BGKJC for tier in self._tiers)
+        exact_and_coded = (self._order_BGD, self._tail_BGTD, self._zero_BGKD, self._scale_BGKR)
+        return *exact_and_coded, wide[0] if wide else None, narrow
+
     def _grouped(self) -> list[tuple[object, str]]:
         """Owner and name of the tensors that grow with the groups."""
         return [(self, "_scale_BGKR"), (self, "_zero_BGKD"), *((tier, "codes_BGKJC") for tier in self._tiers)]
@@ -290,8 +348,11 @@ class KeySketch:
             variance_BGD += part_BGKTD.float().var(3, correction=0).sum(2)
         return variance_BGD
 
-    def _store(self, first: int, key_BGTD: Tensor) -> None:
+    def _store(self, first: int, key_BGTD: Tensor, kernel: bool) -> None:
         """Write whole groups of keys as codes from group `first` on."""
+        if kernel:
+            ops.sketch_store(key_BGTD.to(self._tail_BGTD.dtype), *self._tensors(), first)
+            return
         for low, high in self._chunks(key_BGTD.shape[2] // self.group, 8 * self._widest):  # copies in quantise
             groups = slice(first + low, first + high)
             part_BGTD = key_BGTD[:, :, low * self.group : high * self.group]
@@ -305,17 +366,6 @@ class KeySketch:
             coded = self._scale_BGKR.shape[3]
             mean_BGKC = part_BGKTD[..., coded:].float().clamp(-LARGEST, LARGEST).mean(3)
             self._zero_BGKD[:, :, groups, coded:] = mean_BGKC
-
-    def _grow(self, n_groups: int) -> None:
-        capacity = self._zero_BGKD.shape[2]
-        if n_groups <= capacity:
-            return
-        wanted = -(-n_groups // CHUNK_GROUPS) * CHUNK_GROUPS
-        for owner, name in self._grouped():
-            old = getattr(owner, name)
-            new = old.new_zeros(*old.shape[:2], wanted, *old.shape[3:])
-            new[:, :, :capacity] = old
-            setattr(owner, name, new)
 
     @staticmethod
     def _check(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
