@@ -148,9 +148,10 @@ __device__ __forceinline__ int best_blocks(int n, int wanted, List best, List ro
     if (wanted <= 0) return 0;
     if (wanted <= kThreads / 2) {
         int together = 1;  // threads that find a maximum
-        while (kThreads / (2 * together) >= 4 * wanted && together < kWarp) together *= 2;
+        while (kThreads / (2 * together) >= 2 * wanted && together < kWarp) together *= 2;
         const int groups = kThreads / together;
         uint32_t top = kNever;
+#pragma unroll 4
         for (int i = threadIdx.x; i < n; i += kThreads) top = max(top, key(i));
         for (int offset = 1; offset < together; offset *= 2) top = max(top, __shfl_xor_sync(kAll, top, offset));
         if (threadIdx.x % together == 0) shared.top[threadIdx.x / together] = top;
@@ -164,6 +165,7 @@ __device__ __forceinline__ int best_blocks(int n, int wanted, List best, List ro
         }
         __syncthreads();
         const uint32_t bound = shared.bound;
+#pragma unroll 4
         for (int i = threadIdx.x; i < n; i += kThreads) {
             const uint32_t x = key(i);
             if (x < bound) continue;
@@ -216,25 +218,33 @@ __device__ __forceinline__ int best_blocks(int n, int wanted, List best, List ro
 
 // For each block the sum over the heads of its share of what a head attends to, as the bits of a float in `key`; each head's
 // log-sum-exp over all blocks in `rest`.
-__device__ __forceinline__ void shares(const float *sum, int64_t capacity, int n, int heads, uint32_t *key, float *rest, Shared &shared) {
+// What is read here is not written meanwhile; __restrict__ lets several loads be under way.
+__device__ __forceinline__ void shares(const float *__restrict__ sum, int64_t capacity, int n, int heads,
+                                       uint32_t *__restrict__ key, float *rest, Shared &shared) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     for (int m0 = 0; m0 < heads; m0 += kHeads) {
         float top[kHeads], total[kHeads];
 #pragma unroll
         for (int m = 0; m < kHeads; ++m) top[m] = -INFINITY, total[m] = 0.f;
+#pragma unroll 2
         for (int i = threadIdx.x; i < n; i += kThreads) {
+            float x[kHeads];
+#pragma unroll
+            for (int m = 0; m < kHeads; ++m) x[m] = m0 + m < heads ? sum[(m0 + m) * capacity + i] : -INFINITY;
 #pragma unroll
             for (int m = 0; m < kHeads; ++m) {
-                if (m0 + m >= heads) break;
-                const float x = sum[(m0 + m) * capacity + i], now = fmaxf(top[m], x);
-                if (now > -INFINITY) total[m] = total[m] * expf(top[m] - now) + expf(x - now);
-                top[m] = now;
+                if (x[m] > top[m]) {  // seldom, after the first few
+                    total[m] = total[m] * __expf(top[m] - x[m]) + 1.f;
+                    top[m] = x[m];
+                } else if (x[m] > -INFINITY) {
+                    total[m] += __expf(x[m] - top[m]);
+                }
             }
         }
 #pragma unroll
         for (int m = 0; m < kHeads; ++m) {
             const float now = warp_max(top[m]);
-            total[m] = warp_sum(now > -INFINITY ? total[m] * expf(top[m] - now) : 0.f);
+            total[m] = warp_sum(now > -INFINITY ? total[m] * __expf(top[m] - now) : 0.f);
             if (lane == 0) shared.warp_top[m][warp] = now, shared.warp_total[m][warp] = total[m];
         }
         __syncthreads();
@@ -242,15 +252,16 @@ __device__ __forceinline__ void shares(const float *sum, int64_t capacity, int n
 #pragma unroll
         for (int m = 0; m < kHeads; ++m) {
             const float mine = shared.warp_top[m][lane], now = warp_max(mine);
-            const float sum_m = warp_sum(now > -INFINITY ? shared.warp_total[m][lane] * expf(mine - now) : 0.f);
+            const float sum_m = warp_sum(now > -INFINITY ? shared.warp_total[m][lane] * __expf(mine - now) : 0.f);
             all[m] = now > -INFINITY ? now + logf(sum_m) : -INFINITY;
             if (threadIdx.x == 0 && m0 + m < heads) rest[m0 + m] = all[m];
         }
+#pragma unroll 2
         for (int i = threadIdx.x; i < n; i += kThreads) {
             float share = m0 ? __uint_as_float(key[i]) : 0.f;
 #pragma unroll
             for (int m = 0; m < kHeads; ++m)
-                if (m0 + m < heads && all[m] > -INFINITY) share += expf(sum[(m0 + m) * capacity + i] - all[m]);
+                if (m0 + m < heads && all[m] > -INFINITY) share += __expf(sum[(m0 + m) * capacity + i] - all[m]);
             key[i] = __float_as_uint(share);
         }
         __syncthreads();

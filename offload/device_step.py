@@ -32,7 +32,7 @@ DEPTH = 4
 
 
 class Shared:
-    """What the steps of all layers of one cache share: its length on the device, and the stream beside the model's.
+    """What the steps of all layers of one cache share: its length on the device, and the streams beside the model's.
 
     Attributes:
         capacity: Tokens that the step has room for.
@@ -49,8 +49,27 @@ class Shared:
         self.spent_1 = spent_1
         token_L = torch.arange(capacity, device=device)
         self.real_BL = (token_L >= padding_B[:, None]).contiguous() if bool(padding_B.any()) else None
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.side, self.second = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
         self._under_way: deque[tuple[Any, Any]] = deque()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is done within goes to a second stream, beside what follows on the model's, until ``meet``.
+
+        What it makes is the second stream's memory: used again when that stream comes to the next layer, which is behind
+        whatever the model's stream does now.
+        """
+        if self.second is None:
+            yield
+            return
+        self.second.wait_stream(torch.cuda.current_stream(self.second.device))
+        with torch.cuda.stream(self.second):
+            yield
+
+    def meet(self) -> None:
+        """Order the model's stream behind the second one."""
+        if self.second is not None:
+            torch.cuda.current_stream(self.second.device).wait_stream(self.second)
 
     @contextmanager
     def aside(self, held: object) -> Iterator[None]:
@@ -111,19 +130,21 @@ class DeviceStep:
         query_BHD, key_BGD = query_BHQD[:, :, 0].contiguous(), key_BGTD[:, :, 0].contiguous()
         if self.arrived_BH is None:
             self.arrived_BH = query_BHD.new_zeros(query_BHD.shape[:2], dtype=torch.int32)
+        with shared.beside():
+            self.sketch.append(key_BGD, shared.length_1)
+            peak_BHC, sum_BHC = self.sketch.block_scores(
+                query_BHD,
+                terms.scaling,
+                terms.softcap,
+                block_size=self.selection.block_size,
+                real_BL=shared.real_BL,
+                kernel=True,
+                length=shared.capacity,
+                length_1=shared.length_1,
+            )
         self.table.append(key_BGD, value_BGTD[:, :, 0].contiguous(), shared.length_1)
-        self.sketch.append(key_BGD, shared.length_1)
         resident = self._over(self.table.block_BGS, query_BHD, None, terms)[1:3] if policy.chooses else None
-        peak_BHC, sum_BHC = self.sketch.block_scores(
-            query_BHD,
-            terms.scaling,
-            terms.softcap,
-            block_size=self.selection.block_size,
-            real_BL=shared.real_BL,
-            kernel=True,
-            length=shared.capacity,
-            length_1=shared.length_1,
-        )
+        shared.meet()
         late_blocks = self.selection.share(policy.late_share)
         rest_BH = self.table.choose(
             peak_BHC, sum_BHC, resident, late_blocks, shared.length_1, shared.padding_B, shared.spent_1
