@@ -56,7 +56,7 @@ class Shared:
     def beside(self) -> Iterator[None]:
         """What is done within goes to a second stream, beside what follows on the model's, until ``meet``.
 
-        What it makes is the second stream's memory: used again when that stream comes to the next layer, which is behind
+        What it makes is the second stream's memory: used again when that stream comes to the next layer, behind
         whatever the model's stream does now.
         """
         if self.second is None:
