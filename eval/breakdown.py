@@ -2,7 +2,7 @@
 
 On a GPU stages are sums over its kernels, on whatever stream: what runs beside something else counts in full. ``idle``
 is the time between the first kernel and the last in which none ran at all. On a CPU they are sums over torch's
-operations, without what they call, and what Python takes shows nowhere.
+operations, without what they call; what Python takes, or calls past torch, shows nowhere.
 """
 
 from __future__ import annotations

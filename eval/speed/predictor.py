@@ -15,19 +15,21 @@ examples:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 
 from attention_predictor.arguments import whole_numbers
 from attention_predictor.eval.bench import Row, report, with_ratios
 from attention_predictor.eval.speed.options import BLOCK, add_options, checked
-from attention_predictor.eval.speed.stopwatch import timed
+from attention_predictor.eval.speed.stopwatch import input_sets, timed
+from attention_predictor.predictor import history, streaming
 from attention_predictor.predictor.base import AttentionPredictor
 from attention_predictor.predictor.errors import ConfigError
-from attention_predictor.predictor.history import ScoreHistory, no_kernel
-from attention_predictor.predictor.model import new_history
+from attention_predictor.predictor.history import ScoreHistory
+from attention_predictor.predictor.streaming import StreamedHistory
 from attention_predictor.predictor.window import WINDOW_ROWS, WindowPredictor
 
 SINK = RECENT = 4  # blocks
@@ -45,20 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Way:
-    """A predictor and how it is evaluated: by kernels, streamed where it can be, or over its whole window."""
+    """A predictor and how its history is kept; ``missing`` says why it can't be by kernels."""
 
     name: str
+    history: Callable[..., ScoreHistory]
     predictor: AttentionPredictor
     kv_heads: int
-    kernels: bool = False
-    whole: bool = False
-
-    def history(self, batch: int, device: torch.device) -> ScoreHistory:
-        """An empty one."""
-        form: dict[str, Any] = {"batch": batch, "kv_heads": self.kv_heads, "device": device}
-        if self.whole:
-            return ScoreHistory(self.predictor, **form)
-        return new_history(self.predictor, **form, kernels=self.kernels)
+    kernel: bool = False
+    missing: str | None = None
 
 
 def main(args: argparse.Namespace) -> int:
@@ -71,13 +67,15 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--layers {args.layers}: expected at least 1")
     published = WindowPredictor().to(device).eval()
     default = AttentionPredictor.from_pretrained("default", device=device)
+    missing, missing_streamed = history.no_kernel(default, device), streaming.no_kernel(published, device)
+    kept, streamed, G = ScoreHistory, StreamedHistory, args.kv_heads
     ways = (
-        Way("ours, kernels", default, args.kv_heads, kernels=True),
-        Way("ours, torch operations", default, args.kv_heads),
-        Way("published, streamed, kernels", published, args.kv_heads, kernels=True),
-        Way("published, streamed", published, args.kv_heads),
-        Way("published, over its window", published, args.kv_heads, whole=True),
-        Way("published, over its window, each query head", published, args.heads, whole=True),
+        Way("ours, kernels", kept, default, G, kernel=True, missing=missing),
+        Way("ours, torch operations", kept, default, G),
+        Way("published, streamed, kernels", streamed, published, G, kernel=True, missing=missing_streamed),
+        Way("published, streamed", streamed, published, G),
+        Way("published, over its window", kept, published, G),
+        Way("published, over its window, each query head", kept, published, args.heads),
     )
     rows: list[Row] = []
     for tokens in contexts:
@@ -88,17 +86,24 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _timed(way: Way, tokens: int, args: argparse.Namespace, device: torch.device) -> Row:
-    if way.kernels and (reason := no_kernel(way.predictor, device)) is not None:
-        return {"name": way.name, "tokens": tokens, "skipped": reason}
-    history, n_blocks = way.history(args.batch, device), tokens // BLOCK
+    if way.missing is not None:
+        return {"name": way.name, "tokens": tokens, "skipped": way.missing}
+    n_blocks = tokens // BLOCK
     rows_BGRN = torch.rand(args.batch, way.kv_heads, WINDOW_ROWS, n_blocks, device=device) ** 8  # few large ones
-    history.start(rows_BGRN)
 
-    def step() -> None:
-        history.push(rows_BGRN[:, :, 0])
-        history.predict(SINK, n_blocks - RECENT)
+    def started() -> ScoreHistory:
+        state = way.history(way.predictor, batch=args.batch, kv_heads=way.kv_heads, device=device, kernel=way.kernel)
+        state.start(rows_BGRN)
+        return state
 
-    row = timed(way.name, [step], device, repeats=args.repeats, seconds=args.seconds)
+    def step(state: ScoreHistory) -> None:
+        state.push(rows_BGRN[:, :, 0])
+        state.predict(SINK, n_blocks - RECENT)
+
+    first = started()
+    layers = min(input_sets(first.nbytes, device), args.layers)  # in turn, as those of a model
+    calls = [partial(step, state) for state in (first, *(started() for _ in range(layers - 1)))]
+    row = timed(way.name, calls, device, repeats=args.repeats, seconds=args.seconds)
     return {**row, "tokens": tokens, "token_ms": row["ms"] * args.layers}
 
 
