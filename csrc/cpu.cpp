@@ -116,8 +116,9 @@ inline void add(float weight, const float *__restrict value, int64_t D, float *_
 
 template <typename E>
 void attend_row(const SparseDecode &a, int64_t row) {
-    const int64_t b = row / a.kv_heads, kv_head = row % a.kv_heads, group = a.heads / a.kv_heads;
-    const int64_t D = a.head_dim, T = a.tokens, S = a.slots, first = b * a.heads + kv_head * group;
+    const int64_t b = row / a.kv_heads, kv_head = row % a.kv_heads, group = a.group;
+    const int64_t D = a.head_dim, T = a.tokens, S = a.slots, first = row * group;
+    const int64_t length = a.length_1 ? *a.length_1 : a.length;
     const float scaling = static_cast<float>(a.scaling), softcap = static_cast<float>(a.softcap);
     // Weights of a slot are relative to the slot's own peak; what that is worth is known once all are seen.
     std::vector<float> query(group * D), weight(group * S * T), part(D), out(group * D, 0.f), dot(group);
@@ -128,7 +129,7 @@ void attend_row(const SparseDecode &a, int64_t row) {
         for (int64_t t = 0; t < T; ++t) {
             const int64_t token = block * T + t;
             const bool seen =
-                block >= 0 && token < a.length && (a.real == nullptr || a.real[b * a.length + token]);
+                block >= 0 && token < length && (a.real == nullptr || a.real[b * a.length + token]);
             if (!seen) {
                 for (int64_t m = 0; m < group; ++m) weight[(m * S + s) * T + t] = kNever;
                 continue;
