@@ -188,19 +188,24 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--retry-errors", action="store_true", help="try samples once more that failed")
 
 
+def describe(benchmark: Benchmark, plan: Plan) -> dict[str, Any]:
+    """What decides a run's results, as ``run.json`` has it; reads every sample once."""
+    description = {
+        "benchmark": benchmark.name,
+        "settings": plan.settings() | benchmark.settings(),
+        "tasks": {task: benchmark.check(task, plan.limit) for task in benchmark.tasks},
+        "variants": {variant.name: variant.describe() for variant in plan.variants},
+    }
+    return json.loads(json.dumps(description))  # as it will be read back: no tuples
+
+
 def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
     """Do whatever of the plan is not done; returns its results in the main process, ``None`` in others.
 
     Raises:
         DataError, ConfigError, CheckpointError: What can't be run, before the model is loaded.
     """
-    description: dict[str, Any] = {
-        "benchmark": benchmark.name,
-        "settings": plan.settings() | benchmark.settings(),
-        "tasks": {task: benchmark.check(task, plan.limit) for task in benchmark.tasks},
-        "variants": {variant.name: variant.describe() for variant in plan.variants},
-    }
-    description = json.loads(json.dumps(description))  # as it will be read back: no tuples
+    description = describe(benchmark, plan)
     RunFolder(plan.out).check(description)
     with Processes() as processes, ExitStack() as stack:
         folder = RunFolder(plan.out)
