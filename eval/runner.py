@@ -154,7 +154,7 @@ class Plan:
             raise ConfigError(f"--limit {args.limit}: expected at least 1")
         if args.dtype not in DTYPES:
             raise ConfigError(f"dtype={args.dtype!r} is not allowed: expected one of {', '.join(DTYPES)}")
-        find_device(args.device)
+        find_device(Processes().device(args.device))  # this process's own: a look at another's takes memory there
         given = args.policies if args.policies is not None or args.rule else POLICIES
         named = given.split(",") if given is not None else []
         rules = [Rule(name.strip(), {"policy": name.strip()}) for name in named]
@@ -216,7 +216,10 @@ def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
         processes.wait()
         work = _Work.left(benchmark, plan, folder, processes, description["tasks"])
         if work.left_samples:
-            work.do(load_model(plan.model, processes.device(plan.device), plan.dtype))
+            device = torch.device(processes.device(plan.device))
+            if device.type == "cuda" and device.index is not None:
+                torch.cuda.set_device(device)  # what names no number, such as a stream, means this one
+            work.do(load_model(plan.model, str(device), plan.dtype))
         processes.wait()
         if not processes.is_main:
             return None
