@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     OffloadConfig(budget=args.budget)
     device = find_device(args.device)
     limit_bytes = _limit(args.memory_limit, device)
-    ways = choose(args.ways, device, args.budget)
+    ways = choose(args.ways, device)
     if FLOOR in ways and least > FLOOR_CONTEXT:
         raise ConfigError(f"--steps {args.steps}: too many for the floor's context of {FLOOR_CONTEXT} tokens")
     settings = {name: getattr(args, name) for name in ("budget", "batch", "steps", "synthetic", "seed", "memory_limit")}

@@ -30,7 +30,7 @@ class Way:
         kind: Ours, transformers' ``DynamicCache``, or its ``StaticCache`` with the whole step compiled.
         options: Of ``OffloadConfig`` or of the stock cache.
         needs_gpu: Whether it is for CUDA devices alone.
-        by_default: Whether it is measured without being asked for; on a CPU nothing is compiled unless asked for.
+        by_default: Whether it is measured without being asked for. (On a CPU, what is compiled is not.)
     """
 
     name: str
@@ -54,37 +54,24 @@ WAYS = {
 }
 
 
-def choose(names: str | None, device: torch.device, budget: int) -> list[str]:
+def choose(names: str | None, device: torch.device) -> list[str]:
     """Keys of the ways asked for (``"graph,device"``), or of all that this device has, in the table's order.
 
     Raises:
         ConfigError: An unknown name, or one that can't be measured here.
     """
     if names is None:
-        gpu = device.type == "cuda"
-        return [
-            name
-            for name, way in WAYS.items()
-            if way.by_default and (gpu or way.kind != "static") and _unavailable(way, device, budget) is None
-        ]
+        ways = {name: way for name, way in WAYS.items() if way.by_default}
+        if device.type != "cuda":
+            ways = {name: way for name, way in ways.items() if not way.needs_gpu and way.kind != "static"}
+        return list(ways)
     asked = names.split(",")
     for name in asked:
         if name not in WAYS:
             raise ConfigError(f"--ways {name!r} is not known: expected some of {', '.join(WAYS)}")
-        if (reason := _unavailable(WAYS[name], device, budget)) is not None:
-            raise ConfigError(f"--ways {name}: {reason}")
+        if WAYS[name].needs_gpu and device.type != "cuda":
+            raise ConfigError(f"--ways {name}: it needs a CUDA device, found {device}")
     return [name for name in WAYS if name in asked]
-
-
-def _unavailable(way: Way, device: torch.device, budget: int) -> str | None:
-    if way.needs_gpu and device.type != "cuda":
-        return "it needs a CUDA device"
-    if way.kind == "ours":
-        try:
-            OffloadConfig(budget=budget, **way.options)
-        except ConfigError as error:
-            return str(error)
-    return None
 
 
 @dataclass

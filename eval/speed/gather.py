@@ -1,8 +1,8 @@
 """Time bringing scattered blocks from host memory to the pool, on a CPU to a buffer.
 
-On a GPU: our kernel, which reads pinned memory itself, with lists of blocks that are on the device already; the whole
-call with lists from the host; what it replaces; and a plain copy of as many bytes in one piece by the copy engine,
-which is the bus at its best. On a CPU: our kernel, indexing by torch, and a copy in one piece.
+On a GPU: our kernel, which reads pinned memory itself, with lists of blocks that are on the device already, one for
+all rows or one for each; the whole call with lists from the host; what it replaces; and a plain copy of as many bytes
+in one piece by the copy engine, which is the bus at its best. On a CPU: our kernel, indexing by torch, and a copy in one piece.
 
 Of what can be captured in a CUDA graph, milliseconds and rate are the device's own; in parentheses what a single call
 from Python takes.
@@ -15,6 +15,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,29 +49,48 @@ def main(args: argparse.Namespace) -> int:
         tokens = min(CHUNK, args.context - start)
         store.append(*torch.randn(2, args.batch, args.kv_heads, tokens, args.head_dim, dtype=dtype))
     rows, n = args.batch * args.kv_heads, args.blocks
+    block_bytes = 2 * BLOCK * args.head_dim * dtype.itemsize
     lists = [(torch.randint(rows, (n,)), torch.randint(store.n_blocks, (n,))) for _ in range(LISTS)]
-    moved = n * 2 * BLOCK * args.head_dim * dtype.itemsize
-    ways = _to_pool(store, lists, moved, shape, device) if device.type == "cuda" else _to_buffer(store, lists, moved)
-    rules: dict[str, Any] = {"repeats": args.repeats, "moved": moved}
-    found = [timed(name, calls, device, capturable=on_device, **rules) for name, (calls, on_device) in ways.items()]
+    ways = _to_pool(store, lists, shape, device) if device.type == "cuda" else _to_buffer(store, lists)
+    found = [
+        timed(
+            way.name, way.calls, device, repeats=args.repeats, moved=way.blocks * block_bytes, capturable=way.on_device
+        )
+        for way in ways
+    ]
     return show(args, device, dtype, found)
 
 
-Ways = dict[str, tuple[list[Call], bool]]  # calls, and whether the device alone is at work
+@dataclass(frozen=True)
+class Way:
+    """One way to bring so many blocks; ``on_device``: without the host."""
+
+    name: str
+    calls: list[Call]
+    blocks: int
+    on_device: bool = True
 
 
 def _to_pool(
-    store: HostStore, lists: list[tuple[Tensor, Tensor]], moved: int, shape: dict[str, Any], device: torch.device
-) -> Ways:
-    slot_n = torch.arange(len(lists[0][0]))
-    pool = BlockPool(**shape, slots=len(slot_n), device=device)
-    whole = torch.empty(moved, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty(moved, dtype=torch.uint8, device=device)
-    slab_s = store.addresses(device)
+    store: HostStore, lists: list[tuple[Tensor, Tensor]], shape: dict[str, Any], device: torch.device
+) -> list[Way]:
+    n = len(lists[0][0])
+    pool, slot_n = BlockPool(**shape, slots=n, device=device), torch.arange(n)
+    sides, slabs = (pool.key_BGSTD, pool.value_BGSTD), (store.addresses(device), store.slab_blocks)
+    rows = store.batch * store.kv_heads
+    each = max(1, n // rows)
+    slot_RS = torch.arange(n, device=device, dtype=torch.int32).expand(rows, n).contiguous()
+    moves_R = torch.full((rows,), each, device=device, dtype=torch.int32)
+    whole = torch.empty(n * 2 * BLOCK * store.head_dim * store.dtype.itemsize, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(whole.shape, dtype=torch.uint8, device=device)
 
     def by_kernel(row_n: Tensor, block_n: Tensor) -> Call:
         entries = [entry_n.to(device) for entry_n in (row_n, block_n, slot_n)]
-        return lambda: ops.gather_to_pool(slab_s, store.slab_blocks, *entries, pool.key_BGSTD, pool.value_BGSTD)
+        return lambda: ops.gather_to_pool(*slabs, *entries, *sides)
+
+    def by_table(_: Tensor, block_n: Tensor) -> Call:
+        block_RS = block_n.to(device, torch.int32).expand(rows, n).contiguous()
+        return lambda: ops.move_blocks(*slabs, block_RS, slot_RS, moves_R, *sides, None)
 
     def by_call(row_n: Tensor, block_n: Tensor) -> Call:
         return lambda: store.gather_to_pool(row_n, block_n, slot_n, pool)
@@ -78,17 +98,19 @@ def _to_pool(
     def by_host(row_n: Tensor, block_n: Tensor) -> Call:
         return lambda: pool.write_blocks(row_n, slot_n, store.gather(row_n, block_n))
 
-    return {
-        "ours, lists on the device": ([by_kernel(*one) for one in lists], True),
-        "ours, lists from the host": ([by_call(*one) for one in lists], False),
-        "gathered on the CPU, then copied": ([by_host(*one) for one in lists], False),
-        "one piece by the copy engine": ([lambda: there.copy_(whole, non_blocking=True)], True),
-    }
+    return [
+        Way("ours, lists on the device", [by_kernel(*one) for one in lists], n),
+        Way("ours, lists by row, as in captured steps", [by_table(*one) for one in lists], each * rows),
+        Way("ours, lists from the host", [by_call(*one) for one in lists], n, on_device=False),
+        Way("gathered on the CPU, then copied", [by_host(*one) for one in lists], n, on_device=False),
+        Way("one piece by the copy engine", [lambda: there.copy_(whole, non_blocking=True)], n),
+    ]
 
 
-def _to_buffer(store: HostStore, lists: list[tuple[Tensor, Tensor]], moved: int) -> Ways:
-    buffer = torch.empty(len(lists[0][0]), 2, BLOCK, store.head_dim, dtype=store.dtype)
-    whole, there = torch.empty(moved, dtype=torch.uint8), torch.empty(moved, dtype=torch.uint8)
+def _to_buffer(store: HostStore, lists: list[tuple[Tensor, Tensor]]) -> list[Way]:
+    n = len(lists[0][0])
+    buffer = torch.empty(n, 2, BLOCK, store.head_dim, dtype=store.dtype)
+    whole, there = torch.empty_like(buffer), torch.empty_like(buffer)
 
     def by_kernel(row_n: Tensor, block_n: Tensor) -> Call:
         return lambda: store.gather(row_n, block_n, buffer)
@@ -96,8 +118,8 @@ def _to_buffer(store: HostStore, lists: list[tuple[Tensor, Tensor]], moved: int)
     def by_torch(row_n: Tensor, block_n: Tensor) -> Call:
         return lambda: gather_reference(store._slabs, row_n, block_n, buffer)
 
-    return {
-        "ours": ([by_kernel(*one) for one in lists], True),
-        "indexing by torch": ([by_torch(*one) for one in lists], True),
-        "one piece": ([lambda: there.copy_(whole)], True),
-    }
+    return [
+        Way("ours", [by_kernel(*one) for one in lists], n),
+        Way("indexing by torch", [by_torch(*one) for one in lists], n),
+        Way("one piece", [lambda: there.copy_(whole)], n),
+    ]
