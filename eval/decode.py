@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if args.steps < 1 or args.batch < 1:
         raise ConfigError("--steps and --batch must be at least 1")
-    contexts = [args.context] if args.contexts is None else whole_numbers("--contexts", args.contexts)
+    contexts = [args.context] if args.contexts is None else sorted(set(whole_numbers("--contexts", args.contexts)))
     least = steps_within(args.steps) + (PAST if args.synthetic else 1)
     if min(contexts) < least:
         what = f"the {steps_within(args.steps)} steps within it" + (f" and {PAST} tokens before" * args.synthetic)

@@ -66,12 +66,17 @@ def try_way(model: PreTrainedModel, way: Way, work: Workload) -> dict[str, Any]:
     if reason := does_not_fit(model, way, context=work.context, batch=work.batch, limit_bytes=work.limit_bytes):
         return row | {"skipped": reason}
     try:
-        with opened(model, way, context=work.context, batch=work.batch, budget=work.budget) as session:
-            return row | _figures(model, session, work)
+        return row | _tried(model, way, work)
     except (torch.OutOfMemoryError, HostMemoryError) as error:
         return row | {"skipped": one_line(error, 200)}
     finally:
         _release(model.device)
+
+
+def _tried(model: PreTrainedModel, way: Way, work: Workload) -> dict[str, Any]:
+    """Apart, so that the cache is gone when it returns, and its memory can be released."""
+    with opened(model, way, context=work.context, batch=work.batch, budget=work.budget) as session:
+        return _figures(model, session, work)
 
 
 @torch.no_grad()

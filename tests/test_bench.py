@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
+import weakref
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
-from attention_predictor.eval import synthetic_cache, ways
+from attention_predictor.eval import synthetic_cache, trial, ways
 from attention_predictor.eval.breakdown import breakdown, covered, stage_of
 from attention_predictor.eval.comparison import compare
 from attention_predictor.eval.shapes import SHAPES, random_model, shape_config
@@ -364,3 +366,22 @@ def test_synthetic_refuses_what_it_cannot_fill(tiny_model) -> None:
         SyntheticCache(tiny_model("gemma3"), ids, 600)
     with pytest.raises(ConfigError, match="at least 64 tokens, found 60"):
         SyntheticCache(tiny_model("llama"), ids, 60)
+
+
+def test_a_way_leaves_nothing_behind(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cache is gone before memory is released for the next way."""
+    caches: list[weakref.ref] = []
+    fill = SyntheticCache.fill
+    monkeypatch.setattr(
+        SyntheticCache, "fill", lambda made, cache: (caches.append(weakref.ref(cache)), fill(made, cache))
+    )
+    found: list[bool] = []
+    monkeypatch.setattr(trial, "_release", lambda device: (gc.collect(), found.append(caches[-1]() is None)))
+    ids = torch.arange(600)[None] % 512
+    steps = trial.steps_within(1)
+    made = SyntheticCache(model, ids[:, : PAST + steps], 600 - steps)
+    work = trial.Workload(ids, steps=1, batch=1, budget=160, seconds=9.0, synthetic=made)
+    for way in ("thread", "device"):
+        assert trial.try_way(model, ways.WAYS[way], work)["median_ms"] > 0
+    assert found == [True, True]
+    assert getattr(model, "_attention_predictor_engine", None) is None

@@ -2,7 +2,8 @@
 
 On a GPU: our kernel, which reads pinned memory itself, with lists of blocks that are on the device already, one for
 all rows or one for each; the whole call with lists from the host; what it replaces; and a plain copy of as many bytes
-in one piece by the copy engine, which is the bus at its best. On a CPU: our kernel, indexing by torch, and a copy in one piece.
+in one piece by the copy engine, which is the bus at its best. On a CPU: our kernel, indexing by torch, and a copy in
+one piece.
 
 Of what can be captured in a CUDA graph, milliseconds and rate are the device's own; in parentheses what a single call
 from Python takes.
@@ -52,12 +53,10 @@ def main(args: argparse.Namespace) -> int:
     block_bytes = 2 * BLOCK * args.head_dim * dtype.itemsize
     lists = [(torch.randint(rows, (n,)), torch.randint(store.n_blocks, (n,))) for _ in range(LISTS)]
     ways = _to_pool(store, lists, shape, device) if device.type == "cuda" else _to_buffer(store, lists)
-    found = [
-        timed(
-            way.name, way.calls, device, repeats=args.repeats, moved=way.blocks * block_bytes, capturable=way.on_device
-        )
-        for way in ways
-    ]
+    found = []
+    for way in ways:
+        rules: dict[str, Any] = {"moved": way.blocks * block_bytes, "capturable": way.on_device}
+        found.append(timed(way.name, way.calls, device, repeats=args.repeats, **rules))
     return show(args, device, dtype, found)
 
 
@@ -81,8 +80,8 @@ def _to_pool(
     each = max(1, n // rows)
     slot_RS = torch.arange(n, device=device, dtype=torch.int32).expand(rows, n).contiguous()
     moves_R = torch.full((rows,), each, device=device, dtype=torch.int32)
-    whole = torch.empty(n * 2 * BLOCK * store.head_dim * store.dtype.itemsize, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty(whole.shape, dtype=torch.uint8, device=device)
+    whole = torch.empty(n, 2, BLOCK, store.head_dim, dtype=store.dtype, pin_memory=True)
+    there = torch.empty_like(whole, device=device, pin_memory=False)
 
     def by_kernel(row_n: Tensor, block_n: Tensor) -> Call:
         entries = [entry_n.to(device) for entry_n in (row_n, block_n, slot_n)]
