@@ -11,12 +11,13 @@ namespace {
 
 using namespace device;
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;  // more would have to wait for a multiprocessor that does nothing else
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kBins = 256;
 constexpr int kCopies = 4;   // of the histogram: scores share their first bits, and would queue at one counter
 constexpr int kHeads = 4;    // query heads whose numbers a thread reads together
 constexpr int kList = 1024;  // blocks that are compared each with each
+constexpr int kShare = 4;    // threads that share the comparisons of one
 constexpr uint32_t kNever = 0, kAlways = 0xffffffffu;
 constexpr int64_t kEmpty = INT64_MIN;
 
@@ -55,11 +56,15 @@ __device__ __forceinline__ void scan(int (&count)[2], int (&before)[2], int (&to
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        total[i] = 0;
-        for (int w = 0; w < kWarps; ++w) {
-            if (w == warp) before[i] += total[i];
-            total[i] += shared.warp_sum[i][w];
+        int sum = lane < kWarps ? shared.warp_sum[i][lane] : 0;
+#pragma unroll
+        for (int offset = 1; offset < kWarp; offset *= 2) {
+            const int other = __shfl_up_sync(kAll, sum, offset);
+            if (lane >= offset) sum += other;
         }
+        total[i] = __shfl_sync(kAll, sum, kWarp - 1);
+        const int upto = __shfl_sync(kAll, sum, max(warp - 1, 0));
+        if (warp) before[i] += upto;
     }
     __syncthreads();
 }
@@ -138,6 +143,23 @@ __device__ __forceinline__ bool before(uint32_t key, int32_t block, uint32_t oth
     return key > other_key || (key == other_key && block < other_block);
 }
 
+// Calls with_rank(i, rank) for every i below `count`, in one thread: rank is the number of j with comes_first(j, i).
+template <typename ComesFirst, typename WithRank>
+__device__ __forceinline__ void rank_all(int count, const ComesFirst &comes_first, const WithRank &with_rank) {
+    const int part = threadIdx.x % kShare;
+    for (int base = 0; base < count; base += kThreads / kShare) {
+        const int i = base + static_cast<int>(threadIdx.x) / kShare;
+        int rank = 0;
+        if (i < count) {
+#pragma unroll 4
+            for (int j = part; j < count; j += kShare) rank += comes_first(j, i);
+        }
+#pragma unroll
+        for (int offset = 1; offset < kShare; offset *= 2) rank += __shfl_xor_sync(kAll, rank, offset);
+        if (i < count && part == 0) with_rank(i, rank);
+    }
+}
+
 // The `wanted` best of n blocks, into `best`, by rank; `room` has kList entries. Returns how many there are.
 //
 // Every few threads find their largest key. The wanted-th of these is a bound that as many keys reach, and few others: those
@@ -157,12 +179,10 @@ __device__ __forceinline__ int best_blocks(int n, int wanted, List best, List ro
         if (threadIdx.x % together == 0) shared.top[threadIdx.x / together] = top;
         if (threadIdx.x == 0) shared.found = 0, shared.bound = 1;
         __syncthreads();
-        if (static_cast<int>(threadIdx.x) < groups) {
-            const uint32_t mine = shared.top[threadIdx.x];
-            int rank = 0;
-            for (int g = 0; g < groups; ++g) rank += before(shared.top[g], g, mine, static_cast<int>(threadIdx.x));
-            if (rank == wanted - 1 && mine != kNever) shared.bound = mine;
-        }
+        rank_all(groups, [&](int j, int i) { return before(shared.top[j], j, shared.top[i], i); },
+                 [&](int i, int rank) {
+                     if (rank == wanted - 1 && shared.top[i] != kNever) shared.bound = shared.top[i];
+                 });
         __syncthreads();
         const uint32_t bound = shared.bound;
 #pragma unroll 4
@@ -178,14 +198,12 @@ __device__ __forceinline__ int best_blocks(int n, int wanted, List best, List ro
         __syncthreads();
         const int found = shared.found;
         if (found <= kList) {
-            for (int i = threadIdx.x; i < found; i += kThreads) {
-                int rank = 0;
-                for (int j = 0; j < found; ++j) rank += before(room.key[j], room.block[j], room.key[i], room.block[i]);
-                if (rank < wanted) {
-                    best.key[rank] = room.key[i];
-                    best.block[rank] = room.block[i];
-                }
-            }
+            rank_all(found, [&](int j, int i) { return before(room.key[j], room.block[j], room.key[i], room.block[i]); },
+                     [&](int i, int rank) {
+                         if (rank >= wanted) return;
+                         best.key[rank] = room.key[i];
+                         best.block[rank] = room.block[i];
+                     });
             __syncthreads();
             return min(found, wanted);
         }
@@ -226,37 +244,37 @@ __device__ __forceinline__ void shares(const float *__restrict__ sum, int64_t ca
         float top[kHeads], total[kHeads];
 #pragma unroll
         for (int m = 0; m < kHeads; ++m) top[m] = -INFINITY, total[m] = 0.f;
-#pragma unroll 2
-        for (int i = threadIdx.x; i < n; i += kThreads) {
-            float x[kHeads];
+#pragma unroll 4
+        for (int i = threadIdx.x; i < n; i += kThreads)
 #pragma unroll
-            for (int m = 0; m < kHeads; ++m) x[m] = m0 + m < heads ? sum[(m0 + m) * capacity + i] : -INFINITY;
-#pragma unroll
-            for (int m = 0; m < kHeads; ++m) {
-                if (x[m] > top[m]) {  // seldom, after the first few
-                    total[m] = total[m] * __expf(top[m] - x[m]) + 1.f;
-                    top[m] = x[m];
-                } else if (x[m] > -INFINITY) {
-                    total[m] += __expf(x[m] - top[m]);
-                }
-            }
-        }
+            for (int m = 0; m < kHeads; ++m)
+                if (m0 + m < heads) top[m] = fmaxf(top[m], sum[(m0 + m) * capacity + i]);
+        // Each warp's own peak serves its sums: where it has none at all, 0 does.
 #pragma unroll
         for (int m = 0; m < kHeads; ++m) {
-            const float now = warp_max(top[m]);
-            total[m] = warp_sum(now > -INFINITY ? total[m] * __expf(top[m] - now) : 0.f);
-            if (lane == 0) shared.warp_top[m][warp] = now, shared.warp_total[m][warp] = total[m];
+            top[m] = warp_max(top[m]);
+            if (top[m] == -INFINITY) top[m] = 0.f;
+        }
+#pragma unroll 4
+        for (int i = threadIdx.x; i < n; i += kThreads)
+#pragma unroll
+            for (int m = 0; m < kHeads; ++m)
+                if (m0 + m < heads) total[m] += __expf(sum[(m0 + m) * capacity + i] - top[m]);
+#pragma unroll
+        for (int m = 0; m < kHeads; ++m) {
+            total[m] = warp_sum(total[m]);
+            if (lane == 0) shared.warp_top[m][warp] = total[m] > 0.f ? top[m] : -INFINITY, shared.warp_total[m][warp] = total[m];
         }
         __syncthreads();
         float all[kHeads];
 #pragma unroll
         for (int m = 0; m < kHeads; ++m) {
-            const float mine = shared.warp_top[m][lane], now = warp_max(mine);
-            const float sum_m = warp_sum(now > -INFINITY ? shared.warp_total[m][lane] * __expf(mine - now) : 0.f);
+            const float mine = lane < kWarps ? shared.warp_top[m][lane] : -INFINITY, now = warp_max(mine);
+            const float sum_m = warp_sum(mine > -INFINITY ? shared.warp_total[m][lane] * __expf(mine - now) : 0.f);
             all[m] = now > -INFINITY ? now + logf(sum_m) : -INFINITY;
             if (threadIdx.x == 0 && m0 + m < heads) rest[m0 + m] = all[m];
         }
-#pragma unroll 2
+#pragma unroll 4
         for (int i = threadIdx.x; i < n; i += kThreads) {
             float share = m0 ? __uint_as_float(key[i]) : 0.f;
 #pragma unroll
@@ -370,17 +388,14 @@ __global__ void __launch_bounds__(kThreads) select_blocks_kernel(const Select a)
             if (threadIdx.x == 0) shared.found = 0;
             __syncthreads();
             const int count = entries;
-            for (int i = threadIdx.x; i < count; i += kThreads) {
-                const uint32_t mine = rows.entry.key[i];
-                const int32_t n_i = rows.entry.block[i];
-                if (mine == kNever) continue;
-                int rank = 0;
-                for (int j = 0; j < count; ++j) rank += before(rows.entry.key[j], rows.entry.block[j], mine, n_i);
-                if (rank >= most) continue;
-                rows.chosen.block[rank] = n_i;
-                rows.chosen.key[rank] = i < S ? static_cast<uint32_t>(i) : ~0u;
-                atomicAdd(&shared.found, 1);
-            }
+            const List entry = rows.entry;
+            rank_all(count, [&](int j, int i) { return before(entry.key[j], entry.block[j], entry.key[i], entry.block[i]); },
+                     [&](int i, int rank) {
+                         if (rank >= most || entry.key[i] == kNever) return;
+                         rows.chosen.block[rank] = entry.block[i];
+                         rows.chosen.key[rank] = i < S ? static_cast<uint32_t>(i) : ~0u;
+                         atomicAdd(&shared.found, 1);
+                     });
             __syncthreads();
             chosen = shared.found;
         }
@@ -410,16 +425,12 @@ __global__ void __launch_bounds__(kThreads) select_blocks_kernel(const Select a)
             rows.age[s] = rows.kept[s] ? INT64_MAX : block[s] < 0 ? kEmpty + s : (use[s] << 32) + block[s];
         __syncthreads();
         if (misses) {
-            for (int s = threadIdx.x; s < S; s += kThreads) {
-                if (rows.kept[s]) continue;
-                const int64_t mine = rows.age[s];
-                int rank = 0;
-                for (int other = 0; other < S; ++other) rank += rows.age[other] < mine;
-                if (rank < misses) {
-                    rows.given[rank] = s;
-                    if (block[s] >= 0) slot[block[s]] = -1;
-                }
-            }
+            rank_all(S, [&](int j, int i) { return rows.age[j] < rows.age[i]; },
+                     [&](int s, int rank) {
+                         if (rank >= misses || rows.kept[s]) return;
+                         rows.given[rank] = s;
+                         if (block[s] >= 0) slot[block[s]] = -1;
+                     });
             __syncthreads();
             for (int i = threadIdx.x; i < misses; i += kThreads) {
                 const int s = rows.given[i], n_i = rows.missing[i];
