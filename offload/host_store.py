@@ -359,7 +359,6 @@ class HostStore:
         with self._settling:
             while self._arrivals and self._arrivals[-1].start >= length:
                 self._arrivals.pop()
-        self.settle()
         self.length = length
         del self._slabs[slabs:]
         self._clear_tail()

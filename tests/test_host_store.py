@@ -3,8 +3,11 @@
 Letters: B sequences, G KV heads, T tokens, D head size, n list entries.
 """
 
+import contextlib
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor
 
 from attention_predictor.offload.host_store import HostStore
+from attention_predictor.offload.transfer import SMALL_BYTES, Outbox, outbox
 from attention_predictor.predictor.errors import HostMemoryError, IntegrityError
 
 SHAPE = {"batch": 2, "kv_heads": 3, "head_dim": 4, "dtype": torch.float32}
@@ -39,13 +43,57 @@ def blocks_of(key_BGTD: Tensor, value_BGTD: Tensor, block_size: int) -> Tensor:
     return padded.unflatten(2, (blocks, block_size)).permute(1, 2, 0, 3, 4)
 
 
+class LateOutbox:
+    """The slowest copies there can be: none is made before somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.under_way = []
+        self.pieces_left = math.inf
+
+    def send(self, pieces):
+        for piece in pieces:
+            if self.pieces_left == 0:
+                raise KeyboardInterrupt
+            self.pieces_left -= 1
+            self.under_way.append(piece)
+        return LateShipment(self)
+
+    def drain(self):
+        for target, parts in self.under_way:
+            target.copy_(torch.stack(parts, -3))
+        self.under_way.clear()
+
+
+class LateShipment:
+    def __init__(self, sender):
+        self.wait = sender.drain
+
+
+class LateStore(HostStore):
+    """Appends as from a GPU, to memory that is not pinned."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.outbox = LateOutbox()
+
+    def _way(self, device):
+        return self.outbox
+
+    def __deepcopy__(self, memo):
+        twin = super().__deepcopy__(memo)
+        twin.outbox = LateOutbox()
+        return twin
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Any sequence of calls leaves the store equal to the model, bit by bit."""
+
+    store_class = HostStore
 
     @initialize(block_size=st.sampled_from([1, 3, 16]), slab_blocks=st.integers(1, 4))
     def start(self, block_size, slab_blocks):
         self.sizes = {"block_size": block_size, "slab_blocks": slab_blocks}
-        self.store = HostStore(**SHAPE, **self.sizes)
+        self.store = self.store_class(**SHAPE, **self.sizes)
         self.key, self.value = random_kv(0)
 
     @rule(tokens=st.integers(0, 60), inference=st.booleans())
@@ -88,6 +136,39 @@ class StoreMachine(RuleBasedStateMachine):
         assert torch.equal(key, self.key[:, :, start:stop])
         assert torch.equal(value, self.value[:, :, start:stop])
 
+    @rule(share=st.floats(0, 1), tokens=st.sampled_from([1, 40, 200]))
+    def stream(self, share, tokens):
+        stop = int(self.store.length * share)
+        chunks = [(start, k.clone(), v.clone()) for start, k, v in self.store.stream(stop, tokens, torch.device("cpu"))]
+        assert [start for start, *_ in chunks] == [
+            sum(len(k[0, 0]) for _, k, _ in chunks[:n]) for n in range(len(chunks))
+        ]
+        for number, expected in ((1, self.key), (2, self.value)):
+            parts = [chunk[number] for chunk in chunks]
+            assert torch.equal(torch.cat(parts, 2) if parts else expected[:, :, :0], expected[:, :, :stop])
+
+    @rule(tokens=st.integers(1, 200), calls=st.integers(0, 3))
+    def append_with_a_failure(self, tokens, calls):
+        """Nothing is left of it, wherever it fails, unless it has nothing left to do by then."""
+        key, value = random_kv(tokens, self.store.batch)
+        with pytest.MonkeyPatch.context() as patch:
+            self.let_fail(patch, calls)
+            try:
+                self.store.append(key, value)
+            except KeyboardInterrupt:
+                return
+        self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
+
+    def let_fail(self, patch, calls):
+        left, real = iter(range(calls)), torch.stack
+
+        def stack(*args, **kwargs):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        patch.setattr(torch, "stack", stack)
+
     @rule()
     def go_on_with_a_copy(self):
         original, self.store = self.store, copy.deepcopy(self.store)
@@ -98,7 +179,8 @@ class StoreMachine(RuleBasedStateMachine):
     def sizes_agree(self):
         if not hasattr(self, "store"):
             return
-        self.store.check_integrity()
+        if self.store_class is HostStore:
+            self.store.check_integrity()
         length = self.key.shape[2]
         assert self.store.length == length
         assert self.store.n_blocks == math.ceil(length / self.store.block_size)
@@ -109,8 +191,111 @@ class StoreMachine(RuleBasedStateMachine):
         assert 0 <= self.store.nbytes - blocks_nbytes < slab_nbytes
 
 
+class LateStoreMachine(StoreMachine):
+    """The same where every copy is late: whatever reads or changes slabs has to wait for them."""
+
+    store_class = LateStore
+
+    def let_fail(self, patch, calls):
+        patch.setattr(self.store.outbox, "pieces_left", calls)
+
+    @rule(share=st.floats(0, 1))
+    def settle(self, share):
+        self.store.settle(int(self.store.length * share))
+
+    @rule()
+    def check_integrity(self):
+        self.store.check_integrity()
+
+    @rule(tokens=st.integers(1, 40))
+    def append_from_the_cpu(self, tokens):
+        key, value = random_kv(tokens, self.store.batch)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LateStore, "_way", HostStore._way)
+            self.store.append(key, value)
+        self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
+
+
 StoreMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=20, deadline=None)
 TestStoreMachine = StoreMachine.TestCase
+LateStoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=20, deadline=None)
+TestLateStoreMachine = LateStoreMachine.TestCase
+
+
+def append_from_the_cpu(store):
+    torch.manual_seed(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(store), "_way", HostStore._way)
+        store.append(*random_kv(3))
+
+
+def fail_to_append(store):
+    with pytest.MonkeyPatch.context() as patch:
+        if isinstance(store, LateStore):
+            patch.setattr(store.outbox, "pieces_left", 2)
+        else:
+            patch.setattr(store, "_put", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.append(*random_kv(70))
+    assert not (isinstance(store, LateStore) and store.outbox.under_way)  # nothing arrives later
+
+
+def interrupt_after_all_was_done(store):
+    name = "_send" if isinstance(store, LateStore) else "_write"
+    real = getattr(store, name)
+
+    def interrupted(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.append(*random_kv(70))
+
+
+def fail_to_settle(store):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "_put", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with contextlib.suppress(KeyboardInterrupt):
+            store.settle()
+
+
+@pytest.mark.parametrize("first", [5, 16, 37, 50])
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda store: store.truncate(3),
+        lambda store: store.truncate(store.length - 1),
+        lambda store: store.index(torch.tensor([1, 0])),
+        lambda store: store.index(torch.tensor([1])),
+        lambda store: store.check_integrity(),
+        lambda store: store.addresses(torch.device("cpu")),
+        lambda store: store.gather(torch.tensor([0]), torch.tensor([store.n_blocks - 1])),
+        lambda store: list(store.stream(store.length, 1, torch.device("cpu"))),
+        lambda store: copy.deepcopy(store),
+        append_from_the_cpu,
+        fail_to_append,
+        interrupt_after_all_was_done,
+        fail_to_settle,
+    ],
+)
+def test_late_copies_are_waited_for(first, then):
+    """By slabs themselves: whoever looks at them, having called something, finds what an immediate copy would give."""
+    slabs = []
+    for kind in (HostStore, LateStore):
+        torch.manual_seed(1)
+        store = kind(**SHAPE, slab_blocks=2, kernel=False)
+        store.append(*random_kv(first))
+        store.append(*random_kv(1))
+        found = then(store)
+        if then in (fail_to_append, interrupt_after_all_was_done, fail_to_settle):
+            store.settle()
+        store = found if isinstance(found, HostStore) else store
+        blocks = torch.cat([slab.movedim(2, 0) for slab in store._slabs])[: store.n_blocks]
+        slabs.append((store.length, len(store._slabs), blocks.nan_to_num(0.0)))
+    assert slabs[0][:2] == slabs[1][:2]
+    assert torch.equal(slabs[0][2], slabs[1][2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -243,6 +428,82 @@ def test_a_copy_that_fails_half_way_leaves_nothing_behind(monkeypatch):
     monkeypatch.undo()
     store.check_integrity()
     assert torch.equal(store.gather(torch.tensor([0]), torch.tensor([1])), blocks_of(key, value, 16)[0, 1:2])
+
+
+class TestOutbox:
+    """How many tensors are held, with events that happen when the test says so."""
+
+    class Event:
+        def __init__(self):
+            self.happened, self.waited = False, False
+
+        def query(self):
+            return self.happened
+
+        def synchronize(self):
+            self.happened = self.waited = True
+
+    def outbox(self, monkeypatch):
+        out, events = Outbox(torch.device("cpu")), []
+
+        def event():
+            events.append(self.Event())
+            return events[-1]
+
+        monkeypatch.setattr(out, "_event", event)
+        return out, events
+
+    def piece(self, nbytes):
+        key, value = (torch.zeros(1, 1, nbytes // 8, 1) for _ in range(2))
+        return torch.empty(1, 1, 2, nbytes // 8, 1), (key, value)
+
+    def test_of_large_ones_only_the_last_is_held(self, monkeypatch):
+        out, events = self.outbox(monkeypatch)
+        alive, sent = [], []
+        for number in range(4):
+            piece = self.piece(2 * SMALL_BYTES)
+            alive.append(weakref.ref(piece[1][0]))
+            sent.append(out.send([piece]))
+            del piece
+            gc.collect()
+            assert [event.waited for event in events] == [True] * number + [False]
+            assert [one() is not None for one in alive] == [False] * number + [True]
+
+    def test_small_ones_are_not_waited_for(self, monkeypatch):
+        out, events = self.outbox(monkeypatch)
+        sent = [out.send([self.piece(SMALL_BYTES // 8)]) for _ in range(20)]
+        assert len(sent) == 20
+        assert sum(event.waited for event in events) == 20 - 9  # eight are small together, and the one that is sent
+        events[-1].happened = True
+        assert sent[-1].arrived
+
+    def test_what_nobody_wants_any_more_is_let_go(self, monkeypatch):
+        out, events = self.outbox(monkeypatch)
+        piece = self.piece(2 * SMALL_BYTES)
+        alive = weakref.ref(piece[1][0])
+        out.send([piece])  # and its shipment is gone
+        del piece
+        gc.collect()
+        assert alive() is None
+        out.send([self.piece(2 * SMALL_BYTES)])
+        assert not events[0].waited
+
+    def test_a_device_has_one(self):
+        assert outbox(torch.device("cpu")) is outbox(torch.device("cpu"))
+
+
+def test_a_view_of_more_does_not_keep_it_alive():
+    """Some models compute queries, keys and values as one tensor."""
+    store = LateStore(**SHAPE)
+    whole = torch.randn(2, 9, 70, 4)
+    alive = weakref.ref(whole)
+    key, value = whole[:, 3:6], whole[:, 6:]
+    expected = key.clone()
+    store.append(key, value)
+    del whole, key, value
+    gc.collect()
+    assert alive() is None
+    assert torch.equal(store.read(0, 70)[0], expected)
 
 
 def damage_tail(store):
