@@ -1,7 +1,7 @@
 // Sparse decode attention: one new token over the slots of a block pool; the query heads of a KV head go together.
 //
 // Every key and value is read once, from device memory to the registers that the tensor cores take it from: nothing is staged
-// in shared memory, and no barrier stands in the way. A warp takes 16 tokens at a time, and asks for the next keys and values
+// in shared memory, and warps don't wait for each other. A warp takes 16 tokens at a time, and asks for the next keys and values
 // as soon as it has used the present ones. With lane = 4·g + q, and all of them at once:
 //     logits = Q · Kᵀ    lane: of head g, for tokens 2q, 2q + 1, 2q + 8, 2q + 9; it loads keys g and g + 8
 //     outᵀ  += Vᵀ · P    lane: of heads 2q, 2q + 1, for elements 8g to 8g + 7 of each 64; it loads values of its logits' tokens
@@ -22,19 +22,20 @@ namespace {
 
 using namespace device;
 
-constexpr int kWarps = 4;      // of a thread block
-constexpr int kHeads = 8;      // of a KV head, handled together
-constexpr int kTile = 16;      // tokens a warp takes at once
-constexpr int kListed = 512;   // slots looked through at once
-constexpr int kMaxSplits = 64; // of a row, a power of two
+constexpr int kWarps = 4;       // of a thread block
+constexpr int kHeads = 8;       // of a KV head, handled together
+constexpr int kTile = 16;       // tokens a warp takes at once
+constexpr int kListed = 512;    // slots looked through at once
+constexpr int kMaxSplits = 64;  // thread blocks that share a row's slots
 
 struct Place {
     int slot, block;
 };
 
-__device__ __forceinline__ int quad() { return threadIdx.x % kWarp / 4; }      // g
-__device__ __forceinline__ int in_quad() { return threadIdx.x % 4; }           // q
-__device__ __forceinline__ int own_token(int i) { return 2 * in_quad() + i % 2 + 8 * (i / 2); }  // of this lane's four
+__device__ __forceinline__ int quad() { return threadIdx.x % kWarp / 4; }  // g
+__device__ __forceinline__ int in_quad() { return threadIdx.x % 4; }       // q
+// Which token the i-th of a lane's four logits is of.
+__device__ __forceinline__ int own_token(int i) { return 2 * in_quad() + i % 2 + 8 * (i / 2); }
 
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
@@ -157,7 +158,8 @@ struct Tile {
                 uint32_t pairs[4];
 #pragma unroll
                 for (int n = 0; n < 4; ++n)
-                    pairs[n] = __byte_perm(value[n / 2 * 2][j][e / 2 + n % 2 * 2], value[n / 2 * 2 + 1][j][e / 2 + n % 2 * 2], halves);
+                    pairs[n] = __byte_perm(value[n / 2 * 2][j][e / 2 + n % 2 * 2],
+                                           value[n / 2 * 2 + 1][j][e / 2 + n % 2 * 2], halves);
                 multiply_as<E>(sums[j][e], pairs, coarse);
                 multiply_as<E>(sums[j][e], pairs, fine);
             }

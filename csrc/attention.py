@@ -64,7 +64,7 @@ def sparse_decode(
         sinks_H: fp32 logit of one more softmax column without a value, or ``None``.
         scaling, softcap: Logits are softcap·tanh(scaling·q·k / softcap), or scaling·q·k for a softcap of 0.
         length_1: int64 tokens of the sequence, on the device; ``None``: ``length``.
-        arrived_BH: int32 zeros, and zeros again afterwards, by which a GPU's thread blocks know the last of them. Whoever
+        arrived_BH: int32 zeros, and zeros again afterwards, by which a GPU's thread blocks know the last of them. Who
             calls again and again keeps them, for one call at a time; ``None``: made for this call, by one more kernel.
 
     Returns:

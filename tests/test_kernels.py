@@ -79,6 +79,8 @@ def test_sparse_attention(device: str, dtype: torch.dtype, shape: dict[str, int]
     own = float((reference.out_BHD.double() - exact.out_BHD).abs().max())
     floor = 2e-6  # where the reference happens to be exact
     assert float((found.out_BHD.double() - exact.out_BHD).abs().max()) <= 2 * own + floor
+    if dtype != torch.float32:  # weights as good as fp32, so that nothing but the last rounding is left
+        assert float((found.out_BHD == reference.out_BHD).float().mean()) > 0.95
     torch.testing.assert_close(found.lse_BH, reference.lse_BH, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(found.scores.peak_BHS, reference.scores.peak_BHS, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(found.scores.sum_BHS, reference.scores.sum_BHS, atol=2e-5, rtol=1e-5)
@@ -120,7 +122,7 @@ def test_the_length_may_be_known_on_the_device_alone(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
-@pytest.mark.parametrize("multiprocessors, H, S", [(1, 1, 523), (3, 9, 70), (500, 9, 70)])
+@pytest.mark.parametrize(("multiprocessors", "H", "S"), [(1, 1, 523), (3, 9, 70), (500, 9, 70)])
 def test_slots_are_shared_out(device: str, multiprocessors: int, H: int, S: int, monkeypatch) -> None:
     """Whatever number of thread blocks shares them, the last one merges them, call after call."""
     query, key, value, blocks, length, real = pool_case(device, torch.float16, B=1, G=1, H=H, S=S, T=1, D=16)
