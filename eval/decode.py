@@ -115,7 +115,7 @@ def _limit(gib: float | None, device: torch.device) -> int | None:
     total = torch.cuda.get_device_properties(device).total_memory
     if not 0 < gib * 2**30 <= total:
         raise ConfigError(f"--memory-limit {gib}: expected more than 0 and at most {total / 2**30:.1f} GiB")
-    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total, device)
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total, device.index)
     return int(gib * 2**30)
 
 

@@ -28,6 +28,7 @@ from attention_predictor.offload.generation import Sampling, generate
 from attention_predictor.offload.graph import CaptureError, Graphed, is_ready, is_step, why_not
 from attention_predictor.offload.host_store import HostStore
 from attention_predictor.offload.layer import TieredLayer
+from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.prefetch import make_prefetcher
 from attention_predictor.offload.stats import DeviceCounts, Stats
 from attention_predictor.predictor.errors import AttachError, ContextLengthError, HostMemoryError
@@ -53,7 +54,8 @@ class Engine:
         self.device: torch.device = model.device
         skipped = set(config.skip_layers)
         self.tiered_layers = frozenset(full_attention_layers(self.text_config)) - skipped
-        self.stats_kept = Stats()  # but for what captured steps have counted since: to look there waits for the device
+        # But for what captured steps have counted since: to look there waits for the device.
+        self.stats_kept = Stats(evicts=policy_class(config.policy).evicts)
         self.counts = DeviceCounts(self.device)
         self.prefetcher = make_prefetcher(config.prefetch, self.device)
         self.attached = False

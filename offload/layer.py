@@ -53,7 +53,8 @@ class TieredLayer(CacheLayerMixin):
         self.engine = engine
         self.number = number
         self.block_size = engine.config.block_size
-        self.selection = Selection.of(engine.config)
+        layers, policy = sorted(engine.tiered_layers), policy_class(engine.config.policy)
+        self.selection = Selection.of(engine.config, policy.budget(engine.config, layers.index(number), len(layers)))
         self._clear()
 
     def _clear(self) -> None:

@@ -21,6 +21,8 @@ NEVER, ALWAYS = float("-inf"), float("inf")
 class Selection:
     """The block arithmetic of one budget (all counts in tokens, ``reserve`` is a share of the budget).
 
+    Up to ``whole`` tokens, the mean budget of all layers, a step attends to everything: also in a layer that has less.
+
     ``wanted`` is pure: the same scores always give the same blocks, whoever asks and on whichever thread.
     """
 
@@ -29,11 +31,13 @@ class Selection:
     sink: int
     recent: int
     reserve: float = 0.0
+    whole: int = 0
 
     @classmethod
-    def of(cls, config: OffloadConfig) -> Selection:
-        """The selection that a configuration asks for."""
-        return cls(config.budget, config.block_size, config.sink, config.recent, config.reserve)
+    def of(cls, config: OffloadConfig, budget: int | None = None) -> Selection:
+        """The selection that a configuration asks for, in a layer with a budget of its own if one is given."""
+        own = config.budget if budget is None else budget
+        return cls(own, config.block_size, config.sink, config.recent, config.reserve, config.budget)
 
     def n_blocks(self, length: int) -> int:
         """Blocks that ``length`` tokens take, the last one perhaps partly filled."""
@@ -42,11 +46,12 @@ class Selection:
     @property
     def most_slots(self) -> int:
         """Blocks resident at most: those a step attends to, and the reserve."""
-        return self.n_blocks(self.budget) + self.share(self.reserve)
+        return self.n_blocks(max(self.budget, self.whole)) + self.share(self.reserve)
 
     def slots(self, length: int) -> int:
         """Blocks resident at ``length`` tokens."""
-        return min(self.n_blocks(length), self.most_slots)
+        most = self.most_slots if length <= self.whole else self.n_blocks(self.budget) + self.share(self.reserve)
+        return min(self.n_blocks(length), most)
 
     @property
     def ahead_blocks(self) -> int:
@@ -91,7 +96,8 @@ class Selection:
         block_N = torch.arange(n_blocks, device=padding_B.device)
         real_BN = block_N >= first_block_B1
         limit = self.budget + more * self.block_size
-        if length <= limit:
+        everything = length <= max(limit, self.whole)
+        if everything:
             always_BN = real_BN
         else:
             sink_BN = real_BN & (block_N < first_block_B1 + self.sink // self.block_size)
@@ -101,7 +107,7 @@ class Selection:
             known = min(scores_BGN.shape[-1], n_blocks)
             full_BGN[..., :known] = scores_BGN[..., :known]
         full_BGN.masked_fill_(~real_BN[:, None], NEVER).masked_fill_(always_BN[:, None], ALWAYS)
-        count = n_blocks if length <= limit else limit // self.block_size
+        count = n_blocks if everything else limit // self.block_size
         best = full_BGN.topk(count, dim=-1)
         return best.indices.masked_fill_(best.values == NEVER, -1)
 

@@ -31,6 +31,7 @@ class Stats:
         device_bytes: Device memory by layer and part at the last step.
         host_bytes, full_bytes: Host memory, and what the whole cache would take on the device, by layer.
         fallbacks: What ran otherwise than asked for, by message.
+        evicts: Whether the policy gives blocks up for good, by definition; the store holds them all the same.
     """
 
     steps: int = 0
@@ -50,6 +51,7 @@ class Stats:
     host_bytes: dict[int, int] = field(default_factory=dict)
     full_bytes: dict[int, int] = field(default_factory=dict)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    evicts: bool = False
 
     @property
     def hit_rate(self) -> float | None:
@@ -100,9 +102,9 @@ class Stats:
 
     def reset(self) -> None:
         """Start counting anew; memory figures stay, since the memory does."""
-        kept = self.device_bytes, self.host_bytes, self.full_bytes
+        kept = self.device_bytes, self.host_bytes, self.full_bytes, self.evicts
         self.__init__()  # type: ignore[misc]
-        self.device_bytes, self.host_bytes, self.full_bytes = kept
+        self.device_bytes, self.host_bytes, self.full_bytes, self.evicts = kept
 
     def to_dict(self) -> dict[str, Any]:
         """The figures people ask for, as plain values."""
@@ -122,6 +124,7 @@ class Stats:
             "recovery": self.recovery,
             "relative_recovery": self.relative_recovery,
             "fallbacks": dict(self.fallbacks),
+            "evicts": self.evicts,
         }
 
     def __str__(self) -> str:
@@ -146,6 +149,8 @@ class Stats:
         if self.recovery_count:
             relative = _percent(self.relative_recovery)
             rows.append(("recovery", f"{_percent(self.recovery)} ({relative} of the best selection)"))
+        if self.evicts:
+            rows.append(("evicts", "by definition: what the policy drops is never attended to again"))
         rows += [(f"fallback ×{count}", message) for message, count in self.fallbacks.items()]
         return "\n".join(f"{name:<26}{value}" for name, value in rows)
 

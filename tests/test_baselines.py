@@ -17,6 +17,7 @@ from test_contracts import (
     deep_copied_prefix,
     inference_mode,
     left_padded_batch,
+    logits_of,
     next_turn,
     one_token_prompt,
     prompt_lookup,
@@ -347,6 +348,26 @@ def test_pyramid_falls_by_equal_steps_to_a_twentieth():
     assert free == [780 - 20 * layer for layer in range(39)]
     assert free[-1] == 400 / 20
     assert policy_class("pyramidkv").prompt_rows == 8
+
+
+def test_pyramid_layers_attend_to_their_own_budgets(tiny_model, ids, monkeypatch):
+    seen = observing(monkeypatch, "pyramidkv")
+    cache, _ = decode(tiny_model(num_hidden_layers=4), ids(300), "pyramidkv")
+    budgets = [layer.selection.budget for layer in cache.layers]
+    assert sum(budgets) == 4 * 96
+    assert budgets[0] > budgets[-1]
+    assert [int(step.attended_BGN.sum(-1).max()) for _, step in seen] == [budget // 16 for budget in budgets] * 40
+
+
+@pytest.mark.parametrize(("budget", "exact"), [(176, True), (160, False)])
+def test_pyramid_is_exact_up_to_the_mean_budget(tiny_model, ids, budget, exact):
+    """Also in layers that have less; 174 tokens."""
+    model, prompt = tiny_model(num_hidden_layers=4), ids(150)
+    outputs = [logits_of(model, prompt)]
+    with attach(model, OffloadConfig(policy="pyramidkv", budget=budget)):
+        outputs.append(logits_of(model, prompt))
+    apart = max((ours - stock).abs().max() for stock, ours in zip(*(one.logits for one in outputs), strict=True))
+    assert (apart < 1e-4) == exact
 
 
 def test_other_policies_have_equal_budgets():

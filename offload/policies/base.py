@@ -216,6 +216,19 @@ class Policy:
         """Whether it chooses with the current query: among resident blocks, and those it may fetch within the step."""
         return self.late_share > 0
 
+    @property
+    def no_graph(self) -> str | None:
+        """Why its steps can't be captured; ``None`` if they can (``device_step.py``)."""
+        return f"policy {self.name!r} asks the host at every step"
+
+    @property
+    def is_started(self) -> bool:
+        """Whether it has seen enough for a step that is captured."""
+        return True
+
+    def reserve(self, tokens: int) -> None:
+        """Room for so many tokens in its parts, whose tensors then stay where they are."""
+
     def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
         """New tokens, about to be attended: their keys, just put into the cache, and their queries (Q = T)."""
 
