@@ -169,28 +169,25 @@ __global__ void __launch_bounds__(kWarps *kWarp, 3) store_groups(const SketchSto
 
         const int64_t at = row * s.capacity + group;
         const int64_t *order = s.order + row * D;
-        // Warps go by eights of channels, none of which holds two widths.
-        const int lane_channel = threadIdx.x % kWarp / 4;
-        const int many = (wide + kChannels - 1) / kChannels, few = (coded - wide + kChannels - 1) / kChannels;
-        const int all = many + few + (D - coded + kChannels - 1) / kChannels;
-        for (int eight = threadIdx.x / kWarp; eight < all; eight += kWarps) {
-            const int tier = eight < many ? 0 : eight < many + few ? 1 : 2;
-            const int begin = tier == 0 ? 0 : tier == 1 ? wide : coded, end = tier == 0 ? wide : tier == 1 ? coded : D;
-            const int wanted_channel = begin + (eight - (tier == 0 ? 0 : tier == 1 ? many : many + few)) * kChannels + lane_channel;
-            const bool wanted = wanted_channel < end;
-            const int channel = wanted ? wanted_channel : end - 1;
-            const E *from = key + order[channel];
-            uint16_t *zero = s.zero + at * D + channel, *scale = s.scale + at * coded + channel;
-            if (tier == 2) {
-                store_mean(from, stride, wanted, zero);
-                continue;
+        const int first = threadIdx.x / kWarp * kChannels;  // of this warp's
+#pragma unroll 1
+        for (int tier = 0; tier < 2; ++tier) {
+            const int begin = tier ? wide : 0, end = tier ? coded : wide, channels = end - begin;
+            const int bits = static_cast<int>(tier ? s.bits : s.wide_bits);
+            uint8_t *codes = (tier ? s.narrow : s.wide) + at * (kGroup / 8 * bits * channels);
+            for (int i = first; i < channels; i += kWarps * kChannels) {
+                const int wanted = i + threadIdx.x % kWarp / 4, own = min(wanted, channels - 1), c = begin + own;
+                const E *from = key + order[c];
+                uint16_t *zero = s.zero + at * D + c, *scale = s.scale + at * coded + c;
+                if (bits == 1) store_channel<1>(from, stride, wanted == own, zero, scale, codes + own, channels);
+                else if (bits == 2) store_channel<2>(from, stride, wanted == own, zero, scale, codes + own, channels);
+                else if (bits == 4) store_channel<4>(from, stride, wanted == own, zero, scale, codes + own, channels);
+                else store_channel<8>(from, stride, wanted == own, zero, scale, codes + own, channels);
             }
-            const int bits = static_cast<int>(tier == 0 ? s.wide_bits : s.bits), channels = end - begin;
-            uint8_t *codes = (tier == 0 ? s.wide : s.narrow) + at * kGroup * bits / 8 * channels + channel - begin;
-            if (bits == 1) store_channel<1>(from, stride, wanted, zero, scale, codes, channels);
-            else if (bits == 2) store_channel<2>(from, stride, wanted, zero, scale, codes, channels);
-            else if (bits == 4) store_channel<4>(from, stride, wanted, zero, scale, codes, channels);
-            else store_channel<8>(from, stride, wanted, zero, scale, codes, channels);
+        }
+        for (int i = coded + first; i < D; i += kWarps * kChannels) {
+            const int wanted = i + threadIdx.x % kWarp / 4, c = min(wanted, D - 1);
+            store_mean(key + order[c], stride, wanted == c, s.zero + at * D + c);
         }
     }
 }

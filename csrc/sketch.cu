@@ -1,10 +1,11 @@
 // What one query makes of every block, by the few-bit keys of a sketch: one pass over them, at the speed of the memory.
 //
 // A warp takes a group of tokens at a time, its codes, scales and zeros in registers; they are loaded while the group before is
-// finished. Products are the tensor cores': 16 tokens × 16 channels of codes, times 16 channels × 8 columns of query times scale.
+// finished. Products are the tensor cores': 16 tokens × 16 channels of codes, times 16 channels × 8 columns of query times
+// scale.
 //   Codes need no conversion. Masked out of their bytes, each byte spread to 16 bits, they are half-precision numbers as they
-// stand, subnormal ones: code · 2^(bits · plane − 24). Bytes 0 and 2 of a word make one register of the matrix, 1 and 3
-// another; any order of channels in a sum will do.
+// stand, subnormal ones: code · 2^(bits · plane − 24), with `pack`'s planes (predictor/quantise.py). Bytes 0 and 2 of a word
+// make one register of the matrix, 1 and 3 another; any order of channels in a sum will do.
 //   Half precision is too coarse for query times scale, so each of 4 heads has two columns: the rounded product, and what the
 // rounding left out. Their sum has 22 bits.
 
@@ -24,11 +25,11 @@ constexpr int kWarps = 4;       // of a thread block
 constexpr int kSubnormal = 24;  // the integer n, as bits of a half-precision number, is n · 2^-24
 constexpr int kLogitRow = kGroup + 8;
 
-// Query times scale is kept this many powers of two larger for codes of so many bits, whose scales are the smaller. The most
-// that never overflows: keys are within 65504 of zero, and a scale is at most 1.4 times their range over the largest code.
+// Wide codes have small scales: query times scale is kept this many powers of two larger. The most that never overflows, as keys
+// are within 65504 of zero, and a scale is at most 1.4 times their range over the largest code.
 __host__ __device__ constexpr int lift(int bits) { return bits == 8 ? 6 : bits == 4 ? 2 : 0; }
 
-// Of what a lane holds, for which the registers must do.
+// At once on a multiprocessor, whose registers must do for what a lane holds of a group.
 constexpr int thread_blocks(int registers) { return registers <= 40 ? 5 : registers <= 80 ? 3 : 2; }
 
 template <int kWords>
@@ -51,11 +52,11 @@ __device__ __forceinline__ void load_words(uint32_t (&to)[kWords], const void *f
 // eight rows are read at once, so that all of it is in one piece.
 template <int kBits, int kWords>
 struct Codes {
-    uint32_t word[kBits][kWords];
-    uint32_t scale[2 * kWords];
-    const uint8_t *codes_at;    // of the group to be loaded, this lane's
+    uint32_t word[kBits][kWords];  // 4 channels each
+    uint32_t scale[2 * kWords];    // 2 each
+    const uint8_t *codes_at;       // what is to be loaded
     const uint16_t *scales_at;
-    int channels, first;        // first of this lane's
+    int channels, first;           // of all lanes; of this one
 
     __device__ Codes(const uint8_t *codes, const uint16_t *scales, int channels, int lane)
         : channels(channels), first(lane % 4 * 4 * kWords) {
@@ -68,6 +69,7 @@ struct Codes {
         scales_at += static_cast<int64_t>(groups) * all_channels;
     }
 
+    // Channels that a head lacks are zeros.
     __device__ __forceinline__ void load() {
         if (channels == 16 * kWords) {
 #pragma unroll
@@ -75,7 +77,7 @@ struct Codes {
             load_words(scale, scales_at);
             return;
         }
-        // Channels come in pairs, and so do addresses.
+        // There is an even number of channels; no more is known of how addresses are aligned.
 #pragma unroll
         for (int w = 0; w < 2 * kWords; ++w) {
             const bool there = first + 2 * w < channels;
@@ -88,28 +90,30 @@ struct Codes {
         }
     }
 
-    // sum[i] += codes of tile i · query times scale, as `multiply` has them, two columns a head. The query is this lane's part.
+    // sum[i] += codes of tile i · query times scale, as `device::multiply` has them; the query is this lane's part.
     __device__ __forceinline__ void multiply(float (&sum)[kTiles][4], const uint4 *query, uint32_t mask) const {
         constexpr uint32_t kMask = ((1u << kBits) - 1) * 0x10001u;
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
             const uint4 pairs = query[8 * w];
-            const uint32_t b[2] = {column(pairs.x, pairs.z, __byte_perm(scale[2 * w], scale[2 * w + 1], 0x5410), mask),
-                                   column(pairs.y, pairs.w, __byte_perm(scale[2 * w], scale[2 * w + 1], 0x7632), mask)};
+            const uint32_t even = __byte_perm(scale[2 * w], scale[2 * w + 1], 0x5410);
+            const uint32_t odd = __byte_perm(scale[2 * w], scale[2 * w + 1], 0x7632);
+            const uint32_t b[2] = {column(pairs.x, pairs.z, even, mask), column(pairs.y, pairs.w, odd, mask)};
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
-                // The tokens of oct o are in rows o % kBits · 8 and up, bits o / kBits · kBits and up.
-                const uint32_t first = word[2 * i % kBits][w], second = word[(2 * i + 1) % kBits][w];
-                const uint32_t of_first = kMask << 2 * i / kBits * kBits;
-                const uint32_t of_second = kMask << (2 * i + 1) / kBits * kBits;
-                const uint32_t a[4] = {first & of_first, second & of_second, first >> 8 & of_first, second >> 8 & of_second};
+                // The tokens of oct o are in rows o % kBits · 8 and up, in plane o / kBits.
+                const uint32_t top = word[2 * i % kBits][w], top_mask = kMask << 2 * i / kBits * kBits;
+                const uint32_t bottom = word[(2 * i + 1) % kBits][w], bottom_mask = kMask << (2 * i + 1) / kBits * kBits;
+                const uint32_t a[4] = {top & top_mask, bottom & bottom_mask, top >> 8 & top_mask, bottom >> 8 & bottom_mask};
                 device::multiply(sum[i], a, b);
             }
         }
     }
 
     // What a sum must still be multiplied with, for the tokens of an oct.
-    static __device__ constexpr float of_plane(int oct) { return 1.f / static_cast<float>(1 << (oct / kBits * kBits + lift(kBits))); }
+    static __device__ constexpr float of_plane(int oct) {
+        return 1.f / static_cast<float>(1 << (oct / kBits * kBits + lift(kBits)));
+    }
 
 private:
     static __device__ __forceinline__ __half2 halves(uint32_t bits) {
@@ -118,10 +122,10 @@ private:
         return x;
     }
 
-    // In a head's first column the rounded product; in its second, where `mask` is set, what is left of it.
+    // In a head's first column the rounded product; in its second, where all of `mask` is set, what that leaves out.
     static __device__ __forceinline__ uint32_t column(uint32_t upper, uint32_t lower, uint32_t scales, uint32_t mask) {
-        const __half2 by = halves(scales), taken = __hmul2(halves((upper ^ 0x80008000u) & mask), by);
-        const __half2 x = __hfma2(halves(lower), by, __hfma2(halves(upper), by, taken));
+        const __half2 by = halves(scales), minus_first = __hmul2(halves((upper ^ 0x80008000u) & mask), by);
+        const __half2 x = __hfma2(halves(lower), by, __hfma2(halves(upper), by, minus_first));
         uint32_t bits;
         memcpy(&bits, &x, 4);
         return bits;
@@ -146,8 +150,8 @@ __device__ __forceinline__ float to_number(uint32_t bits, int64_t element) {
 }
 
 __device__ __forceinline__ float load_number(const void *from, int64_t index, int64_t element) {
-    const uint32_t bits = element == kFloat32 ? static_cast<const uint32_t *>(from)[index] : static_cast<const uint16_t *>(from)[index];
-    return to_number(bits, element);
+    if (element == kFloat32) return static_cast<const float *>(from)[index];
+    return to_number(static_cast<const uint16_t *>(from)[index], element);
 }
 
 __device__ __forceinline__ void load_eight(const void *from, int64_t index, int64_t element, float (&to)[8]) {
@@ -159,13 +163,14 @@ __device__ __forceinline__ void load_eight(const void *from, int64_t index, int6
     for (int i = 0; i < 8; ++i) to[i] = to_number(full ? word[i] : word[i / 2] >> i % 2 * 16 & 0xffffu, element);
 }
 
-// One thread block's queries, channels in the sketch's order.
+// The queries of one thread block's heads, channels in the sketch's order; zeros where there is no head or channel.
 template <int kWideWords, int kWords, int kMostDim>
 struct Queries {
-    // For products with codes, relative to a power of two above the head's largest: two half-precision numbers each. Upper ones of
-    // channels 0, 2, 1, 3, then lower ones, which are zeros for a head's first column; of four lanes that share a row.
+    // For products with codes: relative to a power of two above the head's largest, each the sum of two half-precision numbers.
+    // For a word of codes and each of a head's two columns, what each of the four lanes of a row needs: the upper ones of
+    // channels 0, 2, 1, 3, then the lower ones, which the first column leaves out.
     uint4 pairs[kMostHeads][kWideWords + kWords][2][4];
-    float4 ranked[kMostHeads / kTogether][kMostDim / 4][kTogether];  // times the scaling; 0 behind the head's size
+    float4 ranked[kMostHeads / kTogether][kMostDim / 4][kTogether];  // for products with zeros: times the scaling
     float unit[kMostHeads];                                          // what a sum over codes must be multiplied with
 
     template <int kBits, int kWideBits>
@@ -174,24 +179,25 @@ struct Queries {
         const int lane = threadIdx.x % kWarp, D = static_cast<int>(a.sketch.head_dim);
         const int wide = static_cast<int>(a.sketch.wide_channels), coded = static_cast<int>(a.sketch.coded);
         const int64_t *order = a.sketch.order + row * D;
-        for (int m = threadIdx.x / kWarp; m < kMostHeads; m += kWarps) {
-            if (m >= (heads + kTogether - 1) / kTogether * kTogether) break;
+        for (int m = threadIdx.x / kWarp; m < (heads + kTogether - 1) / kTogether * kTogether; m += kWarps) {
             for (int i = lane; i < 8 * (kWideWords + kWords); i += kWarp) (&pairs[m][0][0][0])[i] = make_uint4(0, 0, 0, 0);
             float x[kParts], largest = 0.f;
 #pragma unroll
             for (int i = 0; i < kParts; ++i) {
                 const int c = lane + i * kWarp;
-                x[i] = m < heads && c < D ? load_number(a.query, static_cast<int64_t>(head0 + m) * D + order[c], a.sketch.element) : 0.f;
+                const int64_t at = static_cast<int64_t>(head0 + m) * D;
+                x[i] = m < heads && c < D ? load_number(a.query, at + order[c], a.sketch.element) : 0.f;
                 largest = fmaxf(largest, fabsf(x[i]));
             }
-            // 2^exponent is above it; by the bits of numbers.
+            // 2^exponent is above it; within limits that keep all powers of two used here normal numbers.
             const int exponent = min(max(__float_as_int(warp_max(largest)) >> 23, 1), 228) - 126;
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < kParts; ++i) {
                 const int c = lane + i * kWarp;
                 if (c >= kMostDim) continue;
-                reinterpret_cast<float *>(&ranked[m / kTogether][c / 4][m % kTogether])[c % 4] = x[i] * static_cast<float>(a.scaling);
+                auto *quad = reinterpret_cast<float *>(&ranked[m / kTogether][c / 4][m % kTogether]);
+                quad[c % 4] = x[i] * static_cast<float>(a.scaling);
                 if (c >= coded) continue;
                 const bool many = c < wide;
                 const int place = many ? c : c - wide, words = many ? kWideWords : kWords;
@@ -216,14 +222,16 @@ private:
 __device__ __forceinline__ int logit_place(int token) { return token + token / 32 * 4; }
 
 // Peak and log-sum-exp of the blocks of the 64 tokens from `begin` on, from their logits in 4 heads' rows of shared memory.
-__device__ __forceinline__ void score_blocks(const SketchScores &a, float *logits, int length, int begin, uint32_t head0, int heads) {
+__device__ __forceinline__ void score_blocks(const SketchScores &a, float *logits, int length, int begin, uint32_t head0,
+                                             int heads) {
     constexpr int kOwn = 8;  // tokens of a lane
     constexpr float kLog2E = 1.44269504f;
     const int lane = threadIdx.x % kWarp, m = lane / kOcts, oct = lane % kOcts;
     if (a.softcap != 0) {
         const float softcap = static_cast<float>(a.softcap);
 #pragma unroll 1
-        for (int i = lane; i < kTogether * kLogitRow; i += kWarp) if (logits[i] > -INFINITY) logits[i] = softcap * tanhf(logits[i] / softcap);
+        for (int i = lane; i < kTogether * kLogitRow; i += kWarp)
+            if (logits[i] > -INFINITY) logits[i] = softcap * tanhf(logits[i] / softcap);
         __syncwarp();
     }
     if (a.real != nullptr) {
@@ -259,7 +267,8 @@ __device__ __forceinline__ void score_blocks(const SketchScores &a, float *logit
 // Logits of the exact keys behind the last whole group, and -inf for the rest of theirs: a warp takes 16 tokens, four lanes one
 // of these.
 __device__ void multiply_tail(const SketchScores &a, float *logits, int tokens, int64_t row, uint32_t head0, int heads) {
-    const int lane = threadIdx.x % kWarp, D = static_cast<int>(a.sketch.head_dim), first = threadIdx.x / kWarp * 16 + lane / 4;
+    const int lane = threadIdx.x % kWarp, D = static_cast<int>(a.sketch.head_dim);
+    const int first = threadIdx.x / kWarp * 16 + lane / 4;
 #pragma unroll 1
     for (int m = 0; m < heads; ++m) {
         float dot[2] = {};
@@ -284,21 +293,21 @@ __device__ void multiply_tail(const SketchScores &a, float *logits, int tokens, 
     }
 }
 
-// The first thread block of a row takes its tail, the others share its groups. Heads up to a size of kMostDim.
+// For heads up to a size of kMostDim: a lane holds kWords of each row of narrow codes, and half as many of wide ones.
 template <int kWideBits, int kBits, int kWords>
-struct Scores {
+struct Shape {
     static constexpr int kWideWords = kWideBits ? kWords / 2 : 0;
     static constexpr int kMostDim = kWideBits ? 32 * kWords : 16 * kWords;
-    static constexpr int kZeros = kMostDim / 32;  // of 4 channels in a lane
+    static constexpr int kZeros = kMostDim / 32;  // of 4 channels, in a lane
     static constexpr int kHeld = (kBits + 2) * kWords + (kWideBits + 2) * kWideWords + 2 * kZeros;  // registers
     static constexpr int kAtOnce = thread_blocks(kHeld);
 };
 
-template <int kWideBits, int kBits, int kWords>
-__global__ void __launch_bounds__(kWarps *kWarp, (Scores<kWideBits, kBits, kWords>::kAtOnce)) score_groups(const SketchScores a) {
-    using Shape = Scores<kWideBits, kBits, kWords>;
-    constexpr int kWideWords = Shape::kWideWords, kZeros = Shape::kZeros;
-    __shared__ Queries<kWideWords, kWords, Shape::kMostDim> queries;
+// The first thread block of a row takes its tail, the others share its groups.
+template <int kWideBits, int kBits, int kWords, typename S = Shape<kWideBits, kBits, kWords>>
+__global__ void __launch_bounds__(kWarps *kWarp, S::kAtOnce) score_groups(const SketchScores a) {
+    constexpr int kWideWords = S::kWideWords, kZeros = S::kZeros;
+    __shared__ Queries<kWideWords, kWords, S::kMostDim> queries;
     __shared__ float4 logit_rows[kWarps][kTogether * kLogitRow / 4];
 
     const Sketch &s = a.sketch;
@@ -308,7 +317,7 @@ __global__ void __launch_bounds__(kWarps *kWarp, (Scores<kWideBits, kBits, kWord
     const int kv_head = blockIdx.y / pieces, first_head = blockIdx.y % pieces * kMostHeads;
     const int heads = min(kMostHeads, of_group - first_head);
     const int64_t row = blockIdx.z * s.kv_heads + kv_head;
-    const uint32_t head0 = blockIdx.z * static_cast<uint32_t>(a.heads) + kv_head * of_group + first_head;  // over all sequences
+    const uint32_t head0 = row * of_group + first_head;  // over all sequences
 
     if (blockIdx.x == 0) {
         const int length = static_cast<int>(a.length_1 ? *a.length_1 : a.length), begin = length / kGroup * kGroup;
@@ -396,7 +405,7 @@ void launch(const SketchScores &a, cudaStream_t stream) {
     const int64_t pieces = (a.heads / a.sketch.kv_heads + kMostHeads - 1) / kMostHeads;
     const int64_t rows = a.sketch.batch * a.sketch.kv_heads * pieces, groups = a.length / kGroup;
     // As many thread blocks as run at once; their warps take several groups each, one after the other.
-    const int64_t at_once = a.workers * Scores<kWideBits, kBits, kWords>::kAtOnce;
+    const int64_t at_once = a.workers * Shape<kWideBits, kBits, kWords>::kAtOnce;
     const int64_t splits = max(int64_t{1}, min((groups + kWarps - 1) / kWarps, at_once / rows - 1));
     const dim3 grid(static_cast<unsigned>(1 + splits), static_cast<unsigned>(a.sketch.kv_heads * pieces),
                     static_cast<unsigned>(a.sketch.batch));

@@ -104,11 +104,6 @@ class KeySketch:
         self._check("key_BGTD", key_BGTD, (batch, kv_heads, -1, head_dim))
         self._check("query_BHQD", query_BHQD, (batch, -1, -1, head_dim))
         tokens, filled = key_BGTD.shape[2], self.length % self.group
-        kernel = kernel and self._no_kernel(None) is None
-        if kernel and tokens == 1 and self.length >= self.group:
-            self.reserve(self.length + 1)
-            self.append(key_BGTD[:, :, 0])
-            return self.advance(1)
         taken = min(tokens, self.group - filled)
         if self.length < self.group:
             recent_BGhQD = query_BHQD[:, :, -RECENT_QUERIES:].unflatten(1, (kv_heads, -1))
@@ -126,7 +121,6 @@ class KeySketch:
             self._store(first + 1, rest_BGTD, kernel)
             self._tail_BGTD[:, :, : tokens - end] = key_BGTD[:, :, end:]
         self.length += tokens
-        return None
 
     @property
     def capacity(self) -> int:
@@ -214,11 +208,15 @@ class KeySketch:
         """Largest logit and log-sum-exp of each block's tokens, peak_BHN and sum_BHN in fp32.
 
         `real_BL` is False at padding; a block of nothing else has ``-inf``. With `kernel`, where there is one
-        (`no_kernel`), it is done in one pass that never holds the logits. With `length_1`, int64 on the device, the
-        kernel reads there how many tokens the sequence has; `length` is then what it has room for, N and L are that
-        length's, and blocks behind the sequence are left as they come.
+        (`no_kernel`), it is done in one pass that never holds the logits.
+
+        Captured steps know the sequence's tokens on the device alone: `length_1`, int64, while `length` is what there
+        is room for. N and L are that length's then, and blocks behind the sequence are left as they come.
         """
-        if kernel and self.no_kernel(block_size) is None:
+        missing = self.no_kernel(block_size) if kernel else "none was asked for"
+        if (length is None) != (length_1 is None) or (missing and length_1 is not None):
+            raise ValueError(f"length and length_1 come together, for a kernel: {missing or 'only one was given'}")
+        if missing is None:
             return ops.sketch_scores(
                 query_BHD.to(self._tail_BGTD.dtype).contiguous(),
                 *self._tensors(),
@@ -229,8 +227,6 @@ class KeySketch:
                 scaling,
                 softcap or 0.0,
             )
-        if length is not None or length_1 is not None:
-            raise ValueError(f"a length on the device is read by a kernel alone: {self.no_kernel(block_size)}")
         logits_BHT = self.logits(query_BHD, scaling, softcap)
         if real_BL is not None:
             logits_BHT = logits_BHT.masked_fill(~real_BL[:, None], float("-inf"))
@@ -350,7 +346,7 @@ class KeySketch:
 
     def _store(self, first: int, key_BGTD: Tensor, kernel: bool) -> None:
         """Write whole groups of keys as codes from group `first` on."""
-        if kernel:
+        if kernel and self._no_kernel(None) is None:
             ops.sketch_store(key_BGTD.to(self._tail_BGTD.dtype), *self._tensors(), first)
             return
         for low, high in self._chunks(key_BGTD.shape[2] // self.group, 8 * self._widest):  # copies in quantise

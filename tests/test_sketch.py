@@ -273,6 +273,21 @@ def test_memory_ratio(bits: int, bits_an_element: float) -> None:
     assert sketch.nbytes - before == CHUNK_GROUPS * 64 * head_dim * bits_an_element / 8
 
 
+def test_within_the_capacity_nothing_moves() -> None:
+    sketch, tokens = make_sketch(), 3 * GROUP + 5
+    assert sketch.capacity == GROUP - 1
+    sketch.reserve(tokens)
+    held = [getattr(owner, name).data_ptr() for owner, name in sketch._grouped()]
+    assert sketch.capacity == (CHUNK_GROUPS + 1) * GROUP - 1
+    sketch.extend(make_keys(tokens), make_queries(tokens))
+    sketch.extend(make_keys(sketch.capacity - tokens), make_queries(GROUP))
+    assert held == [getattr(owner, name).data_ptr() for owner, name in sketch._grouped()]
+    sketch.extend(make_keys(1), make_queries(1))
+    assert sketch.capacity == (2 * CHUNK_GROUPS + 1) * GROUP - 1
+    with pytest.raises(ValueError, match=r"tokens must lie within 0\.\.255, got 256"):
+        sketch.advance(256)
+
+
 def test_transients_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
 
