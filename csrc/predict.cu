@@ -133,7 +133,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) score_tiles(const PredictBl
     const __half *read = rows + warp * kRows * kStride;  // from the row before the warp's first
     float hidden[kTall][kWide][4] = {}, sums[kTall][kWide][4];
     convolve<kInputs / 16>(sums, read, weight, bias);
-#pragma unroll
     for (int layer = 0;; ++layer) {
 #pragma unroll
         for (int t = 0; t < kTall; ++t)

@@ -82,7 +82,7 @@ __device__ __forceinline__ void make_maps(Shared &s, int band, bool counts) {
                                     : __floats2half2_rn(0.f, 0.f);
         }
 #pragma unroll
-        for (int m = 0; m < kPlanes; ++m) s.maps[m][p + 1][part] = *reinterpret_cast<const uint4 *>(y[m]);
+        for (int m = 0; m < kPlanes; ++m) memcpy(&s.maps[m][p + 1][part], y[m], sizeof(uint4));
     }
 }
 
@@ -146,8 +146,8 @@ __device__ __forceinline__ int feature(int w, int i) { return 8 * w + threadIdx.
 // Eight rows of a column of the window, from row `from` on; zeros where there is no such column.
 __device__ __forceinline__ void read_column(const WindowStep &a, int64_t row, int column, int from, __half (&to)[8]) {
     uint4 raw = make_uint4(0, 0, 0, 0);
-    if (column >= 0 && column < a.capacity)
-        raw = *reinterpret_cast<const uint4 *>(static_cast<const __half *>(a.window) + (row * a.capacity + column) * kRows + from);
+    const auto *window = static_cast<const __half *>(a.window) + row * a.capacity * kRows;
+    if (column >= 0 && column < a.capacity) raw = *reinterpret_cast<const uint4 *>(window + column * kRows + from);
     memcpy(to, &raw, sizeof raw);
 }
 
@@ -326,10 +326,7 @@ __global__ void __launch_bounds__(kPositions) score_columns(const WindowStep a) 
 #pragma unroll
             for (int w = 0; w < kWide; ++w)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int c = feature(w, i);
-                    score = fmaf(sums[t][w][2 * r + i] / kRows, third[c], score);
-                }
+                for (int i = 0; i < 2; ++i) score = fmaf(sums[t][w][2 * r + i] / kRows, third[feature(w, i)], score);
             score += __shfl_xor_sync(kAll, score, 1);
             score += __shfl_xor_sync(kAll, score, 2);
             if (threadIdx.x % 4 || n < from || n >= to) continue;
@@ -345,8 +342,10 @@ unsigned tiles(int64_t columns, int each) { return static_cast<unsigned>((column
 extern "C" int push_window(const WindowStep *a, void *stream) {
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
     const auto kv_heads = static_cast<unsigned>(a->kv_heads), batch = static_cast<unsigned>(a->batch);
-    if (a->known) device::launch(slide_sums, dim3(tiles(a->known, kOutputs), kv_heads, batch), dim3(kPositions), 0, cuda_stream, *a);
-    device::launch(slide_window, dim3(tiles(a->columns, 32), kv_heads, batch), dim3(256), 0, cuda_stream, *a);
+    if (a->known)
+        device::launch(slide_sums, dim3(tiles(a->known, kOutputs), kv_heads, batch), dim3(kPositions), 0, cuda_stream, *a);
+    if (a->columns)
+        device::launch(slide_window, dim3(tiles(a->columns, 32), kv_heads, batch), dim3(256), 0, cuda_stream, *a);
     return static_cast<int>(cudaGetLastError());
 }
 
