@@ -22,8 +22,8 @@ from attention_predictor.offload import fused
 from attention_predictor.offload.fused import Piece
 from attention_predictor.predictor.scores import block_peak_and_sum
 
-# Tokens of a chunk. Merging a piece costs each query as much as attention to some hundred keys.
-CHUNK_TOKENS, MANY_QUERIES = 16384, 64
+# Most tokens of a chunk. Merging a piece costs each query about as much as attention to a few hundred keys.
+CHUNK_TOKENS = 16384
 # Of what the plain operations hold at once: bytes of fp32 logits, and tokens.
 LOGITS_BYTES = 1 << 27
 LOGITS_TOKENS = 4096
@@ -86,7 +86,7 @@ class ScoreRows(NamedTuple):
 
 def chunk_tokens(query_BHQD: Tensor) -> int:
     """Tokens that a chunk from host memory should have: many where many queries make merging dear."""
-    return CHUNK_TOKENS if query_BHQD.shape[2] > MANY_QUERIES else LOGITS_TOKENS
+    return min(max(query_BHQD.shape[2], LOGITS_TOKENS), CHUNK_TOKENS)
 
 
 def split(chunk: Chunk, tokens: int) -> Iterator[Chunk]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from attention_predictor.offload.block_pool import BlockPool
 
 
+UNSETTLED_TOKENS = 64  # at the end, that may be late where nothing is read for a while
+
+
 class _Arrival(NamedTuple):
     """Appended tokens that are on their way: the copies, the first token, and what has to be put in its place then."""
 
@@ -340,6 +343,7 @@ class HostStore:
             self._put(start, torch.stack(parts, dim=-3))
 
     def _send(self, way: Outbox, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+        self.settle(self.length - UNSETTLED_TOKENS)  # long there, but someone has to put them in their places
         # What is sent is kept until it has been read; a view would keep all it is a view of, such as the queries.
         whole = [kv if kv.untyped_storage().nbytes() == kv.nbytes else kv.clone() for kv in (key_BGTD, value_BGTD)]
         pieces, staged = [], []

@@ -8,14 +8,13 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Tensors of up to this many bytes, those of decoding steps, are not worth waiting for.
+# Up to this many bytes, those of decoding steps, a stream of its own is more trouble than a copy.
 SMALL_BYTES = 1 << 20
 
 
@@ -25,11 +24,6 @@ class Shipment:
     def __init__(self, read: Any, held: tuple[Tensor, ...]) -> None:
         self._read, self._held = read, held  # an event behind the last copy
 
-    @property
-    def arrived(self) -> bool:
-        """Whether `wait` would return at once."""
-        return self._read.query()
-
     def wait(self) -> None:
         """Returns when everything is in host memory."""
         self._read.synchronize()
@@ -37,11 +31,11 @@ class Shipment:
 
 
 class Outbox:
-    """Copies from one device to pinned memory, in the order of the calls. Several threads may send.
+    """Copies from one device to pinned memory. Several threads may send.
 
-    The host may be far ahead of the device, and whatever is sent lives until it has been read. So `send` first waits
-    for what was sent before, unless that is small: of a prefill, the keys and values of two layers are alive at most,
-    those that leave and those that are being computed.
+    The host may be far ahead of the device, and what is sent lives until it has been read. So `send` first waits for
+    what was sent before: of a prefill, the keys and values of two layers are alive at most, those that leave and those
+    that are being computed. Little is copied by the caller's stream, and neither kept nor waited for.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,7 +43,7 @@ class Outbox:
         self._streams = torch.get_device_module(device)
         self._stream = side_stream(device)
         # Weak: what belongs to a cache must not outlive it, so its `HostStore` holds the shipments.
-        self._sent: deque[tuple[weakref.ref[Shipment], int]] = deque()
+        self._last: Callable[[], Shipment | None] = lambda: None
         self._sending = threading.Lock()
 
     def send(self, pieces: Sequence[tuple[Tensor, tuple[Tensor, Tensor]]]) -> Shipment:
@@ -57,36 +51,33 @@ class Outbox:
 
         If it raises, pieces may be under way: `drain` before their targets are used for anything else.
         """
-        storages = {part.untyped_storage().data_ptr(): part for _, parts in pieces for part in parts}
-        nbytes = sum(part.untyped_storage().nbytes() for part in storages.values())
+        held = {part.untyped_storage().data_ptr(): part for _, parts in pieces for part in parts}
+        nbytes = sum(part.untyped_storage().nbytes() for part in held.values())
         with self._sending:
-            self._make_room()
-            self._stream.wait_stream(self._streams.current_stream(self._device))
-            with self._streams.stream(self._stream):
+            stream = current = self._streams.current_stream(self._device)
+            if beside := nbytes > SMALL_BYTES:
+                if (last := self._last()) is not None:
+                    last.wait()
+                stream = self._stream
+                stream.wait_stream(current)
+            with self._streams.stream(stream):
                 for target, parts in pieces:
                     # A piece at a time: the stream's own memory, where they are stacked, is that of one piece.
                     target.copy_(torch.stack(parts, dim=-3), non_blocking=True)
-            shipment = Shipment(self._event(), tuple(storages.values()))
-            self._sent.append((weakref.ref(shipment), nbytes))
+            shipment = Shipment(self._event(stream), tuple(held.values()) if beside else ())
+            if beside:
+                self._last = weakref.ref(shipment)
         return shipment
 
     def drain(self) -> None:
-        """Returns when no copy is under way."""
-        self._event().synchronize()
+        """Returns when no copy is under way, and the caller's stream has done all it was given."""
+        for stream in (self._stream, self._streams.current_stream(self._device)):
+            self._event(stream).synchronize()
 
-    def _event(self) -> Any:
+    def _event(self, stream: Any) -> Any:
         event = self._streams.Event()
-        event.record(self._stream)
+        event.record(stream)
         return event
-
-    def _make_room(self) -> None:
-        while self._sent:
-            shipment = self._sent[0][0]()
-            if shipment is not None:
-                if not shipment.arrived and sum(nbytes for _, nbytes in self._sent) <= SMALL_BYTES:
-                    return
-                shipment.wait()
-            self._sent.popleft()
 
 
 @functools.cache

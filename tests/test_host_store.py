@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
-from attention_predictor.offload.host_store import HostStore
+from attention_predictor.offload.host_store import UNSETTLED_TOKENS, HostStore
 from attention_predictor.offload.transfer import SMALL_BYTES, Outbox, outbox
 from attention_predictor.predictor.errors import HostMemoryError, IntegrityError
 
@@ -431,22 +431,20 @@ def test_a_copy_that_fails_half_way_leaves_nothing_behind(monkeypatch):
 
 
 class TestOutbox:
-    """How many tensors are held, with events that happen when the test says so."""
+    """What is held and waited for, with events that happen when somebody waits for them."""
 
     class Event:
         def __init__(self):
-            self.happened, self.waited = False, False
-
-        def query(self):
-            return self.happened
+            self.waited = False
 
         def synchronize(self):
-            self.happened = self.waited = True
+            self.waited = True
 
-    def outbox(self, monkeypatch):
+    @pytest.fixture
+    def made(self, monkeypatch):
         out, events = Outbox(torch.device("cpu")), []
 
-        def event():
+        def event(stream):
             events.append(self.Event())
             return events[-1]
 
@@ -457,8 +455,8 @@ class TestOutbox:
         key, value = (torch.zeros(1, 1, nbytes // 8, 1) for _ in range(2))
         return torch.empty(1, 1, 2, nbytes // 8, 1), (key, value)
 
-    def test_of_large_ones_only_the_last_is_held(self, monkeypatch):
-        out, events = self.outbox(monkeypatch)
+    def test_of_large_ones_only_the_last_is_held(self, made):
+        out, events = made
         alive, sent = [], []
         for number in range(4):
             piece = self.piece(2 * SMALL_BYTES)
@@ -469,16 +467,22 @@ class TestOutbox:
             assert [event.waited for event in events] == [True] * number + [False]
             assert [one() is not None for one in alive] == [False] * number + [True]
 
-    def test_small_ones_are_not_waited_for(self, monkeypatch):
-        out, events = self.outbox(monkeypatch)
-        sent = [out.send([self.piece(SMALL_BYTES // 8)]) for _ in range(20)]
-        assert len(sent) == 20
-        assert sum(event.waited for event in events) == 20 - 9  # eight are small together, and the one that is sent
-        events[-1].happened = True
-        assert sent[-1].arrived
+    def test_small_ones_are_neither_held_nor_waited_for(self, made):
+        out, events = made
+        sent = [out.send([self.piece(2 * SMALL_BYTES)])]
+        for _ in range(20):
+            piece = self.piece(SMALL_BYTES)
+            alive = weakref.ref(piece[1][0])
+            sent.append(out.send([piece]))
+            del piece
+            gc.collect()
+            assert alive() is None
+        assert not any(event.waited for event in events)
+        sent[-1].wait()
+        assert [event.waited for event in events] == [False] * 20 + [True]
 
-    def test_what_nobody_wants_any_more_is_let_go(self, monkeypatch):
-        out, events = self.outbox(monkeypatch)
+    def test_what_nobody_wants_any_more_is_let_go(self, made):
+        out, events = made
         piece = self.piece(2 * SMALL_BYTES)
         alive = weakref.ref(piece[1][0])
         out.send([piece])  # and its shipment is gone
@@ -490,6 +494,14 @@ class TestOutbox:
 
     def test_a_device_has_one(self):
         assert outbox(torch.device("cpu")) is outbox(torch.device("cpu"))
+
+
+def test_late_tokens_do_not_pile_up():
+    store = LateStore(**SHAPE)
+    store.append(*random_kv(100))
+    for _ in range(500):
+        store.append(*random_kv(1))
+        assert len(store._arrivals) <= UNSETTLED_TOKENS + 1
 
 
 def test_a_view_of_more_does_not_keep_it_alive():
