@@ -73,7 +73,7 @@ __device__ void store_channel(const E *key, int stride, bool wanted, uint16_t *z
 
     // The best of a few ranges around the centre.
     const float centre = low / 2 + high / 2, half = high / 2 - low / 2;
-    float zero = low, scale = half * (2.f / kTop);
+    float zero = centre - half, scale = half * (2.f / kTop);
     if (kBits == 2) {
         float error = INFINITY;
 #pragma unroll
