@@ -1,0 +1,221 @@
+"""Benchmarks whose prompts are made as long as asked for: as much filler as fits, measured with the model's tokenizer.
+
+A prompt and the longest answer together take as close to the length as whole pieces of filler allow, never more.
+Prompts are made when their turn comes: making all of them for each variant would cost more than reading some.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import random
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from attention_predictor.documents import encode
+from attention_predictor.eval.prompts import check_chat, prompt_ids
+from attention_predictor.eval.runner import Benchmark, Sample
+from attention_predictor.eval.subject import Subject
+from attention_predictor.predictor.errors import ConfigError, DataError
+
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*\s*$")
+PROBE = 64  # pieces of filler by which the rate of tokens is first told
+LEAST_FILLED = 0.9  # of the length, where there is only so much filler
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A sample before its length is known.
+
+    Attributes:
+        answers: References.
+        fill: The text with so many pieces of filler, up to and with the question.
+        prefix: How the answer begins; part of the prompt, in a chat as the beginning of the assistant's turn.
+        most: Pieces there are; ``None`` for as many as wanted.
+        record: What the sample's line holds besides answers and length.
+    """
+
+    answers: tuple[str, ...]
+    fill: Callable[[int], str]
+    prefix: str
+    most: int | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+class FilledBenchmark(Benchmark):
+    """Samples drawn by seed, task and number, each filled up to its task's length.
+
+    Args:
+        chat: The text as a user's turn in the model's chat template, the answer's beginning behind it.
+        context: Tokens that the model has positions for, if limited.
+        count: Samples of each task.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, chat: bool, context: int | None, count: int, seed: int
+    ) -> None:
+        if count < 1:
+            raise ConfigError(f"--samples {count}: expected at least 1")
+        if chat:
+            check_chat(tokenizer, "--no-chat gives prompts as they are")
+        self.tokenizer, self.chat, self.context, self.count, self.seed = tokenizer, chat, context, count, seed
+
+    @abstractmethod
+    def draft(self, task: str, number: int, rng: random.Random) -> Draft:
+        """The sample of that number; whatever is random in it comes from ``rng``."""
+
+    @abstractmethod
+    def length(self, task: str) -> int:
+        """Tokens of prompt and answer."""
+
+    @abstractmethod
+    def new_tokens(self, task: str) -> int:
+        """Tokens of the answer at most."""
+
+    def stop(self) -> Sequence[int]:
+        """Token ids that end an answer, besides the model's."""
+        return ()
+
+    def settings(self) -> dict[str, Any]:
+        return {"chat": self.chat, "samples": self.count}
+
+    def samples(self, task: str) -> Iterator[Sample]:
+        for number in range(self.count):
+            draft = self._draft(task, number)
+            record = {"answers": list(draft.answers), "length": self.length(task)} | dict(draft.record)
+            yield Sample(str(number), "", record, {"number": number})
+
+    def check(self, task: str, limit: int | None) -> dict[str, Any]:
+        """What the samples are made of, and whether they fit; makes one of them whole.
+
+        Raises:
+            ConfigError: The length is more than the model has positions for, or too short for a sample.
+            DataError: There is not filler enough.
+        """
+        length = self.length(task)
+        if self.context is not None and length > self.context:
+            raise ConfigError(f"length {length}: the model has positions for {self.context} tokens")
+        count, digest = min(self.count, limit or self.count), hashlib.sha256()
+        for number in range(count):
+            draft = self._draft(task, number)
+            least = self._tokens(draft, 0) + self.new_tokens(task)
+            if least > length:
+                raise ConfigError(f"task {task}: length {length} is too short, a sample without filler has {least}")
+            parts = [draft.answers, draft.fill(0), draft.prefix, dict(draft.record)]
+            digest.update(json.dumps(parts, sort_keys=True).encode())
+        draft = self._draft(task, 0)
+        filled = len(self._prompt(task, draft)) + self.new_tokens(task)
+        if draft.most is not None and filled < LEAST_FILLED * length:
+            raise DataError(f"task {task}: its data fill {filled} tokens of length {length}: more of them are needed")
+        return {"samples": count, "sha256": digest.hexdigest()}
+
+    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+        prompt = self._prompt(task, self._draft(task, sample.hidden["number"]))
+        tokens = subject.generate(prompt, self.new_tokens(task), stop=self.stop())
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return {"pred": text, "prompt_tokens": len(prompt), "new_tokens": len(tokens)}
+
+    def _draft(self, task: str, number: int) -> Draft:
+        return self.draft(task, number, random.Random(f"{self.seed}/{task}/{number}"))
+
+    def _prompt(self, task: str, draft: Draft) -> list[int]:
+        pieces = most_that_fit(lambda n: self._tokens(draft, n), self.length(task) - self.new_tokens(task), draft.most)
+        return self._ids(draft, pieces)
+
+    def _tokens(self, draft: Draft, pieces: int) -> int:
+        return len(self._ids(draft, pieces))
+
+    def _ids(self, draft: Draft, pieces: int) -> list[int]:
+        return prefixed_ids(self.tokenizer, draft.fill(pieces), draft.prefix, chat=self.chat)
+
+
+def prefixed_ids(tokenizer: PreTrainedTokenizerBase, text: str, prefix: str, *, chat: bool) -> list[int]:
+    """Token ids of a prompt and the beginning of its answer, which in a chat is the assistant's."""
+    if chat:
+        return prompt_ids(tokenizer, text, chat=True) + encode(tokenizer, prefix.strip())
+    return prompt_ids(tokenizer, text + prefix, chat=False)
+
+
+def most_that_fit(count: Callable[[int], int], limit: int, most: int | None = None) -> int:
+    """The largest number of pieces, up to ``most``, with ``count(pieces) <= limit``; ``count(0)`` must be.
+
+    ``count`` grows nearly linearly and costs something, so that the next guess comes from the rate so far. Where it
+    falls here and there, as token counts do by one or two, the result still fits, and one more piece does not.
+    """
+    fits, fits_count = 0, count(0)
+    beyond: int | None = None
+    beyond_count, rate, tries = 0, 0.0, 0
+    while beyond is None or beyond - fits > 1:
+        if most is not None and fits >= most:
+            return most
+        tries += 1
+        if beyond is None:
+            guess = fits + (max(int((limit - fits_count) / rate), 1) if rate else PROBE)
+            guess = guess if most is None else min(guess, most)
+        elif tries % 4 == 0:  # halves what is left, should the rate mislead
+            guess = (fits + beyond) // 2
+        else:
+            share = (limit - fits_count) / (beyond_count - fits_count)
+            guess = min(max(fits + round(share * (beyond - fits)), fits + 1), beyond - 1)
+        found = count(guess)
+        if found <= limit:
+            rate = max((found - fits_count) / (guess - fits), 1e-3)
+            fits, fits_count = guess, found
+        else:
+            beyond, beyond_count = guess, found
+    return fits
+
+
+class Haystack:
+    """The words of some texts in a circle, and statements put between their sentences."""
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        joined = "\n\n".join(text.strip() for text in texts.values()) + "\n\n"
+        self.sha256 = hashlib.sha256(joined.encode()).hexdigest()
+        self.words = re.findall(r"\S+\s*", joined)
+        self.ends = [place + 1 for place, word in enumerate(self.words) if _SENTENCE_END.search(word)]
+        if not self.ends:
+            raise DataError("the haystack has no sentence in it: expected plain text")
+
+    def start(self, rng: random.Random) -> int:
+        """A place to begin at, behind some sentence."""
+        return rng.choice(self.ends) % len(self.words)
+
+    def bury(self, start: int, words: int, statements: Sequence[tuple[float, str]]) -> str:
+        """So many words from a place on, with each statement behind the sentence that ends nearest its depth.
+
+        Args:
+            statements: Depth, from 0 (in front of the first word) to 1 (behind the last), and text.
+        """
+        pieces, done = [], 0
+        for depth, statement in sorted(statements, key=lambda one: one[0]):
+            place = max(self._nearest_end(start, words, depth), done)
+            pieces += [self._text(start + done, start + place), statement + " "]
+            done = place
+        return "".join([*pieces, self._text(start + done, start + words)]).rstrip()
+
+    def _nearest_end(self, start: int, words: int, depth: float) -> int:
+        """Words from ``start`` on to the end of a sentence; none, where there is no sentence within."""
+        wanted, total = depth * words, len(self.words)
+        turns, target = divmod(start + round(wanted), total)
+        place = bisect.bisect(self.ends, target)
+        near = [turns * total + self.ends[i] for i in (place - 1, place) if 0 <= i < len(self.ends)]
+        near += [(turns - 1) * total + self.ends[-1], (turns + 1) * total + self.ends[0]]
+        inside = [end - start for end in near if 0 < end - start <= words]
+        return min([0, *inside], key=lambda end: abs(end - wanted))
+
+    def _text(self, start: int, stop: int) -> str:
+        total = len(self.words)
+        parts = []
+        while start < stop:
+            first = start % total
+            taken = min(stop - start, total - first)
+            parts.append("".join(self.words[first : first + taken]))
+            start += taken
+        return "".join(parts)
