@@ -40,7 +40,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -214,8 +214,8 @@ def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
             stack.enter_context(folder.opened(description, describe_session(processes.count)))
             folder.fold()
         processes.wait()
-        work = _Work.left(benchmark, plan, folder, processes, description["tasks"])
-        if work.left_samples:
+        work = _Work.of(benchmark, plan, folder, processes, description["tasks"])
+        if work.left:
             device = torch.device(processes.device(plan.device))
             if device.type == "cuda" and device.index is not None:
                 torch.cuda.set_device(device)  # what names no number, such as a stream, means this one
@@ -229,17 +229,17 @@ def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
 
 @dataclass
 class _Work:
-    """This process's share of a run, and how much of it is left."""
+    """This process's share of a run: ``total`` samples, of which those in ``left`` are to be done."""
 
     benchmark: Benchmark
     plan: Plan
     folder: RunFolder
     processes: Processes
     total: int
-    done: Mapping[tuple[str, str], set[int]]  # indices, by variant and task
+    left: Mapping[tuple[Variant, str], set[int]]  # indices by variant and task, where there are any
 
     @classmethod
-    def left(
+    def of(
         cls,
         benchmark: Benchmark,
         plan: Plan,
@@ -247,35 +247,29 @@ class _Work:
         processes: Processes,
         tasks: Mapping[str, Mapping[str, Any]],
     ) -> _Work:
-        done, total = {}, 0
-        for variant in plan.variants:
-            for task in benchmark.tasks:
-                mine = {index for index in range(tasks[task]["samples"]) if processes.owns(index)}
-                records = folder.records(variant.name, task)
-                kept = (one["index"] for one in records if not (plan.retry_errors and "error" in one))
-                done[variant.name, task] = mine.intersection(kept)
-                total += len(mine)
-        return cls(benchmark, plan, folder, processes, total, done)
-
-    @property
-    def left_samples(self) -> int:
-        return self.total - sum(map(len, self.done.values()))
+        total, left = 0, {}
+        for variant, task in product(plan.variants, benchmark.tasks):
+            mine = {index for index in range(tasks[task]["samples"]) if processes.owns(index)}
+            records = folder.records(variant.name, task)
+            done = {one["index"] for one in records if not (plan.retry_errors and "error" in one)}
+            total += len(mine)
+            if mine - done:
+                left[variant, task] = mine - done
+        return cls(benchmark, plan, folder, processes, total, left)
 
     def do(self, model: PreTrainedModel) -> None:
-        started = self.total - self.left_samples
+        started = self.total - sum(map(len, self.left.values()))
         quiet = None if self.processes.is_main else True
         with tqdm(total=self.total, initial=started, unit="sample", disable=quiet) as bar:
-            for variant in self.plan.variants:
-                for task in self.benchmark.tasks:
-                    bar.set_description(f"{variant.name} {task}")
-                    self._do_task(model, variant, task, bar)
+            for (variant, task), indices in self.left.items():
+                bar.set_description(f"{variant.name} {task}")
+                self._do_task(model, variant, task, indices, bar)
 
-    def _do_task(self, model: PreTrainedModel, variant: Variant, task: str, bar: tqdm) -> None:
-        done = self.done[variant.name, task]
+    def _do_task(self, model: PreTrainedModel, variant: Variant, task: str, indices: set[int], bar: tqdm) -> None:
         path = self.folder.results(variant.name, task)
         with Appender(part(path, self.processes.rank) if self.processes.count > 1 else path) as results:
-            for index, sample in enumerate(islice(self.benchmark.samples(task), self.plan.limit)):
-                if not self.processes.owns(index) or index in done:
+            for index, sample in enumerate(islice(self.benchmark.samples(task), max(indices) + 1)):
+                if index not in indices:
                     continue
                 record = _attempt(self.benchmark, self.plan.seed, model, variant, task, sample)
                 results.append({"index": index} | record)

@@ -104,7 +104,7 @@ def score(predictions: Mapping[str, Sequence[Record]], *, extended: bool = False
     """Scores of predictions by task."""
     found = {name: sample_scores(name, records) for name, records in predictions.items() if records}
     samples = {name: len(predictions[name]) for name in found}
-    errors = {name: sum("error" in one for one in predictions[name]) for name in found}
+    errors = {name: sum(map(_failed, predictions[name])) for name in found}
     totals = {name: _percent(scores) for name, scores in found.items()}
     perplexity = {name: known for name in found if (known := _perplexity(predictions[name])) is not None}
     if not extended:
@@ -122,7 +122,7 @@ def sample_scores(task: str, records: Sequence[Record]) -> list[float]:
     classes = records[-1].get("all_classes") or () if records else ()
     found = []
     for record in records:
-        prediction = "" if "error" in record else record["pred"]
+        prediction = "" if _failed(record) else record["pred"]
         if what.first_line:
             prediction = prediction.lstrip("\n").split("\n")[0]
         found.append(max((what.metric(prediction, answer, classes) for answer in record["answers"]), default=0.0))
@@ -147,7 +147,7 @@ def read_predictions(path: Path, task: str, *, extended: bool = False) -> list[R
 def check_prediction(record: Mapping[str, Any], task: str, where: str, *, extended: bool = False) -> None:
     """``DataError`` for a field that is missing or of the wrong kind."""
     wanted = {"answers": ("a list of texts", _are_texts)}
-    if "error" not in record:
+    if not _failed(record):
         wanted["pred"] = ("a text", lambda value: isinstance(value, str))
     if TASKS[task].classes:
         wanted["all_classes"] = ("a list of texts", _are_texts)
@@ -162,6 +162,10 @@ def check_prediction(record: Mapping[str, Any], task: str, where: str, *, extend
             sample_scores(task, [{"pred": "", **record}])
         except DataError as error:
             raise DataError(f"{where}, field 'answers': {error}") from error
+
+
+def _failed(record: Mapping[str, Any]) -> bool:
+    return bool(record.get("error"))
 
 
 def _are_texts(value: object) -> bool:
