@@ -259,7 +259,7 @@ def scaled_logits(query_BHQD: Tensor, key_BGTD: Tensor, terms: Terms) -> Tensor:
     """fp32 ``[B, H, Q, T]`` logits before any mask; the query heads of a KV head share its keys unrepeated."""
     B, H, Q, D = query_BHQD.shape
     grouped_BGND = query_BHQD.reshape(B, key_BGTD.shape[1], -1, D)
-    logits_BHQT = _product(grouped_BGND, key_BGTD.transpose(-1, -2)).view(B, H, Q, -1) * terms.scaling
+    logits_BHQT = _product(grouped_BGND, key_BGTD.transpose(-1, -2)).view(B, H, Q, -1).mul_(terms.scaling)
     if terms.softcap is not None:
         logits_BHQT = terms.softcap * torch.tanh(logits_BHQT / terms.softcap)
     return logits_BHQT
