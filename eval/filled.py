@@ -135,6 +135,12 @@ class FilledBenchmark(Benchmark):
         return prefixed_ids(self.tokenizer, draft.fill(pieces), draft.prefix, chat=self.chat)
 
 
+def paragraph_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token of an empty line, at which a text that only goes on has ended its answer; none if it takes several."""
+    ids = encode(tokenizer, "\n\n")
+    return ids if len(ids) == 1 else []
+
+
 def prefixed_ids(tokenizer: PreTrainedTokenizerBase, text: str, prefix: str, *, chat: bool) -> list[int]:
     """Token ids of a prompt and the beginning of its answer, which in a chat is the assistant's."""
     if chat:

@@ -30,9 +30,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.arguments import whole_numbers
-from attention_predictor.documents import encode
 from attention_predictor.eval import synthetic
-from attention_predictor.eval.filled import Draft, FilledBenchmark, Haystack
+from attention_predictor.eval.filled import Draft, FilledBenchmark, Haystack, paragraph_end
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.heatmap import FILE, Axes, Panel, check_heatmap, draw_heatmaps
 from attention_predictor.eval.means import exit_code, mean_scores, means_table
@@ -115,8 +114,7 @@ class NeedleTest(FilledBenchmark):
 
     def stop(self) -> Sequence[int]:
         """Where a model only goes on with a text, a paragraph's end ends the answer."""
-        end = [] if self.chat else encode(self.tokenizer, synthetic.BREAK)
-        return end if len(end) == 1 else ()
+        return () if self.chat else paragraph_end(self.tokenizer)
 
     def draft(self, task: str, number: int, rng: random.Random) -> Draft:
         repeat, place = divmod(number, len(self.depths))

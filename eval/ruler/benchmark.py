@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from attention_predictor.eval.filled import Draft, FilledBenchmark, prefixed_ids
+from attention_predictor.eval.filled import Draft, FilledBenchmark, paragraph_end, prefixed_ids
 from attention_predictor.eval.predictions import read_lines
 from attention_predictor.eval.prompts import check_chat
 from attention_predictor.eval.ruler.base import Sources
@@ -68,6 +68,10 @@ class MadeRuler(FilledBenchmark):
 
     def new_tokens(self, task: str) -> int:
         return FAMILIES[family_name(task)].new_tokens
+
+    def stop(self) -> Sequence[int]:
+        """The pocket model ends an answer with an empty line, and goes on with another question."""
+        return () if self.chat or self.sources.wording != "pocket" else paragraph_end(self.tokenizer)
 
     def draft(self, task: str, number: int, rng: random.Random) -> Draft:
         return FAMILIES[family_name(task)].draft(rng, self.sources, self.length(task))
