@@ -108,7 +108,11 @@ def _backend(query_BHQD: Tensor, key_BGTD: Tensor, *, causal: bool) -> SDPBacken
     alike = key_BGTD[:, :1].expand(-1, query_BHQD.shape[1], -1, -1)
     for keys in (key_BGTD, alike) if groups > 1 else (key_BGTD,):
         shared = keys is key_BGTD and groups > 1
-        backend = SDPBackend(torch._fused_sdp_choice(query_BHQD, keys, keys, is_causal=causal, enable_gqa=shared))
+        try:
+            choice = int(torch._fused_sdp_choice(query_BHQD, keys, keys, is_causal=causal, enable_gqa=shared))
+        except RuntimeError:  # the backends that the caller allows can't do it at all
+            continue
+        backend = SDPBackend(choice)
         if backend in _OPERATIONS and not (shared and backend == SDPBackend.EFFICIENT_ATTENTION):
             return backend
     return None
