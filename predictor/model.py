@@ -2,11 +2,11 @@
 
 import torch
 
+from attention_predictor.predictor import streaming
 from attention_predictor.predictor.base import ARCHITECTURES, AttentionPredictor, architecture
 from attention_predictor.predictor.filters import FilterPredictor
 from attention_predictor.predictor.history import ScoreHistory, no_kernel
 from attention_predictor.predictor.rules import ExponentialAverage, LastRow, WindowMean
-from attention_predictor.predictor.streaming import StreamedHistory
 from attention_predictor.predictor.window import WindowPredictor
 
 
@@ -14,10 +14,12 @@ def new_history(
     predictor: AttentionPredictor, *, batch: int, kv_heads: int, device: torch.device | str, kernels: bool = False
 ) -> ScoreHistory:
     """What the predictor must remember of one layer, of the kind that evaluates it fastest; by kernels if allowed."""
+    shape = {"batch": batch, "kv_heads": kv_heads}
     if isinstance(predictor, WindowPredictor):
-        return StreamedHistory(predictor, batch=batch, kv_heads=kv_heads, device=device)
+        kernel = kernels and streaming.no_kernel(predictor, device) is None
+        return streaming.StreamedHistory(predictor, **shape, device=device, kernel=kernel)
     kernel = kernels and no_kernel(predictor, device) is None
-    return ScoreHistory(predictor, batch=batch, kv_heads=kv_heads, device=device, kernel=kernel)
+    return ScoreHistory(predictor, **shape, device=device, kernel=kernel)
 
 
 __all__ = [
