@@ -47,6 +47,6 @@ def _blocks(prob_BHQT: Tensor, kv_heads: int, block_size: int) -> Tensor:
 def block_peak_and_sum(logits_HT: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Maximum and log-sum-exp of the logits ``[..., T]`` over each block, ``[..., N]``; a partial block is allowed."""
     short = -logits_HT.shape[-1] % block_size
-    padded = F.pad(logits_HT, (0, short), value=float("-inf"))
+    padded = F.pad(logits_HT, (0, short), value=float("-inf")) if short else logits_HT
     blocks = padded.unflatten(-1, (-1, block_size))
     return blocks.amax(-1), torch.logsumexp(blocks, -1)
