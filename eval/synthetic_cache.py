@@ -193,4 +193,4 @@ class SyntheticCache:
         rows = score_rows(past_BHQD, stored(), self.length, self.terms[number], **shape)
         layer.policy.observe_rows(rows)
         layer._fetch_ahead()
-        layer._note_memory()
+        layer.note_memory()

@@ -75,9 +75,9 @@ def is_step(kwargs: dict[str, Any]) -> bool:
 
 def is_ready(cache: TieredCache) -> bool:
     """Whether the cache has come so far that a step over it can be captured: later, if not now."""
-    return all(
-        isinstance(layer, TieredLayer) and layer.is_initialized and layer.policy.is_started and layer.tiers.pool.slots
-        for layer in cache.layers
+    tiered = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
+    return bool(tiered) and all(
+        layer.is_initialized and layer.policy.is_started and layer.tiers.pool.slots for layer in tiered
     )
 
 
@@ -109,7 +109,7 @@ class Graphed:
 
     @torch.no_grad()
     def run(self, cache: TieredCache, kwargs: dict[str, Any]) -> Any:
-        """One forward; its result is the model's own kind of output, valid until the next step."""
+        """One forward; its result is the model's own kind of output, with logits that the next step leaves alone."""
         ids_B1 = kwargs["input_ids"]
         # Room for this token, and for the next one, whose blocks are chosen.
         if self.entered and (self._length() + 2 > self.shared.capacity or ids_B1.shape != self.ids_B1.shape):
@@ -154,6 +154,7 @@ class Graphed:
         for layer, step in zip(self.layers, self.steps, strict=True):
             step.leave()
             layer.graphed = layer.device_step = None
+            layer.note_memory()
         self.steps = []
 
     # ---- how -------------------------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ class Graphed:
         self.steps = [DeviceStep(layer, self.shared) for layer in self.layers]
         for layer, step in zip(self.layers, self.steps, strict=True):
             layer.graphed, layer.device_step = self, step
-            layer._note_memory()
+            layer.note_memory()
         self.entered = True
 
     def _step(self, cache: TieredCache) -> Any:

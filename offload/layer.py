@@ -207,7 +207,7 @@ class TieredLayer(CacheLayerMixin):
         else:
             out_BHQD = self._attend_all(query_BHQD, key_BGTD, value_BGTD, terms)
         self._fetch_ahead()
-        self._note_memory()
+        self.note_memory()
         self.armed = False  # not before: a step that fails on its way leaves the layer unusable, as it should
         return out_BHQD
 
@@ -316,9 +316,12 @@ class TieredLayer(CacheLayerMixin):
         stats.relative_recovery_sum += float((got_BG / best_BG.clamp_min(1e-12)).sum())
         stats.recovery_count += got_BG.numel()
 
-    def _note_memory(self) -> None:
+    def note_memory(self) -> None:
+        """Tell the stats what this layer holds."""
         stats = self.engine.stats_kept
         parts = {name: part.nbytes for name, part in self.policy.parts.items()}
+        if self.device_step is not None:
+            parts["table"] = self.device_step.table.nbytes
         stats.device_bytes[self.number] = {"pool": self.tiers.pool.nbytes} | parts
         stats.host_bytes[self.number] = self.tiers.store.nbytes
         tokens = self.batch * self.kv_heads * self.tiers.length

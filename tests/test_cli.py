@@ -178,7 +178,7 @@ def test_interrupt(capsys, monkeypatch):
     ("arguments", "line"),
     [
         ((), "attnpred: the following arguments are required: COMMAND (see attnpred --help)"),
-        (("eval",), "attnpred eval: the following arguments are required: {longbench, (see attnpred eval --help)"),
+        (("eval",), "attnpred eval: the following arguments are required: {longbench,"),
         (("sing",), "attnpred: argument COMMAND: invalid choice: 'sing'"),
     ],
 )

@@ -122,6 +122,15 @@ def test_what_cannot_be_captured_says_so_once(tiny_model, ids) -> None:
     assert next(iter(stats["fallbacks"])).startswith("the prefetch thread in place of captured steps: they need a CUDA")
 
 
+def test_a_layer_that_keeps_a_stock_cache_is_named(tiny_model, ids) -> None:
+    model, prompt = tiny_model("gemma2"), ids(150)
+    thread, _ = decode(model, prompt, 6)
+    graph, stats = decode(model, prompt, 6, prefetch="graph")
+    assert torch.equal(graph, thread)
+    (reason,) = stats["fallbacks"]
+    assert "layer 0 keeps a DynamicSlidingWindowLayer of transformers" in reason
+
+
 def test_detaching_gives_the_forward_back(tiny_model, ids) -> None:
     model = tiny_model("llama")
     before = dict(vars(model))

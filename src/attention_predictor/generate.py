@@ -77,6 +77,7 @@ def add_offload_arguments(parser: argparse.ArgumentParser) -> None:
         help="blocks kept beyond the budget (%(default)s)",
     )
     group.add_argument("--prefetch", default=_DEFAULTS.prefetch, help=f"one of {', '.join(PREFETCHERS)} (%(default)s)")
+    group.add_argument("--compile", action="store_true", help="with --prefetch graph: compile the model's layers first")
 
 
 def offload_config(args: argparse.Namespace, **changes: Any) -> OffloadConfig:
@@ -92,6 +93,7 @@ def offload_config(args: argparse.Namespace, **changes: Any) -> OffloadConfig:
         late_fetch=args.late_fetch,
         reserve=args.reserve,
         prefetch=args.prefetch,
+        compile=args.compile,
         **changes,
     )
 
