@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("attention_predictor.train.fit", "train a predictor on recorded histories"),
     "eval": ("attention_predictor.eval.command", "judge a model under selection policies"),
     "score": ("attention_predictor.eval.score", "score predictions of a benchmark again"),
+    "report": ("attention_predictor.eval.report", "tables and a page of what eval has found"),
     "bench": ("attention_predictor.eval.bench", "time decoding, or a part of it, against what it replaces"),
 }
 
