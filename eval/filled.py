@@ -87,7 +87,7 @@ class FilledBenchmark(Benchmark):
 
     def samples(self, task: str) -> Iterator[Sample]:
         for number in range(self.count):
-            draft = self._draft(task, number)
+            draft = self.drawn(task, number)
             record = {"answers": list(draft.answers), "length": self.length(task)} | dict(draft.record)
             yield Sample(str(number), "", record, {"number": number})
 
@@ -103,30 +103,31 @@ class FilledBenchmark(Benchmark):
             raise ConfigError(f"length {length}: the model has positions for {self.context} tokens")
         count, digest = min(self.count, limit or self.count), hashlib.sha256()
         for number in range(count):
-            draft = self._draft(task, number)
+            draft = self.drawn(task, number)
             least = self._tokens(draft, 0) + self.new_tokens(task)
             if least > length:
                 raise ConfigError(f"task {task}: length {length} is too short, a sample without filler has {least}")
             parts = [draft.answers, draft.fill(0), draft.prefix, dict(draft.record)]
             digest.update(json.dumps(parts, sort_keys=True).encode())
-        draft = self._draft(task, 0)
-        filled = len(self._prompt(task, draft)) + self.new_tokens(task)
-        if draft.most is not None and filled < LEAST_FILLED * length:
+        filled = len(self.prompt(task, 0)) + self.new_tokens(task)
+        if self.drawn(task, 0).most is not None and filled < LEAST_FILLED * length:
             raise DataError(f"task {task}: its data fill {filled} tokens of length {length}: more of them are needed")
         return {"samples": count, "sha256": digest.hexdigest()}
 
     def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
-        prompt = self._prompt(task, self._draft(task, sample.hidden["number"]))
+        prompt = self.prompt(task, sample.hidden["number"])
         tokens = subject.generate(prompt, self.new_tokens(task), stop=self.stop())
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return {"pred": text, "prompt_tokens": len(prompt), "new_tokens": len(tokens)}
 
-    def _draft(self, task: str, number: int) -> Draft:
+    def drawn(self, task: str, number: int) -> Draft:
+        """The sample of that number, always the same."""
         return self.draft(task, number, random.Random(f"{self.seed}/{task}/{number}"))
 
-    def _prompt(self, task: str, draft: Draft) -> list[int]:
-        pieces = most_that_fit(lambda n: self._tokens(draft, n), self.length(task) - self.new_tokens(task), draft.most)
-        return self._ids(draft, pieces)
+    def prompt(self, task: str, number: int) -> list[int]:
+        """Its token ids."""
+        draft, room = self.drawn(task, number), self.length(task) - self.new_tokens(task)
+        return self._ids(draft, most_that_fit(lambda pieces: self._tokens(draft, pieces), room, draft.most))
 
     def _tokens(self, draft: Draft, pieces: int) -> int:
         return len(self._ids(draft, pieces))

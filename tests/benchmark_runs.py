@@ -14,14 +14,14 @@ from attention_predictor.eval.folder import RunFolder
 
 
 def make_text(seed: int = 0, sentences: int = 400) -> str:
-    """Plain sentences in paragraphs of eight; ASCII alone, without digits."""
+    """Plain sentences in paragraphs of four; ASCII alone, without digits."""
     rng = random.Random(seed)
     line = "the grey river ran past a mill and nobody saw boats when rain fell over quiet old fields"
     words = line.split()
     made = []
     for number in range(sentences):
         sentence = " ".join(rng.choice(words) for _ in range(rng.randint(5, 14))).capitalize() + rng.choice(".!?")
-        made.append(sentence + ("\n\n" if number % 8 == 7 else " "))
+        made.append(sentence + ("\n\n" if number % 4 == 3 else " "))
     return "".join(made).strip()
 
 

@@ -78,8 +78,7 @@ class TestPrompts:
     def test_as_long_as_fits(self, task, chat):
         benchmark = Words(chat=chat)
         for sample in benchmark.samples(task):
-            draft = benchmark.draft(task, 0, random.Random(f"0/{task}/{sample.hidden['number']}"))
-            prompt = benchmark._prompt(task, draft)
+            prompt = benchmark.prompt(task, sample.hidden["number"])
             piece = len(sample.record["answers"][0]) + 1
             assert int(task) - piece < len(prompt) + 10 <= int(task)
             text = benchmark.tokenizer.decode(prompt, skip_special_tokens=True)

@@ -64,7 +64,7 @@ def make_test(**changes) -> NeedleTest:
 def test_needles_stand_at_their_depth_in_prompts_of_the_length():
     benchmark = make_test(lengths=[1500])
     for sample in benchmark.samples("1500"):
-        prompt = benchmark._prompt("1500", benchmark._draft("1500", sample.hidden["number"]))
+        prompt = benchmark.prompt("1500", sample.hidden["number"])
         assert 1500 - 9 < len(prompt) + 32 <= 1500  # no word is longer
         text = benchmark.tokenizer.decode(prompt, skip_special_tokens=True)
         haystack, question = text.split("\n\nQuestion: ")

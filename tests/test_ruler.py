@@ -53,7 +53,7 @@ def make(families, lengths, passages, **changes) -> MadeRuler:
 def prompts(benchmark, task):
     """Text and answers of every sample; checks their length."""
     for sample in benchmark.samples(task):
-        ids = benchmark._prompt(task, benchmark._draft(task, sample.hidden["number"]))
+        ids = benchmark.prompt(task, sample.hidden["number"])
         assert len(ids) + benchmark.new_tokens(task) <= benchmark.length(task) == sample.record["length"]
         yield benchmark.tokenizer.decode(ids, skip_special_tokens=True), sample.record["answers"], len(ids)
 
@@ -123,7 +123,7 @@ class TestFamilies:
 
     def test_depths_differ(self, passages):
         benchmark = make(["niah_single_1"], [4000], passages, samples=40)
-        drafts = [benchmark._draft(benchmark.tasks[0], number) for number in range(40)]
+        drafts = [benchmark.drawn(benchmark.tasks[0], number) for number in range(40)]
         depths = [text.index(one.answers[0]) / len(text) for one in drafts for text in [one.fill(100)]]
         assert min(depths) < 0.2
         assert max(depths) > 0.8
@@ -286,7 +286,7 @@ class TestGiven:
         assert benchmark.tasks == ("niah_multikey_3",)
         assert benchmark.check("niah_multikey_3", None)["samples"] == 3
         for sample, row in zip(benchmark.samples("niah_multikey_3"), published_rows(), strict=True):
-            assert benchmark.tokenizer.decode(benchmark._ids(sample), skip_special_tokens=True) == row["input"]
+            assert benchmark.tokenizer.decode(benchmark.prompt(sample), skip_special_tokens=True) == row["input"]
             assert sample.record == {"answers": row["outputs"], "length": 99}
 
     @pytest.mark.parametrize("ends_in_it", [True, False])
@@ -298,7 +298,7 @@ class TestGiven:
         for source in (tmp_path, tmp_path / "vt" / "validation.jsonl"):
             benchmark = GivenRuler(tokenizer, find_files(source, None))
             (sample,) = benchmark.samples("vt")
-            assert tokenizer.decode(benchmark._ids(sample)) == "<Which?>A: It is"
+            assert tokenizer.decode(benchmark.prompt(sample)) == "<Which?>A: It is"
 
     @pytest.mark.parametrize(
         ("row", "said"),
@@ -345,7 +345,7 @@ class TestCommand:
         command.add_arguments(parser)
         texts, squad = write_texts(tmp_path / "texts"), tmp_path / "qa.jsonl"
         options = map(str, (*given[1:], "--haystack", texts, "--lengths", 4000, "--squad", squad))
-        benchmark = command._benchmark(parser.parse_args(list(options)))
+        benchmark = command.make_benchmark(parser.parse_args(list(options)))
         assert capsys.readouterr().out == "left out: qa_2, which needs --hotpotqa\n"
         assert benchmark.tasks == tuple(f"{name}-4000" for name in FAMILIES if name != "qa_2")
 

@@ -123,7 +123,7 @@ class GivenRuler(Benchmark):
         """Also refuses samples longer than the model has positions for, going by the one of most characters."""
         found = super().check(task, limit)
         longest = max(self.samples(task), key=lambda one: len(one.prompt))
-        tokens = len(self._ids(longest)) + self._new_tokens(task)
+        tokens = len(self.prompt(longest)) + self._new_tokens(task)
         if self.context is not None and tokens > self.context:
             raise DataError(
                 f"{self.files[task]}: sample {longest.id} has {tokens} tokens with its answer, the model has positions "
@@ -132,12 +132,12 @@ class GivenRuler(Benchmark):
         return found
 
     def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
-        prompt = self._ids(sample)
+        prompt = self.prompt(sample)
         tokens = subject.generate(prompt, self._new_tokens(task))
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return {"pred": text, "prompt_tokens": len(prompt), "new_tokens": len(tokens)}
 
-    def _ids(self, sample: Sample) -> list[int]:
+    def prompt(self, sample: Sample) -> list[int]:
         return prefixed_ids(self.tokenizer, sample.prompt, sample.hidden["prefix"], chat=self.chat)
 
     def _new_tokens(self, task: str) -> int:

@@ -68,14 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     plan = Plan.of(args)
-    folder = run(_benchmark(args), plan)
+    folder = run(make_benchmark(args), plan)
     if folder is None:
         return 0
     print(folder_table(folder))
     return exit_code(mean_scores(folder, sample_scores))
 
 
-def _benchmark(args: argparse.Namespace) -> Benchmark:
+def make_benchmark(args: argparse.Namespace) -> Benchmark:
     families = choose_families(args.tasks)
     context = context_length(args.model)
     if args.data is not None:

@@ -1,0 +1,125 @@
+"""Perplexity under a budget: how well the rest of a long document is predicted when it is decoded sparsely.
+
+Of each document --context tokens are taken (of a .txt file the first ones, or with --per-file from places spread over
+it; of a row the last ones). All but the last --tail of these are prefilled; the others are decoded one by one, each
+predicted under the policy and then given, whatever was predicted. The stock model does the same with its whole cache.
+Less is better: bits a token, and perplexity, 2 to their power, over all tokens of a task. Documents that are too
+short are left out.
+
+--data may be given several times; each is a task of the table.
+
+examples:
+  attnpred eval perplexity --data "books=heldout/books__*.txt" --data "code=heldout/code__*.txt" --out runs/books \\
+      --policies full,streaming,quest,predictor --budgets 256,512 --context 8192 --tail 256
+  attnpred eval perplexity --data gov_report.jsonl --context 32768 --model meta-llama/Llama-3.1-8B --out runs/gov
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from attention_predictor.eval.folder import RunFolder
+from attention_predictor.eval.means import exit_code, mean_scores, notes
+from attention_predictor.eval.plain_table import plain_table
+from attention_predictor.eval.predictions import Record
+from attention_predictor.eval.prompts import context_length
+from attention_predictor.eval.runner import Benchmark, Plan, Sample, add_run_arguments, run
+from attention_predictor.eval.sources import Windows, parse_sources
+from attention_predictor.eval.subject import Subject
+from attention_predictor.loading import load_tokenizer
+from attention_predictor.predictor.errors import ConfigError
+
+
+class Perplexity(Benchmark):
+    """Parts of documents, each a sample: how likely its tail is.
+
+    ``bytes`` in a record are those of the tail's text, for bits a byte, which don't depend on the tokenizer.
+    """
+
+    name = "perplexity"
+    missing: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, windows: Windows) -> None:
+        self.windows, self.tasks = windows, windows.names
+
+    def settings(self) -> dict[str, Any]:
+        return {"context": self.windows.context, "tail": self.windows.tail, "per_file": self.windows.per_file}
+
+    def samples(self, task: str) -> Iterator[Sample]:
+        for name, part in self.windows.of(task):
+            # As token ids: at its edges a part's text may tokenise otherwise.
+            yield Sample(name, "", {}, {"prompt": part.prompt, "tail": part.tails[0]})
+
+    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+        prompt, tail = sample.hidden["prompt"], sample.hidden["tail"]
+        likelihoods = subject.log_likelihoods(prompt, tail)
+        text_bytes = len(str(self.windows.tokenizer.decode(tail)).encode())
+        found = {"log_likelihood": math.fsum(likelihoods), "tokens": len(likelihoods), "bytes": text_bytes}
+        return found | {"prompt_tokens": len(prompt)}
+
+
+def sample_scores(task: str, records: Sequence[Record]) -> list[float]:
+    """Bits a token of each document; less is better. Not a number where it failed: there is no worst value."""
+    return [_bits([one]) if "error" not in one else math.nan for one in records]
+
+
+def bits_per_token(folder: RunFolder, variant: str, task: str) -> float | None:
+    """Over all tokens of a task's documents; ``None`` where none is done."""
+    known = [one for one in folder.records(variant, task) if "error" not in one]
+    return _bits(known) if known else None
+
+
+def _bits(records: Sequence[Record]) -> float:
+    tokens = sum(one["tokens"] for one in records)
+    return -math.fsum(one["log_likelihood"] for one in records) / tokens / math.log(2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
+    add = parser.add_argument
+    what = "[name=]place: .txt, .jsonl or .parquet, a directory or pattern of them, or a data set of the hub"
+    add("--data", action="append", required=True, metavar="D", help=what)
+    add("--context", type=int, default=8192, metavar="N", help="tokens of each document (%(default)s)")
+    add("--tail", type=int, default=256, metavar="N", help="the last of them, which are decoded (%(default)s)")
+    add("--per-file", type=int, default=1, metavar="N", help="documents of a .txt file (%(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    plan = Plan.of(args)
+    context = context_length(args.model)
+    if context is not None and args.context > context:
+        raise ConfigError(f"--context {args.context}: the model has positions for {context} tokens")
+    windows = Windows(parse_sources(args.data), load_tokenizer(args.model), args.context, args.tail, args.per_file)
+    for name in windows.names:
+        if short := windows.check(name, plan.limit):
+            print(f"{name}: {short} documents have fewer than {args.context} tokens and are left out")
+    folder = run(Perplexity(windows), plan)
+    if folder is None:
+        return 0
+    print(folder_table(folder))
+    return exit_code(mean_scores(folder, sample_scores))
+
+
+def folder_table(folder: RunFolder) -> str:
+    """Bits a token of every document, and of each task all of them and their perplexity: variants across."""
+    rows: list[tuple[object, ...]] = []
+    for task in folder.tasks:
+        by_variant = {
+            variant: {one["id"]: score for one, score in zip(records, sample_scores(task, records), strict=True)}
+            for variant in folder.variants
+            for records in [folder.records(variant, task)]
+        }
+        names = dict.fromkeys(name for scores in by_variant.values() for name in scores)
+        rows += [(name, *(_known(by_variant[one].get(name)) for one in folder.variants)) for name in names]
+        bits = [bits_per_token(folder, variant, task) for variant in folder.variants]
+        rows.append((f"{task}: all", *bits))
+        rows.append((f"{task}: perplexity", *(None if one is None else 2.0**one for one in bits)))
+    means = mean_scores(folder, sample_scores)
+    return plain_table(("bits a token", *folder.variants), rows, notes(folder, means, "left out of the figures"))
+
+
+def _known(score: float | None) -> float | None:
+    return None if score is None or math.isnan(score) else score

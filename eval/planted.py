@@ -1,0 +1,160 @@
+"""The pocket model's own tasks: statements planted in text, and questions that only these answer (synthetic.py).
+
+The document alone is prefilled; each question and its answer are decoded token by token under the policy, which must
+find the evidence by itself. An answer is right when greedy decoding would give every token of it. All questions about
+a document are decoded as one batch: a line of the results is a document, with the answers found of those asked for.
+
+Tasks: kv (numbers of keys), facts (where people live, what they work as), chain (variables defined by variables),
+labels (few-shot labels), excerpt (which paragraph a quotation is from), copy (the rest of a sentence).
+
+examples:
+  attnpred eval synthetic --data texts/ --tasks kv,facts --questions 100 --out runs/synthetic \\
+      --policies full,streaming,quest,predictor --budgets 256,512
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase
+
+from attention_predictor.documents import encode, opening
+from attention_predictor.eval import synthetic
+from attention_predictor.eval.folder import RunFolder
+from attention_predictor.eval.judge import Case
+from attention_predictor.eval.means import exit_code, mean_scores, means_table
+from attention_predictor.eval.predictions import Record
+from attention_predictor.eval.prompts import context_length
+from attention_predictor.eval.runner import Benchmark, Plan, Sample, add_run_arguments, run
+from attention_predictor.eval.subject import Subject
+from attention_predictor.eval.tails import decode_tails, new_cache, prefill
+from attention_predictor.eval.tasks import plant, read_texts
+from attention_predictor.loading import load_tokenizer
+from attention_predictor.predictor.errors import ConfigError, DataError
+
+SHORT = 64  # tokens; a paragraph as short is taken whatever the context
+
+
+class Planted(Benchmark):
+    """Documents with planted statements, each a sample with all its questions.
+
+    Args:
+        texts: To plant in, by name.
+        tasks: Of ``synthetic.TASKS``.
+        questions: Of each task, rounded up to whole documents.
+        per_document: Questions about a document, decoded as a batch.
+        context: Tokens of a document and any one question.
+    """
+
+    name = "synthetic"
+    missing: ClassVar[Mapping[str, Any]] = {"found": []}
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: dict[str, str],
+        tasks: Sequence[str],
+        *,
+        questions: int = 100,
+        per_document: int = 20,
+        context: int = 8192,
+        seed: int = 0,
+    ) -> None:
+        if unknown := [name for name in tasks if name not in synthetic.TASKS]:
+            raise ConfigError(f"no synthetic task {unknown[0]!r}: expected some of {', '.join(synthetic.TASKS)}")
+        if len(set(tasks)) < len(tasks):
+            raise ConfigError(f"--tasks {','.join(tasks)}: one of them is there twice")
+        for option, value in (("--questions", questions), ("--per-document", per_document)):
+            if value < 1:
+                raise ConfigError(f"{option} {value}: expected at least 1")
+        self.tokenizer, self.texts, self.tasks = tokenizer, texts, tuple(tasks)
+        self.documents, self.per_document = -(-questions // per_document), per_document
+        self.context, self.seed = context, seed
+        self._check_paragraphs()
+
+    def settings(self) -> dict[str, Any]:
+        return {"documents": self.documents, "per_document": self.per_document, "context": self.context}
+
+    def samples(self, task: str) -> Iterator[Sample]:
+        try:
+            planted = plant(
+                self.tokenizer,
+                self.texts,
+                tasks=[task],
+                documents=self.documents,
+                questions=self.per_document,
+                context=self.context - len(opening(self.tokenizer)),
+                seed=self.seed,
+            )
+        except ValueError as error:  # statements need more room than there is
+            raise ConfigError(f"--context {self.context}: too short for task {task}: {error}") from error
+        for number, one in enumerate(planted):
+            if not one.questions:
+                raise ConfigError(f"--context {self.context}: too short to ask anything of task {task}")
+            record = {"answers": [asked.answer for asked in one.questions]}
+            hidden = {"questions": [asked.question for asked in one.questions]}
+            yield Sample(str(number), one.document, record, hidden)
+
+    def _check_paragraphs(self) -> None:
+        """Planting passes over long paragraphs, and would go on for ever where there are no others."""
+        longest = max(SHORT, self.context // 8)
+        for text in self.texts.values():
+            for paragraph in text.split("\n\n" if "\n\n" in text.strip() else "\n"):
+                if paragraph.strip() and len(encode(self.tokenizer, paragraph)) < longest:
+                    return
+        raise DataError(f"--data: no paragraph has fewer than {longest} tokens; planting needs some, or more --context")
+
+    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+        pairs = zip(sample.hidden["questions"], sample.record["answers"], strict=True)
+        asked = tuple(synthetic.Question(task, question, answer) for question, answer in pairs)
+        case = Case.of(synthetic.Sample((sample.prompt,), asked), self.tokenizer)
+        prompt, tails = case.excerpt.prompt, case.excerpt.tails
+        cache = new_cache(subject)
+        prefill(subject.model, cache, prompt, len(tails))
+        best_BL = decode_tails(subject.model, cache, tails)
+        found = [answer.is_in(best_L) for answer, best_L in zip(case.answers, best_BL, strict=True)]
+        return {"found": found, "prompt_tokens": len(prompt), "new_tokens": best_BL.shape[1]}
+
+
+def sample_scores(task: str, records: Sequence[Record]) -> list[float]:
+    """Of each document, the share of questions answered right."""
+    return [sum(one["found"]) / len(one["answers"]) for one in records]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="D", help="text to plant in: .txt file or directory of them")
+    add("--tasks", default="kv,facts", metavar="T,T", help=f"of {','.join(synthetic.TASKS)} (%(default)s)")
+    add("--questions", type=int, default=100, metavar="N", help="of each task, in whole documents (%(default)s)")
+    add("--per-document", type=int, default=20, metavar="N", help="questions a document (%(default)s)")
+    add("--context", type=int, default=8192, metavar="N", help="tokens of document and question (%(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    plan = Plan.of(args)
+    context = context_length(args.model)
+    if context is not None and args.context > context:
+        raise ConfigError(f"--context {args.context}: the model has positions for {context} tokens")
+    benchmark = Planted(
+        load_tokenizer(args.model),
+        read_texts(args.data),
+        [name.strip() for name in args.tasks.split(",")],
+        questions=args.questions,
+        per_document=args.per_document,
+        context=args.context,
+        seed=args.seed,
+    )
+    folder = run(benchmark, plan)
+    if folder is None:
+        return 0
+    print(folder_table(folder))
+    return exit_code(mean_scores(folder, sample_scores))
+
+
+def folder_table(folder: RunFolder) -> str:
+    """A run's shares of right answers in percent."""
+    return means_table(folder, mean_scores(folder, sample_scores), "right, %")

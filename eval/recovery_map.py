@@ -1,0 +1,178 @@
+"""Recovery by layer and head: where a policy finds the attention mass that matters, and where it doesn't.
+
+Of each document --context tokens are taken; all but the last --tail are prefilled, those are decoded one by one under
+the policy, and at every --interval-th step the true attention is computed beside it. Rows with continuations,
+questions with their answers for example, are decoded with each of these instead. Recovery is the share of the true
+mass on the blocks attended to, relative recovery its ratio to what the best blocks, as many, hold. A head is a KV
+head, since blocks are chosen for each of these.
+
+Every line of OUT/<variant>/<task>.jsonl has both as lists of lists, a list for each of "layers"; OUT/heatmap.png
+shows the relative recovery of each variant.
+
+examples:
+  attnpred eval recovery-map --data texts/ --context 8192 --tail 128 --limit 5 --out runs/map \\
+      --policies streaming,quest-ahead,predictor --budgets 256,512
+  attnpred eval recovery-map --data questions.jsonl --rule "ahead: predictor,late_fetch=0" --rule predictor --out runs/q
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any, ClassVar
+
+from attention_predictor.eval.folder import RunFolder
+from attention_predictor.eval.heatmap import FILE, Axes, Panel, check_heatmap, draw_heatmaps
+from attention_predictor.eval.means import exit_code, mean_scores, notes
+from attention_predictor.eval.plain_table import plain_table
+from attention_predictor.eval.predictions import Record
+from attention_predictor.eval.prompts import context_length
+from attention_predictor.eval.runner import Benchmark, Plan, Sample, add_run_arguments, run
+from attention_predictor.eval.sources import Windows, parse_sources
+from attention_predictor.eval.subject import Subject
+from attention_predictor.eval.tails import decode_tails, new_cache, prefill
+from attention_predictor.eval.watched import check_watchable, watch
+from attention_predictor.loading import load_tokenizer
+from attention_predictor.predictor.errors import ConfigError, DataError
+
+SEQUENCES = 8  # tails decoded at once: each has a cache of its own
+
+
+class RecoveryMap(Benchmark):
+    """Documents, each a sample, decoded while their recovery is measured.
+
+    Args:
+        windows: Prompts and what is decoded behind them.
+        interval: Steps from one measurement to the next.
+    """
+
+    name = "recovery-map"
+    missing: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, windows: Windows, interval: int) -> None:
+        if not 1 <= interval <= windows.tail:
+            raise ConfigError(f"--interval {interval}: expected 1 to --tail {windows.tail}")
+        self.windows, self.interval, self.tasks = windows, interval, windows.names
+
+    def settings(self) -> dict[str, Any]:
+        windows = {name: getattr(self.windows, name) for name in ("context", "tail", "per_file")}
+        return windows | {"interval": self.interval}
+
+    def samples(self, task: str) -> Iterator[Sample]:
+        for name, part in self.windows.of(task):
+            yield Sample(name, "", {}, {"prompt": part.prompt, "tails": part.tails})
+
+    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+        prompt, tails = sample.hidden["prompt"], sample.hidden["tails"]
+        if len(tails[0]) < self.interval:
+            raise DataError(f"a tail of {len(tails[0])} tokens: nothing is measured at every {self.interval}th")
+        shares: dict[int, list[list[float]]] = defaultdict(list)  # by layer: of each sequence, a mean for each head
+        relatives: dict[int, list[list[float]]] = defaultdict(list)
+        for first in range(0, len(tails), SEQUENCES):
+            cache = new_cache(subject)
+            part = tails[first : first + SEQUENCES]
+            prefill(subject.model, cache, prompt, len(part))
+            watched = watch(cache, self.interval)
+            decode_tails(subject.model, cache, part)
+            for layer, found in watched.items():
+                share_BG, relative_BG = found.means
+                shares[layer] += share_BG.tolist()
+                relatives[layer] += relative_BG.tolist()
+        layers = sorted(shares)
+        return {
+            "layers": layers,
+            "recovery_map": [_by_head(shares[layer]) for layer in layers],
+            "relative_map": [_by_head(relatives[layer]) for layer in layers],
+            "prompt_tokens": len(prompt),
+            "new_tokens": sum(map(len, tails)),
+        }
+
+
+def _by_head(values: Sequence[Sequence[float]]) -> list[float]:
+    return [round(fmean(of_head), 6) for of_head in zip(*values, strict=True)]
+
+
+def sample_scores(task: str, records: Sequence[Record]) -> list[float]:
+    """Of each document, the relative recovery over all layers and heads; not a number where it failed."""
+    return [math.nan if "error" in one else fmean(map(fmean, one["relative_map"])) for one in records]
+
+
+def mean_map(folder: RunFolder, variant: str, name: str = "relative_map") -> tuple[list[int], list[list[float]]]:
+    """Numbers of the layers, and a list of its heads for each: means over all documents; empty where none is done."""
+    every = [one for task in folder.tasks for one in folder.records(variant, task) if "error" not in one]
+    if not every:
+        return [], []
+    maps = [one[name] for one in every]
+    return every[0]["layers"], [_by_head(heads) for heads in zip(*maps, strict=True)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
+    add = parser.add_argument
+    what = "[name=]place: .txt, .jsonl or .parquet, a directory or pattern of them, or a data set of the hub"
+    add("--data", action="append", required=True, metavar="D", help=what)
+    add("--context", type=int, default=8192, metavar="N", help="tokens of each document (%(default)s)")
+    add("--tail", type=int, default=128, metavar="N", help="the last of them, which are decoded (%(default)s)")
+    add("--per-file", type=int, default=1, metavar="N", help="documents of a .txt file (%(default)s)")
+    add("--interval", type=int, default=4, metavar="N", help="steps between measurements (%(default)s)")
+    add("--no-plot", dest="plot", action="store_false", help=f"don't draw OUT/{FILE}")
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.policies is None and not args.rule:
+        args.policies = "predictor"  # the stock model has nothing to recover
+    plan = Plan.of(args)
+    check_heatmap(args.plot)
+    context = context_length(args.model)
+    if context is not None and args.context > context:
+        raise ConfigError(f"--context {args.context}: the model has positions for {context} tokens")
+    tokenizer = load_tokenizer(args.model)
+    windows = Windows(parse_sources(args.data), tokenizer, args.context, args.tail, args.per_file, continuations=True)
+    benchmark = RecoveryMap(windows, args.interval)
+    for variant in plan.variants:
+        check_watchable(variant)
+    for name in windows.names:
+        if short := windows.check(name, plan.limit):
+            print(f"{name}: {short} documents have fewer than {args.context} tokens and are left out")
+    folder = run(benchmark, plan)
+    if folder is None:
+        return 0
+    print(folder_table(folder))
+    if args.plot:
+        draw_folder(folder)
+    return exit_code(mean_scores(folder, sample_scores))
+
+
+def folder_table(folder: RunFolder) -> str:
+    """Recovery and relative recovery in percent: layers down, their mean and their worst head last, variants across."""
+    maps = {(variant, name): mean_map(folder, variant, name) for variant in folder.variants for name in _MAPS}
+    layers = next((numbers for numbers, _ in maps.values() if numbers), [])
+    columns = [heads for _, heads in maps.values()]
+    rows: list[tuple[object, ...]] = []
+    for place, number in enumerate(layers):
+        rows.append((f"layer {number}", *(100 * fmean(heads[place]) if heads else None for heads in columns)))
+    rows.append(("all layers", *(100 * fmean(map(fmean, heads)) if heads else None for heads in columns)))
+    rows.append(("worst head", *(100 * min(map(min, heads)) if heads else None for heads in columns)))
+    titles = [f"{variant} {_MAPS[name]}" for variant, name in maps]
+    means = mean_scores(folder, sample_scores)
+    return plain_table(("recovery, %", *titles), rows, notes(folder, means, "left out of the figures"))
+
+
+_MAPS = {"recovery_map": "share", "relative_map": "relative"}
+
+
+def draw_folder(folder: RunFolder) -> None:
+    """The relative recovery of every variant, as a picture beside the results."""
+    maps = {variant: mean_map(folder, variant) for variant in folder.variants}
+    done = {variant: found for variant, found in maps.items() if found[1]}
+    if not done:
+        return
+    layers, heads = next(iter(done.values()))
+    columns = [str(head) for head in range(len(heads[0]))]
+    axes = Axes(rows=[str(layer) for layer in layers], columns=columns, row_title="layer", column_title="KV head")
+    low = min(min(map(min, of_heads)) for _, of_heads in done.values())
+    panels = [Panel(variant, of_heads) for variant, (_, of_heads) in done.items()]
+    draw_heatmaps(panels, axes, folder.path / FILE, title="Relative recovery", low=low)

@@ -1,0 +1,78 @@
+"""Watching the layers of a cache: how much of the true attention mass their steps recover, by KV head.
+
+Suffixes: B sequences, G KV heads, N blocks, W wanted blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from attention_predictor.eval.variants import Variant
+from attention_predictor.offload.layer import TieredLayer
+from attention_predictor.offload.policies import Step, policy_class
+from attention_predictor.predictor.errors import ConfigError
+
+TINY = 1e-12  # of mass; below it there is nothing to recover
+
+
+class HeadRecovery:
+    """What one layer's steps recover from now on.
+
+    The policy works as before; each of its steps is looked at once it has observed it. The layer must have had its
+    prompt, and no sequences may be added to it afterwards.
+
+    Args:
+        layer: Of a cache that is decoded with.
+        interval: Steps from one measurement to the next.
+
+    Attributes:
+        share_BG: fp32, share of the true mass on attended blocks, summed over measured steps.
+        relative_BG: fp32, its ratio to the best selection for the layer's budget, summed.
+        measured: How many steps that was.
+    """
+
+    def __init__(self, layer: TieredLayer, interval: int) -> None:
+        self.layer, self.interval = layer, interval
+        self.steps = self.measured = 0
+        self.share_BG = torch.zeros(layer.batch, layer.kv_heads, device=layer.device)
+        self.relative_BG = torch.zeros_like(self.share_BG)
+        self._observe = layer.policy.observe
+        layer.policy.observe = self.observe  # type: ignore[method-assign]
+
+    def observe(self, step: Step) -> None:
+        """In place of the policy's own."""
+        self._observe(step)
+        self.steps += 1
+        if self.steps % self.interval == 0:
+            self._measure(step)
+
+    def _measure(self, step: Step) -> None:
+        layer, mass_BGN = self.layer, step.exact.mass_BGQN[:, :, 0]
+        best_BGW = layer.selection.wanted(mass_BGN, step.length, layer.padding_B, step.kv_heads)
+        best_BG = mass_BGN.gather(-1, best_BGW.clamp_min(0)).masked_fill(best_BGW < 0, 0).sum(-1)
+        got_BG = mass_BGN.masked_fill(~step.attended_BGN, 0).sum(-1)
+        total_BG = mass_BGN.sum(-1)  # below 1 where an attention sink takes its share
+        self.share_BG += got_BG / total_BG.clamp_min(TINY)
+        self.relative_BG += got_BG / best_BG.clamp_min(TINY)
+        self.measured += 1
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Share and relative recovery ``[B, G]`` of a step, on average."""
+        return self.share_BG / self.measured, self.relative_BG / self.measured
+
+
+def watch(cache: Cache, interval: int) -> dict[int, HeadRecovery]:
+    """Watch every offloaded layer of a cache, by number."""
+    layers = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
+    return {layer.number: HeadRecovery(layer, interval) for layer in layers}
+
+
+def check_watchable(variant: Variant) -> None:
+    """``ConfigError`` for a variant whose steps have nothing to recover, or leave the host out."""
+    if variant.config is None or policy_class(variant.config.policy).selects == "all":
+        raise ConfigError(f"policy {variant.policy!r} attends to everything: there is nothing to recover")
+    if variant.config.prefetch == "graph":
+        raise ConfigError(f"{variant.name}: captured steps can't be watched, prefetch is 'graph'; choose another")
