@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -171,6 +172,10 @@ class Sheet:
     columns: Sequence[Column]
     notes: Sequence[str]
     seed: int
+    # A task's mean is part of several columns.
+    _task_means: dict[tuple[str, str, tuple[str, ...]], tuple[float, np.ndarray]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def full(self) -> Row | None:
@@ -193,7 +198,7 @@ class Sheet:
                 best = max(shown.values(), default=0.0) if self.measure.higher else min(shown.values(), default=0.0)
                 for name in names if len(names) > 1 else ():
                     if shown[name] == best:
-                        found[name, column.title] = _as_best(found[name, column.title])
+                        found[name, column.title] = replace(found[name, column.title], best=True)
         return found
 
     def _figure(self, row: Row, column: Column) -> Figure | None:
@@ -202,7 +207,7 @@ class Sheet:
             return None
         own = {task: list(row.outcomes[task].scores) for task in column.tasks}
         value, means_R = self._mean(row, own)
-        several = any(len(ids) > 1 for ids in own.values())
+        several = all(len(ids) > 1 for ids in own.values())  # one sample says nothing of its task's spread
         between = interval(means_R) if several else None
         full = self.full
         if full is None or full is row or not set(column.tasks) <= set(full.outcomes):
@@ -210,26 +215,32 @@ class Sheet:
         both = {task: [one for one in ids if one in full.outcomes[task].scores] for task, ids in own.items()}
         if not all(both.values()):
             return Figure(value, between, None, None)
+        paired = all(len(ids) > 1 for ids in both.values())
         (mine, mine_R), (theirs, theirs_R) = self._mean(row, both), self._mean(full, both)
-        return Figure(value, between, mine - theirs, interval(mine_R - theirs_R) if several else None)
+        return Figure(value, between, mine - theirs, interval(mine_R - theirs_R) if paired else None)
 
     def _mean(self, row: Row, ids: Mapping[str, Sequence[str]]) -> tuple[float, np.ndarray]:
         """Mean over tasks, each of the named samples; and resampled."""
         values, resampled = [], []
         for task, names in ids.items():
-            scores_N, weights_N = row.outcomes[task].arrays(names)
-            values.append(self._task_mean(scores_N, weights_N))
-            means_R = resampled_means(scores_N, weights_N, seed=(self.seed, *task.encode()))
-            resampled.append(self.measure.scale * means_R)
+            value, means_R = self._task_mean(row, task, tuple(names))
+            values.append(value)
+            resampled.append(means_R)
         mean = fmean(values)
         return round(mean, 2) if self.measure.rounded else mean, np.mean(resampled, axis=0)
 
-    def _task_mean(self, scores_N: np.ndarray, weights_N: np.ndarray) -> float:
+    def _task_mean(self, row: Row, task: str, ids: tuple[str, ...]) -> tuple[float, np.ndarray]:
+        if (known := self._task_means.get((row.name, task, ids))) is not None:
+            return known
+        scores_N, weights_N = row.outcomes[task].arrays(ids)
         total = 0.0
         for score, weight in zip(scores_N.tolist(), weights_N.tolist(), strict=True):  # in the official scorer's order
             total += score * weight
         mean = self.measure.scale * total / float(weights_N.sum())
-        return round(mean, 2) if self.measure.rounded else mean
+        means_R = self.measure.scale * resampled_means(scores_N, weights_N, seed=(self.seed, *task.encode()))
+        found = (round(mean, 2) if self.measure.rounded else mean, means_R)
+        self._task_means[row.name, task, ids] = found
+        return found
 
 
 def make_sheets(paths: Sequence[Path], seed: int = 0) -> list[Sheet]:
@@ -258,7 +269,13 @@ def make_sheets(paths: Sequence[Path], seed: int = 0) -> list[Sheet]:
                 break
         else:
             groups.append([folder])
-    return [sheet for group in groups for sheet in _sheets(group, seed)]
+    sheets = [sheet for group in groups for sheet in _sheets(group, seed)]
+    titles = Counter(sheet.title for sheet in sheets)
+    return [_told_apart(sheet) if titles[sheet.title] > 1 else sheet for sheet in sheets]
+
+
+def _told_apart(sheet: Sheet) -> Sheet:
+    return replace(sheet, title=f"{sheet.title} · {', '.join(str(folder.path) for folder in sheet.folders)}")
 
 
 def _agree(one: RunFolder, other: RunFolder) -> bool:
@@ -277,9 +294,13 @@ def _sheets(folders: Sequence[RunFolder], seed: int) -> list[Sheet]:
         return [_sheet(folders, seed)]
     made = []
     for name, (least, below) in longbench.BUCKETS.items():
-        sheet = _sheet(folders, seed, name, lambda one, a=least, b=below: a <= one["length"] < (b or math.inf))
+        sheet = _sheet(folders, seed, name, _of_length(least, below))
         made += [sheet] if any(one.scores for row in sheet.rows for one in row.outcomes.values()) else []
     return made
+
+
+def _of_length(least: int, below: int | None) -> Callable[[Record], bool]:
+    return lambda record: least <= record["length"] < (math.inf if below is None else below)
 
 
 def _sheet(
@@ -354,10 +375,6 @@ def _notes(rows: Sequence[Row], measure: Measure) -> list[str]:
     if absent:
         notes.append(f"not finished (differences are over samples that both have): {', '.join(absent)}")
     return notes
-
-
-def _as_best(figure: Figure) -> Figure:
-    return Figure(figure.value, figure.interval, figure.delta, figure.delta_interval, best=True)
 
 
 def describe(folder: RunFolder) -> str:

@@ -13,6 +13,7 @@ from attention_predictor.eval.plain_table import MISSING
 from attention_predictor.eval.sheet import SHOWN, Column, Row, Sheet
 
 BEST = "bold: best policy at a budget, full attention apart"
+INTERVAL = f"[{LEVEL:.0%} bootstrap interval over samples]"
 
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -57,7 +58,11 @@ def markdown(sheet: Sheet) -> str:
 
 def notes(sheet: Sheet) -> list[str]:
     """What must be said below a table."""
-    return [f"{sheet.measure.what}; {BEST}; [{LEVEL:.0%} bootstrap interval over samples]", *sheet.notes]
+    figures = sheet.figures.values()
+    legend = [sheet.measure.what]
+    legend += [BEST] if any(figure.best for figure in figures) else []
+    legend += [INTERVAL] if any(figure.interval is not None for figure in figures) else []
+    return ["; ".join(legend), *sheet.notes]
 
 
 def latex(sheet: Sheet) -> str:
@@ -137,6 +142,7 @@ def _latex_table(sheet: Sheet, cell: Callable[[Sheet, Row, Column], str], title:
         r"\begin{table}",
         r"\centering\small",
         rf"\caption{{{escape_latex(title)}}}",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{spec}}}",
         r"\toprule",
         " & ".join(["policy", "budget", *heads]) + r" \\",
@@ -148,6 +154,6 @@ def _latex_table(sheet: Sheet, cell: Callable[[Sheet, Row, Column], str], title:
             budget = row.budget
         cells = [escape_latex(row.policy), budget_text(row), *(cell(sheet, row, one) for one in sheet.columns)]
         lines.append(" & ".join(cells).replace(MISSING, "--") + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}"]
+    lines += [r"\bottomrule", r"\end{tabular}}"]
     lines += [rf"\par\footnotesize {escape_latex(note)}" for note in notes(sheet)]
     return "\n".join([*lines, r"\end{table}", ""])

@@ -178,6 +178,12 @@ class TestFigures:
         (sheet,) = make_sheets([write_run(tmp_path / "run", "needle", results, depths=[0])])
         assert sheet.figures["full", "8"].interval is None
 
+    def test_no_interval_of_a_mean_with_such_a_task(self, tmp_path):
+        results = {"full": {"8": answers("+"), "16": answers("+-+")}}
+        (sheet,) = make_sheets([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
+        assert sheet.figures["full", "16"].interval is not None
+        assert sheet.figures["full", "mean"].interval is None
+
     def test_traffic(self, tmp_path):
         (sheet,) = make_sheets([needle_run(tmp_path / "run")])
         rows = {row.name: row for row in sheet.rows}
@@ -290,9 +296,9 @@ class TestSheets:
             tmp_path / "c", "synthetic", {"full": {"kv": [{"found": [True, False], "answers": ["a", "b"]}]}}
         )
         assert [sheet.title for sheet in make_sheets([first, third, second])] == [
-            "Needle in a haystack · tiny",
+            f"Needle in a haystack · tiny · {first}",
             "Synthetic tasks · tiny",
-            "Needle in a haystack · tiny",
+            f"Needle in a haystack · tiny · {second}",
         ]
 
     def test_ruler_by_length(self, tmp_path):
