@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed}: expected 0 or more")
+    if args.out.exists() and not args.out.is_dir():
+        raise ConfigError(f"--out {args.out} is not a directory")
     sheets = make_sheets(args.runs, args.seed)
     tables = "\n".join(map(markdown, sheets))
     texts = {"md": tables, "tex": "\n".join(map(latex, sheets)), "html": page(sheets)}

@@ -20,6 +20,7 @@ _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "|": r"\textbar{}",
     "·": r"\textperiodcentered{}",
     "−": r"$-$",
     "–": "--",

@@ -17,7 +17,7 @@ from attention_predictor.eval.bootstrap import interval, resampled_means
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.longbench.scorer import score_folder
 from attention_predictor.eval.longbench.tasks import TASKS
-from attention_predictor.eval.page.charts import Point, line_chart, nice_ticks
+from attention_predictor.eval.page.charts import Point, legend_mark, line_chart, nice_ticks
 from attention_predictor.eval.sheet import make_sheets
 from attention_predictor.eval.tables import escape_latex, escape_markdown, latex, markdown, signed
 
@@ -446,13 +446,23 @@ class TestPage:
         assert "svg" not in Reader(page).tags
 
     def test_lines(self):
-        lines = {"a": {256: Point(1.0, (0.5, 2.0)), 512: Point(3.0)}, "b": {1024: Point(2.0)}}
+        lines = {"a": {256: Point(1.0, (0.5, 2.0)), 512: Point(3.0)}, "none": {}, "b": {1024: Point(2.0)}}
         drawn = line_chart("t", lines, 2.5)
+        assert re.findall(r'class="(s\d)"', drawn) == ["s0", "s2"]
         assert drawn.count('class="marker"') == 3
         assert drawn.count('class="whisker"') == 1
         assert drawn.count('class="level"') == 1
         assert "<title>a at 256: 1.00 [0.50, 2.00]</title>" in drawn
         assert [one for one in re.findall(r">(\d+)</text>", drawn) if int(one) > 200] == ["256", "512", "1024"]
+
+    def test_lines_stay_apart(self):
+        marks = [legend_mark(number) for number in (*range(16), None)]
+        assert len(set(marks)) == 17
+        places = [
+            float(re.search(r'class="marker" d="M([\d.]+)', one)[1])
+            for one in re.findall(r"<g>.*?</g>", line_chart("t", {name: {64: Point(1.0)} for name in "abc"}))
+        ]
+        assert len(set(places)) == 3
 
     @pytest.mark.parametrize(
         ("low", "high"), [(0, 100), (37.2, 38.9), (5, 5), (0, 0), (-3, 1), (1e-7, 3e-7), (1e6, 9e6)]
@@ -503,7 +513,9 @@ class TestRefused:
 
     def test_out_is_a_file(self, capsys, tmp_path):
         (tmp_path / "out").write_text("")
-        assert "can't be written to" in refused(capsys, needle_run(tmp_path / "run"), "--out", tmp_path / "out")
+        run = needle_run(tmp_path / "run")
+        assert refused(capsys, run, "--out", tmp_path / "out").endswith("out is not a directory")
+        assert "out/below can't be written to" in refused(capsys, run, "--out", tmp_path / "out" / "below")
 
     def test_seed(self, capsys, tmp_path):
         assert "--seed -1: expected 0 or more" in refused(capsys, needle_run(tmp_path / "run"), "--seed", -1)

@@ -63,8 +63,9 @@ def line_chart(title: str, lines: Lines, level: float | None = None) -> str:
         parts.append(f'<line class="level" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
     for number, (name, points) in enumerate(lines.items()):
         # A little apart, so that whiskers of equal values don't hide each other.
-        shift = (number - (len(lines) - 1) / 2) * min(5.0, 0.5 * step / len(lines))
-        parts.append(_line(number, name, {across(one, shift): (one, points[one]) for one in sorted(points)}, up))
+        shift = (number - (len(lines) - 1) / 2) * min(14.0, 0.6 * step / len(lines))
+        if points:  # a line without any keeps its colour
+            parts.append(_line(number, name, {across(one, shift): (one, points[one]) for one in sorted(points)}, up))
     return _svg(_WIDTH, _HEIGHT, f"{title}, against budget", parts)
 
 
