@@ -3,8 +3,8 @@
 Of each document --context tokens are taken; all but the last --tail are prefilled, those are decoded one by one under
 the policy, and at every --interval-th step the true attention is computed beside it. Rows with continuations,
 questions with their answers for example, are decoded with each of these instead. Recovery is the share of the true
-mass on the blocks attended to, relative recovery its ratio to what the best blocks, as many, hold. A head is a KV
-head, since blocks are chosen for each of these.
+mass on the blocks attended to, relative recovery its ratio to that of the best selection within the budget. A head is
+a KV head, since blocks are chosen for each of these.
 
 Every line of OUT/<variant>/<task>.jsonl has both as lists of lists, a list for each of "layers"; OUT/heatmap.png
 shows the relative recovery of each variant.
@@ -173,6 +173,6 @@ def draw_folder(folder: RunFolder) -> None:
     layers, heads = next(iter(done.values()))
     columns = [str(head) for head in range(len(heads[0]))]
     axes = Axes(rows=[str(layer) for layer in layers], columns=columns, row_title="layer", column_title="KV head")
-    low = min(min(map(min, of_heads)) for _, of_heads in done.values())
+    low = min(0.99, *(min(map(min, of_heads)) for _, of_heads in done.values()))
     panels = [Panel(variant, of_heads) for variant, (_, of_heads) in done.items()]
     draw_heatmaps(panels, axes, folder.path / FILE, title="Relative recovery", low=low)

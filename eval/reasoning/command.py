@@ -7,9 +7,9 @@ answer is found in what the model wrote, however it is formatted, and compared a
 A model with a chat template is told to think step by step; another one sees four solved problems before its own.
 
 examples:
-  attnpred eval reasoning --data reasoning/ --tasks gsm8k_test --limit 100 --out runs/gsm8k \\
+  attnpred eval reasoning --data reasoning/ --tasks gsm8k_test --limit 100 --out runs/gsm8k \
       --model Qwen/Qwen2.5-7B-Instruct --policies full,snapkv,predictor --budgets 256,512
-  attnpred eval reasoning --data reasoning/ --tasks aime24,aime25 --temperature 0.6 --top-p 0.95 --repeats 8 \\
+  attnpred eval reasoning --data reasoning/ --tasks aime24,aime25 --temperature 0.6 --top-p 0.95 --repeats 8 \
       --max-new-tokens 32768 --model deepseek-ai/DeepSeek-R1-Distill-Llama-8B --out runs/aime
 """
 

@@ -50,26 +50,7 @@ _DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
 _NAMED = re.compile(r"^[A-Za-z](?:_\w|\([A-Za-z]\))?\s*(?:=|\\in(?![A-Za-z]))\s*")
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?%?")
 _FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "mod", "and", "or", "pi"}
-_UNITS = {
-    "cm",
-    "mm",
-    "km",
-    "kg",
-    "mg",
-    "lb",
-    "ft",
-    "in",
-    "mi",
-    "am",
-    "pm",
-    "mph",
-    "kph",
-    "min",
-    "hr",
-    "hrs",
-    "oz",
-    "ml",
-}
+_UNITS = {"cm", "mm", "km", "kg", "mg", "ml", "lb", "oz", "ft", "in", "mi", "am", "pm", "mph", "min", "hr", "hrs"}
 
 
 def normalise(text: str) -> str:

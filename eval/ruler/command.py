@@ -2,7 +2,7 @@
 
 Samples are made here, by seed: prompt and longest answer together have the length asked for, in the model's own
 tokens. Parameters, scores and the beginning of the answer at the end of each prompt are RULER's, words and noise are
-ours. Essays for six of the niah tasks come from --haystack. Questions come from --squad (qa_1) and --hotpotqa (qa_2),
+ours. Essays for five of the niah tasks come from --haystack. Questions come from --squad (qa_1) and --hotpotqa (qa_2),
 files with a line of JSON for each: question, answers, context; without them these tasks are left out.
 
 --data runs samples that RULER has made, input and outputs in each line, from <task>.jsonl or a directory of such
