@@ -122,6 +122,16 @@ def test_what_cannot_be_captured_says_so_once(tiny_model, ids) -> None:
     assert next(iter(stats["fallbacks"])).startswith("the prefetch thread in place of captured steps: they need a CUDA")
 
 
+@pytest.mark.parametrize("calibration", ["exact", "none"])
+def test_without_a_sketch_it_says_so(monkeypatch, tiny_model, ids, calibration: str) -> None:
+    monkeypatch.setattr("attention_predictor.offload.graph.binding.on_gpu", lambda device: True)
+    _, stats = decode(
+        tiny_model("llama"), ids(150), 4, prefetch="graph", calibration=calibration, late_fetch=0.0, kernels="none"
+    )
+    (reason,) = stats["fallbacks"]
+    assert reason.endswith("they need the kernels")
+
+
 def test_a_layer_that_keeps_a_stock_cache_is_named(tiny_model, ids) -> None:
     model, prompt = tiny_model("gemma2"), ids(150)
     thread, _ = decode(model, prompt, 6)

@@ -78,7 +78,7 @@ class Predictor(Policy):
 
     @property
     def is_started(self) -> bool:
-        return self.history.started and self.sketch is not None and self.sketch.length >= self.sketch.group
+        return self.history.started and (self.sketch is None or self.sketch.length >= self.sketch.group)
 
     def reserve(self, tokens: int) -> None:
         self.history.reserve(-(-tokens // self.spec.config.block_size))
