@@ -36,32 +36,33 @@ struct Shared {
     float warp_top[kHeads][kWarps], warp_total[kHeads][kWarps];
     int warp_sum[2][kWarps];
     uint32_t digit, bound;
-    int left, equal, found;
+    int left, found;
 };
+
+// The sum of x over this lane and those before it.
+__device__ __forceinline__ int warp_prefix(int x) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+        const int other = __shfl_up_sync(kAll, x, offset);
+        if (lane >= offset) x += other;
+    }
+    return x;
+}
 
 // Prefix sums over the thread block of two counts a thread, exclusive; the totals too.
 __device__ __forceinline__ void scan(int (&count)[2], int (&before)[2], int (&total)[2], Shared &shared) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        int sum = count[i];
-#pragma unroll
-        for (int offset = 1; offset < kWarp; offset *= 2) {
-            const int other = __shfl_up_sync(kAll, sum, offset);
-            if (lane >= offset) sum += other;
-        }
+        const int sum = warp_prefix(count[i]);
         before[i] = sum - count[i];
         if (lane == kWarp - 1) shared.warp_sum[i][warp] = sum;
     }
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        int sum = lane < kWarps ? shared.warp_sum[i][lane] : 0;
-#pragma unroll
-        for (int offset = 1; offset < kWarp; offset *= 2) {
-            const int other = __shfl_up_sync(kAll, sum, offset);
-            if (lane >= offset) sum += other;
-        }
+        const int sum = warp_prefix(lane < kWarps ? shared.warp_sum[i][lane] : 0);
         total[i] = __shfl_sync(kAll, sum, kWarp - 1);
         const int upto = __shfl_sync(kAll, sum, max(warp - 1, 0));
         if (warp) before[i] += upto;
@@ -72,7 +73,7 @@ __device__ __forceinline__ void scan(int (&count)[2], int (&before)[2], int (&to
 // The least key among the `wanted` largest, and how many of those equal to it are among them. Keys of kNever don't count;
 // with fewer others than wanted, the least key is 1: all of them.
 template <typename Key>
-__device__ __forceinline__ uint32_t least_of_best(int n, int wanted, int *of_equal, int *equal, Shared &shared, const Key &key) {
+__device__ __forceinline__ uint32_t least_of_best(int n, int wanted, int *of_equal, Shared &shared, const Key &key) {
     uint32_t prefix = 0;
     int left = wanted;
     for (int shift = 24; shift >= 0; shift -= 8) {
@@ -96,11 +97,7 @@ __device__ __forceinline__ uint32_t least_of_best(int n, int wanted, int *of_equ
                 for (int c = 0; c < kCopies; ++c) mine[i] += shared.histogram[c][digit];
                 sum += static_cast<int>(mine[i]);
             }
-            int upto = sum;
-            for (int offset = 1; offset < kWarp; offset *= 2) {
-                const int other = __shfl_up_sync(kAll, upto, offset);
-                if (static_cast<int>(threadIdx.x) >= offset) upto += other;
-            }
+            const int upto = warp_prefix(sum);
             if (threadIdx.x == kWarp - 1) shared.left = -1;
             __syncwarp();
             if (upto >= left && upto - sum < left) {  // in one lane, or none
@@ -111,7 +108,6 @@ __device__ __forceinline__ uint32_t least_of_best(int n, int wanted, int *of_equ
                     if (seen < left && seen + here >= left) {
                         shared.digit = kBins - 1 - (threadIdx.x * (kBins / kWarp) + i);
                         shared.left = left - seen;
-                        shared.equal = here;
                     }
                     seen += here;
                 }
@@ -121,12 +117,10 @@ __device__ __forceinline__ uint32_t least_of_best(int n, int wanted, int *of_equ
         if (shared.left < 0) {  // fewer than wanted: in the first pass, or never
             __syncthreads();
             *of_equal = n;
-            *equal = n;
             return 1;
         }
         prefix |= shared.digit << shift;
         left = shared.left;
-        *equal = shared.equal;
         __syncthreads();
     }
     *of_equal = left;
@@ -208,8 +202,8 @@ __device__ __forceinline__ int best_blocks(int n, int wanted, List best, List ro
             return min(found, wanted);
         }
     }
-    int of_equal = 0, equal = 0;
-    const uint32_t least = least_of_best(n, wanted, &of_equal, &equal, shared, key);
+    int of_equal = 0;
+    const uint32_t least = least_of_best(n, wanted, &of_equal, shared, key);
     // A thread's blocks lie side by side here: equal ones are taken in order. Ranks are by block then, not by key.
     const int chunk = (n + kThreads - 1) / kThreads;
     const int begin = min(n, static_cast<int>(threadIdx.x) * chunk), end = min(n, begin + chunk);
@@ -310,7 +304,6 @@ struct Rows {
         missing = given + S;
         kept = reinterpret_cast<uint8_t *>(missing + S);
     }
-
 };
 
 __global__ void __launch_bounds__(kThreads) select_blocks_kernel(const Select a) {

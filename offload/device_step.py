@@ -21,6 +21,7 @@ from attention_predictor.csrc import ops
 from attention_predictor.offload.dense import Terms
 from attention_predictor.offload.device_table import DeviceTable
 from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.offload.sparse import attend_slots, score_slots
 from attention_predictor.predictor.errors import AttachError
 
 if TYPE_CHECKING:
@@ -143,23 +144,36 @@ class DeviceStep:
                 length_1=shared.length_1,
             )
         self.table.append(key_BGD, value_BGTD[:, :, 0].contiguous(), shared.length_1)
-        resident = self._over(self.table.block_BGS, query_BHD, None, terms)[1:3] if policy.chooses else None
+        pool, room = self.tiers.pool, (shared.capacity, shared.real_BL, terms)
+        resident = None
+        if policy.chooses:
+            resident = score_slots(
+                query_BHD, pool.key_BGSTD, self.table.block_BGS, *room, kernel=True, length_1=shared.length_1
+            )
         shared.meet()
         late_blocks = self.selection.share(policy.late_share)
         rest_BH = self.table.choose(
             peak_BHC, sum_BHC, resident, late_blocks, shared.length_1, shared.padding_B, shared.spent_1
         )
-        out_BHD, slot_peak_BHS, _, lse_BH = self._over(
-            self.table.active_BGS, query_BHD, self.tiers.pool.value_BGSTD, terms
+        attention = attend_slots(
+            query_BHD,
+            pool.key_BGSTD,
+            pool.value_BGSTD,
+            self.table.active_BGS,
+            *room,
+            kernel=True,
+            length_1=shared.length_1,
+            arrived_BH=self.arrived_BH,
         )
-        with shared.aside((peak_BHC, rest_BH, slot_peak_BHS, lse_BH)):
-            total_BH = torch.logaddexp(lse_BH, rest_BH)
+        slot_peak_BHS = attention.scores.peak_BHS
+        with shared.aside((peak_BHC, rest_BH, slot_peak_BHS, attention.lse_BH)):
+            total_BH = torch.logaddexp(attention.lse_BH, rest_BH)
             self.history.observe_slots(peak_BHC, self.table.active_BGS, slot_peak_BHS, total_BH, shared.length_1)
             first, blocks = self.selection.sink // self.selection.block_size, peak_BHC.shape[2]
             score_BGC = self.history.predict_ahead(first, self.selection.recent, shared.length_1, blocks)
             more = self.selection.ahead_blocks if policy.chooses else 0
             self.table.choose_ahead(score_BGC, more, shared.length_1, shared.padding_B)
-        return out_BHD[:, :, None]
+        return attention.out_BHD[:, :, None]
 
     def advance(self) -> None:
         """The host's counts follow, one token on."""
@@ -170,21 +184,3 @@ class DeviceStep:
     def leave(self) -> None:
         """The host's table takes over."""
         self.table.leave(self.tiers.table)
-
-    def _over(
-        self, block_BGS: Tensor, query_BHD: Tensor, value_BGSTD: Tensor | None, terms: Terms
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Attention, or scores alone, over the slots that a block is named for."""
-        return ops.sparse_decode(
-            query_BHD,
-            self.tiers.pool.key_BGSTD,
-            value_BGSTD,
-            block_BGS,
-            self.shared.capacity,
-            self.shared.real_BL,
-            None if terms.sinks_H is None else terms.sinks_H.float().contiguous(),
-            terms.scaling,
-            terms.softcap or 0.0,
-            self.shared.length_1,
-            self.arrived_BH,
-        )

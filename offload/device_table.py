@@ -48,9 +48,8 @@ class DeviceTable:
         self.active_BGS = table.block_of_slot_RS.masked_fill(~table.active_RS, -1).view(B, G, S).to(device)
         slot_RC = torch.full((R, capacity + 1), -1, dtype=torch.int32)
         slot_S = torch.arange(S, dtype=torch.int32).expand(R, S)
-        slot_RC.scatter_(
-            1, table.block_of_slot_RS % (capacity + 1), slot_S
-        )  # empty slots go to a column that is cut off
+        # Empty slots write to one column more, which is cut off.
+        slot_RC.scatter_(1, table.block_of_slot_RS % (capacity + 1), slot_S)
         self.slot_RC = slot_RC[:, :-1].contiguous().to(device)
         self.move_block_RS = torch.zeros((R, S), dtype=torch.int32, device=device)
         self.move_slot_RS = torch.zeros_like(self.move_block_RS)

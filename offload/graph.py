@@ -1,6 +1,6 @@
 """Decoding steps without the host: a model's one-token forward over a tiered cache, captured as one CUDA graph.
 
-Suffixes: B sequences, V vocabulary.
+Suffixes: B sequences, L tokens of the sequence.
 """
 
 from __future__ import annotations
