@@ -1,8 +1,9 @@
-"""The processes that share a run: one a GPU, started by ``accelerate launch`` or ``torchrun``."""
+"""The processes that share a run, started by ``accelerate launch`` or ``torchrun``: one a GPU, or more of them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -29,22 +30,33 @@ class Processes:
         except (KeyError, ValueError) as error:
             raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE are not those of a launcher: {error}") from error
         self._group: Any = None
+        self._store: Any = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The device that this process takes where one of that name was asked for."""
-        return f"{name}:{self.local_rank}" if self.count > 1 and torch.device(name).type == name == "cuda" else name
+        """The device that this process takes where one of that name was asked for.
 
-    def owns(self, index: int) -> bool:
-        """Whether the sample of that index is this process's to do."""
-        return index % self.count == self.rank
+        Processes beyond the number of GPUs share these, in turn.
+        """
+        if self.count == 1 or name != "cuda":
+            return name
+        return f"cuda:{self.local_rank % max(torch.cuda.device_count(), 1)}"
+
+    def numbers(self, total: int) -> Iterator[int]:
+        """Numbers from 0 to below ``total``, in order: each is given to one process, the one that asks for it first."""
+        if self.count == 1:
+            yield from range(total)
+        else:
+            while (number := self._store.add("taken", 1) - 1) < total:
+                yield number
 
     def __enter__(self) -> Processes:
         if self.count > 1:
-            dist.init_process_group("gloo")
+            self._store, rank, count = next(dist.rendezvous("env://"))
+            dist.init_process_group("gloo", store=dist.PrefixStore("group", self._store), rank=rank, world_size=count)
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         return self
 

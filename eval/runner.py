@@ -24,8 +24,8 @@ What ``run`` sees to:
   once more. ``OUT/run.json`` has all settings, a digest of every task's samples, and each session's versions, git state
   and machine; other settings or other samples are refused. More policies, budgets and tasks may come.
 - Everything that can be known to be wrong is refused before the model is loaded.
-- Under ``accelerate launch`` or ``torchrun`` processes take samples in turn; the result is the same files. Whatever is
-  random starts from seed, task and sample, not from what ran before.
+- Under ``accelerate launch`` or ``torchrun`` each process takes the next sample when it is done with one; the result is
+  the same files. Whatever is random starts from seed, task and sample, not from what ran before.
 - Greedy decoding, one sequence at a time, since a policy's budget is each sequence's own.
 """
 
@@ -40,7 +40,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice, product
+from itertools import groupby, islice, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -215,6 +216,7 @@ def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
             folder.fold()
         processes.wait()
         work = _Work.of(benchmark, plan, folder, processes, description["tasks"])
+        processes.wait()  # until all have seen the same left to do
         if work.left:
             device = torch.device(processes.device(plan.device))
             if device.type == "cuda" and device.index is not None:
@@ -229,14 +231,14 @@ def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
 
 @dataclass
 class _Work:
-    """This process's share of a run: ``total`` samples, of which those in ``left`` are to be done."""
+    """A run's samples, ``total`` in number, of which those ``left`` are to be done: variant, task and index."""
 
     benchmark: Benchmark
     plan: Plan
     folder: RunFolder
     processes: Processes
     total: int
-    left: Mapping[tuple[Variant, str], set[int]]  # indices by variant and task, where there are any
+    left: Sequence[tuple[Variant, str, int]]
 
     @classmethod
     def of(
@@ -247,33 +249,36 @@ class _Work:
         processes: Processes,
         tasks: Mapping[str, Mapping[str, Any]],
     ) -> _Work:
-        total, left = 0, {}
+        total, left = 0, []
         for variant, task in product(plan.variants, benchmark.tasks):
-            mine = {index for index in range(tasks[task]["samples"]) if processes.owns(index)}
             records = folder.records(variant.name, task)
             done = {one["index"] for one in records if not (plan.retry_errors and "error" in one)}
-            total += len(mine)
-            if mine - done:
-                left[variant, task] = mine - done
+            samples = tasks[task]["samples"]
+            total += samples
+            left += [(variant, task, index) for index in range(samples) if index not in done]
         return cls(benchmark, plan, folder, processes, total, left)
 
     def do(self, model: PreTrainedModel) -> None:
-        started = self.total - sum(map(len, self.left.values()))
+        """This process's share: whatever no other one takes."""
         quiet = None if self.processes.is_main else True
-        with tqdm(total=self.total, initial=started, unit="sample", disable=quiet) as bar:
-            for (variant, task), indices in self.left.items():
+        with tqdm(total=self.total, initial=self.total - len(self.left), unit="sample", disable=quiet) as bar:
+            mine = ((number, *self.left[number]) for number in self.processes.numbers(len(self.left)))
+            for (variant, task), samples in groupby(mine, key=itemgetter(1, 2)):
                 bar.set_description(f"{variant.name} {task}")
-                self._do_task(model, variant, task, indices, bar)
+                self._do_task(model, variant, task, ((number, index) for number, _, _, index in samples), bar)
 
-    def _do_task(self, model: PreTrainedModel, variant: Variant, task: str, indices: set[int], bar: tqdm) -> None:
+    def _do_task(
+        self, model: PreTrainedModel, variant: Variant, task: str, mine: Iterator[tuple[int, int]], bar: tqdm
+    ) -> None:
+        """Samples by number, for the bar, which counts those of all processes, and index, in their order."""
         path = self.folder.results(variant.name, task)
+        samples = enumerate(self.benchmark.samples(task))
         with Appender(part(path, self.processes.rank) if self.processes.count > 1 else path) as results:
-            for index, sample in enumerate(islice(self.benchmark.samples(task), max(indices) + 1)):
-                if index not in indices:
-                    continue
+            for number, index in mine:
+                sample = next(sample for place, sample in samples if place == index)
                 record = _attempt(self.benchmark, self.plan.seed, model, variant, task, sample)
                 results.append({"index": index} | record)
-                bar.update()
+                bar.update(self.total - len(self.left) + number + 1 - bar.n)
                 if record.get("error", "").startswith(torch.AcceleratorError.__name__):
                     raise AttentionPredictorError(
                         f"the device is of no use after {record['error']}; run the command again, with --retry-errors"

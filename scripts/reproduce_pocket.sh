@@ -1,24 +1,50 @@
 #!/usr/bin/env bash
-# The whole evaluation, small, with the pocket model: planted questions, needles, RULER's families, perplexity and LongBench, for
-# our policy and the baselines, then one report. Usage: scripts/reproduce_pocket.sh DATA OUT [DEVICE]
-#   DATA     holds texts/ (.txt files that the pocket model has not seen) and longbench/ (.jsonl files, named by task)
-# 30 minutes on two cores. LIMIT (samples of a LongBench task), QUESTIONS, BUDGETS and CONTEXT make it larger or smaller; stopped
-# and run again, it goes on where it was.
+# The whole evaluation, small, with the pocket model: planted questions, needles, RULER's families, perplexity, recovery by layer
+# and head and LongBench, for our policy and the baselines, then one report. Usage: scripts/reproduce_pocket.sh DATA OUT [DEVICE [MORE…]]
+#   DATA     holds texts/ (.txt files that the pocket model has not seen; of files named <kind>__<name>.txt each kind has a
+#            perplexity of its own) and longbench/ (.jsonl files, named by task)
+#   DEVICE   cpu (the default) or cuda; processes share the GPUs there are
+#   MORE     further options of `attnpred eval`, such as --retry-errors
+# About 30 minutes on two cores. Larger or smaller: POLICIES, BUDGETS, CONTEXT, QUESTIONS, SAMPLES (of a RULER task), DOCUMENTS (of a
+# kind of text), TASKS and LIMIT (of LongBench, and samples of each). PARTS names what is run of questions, needle, ruler,
+# perplexity, map, longbench; PROCESSES says by how many processes (one a core), PYTHON by which interpreter. Stopped and run
+# again, it goes on where it was.
 set -euo pipefail
-data=$1 out=$2 device=${3:-cpu}
-budgets=${BUDGETS:-256,512} context=${CONTEXT:-4096} questions=${QUESTIONS:-20} limit=${LIMIT:-1}
+refuse() { echo "reproduce_pocket.sh: $1" >&2; exit 2; }
+[ $# -ge 2 ] || refuse "expected DATA OUT [DEVICE [MORE…]]"
+data=$1 out=$2 device=${3:-cpu} more=("${@:4}")
+policies=${POLICIES:-full,streaming,snapkv,quest,predictor} budgets=${BUDGETS:-256,512}
+context=${CONTEXT:-2048} questions=${QUESTIONS:-20} samples=${SAMPLES:-3} documents=${DOCUMENTS:-2} limit=${LIMIT:-1}
+parts=${PARTS:-questions,needle,ruler,perplexity,map,longbench}
+processes=${PROCESSES:-$(nproc)} python=${PYTHON:-python3}
 for part in texts longbench; do
-    [ -d "$data/$part" ] || { echo "reproduce_pocket.sh: $data/$part: no such directory" >&2; exit 2; }
+    [ -d "$data/$part" ] || refuse "$data/$part: no such directory"
 done
-run() { # NAME BENCHMARK OPTIONS…
-    attnpred eval "$2" --device "$device" --out "$out/$1" --budgets "$budgets" \
-        --policies full,streaming,snapkv,quest,predictor --rule "predictor-ahead: predictor,late_fetch=0" "${@:3}"
+tasks=${TASKS:-$(cd "$data/longbench" && ls | sed -n 's/\.jsonl$//p' | paste -sd,)}
+[ -n "$tasks" ] || refuse "$data/longbench: no .jsonl file in it"
+kinds=$(cd "$data/texts" && ls | sed -n 's/__.*\.txt$//p' | sort -u)
+sources=() && for kind in $kinds; do sources+=(--data "$kind=$data/texts/${kind}__*.txt"); done
+[ -n "$kinds" ] || sources=(--data "texts=$data/texts")
+selecting=,$policies, && selecting=${selecting/,full,/,} && selecting=${selecting#,} && selecting=${selecting%,}
+
+launch=("$python" -m)
+if [ "$processes" != 1 ]; then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    launch+=(torch.distributed.run --standalone --nproc_per_node "$processes" -m)
+fi
+run() { # NAME BENCHMARK POLICIES OPTIONS…
+    [[ ,$parts, == *,$1,* ]] || return 0
+    echo "$1"
+    "${launch[@]}" attention_predictor.cli eval "$2" --device "$device" --out "$out/$1" --budgets "$budgets" \
+        --policies "$3" --rule "predictor-ahead: predictor,late_fetch=0" "${more[@]}" "${@:4}"
 }
-run questions synthetic --data "$data/texts" --context "$context" --questions "$questions"
-run needle needle --data "$data/texts" --lengths 1024,"$context" --depths 0,50,100 --samples 1 --no-chat
-run ruler ruler --haystack "$data/texts" --tasks niah_single_2,niah_multikey_1,vt --lengths "$context" --samples 3 \
-    --wording pocket --no-chat
-run perplexity perplexity --data "texts=$data/texts" --context "$context" --tail 64 --limit 4
-run longbench longbench --data "$data/longbench" --no-chat --max-length "$((context - 600))" --limit "$limit" \
-    --tasks "$(cd "$data/longbench" && ls ./*.jsonl | sed 's/.*\///; s/\.jsonl$//' | paste -sd,)" --answer-perplexity
-attnpred report "$out"/*/ --out "$out/report"
+run questions synthetic "$policies" --data "$data/texts" --context "$context" --questions "$questions"
+run needle needle "$policies" --data "$data/texts" --lengths "$((context / 4)),$context" --depths 0,25,50,75,100 --samples 1 --no-chat
+run ruler ruler "$policies" --haystack "$data/texts" --tasks niah_single_2,niah_multikey_1,niah_multivalue,niah_multiquery,vt,fwe \
+    --lengths "$context" --samples "$samples" --wording pocket --no-chat
+run perplexity perplexity "$policies" "${sources[@]}" --context "$context" --tail 64 --limit "$documents"
+run map recovery-map "$selecting" "${sources[@]}" --context "$context" --tail 64 --limit "$documents"
+run longbench longbench "$policies" --data "$data/longbench" --no-chat --max-length "$((context - 600))" --limit "$limit" \
+    --tasks "$tasks" --answer-perplexity
+runs=("$out"/*/run.json)
+"$python" -m attention_predictor.cli report "${runs[@]%/run.json}" --out "$out/report"
