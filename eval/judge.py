@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from attention_predictor.arguments import budget_allocation
 from attention_predictor.documents import Excerpt, encode, opening
 from attention_predictor.eval import synthetic
 from attention_predictor.offload.attach import attach
@@ -34,7 +35,7 @@ class Rule:
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """``[name:] policy[,field=value…]``."""
+        """``[name:] policy[,field=value…]``; the budgets of layers are joined by ``+``."""
         name, _, rest = text.rpartition(":")
         policy, *pairs = (part.strip() for part in rest.split(","))
         types = {one.name: type(getattr(OffloadConfig(), one.name)) for one in fields(OffloadConfig)}
@@ -43,6 +44,9 @@ class Rule:
             key, _, value = pair.partition("=")
             if key not in types:
                 raise ConfigError(f"--rule {text!r}: unknown field {key!r}, expected one of {', '.join(types)}")
+            if key == "budget_allocation":
+                settings[key] = budget_allocation(f"--rule {text!r}: {key}", value)
+                continue
             try:
                 settings[key] = types[key](value)
             except (TypeError, ValueError) as error:

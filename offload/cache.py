@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
+from attention_predictor.offload.allocation import Sharing
 from attention_predictor.offload.layer import TieredLayer
 from attention_predictor.predictor.errors import AttachError, IntegrityError
 
@@ -52,8 +53,10 @@ def adopt(cache: Cache, engine: Engine) -> None:
             f"the cache given holds {cache.get_seq_length()} tokens of another kind of cache; "
             "start from an empty one, or from engine.new_cache()"
         )
+    tiered = engine.tiered_layers
+    sharing = Sharing.of(engine.config, [number for number in range(len(layers)) if number in tiered])
     cache.layers = [
-        TieredLayer(engine, number) if number in engine.tiered_layers else layer for number, layer in enumerate(layers)
+        TieredLayer(engine, number, sharing) if number in tiered else layer for number, layer in enumerate(layers)
     ]
     cache.layer_class_to_replicate = None
     if type(cache) is DynamicCache:

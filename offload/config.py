@@ -12,6 +12,7 @@ from attention_predictor.predictor.errors import ConfigError
 CALIBRATIONS = ("sketch", "exact", "none")
 PREFETCHERS = ("thread", "graph", "none")
 KERNELS = ("auto", "none")
+ALLOCATIONS = ("policy", "uniform", "pyramid", "qsim", "cake")
 SKETCH_BITS = (1, 2, 4, 8)
 
 
@@ -24,6 +25,10 @@ class OffloadConfig:
 
     Attributes:
         budget: Tokens a decoding step may attend to, ``sink`` and ``recent`` included.
+        budget_allocation: How layers share the total of their budgets, which stays ``budget`` a layer:
+            ``"uniform"``ly, falling as a ``"pyramid"``, by the similarity of a prompt's queries (``"qsim"``), by its
+            attention (``"cake"``), or as the ``"policy"``'s paper has it; or the budgets themselves, one for each
+            layer that is offloaded (``offload/allocation.py``).
         block_size: Tokens in a block; a power of two.
         sink: First tokens, always attended.
         recent: Last tokens, always attended.
@@ -53,6 +58,7 @@ class OffloadConfig:
     """
 
     budget: int = 1024
+    budget_allocation: str | tuple[int, ...] | list[int] = "policy"
     block_size: int = 16
     sink: int = 64
     recent: int = 64
@@ -90,6 +96,7 @@ class OffloadConfig:
             self.budget >= least,
             f"at least sink + recent + one block = {self.sink} + {self.recent} + {self.block_size} = {least}",
         )
+        self._check_allocation(least)
         for name in ("history", "calibration_interval", "slab_blocks"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("policy", self.policy in policy_names(), _one_of(policy_names()))
@@ -112,6 +119,17 @@ class OffloadConfig:
             self.host_memory is None or (_is_int(self.host_memory) and self.host_memory > 0),
             "a positive number of bytes, or None",
         )
+
+    def _check_allocation(self, least: int) -> None:
+        name, given, size = "budget_allocation", self.budget_allocation, self.block_size
+        if not isinstance(given, (tuple, list)):
+            self._check(name, given in ALLOCATIONS, f"{_one_of(ALLOCATIONS)}, or a budget for each layer")
+            return
+        holds = len(given) > 0 and all(_is_int(budget) and budget >= least and budget % size == 0 for budget in given)
+        self._check(name, holds, f"budgets that are multiples of block_size={size} from {least} on")
+        mean = self.budget // size * size
+        allowed = f"a total of {len(given)} × {mean} (budget={self.budget}) = {len(given) * mean}, found {sum(given)}"
+        self._check(name, sum(given) == len(given) * mean, allowed)
 
     def _check(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from attention_predictor.offload.allocation import first_budgets
 from attention_predictor.offload.cache import (
     TieredCache,
     adopt,
@@ -44,6 +45,7 @@ class Engine:
         config: The settings.
         predictor: The loaded predictor, ``None`` for policies without one.
         tiered_layers: Numbers of the layers whose cache is in host memory.
+        first_budgets: Tokens a step may attend to in each of them, until a prompt decides otherwise.
     """
 
     def __init__(self, model: PreTrainedModel, config: OffloadConfig, predictor: AttentionPredictor | None) -> None:
@@ -54,6 +56,8 @@ class Engine:
         self.device: torch.device = model.device
         skipped = set(config.skip_layers)
         self.tiered_layers = frozenset(full_attention_layers(self.text_config)) - skipped
+        budgets = first_budgets(config, len(self.tiered_layers))
+        self.first_budgets = dict(zip(sorted(self.tiered_layers), budgets, strict=True))
         # But for what captured steps have counted since: to look there waits for the device.
         self.stats_kept = Stats(evicts=policy_class(config.policy).evicts)
         self.counts = DeviceCounts(self.device)

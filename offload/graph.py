@@ -77,7 +77,11 @@ def is_ready(cache: TieredCache) -> bool:
     """Whether the cache has come so far that a step over it can be captured: later, if not now."""
     tiered = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
     return bool(tiered) and all(
-        layer.is_initialized and layer.policy.is_started and layer.tiers.pool.slots for layer in tiered
+        layer.is_initialized
+        and layer.policy.is_started
+        and layer.tiers.pool.slots
+        and layer.selection.decides(layer.tiers.length + 1)
+        for layer in tiered
     )
 
 
@@ -170,7 +174,7 @@ class Graphed:
         capacity = ((length + 2) // growth + 1) * growth
         for layer in self.layers:
             layer.tiers.settle()
-            layer.tiers.grow(layer.selection.most_slots)
+            layer.tiers.grow(layer.selection.most_slots_at(length + 1))
             layer.tiers.store.settle()
             layer.tiers.store.reserve(capacity)
             layer.policy.reserve(capacity)

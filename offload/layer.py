@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from attention_predictor.offload.dense import Chunk, Scorer, Terms, attend, attend_prompt, no_fused
+from attention_predictor.offload.dense import Chunk, Scorer, ScoreRows, Terms, attend, attend_prompt, no_fused
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
 from attention_predictor.offload.selection import Selection
@@ -26,6 +26,7 @@ from attention_predictor.offload.tiers import Tiers
 from attention_predictor.predictor.errors import AttachError
 
 if TYPE_CHECKING:
+    from attention_predictor.offload.allocation import Sharing
     from attention_predictor.offload.device_step import DeviceStep
     from attention_predictor.offload.engine import Engine
     from attention_predictor.offload.graph import Graphed
@@ -48,18 +49,18 @@ class TieredLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, engine: Engine, number: int) -> None:
+    def __init__(self, engine: Engine, number: int, sharing: Sharing | None = None) -> None:
         super().__init__()
         self.engine = engine
         self.number = number
+        self.sharing = sharing  # of the budget, with the other layers of the cache; None if it is fixed
         self.block_size = engine.config.block_size
-        layers, policy = sorted(engine.tiered_layers), policy_class(engine.config.policy)
-        self.selection = Selection.of(engine.config, policy.budget(engine.config, layers.index(number), len(layers)))
         self._clear()
 
     def _clear(self) -> None:
         self.is_initialized = False
         self.armed = False  # between `update` and `attend`
+        self.selection = Selection.of(self.engine.config, self.engine.first_budgets[self.number])
         # While steps run without the host (`graph.py`): who runs them, and this layer's part.
         self.graphed: Graphed | None = None
         self.device_step: DeviceStep | None = None
@@ -87,6 +88,7 @@ class TieredLayer(CacheLayerMixin):
         )
         spec = LayerSpec(config, self.engine.predictor, B, G, D, self.dtype, self.device)
         self.policy = policy_class(config.policy)(spec)
+        self.policy.selection = self.selection
         wanted = config.kernels == "auto"
         reason = no_kernel(self.tiers.pool.key_BGSTD) if wanted else None
         self.kernel = wanted and reason is None
@@ -203,19 +205,29 @@ class TieredLayer(CacheLayerMixin):
             self.policy.extend(key_BGTD, query_BHQD)
         # The slots hold blocks that were wanted for one more token; several tokens at once attend to everything.
         if query_BHQD.shape[2] == 1 and self.tiers.pool.slots:
-            out_BHQD = self._attend_one(query_BHQD, terms)
+            sharing, out_BHQD = None, self._attend_one(query_BHQD, terms)
         else:
-            out_BHQD = self._attend_all(query_BHQD, key_BGTD, value_BGTD, terms)
-        self._fetch_ahead()
-        self.note_memory()
+            sharing = self._sharing_now(query_BHQD.shape[2])
+            out_BHQD = self._attend_all(query_BHQD, key_BGTD, value_BGTD, terms, sharing)
+        if sharing is None:
+            self._fetch_ahead()
+            self.note_memory()
         self.armed = False  # not before: a step that fails on its way leaves the layer unusable, as it should
         return out_BHQD
 
-    def _attend_all(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
+    def _sharing_now(self, queries: int) -> Sharing | None:
+        """Who decides about this layer's budget once so many queries have gone through all layers, if anyone does."""
+        if self.sharing is None or not self.armed or not self.sharing.heeds(queries, self.tiers.length):
+            return None
+        return self.sharing
+
+    def _attend_all(
+        self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms, sharing: Sharing | None
+    ) -> Tensor:
         """Prefill, later turns, verification, and every step of full attention."""
         length, queries = self.tiers.length, query_BHQD.shape[2]
         self.padding_B = _left_padding(terms.mask, self.batch, self.device)
-        rows = min(self.policy.prompt_rows, queries)
+        rows = min(max(self.policy.prompt_rows, sharing.rows if sharing is not None else 0), queries)
         last_BHRD, last_terms = query_BHQD[:, :, queries - rows :], terms.queries(queries - rows, queries)
         scorer = (
             Scorer(last_BHRD, length, last_terms, kv_heads=self.kv_heads, block_size=self.block_size) if rows else None
@@ -229,9 +241,14 @@ class TieredLayer(CacheLayerMixin):
             out_BHQD = attend(query_BHQD, own, terms, past if scorer is None else scorer.watch(past))
             if query_BHQD.is_cuda and (reason := no_fused(query_BHQD, key_BGTD, terms)) is not None:
                 self.engine.note_fallback(f"plain torch operations attend to what is cached: {reason}")
+        found: ScoreRows | None = None
         if scorer is not None:
             scorer.add(own)
-            self.policy.observe_rows(scorer.rows())
+            found = scorer.rows()
+            if own_rows := self.policy.prompt_rows:
+                self.policy.observe_rows(ScoreRows(*(rows_BGQN[:, :, -own_rows:] for rows_BGQN in found)))
+        if sharing is not None:
+            sharing.tell(self, query_BHQD, found, _real_keys(terms.mask))
         if queries == 1 and self.engine.is_first(self):
             self.engine.stats_kept.steps += 1
         return out_BHQD
@@ -279,6 +296,13 @@ class TieredLayer(CacheLayerMixin):
 
     # ---- choosing blocks -------------------------------------------------------------------------------------------
 
+    def set_budget(self, budget: int) -> None:
+        """Attend to so many tokens from the next step on, once all layers have told what they need."""
+        self.tiers.settle()  # where layers share keys, one may have begun to fetch
+        self.selection = self.policy.selection = Selection.of(self.engine.config, budget)
+        self._fetch_ahead()
+        self.note_memory()
+
     def _fetch_ahead(self) -> None:
         """Submit the fetch of what the next token wants."""
         if self.policy.selects == "all":
@@ -288,9 +312,11 @@ class TieredLayer(CacheLayerMixin):
         # More than a step may attend to, where the next one chooses among them.
         more = self.selection.ahead_blocks if self.policy.chooses else 0
         wanted_BGW = self.selection.wanted(scores_BGN, length, self.padding_B, self.kv_heads, more)
-        slots = self.selection.slots(length)
+        slots, most = self.selection.slots(length), self.selection.most_slots_at(length)
         if slots > self.tiers.pool.slots:  # while the context is shorter than the budget, the pool grows with it
-            self.tiers.grow(min(slots + POOL_STEP, self.selection.most_slots))
+            self.tiers.grow(min(slots + POOL_STEP, most))
+        elif most < self.tiers.pool.slots:  # the budget has become smaller, or has come into effect
+            self.tiers.shrink(most)
         self.tiers.fetch_ahead(wanted_BGW)
 
     def _choose(self, step: Step) -> None:
@@ -319,6 +345,7 @@ class TieredLayer(CacheLayerMixin):
     def note_memory(self) -> None:
         """Tell the stats what this layer holds."""
         stats = self.engine.stats_kept
+        stats.layer_budgets[self.number] = self.selection.budget
         parts = {name: part.nbytes for name, part in self.policy.parts.items()}
         if self.device_step is not None:
             parts["table"] = self.device_step.table.nbytes

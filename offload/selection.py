@@ -48,10 +48,17 @@ class Selection:
         """Blocks resident at most: those a step attends to, and the reserve."""
         return self.n_blocks(max(self.budget, self.whole)) + self.share(self.reserve)
 
+    def decides(self, length: int) -> bool:
+        """Whether from ``length`` tokens on the budget alone limits what a step attends to."""
+        return length > self.whole or self.budget >= self.whole
+
+    def most_slots_at(self, length: int) -> int:
+        """The same at ``length`` tokens: a budget below the mean takes effect with ``whole`` tokens."""
+        return self.n_blocks(self.budget) + self.share(self.reserve) if self.decides(length) else self.most_slots
+
     def slots(self, length: int) -> int:
         """Blocks resident at ``length`` tokens."""
-        most = self.most_slots if length <= self.whole else self.n_blocks(self.budget) + self.share(self.reserve)
-        return min(self.n_blocks(length), most)
+        return min(self.n_blocks(length), self.most_slots_at(length))
 
     @property
     def ahead_blocks(self) -> int:

@@ -29,6 +29,7 @@ class Stats:
         exposed_wait_ms: Time the generating thread stood still for a fetch, ahead (not there yet) or late.
         recovery_sum, relative_recovery_sum, recovery_count: Measured only on request.
         device_bytes: Device memory by layer and part at the last step.
+        layer_budgets: Tokens a step may attend to, by layer, at the last step.
         host_bytes, full_bytes: Host memory, and what the whole cache would take on the device, by layer.
         fallbacks: What ran otherwise than asked for, by message.
         evicts: Whether the policy gives blocks up for good, by definition; the store holds them all the same.
@@ -48,6 +49,7 @@ class Stats:
     relative_recovery_sum: float = 0.0
     recovery_count: int = 0
     device_bytes: dict[int, dict[str, int]] = field(default_factory=dict)
+    layer_budgets: dict[int, int] = field(default_factory=dict)
     host_bytes: dict[int, int] = field(default_factory=dict)
     full_bytes: dict[int, int] = field(default_factory=dict)
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -102,9 +104,9 @@ class Stats:
 
     def reset(self) -> None:
         """Start counting anew; memory figures stay, since the memory does."""
-        kept = self.device_bytes, self.host_bytes, self.full_bytes, self.evicts
+        kept = self.device_bytes, self.layer_budgets, self.host_bytes, self.full_bytes, self.evicts
         self.__init__()  # type: ignore[misc]
-        self.device_bytes, self.host_bytes, self.full_bytes, self.evicts = kept
+        self.device_bytes, self.layer_budgets, self.host_bytes, self.full_bytes, self.evicts = kept
 
     def to_dict(self) -> dict[str, Any]:
         """The figures people ask for, as plain values."""
@@ -121,6 +123,7 @@ class Stats:
             "device_kv_parts": self.device_kv_parts(),
             "host_kv_bytes": self.host_kv_bytes,
             "full_kv_bytes": self.full_kv_bytes,
+            "layer_budgets": [self.layer_budgets[layer] for layer in sorted(self.layer_budgets)],
             "recovery": self.recovery,
             "relative_recovery": self.relative_recovery,
             "fallbacks": dict(self.fallbacks),
@@ -144,6 +147,8 @@ class Stats:
             ),
             ("exposed wait per token", f"{self.exposed_wait_ms / steps:.2f} ms"),
         ]
+        if len(set(self.layer_budgets.values())) > 1:
+            rows.append(("budgets by layer", ", ".join(map(str, self.to_dict()["layer_budgets"]))))
         if self.streamed_bytes:
             rows.append(("streamed per token", f"{self.streamed_bytes / steps / MIB:.2f} MiB"))
         if self.recovery_count:

@@ -97,6 +97,15 @@ class Tiers:
             self.pool.grow(slots)
             self.table.grow(slots)
 
+    def shrink(self, slots: int) -> None:
+        """So many slots a row, all of them empty: what is wanted next is fetched anew."""
+        B, G, _, T, D = self.pool.key_BGSTD.shape
+        dtype = self.pool.key_BGSTD.dtype
+        self.pool = BlockPool(
+            batch=B, kv_heads=G, slots=slots, block_size=T, head_dim=D, dtype=dtype, device=self.device
+        )
+        self.table = ResidencyTable(rows=self.table.rows, slots=slots)
+
     def fetch_ahead(self, wanted_BGW: Tensor) -> None:
         """Submit the fetch of what the next token wants; ``settle`` waits for it."""
         self.ticket = self.engine.prefetcher.submit(partial(self._run, wanted_BGW))

@@ -24,15 +24,16 @@ from test_contracts import (
 )
 
 from attention_predictor import OffloadConfig, attach
+from attention_predictor.offload.allocation import allocation_of, first_budgets, mean_shares, share_budget
 from attention_predictor.offload.dense import ScoreRows
 from attention_predictor.offload.policies import LayerSpec, policy_class, policy_names
-from attention_predictor.offload.policies.base import BlockValues, newest_first, share_budget
-from attention_predictor.offload.policies.cake import layer_shares, preference
+from attention_predictor.offload.policies.base import BlockValues, newest_first
+from attention_predictor.offload.policies.cake import preference
 from attention_predictor.offload.policies.snapkv import pooled
 from attention_predictor.offload.selection import NEVER, Selection
 from attention_predictor.predictor.errors import IntegrityError
 
-BASELINES = ("h2o", "snapkv", "pyramidkv", "cake", "lazy-eviction")
+BASELINES = ("h2o", "snapkv", "pyramidkv", "cake", "tappa", "lazy-eviction")
 EVICTING = ("h2o", "lazy-eviction")
 SMALL = {"budget": 96, "sink": 16, "recent": 16}
 B, G, H, D = 2, 2, 4, 8
@@ -300,7 +301,7 @@ def test_snapkv_a_short_last_chunk_has_its_share_of_the_window():
     assert (policy.votes.value_BGN - pooled(expected.expand(B, G, 20), 5, 16)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "cake"])
+@pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "cake", "tappa"])
 def test_static_selection(tiny_model, ids, monkeypatch, policy):
     """Decoding changes no vote; blocks of the prompt only ever leave, those with the fewest votes first."""
     seen = observing(monkeypatch, policy)
@@ -334,16 +335,16 @@ def test_static_selection(tiny_model, ids, monkeypatch, policy):
 def test_pyramid_budgets(n_layers, free, sink, recent, odd):
     """The total is exactly that of equal budgets, no layer has more than the one below, each has the least it needs."""
     least = 16 * (sink + recent + 1)
-    config = OffloadConfig(budget=least + 16 * free + odd, sink=16 * sink, recent=16 * recent)
-    budgets = [policy_class("pyramidkv").budget(config, layer, n_layers) for layer in range(n_layers)]
+    config = OffloadConfig(policy="pyramidkv", budget=least + 16 * free + odd, sink=16 * sink, recent=16 * recent)
+    budgets = first_budgets(config, n_layers)
     assert sum(budgets) == n_layers * (least + 16 * free)
     assert all(budget % 16 == 0 and budget >= least for budget in budgets)
     assert all(below >= above for below, above in itertools.pairwise(budgets))
 
 
 def test_pyramid_falls_by_equal_steps_to_a_twentieth():
-    config = OffloadConfig(budget=16 * (9 + 400))  # 400 blocks free in each layer
-    budgets = [policy_class("pyramidkv").budget(config, layer, 39) for layer in range(39)]
+    # 400 blocks free in each layer
+    budgets = first_budgets(OffloadConfig(policy="pyramidkv", budget=16 * (9 + 400)), 39)
     free = [budget // 16 - 9 for budget in budgets]
     assert free == [780 - 20 * layer for layer in range(39)]
     assert free[-1] == 400 / 20
@@ -370,10 +371,13 @@ def test_pyramid_is_exact_up_to_the_mean_budget(tiny_model, ids, budget, exact):
     assert (apart < 1e-4) == exact
 
 
-def test_other_policies_have_equal_budgets():
+def test_how_layers_share_by_default():
+    others = {"pyramidkv": "pyramid", "cake": "cake", "tappa": "qsim"}
     for name in policy_names():
+        config = OffloadConfig(budget=512, policy=name)
+        assert allocation_of(config) == others.get(name, "uniform")
         if name != "pyramidkv":
-            assert policy_class(name).budget(OffloadConfig(budget=512), 3, 8) == 512
+            assert first_budgets(config, 8) == [512] * 8
 
 
 def test_share_budget_by_any_weights():
@@ -423,11 +427,10 @@ def test_cake_shares_equal_their_definition():
                 one.append(entropy ** (1 / tau1) * shift ** (1 / tau2))
             preferences.append(one)
         expected = torch.tensor(preferences) / torch.tensor(preferences).sum(0)
-        shares = layer_shares(layers, tau1, tau2)
-        assert shares.shape == (3, B)
-        assert torch.allclose(shares, expected, rtol=1e-3)
-        assert torch.allclose(shares.sum(0), torch.ones(B))
-    assert torch.allclose(layer_shares([layers[0]] * 4), torch.full((4, B), 0.25))
+        preference_YB = torch.stack([preference(mass_BGQN, tau1, tau2) for mass_BGQN in layers])
+        assert preference_YB.shape == (3, B)
+        assert torch.allclose(preference_YB / preference_YB.sum(0), expected, rtol=1e-3)
+        assert torch.allclose(torch.tensor(mean_shares(preference_YB)), expected.mean(1), rtol=1e-3)
 
 
 def test_cake_wants_room_where_attention_is_spread_and_shifts():

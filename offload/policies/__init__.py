@@ -13,6 +13,7 @@ from attention_predictor.offload.policies.pyramidkv import PyramidKV
 from attention_predictor.offload.policies.quest import Quest, QuestAhead
 from attention_predictor.offload.policies.snapkv import SnapKV
 from attention_predictor.offload.policies.streaming import Streaming
+from attention_predictor.offload.policies.tappa import TAPPA
 from attention_predictor.predictor.errors import ConfigError
 
 _REGISTRY: dict[str, type[Policy]] = {}
@@ -38,7 +39,20 @@ def policy_class(name: str) -> type[Policy]:
     return _REGISTRY[name]
 
 
-for _policy in (Full, Streaming, Quest, QuestAhead, Predictor, Oracle, H2O, SnapKV, PyramidKV, CAKE, LazyEviction):
+for _policy in (
+    Full,
+    Streaming,
+    Quest,
+    QuestAhead,
+    Predictor,
+    Oracle,
+    H2O,
+    SnapKV,
+    PyramidKV,
+    CAKE,
+    TAPPA,
+    LazyEviction,
+):
     register(_policy)
 
 __all__ = ["LayerSpec", "Policy", "Step", "policy_class", "policy_names", "register"]

@@ -6,7 +6,7 @@ blocks, Q queries, S slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention_predictor.offload.dense import Chunk, ScoreRows, Terms, score_rows
+from attention_predictor.offload.selection import Selection
 from attention_predictor.offload.sparse import SlotScores, SparseAttention, score_slots
 from attention_predictor.predictor.errors import IntegrityError
 
@@ -185,21 +186,22 @@ class Policy:
 
     ``selects`` says when: ``"ahead"`` for the next token, so that the fetch hides behind this one; ``"now"`` with the
     current query, so that it can't; ``"all"`` attends to everything and selects nothing. ``evicts`` says that a block
-    once left out is never selected again, by definition; the host store holds it all the same.
+    once left out is never selected again, by definition; the host store holds it all the same. ``allocation`` is how
+    its paper has layers share the budget (``offload/allocation.py``).
+
+    Attributes:
+        selection: The layer's budget and what goes with it; the layer sets it, anew if its budget changes.
     """
 
     name: ClassVar[str]
     selects: ClassVar[When]
     evicts: ClassVar[bool] = False
+    allocation: ClassVar[str] = "uniform"
     prompt_rows: int = 0  # score rows of the last prompt queries it wants to see
 
     def __init__(self, spec: LayerSpec) -> None:
         self.spec = spec
-
-    @classmethod
-    def budget(cls, config: OffloadConfig, layer: int, n_layers: int) -> int:
-        """Tokens that a step may attend to in offloaded layer ``layer`` of ``n_layers``, both counted from 0."""
-        return config.budget
+        self.selection = Selection.of(spec.config)
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -267,20 +269,3 @@ def newest_first(scores_BGN: Tensor, first: int) -> Tensor:
     top_BG1 = scores_BGN.amax(-1, keepdim=True).clamp_min(0)
     place_N = torch.arange(1, newer + 1, device=scores_BGN.device)
     return torch.cat([scores_BGN[..., :first], top_BG1 + place_N], -1)
-
-
-def share_budget(config: OffloadConfig, weights: Sequence[float]) -> list[int]:
-    """Budgets of layers, their sum exactly that of equal ones (in whole blocks).
-
-    Each gets sink, recent and one block; what is left of the sum goes by weight, rounded to blocks so that the largest
-    fractions are rounded up, and of equal ones those of the lower layers.
-    """
-    least = (config.sink + config.recent) // config.block_size + 1
-    free = len(weights) * (config.budget // config.block_size - least)
-    total = sum(weights)
-    exact = [free * (weight / total if total else 1 / len(weights)) for weight in weights]
-    blocks = [int(share) for share in exact]
-    by_fraction = sorted(range(len(weights)), key=lambda layer: blocks[layer] - exact[layer])
-    for layer in by_fraction[: free - sum(blocks)]:
-        blocks[layer] += 1
-    return [(least + more) * config.block_size for more in blocks]

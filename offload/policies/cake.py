@@ -3,19 +3,17 @@
 As in the paper: a key's indicator is the mean of the attention of the last 32 prompt queries plus γ = 200 times its
 variance over them, pooled over 5 tokens and averaged over the query heads of a KV head. A layer's preference is
 H^(1/τ1) · V^(1/τ2), H being the entropy of that attention (how widely it is spread) and V the sum of its variances
-(how much it shifts); layers share the total budget by it. τ1 = τ2 = 1 by default; the authors tune both by model.
+(how much it shifts); layers share the total budget by it (``offload/allocation.py``). τ1 = τ2 = 1; the authors tune
+both by model.
 
 Adapted: blocks in place of tokens, the rest as in SnapKV; the query heads of a KV head are averaged before and not
 after the variance. While decoding, the authors' code goes on evicting what the newest query looks at least; here the
-blocks generated take the place of the lowest indicators. All layers have the same budget: what the paper would give
-them (``layer_shares``, and ``share_budget`` in blocks) is known only when the prompt has gone through the last one.
+blocks generated take the place of the lowest indicators.
 
-Suffixes: B sequences, G KV heads, Q queries, N blocks, L layers.
+Suffixes: B sequences, G KV heads, Q queries, N blocks.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +25,7 @@ class CAKE(SnapKV):
     """Static, as SnapKV, by an indicator that also keeps what is looked at now and then."""
 
     name = "cake"
+    allocation = "cake"
     gamma = 200.0
 
     def indicator(self, mass_BGQN: Tensor) -> Tensor:
@@ -38,12 +37,6 @@ def preference(mass_BGQN: Tensor, tau1: float = 1.0, tau2: float = 1.0) -> Tenso
     entropy_B = torch.special.entr(mass_BGQN).sum((1, 2, 3))
     shift_B = _variance(mass_BGQN).sum((1, 2))
     return entropy_B ** (1 / tau1) * shift_B ** (1 / tau2)
-
-
-def layer_shares(rows: Sequence[Tensor], tau1: float = 1.0, tau2: float = 1.0) -> Tensor:
-    """Each layer's share of the total budget, ``[L, B]``, from the layers' rows mass_BGQN."""
-    preference_LB = torch.stack([preference(mass_BGQN, tau1, tau2) for mass_BGQN in rows])
-    return preference_LB / preference_LB.sum(0)
 
 
 def _variance(mass_BGQN: Tensor) -> Tensor:

@@ -38,8 +38,11 @@ class H2O(Policy):
         super().__init__(spec)
         self.attention = BlockValues(spec)
         self.evicted = BlockValues(spec, False)
-        config = spec.config
-        self.newest = replace(Selection.of(config), recent=config.budget // 2)
+
+    @property
+    def newest(self) -> Selection:
+        """The newest tokens as recent ones: half of the budget."""
+        return replace(self.selection, recent=self.selection.budget // 2)
 
     @property
     def parts(self) -> dict[str, BlockValues]:  # type: ignore[override]
@@ -55,10 +58,11 @@ class H2O(Policy):
         self.evicted.value_BGN = self.evicted.grow(step.n_blocks) | ~step.attended_BGN
 
     def score_next(self, length: int) -> Tensor:
-        n_blocks = self.newest.n_blocks(length)
-        scores_BGN = newest_first(self.attention.grow(n_blocks), self.newest.first_recent(length))
+        newest = self.newest
+        n_blocks = newest.n_blocks(length)
+        scores_BGN = newest_first(self.attention.grow(n_blocks), newest.first_recent(length))
         return scores_BGN.masked_fill(self.evicted.grow(n_blocks), NEVER)
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
         for values in self.parts.values():
-            values.crop(self.newest.n_blocks(length))
+            values.crop(self.selection.n_blocks(length))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from attention_predictor.offload.dense import ScoreRows
 from attention_predictor.offload.policies.base import BlockValues, LayerSpec, Policy, ReadKeys, Step
-from attention_predictor.offload.selection import ALWAYS, NEVER, Selection
+from attention_predictor.offload.selection import ALWAYS, NEVER
 
 
 class LazyEviction(Policy):
@@ -38,7 +38,6 @@ class LazyEviction(Policy):
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)
-        self.selection = Selection.of(spec.config)
         self.prompt_rows = max(spec.config.recent, 1)
         self.steps = 0
         self.last = BlockValues(spec)
@@ -70,9 +69,11 @@ class LazyEviction(Policy):
         return score_BGN.masked_fill(interval_BGN == 0, 0)
 
     def score_next(self, length: int) -> Tensor:
-        n_blocks, config = self.selection.n_blocks(length), self.spec.config
+        selection = self.selection
+        n_blocks = selection.n_blocks(length)
         evicted_BGN = self.evicted.grow(n_blocks)
-        if length > config.budget and n_blocks - self.gone > config.budget // config.block_size:
+        budget = selection.budget // selection.block_size
+        if length > max(selection.budget, selection.whole) and n_blocks - self.gone > budget:
             evicted_BGN = self._evict(length)
         return torch.zeros_like(evicted_BGN, dtype=torch.float32).masked_fill(evicted_BGN, NEVER)
 

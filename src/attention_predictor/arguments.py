@@ -24,6 +24,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default %(default)s")
 
 
+def budget_allocation(option: str, text: str) -> str | list[int]:
+    """A name, or the budget of each layer, as ``"256,512"`` or, where commas mean something else, ``"256+512"``."""
+    return whole_numbers(option, text.replace("+", ",")) if text[:1].isdigit() else text
+
+
 def whole_numbers(option: str, text: str) -> list[int]:
     """``"256,512"`` as numbers; ConfigError, naming the option, for anything else."""
     try:

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from attention_predictor.arguments import add_model_arguments
+from attention_predictor.arguments import add_model_arguments, budget_allocation
 from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.attach import attach
-from attention_predictor.offload.config import CALIBRATIONS, PREFETCHERS, OffloadConfig
+from attention_predictor.offload.config import ALLOCATIONS, CALIBRATIONS, PREFETCHERS, OffloadConfig
 from attention_predictor.offload.engine import Engine, check_positions
 from attention_predictor.offload.policies import policy_names
 from attention_predictor.predictor.errors import ConfigError, DataError
@@ -53,6 +53,8 @@ def add_offload_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--budget", type=int, default=_DEFAULTS.budget, metavar="N", help="tokens a step reads (%(default)s)"
     )
+    what = f"how layers share it: one of {', '.join(ALLOCATIONS)}, or each layer's, such as 768,1280 (%(default)s)"
+    group.add_argument("--budget-allocation", default=_DEFAULTS.budget_allocation, metavar="A", help=what)
     group.add_argument(
         "--block-size", type=int, default=_DEFAULTS.block_size, metavar="N", help="tokens in a block (%(default)s)"
     )
@@ -85,6 +87,7 @@ def offload_config(args: argparse.Namespace, **changes: Any) -> OffloadConfig:
     return OffloadConfig(
         policy=args.policy,
         budget=args.budget,
+        budget_allocation=budget_allocation("--budget-allocation", args.budget_allocation),
         block_size=args.block_size,
         sink=args.sink,
         recent=args.recent,

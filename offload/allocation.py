@@ -1,0 +1,140 @@
+"""How layers share the budget: equally, by a form, as given, or by what the prompt shows of each of them.
+
+- ``uniform``: each layer has the configured budget.
+- ``pyramid`` (PyramidKV, arXiv 2406.02069, section 4): budgets fall by the same step from layer to layer, the top layer
+  having 1/20 of the mean.
+- ``qsim`` (TAPPA, ICLR 2026, arXiv 2601.21709): a layer's preference for room is 1 − q, q being the similarity of its
+  last 32 prompt queries (``query_similarity``), averaged over heads. Where queries turn, more is kept.
+- ``cake`` (CAKE, ICLR 2025, arXiv 2503.12491): by entropy and variance of the attention of the last 32 prompt queries
+  over what stands before them (``policies/cake.py``, ``preference``).
+- budgets in tokens, one a layer.
+
+Adapted: layers have sink, recent and one block in any case, and what is left of the total goes in proportion
+(``share_budget``); the papers give all of it so, but for a window. Budgets are those of a layer, not of a KV head: its
+pool has as many slots for each, and a kernel's launch has one limit. A batch has one set of budgets, from the mean of
+its sequences' shares. ``qsim`` and ``cake`` are known when the prompt has gone through the last layer: no layer fetches
+before. They are made anew by every forward of 32 tokens and more; shorter ones, such as drafts, leave them alone.
+
+Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, L tokens of the sequence, D head size, N blocks,
+Y layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attention_predictor.offload.dense import ScoreRows
+from attention_predictor.offload.policies import policy_class
+from attention_predictor.offload.policies.cake import preference
+from attention_predictor.offload.query_similarity import WINDOW, query_similarity
+from attention_predictor.predictor.errors import ConfigError
+
+if TYPE_CHECKING:
+    from attention_predictor.offload.config import OffloadConfig
+    from attention_predictor.offload.layer import TieredLayer
+
+PYRAMID_BETA = 20
+FROM_PROMPT = ("qsim", "cake")
+
+
+def share_budget(config: OffloadConfig, weights: Sequence[float]) -> list[int]:
+    """Budgets of layers in tokens, their sum exactly that of equal ones (in whole blocks).
+
+    Each gets sink, recent and one block; what is left of the sum goes by weight, rounded to blocks so that the largest
+    fractions are rounded up, and of equal ones those of the lower layers. Weights of zero alone are equal weights.
+    """
+    least = (config.sink + config.recent) // config.block_size + 1
+    free = len(weights) * (config.budget // config.block_size - least)
+    total = sum(weights)
+    exact = [free * (weight / total if total else 1 / len(weights)) for weight in weights]
+    blocks = [int(share) for share in exact]
+    by_fraction = sorted(range(len(weights)), key=lambda layer: blocks[layer] - exact[layer])
+    for layer in by_fraction[: free - sum(blocks)]:
+        blocks[layer] += 1
+    return [(least + more) * config.block_size for more in blocks]
+
+
+def first_budgets(config: OffloadConfig, layers: int) -> list[int]:
+    """The budgets of so many layers before any prompt; ``ConfigError`` where those given are for other layers."""
+    kind = allocation_of(config)
+    if not isinstance(kind, str):
+        if len(kind) != layers:
+            raise ConfigError(f"budget_allocation has {len(kind)} budgets: the model has {layers} layers to offload")
+        return list(kind)
+    if kind == "pyramid":
+        top, bottom = 1 / PYRAMID_BETA, 2 - 1 / PYRAMID_BETA
+        fall = (bottom - top) / max(layers - 1, 1)
+        return share_budget(config, [bottom - layer * fall for layer in range(layers)])
+    return [config.budget] * layers
+
+
+def allocation_of(config: OffloadConfig) -> str | tuple[int, ...] | list[int]:
+    """What ``config.budget_allocation`` comes to, ``"policy"`` being what the policy's paper has."""
+    policy = policy_class(config.policy)
+    return policy.allocation if config.budget_allocation == "policy" else config.budget_allocation
+
+
+class Sharing:
+    """How the layers of one cache come to budgets that their prompt decides: each tells, the last one shares.
+
+    Attributes:
+        rows: Score rows of the last queries that a layer is to show.
+    """
+
+    def __init__(self, config: OffloadConfig, layers: Sequence[int]) -> None:
+        self.config, self.layers = config, sorted(layers)
+        self.by_queries = allocation_of(config) == "qsim"
+        self.rows = 0 if self.by_queries else WINDOW
+        self.told: dict[int, tuple[TieredLayer, Tensor]] = {}
+
+    @classmethod
+    def of(cls, config: OffloadConfig, layers: Sequence[int]) -> Sharing | None:
+        """``None`` where budgets don't depend on the prompt."""
+        if allocation_of(config) not in FROM_PROMPT or policy_class(config.policy).selects == "all":
+            return None
+        return cls(config, layers)
+
+    def heeds(self, queries: int, length: int) -> bool:
+        """Whether a forward of so many queries, at ``length`` tokens with them, decides about budgets."""
+        return queries >= WINDOW or 1 < queries == length
+
+    def tell(self, layer: TieredLayer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None) -> None:
+        """What a layer shows of itself; the last one's word sets the budgets of all of them.
+
+        Args:
+            query_BHQD: Of the prompt, or of as much of it as has gone through the layer now.
+            rows: Of the last ``self.rows`` of them, or of all; ``None`` if none are wanted.
+            real_BL: bool, False at padding; ``None`` where there is none.
+        """
+        if layer.number == self.layers[0]:
+            self.told = {}  # what is left of a forward that was interrupted
+        self.told[layer.number] = layer, self._preference(layer, query_BHQD, rows, real_BL)
+        if layer.number == self.layers[-1]:
+            # Emptied before anything else: a cycle of layer and sharing would keep the cache's memory.
+            told, self.told = self.told, {}
+            layers, preferences = zip(*told.values(), strict=True)
+            budgets = share_budget(self.config, mean_shares(torch.stack(preferences)))
+            for one, budget in zip(layers, budgets, strict=True):
+                one.set_budget(budget)
+
+    def _preference(
+        self, layer: TieredLayer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None
+    ) -> Tensor:
+        """fp32 ``[B]``; NaN for a sequence that shows nothing."""
+        if self.by_queries or rows is None:
+            last_BHTD = query_BHQD[:, :, -WINDOW:]
+            real_BT = None if real_BL is None else real_BL[:, -last_BHTD.shape[2] :]
+            return (1 - query_similarity(last_BHTD, real_BT).mean(1)).clamp_min(0)
+        mass_BGQN = rows.mass_BGQN[:, :, -WINDOW:]
+        before = (layer.tiers.length - mass_BGQN.shape[2]) // layer.block_size  # whole blocks before the window
+        return preference(mass_BGQN[..., :before]) if before else mass_BGQN.new_zeros(layer.batch)
+
+
+def mean_shares(preference_YB: Tensor) -> list[float]:
+    """Shares of the layers, from preferences of each sequence; zeros, if no sequence prefers anything."""
+    share_YB = preference_YB / preference_YB.sum(0)
+    return share_YB.nanmean(1).nan_to_num(0).tolist()
