@@ -60,6 +60,20 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cu
     kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
 }
 
+// Shared memory that a thread block may ask for, in bytes.
+inline size_t most_shared() {
+    int device = 0, bytes = 48 << 10;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return static_cast<size_t>(bytes);
+}
+
+// Allows a kernel so many bytes of shared memory whose size is known at the launch; what CUDA says to it.
+template <typename... P>
+int allow_shared(void (*kernel)(P...), size_t bytes) {
+    return static_cast<int>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
 // d += a · b for a [16, 16] and b [16, 8] in fp16, d in fp32; registers as PTX's mma.m16n8k16 has them.
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -112,6 +126,10 @@ inline int64_t nanoseconds() { return std::chrono::steady_clock::now().time_sinc
 
 inline int add_in_order(int *at, int x) { return atomicAdd(at, x); }
 inline void *dynamic_shared() { return emulation::machine.dynamic.data(); }
+inline size_t most_shared() { return 48 << 10; }
+
+template <typename... P>
+int allow_shared(void (*)(P...), size_t) { return 0; }
 
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, A... arguments) {

@@ -1,4 +1,4 @@
-// The history's row and its folding, in one pass over the state.
+// The history's row, or several, and their folding, in one pass over the state.
 //
 // A thread block takes a tile of blocks of one KV head. Its state is contiguous; a thread reads and writes 16 bytes at a time,
 // so that what it holds begins in any channel. Seven such vectors are two blocks: with a multiple of seven threads, a thread's
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) fold_row(const ObserveRow a, const f
     float4 vector[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
-        if (t + i * kThreads < held) vector[i] = state[t + i * kThreads];
+        if (t + i * kThreads < held) vector[i] = a.fresh ? make_float4(0.f, 0.f, 0.f, 0.f) : state[t + i * kThreads];
 
     // Averages move to the score by a weight; peaks, the last score among them, fall by so much and never below it.
     bool averages[4];
@@ -57,9 +57,11 @@ __global__ void __launch_bounds__(kThreads) fold_row(const ObserveRow a, const f
 
     const int group = static_cast<int>(a.heads / a.kv_heads);
     const float *total = a.total + row * group;
+    const int rows = static_cast<int>(a.rows);
+    const float *given = a.given + row * rows * a.columns + first + t;
     float score = 0.f;
     if (a.given != nullptr) {
-        if (t < known) score = a.given[row * a.columns + first + t];
+        if (t < known) score = *given;
     } else {
         const int64_t *block = a.block + row * a.slots;
         const int64_t near = t < a.slots ? block[t] : -1;
@@ -83,31 +85,39 @@ __global__ void __launch_bounds__(kThreads) fold_row(const ObserveRow a, const f
             score = expf(share);
         }
     }
-    if (t < known) {
-        if (a.row != nullptr) a.row[row * a.columns + first + t] = score;
-        log_score[t] = log1pf(score / eps) / full_scale;
-    }
-    __syncthreads();
-
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-        if (t + i * kThreads >= held) break;
-        float x[4] = {vector[i].x, vector[i].y, vector[i].z, vector[i].w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int place = (4 * t + j) / kChannels + i * (kThreads / kPeriod * 2);
-            if (place >= known) continue;  // unknown blocks stay zero
-            const float y = log_score[place];
-            x[j] = averages[j] ? fmaf(fold[j], y - x[j], x[j]) : fmaxf(x[j] - fold[j], y);
+    for (int r = 0;; ++r) {
+        if (t < known) {
+            if (a.row != nullptr) a.row[row * a.columns + first + t] = score;
+            log_score[t] = log1pf(score / eps) / full_scale;
+            if (r + 1 < rows) score = given[(r + 1) * a.columns];
         }
-        state[t + i * kThreads] = make_float4(x[0], x[1], x[2], x[3]);
+        __syncthreads();
+        const bool begins = a.fresh && r == 0;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+            if (t + i * kThreads >= held) break;
+            float x[4] = {vector[i].x, vector[i].y, vector[i].z, vector[i].w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int place = (4 * t + j) / kChannels + i * (kThreads / kPeriod * 2);
+                if (place >= known) continue;  // unknown blocks stay zero
+                const float y = log_score[place];
+                x[j] = begins ? y : averages[j] ? fmaf(fold[j], y - x[j], x[j]) : fmaxf(x[j] - fold[j], y);
+            }
+            vector[i] = make_float4(x[0], x[1], x[2], x[3]);
+        }
+        if (r + 1 >= rows) break;
+        __syncthreads();
     }
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+        if (t + i * kThreads < held) state[t + i * kThreads] = vector[i];
 }
 
 }  // namespace
 
 extern "C" int observe_row(const ObserveRow *a, void *stream) {
-    if (a->capacity % 2) return cudaErrorInvalidValue;
+    if (a->capacity % 2 || a->rows < 1) return cudaErrorInvalidValue;
     const int64_t blocks = (a->length + a->block_size - 1) / a->block_size;
     const dim3 grid(static_cast<unsigned>((blocks + kTile - 1) / kTile), static_cast<unsigned>(a->kv_heads),
                     static_cast<unsigned>(a->batch));

@@ -3,7 +3,7 @@
 
 // A step's row of block scores, folded into the state of the time filters: C = 14 channels a block.
 struct ObserveRow {
-    const float *given;       // [B, G, columns] the row; null: it is made of the logits that follow
+    const float *given;       // [B, G, rows, columns] rows, oldest first; null: one, made of the logits that follow
     const float *peak;        // [B, H, columns] estimated largest logit of each block; null: −inf
     const int64_t *block;     // [B, G, S] block in each slot, −1: takes no part
     const float *slot_peak;   // [B, H, S] exact largest logit of each slot
@@ -12,6 +12,7 @@ struct ObserveRow {
     const int64_t *length_1;  // tokens of the sequence; null: length
     float *state;             // [B, G, capacity, C]
     float *row;               // [B, G, columns] takes the row; null: nobody wants it
-    int64_t batch, kv_heads, heads, slots, columns, capacity, block_size, length;
+    int64_t batch, kv_heads, heads, slots, columns, capacity, block_size, length, rows;
+    int64_t fresh;            // 1: there is no state yet; the first row has held forever before
     double eps;               // scores far below it count as zero
 };

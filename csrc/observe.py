@@ -1,6 +1,6 @@
-"""A step's row of block scores, folded into the state of the time filters, as torch operations.
+"""Rows of block scores, folded into the state of the time filters, as torch operations.
 
-Suffixes: B sequences, G KV heads, H query heads, S slots, N blocks, C state channels.
+Suffixes: B sequences, G KV heads, H query heads, S slots, R rows, N blocks, C state channels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ObserveRow(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("given", "peak", "block", "slot_peak", "total", "fold", "length_1")),
         *((name, ctypes.c_void_p) for name in ("state", "row")),
         *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "heads", "slots", "columns", "capacity")),
-        *((name, ctypes.c_int64) for name in ("block_size", "length")),
+        *((name, ctypes.c_int64) for name in ("block_size", "length", "rows", "fresh")),
         ("eps", ctypes.c_double),
     ]
 
@@ -81,7 +81,7 @@ def observe_row(
         )
     arguments = ObserveRow(
         *map(address, (None, peak_BHN, block_BGS, slot_peak_BHS, total_BH, fold_C, length_1, state_BGNC, row_BGN)),
-        *(B, G, H, S, columns, state_BGNC.shape[2], block_size, length, eps),
+        *(B, G, H, S, columns, state_BGNC.shape[2], block_size, length, 1, 0, eps),
     )
     call("observe_row", arguments, device)
 
@@ -91,21 +91,25 @@ def _(peak, block_BGS, slot_peak_BHS, total_BH, state_BGNC, fold_C, eps, block_s
     return None
 
 
-@torch.library.custom_op("attention_predictor::fold_row", mutates_args=("state_BGNC",))
-def fold_row(row_BGN: Tensor, state_BGNC: Tensor, fold_C: Tensor, eps: float) -> None:
-    """Fold a row of scores, fp32, into the state of the blocks it covers; other arguments as for ``observe_row``."""
-    B, G, N = row_BGN.shape
+@torch.library.custom_op("attention_predictor::fold_rows", mutates_args=("state_BGNC",))
+def fold_rows(rows_BGRN: Tensor, state_BGNC: Tensor, fold_C: Tensor, eps: float, fresh: bool) -> None:
+    """Fold rows of scores, fp32, the oldest first, into the state of the blocks they cover; on a GPU.
+
+    ``fresh``: there is no state yet, and the first row is taken to have held forever before. Other arguments as for
+    ``observe_row``.
+    """
+    B, G, R, N = rows_BGRN.shape
     _check_state(state_BGNC, fold_C, B, G, N)
-    check("row_BGN", row_BGN, (B, G, N), torch.float32, state_BGNC.device)
+    check("rows_BGRN", rows_BGRN, (B, G, R, N), torch.float32, state_BGNC.device)
     arguments = ObserveRow(
-        *map(address, (row_BGN, None, None, None, None, fold_C, None, state_BGNC, None)),
-        *(B, G, G, 0, N, state_BGNC.shape[2], 1, N, eps),
+        *map(address, (rows_BGRN, None, None, None, None, fold_C, None, state_BGNC, None)),
+        *(B, G, G, 0, N, state_BGNC.shape[2], 1, N, R, int(fresh), eps),
     )
     call("observe_row", arguments, state_BGNC.device)
 
 
-@fold_row.register_fake
-def _(row_BGN, state_BGNC, fold_C, eps):
+@fold_rows.register_fake
+def _(rows_BGRN, state_BGNC, fold_C, eps, fresh):
     return None
 
 

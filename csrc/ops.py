@@ -3,7 +3,7 @@
 from attention_predictor.csrc.attention import fits, sparse_decode
 from attention_predictor.csrc.binding import missing
 from attention_predictor.csrc.gather import append_token, gather_to_host, gather_to_pool, move_blocks, note_time
-from attention_predictor.csrc.observe import fold_row, observe_row
+from attention_predictor.csrc.observe import fold_rows, observe_row
 from attention_predictor.csrc.predict import pack_convolutions, predict_blocks
 from attention_predictor.csrc.select import choose_ahead, choose_blocks
 from attention_predictor.csrc.sketch import no_sketch_kernel, sketch_append, sketch_scores, sketch_store
@@ -14,7 +14,7 @@ __all__ = [
     "choose_ahead",
     "choose_blocks",
     "fits",
-    "fold_row",
+    "fold_rows",
     "gather_to_host",
     "gather_to_pool",
     "missing",

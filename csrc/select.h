@@ -5,11 +5,12 @@
 // `ResidencyTable`. C blocks is the capacity of whatever has a place for every block.
 struct Select {
     const float *score;      // ahead [R, C]: predicted scores, -inf for never
-    float *peak, *sum;       // now [B, H, C]: the sketch's estimates; exact ones of resident blocks are put in their places
-    const float *slot_peak;  // now [B, H, S]: exact scores of what is resident; null: leave the estimates
+    float *peak;             // now [B, H, C]: the sketch's estimates; exact ones of resident blocks are put in their places
+    const float *sum;        // now [B, H, C]: estimates; of what is resident the exact ones count
+    const float *slot_peak;  // now [B, H, S]: exact scores of what is resident; null: the estimates count
     const float *slot_sum;
     float *rest;             // now [B, H]: log-sum-exp of all blocks that are not chosen
-    uint32_t *key;           // [R, C] room for the scores in an order that integers have
+    uint32_t *key;           // [R, C] room for keys, where shared memory has none
     int64_t *block;          // [R, S] block in each slot, -1: empty
     int64_t *active;         // [R, S] the same for the chosen ones, -1 for all others
     int64_t *use;            // [R, S] when a slot's block was chosen last

@@ -28,7 +28,7 @@ class Select(ctypes.Structure):
 TABLE = ("block_RS", "active_RS", "use_RS", "slot_RC", "move_block_RS", "move_slot_RS", "moves_R", "key_RC")
 
 
-@torch.library.custom_op("attention_predictor::choose_blocks", mutates_args=("peak_BHC", "sum_BHC", "count_2", *TABLE))
+@torch.library.custom_op("attention_predictor::choose_blocks", mutates_args=("peak_BHC", "count_2", *TABLE))
 def choose_blocks(
     peak_BHC: Tensor,
     sum_BHC: Tensor,
@@ -56,9 +56,9 @@ def choose_blocks(
     """Choose this token's blocks with its own query, and give them slots (``Selection``, ``ResidencyTable``).
 
     Args:
-        peak_BHC, sum_BHC: fp32, largest logit and log-sum-exp of each block by the sketch; where blocks are resident,
-            the exact ones are put in their places.
-        slot_peak_BHS, slot_sum_BHS: The exact ones, of each slot; ``None`` leaves the sketch's.
+        peak_BHC, sum_BHC: fp32, largest logit and log-sum-exp of each block by the sketch.
+        slot_peak_BHS, slot_sum_BHS: The exact ones, of each slot, which count for what is resident, and whose peaks are
+            put in place of the others; ``None`` leaves the sketch's.
         block_RS, active_RS, use_RS: int64 tables of the slots: block, block if chosen, when chosen last.
         slot_RC: int32, the slot of each block.
         move_block_RS, move_slot_RS, moves_R: int32, written: what is to be fetched where.

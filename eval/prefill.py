@@ -6,7 +6,8 @@ on the device; on a GPU the same offloaded layer by layer.
 
 For each: seconds, the median of --repeats, and of the first time, which also allocates host memory; the ratio to the
 stock cache on the device; the largest device memory on top of the weights; bytes moved between host and device, counted
-for ours, computed for the offloaded cache. What does not fit in memory is skipped, and it is said why.
+for ours, computed for the offloaded cache. What does not fit in memory is skipped, and it is said why. While it runs, each
+way's figures go to standard error as soon as they are known.
 
 examples:
   attnpred bench prefill --context 8192 --chunk 2048
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -53,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chunk", type=int, metavar="N", help="tokens that go through the model at once (default: all)")
     add("--budget", type=int, default=1024, metavar="N", help="tokens that steps would attend to (%(default)s)")
     add("--batch", type=int, default=1, metavar="N", help="sequences of the same tokens (%(default)s)")
+    add("--ways", default=",".join(PREFILLS), metavar="W,…", help="who takes part, and in what order (%(default)s)")
     add("--repeats", type=int, default=3, metavar="N", help="timed, after one more (%(default)s)")
     add("--json", action="store_true", help="print one JSON object")
 
@@ -66,8 +69,11 @@ def main(args: argparse.Namespace) -> int:
         check_shape(args.shape)
     if args.dtype not in DTYPES:
         raise ConfigError(f"--dtype {args.dtype}: expected one of {', '.join(DTYPES)}")
+    names = [name.strip() for name in args.ways.split(",")]
+    if unknown := sorted(set(names) - PREFILLS.keys()):
+        raise ConfigError(f"--ways {', '.join(unknown)}: expected some of {', '.join(PREFILLS)}")
     device = find_device(args.device)
-    ways = [way for way in PREFILLS.values() if device.type == "cuda" or not way.needs_gpu]
+    ways = [PREFILLS[name] for name in names if device.type == "cuda" or not PREFILLS[name].needs_gpu]
     model = _model(args, device)
     ids_BT = _prompt(model, args)
 
@@ -79,6 +85,7 @@ def main(args: argparse.Namespace) -> int:
             continue
         try:
             rows.append(row | timed(model, way, ids_BT, chunk, args.budget, args.repeats))
+            tqdm.write(_describe(rows[-1]), file=sys.stderr)
         except (torch.OutOfMemoryError, HostMemoryError) as error:
             rows.append(row | {"skipped": one_line(error, 200)})
         _release(device)

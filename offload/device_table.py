@@ -91,7 +91,7 @@ class DeviceTable:
 
         Args:
             peak_BHC, sum_BHC: Estimates of all blocks; where ``resident``, the exact scores of slots, is given, these
-                are put in their places. Without it nothing is chosen: the step attends to what was chosen ahead.
+                count in their places. Without it nothing is chosen: the step attends to what was chosen ahead.
             spent_1: int64, adds up the nanoseconds that late fetches take.
 
         Returns:

@@ -96,7 +96,10 @@ class ScoreHistory:
         if rows_BGRN.shape[2] == 0:
             return
         self._grow(rows_BGRN.shape[-1])
-        self._state_BGNC[:, :, : self.n_blocks] = self.predictor.start(rows_BGRN)
+        if self.kernel:
+            self._fold(rows_BGRN[:, :, -self.predictor.rows :], fresh=True)
+        else:
+            self._state_BGNC[:, :, : self.n_blocks] = self.predictor.start(rows_BGRN)
         self.started = True
 
     @torch.inference_mode(False)
@@ -112,6 +115,10 @@ class ScoreHistory:
                 self.start(rows_BGRN)
             return
         self._check("rows_BGRN", rows_BGRN, dims=4, at_least=self.n_blocks)
+        if self.kernel and rows_BGRN.shape[2]:
+            self._grow(rows_BGRN.shape[-1])
+            self._fold(rows_BGRN)
+            return
         for row_BGN in rows_BGRN.unbind(dim=2):
             self.push(row_BGN)
 
@@ -125,8 +132,7 @@ class ScoreHistory:
             return
         self._grow(row_BGN.shape[-1])
         if self.kernel:
-            packed = self.packed
-            ops.fold_row(row_BGN.float().contiguous(), self._state_BGNC, packed.fold_C, packed.eps)
+            self._fold(row_BGN[:, :, None])
             return
         state_BGNC = self._state_BGNC[:, :, : self.n_blocks]
         observed_BGNC = self.predictor.observe(state_BGNC, row_BGN)
@@ -277,6 +283,10 @@ class ScoreHistory:
         memo[id(self)] = twin
         twin._state_BGNC = self._state_BGNC.clone()
         return twin
+
+    def _fold(self, rows_BGRN: Tensor, *, fresh: bool = False) -> None:
+        packed = self.packed
+        ops.fold_rows(rows_BGRN.float().contiguous(), self._state_BGNC, packed.fold_C, packed.eps, fresh)
 
     def _grow(self, n_blocks: int) -> None:
         self.reserve(n_blocks)

@@ -119,8 +119,35 @@ def test_row_and_state(device: str, shape: dict[str, int], estimated: bool, trai
         assert float((one.double() - truth).abs().max()) <= 2 * own + 1e-7
 
     folded = state_BGNC.to(device)
-    ops.fold_row(row_BGN.contiguous().to(device), folded, packed.fold_C, packed.eps)
+    ops.fold_rows(row_BGN[:, :, None].contiguous().to(device), folded, packed.fold_C, packed.eps, False)
     torch.testing.assert_close(folded.cpu(), found, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("B", "G", "R", "N"), [(1, 1, 1, 1), (2, 2, 64, 131), (1, 3, 7, 300)])
+def test_many_rows_at_once(device: str, B: int, G: int, R: int, N: int, trained: FilterPredictor) -> None:
+    """A prompt's rows, and further ones, against the closed form; what was in the state before a start is gone."""
+    generator = torch.Generator().manual_seed(R)
+    rows_BGRN = torch.rand(B, G, R, N, generator=generator) ** 6
+    predictor = copy.deepcopy(trained).to(device)
+    by_kernel = ScoreHistory(predictor, batch=B, kv_heads=G, device=device, kernel=True)
+    by_torch = ScoreHistory(predictor, batch=B, kv_heads=G, device=device)
+    more_BGRN = torch.rand(B, G, 3, N + 2, generator=generator) ** 6
+    for history in (by_kernel, by_torch):
+        history.start(torch.rand(B, G, 2, N + 9, generator=generator).to(device))
+        history.start(rows_BGRN.to(device))
+        history.check_integrity()
+    exact = torch.zeros(B, G, N, C, dtype=torch.float64)
+    for _ in range(4000):  # as if for ever
+        exact = literal_state(trained, exact, rows_BGRN[:, :, 0].double()).detach()
+    for row_BGN in rows_BGRN.double().unbind(2):
+        exact = literal_state(trained, exact, row_BGN).detach()
+    own = float((by_torch.state_BGNC[:, :, :N].cpu() - exact).abs().max())
+    assert float((by_kernel.state_BGNC[:, :, :N].cpu() - exact).abs().max()) <= 2 * own + 1e-6
+    for history in (by_kernel, by_torch):
+        history.extend(more_BGRN.to(device))
+        history.check_integrity()
+    room = min(by_kernel.state_BGNC.shape[2], by_torch.state_BGNC.shape[2])
+    torch.testing.assert_close(by_kernel.state_BGNC[:, :, :room], by_torch.state_BGNC[:, :, :room], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 2047, 2049, 16 * 140])
@@ -340,7 +367,7 @@ def test_where_there_is_no_kernel(trained: FilterPredictor, monkeypatch: pytest.
         ScoreHistory(trained, batch=1, kv_heads=1, device="cpu", kernel=True)
     state_BGNC, packed = torch.zeros(1, 1, 2, C), trained.packed()
     with pytest.raises(ValueError, match="state_BGNC is on cpu, expected a GPU"):
-        ops.fold_row(torch.zeros(1, 1, 2), state_BGNC, packed.fold_C, packed.eps)
+        ops.fold_rows(torch.zeros(1, 1, 1, 2), state_BGNC, packed.fold_C, packed.eps, False)
     with pytest.raises(ValueError, match="state_BGNC is on cpu, expected a GPU"):
         ops.predict_blocks(state_BGNC, packed.weight, packed.bias, 2, 0, 1, 1, 2, None)
 
@@ -383,7 +410,8 @@ def test_torch_compile_knows_the_shapes(device: str, trained: FilterPredictor) -
     for row_BGN in (None, torch.zeros(1, 1, 9, device=device)):
         arguments = (*logits, state_BGNC, packed.fold_C, packed.eps, 16, 140, length_1, row_BGN)
         torch.library.opcheck(ops.observe_row, arguments, test_utils=tests)
-    torch.library.opcheck(ops.fold_row, (logits[0][:, :1], state_BGNC, packed.fold_C, packed.eps), test_utils=tests)
+    arguments = (logits[0][:, None, :1], state_BGNC, packed.fold_C, packed.eps, True)
+    torch.library.opcheck(ops.fold_rows, arguments, test_utils=tests)
     arguments = (state_BGNC, packed.weight, packed.bias, 9, 1, 32, 16, 140, length_1)
     torch.library.opcheck(ops.predict_blocks, arguments, test_utils=tests)
 
