@@ -17,8 +17,10 @@ COMMANDS = {
     "record": ("attention_predictor.train.record", "record attention-score histories of a model, to train on"),
     "train": ("attention_predictor.train.fit", "train a predictor on recorded histories"),
     "eval": ("attention_predictor.eval.command", "judge a model under selection policies"),
+    "analyze": ("attention_predictor.eval.analysis.command", "show where attention can be foreseen, and why"),
     "score": ("attention_predictor.eval.score", "score predictions of a benchmark again"),
     "report": ("attention_predictor.eval.report", "tables and a page of what eval has found"),
+    "prune": ("attention_predictor.eval.prune", "leave out the layers that matter least, and save the model"),
     "bench": ("attention_predictor.eval.bench", "time decoding, or a part of it, against what it replaces"),
 }
 

@@ -1,0 +1,1 @@
+"""Leaving out whole layers of a model: which ones, and what is left of it."""
