@@ -45,22 +45,36 @@ __global__ void __launch_bounds__(kThreads) gather_blocks_kernel(const Gather a)
     }
 }
 
-// Rows take turns, so that thread blocks have as much to do when one row has all the moves.
+// All moves of the rows are one list, of which thread blocks take entries in turn. Rows' numbers of moves are asked for at once.
 __global__ void __launch_bounds__(kThreads) move_blocks_kernel(const Move a) {
+    __shared__ int count[kThreads];
+    __shared__ int end[kThreads];  // of a row's moves in the list
     const int64_t vectors = a.half_bytes / 16, started = nanoseconds();
-    int64_t begun = 0;  // moves of the rows before
-    for (int64_t row = 0; row < a.rows; ++row) {
-        const int64_t moves = a.moves[row], turn = begun % gridDim.x;
-        for (int64_t i = (blockIdx.x + gridDim.x - turn) % gridDim.x; i < moves; i += gridDim.x) {
-            const int64_t entry = row * a.slots + i, to = (row * a.slots + a.slot[entry]) * vectors;
-            const char *from = host_block(a.slab, a.slab_blocks, row, a.block[entry], 2 * a.half_bytes);
+    bool any = false;
+    for (int64_t first = 0; first < a.rows; first += kThreads) {
+        const int rows = static_cast<int>(min(a.rows - first, int64_t{kThreads})), t = threadIdx.x;
+        if (t < rows) count[t] = a.moves[first + t];
+        __syncthreads();
+        if (t < rows) {
+            int sum = 0;
+            for (int r = 0; r <= t; ++r) sum += count[r];
+            end[t] = sum;
+        }
+        __syncthreads();
+        any = any || end[rows - 1];
+        int r = 0;
+        for (int entry = blockIdx.x; entry < end[rows - 1]; entry += gridDim.x) {
+            while (entry >= end[r]) ++r;
+            const int64_t row = first + r, listed = row * a.slots + entry - (end[r] - count[r]);
+            const int64_t to = (row * a.slots + a.slot[listed]) * vectors;
+            const char *from = host_block(a.slab, a.slab_blocks, row, a.block[listed], 2 * a.half_bytes);
             copy_block(reinterpret_cast<const uint4 *>(from), static_cast<uint4 *>(a.key) + to,
                        static_cast<uint4 *>(a.value) + to, vectors);
         }
-        begun += moves;
+        __syncthreads();
     }
     // The first thread block has as much to do as any.
-    if (blockIdx.x == 0 && threadIdx.x == 0 && a.spent != nullptr && begun) *a.spent += nanoseconds() - started;
+    if (blockIdx.x == 0 && threadIdx.x == 0 && a.spent != nullptr && any) *a.spent += nanoseconds() - started;
 }
 
 // A moment, so that what lies between two of them can be told: added or taken off.

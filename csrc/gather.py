@@ -14,6 +14,7 @@ from torch import Tensor
 from attention_predictor.csrc.binding import address, call, check, threads
 
 GATHER_BLOCKS = 32  # thread blocks on a GPU: enough to fill the bus, few enough to leave the GPU to the model
+LATE_BLOCKS = 128  # where the model waits: what a step lacks is asked for at once
 
 
 class Gather(ctypes.Structure):
@@ -109,7 +110,8 @@ def move_blocks(
         slab_s: int64 addresses of the slabs.
         block_RS, slot_RS: int32; which block goes to which slot.
         moves_R: int32, how many.
-        spent_1: int64, adds up the nanoseconds of calls that moved something; ``None`` if nobody asks.
+        spent_1: int64, adds up the nanoseconds of calls that moved something, while the model waits; ``None`` if it
+            goes on beside them.
     """
     device, (B, G, S, T, D) = key_BGSTD.device, key_BGSTD.shape
     check("value_BGSTD", value_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, device)
@@ -121,7 +123,7 @@ def move_blocks(
         check("spent_1", spent_1, (1,), torch.int64, device)
     arguments = Move(
         *map(address, (slab_s, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, spent_1)),
-        *(B * G, slab_blocks, S, _half_bytes(key_BGSTD), GATHER_BLOCKS),
+        *(B * G, slab_blocks, S, _half_bytes(key_BGSTD), GATHER_BLOCKS if spent_1 is None else LATE_BLOCKS),
     )
     call("move_blocks", arguments, device)
 

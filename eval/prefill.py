@@ -6,8 +6,8 @@ on the device; on a GPU the same offloaded layer by layer.
 
 For each: seconds, the median of --repeats, and of the first time, which also allocates host memory; the ratio to the
 stock cache on the device; the largest device memory on top of the weights; bytes moved between host and device, counted
-for ours, computed for the offloaded cache. What does not fit in memory is skipped, and it is said why. While it runs, each
-way's figures go to standard error as soon as they are known.
+for ours, computed for the offloaded cache. What does not fit in memory is skipped, and it is said why. While it runs,
+each way's figures go to standard error as soon as they are known.
 
 examples:
   attnpred bench prefill --context 8192 --chunk 2048
