@@ -1,0 +1,77 @@
+"""The analysis as a benchmark of the runner: a document is a sample, and a run goes on where it was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from attention_predictor.documents import Excerpt
+from attention_predictor.eval.analysis.document import Judgement, analyse
+from attention_predictor.eval.runner import Benchmark, Sample
+from attention_predictor.eval.sources import Windows
+from attention_predictor.eval.subject import Subject
+from attention_predictor.offload.selection import Selection
+from attention_predictor.predictor.base import AttentionPredictor
+from attention_predictor.predictor.errors import ConfigError, DataError
+
+VARIANT = "attention"  # attends to everything, from host memory
+PREDICTORS = ("predictor", "last")  # as columns name them; the second repeats the last row
+
+
+class Analysis(Benchmark):
+    """Documents, each a sample, whose maps are judged.
+
+    Args:
+        windows: Prompts and what follows them.
+        tails: Of a row with continuations, at most so many.
+        window: Tokens over which query similarity is taken.
+        predictor: Whose foresight is measured: a name or a directory.
+        selection: What it may choose.
+    """
+
+    name = "analyze"
+    missing: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, windows: Windows, *, tails: int, window: int, predictor: str, selection: Selection) -> None:
+        if window < 2:
+            raise ConfigError(f"--window {window}: expected at least 2 queries, to make a pair")
+        if tails < 1:
+            raise ConfigError(f"--tails {tails}: expected at least 1")
+        if windows.tail < 2:
+            raise ConfigError(f"--tail {windows.tail}: expected at least 2 steps, to compare")
+        self.windows, self.tasks = windows, windows.names
+        self.tails, self.window, self.predictor, self.selection = tails, window, predictor, selection
+        size = selection.block_size
+        self._predictors = {
+            name: AttentionPredictor.from_pretrained(what, block_size=size)
+            for name, what in zip(PREDICTORS, (predictor, "last"), strict=True)
+        }
+
+    def settings(self) -> dict[str, Any]:
+        windows = {name: getattr(self.windows, name) for name in ("context", "tail", "per_file")}
+        own = {"tails": self.tails, "window": self.window, "predictor": self.predictor}
+        return windows | own | {"budget": self.selection.budget}
+
+    def samples(self, task: str) -> Iterator[Sample]:
+        for name, part in self.windows.of(task):
+            if len(part.prompt) > self._least and len(part.tails[0]) > 1:
+                yield Sample(name, "", {}, {"prompt": part.prompt, "tails": part.tails[: self.tails]})
+
+    def check(self, task: str, limit: int | None) -> dict[str, Any]:
+        if next(self.samples(task), None) is None:
+            size = f"{self.windows.context} tokens (--context), rows with continuations {self._least + 1} of a prompt"
+            raise DataError(f"--data {task}: no document is long enough: text needs {size}")
+        return super().check(task, limit)
+
+    @property
+    def _least(self) -> int:
+        """A prompt is longer: within the budget there is nothing to choose."""
+        return max(self.selection.budget, self.window)
+
+    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+        assert subject.engine is not None  # the variant is not the stock model
+        predictors = {name: one.to(subject.model.device) for name, one in self._predictors.items()}
+        excerpt = Excerpt(**sample.hidden)
+        found = analyse(subject.engine, excerpt, Judgement(predictors, self.selection, self.window))
+        sizes = {"prompt_tokens": len(excerpt.prompt), "new_tokens": sum(map(len, excerpt.tails))}
+        return found | sizes
