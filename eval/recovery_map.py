@@ -7,7 +7,8 @@ mass on the blocks attended to, relative recovery its ratio to that of the best 
 a KV head, since blocks are chosen for each of these.
 
 Every line of OUT/<variant>/<task>.jsonl has both as lists of lists, a list for each of "layers"; OUT/heatmap.png
-shows the relative recovery of each variant.
+shows the relative recovery of each variant. The first line of each has a "map" too: some steps' blocks, their mass,
+which of them were read and which would have been best, for the viewer of `attnpred report`.
 
 examples:
   attnpred eval recovery-map --data texts/ --context 8192 --tail 128 --limit 5 --out runs/map \\
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, ClassVar
 
+from attention_predictor.eval.block_map import map_record
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.heatmap import FILE, Axes, Panel, check_heatmap, draw_heatmaps
 from attention_predictor.eval.means import exit_code, mean_scores, notes
@@ -62,8 +64,8 @@ class RecoveryMap(Benchmark):
         return windows | {"interval": self.interval}
 
     def samples(self, task: str) -> Iterator[Sample]:
-        for name, part in self.windows.of(task):
-            yield Sample(name, "", {}, {"prompt": part.prompt, "tails": part.tails})
+        for number, (name, part) in enumerate(self.windows.of(task)):
+            yield Sample(name, "", {}, {"prompt": part.prompt, "tails": part.tails, "mapped": number == 0})
 
     def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
         prompt, tails = sample.hidden["prompt"], sample.hidden["tails"]
@@ -71,16 +73,22 @@ class RecoveryMap(Benchmark):
             raise DataError(f"a tail of {len(tails[0])} tokens: nothing is measured at every {self.interval}th")
         shares: dict[int, list[list[float]]] = defaultdict(list)  # by layer: of each sequence, a mean for each head
         relatives: dict[int, list[list[float]]] = defaultdict(list)
+        maps: dict[str, Any] = {}
         for first in range(0, len(tails), SEQUENCES):
             cache = new_cache(subject)
             part = tails[first : first + SEQUENCES]
             prefill(subject.model, cache, prompt, len(part))
-            watched = watch(cache, self.interval)
+            mapped = sample.hidden["mapped"] and first == 0
+            watched = watch(cache, self.interval, mapped=mapped)
             decode_tails(subject.model, cache, part)
             for layer, found in watched.items():
                 share_BG, relative_BG = found.means
                 shares[layer] += share_BG.tolist()
                 relatives[layer] += relative_BG.tolist()
+            if mapped:
+                by_layer = {number: found.maps_GN for number, found in watched.items()}
+                (block_size,) = {found.layer.block_size for found in watched.values()}
+                maps = {"map": map_record(by_layer, self.interval, block_size)}
         layers = sorted(shares)
         return {
             "layers": layers,
@@ -88,7 +96,7 @@ class RecoveryMap(Benchmark):
             "relative_map": [_by_head(relatives[layer]) for layer in layers],
             "prompt_tokens": len(prompt),
             "new_tokens": sum(map(len, tails)),
-        }
+        } | maps
 
 
 def _by_head(values: Sequence[Sequence[float]]) -> list[float]:

@@ -17,9 +17,9 @@ module has ``sample_scores(task, records) -> list[float]``, where a record with 
 What ``run`` sees to:
 
 - ``OUT/<variant>/<task>.jsonl``, a variant being ``full`` or ``<policy>-<budget>``: one line a sample, on disk before
-  the next begins: ``Sample.record`` and what ``predict`` gave, ``id``, ``index``, ``seconds``, and the engine's figures
-  (``STATS``). A sample that failed has ``error`` in place of results and what ``Benchmark.missing`` says: it is
-  counted, never left out.
+  the next begins: ``Sample.record`` and what ``predict`` gave, ``id``, ``index``, ``seconds``, the engine's figures
+  (``STATS``), and ``over_steps``, some of them step by step (``steps.StepSeries``). A sample that failed has ``error``
+  in place of results and what ``Benchmark.missing`` says: it is counted, never left out.
 - What is done is not done again: a run goes on where it was stopped or killed; ``--retry-errors`` tries failed samples
   once more. ``OUT/run.json`` has all settings, a digest of every task's samples, and each session's versions, git state
   and machine; other settings or other samples are refused. More policies, budgets and tasks may come.
@@ -55,6 +55,7 @@ from attention_predictor.eval.judge import Rule
 from attention_predictor.eval.predictions import Appender, Record, part
 from attention_predictor.eval.processes import Processes
 from attention_predictor.eval.provenance import describe_session
+from attention_predictor.eval.steps import watched_steps
 from attention_predictor.eval.subject import Subject
 from attention_predictor.eval.variants import Variant, make_variants
 from attention_predictor.loading import DTYPES, find_device, load_model
@@ -294,10 +295,10 @@ def _attempt(
     figures: dict[str, Any] = {}
     try:
         # Attached anew for each: figures are of this sample, and a failed fetch ends with it.
-        with variant.attached(model) as engine:
+        with variant.attached(model) as engine, watched_steps(model, engine) as series:
             found = benchmark.predict(Subject(model, engine), task, sample)
             if engine is not None:
-                figures = _figures(engine.stats)
+                figures = _figures(engine.stats) | ({"over_steps": series.record()} if series.steps else {})
     except Exception as error:  # recorded, and counted in the table: whatever it is, the other samples go on
         found = dict(benchmark.missing) | {"error": f"{type(error).__name__}: {one_line(error, ERROR_CHARACTERS)}"}
     if "error" in found:  # out here, where the error and what its frames held is gone

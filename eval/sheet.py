@@ -41,8 +41,10 @@ class Measure:
         scale: Of a figure to a sample's score.
         higher: Whether more is better.
         rounded: Tasks are rounded before they are averaged, as LongBench's are.
+        bounds: What figures can be.
         weight: Of a sample's score in its task.
         failed: What became of failed samples, for the footnote.
+        traffic: Whether hit rate and fetched bytes are shown beside them.
     """
 
     title: str
@@ -51,8 +53,10 @@ class Measure:
     scale: float = 100.0
     higher: bool = True
     rounded: bool = False
+    bounds: tuple[float, float] = (0.0, 100.0)
     weight: Callable[[Record], float] = lambda record: 1.0
     failed: str = "counted as 0"
+    traffic: bool = True
 
 
 MEASURES = {
@@ -65,6 +69,7 @@ MEASURES = {
         *("Perplexity", "bits a token, less is better", perplexity.sample_scores),
         scale=1.0,
         higher=False,
+        bounds=(0.0, math.inf),
         weight=lambda record: float(record.get("tokens", 0)),
         failed="left out of the figures",
     ),
@@ -72,6 +77,17 @@ MEASURES = {
         *("Recovery", "relative recovery, %", recovery_map.sample_scores), failed="left out of the figures"
     ),
 }
+
+# Beside LongBench's scores where it was asked for; scores of small models tell little.
+ANSWERS = Measure(
+    *("LongBench, reference answers", "bits a token, less is better", longbench.answer_bits),
+    scale=1.0,
+    higher=False,
+    bounds=(0.0, math.inf),
+    weight=lambda record: float(record.get("answer_tokens", 0)),
+    failed="left out of the figures",
+    traffic=False,
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +137,8 @@ class Row:
         budget: In tokens; ``None`` where all is attended to.
         outcomes: By task.
         hit_rate: Mean over samples, from 0 to 1; ``None`` where no engine was at work.
-        fetched_bytes: A decoded token, over all samples; likewise.
+        fetched_bytes: A decoding step, over all samples; likewise.
+        over_steps: Both step by step, of each sample that has them.
     """
 
     name: str
@@ -131,6 +148,7 @@ class Row:
     outcomes: Mapping[str, Outcome]
     hit_rate: float | None
     fetched_bytes: float | None
+    over_steps: Sequence[Record]
 
 
 @dataclass(frozen=True)
@@ -288,15 +306,20 @@ def _agree(one: RunFolder, other: RunFolder) -> bool:
 
 
 def _sheets(folders: Sequence[RunFolder], seed: int) -> list[Sheet]:
-    """One; of LongBench-E one for each length."""
+    """One; of LongBench-E one for each length, and of LongBench one more where answers' likelihood is known."""
     first = folders[0].description
-    if first["benchmark"] != "longbench" or not first["settings"].get("extended"):
-        return [_sheet(folders, seed)]
-    made = []
-    for name, (least, below) in longbench.BUCKETS.items():
-        sheet = _sheet(folders, seed, name, _of_length(least, below))
-        made += [sheet] if any(one.scores for row in sheet.rows for one in row.outcomes.values()) else []
-    return made
+    measure, settings = MEASURES[first["benchmark"]], first["settings"]
+    if first["benchmark"] == "longbench" and settings.get("extended"):
+        made = [
+            _sheet(folders, seed, measure, name, _of_length(least, below))
+            for name, (least, below) in longbench.BUCKETS.items()
+        ]
+    else:
+        made = [_sheet(folders, seed, measure)]
+    if first["benchmark"] == "longbench" and settings.get("answer_likelihood"):
+        made.append(_sheet(folders, seed, ANSWERS))
+    scored = [sheet for sheet in made if any(one.scores for row in sheet.rows for one in row.outcomes.values())]
+    return scored or made[:1]
 
 
 def _of_length(least: int, below: int | None) -> Callable[[Record], bool]:
@@ -304,10 +327,13 @@ def _of_length(least: int, below: int | None) -> Callable[[Record], bool]:
 
 
 def _sheet(
-    folders: Sequence[RunFolder], seed: int, part: str | None = None, within: Callable[[Record], bool] | None = None
+    folders: Sequence[RunFolder],
+    seed: int,
+    measure: Measure,
+    part: str | None = None,
+    within: Callable[[Record], bool] | None = None,
 ) -> Sheet:
     first = folders[0].description
-    measure = MEASURES[first["benchmark"]]
     rows, twice = [], []
     variants = {name: one for folder in folders for name, one in folder.description["variants"].items()}
     tasks = {name: one for folder in folders for name, one in folder.description["tasks"].items()}
@@ -344,7 +370,9 @@ def _row(name: str, variant: Mapping[str, Any], outcomes: Mapping[str, Outcome],
     rates = [one["hit_rate"] for one in records if one.get("hit_rate") is not None]
     steps = sum(one.get("steps") or 0 for one in records)
     fetched = sum(one.get("fetched_bytes") or 0 for one in records) / steps if steps else None
-    return Row(name, policy, budget, bool(variant.get("stock")), outcomes, fmean(rates) if rates else None, fetched)
+    hit_rate = fmean(rates) if rates else None
+    series = [one["over_steps"] for one in records if "over_steps" in one]
+    return Row(name, policy, budget, bool(variant.get("stock")), outcomes, hit_rate, fetched, series)
 
 
 def _columns(benchmark: str, tasks: Sequence[str]) -> list[Column]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from attention_predictor.eval.block_map import codes_of
 from attention_predictor.eval.variants import Variant
 from attention_predictor.offload.layer import TieredLayer
 from attention_predictor.offload.policies import Step, policy_class
@@ -31,10 +32,13 @@ class HeadRecovery:
         share_BG: fp32, share of the true mass on attended blocks, summed over measured steps.
         relative_BG: fp32, its ratio to the best selection for the layer's budget, summed.
         measured: How many steps that was.
+        maps_GN: uint8, for each measured step the codes (``codes_of``) of the first sequence's blocks; N grows. Empty
+            unless asked for.
     """
 
-    def __init__(self, layer: TieredLayer, interval: int) -> None:
-        self.layer, self.interval = layer, interval
+    def __init__(self, layer: TieredLayer, interval: int, *, mapped: bool = False) -> None:
+        self.layer, self.interval, self.mapped = layer, interval, mapped
+        self.maps_GN: list[Tensor] = []
         self.steps = self.measured = 0
         self.share_BG = torch.zeros(layer.batch, layer.kv_heads, device=layer.device)
         self.relative_BG = torch.zeros_like(self.share_BG)
@@ -57,6 +61,12 @@ class HeadRecovery:
         self.share_BG += got_BG / total_BG.clamp_min(TINY)
         self.relative_BG += got_BG / best_BG.clamp_min(TINY)
         self.measured += 1
+        if self.mapped:
+            n_blocks = mass_BGN.shape[-1]
+            best_GN = mass_BGN.new_zeros((step.kv_heads, n_blocks + 1), dtype=torch.bool)
+            # What is no block writes to one column more, which is cut off.
+            best_GN = best_GN.scatter_(-1, best_BGW[0] % (n_blocks + 1), True)[:, :-1]
+            self.maps_GN.append(codes_of(mass_BGN[0], step.attended_BGN[0], best_GN).cpu())
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
@@ -64,10 +74,10 @@ class HeadRecovery:
         return self.share_BG / self.measured, self.relative_BG / self.measured
 
 
-def watch(cache: Cache, interval: int) -> dict[int, HeadRecovery]:
+def watch(cache: Cache, interval: int, *, mapped: bool = False) -> dict[int, HeadRecovery]:
     """Watch every offloaded layer of a cache, by number."""
     layers = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
-    return {layer.number: HeadRecovery(layer, interval) for layer in layers}
+    return {layer.number: HeadRecovery(layer, interval, mapped=mapped) for layer in layers}
 
 
 def check_watchable(variant: Variant) -> None:

@@ -80,6 +80,9 @@ class TestCommand:
                 assert [len(heads) for heads in record[name]] == [2, 2]
                 assert all(0 < value < 1 for heads in record[name] for value in heads)
             assert record["prompt_tokens"] == 388
+        maps = [record.get("map") for record in folder.records("streaming-208", "text")]
+        assert maps[0]["steps"] == [4, 8, 12]
+        assert maps[1:] == [None]  # of the first document alone
         assert mean_map(folder, "oracle-208")[1] == [[1.0, 1.0], [1.0, 1.0]]
         lines = [line.rsplit(maxsplit=4) for line in capsys.readouterr().out.splitlines()]
         assert [line[0] for line in lines[1:]] == ["layer 0", "layer 1", "all layers", "worst head"]

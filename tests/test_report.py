@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -59,8 +61,9 @@ def answers(right: str, **figures: Any) -> list[dict[str, Any]]:
     return [said[one] | {"answers": ["7"], "depth": 100 * (n % 2)} | figures for n, one in enumerate(right)]
 
 
-def needle_run(path: Path, **changes: Any) -> Path:
-    figures = {"hit_rate": 0.5, "steps": 4, "fetched_bytes": 8192}
+def needle_run(path: Path, more: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """Those of the predictor have figures of its engine, and ``more``."""
+    figures = {"hit_rate": 0.5, "steps": 4, "fetched_bytes": 8192} | (more or {})
     results = {
         "predictor-512": {"2048": answers("++++", **figures), "4096": answers("+++-", **figures)},
         "full": {"2048": answers("++++"), "4096": answers("++++")},
@@ -264,6 +267,19 @@ class TestLongBench:
         expected = score_folder(RunFolder.finished(path))["full"].english_average
         assert sheet.figures["full", "16 English tasks"].value == expected
 
+    def test_likelihood_of_the_answers(self, tmp_path):
+        known = [(-2.0, 4), (-6.0, 4), (-3.0, 8)]
+        said = {"pred": "sky", "answers": ["sky"], "all_classes": None}
+        lines = [said | {"answer_log_likelihood": sum_, "answer_tokens": tokens} for sum_, tokens in known]
+        results = {"full": {"qasper": lines}, "quest-64": {"qasper": [*lines[:2], said | {"error": "no"}]}}
+        path = write_run(tmp_path / "run", "longbench", results, extended=False, answer_likelihood=True)
+        scores, answers_ = make_sheets([path])
+        assert scores.title == "LongBench · tiny"
+        assert answers_.title == "LongBench, reference answers · tiny"
+        assert answers_.figures["full", "qasper"].value == pytest.approx(11 / 16 / np.log(2))
+        assert answers_.figures["quest-64", "qasper"].value == pytest.approx(1 / np.log(2))
+        assert score_folder(RunFolder.finished(path))["full"].perplexity["qasper"] == pytest.approx(np.exp(11 / 16))
+
     def test_by_length(self, tmp_path):
         path = self.run(tmp_path / "run", extended=True)
         sheets = make_sheets([path])
@@ -408,7 +424,7 @@ class TestPage:
         assert captions == [
             *(f"{column} (found, %)" for column in ("mean", "2048", "4096")),
             "Hit rate, % of blocks read that no late fetch had to bring",
-            "Fetched from host memory, KiB a decoded token",
+            "Fetched from host memory, KiB a decoding step",
             *("predictor-512", "full", "quest-256", "predictor-256", "quest-512"),
         ]
         assert "<title>predictor at 256: 2.00</title>" in page  # KiB
@@ -426,6 +442,27 @@ class TestPage:
         for where, value in {(0, 0): 0.375, (0, 1): 1.0, (3, 0): 0.5, (3, 1): 0.75}.items():
             assert f"<title>layer {where[0]}, KV head {where[1]}: {value:.3f}</title>" in page
         assert "failed, left out of the figures: a-8 books 1 of 3" in page
+
+    def test_traffic_over_steps(self, capsys, tmp_path):
+        series = {"steps": 3, "stride": 1, "hit_rate": [1.0, None, 0.5], "fetched_bytes": [0, 1024, 2048]}
+        page = report(capsys, tmp_path / "out", needle_run(tmp_path / "run", {"over_steps": series}))["html"]
+        captions = re.findall("<figcaption>(Budget.*?)</figcaption>", page)
+        assert [caption.partition(":")[0] for caption in captions] == ["Budget 256"] * 2 + ["Budget 512"] * 2
+        curves = re.findall(r'class="s\d curve"><path d="(.*?)"', page)
+        assert len(curves) == 4  # Quest has none
+        assert [curve.count("L") for curve in curves] == [1, 2, 1, 2]
+
+    def test_attention_maps(self, capsys, tmp_path):
+        drawn = {"block_size": 16, "steps": [4], "layers": [0], "rows": [[["</script>AB"]]]}
+        lines = [{"layers": [0], "relative_map": [[0.5]], "recovery_map": [[0.5]], "map": drawn}]
+        run = write_run(tmp_path / "run", "recovery-map", {"a-8": {"books": lines}})
+        page = report(capsys, tmp_path / "out", run)["html"]
+        Reader(page)
+        (data,) = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
+        assert json.loads(data) == {"books": {"a-8": drawn}}
+        (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}'" in page
 
     def test_texts_are_escaped(self, capsys, tmp_path):
         run = write_run(tmp_path / "a&b", "synthetic", {"full": {"kv": [{"found": [True], "answers": ["a"]}]}})
@@ -472,6 +509,12 @@ class TestPage:
         assert ticks[0] <= low <= high <= ticks[-1]
         assert 3 <= len(ticks) <= 8
         np.testing.assert_allclose(np.diff(ticks), ticks[1] - ticks[0])
+
+    @pytest.mark.parametrize("value", [0.0, 40.0, 100.0])
+    def test_ticks_around_one_value_stay_within_bounds(self, value):
+        ticks = nice_ticks(value, value, (0.0, 100.0))
+        assert 0 <= ticks[0] <= value <= ticks[-1] <= 100
+        assert len(ticks) > 2
 
 
 class TestRefused:

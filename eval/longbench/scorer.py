@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,6 +191,16 @@ def _by_length(records: Sequence[Record], scores: Sequence[float]) -> dict[str, 
         ]
         found[name] = float(round(100 * np.mean(inside), 2)) if inside else None  # NumPy's sum and NumPy's rounding
     return found
+
+
+def answer_bits(task: str, records: Sequence[Record]) -> list[float]:
+    """Bits a token of each sample's reference answer; not a number where none was recorded."""
+    return [
+        -record["answer_log_likelihood"] / record["answer_tokens"] / math.log(2)
+        if record.get("answer_tokens")
+        else math.nan
+        for record in records
+    ]
 
 
 def _perplexity(records: Iterable[Record]) -> float | None:

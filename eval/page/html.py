@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 from attention_predictor.eval import needle, recovery_map
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.heatmap import Axes, Panel
-from attention_predictor.eval.page.charts import Lines, Point, colour_bar, heat_map, legend_mark, line_chart
+from attention_predictor.eval.page.charts import Bounds, Lines, Point, curve_chart, legend_mark, line_chart
+from attention_predictor.eval.page.grids import colour_bar, heat_map
 from attention_predictor.eval.page.style import STYLE
+from attention_predictor.eval.page.viewer import SCRIPT, script_source, viewer
 from attention_predictor.eval.plain_table import MISSING
 from attention_predictor.eval.sheet import Column, Row, Sheet, describe
+from attention_predictor.eval.steps import mean_series
 from attention_predictor.eval.tables import budget_text, interval_text, notes, score_text, signed
 from attention_predictor.predictor.errors import DataError
 
 MANY = 4  # charts of tasks, above which they are folded away
 
-# Whatever a text in the results might be, the page loads nothing.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+@dataclass(frozen=True)
+class Traffic:
+    """A figure of what a policy reads and brings, by its name in a row and in its series over steps."""
+
+    name: str
+    title: str
+    scale: float
+    bounds: Bounds
+
+
+TRAFFIC = (
+    Traffic("hit_rate", "Hit rate, % of blocks read that no late fetch had to bring", 100.0, (0.0, 100.0)),
+    Traffic("fetched_bytes", "Fetched from host memory, KiB a decoding step", 1 / 1024, (0.0, math.inf)),
+)
+
+# Whatever a text in the results might be, the page loads nothing, and runs the viewer alone.
+_POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src {script_source()}"
 
 
 def page(sheets: Sequence[Sheet]) -> str:
     """A whole HTML document."""
     title = "Selection policies: " + ", ".join(dict.fromkeys(sheet.measure.title for sheet in sheets))
+    sections = "\n".join(map(_section, sheets))
+    script = f"\n<script>{SCRIPT}</script>" if 'class="viewer"' in sections else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        + "\n".join(map(_section, sheets))
-        + "\n</body>\n</html>\n"
+        f"{sections}{script}\n</body>\n</html>\n"
     )
 
 
@@ -90,21 +112,26 @@ def _charts(sheet: Sheet) -> str:
     marks = "".join(f"<li>{legend_mark(number)}{escape(name)}</li>" for number, name in names)
     if sheet.full is not None:
         marks += f"<li>{legend_mark(None)}{escape(sheet.full.name)}</li>"
-    parts = ["<h3>Scores against budget</h3>", f'<ul class="legend">{marks}</ul>', _grid(averages)]
+    parts = ["<h3>Scores against budget</h3>", f'<ul class="legend">{marks}</ul>']
     if len(tasks) > MANY:
+        parts.append(_grid(averages))
         parts.append(f"<details><summary>Each of {len(tasks)} tasks</summary>{_grid(tasks)}</details>")
     else:
-        parts.append(_grid(tasks))
-    figures = {
-        "Hit rate, % of blocks read that no late fetch had to bring": lambda row: (
-            None if row.hit_rate is None else 100 * row.hit_rate
-        ),
-        "Fetched from host memory, KiB a decoded token": lambda row: (
-            None if row.fetched_bytes is None else row.fetched_bytes / 1024
-        ),
-    }
-    traffic = [chart for title, of in figures.items() if (chart := _traffic_chart(sheet, policies, title, of))]
-    return "".join([*parts, "<h3>Traffic against budget</h3>" if traffic else "", _grid(traffic)])
+        parts.append(_grid([*averages, *tasks]))
+    if not sheet.measure.traffic:
+        return "".join(parts)
+    traffic = [_traffic_chart(sheet, policies, one) for one in TRAFFIC]
+    over_steps = [
+        _steps_chart(sheet, policies, one, budget)
+        for budget in dict.fromkeys(row.budget for row in sheet.rows if row.budget is not None)
+        for one in TRAFFIC
+    ]
+    for title, charts in (
+        ("Traffic against budget", traffic),
+        ("Traffic over steps, but the first behind a prompt", over_steps),
+    ):
+        parts += [f"<h3>{title}</h3>", _grid(list(filter(None, charts)))] if any(charts) else []
+    return "".join(parts)
 
 
 def _column_chart(sheet: Sheet, policies: Sequence[str], column: Column) -> str:
@@ -114,21 +141,34 @@ def _column_chart(sheet: Sheet, policies: Sequence[str], column: Column) -> str:
         if row.budget is not None and figure is not None:
             lines[row.policy][row.budget] = Point(figure.value, figure.interval)
     full = sheet.figures.get((sheet.full.name, column.title)) if sheet.full is not None else None
-    return _chart(f"{column.title} ({sheet.measure.what})", lines, None if full is None else full.value)
+    title = f"{column.title} ({sheet.measure.what})"
+    return _chart(title, lines, None if full is None else full.value, sheet.measure.bounds)
 
 
-def _traffic_chart(sheet: Sheet, policies: Sequence[str], title: str, of: Callable[[Row], float | None]) -> str:
+def _traffic_chart(sheet: Sheet, policies: Sequence[str], traffic: Traffic) -> str:
     lines: dict[str, dict[int, Point]] = {name: {} for name in policies}
     for row in sheet.rows:
-        if row.budget is not None and (value := of(row)) is not None:
-            lines[row.policy][row.budget] = Point(value)
-    return _chart(title, lines, None)
+        if row.budget is not None and (value := getattr(row, traffic.name)) is not None:
+            lines[row.policy][row.budget] = Point(traffic.scale * value)
+    return _chart(traffic.title, lines, None, traffic.bounds)
 
 
-def _chart(title: str, lines: Lines, level: float | None) -> str:
+def _chart(title: str, lines: Lines, level: float | None, bounds: Bounds) -> str:
     if not any(lines.values()):
         return ""
-    return f"<figure><figcaption>{escape(title)}</figcaption>{line_chart(title, lines, level)}</figure>"
+    return f"<figure><figcaption>{escape(title)}</figcaption>{line_chart(title, lines, level, bounds)}</figure>"
+
+
+def _steps_chart(sheet: Sheet, policies: Sequence[str], traffic: Traffic, budget: int) -> str:
+    curves: dict[str, list[tuple[int, float]]] = {name: [] for name in policies}
+    for row in sheet.rows:
+        if row.budget == budget:
+            points = mean_series(row.over_steps, traffic.name)
+            curves[row.policy] = [(step, traffic.scale * value) for step, value in points]
+    if not any(curves.values()):
+        return ""
+    title = f"Budget {budget}: {traffic.title[:1].lower()}{traffic.title[1:]}"
+    return f"<figure><figcaption>{escape(title)}</figcaption>{curve_chart(title, curves, traffic.bounds)}</figure>"
 
 
 def _grid(charts: Sequence[str]) -> str:
@@ -161,7 +201,7 @@ def _recovery_maps(folder: RunFolder) -> str:
     axes = Axes([str(layer) for layer in layers], columns, "layer", "KV head")
     panels = [Panel(variant, of_heads) for variant, (_, of_heads) in done.items()]
     low = min(min(map(min, of_heads)) for _, of_heads in done.values())
-    return _heat_maps("Relative recovery, by layer and KV head", panels, axes, low)
+    return _heat_maps("Relative recovery, by layer and KV head", panels, axes, low) + viewer(folder)
 
 
 _MAPS = {"needle": _needle_maps, "recovery-map": _recovery_maps}
