@@ -73,9 +73,26 @@ def notes(folder: RunFolder, means: Means, counted: str = "counted as 0") -> lis
     return lines + ([f"not finished: {', '.join(absent)}"] if absent else [])
 
 
-def exit_code(means: Means) -> int:
-    """1 where not one sample succeeded, else 0."""
-    every = [one for by_task in means.values() for one in by_task.values()]
+def conclude(
+    folder: RunFolder | None,
+    sample_scores: SampleScores,
+    table: Callable[[RunFolder], str],
+    draw: Callable[[RunFolder], None] | None = None,
+) -> int:
+    """How a benchmark's command ends: print its table, draw its picture if any.
+
+    Args:
+        folder: As ``run`` gives it; ``None`` in processes that are not the main one, which say nothing.
+
+    Returns:
+        The exit code: 1 where not one sample succeeded, else 0.
+    """
+    if folder is None:
+        return 0
+    print(table(folder))
+    if draw is not None:
+        draw(folder)
+    every = [one for by_task in mean_scores(folder, sample_scores).values() for one in by_task.values()]
     return int(all(one.errors == one.samples for one in every))
 
 

@@ -34,7 +34,7 @@ from attention_predictor.eval import synthetic
 from attention_predictor.eval.filled import Draft, FilledBenchmark, Haystack, paragraph_end
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.heatmap import FILE, Axes, Panel, check_heatmap, draw_heatmaps
-from attention_predictor.eval.means import exit_code, mean_scores, means_table
+from attention_predictor.eval.means import conclude, mean_scores, means_table
 from attention_predictor.eval.predictions import Record, read_lines
 from attention_predictor.eval.prompts import context_length
 from attention_predictor.eval.runner import Plan, add_run_arguments, run
@@ -190,13 +190,7 @@ def main(args: argparse.Namespace) -> int:
         context=context_length(args.model),
         seed=args.seed,
     )
-    folder = run(benchmark, plan)
-    if folder is None:
-        return 0
-    print(folder_table(folder))
-    if args.plot:
-        draw_folder(folder)
-    return exit_code(mean_scores(folder, sample_scores))
+    return conclude(run(benchmark, plan), sample_scores, folder_table, draw_folder if args.plot else None)
 
 
 def folder_table(folder: RunFolder) -> str:

@@ -22,15 +22,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.means import exit_code, mean_scores, notes
+from attention_predictor.eval.means import conclude, mean_scores, notes
 from attention_predictor.eval.plain_table import plain_table
 from attention_predictor.eval.predictions import Record
-from attention_predictor.eval.prompts import context_length
 from attention_predictor.eval.runner import Benchmark, Plan, Sample, add_run_arguments, run
-from attention_predictor.eval.sources import Windows, parse_sources
+from attention_predictor.eval.sources import Windows, add_window_arguments, windows_of
 from attention_predictor.eval.subject import Subject
-from attention_predictor.loading import load_tokenizer
-from attention_predictor.predictor.errors import ConfigError
 
 
 class Perplexity(Benchmark):
@@ -79,28 +76,12 @@ def _bits(records: Sequence[Record]) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
-    add = parser.add_argument
-    what = "[name=]place: .txt, .jsonl or .parquet, a directory or pattern of them, or a data set of the hub"
-    add("--data", action="append", required=True, metavar="D", help=what)
-    add("--context", type=int, default=8192, metavar="N", help="tokens of each document (%(default)s)")
-    add("--tail", type=int, default=256, metavar="N", help="the last of them, which are decoded (%(default)s)")
-    add("--per-file", type=int, default=1, metavar="N", help="documents of a .txt file (%(default)s)")
+    add_window_arguments(parser, tail=256)
 
 
 def main(args: argparse.Namespace) -> int:
     plan = Plan.of(args)
-    context = context_length(args.model)
-    if context is not None and args.context > context:
-        raise ConfigError(f"--context {args.context}: the model has positions for {context} tokens")
-    windows = Windows(parse_sources(args.data), load_tokenizer(args.model), args.context, args.tail, args.per_file)
-    for name in windows.names:
-        if short := windows.check(name, plan.limit):
-            print(f"{name}: {short} documents have fewer than {args.context} tokens and are left out")
-    folder = run(Perplexity(windows), plan)
-    if folder is None:
-        return 0
-    print(folder_table(folder))
-    return exit_code(mean_scores(folder, sample_scores))
+    return conclude(run(Perplexity(windows_of(args)), plan), sample_scores, folder_table)
 
 
 def folder_table(folder: RunFolder) -> str:

@@ -21,21 +21,19 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from attention_predictor.documents import encode, opening
+from attention_predictor.documents import opening
 from attention_predictor.eval import synthetic
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.judge import Case
-from attention_predictor.eval.means import exit_code, mean_scores, means_table
+from attention_predictor.eval.means import conclude, mean_scores, means_table
 from attention_predictor.eval.predictions import Record
-from attention_predictor.eval.prompts import context_length
+from attention_predictor.eval.prompts import check_context
 from attention_predictor.eval.runner import Benchmark, Plan, Sample, add_run_arguments, run
 from attention_predictor.eval.subject import Subject
 from attention_predictor.eval.tails import decode_tails, new_cache, prefill
 from attention_predictor.eval.tasks import plant, read_texts
 from attention_predictor.loading import load_tokenizer
-from attention_predictor.predictor.errors import ConfigError, DataError
-
-SHORT = 64  # tokens; a paragraph as short is taken whatever the context
+from attention_predictor.predictor.errors import ConfigError
 
 
 class Planted(Benchmark):
@@ -73,39 +71,26 @@ class Planted(Benchmark):
         self.tokenizer, self.texts, self.tasks = tokenizer, texts, tuple(tasks)
         self.documents, self.per_document = -(-questions // per_document), per_document
         self.context, self.seed = context, seed
-        self._check_paragraphs()
 
     def settings(self) -> dict[str, Any]:
         return {"documents": self.documents, "per_document": self.per_document, "context": self.context}
 
     def samples(self, task: str) -> Iterator[Sample]:
-        try:
-            planted = plant(
-                self.tokenizer,
-                self.texts,
-                tasks=[task],
-                documents=self.documents,
-                questions=self.per_document,
-                context=self.context - len(opening(self.tokenizer)),
-                seed=self.seed,
-            )
-        except ValueError as error:  # statements need more room than there is
-            raise ConfigError(f"--context {self.context}: too short for task {task}: {error}") from error
+        planted = plant(
+            self.tokenizer,
+            self.texts,
+            tasks=[task],
+            documents=self.documents,
+            questions=self.per_document,
+            context=self.context - len(opening(self.tokenizer)),
+            seed=self.seed,
+        )
         for number, one in enumerate(planted):
             if not one.questions:
                 raise ConfigError(f"--context {self.context}: too short to ask anything of task {task}")
             record = {"answers": [asked.answer for asked in one.questions]}
             hidden = {"questions": [asked.question for asked in one.questions]}
             yield Sample(str(number), one.document, record, hidden)
-
-    def _check_paragraphs(self) -> None:
-        """Planting passes over long paragraphs, and would go on for ever where there are no others."""
-        longest = max(SHORT, self.context // 8)
-        for text in self.texts.values():
-            for paragraph in text.split("\n\n" if "\n\n" in text.strip() else "\n"):
-                if paragraph.strip() and len(encode(self.tokenizer, paragraph)) < longest:
-                    return
-        raise DataError(f"--data: no paragraph has fewer than {longest} tokens; planting needs some, or more --context")
 
     def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
         pairs = zip(sample.hidden["questions"], sample.record["answers"], strict=True)
@@ -136,9 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     plan = Plan.of(args)
-    context = context_length(args.model)
-    if context is not None and args.context > context:
-        raise ConfigError(f"--context {args.context}: the model has positions for {context} tokens")
+    check_context(args.model, args.context)
     benchmark = Planted(
         load_tokenizer(args.model),
         read_texts(args.data),
@@ -148,11 +131,7 @@ def main(args: argparse.Namespace) -> int:
         context=args.context,
         seed=args.seed,
     )
-    folder = run(benchmark, plan)
-    if folder is None:
-        return 0
-    print(folder_table(folder))
-    return exit_code(mean_scores(folder, sample_scores))
+    return conclude(run(benchmark, plan), sample_scores, folder_table)
 
 
 def folder_table(folder: RunFolder) -> str:

@@ -26,6 +26,13 @@ def context_length(model: str) -> int | None:
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
+def check_context(model: str, context: int) -> None:
+    """``ConfigError`` for a ``--context`` of more tokens than a model has positions for."""
+    positions = context_length(model)
+    if positions is not None and context > positions:
+        raise ConfigError(f"--context {context}: the model has positions for {positions} tokens")
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool) -> list[int]:
     """Token ids of a prompt, as a user's turn of a chat or as it stands, with the special tokens of either."""
     if not chat:

@@ -28,16 +28,14 @@ from typing import Any, ClassVar
 from attention_predictor.eval.block_map import map_record
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.heatmap import FILE, Axes, Panel, check_heatmap, draw_heatmaps
-from attention_predictor.eval.means import exit_code, mean_scores, notes
+from attention_predictor.eval.means import conclude, mean_scores, notes
 from attention_predictor.eval.plain_table import plain_table
 from attention_predictor.eval.predictions import Record
-from attention_predictor.eval.prompts import context_length
 from attention_predictor.eval.runner import Benchmark, Plan, Sample, add_run_arguments, run
-from attention_predictor.eval.sources import Windows, parse_sources
+from attention_predictor.eval.sources import Windows, add_window_arguments, windows_of
 from attention_predictor.eval.subject import Subject
 from attention_predictor.eval.tails import decode_tails, new_cache, prefill
 from attention_predictor.eval.watched import check_watchable, watch
-from attention_predictor.loading import load_tokenizer
 from attention_predictor.predictor.errors import ConfigError, DataError
 
 SEQUENCES = 8  # tails decoded at once: each has a cache of its own
@@ -119,12 +117,8 @@ def mean_map(folder: RunFolder, variant: str, name: str = "relative_map") -> tup
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
+    add_window_arguments(parser, tail=128)
     add = parser.add_argument
-    what = "[name=]place: .txt, .jsonl or .parquet, a directory or pattern of them, or a data set of the hub"
-    add("--data", action="append", required=True, metavar="D", help=what)
-    add("--context", type=int, default=8192, metavar="N", help="tokens of each document (%(default)s)")
-    add("--tail", type=int, default=128, metavar="N", help="the last of them, which are decoded (%(default)s)")
-    add("--per-file", type=int, default=1, metavar="N", help="documents of a .txt file (%(default)s)")
     add("--interval", type=int, default=4, metavar="N", help="steps between measurements (%(default)s)")
     add("--no-plot", dest="plot", action="store_false", help=f"don't draw OUT/{FILE}")
 
@@ -134,24 +128,10 @@ def main(args: argparse.Namespace) -> int:
         args.policies = "predictor"  # the stock model has nothing to recover
     plan = Plan.of(args)
     check_heatmap(args.plot)
-    context = context_length(args.model)
-    if context is not None and args.context > context:
-        raise ConfigError(f"--context {args.context}: the model has positions for {context} tokens")
-    tokenizer = load_tokenizer(args.model)
-    windows = Windows(parse_sources(args.data), tokenizer, args.context, args.tail, args.per_file, continuations=True)
-    benchmark = RecoveryMap(windows, args.interval)
     for variant in plan.variants:
         check_watchable(variant)
-    for name in windows.names:
-        if short := windows.check(name, plan.limit):
-            print(f"{name}: {short} documents have fewer than {args.context} tokens and are left out")
-    folder = run(benchmark, plan)
-    if folder is None:
-        return 0
-    print(folder_table(folder))
-    if args.plot:
-        draw_folder(folder)
-    return exit_code(mean_scores(folder, sample_scores))
+    benchmark = RecoveryMap(windows_of(args, continuations=True), args.interval)
+    return conclude(run(benchmark, plan), sample_scores, folder_table, draw_folder if args.plot else None)
 
 
 def folder_table(folder: RunFolder) -> str:

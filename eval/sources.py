@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import glob
 import re
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.documents import Document, Excerpt, excerpt, read_documents
+from attention_predictor.eval.processes import Processes
+from attention_predictor.eval.prompts import check_context
+from attention_predictor.loading import load_tokenizer
 from attention_predictor.predictor.errors import ConfigError, DataError
 
 _NAME = re.compile(r"[\w.-]+")
@@ -108,3 +112,34 @@ class Windows:
         (source,) = (one for one in self.sources if one.name == name)
         for document in source.documents(self.per_file):
             yield document if self.continuations else replace(document, continuations=())
+
+
+def add_window_arguments(parser: argparse.ArgumentParser, tail: int) -> None:
+    """What ``windows_of`` reads.
+
+    Args:
+        tail: Default of ``--tail``.
+    """
+    add = parser.add_argument
+    what = "[name=]place: .txt, .jsonl or .parquet, a directory or pattern of them, or a data set of the hub"
+    add("--data", action="append", required=True, metavar="D", help=what)
+    add("--context", type=int, default=8192, metavar="N", help="tokens of each document (%(default)s)")
+    add("--tail", type=int, default=tail, metavar="N", help="the last of them, which are decoded (%(default)s)")
+    add("--per-file", type=int, default=1, metavar="N", help="documents of a .txt file (%(default)s)")
+
+
+def windows_of(args: argparse.Namespace, *, continuations: bool = False) -> Windows:
+    """As the arguments say, each source read once; prints how many documents of it are too short.
+
+    Raises:
+        ConfigError: More ``--context`` than the model has positions for, or another argument that is not allowed.
+        DataError: A source can't be read, or has no document that is long enough.
+    """
+    check_context(args.model, args.context)
+    tokenizer = load_tokenizer(args.model)
+    sources = parse_sources(args.data)
+    windows = Windows(sources, tokenizer, args.context, args.tail, args.per_file, continuations=continuations)
+    for name in windows.names:
+        if (short := windows.check(name, args.limit)) and Processes().is_main:
+            print(f"{name}: {short} documents have fewer than {args.context} tokens and are left out")
+    return windows

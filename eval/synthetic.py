@@ -34,6 +34,7 @@ Count = Callable[[str], int]
 
 TASKS = ("kv", "facts", "chain", "labels", "excerpt", "copy")
 BREAK = "\n\n"  # ends every segment and every answer: the model's sign to stop
+PATIENCE = 1000  # paragraphs in a row that are too long
 
 
 @dataclass(frozen=True)
@@ -378,6 +379,9 @@ def build(
     by `count` (a tokeniser's, or `len`), the document and *all* its questions and answers if `together`, as
     they stand in a row in training; otherwise the document and any one of them, as in evaluation. At most
     `questions` are asked, in random order. The same arguments give the same sample.
+
+    No paragraph takes more than a quarter of the room; longer ones are passed over. Raises ValueError for an
+    unknown task, for statements that need more room than there is, and where there is no end of long paragraphs.
     """
     if unknown := set(tasks) - set(TASKS):
         raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")
@@ -406,14 +410,19 @@ def build(
     if planted_room > room:
         raise ValueError(f"length: expected at least {planted_room} for these statements, got {room}")
     natural: list[str] = []
-    used = planted_room
+    used, passed = planted_room, 0
+    longest = max(64, (room - planted_room) // 4)  # one paragraph should not be the whole haystack
     numbered = "excerpt" in tasks
     for paragraph in paragraphs:
         if not paragraph.strip():
             continue
         size = count(paragraph + BREAK) + (count(paragraph_header(len(natural) + 1)) if numbered else 0)
-        if size > max(64, (room - planted_room) // 4):
-            continue  # one paragraph should not be the whole haystack
+        if size > longest:
+            passed += 1
+            if passed == PATIENCE:
+                raise ValueError(f"paragraphs: expected some of at most {longest}, got {passed} longer ones in a row")
+            continue
+        passed = 0
         if used + size > room:
             break
         natural.append(paragraph)

@@ -43,6 +43,9 @@ def plant(
         tasks: Tasks in turn, one a document (see ``synthetic.TASKS``).
         context: Tokens of a document and any one of its questions.
         seed: The same seed gives the same documents.
+
+    Raises:
+        ConfigError: An unknown task, or a context too short for its statements or for any paragraph of the texts.
     """
     unknown = set(tasks) - set(synthetic.TASKS)
     if unknown:
@@ -54,8 +57,8 @@ def plant(
     for number in range(documents):
         rng = random.Random(f"{seed}/{number}")
         task = tasks[number % len(tasks)]
-        samples.append(
-            synthetic.build(
+        try:
+            sample = synthetic.build(
                 rng,
                 _haystack(rng, names, texts),
                 {task: planted[task]},
@@ -65,7 +68,9 @@ def plant(
                 split=split,
                 together=False,
             )
-        )
+        except ValueError as error:  # statements, or all paragraphs of the texts, need more room than there is
+            raise ConfigError(f"a context of {context} tokens is too short for task {task}: {error}") from error
+        samples.append(sample)
     return samples
 
 

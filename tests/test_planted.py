@@ -89,7 +89,7 @@ class TestCommand:
             (("--context", "5000"), "--context 5000: the model has positions for 4096 tokens"),
             (
                 ("--questions", 90, "--per-document", 90),
-                "--context 1500: too short for task kv: length: expected at least",
+                "a context of 1499 tokens is too short for task kv: length: expected at least",
             ),
             (("--data", "nowhere"), "cannot read text from nowhere"),
         ],
@@ -100,4 +100,4 @@ class TestCommand:
     def test_long_paragraphs_alone_are_refused(self, given, tmp_path, capsys, monkeypatch):
         (tmp_path / "one.txt").write_text("A sentence of a paragraph that never ends. " * 100)
         line = refused(capsys, monkeypatch, *given, "--data", tmp_path / "one.txt")
-        assert "--data: no paragraph has fewer than 187 tokens" in line
+        assert "a context of 1499 tokens is too short for task kv: paragraphs: expected some of at most" in line

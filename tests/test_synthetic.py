@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Iterator
@@ -140,3 +141,9 @@ def test_errors_name_the_argument() -> None:
         make("riddles")
     with pytest.raises(ValueError, match="length: expected at least"):
         make("kv", length=20)
+
+
+def test_paragraphs_without_end_that_are_all_too_long():
+    endless = itertools.repeat("word " * 1000)
+    with pytest.raises(ValueError, match=r"paragraphs: expected some of at most \d+, got 1000 longer ones in a row"):
+        build(random.Random(0), endless, {"kv": 2}, length=2000, count=len, questions=2)

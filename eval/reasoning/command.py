@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 
 from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.means import exit_code, mean_scores, means_table
+from attention_predictor.eval.means import conclude, mean_scores, means_table
 from attention_predictor.eval.prompts import context_length
 from attention_predictor.eval.reasoning.benchmark import KINDS, Reasoning, Sampling, choose_tasks, sample_scores
 from attention_predictor.eval.runner import Plan, add_run_arguments, run
@@ -52,11 +52,7 @@ def main(args: argparse.Namespace) -> int:
         sampling=sampling,
         context=context_length(args.model),
     )
-    folder = run(benchmark, plan)
-    if folder is None:
-        return 0
-    print(folder_table(folder))
-    return exit_code(mean_scores(folder, sample_scores))
+    return conclude(run(benchmark, plan), sample_scores, folder_table)
 
 
 def folder_table(folder: RunFolder) -> str:

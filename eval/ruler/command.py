@@ -26,8 +26,9 @@ from statistics import fmean
 from attention_predictor.arguments import whole_numbers
 from attention_predictor.eval.filled import Haystack
 from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.means import Means, exit_code, mean_scores, notes
+from attention_predictor.eval.means import Means, conclude, mean_scores, notes
 from attention_predictor.eval.plain_table import plain_table
+from attention_predictor.eval.processes import Processes
 from attention_predictor.eval.prompts import context_length
 from attention_predictor.eval.ruler.base import WORDINGS, Sources
 from attention_predictor.eval.ruler.benchmark import GivenRuler, MadeRuler, find_files
@@ -68,11 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     plan = Plan.of(args)
-    folder = run(make_benchmark(args), plan)
-    if folder is None:
-        return 0
-    print(folder_table(folder))
-    return exit_code(mean_scores(folder, sample_scores))
+    return conclude(run(make_benchmark(args), plan), sample_scores, folder_table)
 
 
 def make_benchmark(args: argparse.Namespace) -> Benchmark:
@@ -85,7 +82,8 @@ def make_benchmark(args: argparse.Namespace) -> Benchmark:
         return GivenRuler(load_tokenizer(args.model), files, chat=args.chat, context=context)
     passages = {task: Passages(path) for task, path in (("qa_1", args.squad), ("qa_2", args.hotpotqa)) if path}
     if args.tasks == "all" and (absent := [name for name in QA_OPTIONS if name not in passages]):
-        print(f"left out: {', '.join(f'{name}, which needs {QA_OPTIONS[name]}' for name in absent)}")
+        if Processes().is_main:
+            print(f"left out: {', '.join(f'{name}, which needs {QA_OPTIONS[name]}' for name in absent)}")
         families = tuple(name for name in families if name not in absent)
     return MadeRuler(
         load_tokenizer(args.model),
