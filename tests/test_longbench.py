@@ -12,6 +12,7 @@ import sys
 import tracemalloc
 import zipfile
 
+import huggingface_hub
 import pytest
 import torch
 from tiny_models import make_tiny_model
@@ -446,7 +447,44 @@ class TestData:
             DataError, match=r"someone/LongBench, trec, row 2: expected a text in 'context'.*fields text"
         ):
             bench.check("trec", None)
-        assert asked[0] == (("someone/LongBench", "trec"), {"split": "test", "streaming": True})
+        assert asked[0] == (("someone/LongBench", "trec"), {"split": "test"})
+
+    def test_the_archive_in_the_hub_s_cache(self, tmp_path, monkeypatch):
+        """As the hub's client keeps it, and without network."""
+        folder = tmp_path / "datasets--THUDM--LongBench"
+        snapshot = folder / "snapshots" / ("a" * 40)
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("a" * 40)
+        with zipfile.ZipFile(snapshot / "data.zip", "w") as packed:
+            packed.writestr("data/trec.jsonl", json.dumps(longbench_row("trec")) + "\n")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        bench = benchmark(open_source("hub"), ["trec"])
+        assert [one.id for one in bench.samples("trec")] == ["trec-0"]
+
+    def test_a_mirror_of_parquet_files(self, tmp_path, monkeypatch):
+        """A directory laid out as on the hub, read by the hub's own library."""
+        datasets, pyarrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        folder = tmp_path / "someone" / "LongBench"
+        rows = {"trec": [longbench_row("trec", number) for number in range(3)], "lcc": [{"text": "something else"}]}
+        for name, of_task in rows.items():
+            (folder / name).mkdir(parents=True)
+            table = pyarrow.Table.from_pylist(of_task)
+            parquet.write_table(table, folder / name / "test-00000-of-00001.parquet")
+        files = "- config_name: {0}\n  data_files:\n  - split: test\n    path: {0}/test-*.parquet\n"
+        (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(map(files.format, rows))}---\n")
+        monkeypatch.chdir(tmp_path)
+        source = open_source("hub:someone/LongBench")
+        given = list(benchmark(source, ["trec"]).samples("trec"))
+        direct = open_source(str(write_longbench(tmp_path / "plain", ["trec"])))
+        assert given == list(benchmark(direct, ["trec"]).samples("trec"))
+        with pytest.raises(DataError, match=r"LongBench, lcc, row 1: expected a text in 'context'.*found fields text"):
+            benchmark(source, ["lcc"]).check("lcc", None)
+        with pytest.raises(DataError, match="the hub gives no data set someone/LongBench, configuration qasper"):
+            benchmark(source, ["qasper"], chat=False).check("qasper", None)
 
     def test_nothing_of_the_hub_is_imported_for_a_directory(self, tmp_path, monkeypatch):
         original = builtins.__import__

@@ -101,12 +101,11 @@ def _of_mirror(name: str, task: str) -> Iterator[tuple[str, Record]]:
     except ImportError as error:
         raise DataError("this data needs datasets: pip install 'attention-predictor[train]'") from error
     try:
-        for number, row in enumerate(datasets.load_dataset(name, task, split="test", streaming=True), 1):
-            yield f"{name}, {task}, row {number}", dict(row)
-    except DataError:
-        raise
+        rows = datasets.load_dataset(name, task, split="test")  # kept on disk: it is read once for each policy
     except Exception as error:  # the hub's client raises many kinds
         raise DataError(f"the hub gives no data set {name}, configuration {task}: {one_line(error)}") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{name}, {task}, row {number}", dict(row)
 
 
 def _fetch_archive() -> Path:
