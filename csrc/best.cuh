@@ -157,15 +157,14 @@ template <typename Key>
 __device__ __forceinline__ int best_of(int n, int wanted, List best, List room, Shared &shared, const Key &key) {
     if (wanted <= 0) return 0;
     if (wanted <= kThreads / 2) {
-        int together = 1;  // threads that find a maximum
-        while (kThreads / (2 * together) >= 2 * wanted && together < kWarp) together *= 2;
-        const int groups = kThreads / together;
+        // Threads that find a maximum: a power of two, so that there are at least twice as many maxima as are wanted.
+        const int shift = min(31 - __clz(kThreads / 2 / wanted), 5), together = 1 << shift, groups = kThreads >> shift;
         uint32_t own = kNever;
 #pragma unroll 4
         for (int i = threadIdx.x; i < n; i += kThreads) own = max(own, key(i));
         uint32_t top = own;
         for (int offset = 1; offset < together; offset *= 2) top = max(top, __shfl_xor_sync(kAll, top, offset));
-        if (threadIdx.x % together == 0) shared.top[threadIdx.x / together] = top;
+        if (!(threadIdx.x & (together - 1))) shared.top[threadIdx.x >> shift] = top;
         if (threadIdx.x == 0) shared.found = 0, shared.bound = 1;
         __syncthreads();
         rank_all(groups, [&](int j, int i) { return before(shared.top[j], j, shared.top[i], i); },
@@ -174,7 +173,8 @@ __device__ __forceinline__ int best_of(int n, int wanted, List best, List room, 
                  });
         __syncthreads();
         const uint32_t bound = shared.bound;
-        if (own >= bound)
+        if (own >= bound) {
+#pragma unroll 4
             for (int i = threadIdx.x; i < n; i += kThreads) {
                 const uint32_t x = key(i);
                 if (x < bound) continue;
@@ -184,6 +184,7 @@ __device__ __forceinline__ int best_of(int n, int wanted, List best, List room, 
                     room.index[at] = i;
                 }
             }
+        }
         __syncthreads();
         const int found = shared.found;
         if (found <= kList) {

@@ -64,7 +64,7 @@ __device__ __forceinline__ void shares(const Select &a, int64_t row, int n, int 
         float top[kHeads], total[kHeads];  // base 2
 #pragma unroll
         for (int m = 0; m < kHeads; ++m) top[m] = kLowest, total[m] = 0.f;
-#pragma unroll 2
+#pragma unroll 4
         for (int i = kFour * threadIdx.x; i < n; i += kTileBlocks) {
             float x[kHeads][kFour];
 #pragma unroll
@@ -181,7 +181,7 @@ private:
     static __host__ __device__ int words(int64_t capacity) { return static_cast<int>((capacity + 31) / 32); }
 };
 
-__global__ void __launch_bounds__(kThreads) select_blocks_kernel(const Select a, const bool keys_here) {
+__global__ void __launch_bounds__(kThreads, 1) select_blocks_kernel(const Select a, const bool keys_here) {
     __shared__ union {
         Shared of_best;
         ShareSums of_shares;
@@ -189,29 +189,29 @@ __global__ void __launch_bounds__(kThreads) select_blocks_kernel(const Select a,
     __shared__ int entries;
     const int S = static_cast<int>(a.slots), capacity = static_cast<int>(a.capacity);
     const Rows rows(device::dynamic_shared(), S, capacity);
-    const int64_t row = blockIdx.x, b = row / a.kv_heads;
-    const int group = static_cast<int>(a.heads / a.kv_heads);
+    const int64_t row = blockIdx.x;
+    const int kv_heads = static_cast<int>(a.kv_heads), group = static_cast<int>(a.heads) / kv_heads;
     int64_t *block = a.block + row * S, *active = a.active + row * S, *use = a.use + row * S;
     int32_t *slot = a.slot + row * a.capacity;
     uint32_t *key = keys_here ? rows.key : a.key + row * a.capacity;
 
     // All that must come from far away is asked for at once.
-    const int64_t stored = a.length[0], length = stored + a.ahead, padding = a.padding[b];
+    const int64_t stored = a.length[0], length = stored + a.ahead, padding = a.padding[blockIdx.x / kv_heads];
     rows.resident.clear(capacity);
     rows.wanted.clear(capacity);
     for (int s = threadIdx.x; s < S; s += kThreads) {
         rows.held[s] = static_cast<int>(block[s]);
         rows.age[s] = use[s];
     }
-    const int size = static_cast<int>(a.block_size);
-    const int known = static_cast<int>((stored + size - 1) / size), n = static_cast<int>((length + size - 1) / size);
-    const int first = static_cast<int>(padding / size);
+    const int shift = __ffs(static_cast<int>(a.block_size)) - 1, size = 1 << shift;  // a power of two
+    const int known = static_cast<int>((stored + size - 1) >> shift), n = static_cast<int>((length + size - 1) >> shift);
+    const int first = static_cast<int>(padding >> shift);
     const int recent = static_cast<int>(a.recent > 1 ? a.recent : 1);
     // Always chosen: from `first` to `sink_end`, and from `recent_begin` on. Never: before `first`.
     const bool everything = length <= a.limit;
     const int sink_end = everything ? n : min(n, first + static_cast<int>(a.sink_blocks));
-    const int recent_begin = max(sink_end, static_cast<int>((length > recent ? length - recent : 0) / size));
-    const int most = everything ? n : static_cast<int>(a.limit / size);
+    const int recent_begin = max(sink_end, static_cast<int>((length > recent ? length - recent : 0) >> shift));
+    const int most = everything ? n : static_cast<int>(a.limit >> shift);
     const auto settled = [&](int i, uint32_t x) {
         return i < first ? kNever : i < sink_end || i >= recent_begin ? kAlways : x;
     };
@@ -221,9 +221,6 @@ __global__ void __launch_bounds__(kThreads) select_blocks_kernel(const Select a,
         const int i = rows.held[s];
         if (i < 0 || i >= n) continue;
         if (a.ahead || exact) rows.resident.add(i);
-        if (!exact) continue;
-        const int64_t head0 = row * group;
-        for (int m = 0; m < group; ++m) a.peak[(head0 + m) * a.capacity + i] = a.slot_peak[(head0 + m) * S + s];
     }
     __syncthreads();
     if (!a.ahead) shares(a, row, n, group, rows.held, rows.resident, key, shared.of_shares);
@@ -343,25 +340,36 @@ __global__ void __launch_bounds__(kThreads) select_blocks_kernel(const Select a,
     }
     if (!a.ahead) {
         // What is not attended to: all, less what is. Where nearly all is attended, little precision is left, and none needed.
-        for (int m = threadIdx.x / kWarp; m < group; m += kWarps) {
+        // Warps without a head put the peaks of what was resident in their places.
+        const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, idle = group < kWarps / 2 ? kWarps - group : 0;
+        for (int m = warp; m < group; m += kWarps) {
             const int64_t head = row * group + m;
             const float all = a.rest[head];
             float part = 0.f;
-            for (int s = threadIdx.x % kWarp; s < S; s += kWarp) {
+            for (int s = lane; s < S; s += kWarp) {
                 const int i = static_cast<int>(active[s]);
                 if (i < 0 || i >= n) continue;
                 part += expf((exact && i == rows.held[s] ? a.slot_sum[head * S + s] : a.sum[head * a.capacity + i]) - all);
             }
             part = warp_sum(part);
             __syncwarp();
-            if (threadIdx.x % kWarp == 0) a.rest[head] = all > -INFINITY && part < 1.f ? all + log1pf(-part) : -INFINITY;
+            if (lane == 0) a.rest[head] = all > -INFINITY && part < 1.f ? all + log1pf(-part) : -INFINITY;
         }
+        const int begin = idle ? threadIdx.x - group * kWarp : threadIdx.x, step = idle ? idle * kWarp : kThreads;
+        if (exact && begin >= 0)
+            for (int entry = begin; entry < S * group; entry += step) {
+                const int m = entry / S, s = entry - m * S, i = rows.held[s];
+                if (i < 0 || i >= n) continue;
+                const int64_t head = row * group + m;
+                a.peak[head * a.capacity + i] = a.slot_peak[head * S + s];
+            }
     }
 }
 
 }  // namespace
 
 extern "C" int select_blocks(const Select *a, void *stream) {
+    if (a->block_size < 1 || a->block_size & (a->block_size - 1)) return cudaErrorInvalidValue;
     size_t bytes = Rows::bytes(a->slots, a->capacity);
     const size_t with_keys = bytes + 4 * a->capacity;
     const bool keys_here = with_keys <= device::most_shared() - sizeof(Shared) - 1024;

@@ -264,31 +264,44 @@ __device__ __forceinline__ void score_blocks(const SketchScores &a, float *logit
     }
 }
 
-// Logits of the exact keys behind the last whole group, and -inf for the rest of theirs: a warp takes 16 tokens, four lanes one
-// of these.
-__device__ void multiply_tail(const SketchScores &a, float *logits, int tokens, int64_t row, uint32_t head0, int heads) {
+// Logits of the exact keys behind the last whole group, and -inf for the rest of theirs: a warp takes 16 tokens, four lanes two
+// of these. Everything is asked for at once; `query` is room for the heads' numbers.
+template <int kMostDim>
+__device__ void multiply_tail(const SketchScores &a, float *query, float *logits, int tokens, int64_t row, uint32_t head0,
+                              int heads) {
+    constexpr int kParts = kMostDim / 32;  // of 8 channels, in a lane
     const int lane = threadIdx.x % kWarp, D = static_cast<int>(a.sketch.head_dim);
-    const int first = threadIdx.x / kWarp * 16 + lane / 4;
+    const int first = threadIdx.x / kWarp * 16 + lane / 4, channel = lane % 4 * 8;
+    float key[2][kParts][8];
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int i = 0; i < kParts; ++i)
+            if (channel + 32 * i < D && first + 8 * j < tokens)
+                load_eight(a.sketch.tail, (row * kGroup + first + 8 * j) * D + channel + 32 * i, a.sketch.element, key[j][i]);
+    for (int i = threadIdx.x; i < heads * D; i += kWarps * kWarp)
+        query[i] = load_number(a.query, static_cast<int64_t>(head0) * D + i, a.sketch.element) * static_cast<float>(a.scaling);
+    __syncthreads();
 #pragma unroll 1
     for (int m = 0; m < heads; ++m) {
         float dot[2] = {};
-        for (int d = lane % 4 * 8; d < D && first - lane / 4 < tokens; d += 32) {
-            float key[8], query[8];
-            load_eight(a.query, static_cast<int64_t>(head0 + m) * D + d, a.sketch.element, query);
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                load_eight(a.sketch.tail, (row * kGroup + first + 8 * j) * D + d, a.sketch.element, key);
+        for (int i = 0; i < kParts; ++i) {
+            if (channel + 32 * i >= D) continue;
+            const auto *own = reinterpret_cast<const float4 *>(query + m * D + channel + 32 * i);
+            const float4 front = own[0], back = own[1];
+            const float x[8] = {front.x, front.y, front.z, front.w, back.x, back.y, back.z, back.w};
 #pragma unroll
-                for (int i = 0; i < 8; ++i) dot[j] = fmaf(query[i], key[i], dot[j]);
-            }
+            for (int j = 0; j < 2; ++j)
+#pragma unroll
+                for (int c = 0; c < 8; ++c) dot[j] = fmaf(x[c], key[j][i][c], dot[j]);
         }
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int token = first + 8 * j;
             dot[j] += __shfl_xor_sync(kAll, dot[j], 1);
             dot[j] += __shfl_xor_sync(kAll, dot[j], 2);
-            const float logit = token < tokens ? dot[j] * static_cast<float>(a.scaling) : -INFINITY;
-            if (lane % 4 == 0) logits[m * kLogitRow + logit_place(token)] = logit;
+            if (lane % 4 == 0) logits[m * kLogitRow + logit_place(token)] = token < tokens ? dot[j] : -INFINITY;
         }
     }
 }
@@ -322,7 +335,9 @@ __global__ void __launch_bounds__(kWarps *kWarp, S::kAtOnce) score_groups(const 
     if (blockIdx.x == 0) {
         const int length = static_cast<int>(a.length_1 ? *a.length_1 : a.length), begin = length / kGroup * kGroup;
         if (begin == length) return;
-        multiply_tail(a, reinterpret_cast<float *>(logit_rows), length - begin, row, head0, heads);
+        static_assert(sizeof(queries) >= kMostHeads * S::kMostDim * sizeof(float), "queries of the tail have the same room");
+        multiply_tail<S::kMostDim>(a, reinterpret_cast<float *>(&queries), reinterpret_cast<float *>(logit_rows), length - begin,
+                                   row, head0, heads);
         __syncthreads();
         const int m = warp * kTogether;
         if (m < heads) score_blocks(a, reinterpret_cast<float *>(logit_rows[warp]), length, begin, head0 + m, heads - m);
