@@ -1,12 +1,13 @@
 """Tables and a page of runs: what `attnpred eval` left in its --out directories, side by side.
 
 Rows are policies by budget, columns tasks and averages. The best policy of a column at each budget is bold, full
-attention apart. Behind a score stands its bootstrap interval (95 %, over samples); differences to full attention are
-over samples that both have, and so are their intervals. Runs of one benchmark with the same settings share a table;
-others get one each.
+attention and the oracle, which knows the truth, apart. Behind a score stands its bootstrap interval (95 %, over
+samples); differences to full attention are over samples that both have, and so are their intervals. Runs of one
+benchmark with the same settings share a table; others get one each.
 
 Writes report.md, report.tex and report.html, one page that needs no other file and no network: the tables, accuracy
-against budget, hit rate and fetched bytes, grids of needles and recovery by layer and head where there are such runs.
+against budget, hit rate and fetched bytes by budget and over steps; where there are such runs, grids of needles,
+recovery by layer and head, and maps of the blocks that held the attention and those that were read.
 
 examples:
   attnpred report runs/longbench --out report/

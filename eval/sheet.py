@@ -29,6 +29,7 @@ from attention_predictor.eval.ruler import scorer as ruler
 from attention_predictor.predictor.errors import AttentionPredictorError, ConfigError, DataError
 
 SHOWN = ".2f"  # of scores
+ORACLE = "oracle"  # the policy that selects by the truth
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ MEASURES = {
 
 # Beside LongBench's scores where it was asked for; scores of small models tell little.
 ANSWERS = Measure(
-    *("LongBench, reference answers", "bits a token, less is better", longbench.answer_bits),
+    *("LongBench's answers", "bits a token, less is better", longbench.answer_bits),
     scale=1.0,
     higher=False,
     bounds=(0.0, math.inf),
@@ -135,6 +136,7 @@ class Row:
     Attributes:
         policy: Its rule's name.
         budget: In tokens; ``None`` where all is attended to.
+        judged: Whether it may be the best: full attention may not, nor what selects by the truth.
         outcomes: By task.
         hit_rate: Mean over samples, from 0 to 1; ``None`` where no engine was at work.
         fetched_bytes: A decoding step, over all samples; likewise.
@@ -145,6 +147,7 @@ class Row:
     policy: str
     budget: int | None
     stock: bool
+    judged: bool
     outcomes: Mapping[str, Outcome]
     hit_rate: float | None
     fetched_bytes: float | None
@@ -211,7 +214,11 @@ class Sheet:
                     found[row.name, column.title] = figure
         for column in self.columns:
             for budget in {row.budget for row in self.rows if row.budget is not None}:
-                names = [row.name for row in self.rows if row.budget == budget and (row.name, column.title) in found]
+                names = [
+                    row.name
+                    for row in self.rows
+                    if row.judged and row.budget == budget and (row.name, column.title) in found
+                ]
                 shown = {name: float(format(found[name, column.title].value, SHOWN)) for name in names}
                 best = max(shown.values(), default=0.0) if self.measure.higher else min(shown.values(), default=0.0)
                 for name in names if len(names) > 1 else ():
@@ -372,7 +379,8 @@ def _row(name: str, variant: Mapping[str, Any], outcomes: Mapping[str, Outcome],
     fetched = sum(one.get("fetched_bytes") or 0 for one in records) / steps if steps else None
     hit_rate = fmean(rates) if rates else None
     series = [one["over_steps"] for one in records if "over_steps" in one]
-    return Row(name, policy, budget, bool(variant.get("stock")), outcomes, hit_rate, fetched, series)
+    stock, judged = bool(variant.get("stock")), budget is not None and variant["policy"] != ORACLE
+    return Row(name, policy, budget, stock, judged, outcomes, hit_rate, fetched, series)
 
 
 def _columns(benchmark: str, tasks: Sequence[str]) -> list[Column]:

@@ -12,7 +12,7 @@ from attention_predictor.eval.bootstrap import LEVEL
 from attention_predictor.eval.plain_table import MISSING
 from attention_predictor.eval.sheet import SHOWN, Column, Row, Sheet
 
-BEST = "bold: best policy at a budget, full attention apart"
+BEST = "bold: best policy at a budget, full attention and the oracle apart"
 INTERVAL = f"[{LEVEL:.0%} bootstrap interval over samples]"
 
 _LATEX = {

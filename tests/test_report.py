@@ -233,6 +233,12 @@ class TestFigures:
         assert not sheet.figures["b-8", "books"].best
         assert sheet.notes[0] == "failed, left out of the figures: a-8 books 1 of 3"
 
+    def test_the_oracle_is_never_the_best(self, tmp_path):
+        lines = {"oracle-64": "++++", "quest-64": "+++-", "streaming-64": "+---", "full": "++++"}
+        results = {name: {"2048": answers(right)} for name, right in lines.items()}
+        (sheet,) = make_sheets([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
+        assert [name for (name, _), figure in sheet.figures.items() if figure.best] == ["quest-64"]
+
 
 class TestLongBench:
     def run(self, path: Path, tasks: tuple[str, ...] = ("qasper", "hotpotqa", "2wikimqa"), **settings: Any) -> Path:
@@ -275,7 +281,7 @@ class TestLongBench:
         path = write_run(tmp_path / "run", "longbench", results, extended=False, answer_likelihood=True)
         scores, answers_ = make_sheets([path])
         assert scores.title == "LongBench · tiny"
-        assert answers_.title == "LongBench, reference answers · tiny"
+        assert answers_.title == "LongBench's answers · tiny"
         assert answers_.figures["full", "qasper"].value == pytest.approx(11 / 16 / np.log(2))
         assert answers_.figures["quest-64", "qasper"].value == pytest.approx(1 / np.log(2))
         assert score_folder(RunFolder.finished(path))["full"].perplexity["qasper"] == pytest.approx(np.exp(11 / 16))
@@ -352,7 +358,7 @@ class TestTables:
             "| a\\_b | 4 | 0.00 [0.00, 0.00] |",
             "| c | 4 | −100.00 [−100.00, −100.00] |",
             "",
-            "- found, %; bold: best policy at a budget, full attention apart; "
+            "- found, %; bold: best policy at a budget, full attention and the oracle apart; "
             "\\[95% bootstrap interval over samples\\]",
         ]
 

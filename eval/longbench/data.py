@@ -53,10 +53,8 @@ def make_sample(row: Mapping[str, Any], where: str, number: int, task: str, temp
     """
     fields = template_fields(template)
     if absent := [name for name in fields if not isinstance(row.get(name), str)]:
-        raise DataError(
-            f"{where}: expected a text in {absent[0]!r}, which the template of {task} needs; "
-            f"found fields {', '.join(row)}"
-        )
+        found = f"{row[absent[0]]!r:.40}" if absent[0] in row else f"fields {', '.join(row)}"
+        raise DataError(f"{where}: expected a text in {absent[0]!r}, which the template of {task} needs; found {found}")
     record = {name: row.get(name) for name in ("answers", "all_classes", "length")}
     check_prediction(record | {"pred": ""}, task, where, extended=True)
     if not record["answers"]:

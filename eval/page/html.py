@@ -20,7 +20,9 @@ from attention_predictor.eval.steps import mean_series
 from attention_predictor.eval.tables import budget_text, interval_text, notes, score_text, signed
 from attention_predictor.predictor.errors import DataError
 
+TITLE = "Selection policies under a budget"
 MANY = 4  # charts of tasks, above which they are folded away
+WIDE = 8  # columns of a table, above which one has to scroll
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,15 @@ _POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src {script_so
 
 def page(sheets: Sequence[Sheet]) -> str:
     """A whole HTML document."""
-    title = "Selection policies: " + ", ".join(dict.fromkeys(sheet.measure.title for sheet in sheets))
+    names = ", ".join(dict.fromkeys(sheet.measure.title for sheet in sheets))
     sections = "\n".join(map(_section, sheets))
     script = f"\n<script>{SCRIPT}</script>" if 'class="viewer"' in sections else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
+        f"<title>{TITLE}: {escape(names)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{TITLE}</h1>\n"
+        f'<p class="quiet">{escape(names)}</p>\n'
         f"{sections}{script}\n</body>\n</html>\n"
     )
 
@@ -66,12 +69,15 @@ def _section(sheet: Sheet) -> str:
 
 
 def _table(sheet: Sheet) -> str:
-    heads = "".join(f'<th scope="col"{_shade(one)}>{escape(one.title)}</th>' for one in sheet.columns)
+    columns = list(sheet.columns)
+    if len(columns) > WIDE:  # averages first, where they would be far to the right
+        columns.sort(key=lambda one: not one.average)
+    heads = "".join(f'<th scope="col"{_shade(one)}>{escape(one.title)}</th>' for one in columns)
     lines = [f'<thead><tr><th class="policy" scope="col">policy</th><th scope="col">budget</th>{heads}</tr></thead>']
     budget: object = ""
     for row in sheet.rows:
         first, budget = row.budget != budget, row.budget
-        cells = "".join(f"<td{_shade(one)}>{_cell(sheet, row, one)}</td>" for one in sheet.columns)
+        cells = "".join(f"<td{_shade(one)}>{_cell(sheet, row, one)}</td>" for one in columns)
         name = f'<th class="policy" scope="row">{escape(row.policy)}</th><td>{budget_text(row)}</td>'
         lines.append(f"""<tr{" class='first'" if first else ""}>{name}{cells}</tr>""")
     return f'<div class="scroll" tabindex="0"><table>{"".join(lines)}</table></div>'

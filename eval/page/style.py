@@ -21,6 +21,7 @@ th, td { padding: .35rem .65rem; text-align: right; vertical-align: top; white-s
 thead th { border-bottom: 2px solid var(--rule); vertical-align: bottom }
 tbody tr.first > * { border-top: 1px solid var(--rule) } tbody th { font-weight: 400; text-align: left }
 th.policy { position: sticky; left: 0; text-align: left; background: var(--ground) }
+@media (max-width: 40rem) { th, td { padding: .35rem .4rem } }
 .average { background: var(--tint) }
 td small { display: block; color: var(--quiet); font-size: .75rem; line-height: 1.35 }
 .charts { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
