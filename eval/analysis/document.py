@@ -1,7 +1,7 @@
 """One document: prompt and steps go through the model once, and what each layer shows is written down.
 
-Nothing is kept of a layer but its figures, the state of the predictors between prompt and steps, and the clearest map
-of each pattern so far.
+Nothing is kept of a layer but its figures, the state of the predictors between prompt and steps, and the clearest maps
+so far: for each pattern one judged beyond sink and recent, and one judged as a whole.
 
 Suffixes: B sequences, G KV heads, H query heads, Q steps, N blocks, R prompt rows, T tokens, D head size.
 """
@@ -51,7 +51,7 @@ def analyse(engine: Engine, excerpt: Excerpt, judgement: Judgement) -> dict[str,
 
     Returns:
         ``rows``, one for each tail, layer and query head; ``wavelengths`` of the pairs of channels by layer, in tokens;
-        ``examples``, the clearest map of each pattern.
+        ``examples``, the clearest maps of each pattern.
     """
     model, cache, found = engine.model, engine.new_cache(), _Findings(judgement)
     with watching(model, cache, found.see_prompt):
@@ -82,7 +82,7 @@ class _Findings:
         self.prompts: dict[int, _Prompt] = {}
         self.rows: list[dict[str, Any]] = []
         self.wavelengths: dict[int, list[float | None]] = {}
-        self.clearest: dict[str, tuple[float, Example]] = {}  # by pattern
+        self.clearest: dict[tuple[str, str], tuple[float, Example]] = {}  # by pattern and part
 
     def see_prompt(self, attended: Attended) -> None:
         last = attended.last(self.judgement.window)
@@ -120,10 +120,10 @@ class _Findings:
                 row = {name: _rounded(value) if isinstance(value, float) else value for name, value in row.items()}
                 channels = None if channels_BHP is None else list(map(_rounded, channels_BHP[sequence][head]))
                 self.rows.append(row | {"channels": channels})
-                clearest = self.clearest.get(measures.pattern)
-                if clearest is None or measures.clarity > clearest[0]:
+                kind = (measures.pattern, measures.part)
+                if kind not in self.clearest or measures.clarity > self.clearest[kind][0]:
                     example = shown.example(self.rows[-1], next(iter(foreseen.values())))
-                    self.clearest[measures.pattern] = (measures.clarity, example)
+                    self.clearest[kind] = (measures.clarity, example)
 
     def _foreseen(
         self, foresights: Mapping[str, Foresight], attended: Attended, rows: ScoreRows

@@ -11,7 +11,7 @@ from attention_predictor.eval.analysis import pictures
 from attention_predictor.eval.analysis.correlation import Correlation
 from attention_predictor.eval.analysis.examples import Example
 from attention_predictor.eval.analysis.patterns import CLASSES, ECHO, FAR, FOCUS, HOLDS, RETURN
-from attention_predictor.eval.analysis.summary import RECOVERIES, SIMILARITIES, Head, Summary
+from attention_predictor.eval.analysis.summary import COMPARED, SIMILARITIES, Head, Summary
 from attention_predictor.eval.heatmap import Axes, Panel
 from attention_predictor.eval.page.grids import colour_bar, heat_map
 from attention_predictor.eval.page.style import STYLE
@@ -26,20 +26,21 @@ NAMES = {
     "predictor_far": "predictor, beyond sink and recent",
     "last_relative": "last row, relative recovery",
     "last_far": "last row, beyond sink and recent",
+    "far_mass": "mass beyond sink and recent",
 }
 LEVELS = {"head": "query heads", "kv_head": "KV heads"}
 CHANNELS = "What sets attended keys apart, in logits by RoPE wavelength"
 CRITERIA = {
-    "re-access": f"vertical lines: what neighbouring steps have in common, token by token, is {HOLDS:.0%} or more of "
+    "re-access": f"Vertical lines: what neighbouring steps have in common, token by token, is {HOLDS:.0%} or more of "
     "what it can be beyond chance, and more than along the diagonal",
-    "sequential": f"diagonals: the same with the earlier step moved on by one token, {HOLDS:.0%} or more and more than "
+    "sequential": f"Diagonals: the same with the earlier step moved on by one token, {HOLDS:.0%} or more and more than "
     "vertically",
-    "seasonal": "lines that repeat: diagonals whose profile over distance has at one period at least "
+    "seasonal": "Lines that repeat: diagonals whose profile over distance has at one period at least "
     f"{ECHO:.0%} more in common with itself than nearer by, or columns that come back after a period of steps by at "
     f"least {RETURN:.0%}",
-    "retrieval": f"no such line, but the mass is on few tokens (no more than {1 / FOCUS:.0f}, as the inverse of the "
+    "retrieval": f"No such line, but the mass is on few tokens (no more than {1 / FOCUS:.0f}, as the inverse of the "
     "sum of squared shares)",
-    "unpredictable": "none of these; also attention that is spread evenly",
+    "unpredictable": "None of these; also attention that is spread evenly",
 }
 
 
@@ -61,7 +62,7 @@ def correlation_text(found: Correlation) -> str:
     if found.rho is None:
         return "not defined"
     inside = "" if found.interval is None else " [{:.2f}, {:.2f}]".format(*found.interval)
-    return f"{found.rho:.2f}{inside}".replace("-", "−")
+    return f"{found.rho:.2f}{inside}".replace("-0.00", "0.00").replace("-", "−")
 
 
 def _lead(summary: Summary) -> str:
@@ -153,7 +154,7 @@ def _scatters(summary: Summary) -> str:
                 across = f"query similarity, {NAMES[similarity]}"
                 chart = pictures.scatter(points, x_title=across, y_title=_SHORT[recovery])
                 figures.append(f"<figure><figcaption>{title}</figcaption>{chart}</figure>")
-    head = "".join(f'<th scope="col">{escape(NAMES[name])}</th>' for name in RECOVERIES)
+    head = "".join(f'<th scope="col">{escape(NAMES[name])}</th>' for name in COMPARED)
     lines = [
         f'<thead><tr><th class="policy" scope="col">query similarity</th><th scope="col">over</th>{head}</tr></thead>'
     ]
@@ -161,7 +162,7 @@ def _scatters(summary: Summary) -> str:
         for place, similarity in enumerate(similar):
             cells = "".join(
                 f"<td>{correlation_text(summary.correlations[level, similarity, recovery])}</td>"
-                for recovery in RECOVERIES
+                for recovery in COMPARED
             )
             name = f'<th class="policy" scope="row">{escape(NAMES[similarity])}</th><td>{what}</td>'
             lines.append(f"""<tr{" class='first'" if not place else ""}>{name}{cells}</tr>""")
@@ -173,11 +174,12 @@ def _scatters(summary: Summary) -> str:
             "attention can be foreseen: points would rise to the right. Hold the pointer over one to see which it "
             "is.</p>",
             pictures.class_key(),
-            f'<div class="charts">{"".join(figures)}</div>',
+            f'<div class="pairs">{"".join(figures)}</div>',
             "<h3>Spearman's ρ, with 95% bootstrap interval</h3>",
             "<p>Over KV heads: similarity is the mean of the query heads that share one, and blocks are chosen for all "
-            "of these, as the engine does.</p>",
-            f'<div class="scroll" tabindex="0"><table>{"".join(lines)}</table></div>',
+            "of these, as the engine does. The last column is a warning: where heads of similar queries have less of "
+            "their mass beyond sink and recent, they are recovered better for that alone.</p>",
+            f'<div class="scroll" tabindex="0"><table class="wrapped">{"".join(lines)}</table></div>',
         ]
     )
 
@@ -211,29 +213,30 @@ def _patterns(summary: Summary) -> str:
 def _example(summary: Summary, where: str, example: Example) -> str:
     head = example.head
     last = example.first_token + example.near.columns - 1
+    tokens = 1 / head["focus"]
     told = (
-        f"Layer {head['layer']}, head {head['head']}; {escape(where)}. "
-        f"Vertical {_percent(head['vertical'])}, diagonal {_percent(head['diagonal'])}, on {1 / head['focus']:.0f} "
-        f"tokens, {_percent(head['far_mass'])} of the mass beyond sink and recent."
+        f"Layer {head['layer']}, head {head['head']}; {escape(where)}. Vertical {_percent(head['vertical'])}, diagonal "
+        f"{_percent(head['diagonal'])}, on {tokens:.{int(tokens < 10)}f} tokens; {_percent(head['far_mass'])} of the "
+        f"mass beyond sink and recent{'' if head['part'] == 'far' else ', so that the whole map is judged'}."
     )
     if head["period"]:
         told += f" Period: {head['period']} {head['period_unit']}."
-    found = f"{NAMES['predictor_relative']} {head['predictor_relative']:.3f}"
+    found = f" The predictor's relative recovery is {head['predictor_relative']:.3f}"
     if head["predictor_far"] is not None:
         found += f", beyond sink and recent {head['predictor_far']:.3f}"
     if head["qsim_prompt_plain"] is not None:
         found += f"; query similarity before RoPE {head['qsim_prompt_plain']:.2f}"
     pooled = f"{example.blocks_a_column} blocks a column" if example.blocks_a_column > 1 else "a block a column"
     figures = [
-        ("near", f"Tokens {example.first_token} to {last}", pictures.attention_image(example, "near")),
-        ("whole", f"The whole context, {pooled}", pictures.attention_image(example, "whole")),
-        ("whole", "The same, and what the predictor chose ahead for its KV head", pictures.choice_image(example)),
+        (f"Tokens {example.first_token} to {last}", pictures.attention_image(example, "near")),
+        (f"The whole context, {pooled}", pictures.attention_image(example, "whole")),
+        ("The same, and what the predictor chose ahead for its KV head", pictures.choice_image(example)),
     ]
-    drawn = "".join(f"<figure><figcaption>{text}</figcaption>{image}</figure>" for _, text, image in figures)
     if head["channels"] is not None and head["layer"] in summary.wavelengths:
         bars = pictures.channel_bars(head["channels"], summary.wavelengths[head["layer"]], head["pattern"])
-        drawn += f"<figure><figcaption>{CHANNELS}</figcaption>{bars}</figure>"
-    return f'<p class="quiet">{told} {found}.</p><div class="maprow">{drawn}</div>'
+        figures.insert(1, (CHANNELS, bars))
+    drawn = "".join(f"<figure><figcaption>{text}</figcaption>{picture}</figure>" for text, picture in figures)
+    return f'<p class="quiet">{told}{found}.</p><div class="maprow">{drawn}</div>'
 
 
 def _channels(summary: Summary, name: str) -> str:

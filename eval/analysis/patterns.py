@@ -10,7 +10,7 @@ beyond sink and recent, since these are kept anyway; of a head that looks there 
 - *vertical*: what two neighbouring steps have in common, token by token. *Diagonal*: the same, the earlier step moved
   on by one token. *Chance*: the same, moved by distances that mean nothing (median over ``SHIFTS``): what any two rows
   so broad, or so peaked, have in common. Vertical and diagonal are given as far as they are above it,
-  ``(x − chance) / (1 − chance)``.
+  ``(x − chance) / (1 − chance)``; the divisor is at least ``ROOM``, or the least unevenness would make a line.
 - *echo*: what the profile over distance (the mass d tokens back, all steps together) has in common with itself a
   period on, above the least that it has at a shorter distance: parallel diagonals, a period of tokens apart.
 - *return*: what two steps a period apart have in common, block by block, above the least that steps nearer to each
@@ -40,11 +40,13 @@ from attention_predictor.offload.selection import Selection
 CLASSES = ("re-access", "sequential", "seasonal", "retrieval", "unpredictable")
 FAR = 0.1  # of a head's mass beyond sink and recent, from which on that alone is judged
 HOLDS = 0.3  # of what there is beyond chance
+ROOM = 0.25
 ECHO, RETURN = 0.25, 0.25
 FOCUS = 1 / 32  # the mass is on two blocks' worth of tokens
 SHIFTS = (5, 11, 23, 47)  # tokens; no two have a small common period
 DISTANCES = 2048  # tokens back, as far as the profile reaches
 PERIODS = range(3, 257)  # of tokens or steps; less can't be told from a line with gaps
+NEARLY = 0.9  # of the highest peak: the first one as high is the period, later ones are its multiples
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class MapSums:
         pairs_BH = torch.minimum(mass_BHQ[..., 1:], mass_BHQ[..., :-1]).sum(-1).clamp_min(1e-12)
         shares = {shift: sum_BH / pairs_BH for shift, sum_BH in self.in_common.items()}
         chance_BH = torch.stack([shares[shift] for shift in SHIFTS]).quantile(0.5, dim=0)
-        above = [(shares[shift] - chance_BH) / (1 - chance_BH).clamp_min(1e-12) for shift in (0, 1)]
+        above = [(shares[shift] - chance_BH) / (1 - chance_BH).clamp_min(ROOM) for shift in (0, 1)]
         # A step's squares are of its mass; a share of it counts by its mass.
         focus_BH = (self.square_BHQ / mass_BHQ.clamp_min(1e-12)).sum(-1) / total_BH
         echo, back = _strongest(self._echoes()), _strongest(self._returns())
@@ -211,16 +213,21 @@ class MapSums:
 
 
 def _strongest(share_BHX: Tensor) -> tuple[Tensor, Tensor]:
-    """Height and place of the peak that stands highest above the least before it; zeros where there is none."""
+    """Height and place of the peak that stands highest above the least before it, or of the first nearly as high.
+
+    Zeros where there is none.
+    """
     if share_BHX.shape[-1] < PERIODS.start + 2:
         zeros_BH = torch.zeros_like(share_BHX[..., 0])
         return zeros_BH, zeros_BH
     height_BHX = share_BHX - share_BHX.cummin(-1).values
-    inner = height_BHX[..., 1:-1]
-    peak_BHX = (share_BHX[..., 1:-1] >= share_BHX[..., :-2]) & (share_BHX[..., 1:-1] >= share_BHX[..., 2:])
-    peak_BHX[..., : PERIODS.start - 1] = False
-    best = inner.where(peak_BHX, torch.zeros_like(inner)).max(-1)
-    return best.values, (best.indices + 1).where(best.values > 0, torch.zeros_like(best.indices)).to(best.values.dtype)
+    before, inner, behind = share_BHX[..., :-2], share_BHX[..., 1:-1], share_BHX[..., 2:]
+    peak_BHX = height_BHX[..., 1:-1].where((inner >= before) & (inner >= behind), torch.zeros_like(inner))
+    peak_BHX[..., : PERIODS.start - 1] = 0
+    most_BH1 = peak_BHX.amax(-1, keepdim=True)
+    place_BH1 = (peak_BHX >= NEARLY * most_BH1).float().argmax(-1, keepdim=True)  # the first of these
+    height_BH1 = peak_BHX.gather(-1, place_BH1)
+    return height_BH1[..., 0], ((place_BH1 + 1) * (height_BH1 > 0))[..., 0].to(share_BHX.dtype)
 
 
 def most_common(patterns: Sequence[str]) -> str:

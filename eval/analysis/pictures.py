@@ -23,11 +23,15 @@ from attention_predictor.eval.page.svg import CHARACTER, svg
 
 # What a block is to a step, in the colours that reports have for it; where there is more attention it is lighter.
 _KINDS = {NEITHER: (150, 150, 160), BOTH: (42, 127, 176), MISSED: (212, 53, 127), NEEDLESS: (230, 159, 0)}
+FLATTEST = 3  # an image's width to its height at most: a map of few steps is drawn taller
 LETTERS = dict(zip(CLASSES, "ASPRU", strict=True))
 STYLE = """
-img.map { display: block; width: 100%; image-rendering: pixelated; border-radius: 2px }
-.near { max-width: 40rem } .whole { max-width: 64rem }
-.maprow { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
+img.map { display: block; width: 100%; height: auto; image-rendering: pixelated; border-radius: 2px }
+.maprow { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+  margin: .5rem 0 1.75rem } .maprow svg { display: block; width: 100%; height: auto; max-width: 34rem }
+.pairs { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
+.pairs svg { display: block; width: 100%; height: auto; max-width: 34rem }
+.wrapped thead th, .wrapped th.policy { white-space: normal; min-width: 7rem }
 svg .c0 { fill: var(--s0) } svg .c1 { fill: var(--s1) } svg .c2 { fill: var(--s2) } svg .c3 { fill: var(--s3) }
 svg .c4 { fill: var(--s7) } svg text.in { fill: var(--ground); font-weight: 600 }
 svg .dot { stroke: var(--ground); stroke-width: .8 } svg .zero { stroke: var(--quiet) }
@@ -41,7 +45,7 @@ def attention_image(example: Example, which: str) -> str:
     """The map ``near`` or ``whole`` as an image, on the logarithmic scale of ``examples.grey``."""
     values_QC = getattr(example, which).pixels()
     palette = [_between(RAMP, level / 255) for level in range(256)]
-    return _image(values_QC, palette, which, f"attention, steps down, {_AXIS[which]} across")
+    return _image(values_QC, palette, f"attention, steps down, {_AXIS[which]} across")
 
 
 def choice_image(example: Example) -> str:
@@ -50,11 +54,10 @@ def choice_image(example: Example) -> str:
     palette = []
     for kind in range(4):
         for level in range(64):
-            share = 0.12 + 0.88 * level / 63 if kind == NEITHER else 0.45 + 0.55 * level / 63
-            scale = share * (0.8 if kind == NEITHER else 1.0)
-            palette.append(tuple(round(scale * part) for part in _KINDS[kind]))
+            share = (0.1 if kind == NEITHER else 0.5) + (0.9 if kind == NEITHER else 0.5) * level / 63
+            palette.append(tuple(round(share * part) for part in _KINDS[kind]))
     index_QC = example.choice.pixels() * 64 + light_QC
-    return _image(index_QC, palette, "whole", "blocks chosen and blocks that were the best, steps down, blocks across")
+    return _image(index_QC, palette, "blocks chosen and blocks that were the best, steps down, blocks across")
 
 
 def ramp_key() -> str:
@@ -148,7 +151,9 @@ def channel_bars(parts_of_score: Sequence[float], wavelengths: Sequence[float], 
     plain = [parts_of_score[-1]] if abs(parts_of_score[-1]) > 1e-9 else []
     order = sorted(range(len(wavelengths)), key=lambda pair: wavelengths[pair])
     bars = [parts_of_score[pair] for pair in order] + plain
-    ticks = nice_ticks(min(0.0, *bars), max(0.0, *bars), about=4)
+    ends = (min(0.0, *bars), max(0.0, *bars))
+    low, high = (end if abs(end) > 0.05 * max(map(abs, ends)) else 0.0 for end in ends)  # hardly beyond the axis: on it
+    ticks = nice_ticks(low, high, about=4)
     step = (width - left - right) / len(bars)
 
     def up(value: float) -> float:
@@ -186,7 +191,7 @@ def counts_bar(counts: Mapping[str, int]) -> str:
 _AXIS = {"near": "tokens", "whole": "blocks"}
 
 
-def _image(index_QC: np.ndarray, palette: Sequence[Sequence[int]], size: str, label: str) -> str:
+def _image(index_QC: np.ndarray, palette: Sequence[Sequence[int]], label: str) -> str:
     rows, columns = index_QC.shape
     head = struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)  # 8 bits, by palette
     lines = b"".join(b"\0" + line.tobytes() for line in np.ascontiguousarray(index_QC, np.uint8))
@@ -196,9 +201,9 @@ def _image(index_QC: np.ndarray, palette: Sequence[Sequence[int]], size: str, la
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
     data = base64.b64encode(png).decode()
+    tall = max(rows, columns // FLATTEST)
     return (
-        f'<img class="map {size}" alt="{escape(label)}" width="{columns}" height="{rows}" '
-        f'src="data:image/png;base64,{data}">'
+        f'<img class="map" alt="{escape(label)}" width="{columns}" height="{tall}" src="data:image/png;base64,{data}">'
     )
 
 

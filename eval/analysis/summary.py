@@ -20,13 +20,13 @@ from attention_predictor.predictor.errors import DataError
 
 SIMILARITIES = ("qsim_prompt_plain", "qsim_prompt", "qsim_steps_plain", "qsim_steps")
 RECOVERIES = tuple(f"{name}_{what}" for name in PREDICTORS for what in ("relative", "far"))
+COMPARED = (*RECOVERIES, "far_mass")  # with similarity; where little lies far, there is little to recover
 BY_HEAD = "_head"  # behind the name of a recovery: of a query head by itself, not of all that share its KV head
 MEANS = (
     *SIMILARITIES,
     *(f"{name}_{what}{of}" for of in ("", BY_HEAD) for name in PREDICTORS for what in ("share", "relative", "far")),
     *("far_mass", "vertical", "diagonal", "chance", "echo", "back", "focus"),
 )
-EXAMPLES = 2  # maps of each pattern, of different heads
 
 
 class FILES:
@@ -73,8 +73,8 @@ class Summary:
         settings: Of the run.
         documents: By the name of their data.
         wavelengths: Of the pairs of channels, by layer, in tokens.
-        examples: By pattern, the clearest first, each with the name of its document.
-        correlations: Over ``head`` or ``kv_head``, by similarity and recovery.
+        examples: By pattern, each with the name of its document.
+        correlations: Over ``head`` or ``kv_head``, by similarity and what it is compared with.
         failures: What each document that failed says.
     """
 
@@ -94,13 +94,14 @@ class Summary:
             found[head.layer, head.kv_head].append(head)
         return [(layer, number, heads) for (layer, number), heads in sorted(found.items())]
 
-    def pairs(self, level: str, similarity: str, recovery: str) -> list[tuple[float | None, float | None]]:
+    def pairs(self, level: str, similarity: str, other: str) -> list[tuple[float | None, float | None]]:
         """Both figures of every ``head``, or of every ``kv_head``: the mean of its query heads."""
         if level == "head":
-            return [(head.means[similarity], head.means[recovery + BY_HEAD]) for head in self.heads]
+            name = other + BY_HEAD if other in RECOVERIES else other
+            return [(head.means[similarity], head.means[name]) for head in self.heads]
         groups = [heads for _, _, heads in self.kv_heads]
         return [
-            (_mean(head.means[similarity] for head in heads), _mean(head.means[recovery] for head in heads))
+            (_mean(head.means[similarity] for head in heads), _mean(head.means[other] for head in heads))
             for heads in groups
         ]
 
@@ -110,7 +111,7 @@ class Summary:
         heads["wavelengths"] = self.wavelengths
         yield FILES.heads, json.dumps(heads | {"heads": [head.to_row() for head in self.heads]}, indent=1)
         pairs = [
-            {"over": level, "similarity": one, "recovery": other} | asdict(found)
+            {"over": level, "similarity": one, "with": other} | asdict(found)
             for (level, one, other), found in self.correlations.items()
         ]
         yield FILES.correlation, json.dumps(pairs, indent=1)
@@ -153,7 +154,7 @@ def summarise(folder: RunFolder) -> Summary:
     examples = {name: _clearest(found) for name, found in drawn.items()}
     settings = folder.description["settings"]
     summary = Summary(settings, documents, heads, wavelengths, examples, failures=failures)
-    for level, one, other in product(("head", "kv_head"), SIMILARITIES, RECOVERIES):
+    for level, one, other in product(("head", "kv_head"), SIMILARITIES, COMPARED):
         found = rank_correlation(summary.pairs(level, one, other), settings["seed"])
         summary.correlations[level, one, other] = found
     return summary
@@ -182,11 +183,11 @@ def _head(layer: int, number: int, rows: Sequence[Mapping[str, Any]]) -> Head:
 
 
 def _clearest(found: Sequence[tuple[str, Example]]) -> list[tuple[str, Example]]:
-    """The clearest maps, each of another head."""
-    kept: dict[tuple[int, int], tuple[str, Example]] = {}
+    """The clearest map that was judged beyond sink and recent, and the clearest of those judged as a whole."""
+    kept: dict[str, tuple[str, Example]] = {}
     for name, example in sorted(found, key=lambda one: -one[1].head["clarity"]):
-        kept.setdefault((example.head["layer"], example.head["head"]), (name, example))
-    return list(kept.values())[:EXAMPLES]
+        kept.setdefault(example.head["part"], (name, example))
+    return [kept[part] for part in ("far", "all") if part in kept]
 
 
 def _mean(values: Any) -> float | None:
