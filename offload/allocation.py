@@ -107,7 +107,7 @@ class Sharing:
 
         Args:
             query_BHQD: Of the prompt, or of as much of it as has gone through the layer now.
-            rows: Of the last ``self.rows`` of them, or of all; ``None`` if none are wanted.
+            rows: Of the last ``self.rows`` of them, or of more; ``None`` if none are wanted.
             real_BL: bool, False at padding; ``None`` where there is none.
         """
         if layer.number == self.layers[0]:
@@ -125,10 +125,11 @@ class Sharing:
         self, layer: TieredLayer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None
     ) -> Tensor:
         """fp32 ``[B]``; NaN for a sequence that shows nothing."""
-        if self.by_queries or rows is None:
+        if self.by_queries:
             last_BHTD = query_BHQD[:, :, -WINDOW:]
             real_BT = None if real_BL is None else real_BL[:, -last_BHTD.shape[2] :]
             return (1 - query_similarity(last_BHTD, real_BT).mean(1)).clamp_min(0)
+        assert rows is not None  # the layer has been asked for them
         mass_BGQN = rows.mass_BGQN[:, :, -WINDOW:]
         before = (layer.tiers.length - mass_BGQN.shape[2]) // layer.block_size  # whole blocks before the window
         return preference(mass_BGQN[..., :before]) if before else mass_BGQN.new_zeros(layer.batch)

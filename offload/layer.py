@@ -345,7 +345,8 @@ class TieredLayer(CacheLayerMixin):
     def note_memory(self) -> None:
         """Tell the stats what this layer holds."""
         stats = self.engine.stats_kept
-        stats.layer_budgets[self.number] = self.selection.budget
+        if self.policy.selects != "all":
+            stats.layer_budgets[self.number] = self.selection.budget
         parts = {name: part.nbytes for name, part in self.policy.parts.items()}
         if self.device_step is not None:
             parts["table"] = self.device_step.table.nbytes

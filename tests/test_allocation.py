@@ -257,6 +257,12 @@ def test_steps_read_and_hold_no_more_than_their_layers_budget(ids, monkeypatch, 
         assert stats.device_bytes[layer.number]["pool"] == layer.tiers.pool.nbytes
 
 
+def test_full_attention_has_no_budgets(ids):
+    cache, _ = decode(uneven_model(), ids(100), 2, policy="full", budget_allocation="qsim")
+    assert cache.layers[0].sharing is None
+    assert cache.layers[0].engine.stats.to_dict()["layer_budgets"] == []
+
+
 @pytest.mark.parametrize("policy", SELECTING)
 def test_exact_up_to_the_mean_budget(ids, policy):
     """174 tokens, also in layers that have less; one block less, and nothing is exact."""
