@@ -13,7 +13,7 @@ set -euo pipefail
 refuse() { echo "reproduce_pocket.sh: $1" >&2; exit 2; }
 [ $# -ge 2 ] || refuse "expected DATA OUT [DEVICE [MORE…]]"
 data=$1 out=$2 device=${3:-cpu} more=("${@:4}")
-policies=${POLICIES:-full,streaming,snapkv,quest,predictor} budgets=${BUDGETS:-256,512}
+policies=${POLICIES:-full,predictor,streaming,snapkv,quest} budgets=${BUDGETS:-256,512}
 context=${CONTEXT:-2048} questions=${QUESTIONS:-20} samples=${SAMPLES:-3} documents=${DOCUMENTS:-2} limit=${LIMIT:-1}
 parts=${PARTS:-questions,needle,ruler,perplexity,map,longbench}
 processes=${PROCESSES:-$(nproc)} python=${PYTHON:-python3}

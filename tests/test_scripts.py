@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from benchmark_runs import write_texts
 from recordings import make_recording
+from tiny_text_model import save_tiny_text_model, write_longbench
+
+from attention_predictor.eval.folder import RunFolder
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -28,3 +34,40 @@ def test_explore_predictor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert {"last row", "channels: with the layer's other heads", "channels: with the layer before"} < table.keys()
     assert all(0 < value <= 1.001 for row in table.values() for name, value in row.items() if name != "parameters")
     assert capsys.readouterr().out.count("|") > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # several commands, each of which loads all libraries
+def test_reproduce_pocket(tmp_path: Path) -> None:
+    """From data to report with a tiny model, by two processes."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_longbench(data / "longbench", ["trec", "lcc"])
+    for name in ("books", "code"):
+        (write_texts(data / "texts") / "a.txt").rename(data / "texts" / f"{name}__a.txt")
+    (data / "texts" / "b.txt").unlink()
+    settings = {"PYTHON": sys.executable, "PARTS": "map,longbench", "PROCESSES": "2", "OMP_NUM_THREADS": "1"}
+    settings |= {"POLICIES": "full,streaming", "BUDGETS": "144"}
+    command = ["bash", SCRIPTS / "reproduce_pocket.sh", data, out, "cpu"]
+    command += ["--model", save_tiny_text_model(tmp_path / "model")]
+    done = subprocess.run(
+        [str(word) for word in command], env=os.environ | settings, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    both = [RunFolder.finished(out / name) for name in ("map", "longbench")]
+    assert [set(folder.tasks) for folder in both] == [{"books", "code"}, {"trec", "lcc"}]
+    chosen = ("streaming-144", "predictor-ahead-144")
+    assert [folder.variants for folder in both] == [chosen, ("full", *chosen)]
+    report = (out / "report" / "report.md").read_text()
+    assert all(f"## {title}" in report for title in ("Recovery", "LongBench", "LongBench's answers"))
+    assert "not finished" not in report
+
+
+def test_reproduce_pocket_says_what_is_missing(tmp_path: Path) -> None:
+    script = str(SCRIPTS / "reproduce_pocket.sh")
+    for arguments, said in (
+        ([], "expected DATA OUT [DEVICE [MORE…]]"),
+        ([str(tmp_path), str(tmp_path / "out")], f"{tmp_path}/texts: no such directory"),
+    ):
+        done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"reproduce_pocket.sh: {said}\n"

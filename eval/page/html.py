@@ -70,8 +70,9 @@ def _section(sheet: Sheet) -> str:
 
 def _table(sheet: Sheet) -> str:
     columns = list(sheet.columns)
-    if len(columns) > WIDE:  # averages first, where they would be far to the right
-        columns.sort(key=lambda one: not one.average)
+    if len(columns) > WIDE:  # averages first, that of most tasks before all, where they would be far to the right
+        most = max(len(one.tasks) for one in columns)
+        columns.sort(key=lambda one: (not one.average, len(one.tasks) < most))
     heads = "".join(f'<th scope="col"{_shade(one)}>{escape(one.title)}</th>' for one in columns)
     lines = [f'<thead><tr><th class="policy" scope="col">policy</th><th scope="col">budget</th>{heads}</tr></thead>']
     budget: object = ""
