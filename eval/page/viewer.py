@@ -70,8 +70,7 @@ for (const viewer of document.querySelectorAll('.viewer')) {
       const what = code.get(letter);
       read += !!(what & READ); best += !!(what & BEST); both += (what & READ) && (what & BEST) ? 1 : 0;
     }
-    said.textContent = `Of ${best} blocks that would have been best, ${both} were read; `
-      + `${read - both} read were none of them.`;
+    said.textContent = `Of ${best} blocks that would have been best, ${both} were read, and ${read - both} others.`;
   };
   const tell = event => {
     const box = canvas.getBoundingClientRect();
@@ -80,7 +79,7 @@ for (const viewer of document.querySelectorAll('.viewer')) {
     const letter = rows()[step]?.[block];
     if (letter === undefined) return;
     const what = code.get(letter), level = what & (LEVELS - 1), size = shown().block_size;
-    const mass = level ? `${(100 * 2 ** (level - LEVELS)).toPrecision(1)} % of the mass or more` : 'next to no mass';
+    const mass = level ? `${(100 * 2 ** (level - LEVELS)).toPrecision(1)} % of the mass at least` : 'next to no mass';
     said.textContent = `Step ${shown().steps[step]}, tokens ${block * size} to ${(block + 1) * size - 1}: ${mass}; `
       + (what & READ ? 'read' : 'not read') + (what & BEST ? ', among the best' : ', not among the best');
   };
