@@ -7,7 +7,7 @@
 # and run again, it goes on where it was. The tables are printed, and kept in OUT/*.txt.
 set -euo pipefail
 data=$1 out=$2 device=${3:-cpu}
-budgets=${BUDGETS:-256,512,1024} context=${CONTEXT:-8192} questions=${QUESTIONS:-60} documents=${DOCUMENTS:-12}
+budgets=${BUDGETS:-256,512,1024} context=${CONTEXT:-8192} questions=${QUESTIONS:-60} documents=${DOCUMENTS:-16}
 [ -e "$data" ] || { echo "compare_allocation.sh: $data: no such file or directory" >&2; exit 2; }
 rules=()
 for policy in ${POLICIES:-predictor snapkv cake}; do

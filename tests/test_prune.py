@@ -291,7 +291,7 @@ def test_a_sweep_judges_every_order(ids):
     lines = sweep.table().splitlines()
     assert lines[0].split() == ["layers", "removed", "bi", "qsim", "tappa", "random", "range"]
     assert len(lines) == 1 + 4 + 1
-    assert lines[1].split()[1] == f"{2 ** sweep.bits['bi'][0][0]:.2f}"
+    assert lines[1].split()[1] == f"{2 ** sweep.bits['bi'][0][0]:,.2f}"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -86,8 +86,8 @@ class Sweep:
         rows: list[tuple[object, ...]] = []
         for gone in range(len(next(iter(self.bits.values()))[0])):
             by_name = {name: [one[gone] for one in several] for name, several in self.bits.items()}
-            shown = [f"{2 ** fmean(found):.2f}" for found in by_name.values()]
-            rows.append((str(gone), *shown, f"{2 ** min(by_name[RANDOM]):.2f}–{2 ** max(by_name[RANDOM]):.2f}"))
+            shown = [f"{2 ** fmean(found):,.2f}" for found in by_name.values()]
+            rows.append((str(gone), *shown, f"{2 ** min(by_name[RANDOM]):,.2f}–{2 ** max(by_name[RANDOM]):,.2f}"))
         seeds = len(self.bits[RANDOM])
         notes = [f"{RANDOM}: 2 to the power of the mean bits a token of {seeds} orders, and their range"]
         return plain_table(("layers removed", *self.bits, "range"), rows, notes)
