@@ -5,6 +5,7 @@ from attention_predictor.csrc.binding import missing
 from attention_predictor.csrc.gather import append_token, gather_to_host, gather_to_pool, move_blocks, note_time
 from attention_predictor.csrc.observe import fold_rows, observe_row
 from attention_predictor.csrc.predict import pack_convolutions, predict_blocks
+from attention_predictor.csrc.reduce import reduce_logits, reduces
 from attention_predictor.csrc.select import choose_ahead, choose_blocks
 from attention_predictor.csrc.sketch import no_sketch_kernel, sketch_append, sketch_scores, sketch_store
 from attention_predictor.csrc.window import pack_network, push_window, score_window
@@ -26,6 +27,8 @@ __all__ = [
     "pack_network",
     "predict_blocks",
     "push_window",
+    "reduce_logits",
+    "reduces",
     "score_window",
     "sketch_append",
     "sketch_scores",

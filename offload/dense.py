@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attention_predictor.csrc import ops
 from attention_predictor.offload import fused
 from attention_predictor.offload.fused import Piece
 from attention_predictor.predictor.scores import block_peak_and_sum
@@ -257,33 +258,38 @@ def _joined(query_BHQD: Tensor, parts: list[_Part], first_query: int, sinks_H: T
 
 def scaled_logits(query_BHQD: Tensor, key_BGTD: Tensor, terms: Terms) -> Tensor:
     """fp32 ``[B, H, Q, T]`` logits before any mask; the query heads of a KV head share its keys unrepeated."""
-    B, H, Q, D = query_BHQD.shape
-    grouped_BGND = query_BHQD.reshape(B, key_BGTD.shape[1], -1, D)
-    logits_BHQT = _product(grouped_BGND, key_BGTD.transpose(-1, -2)).view(B, H, Q, -1).mul_(terms.scaling)
+    logits_BHQT = _products(query_BHQD, key_BGTD).mul_(terms.scaling)
     if terms.softcap is not None:
         logits_BHQT = terms.softcap * torch.tanh(logits_BHQT / terms.softcap)
     return logits_BHQT
+
+
+def _products(query_BHQD: Tensor, key_BGTD: Tensor) -> Tensor:
+    """fp32 ``[B, H, Q, T]`` products of queries and keys."""
+    B, H, Q, D = query_BHQD.shape
+    grouped_BGND = query_BHQD.reshape(B, key_BGTD.shape[1], -1, D)
+    return _product(grouped_BGND, key_BGTD.transpose(-1, -2)).view(B, H, Q, -1)
 
 
 class Scorer:
     """True block scores and block mass of the last Q of ``length`` tokens, from every key, shown chunk by chunk.
 
     No matrix of queries by keys is ever whole: each chunk leaves one maximum and one log-sum-exp a block, which are two
-    fp32 numbers for each query, query head and block.
+    fp32 numbers for each query, query head and block. With ``kernel``, on a GPU, logits become these in one pass.
     """
 
     @torch.no_grad()
-    def __init__(self, query_BHQD: Tensor, length: int, terms: Terms, *, kv_heads: int, block_size: int) -> None:
+    def __init__(
+        self, query_BHQD: Tensor, length: int, terms: Terms, *, kv_heads: int, block_size: int, kernel: bool = False
+    ) -> None:
         B, H, Q, _ = query_BHQD.shape
+        whole_mask = terms.mask is not None and terms.mask.dim() == 4
+        self.kernel = kernel and not whole_mask and ops.reduces(query_BHQD.device, block_size)
         self.query_BHQD, self.first_query, self.terms = query_BHQD, length - Q, terms
         self.kv_heads, self.block_size = kv_heads, block_size
         shape = (B, H, Q, -(-length // block_size))
         self.peak_BHQN = query_BHQD.new_full(shape, float("-inf"), dtype=torch.float32)
         self.sum_BHQN = torch.full_like(self.peak_BHQN, float("-inf"))
-        if terms.sinks_H is None:
-            self.total_BHQ1 = self.peak_BHQN.new_full((B, H, Q, 1), float("-inf"))
-        else:
-            self.total_BHQ1 = terms.sinks_H.float().view(1, H, 1, 1).expand(B, H, Q, 1)
 
     @torch.no_grad()
     def add(self, chunk: Chunk) -> None:
@@ -291,6 +297,9 @@ class Scorer:
         size = self.block_size
         most = min(LOGITS_BYTES // (4 * self.query_BHQD[..., 0].numel()), LOGITS_TOKENS)
         for keys in split(chunk, max(most // size, 1) * size):
+            if self.kernel:
+                self._reduce(keys)
+                continue
             logits_BHQT = scaled_logits(self.query_BHQD, keys.key_BGTD, self.terms)
             logits_BHQT = _masked(logits_BHQT, keys.start, self.first_query, self.terms.mask)
             first, short = divmod(keys.start, size)
@@ -300,8 +309,6 @@ class Scorer:
             blocks = slice(first, first + peak_BHQN.shape[-1])
             torch.maximum(self.peak_BHQN[..., blocks], peak_BHQN, out=self.peak_BHQN[..., blocks])
             torch.logaddexp(self.sum_BHQN[..., blocks], sum_BHQN, out=self.sum_BHQN[..., blocks])
-            here_BHQ1 = torch.logsumexp(sum_BHQN, -1, keepdim=True)
-            self.total_BHQ1 = torch.logaddexp(self.total_BHQ1, here_BHQ1)
 
     def watch(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         """The same chunks, each taken before it is handed on."""
@@ -312,10 +319,27 @@ class Scorer:
     @torch.no_grad()
     def rows(self) -> ScoreRows:
         """The rows, once all keys have been shown; the scorer is used up."""
-        total_BHQ1 = self.total_BHQ1.masked_fill(self.total_BHQ1 == float("-inf"), 0.0)
+        total_BHQ1 = torch.logsumexp(self.sum_BHQN, -1, keepdim=True)
+        if self.terms.sinks_H is not None:
+            total_BHQ1 = torch.logaddexp(total_BHQ1, self.terms.sinks_H.float().view(1, -1, 1, 1))
+        total_BHQ1 = total_BHQ1.masked_fill(total_BHQ1 == float("-inf"), 0.0)
         scores_BHQN, mass_BHQN = (x.sub_(total_BHQ1).exp_() for x in (self.peak_BHQN, self.sum_BHQN))
         heads = (self.kv_heads, -1)
         return ScoreRows(scores_BHQN.unflatten(1, heads).amax(2), mass_BHQN.unflatten(1, heads).mean(2))
+
+    def _reduce(self, keys: Chunk) -> None:
+        terms = self.terms
+        ops.reduce_logits(
+            _products(self.query_BHQD, keys.key_BGTD),
+            self.peak_BHQN,
+            self.sum_BHQN,
+            None if terms.mask is None else terms.mask.contiguous(),
+            keys.start,
+            self.first_query,
+            self.block_size,
+            terms.scaling,
+            terms.softcap or 0.0,
+        )
 
 
 def score_rows(

@@ -229,9 +229,8 @@ class TieredLayer(CacheLayerMixin):
         self.padding_B = _left_padding(terms.mask, self.batch, self.device)
         rows = min(max(self.policy.prompt_rows, sharing.rows if sharing is not None else 0), queries)
         last_BHRD, last_terms = query_BHQD[:, :, queries - rows :], terms.queries(queries - rows, queries)
-        scorer = (
-            Scorer(last_BHRD, length, last_terms, kv_heads=self.kv_heads, block_size=self.block_size) if rows else None
-        )
+        form = {"kv_heads": self.kv_heads, "block_size": self.block_size, "kernel": self.kernel}
+        scorer = Scorer(last_BHRD, length, last_terms, **form) if rows else None
         # What has just been computed is on the device; only what came before is read back, and once.
         own = Chunk(length - key_BGTD.shape[2], key_BGTD, value_BGTD)
         if own.start == 0:

@@ -12,6 +12,8 @@ heavy-tailed ones.
 Suffixes: ... any, T tokens of one group, D channels, P planes (codes a byte), J bytes.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -73,8 +75,13 @@ def pack(code_TD: Tensor, bits: int) -> Tensor:
     return packed_JD
 
 
+@functools.cache
+@torch.inference_mode(False)
 def masks(bits: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """For `unpack`: each plane's bit mask, uint8 [P, 1, 1], and the factor that its values lack, fp32 [P]."""
+    """For `unpack`: each plane's bit mask, uint8 [P, 1, 1], and the factor that its values lack, fp32 [P].
+
+    Made once: what comes from the host would hold a prompt up in every layer.
+    """
     shifts_P = torch.arange(0, 8, bits)
     mask_P11 = ((2**bits - 1) << shifts_P).to(torch.uint8).view(-1, 1, 1)
     return mask_P11.to(device), (0.5**shifts_P).to(device)

@@ -1,0 +1,82 @@
+"""Logits reduced to blocks, as a torch operation.
+
+Suffixes: B sequences, H query heads, Q queries, T keys, N blocks, L tokens of the sequence.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from attention_predictor.csrc import binding
+from attention_predictor.csrc.binding import address, call, check
+
+LEAST_BLOCK = 4  # tokens: those that a thread reads together
+
+
+class ReduceLogits(ctypes.Structure):
+    """As in reduce.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("product", "real", "peak", "sum")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "tokens", "blocks", "length")),
+        *((name, ctypes.c_int64) for name in ("first_key", "first_query", "block_size")),
+        *((name, ctypes.c_double) for name in ("scaling", "softcap")),
+    ]
+
+
+def reduces(device: torch.device, block_size: int) -> bool:
+    """Whether there is a kernel for blocks of that size."""
+    return binding.on_gpu(device) and block_size >= LEAST_BLOCK and binding.missing(device) is None
+
+
+@torch.library.custom_op("attention_predictor::reduce_logits", mutates_args=("peak_BHQN", "sum_BHQN"))
+def reduce_logits(
+    product_BHQT: Tensor,
+    peak_BHQN: Tensor,
+    sum_BHQN: Tensor,
+    real_BL: Tensor | None,
+    first_key: int,
+    first_query: int,
+    block_size: int,
+    scaling: float,
+    softcap: float,
+) -> None:
+    """Take keys' logits into each block's largest one and its log-sum-exp; on a GPU.
+
+    A query sees the keys up to its own. A block may be shown in parts, each key once.
+
+    Args:
+        product_BHQT: fp32 products of queries and keys, not scaled yet.
+        peak_BHQN, sum_BHQN: fp32, of what was shown before; ``-inf`` at the beginning.
+        real_BL: bool, False at padding; ``None`` where there is none.
+        first_key, first_query: Their numbers in the sequence.
+        block_size: Tokens of a block: a power of two, at least 4.
+        scaling, softcap: As in ``Terms``; a softcap of 0 is none.
+    """
+    device, (B, H, Q, T) = product_BHQT.device, product_BHQT.shape
+    N, length = peak_BHQN.shape[-1], 0 if real_BL is None else real_BL.shape[1]
+    if not binding.on_gpu(device):
+        raise ValueError(f"product_BHQT is on {device}, expected a GPU: this kernel is written for no other device")
+    check("product_BHQT", product_BHQT, (B, H, Q, T), torch.float32, device)
+    check("peak_BHQN", peak_BHQN, (B, H, Q, N), torch.float32, device)
+    check("sum_BHQN", sum_BHQN, (B, H, Q, N), torch.float32, device)
+    if real_BL is not None:
+        check("real_BL", real_BL, (B, length), torch.bool, device)
+    if first_key + T > N * block_size or (real_BL is not None and first_key + T > length):
+        raise ValueError(
+            f"keys {first_key} to {first_key + T}: expected them within {N} blocks of {block_size} tokens"
+            + (f" and {length} tokens of real_BL" if real_BL is not None else "")
+        )
+    arguments = ReduceLogits(
+        *map(address, (product_BHQT, real_BL, peak_BHQN, sum_BHQN)),
+        *(B, H, Q, T, N, length, first_key, first_query, block_size, scaling, softcap),
+    )
+    call("reduce_logits", arguments, device)
+
+
+@reduce_logits.register_fake
+def _(product_BHQT, peak_BHQN, sum_BHQN, real_BL, first_key, first_query, block_size, scaling, softcap):
+    return None
