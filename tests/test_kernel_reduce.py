@@ -29,7 +29,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 def literal(product_BHQT: Tensor, real_BL: Tensor | None, terms: tuple[int, int, int, float, float]) -> Tensor:
     """Both results stacked, in the precision of the product."""
     first_key, first_query, size, scaling, softcap = terms
-    B, H, Q, T = product_BHQT.shape
+    Q, T = product_BHQT.shape[2:]
     logits = product_BHQT * scaling
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
