@@ -88,6 +88,7 @@ def main(args: argparse.Namespace) -> int:
         settings |= {"data": None, "scores": [str(path) for path in args.scores]}
     assert scores is not None
     plan = Plan(scores, args.metric, args.beta, args.layers)
+    _write(args.out / SCORES, {"settings": settings} | plan.to_dict())
     if judged is not None:
         orders = make_orders(scores, args.beta, args.seeds, depth)
         total = sum(map(len, orders.values())) * (args.layers + 1)
@@ -102,7 +103,6 @@ def main(args: argparse.Namespace) -> int:
         with without_layers(model, plan.removed) as pruned:
             save(pruned, tokenizer, args.out, dtype or model.dtype)
         _print(plan, args.json)
-    _write(args.out / SCORES, {"settings": settings} | plan.to_dict())
     return 0
 
 

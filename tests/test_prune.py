@@ -227,6 +227,21 @@ def test_a_pruned_model_is_the_model_without_these_layers(ids, tmp_path, family,
     assert len(engine.stats.layer_budgets) == len(engine.tiered_layers)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama-mha", "gpt-oss"])
+def test_saving_in_another_precision_leaves_the_model_alone(ids, tmp_path, family):
+    model, prompt = deep(family), ids(100)
+    for weight in model.parameters():  # as of a checkpoint in bf16
+        weight.copy_(weight.bfloat16())
+    before = model(prompt, use_cache=False).logits
+    save(model, make_tiny_tokenizer(), tmp_path, torch.bfloat16)
+    assert torch.equal(model(prompt, use_cache=False).logits, before)
+    assert model.config.dtype == torch.float32
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    assert torch.allclose(wide(prompt, use_cache=False).logits, before, atol=1e-5)
+
+
 def test_lists_of_layer_numbers_are_counted_anew():
     model = deep("qwen3-moe")
     with without_layers(model, [0, 3]):

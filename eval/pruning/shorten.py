@@ -61,18 +61,25 @@ def without_layers(model: PreTrainedModel, removed: Collection[int]) -> Iterator
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, dtype: torch.dtype) -> None:
-    """Write weights (in that dtype), configuration, generation settings and tokenizer."""
-    own = model.dtype
+    """Write weights, configuration, generation settings and tokenizer.
+
+    Args:
+        dtype: Of the weights; where the model has it already, they are saved as they are.
+    """
+    own = {name: weight.data for name, weight in model.named_parameters()}
     logging.disable_progress_bar()
-    torch.nn.Module.to(model, dtype)
     try:
-        model.config.dtype = dtype
+        if model.dtype != dtype:  # buffers stay: rounded angles would not come back
+            for weight in model.parameters():
+                weight.data = weight.data.to(dtype)
+            model.config.dtype = dtype
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     finally:
         logging.enable_progress_bar()
-        torch.nn.Module.to(model, own)
-        model.config.dtype = own
+        for name, weight in model.named_parameters():
+            weight.data = own[name]
+        model.config.dtype = model.dtype
 
 
 def _cut(config: PreTrainedConfig, kept: list[int]) -> dict[str, Any]:
