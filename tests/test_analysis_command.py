@@ -142,7 +142,7 @@ def test_a_failed_document_is_said(given, tmp_path, monkeypatch, capsys):
     assert analyse(*given) == 0
     assert "failed, left out: text b.txt#0: MemoryError: no room <here>" in capsys.readouterr().out
     page = (tmp_path / "out" / "gallery.html").read_text()
-    assert "1 documents failed" in page
+    assert "Failed and left out: 1 documents; text b.txt#0: MemoryError" in page
     assert "no room <here>" not in page
     monkeypatch.setattr("attention_predictor.eval.analysis.benchmark.analyse", whole)
     assert analyse(*given, "--retry-errors") == 0

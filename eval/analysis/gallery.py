@@ -78,7 +78,7 @@ def _lead(summary: Summary) -> str:
         f"{of_kv.pairs} KV heads (95% bootstrap intervals, as if heads were independent).",
     ]
     if summary.failures:
-        said.append(f"{len(summary.failures)} documents failed and are left out: {escape(summary.failures[0])}")
+        said.append(f"Failed and left out: {len(summary.failures)} documents; {escape(summary.failures[0])}")
     return "".join(f"<p>{one}</p>" for one in said)
 
 
@@ -195,7 +195,7 @@ def _patterns(summary: Summary) -> str:
     parts = [
         "<h2>Patterns</h2>",
         "<p>Of each map the part beyond sink and recent is judged; of heads that look there with less than "
-        f"{FAR:.0%} of their mass, all of it. {total} maps (documents × heads):</p>",
+        f"{FAR:.0%} of their mass, all of it. {total} maps (documents, or what follows each, × heads):</p>",
         f'<div class="charts"><figure>{pictures.counts_bar(counts)}</figure></div>{pictures.class_key()}',
         "<p>In the maps below, steps go down and tokens across. Colours are logarithmic:</p>",
         f"<p>{pictures.ramp_key()}</p>{pictures.kind_key()}",
@@ -271,7 +271,7 @@ def _known(rows: Sequence[Sequence[float | None]]) -> bool:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f}%".replace("-", "−")
+    return f"{round(100 * share)}%".replace("-", "−")
 
 
 def _scroll(drawing: str) -> str:

@@ -34,7 +34,8 @@ class LayerMap:
     def __init__(self, attended: Attended, selection: Selection) -> None:
         self.attended = attended
         scorer = head_scorer(attended)
-        self.total_BHQ1, self.rows = scorer.total_BHQ1, scorer.rows()
+        self.total_BHQ1 = attended.total(scorer.sum_BHQN)
+        self.rows = scorer.rows()  # uses the scorer up
         self.part = part = Part(self.rows.mass_BGQN, attended.length, selection)
         sums = MapSums(part)
         channels = ChannelSums(part, attended.layer.kv_heads, attended.query_BHQD.shape[-1])
