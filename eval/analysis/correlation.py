@@ -1,6 +1,6 @@
 """Rank correlation, and how far it can be trusted: Spearman's rho, with a percentile bootstrap over the pairs.
 
-Suffixes: X pairs.
+Suffixes: X pairs, K different values, R resamples.
 """
 
 from __future__ import annotations
@@ -28,25 +28,28 @@ def rank_correlation(found: Sequence[tuple[float | None, float | None]], seed: i
     pairs = [(a, b) for a, b in found if a is not None and b is not None]
     if len(pairs) < 2:
         return Correlation(None, None, len(pairs))
-    values_2X = np.array(pairs, np.float64).T
-    rho = spearman(*values_2X)
-    rng = np.random.default_rng(seed)
-    drawn = (spearman(*values_2X[:, rng.integers(len(pairs), size=len(pairs))]) for _ in range(RESAMPLES))
-    known = np.array([value for value in drawn if not math.isnan(value)])
-    return Correlation(
-        None if math.isnan(rho) else rho, interval(known) if len(known) >= RESAMPLES / 2 else None, len(pairs)
-    )
+    one_X, other_X = np.array(pairs, np.float64).T
+    count = len(pairs)
+    rho = float(spearman(one_X, other_X, np.ones((1, count)))[0])
+    # How often each pair is drawn says all of a resample.
+    times_RX = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES)
+    rho_R = spearman(one_X, other_X, times_RX.astype(np.float64))
+    known = rho_R[~np.isnan(rho_R)]
+    ends = interval(known) if len(known) >= RESAMPLES / 2 else None
+    return Correlation(None if math.isnan(rho) else rho, ends, count)
 
 
-def spearman(one_X: np.ndarray, other_X: np.ndarray) -> float:
-    """Correlation of ranks, equal values sharing the mean of theirs; NaN where either is constant."""
-    ranks = [ranks_of(values) - (len(values) - 1) / 2 for values in (one_X, other_X)]
-    norm = math.sqrt(float((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
-    return float((ranks[0] * ranks[1]).sum()) / norm if norm else math.nan
+def spearman(one_X: np.ndarray, other_X: np.ndarray, times_RX: np.ndarray) -> np.ndarray:
+    """Correlation of ranks ``[R]`` where each pair is there so many times; NaN where either has but one value."""
+    ranks = [_ranks(values_X, times_RX) for values_X in (one_X, other_X)]
+    one_RX, other_RX = (rank_RX - (times_RX.sum(1, keepdims=True) - 1) / 2 for rank_RX in ranks)  # less their mean
+    product, one, other = ((times_RX * x).sum(1) for x in (one_RX * other_RX, one_RX**2, other_RX**2))
+    norm = np.sqrt(one * other)
+    return np.divide(product, norm, out=np.full(len(norm), np.nan), where=norm > 0)
 
 
-def ranks_of(values_X: np.ndarray) -> np.ndarray:
-    """Ranks from 0 on, float64."""
-    _, place_X, count = np.unique(values_X, return_inverse=True, return_counts=True)
-    last = np.cumsum(count) - 1
-    return (last - (count - 1) / 2)[place_X]
+def _ranks(values_X: np.ndarray, times_RX: np.ndarray) -> np.ndarray:
+    """Ranks from 0 on ``[R, X]``; equal values share the mean of theirs."""
+    different, place_X = np.unique(values_X, return_inverse=True)
+    count_RK = times_RX @ (place_X[:, None] == np.arange(len(different)))
+    return (count_RK.cumsum(1) - (count_RK + 1) / 2)[:, place_X]
