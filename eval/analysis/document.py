@@ -77,6 +77,8 @@ class _Prompt:
 
 
 class _Findings:
+    """What has been seen so far, layer by layer: of the prompt, then of the steps."""
+
     def __init__(self, judgement: Judgement) -> None:
         self.judgement = judgement
         self.prompts: dict[int, _Prompt] = {}

@@ -59,14 +59,14 @@ class Attended:
 
     @cached_property
     def rotation(self) -> Rotation | None:
-        """Of these tokens; ``None`` where the layer rotates nothing, or it can't be told how."""
+        """Of these tokens; ``None`` where the layer rotates nothing, or nothing tells how it does."""
         if self.angles is None:
             return None
         return Rotation.of(self.angles.module, self.angles.cos_BQR, self.angles.sin_BQR, self.query_BHQD.shape[-1])
 
     @property
     def plain_BHQD(self) -> Tensor | None:
-        """The queries before they were rotated, fp32; ``None`` where that can't be told."""
+        """The queries before they were rotated, fp32; ``None`` where there is no ``rotation``."""
         return None if self.rotation is None else self.rotation.undo(self.query_BHQD)
 
     def last(self, queries: int) -> Attended:
