@@ -229,8 +229,10 @@ class TieredLayer(CacheLayerMixin):
         self.padding_B = _left_padding(terms.mask, self.batch, self.device)
         rows = min(max(self.policy.prompt_rows, sharing.rows if sharing is not None else 0), queries)
         last_BHRD, last_terms = query_BHQD[:, :, queries - rows :], terms.queries(queries - rows, queries)
-        form = {"kv_heads": self.kv_heads, "block_size": self.block_size, "kernel": self.kernel}
-        scorer = Scorer(last_BHRD, length, last_terms, **form) if rows else None
+        scorer = None
+        if rows:
+            form = (last_BHRD, length, last_terms)
+            scorer = Scorer(*form, kv_heads=self.kv_heads, block_size=self.block_size, kernel=self.kernel)
         # What has just been computed is on the device; only what came before is read back, and once.
         own = Chunk(length - key_BGTD.shape[2], key_BGTD, value_BGTD)
         if own.start == 0:
