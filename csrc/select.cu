@@ -197,6 +197,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_blocks_kernel(const Select
 
     // All that must come from far away is asked for at once.
     const int64_t stored = a.length[0], length = stored + a.ahead, padding = a.padding[blockIdx.x / kv_heads];
+    const int64_t limit = a.limit - (a.less == nullptr ? 0 : a.less[blockIdx.x % kv_heads]);
     rows.resident.clear(capacity);
     rows.wanted.clear(capacity);
     for (int s = threadIdx.x; s < S; s += kThreads) {
@@ -208,10 +209,10 @@ __global__ void __launch_bounds__(kThreads, 1) select_blocks_kernel(const Select
     const int first = static_cast<int>(padding >> shift);
     const int recent = static_cast<int>(a.recent > 1 ? a.recent : 1);
     // Always chosen: from `first` to `sink_end`, and from `recent_begin` on. Never: before `first`.
-    const bool everything = length <= a.limit;
+    const bool everything = length <= limit;
     const int sink_end = everything ? n : min(n, first + static_cast<int>(a.sink_blocks));
     const int recent_begin = max(sink_end, static_cast<int>((length > recent ? length - recent : 0) >> shift));
-    const int most = everything ? n : static_cast<int>(a.limit >> shift);
+    const int most = everything ? n : static_cast<int>(limit >> shift);
     const auto settled = [&](int i, uint32_t x) {
         return i < first ? kNever : i < sink_end || i >= recent_begin ? kAlways : x;
     };

@@ -21,6 +21,7 @@ struct Select {
     int64_t *count;          // what happened, added up: chosen, chosen and resident before, fetched (by ahead), or null
     const int64_t *length;   // [1] tokens of the sequence, the newest included
     const int64_t *padding;  // [B] tokens of left padding
+    const int64_t *less;     // [G] tokens by which a KV head's limit is lower; null: none's is
     int64_t batch, kv_heads, heads, slots, capacity, block_size;
     int64_t limit, late, sink_blocks, recent;  // tokens chosen at most; absent blocks chosen at most; as in `Selection`
     int64_t ahead;                             // 1: for the next token, by `score`; 0: for this one, by `sum`

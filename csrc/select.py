@@ -19,7 +19,7 @@ class Select(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("score", "peak", "sum", "slot_peak", "slot_sum", "rest", "key")),
         *((name, ctypes.c_void_p) for name in ("block", "active", "use", "slot", "move_block", "move_slot", "moves")),
-        *((name, ctypes.c_void_p) for name in ("count", "length", "padding")),
+        *((name, ctypes.c_void_p) for name in ("count", "length", "padding", "less")),
         *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "heads", "slots", "capacity", "block_size")),
         *((name, ctypes.c_int64) for name in ("limit", "late", "sink_blocks", "recent", "ahead", "chooses")),
     ]
@@ -45,6 +45,7 @@ def choose_blocks(
     count_2: Tensor,
     length_1: Tensor,
     padding_B: Tensor,
+    less_G: Tensor | None,
     kv_heads: int,
     block_size: int,
     limit: int,
@@ -65,6 +66,7 @@ def choose_blocks(
         key_RC: 32-bit room.
         count_2: int64, adds up the blocks chosen, and those of them that are fetched.
         length_1, padding_B: int64, tokens of the sequences, and those of left padding.
+        less_G: int64, tokens by which a KV head's limit is lower; ``None`` where all have the same.
         limit: Tokens chosen at most.
         late: Absent blocks chosen at most.
         sink_blocks, recent: Always chosen, in blocks and tokens.
@@ -81,11 +83,11 @@ def choose_blocks(
         if scores is not None:
             check(name, scores, (B, H, S), torch.float32, device)
     table = (block_RS, active_RS, use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R, key_RC)
-    _check_table(*table, count_2, length_1, padding_B, R, S, C)
+    _check_table(*table, count_2, length_1, padding_B, less_G, R, S, C, kv_heads)
     rest_BH = peak_BHC.new_empty(B, H)
     arguments = Select(
         *map(address, (None, peak_BHC, sum_BHC, slot_peak_BHS, slot_sum_BHS, rest_BH, key_RC)),
-        *map(address, (*table[:-1], count_2, length_1, padding_B)),
+        *map(address, (*table[:-1], count_2, length_1, padding_B, less_G)),
         *(B, kv_heads, H, S, C, block_size, limit, late, sink_blocks, recent, 0, int(chooses)),
     )
     call("select_blocks", arguments, device)
@@ -111,6 +113,7 @@ def choose_ahead(
     count_2: Tensor,
     length_1: Tensor,
     padding_B: Tensor,
+    less_G: Tensor | None,
     block_size: int,
     limit: int,
     sink_blocks: int,
@@ -126,10 +129,10 @@ def choose_ahead(
     R, S, device = B * G, block_RS.shape[1], score_BGC.device
     check("score_BGC", score_BGC, (B, G, C), torch.float32, device)
     table = (block_RS, active_RS, use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R, key_RC)
-    _check_table(*table, count_2, length_1, padding_B, R, S, C)
+    _check_table(*table, count_2, length_1, padding_B, less_G, R, S, C, G)
     arguments = Select(
         *map(address, (score_BGC, None, None, None, None, None, key_RC)),
-        *map(address, (*table[:-1], count_2, length_1, padding_B)),
+        *map(address, (*table[:-1], count_2, length_1, padding_B, less_G)),
         *(B, G, G, S, C, block_size, limit, 0, sink_blocks, recent, 1, 1),
     )
     call("select_blocks", arguments, device)
@@ -152,9 +155,11 @@ def _check_table(
     count_2: Tensor,
     length_1: Tensor,
     padding_B: Tensor,
+    less_G: Tensor | None,
     R: int,
     S: int,
     C: int,
+    G: int,
 ) -> None:
     device = block_RS.device
     for name, slots_RS in (("block_RS", block_RS), ("active_RS", active_RS), ("use_RS", use_RS)):
@@ -167,3 +172,5 @@ def _check_table(
     check("count_2", count_2, (2,), torch.int64, device)
     check("length_1", length_1, (1,), torch.int64, device)
     check("padding_B", padding_B, (len(padding_B),), torch.int64, device)
+    if less_G is not None:
+        check("less_G", less_G, (G,), torch.int64, device)

@@ -32,6 +32,7 @@ from attention_predictor.offload.cache import TieredCache
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.dense import Chunk, Terms, score_rows
 from attention_predictor.offload.layer import TieredLayer
+from attention_predictor.offload.query_similarity import query_similarity
 from attention_predictor.predictor.errors import ConfigError
 
 CHUNK = 4096  # tokens made at once, a multiple of every block size
@@ -124,12 +125,7 @@ class SyntheticCache:
 
     def query_similarity(self) -> float:
         """Mean cosine of the queries of any two steps, over heads and layers (q-similarity, arXiv 2601.21709)."""
-        found = []
-        for query_1HQD in self.queries:
-            unit_HQD = torch.nn.functional.normalize(query_1HQD[0].float(), dim=-1)
-            steps = unit_HQD.shape[1]
-            found.append((unit_HQD.sum(1).square().sum(-1) - steps) / (steps * (steps - 1)))
-        return float(torch.stack(found).mean())
+        return float(torch.stack([query_similarity(query_1HQD) for query_1HQD in self.queries]).mean())
 
     def chunks(self, number: int) -> Iterator[Chunk]:
         """Keys and values of one layer, on the device; the same at every call."""

@@ -7,21 +7,23 @@
   last 32 prompt queries (``query_similarity``), averaged over heads. Where queries turn, more is kept.
 - ``cake`` (CAKE, ICLR 2025, arXiv 2503.12491): by entropy and variance of the attention of the last 32 prompt queries
   over what stands before them (``policies/cake.py``, ``preference``).
-- budgets in tokens, one a layer.
+- ``qsim-heads``, ``cake-heads``: the same for each KV head by itself, all heads of all layers sharing one total.
+- budgets in tokens, one a layer, or one for each of its KV heads.
 
-Adapted: layers have sink, recent and one block in any case, and what is left of the total goes in proportion
-(``share_budget``); the papers give all of it so, but for a window. Budgets are those of a layer, not of a KV head: its
-pool has as many slots for each, and a kernel's launch has one limit. A batch has one set of budgets, from the mean of
-its sequences' shares. ``qsim`` and ``cake`` are known when the prompt has gone through the last layer: no layer fetches
-before. They are made anew by every forward of 32 tokens and more; shorter ones, such as drafts, leave them alone.
+Adapted: layers, or heads, have sink, recent and one block in any case, and what is left of the total goes in proportion
+(``share_budget``); the papers give all of it so, but for a window. A layer's pool has as many slots for each KV head,
+as many as the largest budget among them asks for. A batch has one set of budgets, from the mean of its sequences'
+shares. What the prompt decides is known when it has gone through the last layer: no layer fetches before. It is decided
+anew by every forward of 32 tokens and more; shorter ones, such as drafts, leave it alone.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, L tokens of the sequence, D head size, N blocks,
-Y layers.
+Y layers, or the KV heads of all layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +33,7 @@ from attention_predictor.offload.dense import ScoreRows
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.cake import preference
 from attention_predictor.offload.query_similarity import WINDOW, query_similarity
+from attention_predictor.offload.selection import Budget
 from attention_predictor.predictor.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,11 +41,12 @@ if TYPE_CHECKING:
     from attention_predictor.offload.layer import TieredLayer
 
 PYRAMID_BETA = 20
-FROM_PROMPT = ("qsim", "cake")
+BY_HEAD = "-heads"
+FROM_PROMPT = ("qsim", "cake", "qsim" + BY_HEAD, "cake" + BY_HEAD)
 
 
 def share_budget(config: OffloadConfig, weights: Sequence[float]) -> list[int]:
-    """Budgets of layers in tokens, their sum exactly that of equal ones (in whole blocks).
+    """Budgets of layers, or of KV heads, in tokens, their sum exactly that of equal ones (in whole blocks).
 
     Each gets sink, recent and one block; what is left of the sum goes by weight, rounded to blocks so that the largest
     fractions are rounded up, and of equal ones those of the lower layers. Weights of zero alone are equal weights.
@@ -58,21 +62,25 @@ def share_budget(config: OffloadConfig, weights: Sequence[float]) -> list[int]:
     return [(least + more) * config.block_size for more in blocks]
 
 
-def first_budgets(config: OffloadConfig, layers: int) -> list[int]:
-    """The budgets of so many layers before any prompt; ``ConfigError`` where those given are for other layers."""
+def first_budgets(config: OffloadConfig, layers: int, kv_heads: int | None = None) -> list[Budget]:
+    """The budgets of so many layers before any prompt; ``ConfigError`` where those given don't fit the model."""
     kind = allocation_of(config)
     if not isinstance(kind, str):
         if len(kind) != layers:
             raise ConfigError(f"budget_allocation has {len(kind)} budgets: the model has {layers} layers to offload")
-        return list(kind)
+        budgets: list[Budget] = [one if isinstance(one, int) else tuple(one) for one in kind]
+        for one in budgets:
+            if isinstance(one, tuple) and kv_heads not in (None, len(one)):
+                raise ConfigError(f"budget_allocation has {len(one)} budgets in a layer: it has {kv_heads} KV heads")
+        return budgets
     if kind == "pyramid":
         top, bottom = 1 / PYRAMID_BETA, 2 - 1 / PYRAMID_BETA
         fall = (bottom - top) / max(layers - 1, 1)
-        return share_budget(config, [bottom - layer * fall for layer in range(layers)])
+        return [*share_budget(config, [bottom - layer * fall for layer in range(layers)])]
     return [config.budget] * layers
 
 
-def allocation_of(config: OffloadConfig) -> str | tuple[int, ...] | list[int]:
+def allocation_of(config: OffloadConfig) -> str | Sequence[int | Sequence[int]]:
     """What ``config.budget_allocation`` comes to, ``"policy"`` being what the policy's paper has."""
     policy = policy_class(config.policy)
     return policy.allocation if config.budget_allocation == "policy" else config.budget_allocation
@@ -86,8 +94,10 @@ class Sharing:
     """
 
     def __init__(self, config: OffloadConfig, layers: Sequence[int]) -> None:
+        kind = allocation_of(config)
+        assert isinstance(kind, str)
         self.config, self.layers = config, sorted(layers)
-        self.by_queries = allocation_of(config) == "qsim"
+        self.by_queries, self.by_head = kind.startswith("qsim"), kind.endswith(BY_HEAD)
         self.rows = 0 if self.by_queries else WINDOW
         self.told: dict[int, tuple[TieredLayer, Tensor]] = {}
 
@@ -116,26 +126,30 @@ class Sharing:
         if layer.number == self.layers[-1]:
             # Emptied before anything else: a cycle of layer and sharing would keep the cache's memory.
             told, self.told = self.told, {}
-            layers, preferences = zip(*told.values(), strict=True)
-            budgets = share_budget(self.config, mean_shares(torch.stack(preferences)))
-            for one, budget in zip(layers, budgets, strict=True):
-                one.set_budget(budget)
+            preference_YB = torch.cat([preference_BY.T for _, preference_BY in told.values()])
+            budgets = iter(share_budget(self.config, mean_shares(preference_YB)))
+            for one, preference_BY in told.values():
+                own = tuple(islice(budgets, preference_BY.shape[1]))
+                one.set_budget(own if self.by_head else own[0])
 
     def _preference(
         self, layer: TieredLayer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None
     ) -> Tensor:
-        """fp32 ``[B]``; NaN for a sequence that shows nothing."""
+        """fp32 ``[B, 1]``, or ``[B, G]`` by KV head; NaN for a sequence that shows nothing."""
+        parts = layer.kv_heads if self.by_head else 1
         if self.by_queries:
             last_BHTD = query_BHQD[:, :, -WINDOW:]
             real_BT = None if real_BL is None else real_BL[:, -last_BHTD.shape[2] :]
-            return (1 - query_similarity(last_BHTD, real_BT).mean(1)).clamp_min(0)
+            return (1 - query_similarity(last_BHTD, real_BT).unflatten(1, (parts, -1)).mean(2)).clamp_min(0)
         assert rows is not None  # the layer has been asked for them
         mass_BGQN = rows.mass_BGQN[:, :, -WINDOW:]
         before = (layer.tiers.length - mass_BGQN.shape[2]) // layer.block_size  # whole blocks before the window
-        return preference(mass_BGQN[..., :before]) if before else mass_BGQN.new_zeros(layer.batch)
+        if not before:
+            return mass_BGQN.new_zeros(layer.batch, parts)
+        return torch.stack([preference(part) for part in mass_BGQN[..., :before].chunk(parts, 1)], 1)
 
 
 def mean_shares(preference_YB: Tensor) -> list[float]:
-    """Shares of the layers, from preferences of each sequence; zeros, if no sequence prefers anything."""
+    """Shares of the layers or heads, from preferences of each sequence; zeros, if no sequence prefers anything."""
     share_YB = preference_YB / preference_YB.sum(0)
     return share_YB.nanmean(1).nan_to_num(0).tolist()

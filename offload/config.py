@@ -12,7 +12,7 @@ from attention_predictor.predictor.errors import ConfigError
 CALIBRATIONS = ("sketch", "exact", "none")
 PREFETCHERS = ("thread", "graph", "none")
 KERNELS = ("auto", "none")
-ALLOCATIONS = ("policy", "uniform", "pyramid", "qsim", "cake")
+ALLOCATIONS = ("policy", "uniform", "pyramid", "qsim", "cake", "qsim-heads", "cake-heads")
 SKETCH_BITS = (1, 2, 4, 8)
 
 
@@ -27,8 +27,9 @@ class OffloadConfig:
         budget: Tokens a decoding step may attend to, ``sink`` and ``recent`` included.
         budget_allocation: How layers share the total of their budgets, which stays ``budget`` a layer:
             ``"uniform"``ly, falling as a ``"pyramid"``, by the similarity of a prompt's queries (``"qsim"``), by its
-            attention (``"cake"``), or as the ``"policy"``'s paper has it; or the budgets themselves, one for each
-            layer that is offloaded (``offload/allocation.py``).
+            attention (``"cake"``), or as the ``"policy"``'s paper has it; ``"qsim-heads"`` and ``"cake-heads"`` go by
+            KV head. Or the budgets themselves, for each layer that is offloaded one, or one for each of its KV heads
+            (``offload/allocation.py``).
         block_size: Tokens in a block; a power of two.
         sink: First tokens, always attended.
         recent: Last tokens, always attended.
@@ -58,7 +59,7 @@ class OffloadConfig:
     """
 
     budget: int = 1024
-    budget_allocation: str | tuple[int, ...] | list[int] = "policy"
+    budget_allocation: str | Sequence[int | Sequence[int]] = "policy"
     block_size: int = 16
     sink: int = 64
     recent: int = 64
@@ -125,11 +126,19 @@ class OffloadConfig:
         if not isinstance(given, (tuple, list)):
             self._check(name, given in ALLOCATIONS, f"{_one_of(ALLOCATIONS)}, or a budget for each layer")
             return
-        holds = len(given) > 0 and all(_is_int(budget) and budget >= least and budget % size == 0 for budget in given)
+        # Layers with one budget count as many heads as those that have several.
+        heads = {len(layer) for layer in given if isinstance(layer, (tuple, list))} or {1}
+        self._check(name, len(heads) == 1, "as many budgets in each layer that has several")
+        (count,) = heads
+        layers = [list(layer) if isinstance(layer, (tuple, list)) else [layer] * count for layer in given]
+        budgets = [budget for layer in layers for budget in layer]
+        holds = len(budgets) > 0 and all(
+            _is_int(budget) and budget >= least and budget % size == 0 for budget in budgets
+        )
         self._check(name, holds, f"budgets that are multiples of block_size={size} from {least} on")
         mean = self.budget // size * size
-        allowed = f"a total of {len(given)} × {mean} (budget={self.budget}) = {len(given) * mean}, found {sum(given)}"
-        self._check(name, sum(given) == len(given) * mean, allowed)
+        total = f"a total of {len(budgets)} × {mean} (budget={self.budget}) = {len(budgets) * mean}"
+        self._check(name, sum(budgets) == len(budgets) * mean, f"{total}, found {sum(budgets)}")
 
     def _check(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

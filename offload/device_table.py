@@ -12,7 +12,7 @@ from attention_predictor.csrc import ops
 from attention_predictor.offload.block_pool import BlockPool
 from attention_predictor.offload.host_store import HostStore
 from attention_predictor.offload.residency import ResidencyTable
-from attention_predictor.offload.selection import Selection
+from attention_predictor.offload.selection import Selection, less_than
 
 
 class DeviceTable:
@@ -56,6 +56,7 @@ class DeviceTable:
         self.moves_R = torch.zeros(R, dtype=torch.int32, device=device)
         self.key_RC = torch.zeros((R, capacity), dtype=torch.int32, device=device)
         self.counts = counts
+        self.less_G = less_than(selection.budget, selection.heads, device)
         self.slab_s = store.addresses(device)
 
     @property
@@ -105,6 +106,7 @@ class DeviceTable:
             self.counts[:2],
             length_1,
             padding_B,
+            self.less_G,
             self.block_BGS.shape[1],
             self.selection.block_size,
             self.selection.budget,
@@ -126,6 +128,7 @@ class DeviceTable:
             self.counts[2:4],
             length_1,
             padding_B,
+            self.less_G,
             size,
             self.selection.budget + more * size,
             self.selection.sink // size,

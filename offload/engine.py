@@ -56,7 +56,8 @@ class Engine:
         self.device: torch.device = model.device
         skipped = set(config.skip_layers)
         self.tiered_layers = frozenset(full_attention_layers(self.text_config)) - skipped
-        budgets = first_budgets(config, len(self.tiered_layers))
+        kv_heads = getattr(self.text_config, "num_key_value_heads", None)
+        budgets = first_budgets(config, len(self.tiered_layers), kv_heads)
         self.first_budgets = dict(zip(sorted(self.tiered_layers), budgets, strict=True))
         # But for what captured steps have counted since: to look there waits for the device.
         self.stats_kept = Stats(evicts=policy_class(config.policy).evicts)

@@ -20,7 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 from attention_predictor.offload.dense import Chunk, Scorer, ScoreRows, Terms, attend, attend_prompt, no_fused
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
-from attention_predictor.offload.selection import Selection
+from attention_predictor.offload.selection import Budget, Selection
 from attention_predictor.offload.sparse import attend_slots, no_kernel
 from attention_predictor.offload.tiers import Tiers
 from attention_predictor.predictor.errors import AttachError
@@ -297,7 +297,7 @@ class TieredLayer(CacheLayerMixin):
 
     # ---- choosing blocks -------------------------------------------------------------------------------------------
 
-    def set_budget(self, budget: int) -> None:
+    def set_budget(self, budget: Budget) -> None:
         """Attend to so many tokens from the next step on, once all layers have told what they need."""
         self.tiers.settle()  # where layers share keys, one may have begun to fetch
         self.selection = self.policy.selection = Selection.of(self.engine.config, budget)
@@ -347,7 +347,7 @@ class TieredLayer(CacheLayerMixin):
         """Tell the stats what this layer holds."""
         stats = self.engine.stats_kept
         if self.policy.selects != "all":
-            stats.layer_budgets[self.number] = self.selection.budget
+            stats.layer_budgets[self.number] = self.selection.heads or self.selection.budget
         parts = {name: part.nbytes for name, part in self.policy.parts.items()}
         if self.device_step is not None:
             parts["table"] = self.device_step.table.nbytes

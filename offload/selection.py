@@ -6,6 +6,7 @@ Suffixes: B sequences, G KV heads, N blocks, W wanted blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from attention_predictor.offload.config import OffloadConfig
 
 NEVER, ALWAYS = float("-inf"), float("inf")
+Budget = int | tuple[int, ...]  # of a layer, or of each of its KV heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,8 @@ class Selection:
     """The block arithmetic of one budget (all counts in tokens, ``reserve`` is a share of the budget).
 
     Up to ``whole`` tokens, the mean budget of all layers, a step attends to everything: also in a layer that has less.
+    Where its KV heads have budgets of their own, ``heads``, the layer's is the largest of them: a pool has as many
+    slots for each head, and shares of the budget (reserve, late fetches) are the same for all.
 
     ``wanted`` is pure: the same scores always give the same blocks, whoever asks and on whichever thread.
     """
@@ -32,12 +36,22 @@ class Selection:
     recent: int
     reserve: float = 0.0
     whole: int = 0
+    heads: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, config: OffloadConfig, budget: int | None = None) -> Selection:
+    def of(cls, config: OffloadConfig, budget: Budget | None = None) -> Selection:
         """The selection that a configuration asks for, in a layer with a budget of its own if one is given."""
-        own = config.budget if budget is None else budget
-        return cls(own, config.block_size, config.sink, config.recent, config.reserve, config.budget)
+        given = config.budget if budget is None else budget
+        own, heads = (given, ()) if isinstance(given, int) else (max(given), given)
+        alike = len(set(heads)) <= 1
+        return cls(
+            own, config.block_size, config.sink, config.recent, config.reserve, config.budget, () if alike else heads
+        )
+
+    @property
+    def least(self) -> int:
+        """The smallest budget of a KV head."""
+        return min(self.heads, default=self.budget)
 
     def n_blocks(self, length: int) -> int:
         """Blocks that ``length`` tokens take, the last one perhaps partly filled."""
@@ -50,7 +64,7 @@ class Selection:
 
     def decides(self, length: int) -> bool:
         """Whether from ``length`` tokens on the budget alone limits what a step attends to."""
-        return length > self.whole or self.budget >= self.whole
+        return length > self.whole or self.least >= self.whole
 
     def most_slots_at(self, length: int) -> int:
         """The same at ``length`` tokens: a budget below the mean takes effect with ``whole`` tokens."""
@@ -103,20 +117,28 @@ class Selection:
         block_N = torch.arange(n_blocks, device=padding_B.device)
         real_BN = block_N >= first_block_B1
         limit = self.budget + more * self.block_size
+        # What heads have less than the layer matters as soon as the mean budget no longer covers everything.
+        less_G = less_than(self.budget, self.heads, padding_B.device) if length > self.whole else None
         everything = length <= max(limit, self.whole)
-        if everything:
-            always_BN = real_BN
+        if everything and less_G is None:
+            always_BGN = real_BN[:, None]
         else:
             sink_BN = real_BN & (block_N < first_block_B1 + self.sink // self.block_size)
-            always_BN = sink_BN | (real_BN & (block_N >= self.first_recent(length)))
+            always_BGN = (sink_BN | (real_BN & (block_N >= self.first_recent(length))))[:, None]
+            if less_G is not None:
+                always_BGN = always_BGN | (real_BN[:, None] & (length <= limit - less_G)[:, None])
         full_BGN = torch.full((len(padding_B), kv_heads, n_blocks), NEVER, device=padding_B.device)
         if scores_BGN is not None:
             known = min(scores_BGN.shape[-1], n_blocks)
             full_BGN[..., :known] = scores_BGN[..., :known]
-        full_BGN.masked_fill_(~real_BN[:, None], NEVER).masked_fill_(always_BN[:, None], ALWAYS)
+        full_BGN.masked_fill_(~real_BN[:, None], NEVER).masked_fill_(always_BGN, ALWAYS)
         count = n_blocks if everything else limit // self.block_size
         best = full_BGN.topk(count, dim=-1)
-        return best.indices.masked_fill_(best.values == NEVER, -1)
+        wanted_BGW = best.indices.masked_fill_(best.values == NEVER, -1)
+        if less_G is not None:
+            rank_W = torch.arange(count, device=padding_B.device)
+            wanted_BGW.masked_fill_(rank_W >= ((limit - less_G) // self.block_size)[:, None], -1)
+        return wanted_BGW
 
     def within_reach(self, scores_BGN: Tensor, resident_BGN: Tensor, late_blocks: int) -> Tensor:
         """Scores with all but the best ``late_blocks`` absent blocks ruled out, so that no step fetches more."""
@@ -127,3 +149,10 @@ class Selection:
         reach_BGN = resident_BGN.scatter(-1, best.indices, best.values > NEVER)
         # `scatter` overwrites residents only where fewer absent blocks than late_blocks exist: put them back.
         return scores_BGN.masked_fill(~(reach_BGN | resident_BGN), NEVER)
+
+
+@cache
+@torch.inference_mode(False)
+def less_than(budget: int, heads: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """Tokens by which the budget of each KV head is below the layer's, int64 ``[G]``; ``None`` where all have it."""
+    return torch.tensor([budget - own for own in heads], device=device) if heads else None

@@ -29,7 +29,7 @@ class Stats:
         exposed_wait_ms: Time the generating thread stood still for a fetch, ahead (not there yet) or late.
         recovery_sum, relative_recovery_sum, recovery_count: Measured only on request.
         device_bytes: Device memory by layer and part at the last step.
-        layer_budgets: Tokens a step may attend to, by layer, at the last step; of layers that don't attend to all.
+        layer_budgets: Tokens a step may attend to, by layer or KV head, at the last step; of layers that select.
         host_bytes, full_bytes: Host memory, and what the whole cache would take on the device, by layer.
         fallbacks: What ran otherwise than asked for, by message.
         evicts: Whether the policy gives blocks up for good, by definition; the store holds them all the same.
@@ -49,7 +49,7 @@ class Stats:
     relative_recovery_sum: float = 0.0
     recovery_count: int = 0
     device_bytes: dict[int, dict[str, int]] = field(default_factory=dict)
-    layer_budgets: dict[int, int] = field(default_factory=dict)
+    layer_budgets: dict[int, int | tuple[int, ...]] = field(default_factory=dict)
     host_bytes: dict[int, int] = field(default_factory=dict)
     full_bytes: dict[int, int] = field(default_factory=dict)
     fallbacks: Counter[str] = field(default_factory=Counter)

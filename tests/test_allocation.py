@@ -30,6 +30,7 @@ from attention_predictor.offload.allocation import Sharing, first_budgets, mean_
 from attention_predictor.offload.policies import policy_class, policy_names
 from attention_predictor.offload.policies.cake import preference
 from attention_predictor.offload.query_similarity import query_similarity
+from attention_predictor.offload.selection import Selection
 from attention_predictor.predictor.errors import ConfigError
 
 SMALL = {"predictor": "ema", "budget": 96, "sink": 16, "recent": 16}
@@ -323,7 +324,17 @@ def test_modes(ids, mode, policy):
 
 
 @pytest.mark.parametrize(
-    ("allocation", "tokens"), [("qsim", 245), ("cake", 245), ([80, 112], 245), ([80, 112], 60), ("qsim", 60)]
+    ("allocation", "tokens"),
+    [
+        ("qsim", 245),
+        ("cake", 245),
+        ([80, 112], 245),
+        ([80, 112], 60),
+        ("qsim", 60),
+        ("qsim-heads", 245),
+        ([(48, 144), (112, 80)], 245),
+        ([(48, 144), (112, 80)], 60),
+    ],
 )
 def test_captured_steps_have_the_same_budgets(emulated, ids, allocation, tokens):  # noqa: F811
     """Also from below the mean budget on, which is where the smaller one comes into effect."""
@@ -337,12 +348,88 @@ def test_captured_steps_have_the_same_budgets(emulated, ids, allocation, tokens)
     graph, other = decode(model, prompt, 48, each=entered, prefetch="graph", **settings)
     assert torch.equal(one.argmax(-1), other.argmax(-1))
     assert budgets_of(graph) == budgets_of(thread)
-    assert sum(budgets_of(graph)) == 2 * 96
-    assert len(set(budgets_of(graph))) == 2
+    by_head = [budget for layer in graph.layers for budget in layer.selection.heads or [layer.selection.budget] * 2]
+    assert sum(by_head) == 4 * 96
+    assert len(set(by_head)) > 1
     assert graphs[-1]
     slots = [layer.tiers.pool.slots for layer in graph.layers]
     assert slots == [layer.selection.most_slots_at(300) for layer in graph.layers]
     assert not graph.layers[0].engine.stats.fallbacks
+
+
+# ---- budgets by KV head ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    heads=st.lists(st.integers(3, 12), min_size=1, max_size=4),
+    length=st.integers(1, 400),
+    padding=st.integers(0, 60),
+    more=st.integers(0, 3),
+    seed=st.integers(0, 9),
+)
+def test_each_head_gets_its_own_best_blocks(heads, length, padding, more, seed):
+    """As many as its budget allows, in the order of its scores: what a layer of that budget would give it."""
+    config, padding_B = OffloadConfig(**SMALL), torch.tensor([min(padding, length - 1)])
+    selection = Selection.of(config, tuple(16 * blocks for blocks in heads))
+    scores = torch.randn(1, len(heads), -(-length // 16), generator=torch.Generator().manual_seed(seed))
+    wanted = selection.wanted(scores, length, padding_B, len(heads), more)
+    for g, blocks in enumerate(heads):
+        alone = Selection.of(config, 16 * blocks).wanted(scores[:, g : g + 1], length, padding_B, 1, more)
+        mine = wanted[0, g][wanted[0, g] >= 0].tolist()
+        assert sorted(mine) == sorted(alone[alone >= 0].tolist())
+        assert len(mine) <= max(blocks + more, 6)  # the mean budget is of 6 blocks: until then all are attended
+    assert selection.budget == 16 * max(heads)
+    assert selection.least == 16 * min(heads)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_qsim_by_head_follows_its_definition(tiny_model, ids, family):
+    model, prompt, seen = tiny_model(family), ids(300), {}
+    query_of, tell = query_similarity, Sharing.tell
+
+    def listen(self, layer, query_BHQD, rows, real_BL):
+        seen[layer.number] = query_BHQD
+        tell(self, layer, query_BHQD, rows, real_BL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sharing, "tell", listen)
+        cache, _ = decode(model, prompt, budget_allocation="qsim-heads", budget=4096)
+    turned = [1 - query_of(seen[n][:, :, -32:])[0].unflatten(0, (2, -1)).mean(1) for n in sorted(seen)]
+    weights = torch.cat(turned).clamp_min(0)
+    expected = share_budget(OffloadConfig(**SMALL | {"budget": 4096}), (weights / weights.sum()).tolist())
+    found = [budget for layer in cache.layers for budget in layer.selection.heads or [layer.selection.budget] * 2]
+    assert found == expected
+    assert sum(found) == len(found) * 4096
+    assert len(set(found)) > 1
+
+
+@pytest.mark.parametrize("policy", SELECTING)
+def test_steps_read_no_more_than_their_heads_budget(ids, monkeypatch, policy):
+    budgets, read, kind = [(48, 144), (128, 64)], {}, policy_class(policy)
+    observe = kind.observe
+
+    def watched(self, step):
+        observe(self, step)
+        read.setdefault(id(self), []).append(step.attended_BGN.sum(-1).amax(0).tolist())
+
+    monkeypatch.setattr(kind, "observe", watched)
+    cache, _ = decode(uneven_model(), ids(300, batch=2), policy=policy, budget_allocation=budgets)
+    assert cache.layers[0].engine.stats.to_dict()["layer_budgets"] == budgets
+    for layer, own in zip(cache.layers, budgets, strict=True):
+        most = [max(attended) for attended in zip(*read[id(layer.policy)], strict=True)]
+        allowed = [budget // 16 for budget in own]
+        assert all(found <= limit for found, limit in zip(most, allowed, strict=True))
+        if policy not in ("streaming", "h2o", "lazy-eviction"):  # which attend to fewer
+            assert most == allowed
+
+
+@pytest.mark.parametrize("policy", ["predictor", "snapkv", "h2o", "lazy-eviction"])
+def test_unequal_heads_are_exact_up_to_the_mean_budget(ids, policy):
+    model, prompt = uneven_model(), ids(60)
+    _, whole = decode(model, prompt, 30, policy="full")
+    _, ours = decode(model, prompt, 30, policy=policy, budget_allocation=[(48, 144), (112, 80)])
+    torch.testing.assert_close(ours, whole, atol=1e-4, rtol=1e-4)
 
 
 # ---- what can go wrong -----------------------------------------------------------------------------------------------
@@ -405,7 +492,7 @@ def test_a_cache_is_freed_at_once(ids):
     [
         (
             "fair",
-            r"budget_allocation='fair' is not allowed: expected one of policy, uniform, pyramid, qsim, cake, or a",
+            r"budget_allocation='fair' is not allowed: expected one of policy, uniform, pyramid, qsim, cake, ",
         ),
         (7, r"budget_allocation=7 is not allowed"),
         ([], r"budget_allocation=\[\] is not allowed: expected budgets that are multiples of block_size=16 from 48 on"),
@@ -413,6 +500,9 @@ def test_a_cache_is_freed_at_once(ids):
         ([96, 88, 104], r"multiples of block_size=16 from 48 on"),
         ([96, "96"], r"multiples of block_size=16 from 48 on"),
         ([96, 112], r"expected a total of 2 × 96 \(budget=96\) = 192, found 208"),
+        ([96, (48, 160)], r"expected a total of 4 × 96 \(budget=96\) = 384, found 400"),
+        ([(96, 96, 96), (48, 144)], r"expected as many budgets in each layer that has several"),
+        ([(96, 96), (32, 160)], r"multiples of block_size=16 from 48 on"),
     ],
 )
 def test_bad_allocations(allocation, message):
@@ -428,6 +518,11 @@ def test_budgets_of_another_number_of_layers():
     assert model.config._attn_implementation == before
     with attach(model, OffloadConfig(**SMALL, budget_allocation=[96], skip_layers=[0])) as engine:
         assert engine.first_budgets == {1: 96}
+
+
+def test_budgets_of_another_number_of_heads():
+    with pytest.raises(ConfigError, match="budget_allocation has 3 budgets in a layer: it has 2 KV heads"):
+        attach(uneven_model(), OffloadConfig(**SMALL, budget_allocation=[96, (48, 96, 144)]))
 
 
 def test_an_odd_budget_is_counted_in_whole_blocks():

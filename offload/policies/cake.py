@@ -33,7 +33,10 @@ class CAKE(SnapKV):
 
 
 def preference(mass_BGQN: Tensor, tau1: float = 1.0, tau2: float = 1.0) -> Tensor:
-    """A layer's preference for room, ``[B]``, from the rows of the window's queries over the blocks before them."""
+    """A layer's preference for room, ``[B]``, from the rows of the window's queries over the blocks before them.
+
+    Of a part of its KV heads, theirs.
+    """
     entropy_B = torch.special.entr(mass_BGQN).sum((1, 2, 3))
     shift_B = _variance(mass_BGQN).sum((1, 2))
     return entropy_B ** (1 / tau1) * shift_B ** (1 / tau2)

@@ -42,7 +42,7 @@ class H2O(Policy):
     @property
     def newest(self) -> Selection:
         """The newest tokens as recent ones: half of the budget."""
-        return replace(self.selection, recent=self.selection.budget // 2)
+        return replace(self.selection, recent=self.selection.least // 2)
 
     @property
     def parts(self) -> dict[str, BlockValues]:  # type: ignore[override]

@@ -72,8 +72,8 @@ class LazyEviction(Policy):
         selection = self.selection
         n_blocks = selection.n_blocks(length)
         evicted_BGN = self.evicted.grow(n_blocks)
-        budget = selection.budget // selection.block_size
-        if length > max(selection.budget, selection.whole) and n_blocks - self.gone > budget:
+        budget = selection.least // selection.block_size
+        if length > max(selection.least, selection.whole) and n_blocks - self.gone > budget:
             evicted_BGN = self._evict(length)
         return torch.zeros_like(evicted_BGN, dtype=torch.float32).masked_fill(evicted_BGN, NEVER)
 
@@ -81,7 +81,7 @@ class LazyEviction(Policy):
         """Make room for W tokens, those of the block that needs it now among them; evicted_BGN, all that is gone."""
         n_blocks, size = self.selection.n_blocks(length), self.selection.block_size
         first, last = self.selection.candidates(length)
-        budget = self.selection.budget // size
+        budget = self.selection.least // size
         free = budget - (first + n_blocks - last)
         keep = budget + 1 - max(min(self.selection.recent // size, free // 2), 1)
         place_N = torch.arange(n_blocks, device=self.spec.device)
