@@ -387,7 +387,7 @@ class TestData:
     @pytest.mark.parametrize(
         ("changes", "line"),
         [
-            ({"context": None}, "line 2: expected a text in 'context', which the template of trec needs; found fields"),
+            ({"context": None}, "line 2: expected a text in 'context', which the template of trec needs; found None"),
             ({"answers": "x"}, "line 2: expected a list of texts in 'answers', found 'x'"),
             ({"answers": []}, "line 2: no reference answer in 'answers'"),
             ({"answers": [1]}, "line 2: expected a list of texts in 'answers', found [1]"),
