@@ -149,6 +149,37 @@ def test_random_delays_on_both_streams_change_nothing(tiny_model, ids, monkeypat
     assert torch.equal(run(), plain)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("allocation", "tokens"),
+    [
+        ("qsim", 245),
+        ("cake", 245),
+        ("qsim-heads", 245),
+        ([80, 112], 245),
+        ([80, 112], 60),  # from below the mean budget on, which is where the smaller one comes into effect
+        ([(80, 112), (112, 80)], 245),
+        ([(80, 112), (112, 80)], 60),
+    ],
+)
+def test_captured_steps_have_the_same_unequal_budgets(tiny_model, ids, allocation, tokens: int) -> None:
+    model, prompt, found = tiny_model("llama").cuda(), ids(tokens, batch=2).cuda(), []
+    for prefetch in ("graph", "thread"):
+        settings = SMALL | {"prefetch": prefetch, "budget_allocation": allocation}
+        with attach(model, OffloadConfig(**settings)) as engine:
+            cache = engine.new_cache()
+            out = [model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)]
+            for _ in range(60):
+                out.append(model(out[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+            cache.check_integrity()
+            assert not engine.stats.fallbacks
+            selections = [layer.selection for layer in cache.layers]
+            by_head = [budget for one in selections for budget in one.heads or [one.budget] * 2]
+            found.append((torch.cat(out, 1).tolist(), by_head))
+    assert found[0] == found[1]
+    assert sum(found[0][1]) == 4 * 96
+
+
 def test_a_model_that_asks_the_host_goes_by_the_thread(tiny_model, ids, monkeypatch) -> None:
     model, prompt = tiny_model("llama").cuda(), ids(300).cuda()
     thread, _ = decode(model, prompt, 20, **SMALL)
