@@ -117,6 +117,7 @@ def mean_map(folder: RunFolder, variant: str, name: str = "relative_map") -> tup
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
+    parser.set_defaults(prefetch="thread")  # captured steps can't be watched
     add_window_arguments(parser, tail=128)
     add = parser.add_argument
     add("--interval", type=int, default=4, metavar="N", help="steps between measurements (%(default)s)")

@@ -57,8 +57,9 @@ from attention_predictor.eval.processes import Processes
 from attention_predictor.eval.provenance import describe_session
 from attention_predictor.eval.steps import watched_steps
 from attention_predictor.eval.subject import Subject
-from attention_predictor.eval.variants import Variant, make_variants
+from attention_predictor.eval.variants import GRAPH_OR_THREAD, Variant, make_variants
 from attention_predictor.loading import DTYPES, find_device, load_model
+from attention_predictor.offload.config import PREFETCHERS
 from attention_predictor.offload.stats import Stats
 from attention_predictor.predictor.errors import AttentionPredictorError, ConfigError, DataError, one_line
 
@@ -156,12 +157,15 @@ class Plan:
             raise ConfigError(f"--limit {args.limit}: expected at least 1")
         if args.dtype not in DTYPES:
             raise ConfigError(f"dtype={args.dtype!r} is not allowed: expected one of {', '.join(DTYPES)}")
-        find_device(Processes().device(args.device))  # this process's own: a look at another's takes memory there
+        device = find_device(Processes().device(args.device))  # this process's own: to look at another's takes memory
         given = args.policies if args.policies is not None or args.rule else POLICIES
         named = given.split(",") if given is not None else []
         rules = [Rule(name.strip(), {"policy": name.strip()}) for name in named]
         rules += [Rule.parse(text) for text in args.rule or ()]
-        variants = make_variants(rules, whole_numbers("--budgets", args.budgets))
+        prefetch = args.prefetch
+        if prefetch == "auto":
+            prefetch = GRAPH_OR_THREAD if device.type == "cuda" else "thread"
+        variants = make_variants(rules, whole_numbers("--budgets", args.budgets), prefetch)
         # The same model by another path is the same model.
         model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
         return cls(model, args.device, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants)
@@ -185,6 +189,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     what = "[name:] policy[,field=value…]: one more policy, with other settings; may be given several times"
     add("--rule", action="append", metavar="RULE", help=what)
     add("--budgets", default=BUDGETS, metavar="N,N", help="tokens a step reads, each a row of the table (%(default)s)")
+    what = "how engines prefetch, unless a rule says; auto: graph on a GPU where steps can be captured, else thread"
+    add("--prefetch", choices=("auto", *PREFETCHERS), default="auto", help=what)
     add("--limit", type=int, metavar="N", help="the first N samples of each task alone")
     add("--out", type=Path, required=True, metavar="DIR", help="results; an unfinished run in it goes on")
     add("--retry-errors", action="store_true", help="try samples once more that failed")

@@ -63,18 +63,22 @@ def watched_steps(model: PreTrainedModel, engine: Engine | None) -> Iterator[Ste
     """The series of the steps that a model takes in the ``with`` block; none of the stock model's (``None``).
 
     The first step behind a prompt is left out: it waits for a whole selection, all others for what is new in theirs.
-    Captured steps leave the host out, and looking at their figures would wait for the device: they have no series.
+    To look at captured steps waits for the device, once a step.
     """
     series = StepSeries()
-    if engine is None or engine.config.prefetch == "graph":
+    if engine is None:
         yield series
         return
-    stats = engine.stats
-    before, fresh = (stats.steps, stats.wanted_blocks, stats.hit_blocks, stats.fetched_bytes), True
+
+    def figures() -> tuple[int, int, int, int]:
+        stats = engine.stats
+        return stats.steps, stats.wanted_blocks, stats.hit_blocks, stats.fetched_bytes
+
+    before, fresh = figures(), True
 
     def look(*_: object) -> None:
         nonlocal before, fresh
-        now = (stats.steps, stats.wanted_blocks, stats.hit_blocks, stats.fetched_bytes)
+        now = figures()
         stepped = now[0] > before[0]
         if stepped and not fresh:
             series.add(wanted=now[1] - before[1], hit=now[2] - before[2], fetched=now[3] - before[3])

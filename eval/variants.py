@@ -18,6 +18,7 @@ from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.predictor.errors import ConfigError
 
+GRAPH_OR_THREAD = "graph or thread"
 _NAME = re.compile(r"[\w.=,+ -]+")  # names become directories
 
 
@@ -42,14 +43,22 @@ class Variant:
     config: OffloadConfig | None
 
     @classmethod
-    def of(cls, rule: Rule, budget: int) -> Variant:
-        """Checks all settings; ``ConfigError`` or ``CheckpointError`` says what is wrong with them."""
+    def of(cls, rule: Rule, budget: int, prefetch: str = "thread") -> Variant:
+        """Checks all settings; ``ConfigError`` or ``CheckpointError`` says what is wrong with them.
+
+        Args:
+            prefetch: How its engine prefetches, unless the rule says: as in ``OffloadConfig``, or ``GRAPH_OR_THREAD``,
+                whichever is faster on a GPU for its policy.
+        """
         check_rule(rule, budget)
         if not _NAME.fullmatch(rule.name) or rule.name.startswith("."):
             raise ConfigError(f"rule {rule.name!r} can't name a directory: give it another name (name: policy,…)")
         policy = rule.settings["policy"]
         selects_all = policy_class(policy).selects == "all"
-        config = None if rule.settings == {"policy": STOCK} else OffloadConfig(**({"budget": budget} | rule.settings))
+        if prefetch == GRAPH_OR_THREAD:
+            prefetch = "graph" if policy_class(policy).captured else "thread"
+        given = {"budget": budget, "prefetch": prefetch} | rule.settings
+        config = None if rule.settings == {"policy": STOCK} else OffloadConfig(**given)
         if selects_all:
             return cls(rule.name, policy, None, config)
         if "budget" in rule.settings:
@@ -66,9 +75,9 @@ class Variant:
         return settings | {"policy": self.policy, "budget": self.budget, "stock": self.config is None}
 
 
-def make_variants(rules: Sequence[Rule], budgets: Sequence[int]) -> list[Variant]:
+def make_variants(rules: Sequence[Rule], budgets: Sequence[int], prefetch: str = "thread") -> list[Variant]:
     """Every rule at every budget, in this order; once, where a rule attends to everything."""
     if len({rule.name for rule in rules}) < len(rules):
         raise ConfigError(f"policies must differ in name, got {', '.join(rule.name for rule in rules)}")
-    variants = [Variant.of(rule, budget) for rule in rules for budget in budgets]
+    variants = [Variant.of(rule, budget, prefetch) for rule in rules for budget in budgets]
     return list({variant.name: variant for variant in variants}.values())

@@ -61,7 +61,7 @@ class Engine:
         self.first_budgets = dict(zip(sorted(self.tiered_layers), budgets, strict=True))
         # But for what captured steps have counted since: to look there waits for the device.
         self.stats_kept = Stats(evicts=policy_class(config.policy).evicts)
-        self.counts = DeviceCounts(self.device)
+        self.counts = DeviceCounts(self.device, self.text_config.num_hidden_layers)
         self.prefetcher = make_prefetcher(config.prefetch, self.device)
         self.attached = False
         self._graphed: weakref.WeakKeyDictionary[TieredCache, Graphed] = weakref.WeakKeyDictionary()

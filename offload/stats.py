@@ -163,19 +163,22 @@ class Stats:
 class DeviceCounts:
     """What steps that the host takes no part in have counted on the device, until someone asks.
 
+    Suffixes: N layers, K kinds of counts.
+
     Attributes:
         spent_1: int64 nanoseconds for which steps stood still.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.spent_1 = torch.zeros(1, dtype=torch.int64, device=device)
-        self._of_layer: dict[int, tuple[Tensor, int]] = {}
+    def __init__(self, device: torch.device, layers: int) -> None:
+        numbers = torch.zeros(1 + 5 * layers, dtype=torch.int64, device=device)  # together: read by one copy
+        self._numbers = numbers
+        self.spent_1, self._counts_NK = numbers[:1], numbers[1:].view(layers, 5)
+        self._block_bytes: dict[int, int] = {}
 
     def of_layer(self, number: int, block_bytes: int) -> Tensor:
         """int64: blocks chosen now, fetched late, chosen ahead, fetched ahead; tokens whose block had no slot."""
-        if number not in self._of_layer:
-            self._of_layer[number] = (torch.zeros(5, dtype=torch.int64, device=self.spent_1.device), block_bytes)
-        return self._of_layer[number][0]
+        self._block_bytes[number] = block_bytes
+        return self._counts_NK[number]
 
     def move_into(self, stats: Stats) -> None:
         """Add all to the figures and begin anew; waits for the device.
@@ -183,13 +186,13 @@ class DeviceCounts:
         Raises:
             IntegrityError: A token's block had no slot.
         """
-        if not self._of_layer:
+        if not self._block_bytes:
             return
-        stats.exposed_wait_ms += int(self.spent_1) / 1e6
-        self.spent_1.zero_()
-        for number, (counts, block_bytes) in self._of_layer.items():
-            chosen, late, planned, ahead, lost = counts.tolist()
-            counts.zero_()
+        spent, *counts = self._numbers.tolist()
+        self._numbers.zero_()
+        stats.exposed_wait_ms += spent / 1e6
+        for number, block_bytes in self._block_bytes.items():
+            chosen, late, planned, ahead, lost = counts[5 * number : 5 * number + 5]
             if lost:
                 raise IntegrityError(f"layer {number}: {lost} tokens came to a block without a slot")
             attended = chosen or planned  # where nothing is chosen late, what was chosen ahead is attended to

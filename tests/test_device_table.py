@@ -54,7 +54,7 @@ class Twin:
         self.spent_1 = torch.zeros(1, dtype=torch.int64, device=device)
 
     def device_table(self, table: ResidencyTable, length: int) -> DeviceTable:
-        counts = DeviceCounts(self.device).of_layer(0, 1)
+        counts = DeviceCounts(self.device, 1).of_layer(0, 1)
         return DeviceTable(
             table, self.selection, self.store, self.pool, capacity=self.capacity, length=length, counts=counts
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_graph import emulated  # noqa: F401  # a fixture
 from tiny_models import make_tiny_model
 
 from attention_predictor.eval.steps import MOST, StepSeries, mean_series, watched_steps
@@ -41,16 +42,26 @@ def test_steps_add_up_to_what_the_engine_counts(policy, ids):
     assert sum(record["fetched_bytes"]) == pytest.approx(counted["fetched"], abs=18)
 
 
-@pytest.mark.parametrize("prefetch", [None, "graph"])
-def test_no_series_of_the_stock_model_and_of_captured_steps(prefetch, ids):
+def test_no_series_of_the_stock_model(ids):
     model = make_tiny_model()
-    if prefetch is None:
-        with watched_steps(model, None) as series:
-            model(ids(20))
-    else:
-        with attach(model, OffloadConfig(prefetch=prefetch)) as engine, watched_steps(model, engine) as series:
-            assert not model._forward_hooks
+    with watched_steps(model, None) as series:
+        model(ids(20))
+        assert not model._forward_hooks
     assert series.steps == 0
+
+
+def test_captured_steps_have_the_same_series(emulated, ids):  # noqa: F811
+    model, records = make_tiny_model(), []
+    for prefetch in ("thread", "graph"):
+        settings = {"budget": 96, "sink": 32, "recent": 32, "slab_blocks": 4, "prefetch": prefetch}
+        with attach(model, OffloadConfig(**settings)) as engine, watched_steps(model, engine) as series:
+            model.generate(ids(245), do_sample=False, max_new_tokens=20, min_new_tokens=20, pad_token_id=0)
+            assert not engine.stats.fallbacks
+            assert engine.stats.steps == series.steps + 1 == 19
+        records.append(series.record())
+    assert records[0]["hit_rate"] == pytest.approx(records[1]["hit_rate"], abs=0.1)
+    assert sum(records[0]["fetched_bytes"]) == pytest.approx(sum(records[1]["fetched_bytes"]), rel=0.05)
+    assert min(records[1]["hit_rate"]) < 1
 
 
 @pytest.mark.parametrize("steps", [1, MOST - 1, MOST, MOST + 1, 5 * MOST + 3])

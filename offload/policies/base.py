@@ -187,7 +187,8 @@ class Policy:
     ``selects`` says when: ``"ahead"`` for the next token, so that the fetch hides behind this one; ``"now"`` with the
     current query, so that it can't; ``"all"`` attends to everything and selects nothing. ``evicts`` says that a block
     once left out is never selected again, by definition; the host store holds it all the same. ``allocation`` is how
-    its paper has layers share the budget (``offload/allocation.py``).
+    its paper has layers share the budget (``offload/allocation.py``). ``captured`` says that its steps can be captured,
+    unless settings stand against it (``no_graph`` then says which).
 
     Attributes:
         selection: The layer's budget and what goes with it; the layer sets it, anew if its budget changes.
@@ -196,6 +197,7 @@ class Policy:
     name: ClassVar[str]
     selects: ClassVar[When]
     evicts: ClassVar[bool] = False
+    captured: ClassVar[bool] = False
     allocation: ClassVar[str] = "uniform"
     prompt_rows: int = 0  # score rows of the last prompt queries it wants to see
 

@@ -26,6 +26,7 @@ class Predictor(Policy):
 
     name = "predictor"
     selects = "ahead"
+    captured = True
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)
