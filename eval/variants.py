@@ -57,7 +57,7 @@ class Variant:
         selects_all = policy_class(policy).selects == "all"
         if prefetch == GRAPH_OR_THREAD:
             prefetch = "graph" if policy_class(policy).captured else "thread"
-        given = {"budget": budget, "prefetch": prefetch} | rule.settings
+        given: dict[str, Any] = {"budget": budget, "prefetch": prefetch} | rule.settings
         config = None if rule.settings == {"policy": STOCK} else OffloadConfig(**given)
         if selects_all:
             return cls(rule.name, policy, None, config)
