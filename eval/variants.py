@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -55,10 +55,12 @@ class Variant:
             raise ConfigError(f"rule {rule.name!r} can't name a directory: give it another name (name: policy,…)")
         policy = rule.settings["policy"]
         selects_all = policy_class(policy).selects == "all"
-        if prefetch == GRAPH_OR_THREAD:
-            prefetch = "graph" if policy_class(policy).captured else "thread"
-        given: dict[str, Any] = {"budget": budget, "prefetch": prefetch} | rule.settings
-        config = None if rule.settings == {"policy": STOCK} else OffloadConfig(**given)
+        config = None
+        if rule.settings != {"policy": STOCK}:
+            config = OffloadConfig(**({"budget": budget} | rule.settings))
+            if prefetch == GRAPH_OR_THREAD:
+                prefetch = "thread" if policy_class(policy).never_captured(config) else "graph"
+            config = replace(config, **({"prefetch": prefetch} | rule.settings))
         if selects_all:
             return cls(rule.name, policy, None, config)
         if "budget" in rule.settings:

@@ -450,9 +450,10 @@ def test_variants_by_rule_and_budget():
 def test_variants_prefetch_as_is_fastest_or_as_their_rules_say():
     rules = [Rule(one, {"policy": one}) for one in ("full", "quest", "predictor")]
     rules.append(Rule("mine", {"policy": "predictor", "prefetch": "none"}))
+    rules.append(Rule("paper", {"policy": "predictor", "calibration": "exact"}))
     variants = make_variants(rules, [256], GRAPH_OR_THREAD)
     found = [variant.config.prefetch for variant in variants if variant.config is not None]
-    assert found == ["thread", "graph", "none"]
+    assert found == ["thread", "graph", "none", "thread"]
 
 
 def test_git_state(tmp_path):

@@ -38,15 +38,16 @@ def test_explore_predictor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # several commands, each of which loads all libraries
-def test_reproduce_pocket(tmp_path: Path) -> None:
-    """From data to report with a tiny model, by two processes."""
+@pytest.mark.parametrize("together", ["no", "yes"])
+def test_reproduce_pocket(tmp_path: Path, together: str) -> None:
+    """From data to report with a tiny model, by two processes; benchmarks one after another, and side by side."""
     data, out = tmp_path / "data", tmp_path / "out"
     write_longbench(data / "longbench", ["trec", "lcc"])
     for name in ("books", "code"):
         (write_texts(data / "texts") / "a.txt").rename(data / "texts" / f"{name}__a.txt")
     (data / "texts" / "b.txt").unlink()
     settings = {"PYTHON": sys.executable, "PARTS": "map,longbench", "PROCESSES": "2", "OMP_NUM_THREADS": "1"}
-    settings |= {"POLICIES": "full,streaming", "BUDGETS": "144"}
+    settings |= {"POLICIES": "full,streaming", "BUDGETS": "144", "TOGETHER": together}
     command = ["bash", SCRIPTS / "reproduce_pocket.sh", data, out, "cpu"]
     command += ["--model", save_tiny_text_model(tmp_path / "model")]
     done = subprocess.run(
@@ -60,6 +61,9 @@ def test_reproduce_pocket(tmp_path: Path) -> None:
     report = (out / "report" / "report.md").read_text()
     assert all(f"## {title}" in report for title in ("Recovery", "LongBench", "LongBench's answers"))
     assert "not finished" not in report
+    titles = [line for line in done.stdout.splitlines() if line.startswith(("recovery, %", "perplexity of the answer"))]
+    assert len(titles) == 2
+    assert any(line.startswith("longbench: ") for line in done.stderr.splitlines()) == (together == "yes"), done.stderr
 
 
 def test_reproduce_pocket_says_what_is_missing(tmp_path: Path) -> None:

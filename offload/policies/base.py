@@ -187,8 +187,7 @@ class Policy:
     ``selects`` says when: ``"ahead"`` for the next token, so that the fetch hides behind this one; ``"now"`` with the
     current query, so that it can't; ``"all"`` attends to everything and selects nothing. ``evicts`` says that a block
     once left out is never selected again, by definition; the host store holds it all the same. ``allocation`` is how
-    its paper has layers share the budget (``offload/allocation.py``). ``captured`` says that its steps can be captured,
-    unless settings stand against it (``no_graph`` then says which).
+    its paper has layers share the budget (``offload/allocation.py``).
 
     Attributes:
         selection: The layer's budget and what goes with it; the layer sets it, anew if its budget changes.
@@ -197,7 +196,6 @@ class Policy:
     name: ClassVar[str]
     selects: ClassVar[When]
     evicts: ClassVar[bool] = False
-    captured: ClassVar[bool] = False
     allocation: ClassVar[str] = "uniform"
     prompt_rows: int = 0  # score rows of the last prompt queries it wants to see
 
@@ -220,10 +218,15 @@ class Policy:
         """Whether it chooses with the current query: among resident blocks, and those it may fetch within the step."""
         return self.late_share > 0
 
+    @classmethod
+    def never_captured(cls, config: OffloadConfig) -> str | None:
+        """Why its steps can't be captured under these settings, whatever the model; ``None`` if they may be."""
+        return f"policy {cls.name!r} asks the host at every step"
+
     @property
     def no_graph(self) -> str | None:
         """Why its steps can't be captured; ``None`` if they can (``device_step.py``)."""
-        return f"policy {self.name!r} asks the host at every step"
+        return self.never_captured(self.spec.config)
 
     @property
     def is_started(self) -> bool:

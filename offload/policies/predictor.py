@@ -10,6 +10,8 @@ N blocks.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -20,13 +22,15 @@ from attention_predictor.predictor.history import row_of_logits
 from attention_predictor.predictor.model import new_history
 from attention_predictor.predictor.sketch import KeySketch
 
+if TYPE_CHECKING:
+    from attention_predictor.offload.config import OffloadConfig
+
 
 class Predictor(Policy):
     """Predicted block scores for the next token; the sketch's estimate for a bounded late fetch."""
 
     name = "predictor"
     selects = "ahead"
-    captured = True
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)
@@ -67,15 +71,20 @@ class Predictor(Policy):
     def chooses(self) -> bool:
         return self.sketch is not None and (self.late_share > 0 or self.spec.config.reserve > 0)
 
-    @property
-    def no_graph(self) -> str | None:
-        config = self.spec.config
+    @classmethod
+    def never_captured(cls, config: OffloadConfig) -> str | None:
         if config.calibration != "sketch":
             return f"captured steps calibrate by the sketch, calibration is {config.calibration!r}"
         if config.measure_recovery:
             return "recovery is measured by reading all keys, which the host does"
+        return None
+
+    @property
+    def no_graph(self) -> str | None:
+        if (reason := super().no_graph) is not None:
+            return reason
         assert self.sketch is not None
-        return self.history.no_graph or self.sketch.no_kernel(config.block_size)
+        return self.history.no_graph or self.sketch.no_kernel(self.spec.config.block_size)
 
     @property
     def is_started(self) -> bool:
