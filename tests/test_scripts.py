@@ -40,7 +40,7 @@ def test_explore_predictor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.timeout(900)  # several commands, each of which loads all libraries
 @pytest.mark.parametrize("together", ["no", "yes"])
 def test_reproduce_pocket(tmp_path: Path, together: str) -> None:
-    """From data to report with a tiny model, by two processes; benchmarks one after another, and side by side."""
+    """From data to report with a tiny model, by two processes; one benchmark after the other, and both at once."""
     data, out = tmp_path / "data", tmp_path / "out"
     write_longbench(data / "longbench", ["trec", "lcc"])
     for name in ("books", "code"):
@@ -63,7 +63,7 @@ def test_reproduce_pocket(tmp_path: Path, together: str) -> None:
     assert "not finished" not in report
     titles = [line for line in done.stdout.splitlines() if line.startswith(("recovery, %", "perplexity of the answer"))]
     assert len(titles) == 2
-    assert any(line.startswith("longbench: ") for line in done.stderr.splitlines()) == (together == "yes"), done.stderr
+    assert (out / "longbench.log").exists() == (together == "yes")
 
 
 def test_reproduce_pocket_says_what_is_missing(tmp_path: Path) -> None:
