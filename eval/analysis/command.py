@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     args.policies, args.rule, args.budgets = None, [f"{VARIANT}: full,prefetch=none"], str(args.budget)
+    args.prefetch = "none"
     plan = Plan.of(args)
     if args.parquet and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("--parquet needs pyarrow: pip install 'attention-predictor[train]'")
