@@ -57,7 +57,7 @@ from attention_predictor.eval.processes import Processes
 from attention_predictor.eval.provenance import describe_session
 from attention_predictor.eval.steps import watched_steps
 from attention_predictor.eval.subject import Subject
-from attention_predictor.eval.variants import GRAPH_OR_THREAD, Variant, make_variants
+from attention_predictor.eval.variants import AUTO, Variant, make_variants
 from attention_predictor.loading import DTYPES, find_device, load_model
 from attention_predictor.offload.config import PREFETCHERS
 from attention_predictor.offload.stats import Stats
@@ -162,9 +162,7 @@ class Plan:
         named = given.split(",") if given is not None else []
         rules = [Rule(name.strip(), {"policy": name.strip()}) for name in named]
         rules += [Rule.parse(text) for text in args.rule or ()]
-        prefetch = args.prefetch
-        if prefetch == "auto":
-            prefetch = GRAPH_OR_THREAD if device.type == "cuda" else "thread"
+        prefetch = "thread" if args.prefetch == AUTO and device.type != "cuda" else args.prefetch
         variants = make_variants(rules, whole_numbers("--budgets", args.budgets), prefetch)
         # The same model by another path is the same model.
         model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
@@ -190,7 +188,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rule", action="append", metavar="RULE", help=what)
     add("--budgets", default=BUDGETS, metavar="N,N", help="tokens a step reads, each a row of the table (%(default)s)")
     what = "how engines prefetch, unless a rule says; auto: graph on a GPU where steps can be captured, else thread"
-    add("--prefetch", choices=("auto", *PREFETCHERS), default="auto", help=what)
+    add("--prefetch", choices=(AUTO, *PREFETCHERS), default=AUTO, help=what)
     add("--limit", type=int, metavar="N", help="the first N samples of each task alone")
     add("--out", type=Path, required=True, metavar="DIR", help="results; an unfinished run in it goes on")
     add("--retry-errors", action="store_true", help="try samples once more that failed")

@@ -18,7 +18,7 @@ from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.predictor.errors import ConfigError
 
-GRAPH_OR_THREAD = "graph or thread"
+AUTO = "auto"
 _NAME = re.compile(r"[\w.=,+ -]+")  # names become directories
 
 
@@ -47,8 +47,8 @@ class Variant:
         """Checks all settings; ``ConfigError`` or ``CheckpointError`` says what is wrong with them.
 
         Args:
-            prefetch: How its engine prefetches, unless the rule says: as in ``OffloadConfig``, or ``GRAPH_OR_THREAD``,
-                whichever is faster on a GPU for its policy.
+            prefetch: How its engine prefetches, unless the rule says: as in ``OffloadConfig``, or ``AUTO``, captured
+                where its policy's steps can be, by the thread elsewhere.
         """
         check_rule(rule, budget)
         if not _NAME.fullmatch(rule.name) or rule.name.startswith("."):
@@ -58,7 +58,7 @@ class Variant:
         config = None
         if rule.settings != {"policy": STOCK}:
             config = OffloadConfig(**({"budget": budget} | rule.settings))
-            if prefetch == GRAPH_OR_THREAD:
+            if prefetch == AUTO:
                 prefetch = "thread" if policy_class(policy).never_captured(config) else "graph"
             config = replace(config, **({"prefetch": prefetch} | rule.settings))
         if selects_all:

@@ -271,6 +271,14 @@ def _products(query_BHQD: Tensor, key_BGTD: Tensor) -> Tensor:
     return _product(grouped_BGND, key_BGTD.transpose(-1, -2)).view(B, H, Q, -1)
 
 
+def total_of(sum_BHQN: Tensor, terms: Terms) -> Tensor:
+    """Log-sum-exp of all logits, fp32 ``[B, H, Q, 1]``, from that of each block; an attention sink counts."""
+    total_BHQ1 = torch.logsumexp(sum_BHQN, -1, keepdim=True)
+    if terms.sinks_H is None:
+        return total_BHQ1
+    return torch.logaddexp(total_BHQ1, terms.sinks_H.float().view(1, -1, 1, 1))
+
+
 class Scorer:
     """True block scores and block mass of the last Q of ``length`` tokens, from every key, shown chunk by chunk.
 
@@ -319,9 +327,7 @@ class Scorer:
     @torch.no_grad()
     def rows(self) -> ScoreRows:
         """The rows, once all keys have been shown; the scorer is used up."""
-        total_BHQ1 = torch.logsumexp(self.sum_BHQN, -1, keepdim=True)
-        if self.terms.sinks_H is not None:
-            total_BHQ1 = torch.logaddexp(total_BHQ1, self.terms.sinks_H.float().view(1, -1, 1, 1))
+        total_BHQ1 = total_of(self.sum_BHQN, self.terms)
         total_BHQ1 = total_BHQ1.masked_fill(total_BHQ1 == float("-inf"), 0.0)
         scores_BHQN, mass_BHQN = (x.sub_(total_BHQ1).exp_() for x in (self.peak_BHQN, self.sum_BHQN))
         heads = (self.kv_heads, -1)

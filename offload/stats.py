@@ -160,6 +160,9 @@ class Stats:
         return "\n".join(f"{name:<26}{value}" for name, value in rows)
 
 
+KINDS = 5  # of counts, as `DeviceCounts.of_layer` lists them
+
+
 class DeviceCounts:
     """What steps that the host takes no part in have counted on the device, until someone asks.
 
@@ -169,10 +172,10 @@ class DeviceCounts:
         spent_1: int64 nanoseconds for which steps stood still.
     """
 
+    @torch.inference_mode(False)  # whoever attaches in it, steps are taken outside of it too
     def __init__(self, device: torch.device, layers: int) -> None:
-        numbers = torch.zeros(1 + 5 * layers, dtype=torch.int64, device=device)  # together: read by one copy
-        self._numbers = numbers
-        self.spent_1, self._counts_NK = numbers[:1], numbers[1:].view(layers, 5)
+        self._all = torch.zeros(1 + KINDS * layers, dtype=torch.int64, device=device)  # together: read by one copy
+        self.spent_1, self._counts_NK = _apart(self._all)
         self._block_bytes: dict[int, int] = {}
 
     def of_layer(self, number: int, block_bytes: int) -> Tensor:
@@ -188,11 +191,11 @@ class DeviceCounts:
         """
         if not self._block_bytes:
             return
-        spent, *counts = self._numbers.tolist()
-        self._numbers.zero_()
-        stats.exposed_wait_ms += spent / 1e6
+        spent_1, counts_NK = _apart(self._all.to("cpu", copy=True))
+        self._all.zero_()
+        stats.exposed_wait_ms += int(spent_1) / 1e6
         for number, block_bytes in self._block_bytes.items():
-            chosen, late, planned, ahead, lost = counts[5 * number : 5 * number + 5]
+            chosen, late, planned, ahead, lost = counts_NK[number].tolist()
             if lost:
                 raise IntegrityError(f"layer {number}: {lost} tokens came to a block without a slot")
             attended = chosen or planned  # where nothing is chosen late, what was chosen ahead is attended to
@@ -203,6 +206,10 @@ class DeviceCounts:
             stats.late_blocks += late
             stats.ahead_bytes += ahead * block_bytes
             stats.late_bytes += late * block_bytes
+
+
+def _apart(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    return numbers[:1], numbers[1:].view(-1, KINDS)
 
 
 def _percent(value: float | None) -> str:

@@ -10,7 +10,7 @@ from itertools import combinations
 import pytest
 import torch
 import transformers
-from tiny_models import VOCABULARY, make_tiny_model
+from tiny_models import make_tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.masking_utils import eager_mask
@@ -34,37 +34,6 @@ from attention_predictor.predictor.scores import block_mass, block_scores
 CONFIG = OffloadConfig(policy="full", prefetch="none", budget=208)
 SELECTION = Selection.of(CONFIG)
 PROMPT, TAIL, WINDOW = 400, 24, 10
-# Of further families: which channels are rotated, in which order, and by whom.
-OTHERS = {
-    "cohere2": ("Cohere2Config", {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}),
-    "glm": ("GlmConfig", {"partial_rotary_factor": 0.5}),
-    "phi": ("PhiConfig", {"partial_rotary_factor": 0.5}),
-    "olmo2": ("Olmo2Config", {}),
-    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
-}
-OTHER_SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 4096,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 96,
-}
-
-
-def make_model(family: str) -> PreTrainedModel:
-    if family not in OTHERS:
-        return make_tiny_model(family)
-    name, extra = OTHERS[family]
-    torch.manual_seed(0)
-    config = getattr(transformers, name)(**(OTHER_SIZES | extra))
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    return model.eval()
 
 
 def excerpt(tails: int = 1) -> Excerpt:
@@ -119,7 +88,7 @@ def similarity(query_TD: Tensor) -> float:
 class TestQuerySimilarity:
     @pytest.mark.parametrize("family", ["llama-mha", "llama", "qwen2", "qwen3", "gemma3", "phi3", "olmo2"])
     def test_is_the_definition(self, family):
-        model, given = make_model(family), excerpt()
+        model, given = make_tiny_model(family), excerpt()
         rows = analysed(model, given)["rows"]
         ids_BT = torch.tensor([given.prompt + given.tails[0]])
         for row in rows:
@@ -134,7 +103,7 @@ class TestQuerySimilarity:
 
     @pytest.mark.parametrize("family", ["llama-mha", "llama", "qwen3", "glm", "gpt-oss"])
     def test_after_rotation_is_of_the_queries_that_attention_takes(self, family):
-        model, given = make_model(family), excerpt()
+        model, given = make_tiny_model(family), excerpt()
         taken: dict[int, Tensor] = {}
 
         def note(module, query, key, value, mask, **kwargs):
@@ -156,7 +125,7 @@ class TestQuerySimilarity:
 class TestRotation:
     @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt-oss", "glm", "phi", "olmo2", "cohere2"])
     def test_is_undone(self, family):
-        model, given = make_model(family), excerpt()
+        model, given = make_tiny_model(family), excerpt()
         number, (prompt, steps) = next(iter(seen(model, given).items()))
         if family == "cohere2":  # only its sliding layers are rotated, and they are none of ours
             assert (number, prompt.rotation) == (1, None)
@@ -172,16 +141,16 @@ class TestRotation:
             assert not torch.allclose(attended.query_BHQD, expected[:, :, part], atol=1e-2)
 
     def test_layers_without_one_have_none(self):
-        found = seen(make_model("smollm3"), excerpt())
+        found = seen(make_tiny_model("smollm3"), excerpt())
         assert found[0][0].rotation is not None
         assert found[1][0].rotation is None
-        rows = analysed(make_model("smollm3"), excerpt())["rows"]
+        rows = analysed(make_tiny_model("smollm3"), excerpt())["rows"]
         assert all(row["qsim_prompt_plain"] is None and row["channels"] is None for row in rows if row["layer"] == 1)
         assert all(row["qsim_prompt_plain"] is not None for row in rows if row["layer"] == 0)
 
     @pytest.mark.parametrize(("family", "pairs"), [("llama", 4), ("glm", 2), ("phi", 2)])
     def test_wavelengths(self, family, pairs):
-        model = make_model(family)
+        model = make_tiny_model(family)
         rotation = seen(model, excerpt())[0][1].rotation
         assert rotation is not None
         expected = (math.tau / model.model.rotary_emb.inv_freq.double()).tolist()
@@ -191,7 +160,7 @@ class TestRotation:
     def test_pairs_turn_together(self):
         """A pair's part of a product depends on the distance alone; interleaved channels have other partners."""
         for family, partners in (("llama", [4, 5, 6, 7, 0, 1, 2, 3]), ("glm", [1, 0, 3, 2, 4, 5, 6, 7])):
-            rotation = seen(make_model(family), excerpt())[0][0].rotation
+            rotation = seen(make_tiny_model(family), excerpt())[0][0].rotation
             assert rotation is not None
             assert rotation.partner_D.tolist() == partners
             x_D, y_D = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))

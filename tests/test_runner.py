@@ -32,7 +32,7 @@ from attention_predictor.eval.prompts import prompt_ids
 from attention_predictor.eval.provenance import git_state
 from attention_predictor.eval.runner import Benchmark, Plan, Sample, add_run_arguments, describe, run
 from attention_predictor.eval.subject import Subject
-from attention_predictor.eval.variants import GRAPH_OR_THREAD, make_variants
+from attention_predictor.eval.variants import AUTO, make_variants
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.predictor.errors import ConfigError, ContextLengthError, DataError
@@ -451,7 +451,7 @@ def test_variants_prefetch_as_is_fastest_or_as_their_rules_say():
     rules = [Rule(one, {"policy": one}) for one in ("full", "quest", "predictor")]
     rules.append(Rule("mine", {"policy": "predictor", "prefetch": "none"}))
     rules.append(Rule("paper", {"policy": "predictor", "calibration": "exact"}))
-    variants = make_variants(rules, [256], GRAPH_OR_THREAD)
+    variants = make_variants(rules, [256], AUTO)
     found = [variant.config.prefetch for variant in variants if variant.config is not None]
     assert found == ["thread", "graph", "none", "thread"]
 

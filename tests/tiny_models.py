@@ -55,9 +55,18 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
 }
 
+# Of further families: which channels are rotated, in which order, and by whom.
+ROTATING: dict[str, tuple[str, dict]] = {
+    "cohere2": ("Cohere2Config", {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}),
+    "glm": ("GlmConfig", {"partial_rotary_factor": 0.5}),
+    "phi": ("PhiConfig", {"partial_rotary_factor": 0.5}),
+    "olmo2": ("Olmo2Config", {}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+}
+
 
 def make_tiny_model(family: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
-    name, extra = FAMILIES[family]
+    name, extra = (FAMILIES | ROTATING)[family]
     config = getattr(transformers, name)(**(_COMMON | extra | changes))
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")

@@ -18,7 +18,7 @@ from attention_predictor.eval.analysis.examples import Example, Image
 from attention_predictor.eval.analysis.foresight import Foreseen
 from attention_predictor.eval.analysis.patterns import MapSums, Measures, Part
 from attention_predictor.eval.analysis.watch import Attended
-from attention_predictor.offload.dense import Scorer, ScoreRows
+from attention_predictor.offload.dense import Scorer, ScoreRows, total_of
 from attention_predictor.offload.selection import Selection
 
 
@@ -34,7 +34,7 @@ class LayerMap:
     def __init__(self, attended: Attended, selection: Selection) -> None:
         self.attended = attended
         scorer = head_scorer(attended)
-        self.total_BHQ1 = attended.total(scorer.sum_BHQN)
+        self.total_BHQ1 = total_of(scorer.sum_BHQN, attended.terms)
         self.rows = scorer.rows()  # uses the scorer up
         self.part = part = Part(self.rows.mass_BGQN, attended.length, selection)
         sums = MapSums(part)

@@ -83,18 +83,11 @@ class Attended:
         for chunk in self.layer.tiers.stream(self.query_BHQD):
             yield from split(chunk, most)
 
-    def total(self, sum_BHQN: Tensor) -> Tensor:
-        """Log-sum-exp of all logits, fp32 ``[B, H, Q, 1]``, from that of each block; an attention sink counts."""
-        total_BHQ1 = torch.logsumexp(sum_BHQN, -1, keepdim=True)
-        if self.terms.sinks_H is None:
-            return total_BHQ1
-        return torch.logaddexp(total_BHQ1, self.terms.sinks_H.float().view(1, -1, 1, 1))
-
     def probabilities(self, start: int, key_BGTD: Tensor, total_BHQ1: Tensor) -> Tensor:
         """Softmax probabilities of some tokens from ``start`` on, fp32 ``[B, H, Q, T]``.
 
         Args:
-            total_BHQ1: What ``total`` gives.
+            total_BHQ1: Log-sum-exp of all logits (``dense.total_of``).
         """
         logits_BHQT = scaled_logits(self.query_BHQD, key_BGTD, self.terms)
         (Q, T), mask = logits_BHQT.shape[-2:], self.terms.mask
