@@ -23,9 +23,12 @@ class CompiledLayers:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        layers = getattr(model.get_decoder(), "layers", None)
-        if not isinstance(layers, nn.ModuleList):
-            raise AttachError(f"compile=True: {type(model).__name__} has no list of decoder layers to compile")
+        """``model``: the decoder."""
+        count = model.config.num_hidden_layers
+        lists = (child for child in model.children() if isinstance(child, nn.ModuleList))
+        layers = next((child for child in lists if len(child) == count), None)
+        if layers is None:
+            raise AttachError(f"compile=True: {type(model).__name__} has no list of its {count} layers to compile")
         self._layers = [
             (layer, vars(layer).get("forward"), torch.compile(layer.forward, dynamic=False)) for layer in layers
         ]

@@ -10,7 +10,7 @@ from typing import Any
 from attention_predictor.predictor.errors import ConfigError
 
 CALIBRATIONS = ("sketch", "exact", "none")
-PREFETCHERS = ("thread", "graph", "none")
+PREFETCHERS = ("auto", "thread", "graph", "none")
 KERNELS = ("auto", "none")
 ALLOCATIONS = ("policy", "uniform", "pyramid", "qsim", "cake", "qsim-heads", "cake-heads")
 SKETCH_BITS = (1, 2, 4, 8)
@@ -46,9 +46,10 @@ class OffloadConfig:
         reserve: Blocks resident beyond the budget, as a share of it. Half of them are fetched ahead, the best after the
             budget's own; half are what was wanted last. A step attends to the best of all resident blocks, chosen with
             the current query; without a sketch (or with a policy that does not choose) the reserve saves fetches alone.
-        prefetch: ``"thread"`` fetches beside the computation, ``"none"`` in the middle of it. ``"graph"`` captures
-            whole decoding steps, fetches included, as one CUDA graph; where that can't be, the thread does it, and
-            ``stats`` says why.
+        prefetch: ``"auto"`` captures whole decoding steps, fetches included, as one CUDA graph, wherever that can be;
+            elsewhere a thread fetches beside the computation, and ``stats`` says why. ``"graph"`` is the same, and
+            counts a step that is not captured as a fallback on a CPU too. ``"thread"`` captures nothing; ``"none"``
+            fetches in the middle of the computation.
         compile: Captured steps are made of compiled decoder layers (``torch.compile``): faster, after a minute's wait.
         kernels: ``"auto"`` uses compiled kernels where they can be built, ``"none"`` plain torch operations alone.
         skip_layers: Layers left as they are, with their whole cache on the device.
@@ -71,7 +72,7 @@ class OffloadConfig:
     sketch_bits: int = 2
     late_fetch: float = 0.25
     reserve: float = 0.5
-    prefetch: str = "thread"
+    prefetch: str = "auto"
     compile: bool = False
     kernels: str = "auto"
     skip_layers: Sequence[int] = ()
@@ -109,7 +110,8 @@ class OffloadConfig:
         self._check("reserve", holds, "a share from 0 on, such as 0.5")
         self._check("prefetch", self.prefetch in PREFETCHERS, _one_of(PREFETCHERS))
         self._check("compile", isinstance(self.compile, bool), "True or False")
-        self._check("compile", not self.compile or self.prefetch == "graph", "False, but with prefetch='graph'")
+        captures = self.prefetch in ("auto", "graph")
+        self._check("compile", not self.compile or captures, "False, but with prefetch='auto' or 'graph'")
         self._check("kernels", self.kernels in KERNELS, _one_of(KERNELS))
         holds = isinstance(self.skip_layers, Sequence) and all(_is_int(i) and i >= 0 for i in self.skip_layers)
         self._check("skip_layers", holds, "layer numbers from 0 on, such as (0, 1)")

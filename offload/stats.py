@@ -20,6 +20,7 @@ class Stats:
 
     Attributes:
         steps: Decoding steps, counted in the first offloaded layer (one a token).
+        captured_steps: Those of them that were captured steps (``offload/graph.py``).
         wanted_blocks, hit_blocks: Blocks that attention read, and those of them that were resident before any late
             fetch.
         ahead_blocks, late_blocks: Blocks fetched before and during the step that used them.
@@ -36,6 +37,7 @@ class Stats:
     """
 
     steps: int = 0
+    captured_steps: int = 0
     wanted_blocks: int = 0
     hit_blocks: int = 0
     planned_blocks: int = 0
@@ -112,6 +114,7 @@ class Stats:
         """The figures people ask for, as plain values."""
         return {
             "steps": self.steps,
+            "captured_steps": self.captured_steps,
             "hit_rate": self.hit_rate,
             "reuse_rate": self.reuse_rate,
             "fetched_bytes": self.fetched_bytes,
@@ -135,7 +138,10 @@ class Stats:
         share = f" ({self.device_kv_bytes / self.full_kv_bytes:.1%} of the full cache)" if self.full_kv_bytes else ""
         parts = ", ".join(f"{name} {size / MIB:.2f}" for name, size in self.device_kv_parts().items())
         rows = [
-            ("steps", str(self.steps)),
+            (
+                "steps",
+                f"{self.steps}, {self.captured_steps} of them captured" if self.captured_steps else str(self.steps),
+            ),
             ("KV on the device", f"{self.device_kv_bytes / MIB:.2f} MiB{share}" + (f": {parts}" if parts else "")),
             ("KV in host memory", f"{self.host_kv_bytes / MIB:.2f} MiB"),
             ("hit rate", _percent(self.hit_rate)),

@@ -10,9 +10,11 @@ from emulated import emulated_gpu
 from torch import Tensor
 
 from attention_predictor import OffloadConfig, attach
-from attention_predictor.offload import engine as engine_module
+from attention_predictor.offload import graph as graph_module
+from attention_predictor.offload import room
 from attention_predictor.offload.cache import TieredCache
 from attention_predictor.offload.graph import Graphed
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.errors import ConfigError
 
 SETTINGS = {"budget": 96, "sink": 32, "recent": 32, "slab_blocks": 4}
@@ -30,8 +32,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
             return run(self, cache, kwargs)
 
     monkeypatch.setattr(Graphed, "run", emulated_run)
-    monkeypatch.setattr(engine_module, "why_not", lambda cache, mask, graphed: None)
-    monkeypatch.setattr("attention_predictor.offload.graph.GROWTH", 128)
+    monkeypatch.setattr(graph_module, "why_not", lambda cache, graphed: None)
+    monkeypatch.setattr(room, "GROWTH", 128)
 
 
 def decode(model, prompt: Tensor, steps: int, mask: Tensor | None = None, **settings: object) -> tuple[Tensor, object]:
@@ -80,14 +82,14 @@ def test_the_host_takes_the_cache_back(emulated, tiny_model, ids) -> None:
 
             def step(cache, count: int, logits=logits) -> None:
                 for token in range(count):
-                    logits.append(model(prompt[:, token : token + 1], past_key_values=cache).logits)
+                    logits.append(model(prompt[:, token : token + 1], **with_cache(model, cache)).logits)
 
-            model(prompt, past_key_values=cache)
+            model(prompt, **with_cache(model, cache))
             step(cache, 5)
             cache.check_integrity()
             step(cache, 4)
             twin = copy.deepcopy(cache)
-            model(prompt[:, :9], past_key_values=cache)
+            model(prompt[:, :9], **with_cache(model, cache))
             step(cache, 3)
             cache.crop(-6)
             step(cache, 3)
@@ -103,15 +105,15 @@ def test_interrupted_steps_make_the_cache_unusable(emulated, tiny_model, ids, mo
     model, prompt = tiny_model("llama"), ids(150)
     with attach(model, OffloadConfig(**SETTINGS, prefetch="graph")) as engine, torch.no_grad():
         cache = engine.new_cache()
-        model(prompt, past_key_values=cache)
-        model(prompt[:, :1], past_key_values=cache)
+        model(prompt, **with_cache(model, cache))
+        model(prompt[:, :1], **with_cache(model, cache))
         layer = cache.layers[1]
         monkeypatch.setattr(layer.device_step, "attend", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            model(prompt[:, :1], past_key_values=cache)
+            model(prompt[:, :1], **with_cache(model, cache))
         monkeypatch.undo()
         with pytest.raises(Exception, match="did not reach the attention function"):
-            model(prompt[:, :1], past_key_values=cache)
+            model(prompt[:, :1], **with_cache(model, cache))
 
 
 def test_what_cannot_be_captured_says_so_once(tiny_model, ids) -> None:
