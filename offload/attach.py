@@ -25,7 +25,7 @@ from attention_predictor.offload.prefetch import make_prefetcher
 from attention_predictor.offload.room import Room, expected_shapes
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.stats import DeviceCounts, Stats
-from attention_predictor.offload.versions import layer_config
+from attention_predictor.offload.versions import decoder_layers, layer_config, makes_own_cache
 from attention_predictor.predictor.errors import AttachError, ConfigError
 from attention_predictor.predictor.model import AttentionPredictor
 
@@ -119,7 +119,10 @@ def _refusal(message: str) -> Any:
 
 def _make_runtime(model: PreTrainedModel, config: OffloadConfig) -> Runtime:
     device, text_config = model.device, model.config.get_text_config(decoder=True)
-    layers = sorted(set(full_attention_layers(text_config)) - set(config.skip_layers))
+    own = decoder_layers(_decoder(model))
+    count = len(own) if own is not None else text_config.num_hidden_layers
+    layers = [number for number in full_attention_layers(text_config) if number < count]
+    layers = [number for number in layers if number not in config.skip_layers]
     shapes = expected_shapes(model, text_config, layers, model.dtype.itemsize)
     heads = {shape.kv_heads for shape in shapes.values() if shape is not None}
     budgets = first_budgets(config, len(layers), heads.pop() if len(heads) == 1 else None)
@@ -134,6 +137,7 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig) -> Runtime:
         text_config=text_config,
         device=device,
         predictor=predictor,
+        layers=count,
         first_budgets=dict(zip(layers, budgets, strict=True)),
         prefetcher=make_prefetcher(config.prefetch, device),
         room=Room(config, memory, shapes, captures=captures),
@@ -158,6 +162,8 @@ def _check_model(model: PreTrainedModel, config: OffloadConfig) -> None:
         raise AttachError(f"{name} is attached already: detach its engine first")
     if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         raise AttachError(f"{name} is not a causal language model")
+    if makes_own_cache(model):
+        raise AttachError(f"{name} keeps a cache of its own kind: not supported")
     text_config = model.config.get_text_config(decoder=True)
     _check_layers(name, text_config, config)
     _check_placement(name, model)

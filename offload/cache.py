@@ -62,7 +62,8 @@ def adopt(cache: Cache, runtime: Runtime) -> None:
     tiered = runtime.tiered_layers
     sharing = Sharing.of(runtime.config, [number for number in range(len(layers)) if number in tiered])
     cache.layers = [
-        TieredLayer(runtime, number, sharing) if number in tiered else layer for number, layer in enumerate(layers)
+        TieredLayer(runtime, number, sharing) if number in tiered else layer
+        for number, layer in enumerate(layers[: runtime.layers])  # some configurations count an encoder's
     ]
     cache.layer_class_to_replicate = None
     if type(cache) is DynamicCache:

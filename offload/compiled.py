@@ -6,8 +6,8 @@ from types import TracebackType
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
+from attention_predictor.offload.versions import decoder_layers
 from attention_predictor.predictor.errors import AttachError
 
 
@@ -22,13 +22,10 @@ class CompiledLayers:
         AttachError: The model's decoder layers are not where transformers' models have them.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """``model``: the decoder."""
-        count = model.config.num_hidden_layers
-        lists = (child for child in model.children() if isinstance(child, nn.ModuleList))
-        layers = next((child for child in lists if len(child) == count), None)
+    def __init__(self, decoder: nn.Module) -> None:
+        layers = decoder_layers(decoder)
         if layers is None:
-            raise AttachError(f"compile=True: {type(model).__name__} has no list of its {count} layers to compile")
+            raise AttachError(f"compile=True: {type(decoder).__name__} has no list of layers to compile")
         self._layers = [
             (layer, vars(layer).get("forward"), torch.compile(layer.forward, dynamic=False)) for layer in layers
         ]

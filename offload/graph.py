@@ -103,9 +103,9 @@ def odd_argument(given: dict[str, Any], config: PreTrainedConfig) -> str | None:
     odd = sorted({name for name, value in given.items() if value is not None and value is not False} - INPUTS)
     odd += [name for name in ("return_dict", "use_cache") if given.get(name) is False]
     odd += [f"config.{name}" for name in ("output_hidden_states",) if given.get(name) is None and getattr(config, name)]
-    if not isinstance(given.get("logits_to_keep") or 0, int):
+    keep, mask = given.get("logits_to_keep"), given.get("attention_mask")
+    if keep is not None and not isinstance(keep, int):
         odd.append("logits_to_keep")
-    mask = given.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         odd.append(f"attention_mask of {mask.dim()} dimensions")
     return f"the call gives {', '.join(odd)}" if odd else None

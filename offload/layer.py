@@ -274,11 +274,12 @@ class TieredLayer(CacheLayerMixin):
 
     def check_terms(self, terms: Terms, causal: bool, dropout: float) -> None:
         """Raise ``AttachError`` where attention is asked for that steps over the pool could not do."""
-        if not causal:
+        mask = terms.mask
+        if not causal and self.handed is not None and self.handed.tokens > 1 and (mask is None or mask.dim() == 2):
             raise AttachError(f"layer {self.number}: its attention is not causal: not supported")
         if dropout:
             self.runtime.note_fallback(f"attention dropout of {dropout:g} is left out of a model in training mode")
-        if (mask := terms.mask) is None or mask.dim() == 2 or (mask.dtype == torch.bool and mask.shape[1] == 1):
+        if mask is None or mask.dim() == 2 or (mask.dtype == torch.bool and mask.shape[1] == 1):
             return
         if mask.dtype != torch.bool:
             # A mask says yes or no. Numbers between are a bias, which a step over the pool would not know.

@@ -28,6 +28,7 @@ class Runtime:
     Attributes:
         text_config: The settings of the model's language model.
         predictor: ``None`` for policies without one.
+        layers: Of the language model, tiered or not.
         first_budgets: Tokens that a step may attend to in each tiered layer, until a prompt decides otherwise.
         stats: Without what captured steps have counted on the device since it was last read (``counts``).
         open: Until the engine is detached.
@@ -37,6 +38,7 @@ class Runtime:
     text_config: PreTrainedConfig
     device: torch.device
     predictor: AttentionPredictor | None
+    layers: int
     first_budgets: Mapping[int, Budget]
     prefetcher: Prefetcher
     room: Room

@@ -1,4 +1,4 @@
-"""What differs between versions of transformers: the name of the cache, and where a layer's sizes stand.
+"""What differs between versions of transformers and between its models: names, and where things stand.
 
 Version 5.24 renames ``past_key_values`` to ``cache``: in forwards, in outputs, and in ``generate``. The names are read
 from what a forward and an output have, not from the version: models outside of transformers keep the old one.
@@ -52,6 +52,17 @@ def changed(output: ModelOutput, *, cache: Cache | None, **changes: Any) -> Mode
 def _cache_field(output: ModelOutput) -> str:
     names = {field.name for field in fields(output)}  # type: ignore[arg-type]  # outputs are dataclasses
     return next(name for name in CACHE_NAMES if name in names)
+
+
+def makes_own_cache(model: nn.Module) -> bool:
+    """Whether ``generate`` leaves it to the model to make a cache of its own kind."""
+    return not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+
+
+def decoder_layers(decoder: nn.Module) -> nn.ModuleList | None:
+    """The decoder's list of layers; ``None`` if it has none."""
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    return max(lists, key=len, default=None)
 
 
 def layer_config(config: PreTrainedConfig, number: int) -> PreTrainedConfig:

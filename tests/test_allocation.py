@@ -245,7 +245,7 @@ def test_steps_read_and_hold_no_more_than_their_layers_budget(ids, monkeypatch, 
     model = uneven_model(4)
     cache, _ = decode(model, ids(300, batch=2), budget_allocation=allocation, policy=policy)
     budgets = budgets_of(cache)
-    stats = cache.layers[0].engine.stats
+    stats = cache.layers[0].runtime.stats
     assert sum(budgets) == 4 * 96
     assert len(set(budgets)) > 1
     assert stats.to_dict()["layer_budgets"] == budgets
@@ -262,7 +262,7 @@ def test_steps_read_and_hold_no_more_than_their_layers_budget(ids, monkeypatch, 
 def test_full_attention_has_no_budgets(ids):
     cache, _ = decode(uneven_model(), ids(100), 2, policy="full", budget_allocation="qsim")
     assert cache.layers[0].sharing is None
-    assert cache.layers[0].engine.stats.to_dict()["layer_budgets"] == []
+    assert cache.layers[0].runtime.stats.to_dict()["layer_budgets"] == []
 
 
 @pytest.mark.parametrize("policy", SELECTING)
@@ -355,7 +355,7 @@ def test_captured_steps_have_the_same_budgets(emulated, ids, allocation, tokens)
     assert graphs[-1]
     slots = [layer.tiers.pool.slots for layer in graph.layers]
     assert slots == [layer.selection.most_slots_at(300) for layer in graph.layers]
-    assert not graph.layers[0].engine.stats.fallbacks
+    assert not graph.layers[0].runtime.stats.fallbacks
 
 
 # ---- budgets by KV head ----------------------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_steps_read_no_more_than_their_heads_budget(ids, monkeypatch, policy):
 
     monkeypatch.setattr(kind, "observe", watched)
     cache, _ = decode(uneven_model(), ids(300, batch=2), policy=policy, budget_allocation=budgets)
-    assert cache.layers[0].engine.stats.to_dict()["layer_budgets"] == budgets
+    assert cache.layers[0].runtime.stats.to_dict()["layer_budgets"] == budgets
     for layer, own in zip(cache.layers, budgets, strict=True):
         most = [max(attended) for attended in zip(*read[id(layer.policy)], strict=True)]
         allowed = [budget // 16 for budget in own]

@@ -136,7 +136,7 @@ def test_those_that_evict_say_so(tiny_model, ids):
     assert {name for name in policy_names() if policy_class(name).evicts} == set(EVICTING)
     for policy in EVICTING:
         cache, _ = decode(tiny_model(), ids(100), policy, steps=2)
-        assert "evicted" in cache.layers[0].engine.stats.device_kv_parts()
+        assert "evicted" in cache.layers[0].runtime.stats.device_kv_parts()
 
 
 @pytest.mark.parametrize("policy", EVICTING)

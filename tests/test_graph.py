@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -70,6 +72,98 @@ def test_left_padding(emulated, tiny_model, ids) -> None:
     graph, stats = decode(model, prompt, 8, mask, prefetch="graph")
     assert torch.equal(graph, thread)
     assert stats["fallbacks"] == {}
+
+
+def test_a_mask_that_changes_is_seen(emulated, tiny_model, ids) -> None:
+    """By a step that is not captured, and says so; those behind it that keep the padding are captured again."""
+    model, prompt = tiny_model("llama"), ids(200, batch=2)
+    mask = torch.ones(2, 240, dtype=torch.int64)
+    mask[1, :37] = 0
+    outputs, captured = [], []
+    for prefetch in ("none", "graph"):
+        with attach(model, OffloadConfig(**SETTINGS, prefetch=prefetch)) as engine, torch.no_grad():
+            cache = engine.new_cache()
+            given = with_cache(model, cache)
+            logits = [model(prompt, attention_mask=mask[:, :200], **given).logits[:, -1]]
+            for step in range(30):
+                seen = mask[:, : 201 + step].clone()
+                if 10 <= step < 13:
+                    seen[0, 60:90] = 0
+                logits.append(model(prompt[:, step : step + 1], attention_mask=seen, **given).logits[:, -1])
+                captured.append(engine.stats.captured_steps)
+            outputs.append(torch.stack(logits))
+            fallbacks = engine.stats.fallbacks
+    torch.testing.assert_close(outputs[1], outputs[0], atol=2e-4, rtol=1e-3)
+    ours = captured[30:]
+    assert ours[9] == ours[12] > 5
+    assert ours[29] == ours[12] + 17
+    assert sum(fallbacks.values()) == 3
+    (message,) = fallbacks
+    assert "the attention mask rules out more than the prompt's padding on the left, or less" in message
+
+
+def test_a_step_without_the_mask_of_a_padded_prompt_is_not_captured(emulated, tiny_model, ids) -> None:
+    model, prompt = tiny_model("llama"), ids(200, batch=2)
+    mask = torch.ones_like(prompt)
+    mask[1, :37] = 0
+    with attach(model, OffloadConfig(**SETTINGS, prefetch="graph")) as engine, torch.no_grad():
+        given = with_cache(model, engine.new_cache())
+        model(prompt, attention_mask=mask, **given)
+        model(prompt[:, :1], **given)
+        assert engine.stats.captured_steps == 0
+        assert engine.stats.fallbacks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "odd"),
+    [
+        ({"output_hidden_states": False, "return_dict": True, "labels": None}, None),
+        ({"output_attentions": False, "use_cache": True, "logits_to_keep": 1}, None),
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"return_dict": False}, "return_dict"),
+        ({"logits_to_keep": torch.tensor([0])}, "logits_to_keep"),
+    ],
+)
+def test_arguments_that_ask_for_nothing_do_not_end_capture(emulated, tiny_model, ids, arguments, odd) -> None:
+    model, prompt = tiny_model("llama"), ids(200)
+    with attach(model, OffloadConfig(**SETTINGS, prefetch="graph")) as engine, torch.no_grad():
+        given = with_cache(model, engine.new_cache())
+        model(prompt, **given)
+        for step in range(4):
+            output = model(prompt[:, step : step + 1], **given, **arguments)
+        assert engine.stats.captured_steps == (4 if odd is None else 0)
+        reasons = [message.split(": ")[-1] for message in engine.stats.fallbacks]
+        assert reasons == ([f"the call gives {odd}"] if odd else [])
+        if arguments.get("output_hidden_states"):
+            assert len(output.hidden_states) == 3
+
+
+def test_what_dies_is_free_without_garbage_collection(emulated, tiny_model, ids) -> None:
+    """Cache, captured steps and output refer to each other; host memory must come back the moment the cache dies."""
+    model, prompt = tiny_model("llama"), ids(200)
+    gc.collect()
+    gc.disable()
+    try:
+        with attach(model, OffloadConfig(**SETTINGS, prefetch="graph")) as engine, torch.no_grad():
+            held = []
+            for _ in range(5):
+                cache = engine.new_cache()
+                given = with_cache(model, cache)
+                model(prompt, **given)
+                for step in range(6):
+                    output = model(prompt[:, step : step + 1], **given)
+                alive = weakref.ref(cache)
+                held.append(engine.runtime.memory.held_bytes)
+                del cache, given, output
+                assert alive() is None
+                assert engine.runtime.memory.lent_bytes == 0
+            assert len(set(held)) == 1
+            engine.generate(prompt, max_new_tokens=6)
+            model.generate(prompt, max_new_tokens=6)
+            assert engine.runtime.memory.lent_bytes == 0
+            assert engine.stats.captured_steps > 30
+    finally:
+        gc.enable()
 
 
 def test_the_host_takes_the_cache_back(emulated, tiny_model, ids) -> None:

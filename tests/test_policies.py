@@ -169,7 +169,7 @@ def test_late_fetch_is_bounded(tiny_model, ids, share):
         ids(300),
         late_fetch=share,
         steps=10,
-        each=lambda cache: late.append(cache.layers[0].engine.stats.late_blocks),
+        each=lambda cache: late.append(cache.layers[0].runtime.stats.late_blocks),
     )
     rows, allowed = 2 * 2, int(share * 6)
     assert len(late) == 11
