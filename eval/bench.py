@@ -14,6 +14,7 @@ from attention_predictor.eval.subcommands import add_subcommands, run_subcommand
 PARTS = {
     "decode": ("attention_predictor.eval.decode", "whole steps of a model, against the stock caches"),
     "prefill": ("attention_predictor.eval.prefill", "the prefill of a long prompt, against the stock caches"),
+    "requests": ("attention_predictor.eval.requests", "requests one after another: first token, memory"),
     "attention": ("attention_predictor.eval.speed.attention", "one token over the blocks of a pool"),
     "sketch": ("attention_predictor.eval.speed.sketch", "scores of all blocks by the key sketch"),
     "predictor": ("attention_predictor.eval.speed.predictor", "scores of all blocks for the next token"),

@@ -48,8 +48,8 @@ WAYS = {
     "graph-compiled": Way(
         "ours, graph, compiled layers", "ours", {"prefetch": "graph", "compile": True}, needs_gpu=True
     ),
-    "thread": Way("ours, thread", "ours"),
-    "no-kernels": Way("ours, thread, no kernels", "ours", {"kernels": "none"}, by_default=False),
+    "thread": Way("ours, thread", "ours", {"prefetch": "thread"}),
+    "no-kernels": Way("ours, thread, no kernels", "ours", {"prefetch": "thread", "kernels": "none"}, by_default=False),
     "device": Way("stock cache on the device", "dynamic"),
     "offloaded": Way("stock cache, offloaded", "dynamic", {"offloading": True}, needs_gpu=True),
 }

@@ -34,7 +34,7 @@ from attention_predictor.arguments import add_model_arguments, whole_numbers
 from attention_predictor.documents import Document, Excerpt, excerpt, read_documents
 from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.offload.engine import check_positions
+from attention_predictor.offload.forwards import check_positions
 from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor
