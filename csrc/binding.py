@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attention_predictor.csrc import layout
 from attention_predictor.csrc.build import cpu_library
+from attention_predictor.csrc.compiler import bindings, result_of
 from attention_predictor.csrc.kernel import Kernel, load
 from attention_predictor.predictor.errors import BuildError
 
@@ -125,4 +126,6 @@ def multiprocessors(device: torch.device) -> int:
 @functools.cache
 def most_shared(device: torch.device) -> int:
     """Bytes of shared memory that a thread block of a GPU may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    driver = bindings("driver")
+    most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    return result_of("CUDA's driver", driver.cuDeviceGetAttribute(most, device.index))

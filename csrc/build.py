@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from attention_predictor.predictor.errors import BuildError
@@ -94,7 +94,10 @@ def keep(path: Path, data: bytes) -> bool:
         partial.write_bytes(data)
         os.replace(partial, path)
     except OSError as error:
-        _warn_once(f"compiled kernels can't be kept in {path.parent}, each process makes its own: {error}")
+        with suppress(OSError):
+            partial.unlink()
+        reason = error.strerror or error
+        _warn_once(f"compiled kernels can't be kept in {path.parent} ({reason}): each process makes its own")
         return False
     return True
 

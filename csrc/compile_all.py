@@ -3,7 +3,7 @@
 No GPU is needed.
 
 examples:
-  python -m attention_predictor.csrc.compile_all --capability 9.0     # what GPUs of that compute capability will look for
+  python -m attention_predictor.csrc.compile_all --capability 9.0    # what GPUs of that kind will look for
   python -m attention_predictor.csrc.compile_all --compiler nvcc
 """
 
@@ -27,7 +27,11 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.DEBUG, format="%(message)s")
     try:
-        chosen = {None: compiler.chosen, "nvrtc": compiler.Nvrtc, "nvcc": compiler.Nvcc}[args.compiler]()
+        chosen: compiler.Compiler
+        if args.compiler is None:
+            chosen = compiler.chosen()
+        else:
+            chosen = compiler.Nvrtc() if args.compiler == "nvrtc" else compiler.Nvcc()
         for capability in args.capability:
             major, minor = map(int, capability.split("."))
             print(f"compute capability {capability}, {chosen.version.splitlines()[-1]}", flush=True)

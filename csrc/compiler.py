@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import logging
 import os
 import tempfile
@@ -12,7 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -22,10 +23,35 @@ from attention_predictor.predictor.errors import BuildError
 if TYPE_CHECKING:
     from attention_predictor.csrc.kernel import Kernel
 
-OPTIONS = ("-std=c++20", f"-I{SOURCES}")
+OPTIONS = ("-std=c++20",)
 DIGEST_BYTES = 32  # before the machine code in a file
 logger = logging.getLogger(__name__)
 _compiling = threading.Lock()
+
+
+def bindings(module: str) -> Any:
+    """That module of NVIDIA's Python bindings; BuildError where they are not installed."""
+    try:
+        return importlib.import_module(f"cuda.bindings.{module}")
+    except ImportError as error:
+        raise BuildError(f'cuda-bindings is not installed: pip install "cuda-bindings=={_cuda_major()}.*"') from error
+
+
+def result_of(library: str, returned: tuple[Any, ...]) -> Any:
+    """What a function of the bindings gave beside its code; BuildError, with the library's name, where it failed."""
+    code, *values = returned
+    if code:
+        raise BuildError(f"{library}: {code.name}")
+    return values[0] if values else None
+
+
+def _cuda_major() -> str:
+    """The version of CUDA that torch is made for."""
+    return (torch.version.cuda or "13").split(".")[0]
+
+
+def _wheel(name: str) -> str:
+    return name if _cuda_major() == "13" else f"{name}-cu{_cuda_major()}"
 
 
 class Compiler(Protocol):
@@ -45,53 +71,42 @@ class Nvrtc:
     """
 
     def __init__(self) -> None:
-        major = (torch.version.cuda or "13").split(".")[0]
+        self.nvrtc = bindings("nvrtc")
         try:
-            from cuda.bindings import nvrtc
-            from cuda.pathfinder import load_nvidia_dynamic_lib
+            from cuda.pathfinder import find_nvidia_header_directory
         except ImportError as error:
-            raise BuildError(f'cuda-bindings is not installed: pip install "cuda-bindings=={major}.*"') from error
+            raise BuildError("cuda-pathfinder is older than 1.3: pip install -U cuda-pathfinder") from error
         try:
-            library = Path(load_nvidia_dynamic_lib("nvrtc").abs_path or "")
-            self.version = "NVRTC {1}.{2}".format(*nvrtc.nvrtcVersion())
+            self.version = "NVRTC {1}.{2}".format(*self.nvrtc.nvrtcVersion())
         except RuntimeError as error:
-            package = f"nvidia-cuda-nvrtc{'-cu12' if major == '12' else ''}"
-            raise BuildError(f"NVRTC of CUDA {major} was not found: pip install {package}") from error
-        # In a wheel of CUDA 13 or a toolkit; in wheels of CUDA 12.
-        places = (library.parent.parent / "include", library.parent.parent.parent / "cuda_runtime" / "include")
-        found = next((place for place in places if (place / "cuda_fp16.h").exists()), None)
-        if found is None:
-            raise BuildError(f"cuda_fp16.h was not found in {' or '.join(map(str, places))}")
-        self.headers, self.nvrtc = found, nvrtc
+            raise BuildError(f"NVRTC was not found: pip install {_wheel('nvidia-cuda-nvrtc')}") from error
+        self.headers = find_nvidia_header_directory("cudart")
+        if self.headers is None:
+            raise BuildError(f"CUDA's headers were not found: pip install {_wheel('nvidia-cuda-runtime')}")
 
     def compile(self, kernel: Kernel, capability: tuple[int, int]) -> bytes:
         nvrtc, target = self.nvrtc, 10 * capability[0] + capability[1]
-        known = self._call(nvrtc.nvrtcGetSupportedArchs())
+        known = result_of(self.version, nvrtc.nvrtcGetSupportedArchs())
         exact = target in known
         if not exact:  # it is older than the device: the driver compiles the rest
             target = max(x for x in known if x < target)
-        options = [*OPTIONS, f"-I{self.headers}", f"-arch={'sm' if exact else 'compute'}_{target}"]
-        handle = self._call(nvrtc.nvrtcCreateProgram(kernel.text.encode(), kernel.name.encode(), 0, [], []))
+        options = [*OPTIONS, f"-I{SOURCES}", f"-I{self.headers}", f"-arch={'sm' if exact else 'compute'}_{target}"]
+        program = nvrtc.nvrtcCreateProgram(kernel.text.encode(), kernel.name.encode(), 0, [], [])
+        handle = result_of(self.version, program)
         try:
             (code,) = nvrtc.nvrtcCompileProgram(handle, len(options), [option.encode() for option in options])
             if code:
-                log = bytearray(self._call(nvrtc.nvrtcGetProgramLogSize(handle)))
-                self._call(nvrtc.nvrtcGetProgramLog(handle, log))
+                log = bytearray(result_of(self.version, nvrtc.nvrtcGetProgramLogSize(handle)))
+                result_of(self.version, nvrtc.nvrtcGetProgramLog(handle, log))
                 raise BuildError(f"{self.version} refused {kernel.name}\n{bytes(log).decode(errors='replace')}")
             size, get = (
                 (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN) if exact else (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
             )
-            binary = bytearray(self._call(size(handle)))
-            self._call(get(handle, binary))
+            binary = bytearray(result_of(self.version, size(handle)))
+            result_of(self.version, get(handle, binary))
             return bytes(binary)
         finally:
             nvrtc.nvrtcDestroyProgram(handle)
-
-    def _call(self, result):
-        code, *values = result
-        if code:
-            raise BuildError(f"{self.version}: {code.name}")
-        return values[0] if values else None
 
 
 class Nvcc:
@@ -107,7 +122,7 @@ class Nvcc:
             source, binary = Path(scratch) / f"{kernel.name}.cu", Path(scratch) / "cubin"
             source.write_text(kernel.text, "utf-8")
             architecture = "-arch=sm_{}{}".format(*capability)
-            run([self.path, "-cubin", *OPTIONS, architecture, str(source), "-o", str(binary)])
+            run([self.path, "-cubin", *OPTIONS, f"-I{SOURCES}", architecture, str(source), "-o", str(binary)])
             return binary.read_bytes()
 
 
@@ -143,7 +158,8 @@ def compiled(kernels: Sequence[Kernel], capability: tuple[int, int], compiler: C
         with _compiling, locked("cuda"):
             found = [_read(path) if binary is None else binary for path, binary in zip(paths, found, strict=True)]
             missing = [number for number, binary in enumerate(found) if binary is None]
-            for number, binary in zip(missing, _compile([kernels[i] for i in missing], capability, compiler), strict=True):
+            made = _compile([kernels[number] for number in missing], capability, compiler)
+            for number, binary in zip(missing, made, strict=True):
                 keep(paths[number], hashlib.sha256(binary).digest() + binary)
                 found[number] = binary
     return [binary for binary in found if binary is not None]
@@ -160,7 +176,7 @@ def _compile(kernels: Sequence[Kernel], capability: tuple[int, int], compiler: C
         return binary
 
     level = logging.WARNING if len(kernels) > 1 else logging.INFO  # one takes a second
-    logger.log(level, "compiling %d GPU kernels, once: some seconds …", len(kernels))
+    logger.log(level, "compiling %d GPU kernels, once; this takes some seconds …", len(kernels))
     started = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         binaries = list(pool.map(compile_one, kernels))

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
-from attention_predictor.csrc.compiler import compiled
+from attention_predictor.csrc.compiler import bindings, compiled, result_of
 from attention_predictor.csrc.layout import assertions
 from attention_predictor.predictor.errors import BuildError
+
+_call = functools.partial(result_of, "CUDA's driver")
 
 
 @dataclass(slots=True)
@@ -121,11 +123,7 @@ def load(kernels: Sequence[Kernel], device: torch.device) -> list[Loaded]:
 
 @functools.cache
 def _driver() -> Any:
-    try:
-        from cuda.bindings import driver
-    except ImportError as error:
-        raise BuildError("cuda-bindings is not installed") from error
-    return driver
+    return bindings("driver")
 
 
 @functools.cache
@@ -133,10 +131,3 @@ def _context(number: int) -> Any:
     """The GPU's primary context, which torch uses."""
     driver = _driver()
     return _call(driver.cuDevicePrimaryCtxRetain(_call(driver.cuDeviceGet(number))))
-
-
-def _call(result: tuple[Any, ...]) -> Any:
-    code, *values = result
-    if code:
-        raise BuildError(f"CUDA's driver: {code.name}")
-    return values[0] if values else None

@@ -31,7 +31,7 @@ def doubles(names: str) -> Fields:
 
 
 def assertions(struct: type[ctypes.Structure]) -> str:
-    """C++ that compiles where the struct of that name has the same fields in the same order; else the error names one."""
+    """C++ that compiles where the struct of that name has the same fields in the same order; else it names one."""
     name, before, named, kinds = struct.__name__, "", [], []
     for field, kind in getattr(struct, "_fields_"):  # noqa: B009 (mypy knows of no such attribute)
         if issubclass(kind, ctypes.Structure):

@@ -66,14 +66,13 @@ def kernels_of(
         predictor: Its architecture, if there is one.
         captured: Steps are captured, not prefetched by the thread.
     """
-    found = [gather.GATHER, reduce.KERNEL, *OF_PREDICTOR.get(predictor or "", ())]
+    # What takes longest to compile comes first.
+    found = [select.KERNEL, gather.MOVE, gather.APPEND, gather.NOTE_TIME] if captured else []
     if dtype in ELEMENTS and head_dim <= attention.MOST_HEAD_DIM:
-        found += [attention.kernel(dtype, head_dim, values) for values in (True, False)]
         if sketch_bits is not None:
             found += [sketch.score_kernel(sketch_bits, head_dim)[0], sketch.store_kernel(dtype)]
-    if captured:
-        found += [gather.MOVE, gather.APPEND, gather.NOTE_TIME, select.KERNEL]
-    return found
+        found += [attention.kernel(dtype, head_dim, values) for values in (True, False)]
+    return [*found, *OF_PREDICTOR.get(predictor or "", ()), gather.GATHER, reduce.KERNEL]
 
 
 def every_kernel() -> list[Kernel]:

@@ -43,7 +43,7 @@ class SlotTable(NamedTuple):
     """Which block is in which slot, and what must move for it.
 
     Attributes:
-        block_RS, active_RS, use_RS: int64, of each slot: its block, -1 for none; its block if chosen, else -1; when that
+        block_RS, active_RS, use_RS: int64, of each slot: its block, -1 for none; its block if chosen, else -1; when it
             was chosen last.
         slot_RC: int32, the slot of each block, -1 for one that is absent.
         move_block_RS, move_slot_RS, moves_R: int32, written: what is to be fetched where; how many of them.
@@ -107,8 +107,8 @@ def choose_blocks(
 
     Args:
         peak_BHC, sum_BHC: fp32, largest logit and log-sum-exp of each block by the sketch.
-        slot_scores: The exact ones, peak_BHS and sum_BHS of each slot, which count for what is resident, and whose peaks
-            are put in place of the others. ``None``: the sketch's count, and the active blocks stay as they are.
+        slot_scores: The exact ones, peak_BHS and sum_BHS of each slot, which count for what is resident, and whose
+            peaks are put in place of the others. ``None``: the sketch's count, and the active blocks stay as they are.
         late: Absent blocks chosen at most.
         count_2: int64, adds up the blocks chosen, and those of them that are fetched.
 
@@ -122,10 +122,12 @@ def choose_blocks(
     R, S = table.block_RS.shape
     check("peak_BHC", peak_BHC, (B, H, C), torch.float32, device)
     check("sum_BHC", sum_BHC, (B, H, C), torch.float32, device)
-    for name, scores in zip(("peak_BHS", "sum_BHS"), slot_scores or (), strict=False):
-        check(name, scores, (B, H, S), torch.float32, device)
+    slot_peak_BHS, slot_sum_BHS = slot_scores or (None, None)
+    for name, of_slots in (("slot_peak_BHS", slot_peak_BHS), ("slot_sum_BHS", slot_sum_BHS)):
+        if of_slots is not None:
+            check(name, of_slots, (B, H, S), torch.float32, device)
     rest_BH = peak_BHC.new_empty(B, H)
-    scores = (None, peak_BHC, sum_BHC, *(slot_scores or (None, None)), rest_BH)
+    scores = (None, peak_BHC, sum_BHC, slot_peak_BHS, slot_sum_BHS, rest_BH)
     _choose(table, limits, scores, count_2, (B, R // B, H, C), late=late, ahead=False, chooses=slot_scores is not None)
     return rest_BH
 
@@ -164,7 +166,7 @@ def _choose(
         check("less_G", limits.less_G, (G,), torch.int64, device)
     if limits.block_size < 1 or limits.block_size & (limits.block_size - 1):
         raise ValueError(f"block_size is {limits.block_size}, expected a power of two")
-    if S > (most := most_slots(device, C)):
+    if (most := most_slots(device, C)) < S:
         raise ValueError(f"there are {S} slots for {C} blocks, expected at most {most}")
     shared_bytes, room = _shared_bytes(S, C), binding.most_shared(device) - STATIC_BYTES
     keys_here = shared_bytes + 4 * C <= room

@@ -45,7 +45,8 @@ def launch(
     assert isinstance(arguments, kernel.struct)
     if 0 not in grid:
         run = getattr(libraries()[kernel.source], kernel.name)
-        run(ctypes.byref(arguments), (ctypes.c_uint * 3)(*grid), threads or kernel.threads, ctypes.c_size_t(shared_bytes))
+        shape = ((ctypes.c_uint * 3)(*grid), threads or kernel.threads, ctypes.c_size_t(shared_bytes))
+        run(ctypes.byref(arguments), *shape)
 
 
 @contextmanager
