@@ -85,24 +85,9 @@ def sparse_decode(
     Raises:
         ValueError: An argument's shape, dtype, device or layout; which, what was expected and what was found.
     """
-    run = _operation if torch.compiler.is_compiling() else _sparse_decode
-    arguments = (query_BHD, key_BGSTD, value_BGSTD, block_BGS, length, real_BL, sinks_H, scaling, softcap)
-    return run(*arguments, length_1, arrived_BH)
-
-
-def _sparse_decode(
-    query_BHD: Tensor,
-    key_BGSTD: Tensor,
-    value_BGSTD: Tensor | None,
-    block_BGS: Tensor,
-    length: int,
-    real_BL: Tensor | None,
-    sinks_H: Tensor | None,
-    scaling: float,
-    softcap: float,
-    length_1: Tensor | None,
-    arrived_BH: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        inputs = (query_BHD, key_BGSTD, value_BGSTD, block_BGS, length, real_BL, sinks_H, scaling, softcap)
+        return _operation(*inputs, length_1, arrived_BH)
     B, G, S, T, D = key_BGSTD.shape
     H, dtype, device = query_BHD.shape[1], key_BGSTD.dtype, key_BGSTD.device
     check("query_BHD", query_BHD, (B, H, D), dtype, device)
@@ -150,7 +135,7 @@ def _sparse_decode(
     return outputs
 
 
-_operation = torch.library.custom_op("attention_predictor::sparse_decode", _sparse_decode, mutates_args=())
+_operation = torch.library.custom_op("attention_predictor::sparse_decode", sparse_decode, mutates_args=())
 
 
 @_operation.register_fake

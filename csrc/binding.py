@@ -26,18 +26,13 @@ logger = logging.getLogger(__name__)
 _reasons: dict[torch.device, str | None] = {}
 
 
-class Trial(ctypes.Structure):
-    """As in device.cuh."""
-
-    _fields_ = layout.integers("nothing")
-
-
-TRIAL = Kernel("device.cuh", "try_out", Trial, threads=1)
-
-
 def missing(device: torch.device) -> str | None:
     """Why there are no kernels for this device, on one line; what a compiler said goes to the log, once."""
-    return _reasons[device] if device in _reasons else prepare(device, [TRIAL])
+    if device in _reasons:
+        return _reasons[device]
+    from attention_predictor.csrc.gather import NOTE_TIME  # which is made of this module
+
+    return prepare(device, [NOTE_TIME])  # the smallest, for a trial
 
 
 def prepare(device: torch.device, kernels: Sequence[Kernel]) -> str | None:

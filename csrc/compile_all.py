@@ -22,16 +22,12 @@ CAPABILITIES = ["8.0", "8.9", "9.0", "10.0"]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compiler", choices=["nvrtc", "nvcc"], help="default: nvrtc, or nvcc where there is none")
+    parser.add_argument("--compiler", choices=["nvrtc", "nvcc"], default="nvrtc", help="default %(default)s")
     parser.add_argument("--capability", nargs="+", default=CAPABILITIES, help="default " + " ".join(CAPABILITIES))
     args = parser.parse_args()
     logging.basicConfig(level=logging.DEBUG, format="%(message)s")
     try:
-        chosen: compiler.Compiler
-        if args.compiler is None:
-            chosen = compiler.chosen()
-        else:
-            chosen = compiler.Nvrtc() if args.compiler == "nvrtc" else compiler.Nvcc()
+        chosen = compiler.Nvcc() if args.compiler == "nvcc" else compiler.Nvrtc()
         for capability in args.capability:
             major, minor = map(int, capability.split("."))
             print(f"compute capability {capability}, {chosen.version.splitlines()[-1]}", flush=True)

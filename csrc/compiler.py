@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -54,15 +54,6 @@ def _wheel(name: str) -> str:
     return name if _cuda_major() == "13" else f"{name}-cu{_cuda_major()}"
 
 
-class Compiler(Protocol):
-    """A compiler of kernels; ``version`` tells it from others."""
-
-    version: str
-
-    def compile(self, kernel: Kernel, capability: tuple[int, int]) -> bytes:
-        """Machine code for that compute capability, or PTX; BuildError where it refuses, with what it said."""
-
-
 class Nvrtc:
     """NVIDIA's compiler as a library.
 
@@ -85,6 +76,7 @@ class Nvrtc:
             raise BuildError(f"CUDA's headers were not found: pip install {_wheel('nvidia-cuda-runtime')}")
 
     def compile(self, kernel: Kernel, capability: tuple[int, int]) -> bytes:
+        """Machine code for that compute capability, or PTX; BuildError where it refuses, with what it said."""
         nvrtc, target = self.nvrtc, 10 * capability[0] + capability[1]
         known = result_of(self.version, nvrtc.nvrtcGetSupportedArchs())
         exact = target in known
@@ -118,6 +110,7 @@ class Nvcc:
         self.version = run([self.path, "--version"])
 
     def compile(self, kernel: Kernel, capability: tuple[int, int]) -> bytes:
+        """As ``Nvrtc.compile``."""
         with tempfile.TemporaryDirectory() as scratch:
             source, binary = Path(scratch) / f"{kernel.name}.cu", Path(scratch) / "cubin"
             source.write_text(kernel.text, "utf-8")
@@ -127,7 +120,7 @@ class Nvcc:
 
 
 @functools.cache
-def chosen() -> Compiler:
+def chosen() -> Nvrtc | Nvcc:
     """NVRTC, or nvcc where that is not there.
 
     Raises:
@@ -142,7 +135,9 @@ def chosen() -> Compiler:
             raise error from None
 
 
-def compiled(kernels: Sequence[Kernel], capability: tuple[int, int], compiler: Compiler | None = None) -> list[bytes]:
+def compiled(
+    kernels: Sequence[Kernel], capability: tuple[int, int], compiler: Nvrtc | Nvcc | None = None
+) -> list[bytes]:
     """Machine code of kernels: from the disk where the same was compiled before, all others compiled in parallel.
 
     Raises:
@@ -165,7 +160,7 @@ def compiled(kernels: Sequence[Kernel], capability: tuple[int, int], compiler: C
     return [binary for binary in found if binary is not None]
 
 
-def _compile(kernels: Sequence[Kernel], capability: tuple[int, int], compiler: Compiler) -> list[bytes]:
+def _compile(kernels: Sequence[Kernel], capability: tuple[int, int], compiler: Nvrtc | Nvcc) -> list[bytes]:
     if not kernels:
         return []
 

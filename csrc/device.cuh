@@ -162,12 +162,6 @@ void wait_copies() {}
 
 }  // namespace device
 
-// What is compiled first, to see whether anything can be.
-struct Trial {
-    int64_t nothing;
-};
-__device__ __forceinline__ void try_out(const Trial &) {}
-
 // The entry of a program (`kernel.py`): what is launched, under a name without template arguments.
 #ifdef __CUDACC__
 #define ENTRY(name, bounds, Arguments, ...) \

@@ -91,11 +91,6 @@ def observe_row(
     KERNEL.launch(device, (-(-n_blocks // TILE), G, B), arguments)
 
 
-@observe_row.register_fake
-def _(peak, block_BGS, slot_peak_BHS, total_BH, state_BGNC, fold_C, eps, block_size, length, length_1, row_BGN):
-    return None
-
-
 @torch.library.custom_op("attention_predictor::fold_rows", mutates_args=("state_BGNC",))
 def fold_rows(rows_BGRN: Tensor, state_BGNC: Tensor, fold_C: Tensor, eps: float, fresh: bool) -> None:
     """Fold rows of scores, fp32, the oldest first, into the state of the blocks they cover; on a GPU.
@@ -111,11 +106,6 @@ def fold_rows(rows_BGRN: Tensor, state_BGNC: Tensor, fold_C: Tensor, eps: float,
         *(B, G, G, 0, N, state_BGNC.shape[2], 1, N, R, int(fresh), eps, math.log1p(1 / eps)),
     )
     KERNEL.launch(state_BGNC.device, (-(-N // TILE) if R else 0, G, B), arguments)
-
-
-@fold_rows.register_fake
-def _(rows_BGRN, state_BGNC, fold_C, eps, fresh):
-    return None
 
 
 def _check_state(state_BGNC: Tensor, fold_C: Tensor, batch: int, kv_heads: int, n_blocks: int) -> None:

@@ -87,8 +87,3 @@ def reduce_logits(
     touched = -(-(first_key + T) // block_size) - first_key // block_size
     columns = -(-touched * lanes // KERNEL.threads) if T else 0
     KERNEL.launch(device, (columns, min(B * H * Q, MOST_ROWS), 1), arguments)
-
-
-@reduce_logits.register_fake
-def _(product_BHQT, peak_BHQN, sum_BHQN, real_BL, first_key, first_query, block_size, scaling, softcap):
-    return None

@@ -200,11 +200,6 @@ def sketch_append(
     store_kernel(key_BGD.dtype).launch(device, (B * G, 1, 1), arguments)
 
 
-@sketch_append.register_fake
-def _(key_BGD, order_BGD, tail, zero, scale, wide, narrow, length, length_1):
-    return None
-
-
 @torch.library.custom_op(
     "attention_predictor::sketch_store", mutates_args=("zero_BGKD", "scale_BGKR", "wide_BGKJC", "narrow_BGKJC")
 )
@@ -238,11 +233,6 @@ def sketch_store(
     _check_served(tail_BGTD, None)
     arguments = SketchStore(sketch, address(key_BGTD), None, *key_BGTD.stride()[:3], first, T // group, 0, 0)
     store_kernel(key_BGTD.dtype).launch(device, (min(B * G * (T // group), MOST_BLOCKS), 1, 1), arguments)
-
-
-@sketch_store.register_fake
-def _(key_BGTD, order_BGD, tail, zero, scale, wide, narrow, first):
-    return None
 
 
 def _sketch(

@@ -69,11 +69,6 @@ def push_window(
     SLIDE_WINDOW.launch(window_BGNR.device, (-(-N // SLID), G, B), arguments)
 
 
-@push_window.register_fake
-def _(row_BGN, window_BGNR, sum_BGCN, weight, rest, known):
-    return None
-
-
 @torch.library.custom_op("attention_predictor::score_window", mutates_args=())
 def score_window(
     window_BGNR: Tensor, sum_BGCN: Tensor, weight: Tensor, rest: Tensor, n_blocks: int, first: int, last: int

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from attention_predictor import OffloadConfig, attach
-from attention_predictor.csrc import binding, build, compiler, kernel, ops
+from attention_predictor.csrc import binding, build, compiler, gather, kernel, ops
 from attention_predictor.csrc.gather import Moment
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import Fields, assertions, doubles, integers, pointers
@@ -34,7 +34,7 @@ def forget() -> None:
     for known in REMEMBERED:
         known.cache_clear()
     binding._reasons.clear()
-    binding.TRIAL._loaded.clear()
+    gather.NOTE_TIME._loaded.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -253,7 +253,7 @@ def test_nvrtc_compiles_a_models_kernels() -> None:
     except BuildError as error:
         pytest.skip(str(error))
     assert all(binary.startswith(b"\x7fELF") for binary in compiler.compiled(some_kernels(), (9, 0), nvrtc))
-    assert nvrtc.compile(binding.TRIAL, (99, 0)).startswith(b"//")  # PTX, for what it does not know yet
+    assert nvrtc.compile(gather.NOTE_TIME, (99, 0)).startswith(b"//")  # PTX, for what it does not know yet
 
 
 # Launches
@@ -310,7 +310,7 @@ def test_a_launch(driver: mock.MagicMock) -> None:
 
 
 def test_what_is_prepared_is_compiled_together_and_loaded(driver: mock.MagicMock, counting: Counting, caplog) -> None:
-    kernels = [Kernel("gather.cu", name, Moment, threads=1) for name in ("note_time", "move_blocks")]
+    kernels = [Kernel("gather.cu", name, Moment, threads=1) for name in ("append_token", "move_blocks")]
     assert binding.missing(GPU) is None
     with caplog.at_level(logging.WARNING):
         assert ops.prepare(GPU, kernels) is None
@@ -323,10 +323,10 @@ def test_what_is_prepared_is_compiled_together_and_loaded(driver: mock.MagicMock
 
 def test_a_kernel_that_does_not_compile_is_said_once(driver: mock.MagicMock, counting: Counting, caplog) -> None:
     assert binding.missing(GPU) is None
-    counting.compile = mock.Mock(side_effect=BuildError("one refused note_time\nline 3: no"))  # type: ignore[method-assign]
+    counting.compile = mock.Mock(side_effect=BuildError("one refused move_blocks\nline 3: no"))  # type: ignore[method-assign]
     for _ in range(2):
-        assert ops.prepare(GPU, [Kernel("gather.cu", "note_time", Moment, threads=1)]) == "one refused note_time"
-    assert binding.missing(GPU) == "one refused note_time"
+        assert ops.prepare(GPU, [Kernel("gather.cu", "move_blocks", Moment, threads=1)]) == "one refused move_blocks"
+    assert binding.missing(GPU) == "one refused move_blocks"
     assert sum("line 3: no" in line for line in caplog.messages) == 1
 
 
