@@ -35,7 +35,7 @@ class SparseDecode(ctypes.Structure):
 
 @functools.cache
 def kernel(dtype: torch.dtype, head_dim: int, values: bool) -> Kernel:
-    """The GPU's for such a pool, of which it reads the values or not."""
+    """The GPU kernel for a pool of this dtype and head size; without ``values`` it finds scores alone."""
     width = next(width for width in WIDTHS if head_dim <= width)
     function = f"attend_slots<{IN_CPP[dtype]}, {width}, {str(values).lower()}>"
     return Kernel("attention.cu", function, SparseDecode, 32 * WARPS, _at_once(head_dim))

@@ -32,14 +32,14 @@ def missing(device: torch.device) -> str | None:
         return _reasons[device]
     from attention_predictor.csrc.gather import NOTE_TIME  # which is made of this module
 
-    return prepare(device, [NOTE_TIME])  # the smallest, for a trial
+    return prepare(device, [NOTE_TIME])  # the smallest: it shows whether any can be compiled and loaded
 
 
 def prepare(device: torch.device, kernels: Sequence[Kernel]) -> str | None:
-    """Compile and load kernels before they are needed, all that no disk has at once.
+    """Compile and load kernels before they are needed; those that are not kept on disk in parallel.
 
     Returns:
-        Why that can't be: ``missing`` says so from then on, and nothing is tried again.
+        ``None``, or on one line why that fails: ``missing`` says the same from then on, and nothing is tried again.
     """
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -63,14 +63,14 @@ def cache_directory() -> Path:
 
 
 def key(source: str, *parts: str) -> str:
-    """Names what is compiled from a file beside this module, all headers, and these parts."""
+    """A name for what is compiled from ``SOURCES / source``, all headers, and these parts."""
     files = [SOURCES / source, *sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cuh")])]
     return hashlib.sha256("\0".join([*parts, *(file.read_text("utf-8") for file in files)]).encode()).hexdigest()[:24]
 
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Of several processes that want the same at once, one compiles and the others wait; a killed one lets go."""
+    """Of several processes that start at once, one compiles and the others wait; a killed one's lock is released."""
     try:
         import fcntl
 
@@ -88,7 +88,7 @@ def locked(name: str) -> Iterator[None]:
 
 
 def keep(path: Path, data: bytes) -> bool:
-    """Write a file that is whole wherever it is seen; whether that could be done, else the log says why, once."""
+    """Write a file so that no process sees a part of it. Returns whether that worked; the log says once why not."""
     partial = path.with_suffix(f".{os.getpid()}")
     try:
         partial.write_bytes(data)

@@ -23,7 +23,7 @@ _call = functools.partial(result_of, "CUDA's driver")
 
 @dataclass(slots=True)
 class Loaded:
-    """A kernel on one GPU; ``shared_bytes``: shared memory beyond what it declares that it may ask for."""
+    """A kernel on one GPU; ``shared_bytes``: the most shared memory that launches may have beyond what it declares."""
 
     function: Any
     context: Any
@@ -31,7 +31,7 @@ class Loaded:
 
 
 class Kernel:
-    """A device function, its template arguments given, as a program of its own.
+    """One instance of a device function; a program by itself.
 
     Args:
         source: Its file, beside this module.
@@ -95,7 +95,7 @@ class Kernel:
 
 
 def program_text(kernels: Sequence[Kernel]) -> str:
-    """A program of kernels of one source: it, comparisons of their structs with Python's, and their entries."""
+    """A program of kernels of one source: the source, assertions about their structs, and their entries."""
     structs = dict.fromkeys(kernel.struct for kernel in kernels)
     parts = [f'#include "{kernels[0].source}"', *map(assertions, structs), *(kernel.entry for kernel in kernels)]
     return "\n".join([*parts, ""])

@@ -58,7 +58,7 @@ class SketchStore(ctypes.Structure):
 
 @functools.cache
 def score_kernel(bits: int, head_dim: int) -> tuple[Kernel, int]:
-    """The GPU's for codes of so many bits, and how many of its thread blocks run at once on a multiprocessor."""
+    """The GPU kernel that scores blocks by codes of ``bits``, and its thread blocks at once on a multiprocessor."""
     wide_bits = WIDE_BITS[bits]
     size = next(i for i in (1, 2, 4) if head_dim <= 64 * i)
     words = size * (2 if wide_bits else 4)  # of a lane
@@ -72,7 +72,7 @@ def score_kernel(bits: int, head_dim: int) -> tuple[Kernel, int]:
 
 @functools.cache
 def store_kernel(dtype: torch.dtype) -> Kernel:
-    """The GPU's for keys of that dtype."""
+    """The GPU kernel that makes codes of keys of this dtype."""
     return Kernel("quantise.cu", f"store_groups<{IN_CPP[dtype]}>", SketchStore, threads=256, at_once=3)
 
 
