@@ -24,18 +24,10 @@ constexpr int kStride = kHidden + 8;           // elements of a row: eight rows 
 constexpr int kSlice = 16 * kHidden;           // weights from 16 inputs of one tap
 constexpr int kSlices = kTaps * (kInputs + kFurther * kHidden) / 16;
 constexpr int kBiases = (1 + kFurther) * kHidden + kHidden + 1;
-constexpr int kMaxWarps = 8;
 constexpr int kLoads = 4;  // of 16 bytes, by which a thread block has the state of its rows, two more, and to spare
 
-__host__ __device__ constexpr int rows_of(int warps) { return kRows * warps; }
-__host__ __device__ constexpr int outputs_of(int warps) { return rows_of(warps) - 2 * kFurther; }
-// Weights, then rows and one more at each end, then biases.
-constexpr int shared_bytes(int warps) {
-    return (kSlices * kSlice + (rows_of(warps) + 2) * kStride) * static_cast<int>(sizeof(__half)) +
-           kBiases * static_cast<int>(sizeof(float));
-}
-static_assert(shared_bytes(kMaxWarps) <= 48 << 10, "what every device gives without being asked");
-
+__device__ constexpr int rows_of(int warps) { return kRows * warps; }
+__device__ constexpr int outputs_of(int warps) { return rows_of(warps) - 2 * kFurther; }
 // Two channels of the state, numbered from the first row's first.
 __device__ __forceinline__ void put(__half *rows, int element, int held, int low, int high, float x, float y) {
     const int i = element / kChannels, channel = element % kChannels;
@@ -79,8 +71,9 @@ __device__ __forceinline__ void convolve(float (&sums)[kTall][kWide][4], const _
         }
 }
 
-__global__ void __launch_bounds__(32 * kMaxWarps, 2) score_tiles(const PredictBlocks a) {
+__device__ __forceinline__ void score_tiles(const PredictBlocks &a) {
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // Weights, then rows and one more at each end, then biases.
     auto *weight = static_cast<uint4 *>(dynamic_shared());
     auto *rows = reinterpret_cast<__half *>(weight) + kSlices * kSlice;
     auto *bias = reinterpret_cast<float *>(rows + (rows_of(warps) + 2) * kStride);
@@ -175,13 +168,3 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) score_tiles(const PredictBl
 }
 
 }  // namespace
-
-extern "C" int predict_blocks(const PredictBlocks *a, void *stream) {
-    const int warps = static_cast<int>(a->warps);
-    if (a->capacity % 2 || warps < 1 || warps > kMaxWarps) return cudaErrorInvalidValue;
-    const dim3 grid(static_cast<unsigned>((a->columns + outputs_of(warps) - 1) / outputs_of(warps)),
-                    static_cast<unsigned>(a->kv_heads), static_cast<unsigned>(a->batch));
-    if (grid.x && grid.y && grid.z)
-        device::launch(score_tiles, grid, dim3(32 * warps), shared_bytes(warps), static_cast<cudaStream_t>(stream), *a);
-    return static_cast<int>(cudaGetLastError());
-}

@@ -9,5 +9,4 @@ struct PredictBlocks {
     const int64_t *length_1;  // tokens of the sequence; null: length
     float *scores;            // [B, G, columns]
     int64_t batch, kv_heads, capacity, columns, first, recent, block_size, length;
-    int64_t warps;            // of a thread block, 32 blocks each
 };

@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import address, call, check
+from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc.kernel import Kernel
+from attention_predictor.csrc.layout import integers, pointers
 
 CHANNELS, HIDDEN, FURTHER = 14, 32, 3  # of the network that the kernel is written for
 SLICE = 16  # channels that a matrix instruction takes at once
 SLICES = 3 * (SLICE + FURTHER * HIDDEN) // SLICE
+STRIDE = HIDDEN + 8  # elements of a row in shared memory
 BIASES = (1 + FURTHER) * HIDDEN + HIDDEN + 1
 WARPS = (8, 4, 2)  # of a thread block: the most with which every multiprocessor has one
 
@@ -25,10 +28,12 @@ class PredictBlocks(ctypes.Structure):
     """As in predict.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("state", "weight", "bias", "length_1", "scores")),
-        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "capacity", "columns", "first", "recent")),
-        *((name, ctypes.c_int64) for name in ("block_size", "length", "warps")),
+        *pointers("state weight bias length_1 scores"),
+        *integers("batch kv_heads capacity columns first recent block_size length"),
     ]
+
+
+KERNEL = Kernel("predict.cu", "score_tiles", PredictBlocks, 32 * WARPS[0], at_once=2)
 
 
 def fragments(weight_SIO: Tensor) -> Tensor:
@@ -98,12 +103,15 @@ def predict_blocks(
         )
     scores_BGN = state_BGNC.new_empty((B, G, n_blocks))
     multiprocessors = binding.multiprocessors(device)
-    warps = next((w for w in WARPS if B * G * -(-n_blocks // (32 * w - 2 * FURTHER)) >= multiprocessors), WARPS[-1])
+    tiles = {warps: -(-n_blocks // (32 * warps - 2 * FURTHER)) for warps in WARPS}  # by the warps of a thread block
+    warps = next((warps for warps in WARPS if B * G * tiles[warps] >= multiprocessors), WARPS[-1])
     arguments = PredictBlocks(
         *map(address, (state_BGNC, weight, bias, length_1, scores_BGN)),
-        *(B, G, room, n_blocks, first, recent, block_size, length, warps),
+        *(B, G, room, n_blocks, first, recent, block_size, length),
     )
-    call("predict_blocks", arguments, device)
+    # Weights, then rows and one more at each end, then biases.
+    shared_bytes = 2 * (SLICES * SLICE * HIDDEN + (32 * warps + 2) * STRIDE) + 4 * BIASES
+    KERNEL.launch(device, (tiles[warps], G, B), arguments, threads=32 * warps, shared_bytes=shared_bytes)
     return scores_BGN
 
 
