@@ -82,11 +82,12 @@ __device__ __forceinline__ void score_tiles(const PredictBlocks &a) {
     const int length = static_cast<int>(a.length_1 ? min(*a.length_1, a.length) : a.length);
     const int recent = static_cast<int>(a.recent), block_size = static_cast<int>(a.block_size);
     const int last = min(max(length + 1 - max(recent, 1), 0) / block_size, (length + block_size - 1) / block_size);
+    const int first = static_cast<int>(a.first + (a.padding ? a.padding[blockIdx.z] / a.block_size : 0));
     const int outputs = outputs_of(warps), begin = blockIdx.x * outputs;
     const int end = min(begin + outputs, static_cast<int>(a.columns));
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
     float *scores = a.scores + row * a.columns;
-    if (end <= a.first || begin >= last) {
+    if (end <= first || begin >= last) {
         for (int n = begin + threadIdx.x; n < end; n += blockDim.x) scores[n] = -INFINITY;
         return;
     }
@@ -97,7 +98,7 @@ __device__ __forceinline__ void score_tiles(const PredictBlocks &a) {
     // Row i is block origin + i. What is no candidate counts as zero, for this and for every further convolution. The origin
     // and the capacity are even: 16 bytes, which may begin in one block and end in the next, stay within a head's state.
     const int origin = begin - kReach, held = rows_of(warps) + 2;
-    const int low = static_cast<int>(a.first) - origin, high = last - origin;
+    const int low = first - origin, high = last - origin;
     const auto *state = reinterpret_cast<const float4 *>(a.state + (row * a.capacity + origin) * kChannels);
     float4 loaded[kLoads];
 #pragma unroll

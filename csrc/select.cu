@@ -330,8 +330,9 @@ __device__ __forceinline__ void select_blocks(const Select &a) {
             a.table.moves[row] = total[0];
             if (a.count != nullptr) {
                 auto *counted = reinterpret_cast<unsigned long long *>(a.count);
-                atomicAdd(&counted[0], static_cast<unsigned long long>(chosen));
-                atomicAdd(&counted[1], static_cast<unsigned long long>(misses));
+                // A block that has not begun is neither: nothing of it is there.
+                atomicAdd(&counted[0], static_cast<unsigned long long>(chosen - total[1]));
+                atomicAdd(&counted[1], static_cast<unsigned long long>(total[0]));
             }
         }
         __syncthreads();

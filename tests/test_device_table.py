@@ -13,6 +13,7 @@ from torch import Tensor
 from attention_predictor import OffloadConfig
 from attention_predictor.csrc import ops
 from attention_predictor.offload.device_table import DeviceTable
+from attention_predictor.offload.host_memory import HostMemory
 from attention_predictor.offload.prefetch import make_prefetcher
 from attention_predictor.offload.residency import ResidencyTable
 from attention_predictor.offload.selection import Selection
@@ -37,9 +38,12 @@ class Twin:
         self.selection, self.capacity = Selection.of(config), capacity
         self.padding_B = torch.tensor([0, 21], device=device)
         self.generator = torch.Generator().manual_seed(length)
-        engine = SimpleNamespace(config=config, prefetcher=make_prefetcher("none", device), stats_kept=Stats())
+        memory = HostMemory(self.device if device == "cuda" else None)
+        runtime = SimpleNamespace(
+            config=config, prefetcher=make_prefetcher("none", device), stats=Stats(), memory=memory
+        )
         shape = {"batch": B, "kv_heads": G, "head_dim": D, "dtype": torch.float32, "device": self.device}
-        self.by_host, other = Tiers(engine, 0, **shape), Tiers(engine, 0, **shape)
+        self.by_host, other = Tiers(runtime, 0, **shape), Tiers(runtime, 0, **shape)
         keys, values = self.random(2, B, G, length, D)
         wanted_BGW = self.selection.wanted(self.random(B, G, capacity), length + 1, self.padding_B, G)
         for tiers in (self.by_host, other):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attention_predictor.csrc import binding, ops
 from attention_predictor.offload.dense import Terms
+from attention_predictor.offload.host_memory import HostMemory
 from attention_predictor.offload.host_store import HostStore, gather_reference
 from attention_predictor.offload.sparse import attend_slots, score_slots
 
@@ -144,8 +145,8 @@ def test_torch_compile_knows_the_shapes(device: str) -> None:
     assert same(compiled(*arguments), ops.sparse_decode(*arguments))
 
 
-def filled_store(dtype: torch.dtype, *, pin: bool = False) -> HostStore:
-    store = HostStore(batch=2, kv_heads=3, head_dim=16, dtype=dtype, slab_blocks=4, pin=pin)
+def filled_store(dtype: torch.dtype, memory: HostMemory | None = None) -> HostStore:
+    store = HostStore(batch=2, kv_heads=3, head_dim=16, dtype=dtype, slab_blocks=4, memory=memory)
     generator = torch.Generator().manual_seed(0)
     store.append(*torch.randn(2, 2, 3, 16 * 21 + 5, 16, generator=generator).to(dtype))
     return store
@@ -172,7 +173,7 @@ def test_gather_to_host(dtype: torch.dtype, count: int) -> None:
 def test_gather_to_pool(dtype: torch.dtype, count: int) -> None:
     from attention_predictor.offload.block_pool import BlockPool
 
-    store, (row, block) = filled_store(dtype, pin=True), entries(count)
+    store, (row, block) = filled_store(dtype, HostMemory(torch.device("cuda"))), entries(count)
     shape = {"batch": 2, "kv_heads": 3, "slots": 60, "block_size": 16, "head_dim": 16, "dtype": dtype}
     by_kernel, by_copy = (BlockPool(**shape, device="cuda") for _ in range(2))
     slot = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:count]
