@@ -23,9 +23,12 @@ from attention_predictor.offload.available_memory import available_memory
 from attention_predictor.predictor.errors import HostMemoryError, IntegrityError
 
 logger = logging.getLogger(__name__)
+# The driver pins one piece at a time, and nobody else gets through meanwhile: the thread that launches the model's
+# kernels should have one rival for the driver, not WORKERS of them.
+_pinning = threading.Lock()
 
 ALIGNMENT = 256  # bytes: a slab begins at a multiple
-SEGMENT_BYTES = 256 << 20  # of a segment at most, unless one slab needs more: many segments are made in parallel
+SEGMENT_BYTES = 64 << 20  # of a segment at most, unless one slab needs more: the first is ready in some 30 ms
 SMALL_BYTES = 1 << 20  # a segment of fewer is made at once, by whoever asks
 WORKERS = 16  # threads that make them, at most
 SPARE_BYTES = 256 << 20  # left to the rest of the system
@@ -85,7 +88,8 @@ class Segment:
         if pin_for is None:
             return
         address, portable = self.bytes.data_ptr(), 1  # portable: pinned for every device
-        code = int(torch.cuda.cudart().cudaHostRegister(address, self.nbytes, portable))
+        with _pinning:
+            code = int(torch.cuda.cudart().cudaHostRegister(address, self.nbytes, portable))
         if code:
             self.refusal = str(torch.cuda.CudaError(code))
             return
@@ -111,6 +115,7 @@ class HostMemory:
         self.pin_for, self.note = pin_for, note
         self._refused = False
         self._segments: list[Segment] = []
+        self._full: dict[int, int] = {}  # by size: segments at the beginning that have no room for it
         self._returned: deque[tuple[Segment, int, int]] = deque()  # by finalizers, which must not wait for a lock
         self._lock = threading.RLock()
         self._workers: ThreadPoolExecutor | None = None
@@ -150,9 +155,9 @@ class HostMemory:
         room = _aligned(nbytes)
         with self._lock:
             self._collect()
-            if (found := self._best_fit(room)) is None:
+            if (found := self._find(room)) is None:
                 self._add(room)
-                found = self._best_fit(room)
+                found = self._find(room)
                 assert found is not None
             segment, start = found
             segment.take(start, room)
@@ -211,18 +216,15 @@ class HostMemory:
                 if not apart or ends[-1] > segment.nbytes:
                     raise IntegrityError(f"a segment of {segment.nbytes} bytes has free spans {segment.free}")
 
-    def _best_fit(self, room: int) -> tuple[Segment, int] | None:
-        """The smallest free span that has room."""
-        fitting = [
-            (size, order, start)
-            for order, segment in enumerate(self._segments)
-            for start, size in segment.free
-            if size >= room
-        ]
-        if not fitting:
-            return None
-        _, order, start = min(fitting)
-        return self._segments[order], start
+    def _find(self, room: int) -> tuple[Segment, int] | None:
+        """The first segment with room, and the smallest span in it that does."""
+        for number in range(self._full.get(room, 0), len(self._segments)):
+            segment = self._segments[number]
+            fitting = [(size, start) for start, size in segment.free if size >= room]
+            if fitting:
+                self._full[room] = number
+                return segment, min(fitting)[1]
+        return None
 
     def _add(self, nbytes: int, keep: Sequence[Segment] = ()) -> Segment:
         """One more segment; free ones but for ``keep`` give way where the system has too little left."""
@@ -253,6 +255,7 @@ class HostMemory:
     def _drop(self, segment: Segment) -> None:
         segment.close()
         self._segments.remove(segment)
+        self._full.clear()
 
     def _give_back(self, segment: Segment, start: int, nbytes: int) -> None:
         self._returned.append((segment, start, nbytes))
@@ -266,6 +269,7 @@ class HostMemory:
         while self._returned:
             segment, start, nbytes = self._returned.popleft()
             segment.put_back(start, nbytes)
+            self._full.clear()
         if self._closed:
             for segment in [one for one in self._segments if one.is_free]:
                 self._drop(segment)
