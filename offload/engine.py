@@ -226,7 +226,7 @@ class Engine:
         self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._own_forward: dict[str, Any] | None = None
         self._captures = True  # until a capture has failed
-        if self.config.prefetch == "graph":
+        if self.config.prefetch == "graph" or (self.config.prefetch == "auto" and self.device.type == "cuda"):
             # Of this model alone. A forward hook could change a result, but not keep the forward from being computed.
             self._own_forward = {k: v for k, v in self.model.__dict__.items() if k == "forward"}
             plain = self._forward = self.model.forward

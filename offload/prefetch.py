@@ -243,11 +243,11 @@ def make_prefetcher(kind: str, device: torch.device | str) -> Prefetcher:
 
     Captured steps fetch by themselves; around them, the thread does.
     """
-    if kind in ("thread", "graph"):
+    if kind in ("auto", "graph", "thread"):
         return ThreadPrefetcher(device)
     if kind == "none":
         return SyncPrefetcher()
-    raise ConfigError(f"prefetch must be 'thread', 'graph' or 'none', got {kind!r}")
+    raise ConfigError(f"prefetch must be 'auto', 'graph', 'thread' or 'none', got {kind!r}")
 
 
 def _work(mailbox: _Mailbox, device: torch.device) -> None:
