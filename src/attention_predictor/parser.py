@@ -1,0 +1,81 @@
+"""The parser of the command line: errors of one line that say where help is, and help for narrow terminals."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import textwrap
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from attention_predictor.predictor.errors import AttentionPredictorError, ConfigError
+
+
+class OptionError(ConfigError):
+    """An option of the command ``prog`` has a value that is not allowed."""
+
+    def __init__(self, prog: str, message: str) -> None:
+        super().__init__(message)
+        self.prog = prog
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Fills paragraphs to the width of the terminal; those with indented lines, such as examples, stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled = []
+        for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
+            as_it_is = any(line.startswith(" ") for line in paragraph.splitlines())
+            filled.append(paragraph if as_it_is else textwrap.fill(paragraph, width, break_on_hyphens=False))
+        return "\n\n".join(filled)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all errors here do; argparse would print the usage before it.
+
+    Attributes:
+        commands: Of a group of commands, where the chosen one's name is kept, and what is missing where none was given.
+    """
+
+    commands: tuple[str, str] | None = None
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": HelpFormatter} | options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Also refuses what is left over, here, where the command whose help tells more is known."""
+        try:
+            found, left = super().parse_known_args(args, namespace)
+        except OptionError:  # of a command of this group
+            raise
+        except AttentionPredictorError as error:
+            raise OptionError(self.prog, str(error)) from error
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}{self._meant(left)}")
+        if self.commands is not None and getattr(found, self.commands[0]) is None:
+            self.error(f"the following arguments are required: {self.commands[1]}")
+        return found, left
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+    def _meant(self, left: Sequence[str]) -> str:
+        """The option that was meant, where one of a similar name exists."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        for word in left:
+            if word.startswith("-") and (near := get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.7)):
+                return f"; did you mean {near[0]}?"
+        return ""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = get_close_matches(str(value), list(map(str, action.choices or ())), n=1)
+            if near:
+                error.message += f"; did you mean {near[0]}?"
+            raise
