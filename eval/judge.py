@@ -20,6 +20,7 @@ from attention_predictor.eval import synthetic
 from attention_predictor.eval.rules import STOCK as STOCK
 from attention_predictor.eval.rules import Rule as Rule
 from attention_predictor.offload.attach import attach
+from attention_predictor.offload.versions import with_cache
 
 Z95 = NormalDist().inv_cdf(0.975)
 
@@ -146,10 +147,10 @@ def judge(
 def _decode(model: PreTrainedModel, case: Case, cache: Cache, cell: Cell) -> None:
     """All tails of a case, as a batch of sequences that share its prefill."""
     tails_BL = torch.tensor(case.excerpt.tails, device=model.device)
-    model(torch.tensor([case.excerpt.prompt], device=model.device), past_key_values=cache, logits_to_keep=1)
+    model(torch.tensor([case.excerpt.prompt], device=model.device), **with_cache(model, cache), logits_to_keep=1)
     cache.batch_repeat_interleave(len(tails_BL))
     predicted = [
-        model(token_B1, past_key_values=cache).logits[:, -1].argmax(-1) for token_B1 in tails_BL.split(1, dim=1)
+        model(token_B1, **with_cache(model, cache)).logits[:, -1].argmax(-1) for token_B1 in tails_BL.split(1, dim=1)
     ]
     for answer, predicted_L in zip(case.answers, torch.stack(predicted, 1), strict=False):  # or no answers at all
         right = answer.is_in(predicted_L)

@@ -19,6 +19,7 @@ from attention_predictor.eval.way import PREFILLS, STOCK, Way
 from attention_predictor.eval.ways import does_not_fit, opened
 from attention_predictor.loading import DTYPES, find_device, load_model
 from attention_predictor.offload.engine import check_positions
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.errors import HostMemoryError, one_line
 from attention_predictor.progress import Progress
 from attention_predictor.sizes import size_text
@@ -89,7 +90,7 @@ def _prefill(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, budge
         _wait(model.device)
         begun = time.perf_counter()
         for part_BT in ids_BT.split(chunk, dim=1):
-            model(part_BT, past_key_values=session.cache, logits_to_keep=1)
+            model(part_BT, **with_cache(model, session.cache), logits_to_keep=1)
         _wait(model.device)
         seconds = time.perf_counter() - begun
         if session.engine is not None:

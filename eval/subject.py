@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from attention_predictor.offload.engine import Engine, check_positions
+from attention_predictor.offload.versions import with_cache
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Subject:
         cache = DynamicCache(config=text_config) if self.engine is None else self.engine.new_cache()
         text_1L = torch.tensor([list(text)], device=self.model.device)
         prompt_1L = torch.tensor([list(prompt)], device=self.model.device)
-        logits_V = self.model(prompt_1L, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        logits_V = self.model(prompt_1L, **with_cache(self.model, cache), logits_to_keep=1).logits[0, -1]
         found = []
         for index in range(len(text)):
             if index:
-                logits_V = self.model(text_1L[:, index - 1 : index], past_key_values=cache).logits[0, -1]
+                logits_V = self.model(text_1L[:, index - 1 : index], **with_cache(self.model, cache)).logits[0, -1]
             found.append(logits_V.float().log_softmax(-1)[text_1L[0, index]])
         return torch.stack(found).tolist() if found else []
 

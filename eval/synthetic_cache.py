@@ -33,6 +33,7 @@ from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.dense import Chunk, Terms, score_rows
 from attention_predictor.offload.layer import TieredLayer
 from attention_predictor.offload.query_similarity import query_similarity
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.errors import ConfigError
 
 CHUNK = 4096  # tokens made at once, a multiple of every block size
@@ -86,7 +87,7 @@ def tap_queries(model: PreTrainedModel, ids_1Q: Tensor, first: int) -> list[Quer
         taps = [QueryTap(engine, number) for number in range(len(cache.layers))]
         cache.layers = list(taps)
         position_1Q = torch.arange(first, first + ids_1Q.shape[1], device=ids_1Q.device)[None]
-        model(ids_1Q, past_key_values=cache, position_ids=position_1Q, logits_to_keep=1)
+        model(ids_1Q, **with_cache(model, cache), position_ids=position_1Q, logits_to_keep=1)
     return taps
 
 

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from attention_predictor.eval.subject import Subject
+from attention_predictor.offload.versions import with_cache
 
 
 def new_cache(subject: Subject) -> Cache:
@@ -25,7 +26,7 @@ def new_cache(subject: Subject) -> Cache:
 @torch.no_grad()
 def prefill(model: PreTrainedModel, cache: Cache, prompt: Sequence[int], sequences: int) -> None:
     """Fill an empty cache with the token ids of a prompt, computed once, for so many sequences."""
-    model(torch.tensor([list(prompt)], device=model.device), past_key_values=cache, logits_to_keep=1)
+    model(torch.tensor([list(prompt)], device=model.device), **with_cache(model, cache), logits_to_keep=1)
     cache.batch_repeat_interleave(sequences)
 
 
@@ -40,5 +41,7 @@ def decode_tails(model: PreTrainedModel, cache: Cache, tails: Sequence[Sequence[
         int64 ``[B, L]``, the most likely token behind each token of a tail.
     """
     tails_BL = torch.tensor([list(tail) for tail in tails], device=model.device)
-    best = [model(token_B1, past_key_values=cache).logits[:, -1].argmax(-1) for token_B1 in tails_BL.split(1, dim=1)]
+    best = [
+        model(token_B1, **with_cache(model, cache)).logits[:, -1].argmax(-1) for token_B1 in tails_BL.split(1, dim=1)
+    ]
     return torch.stack(best, 1)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from attention_predictor.eval.breakdown import breakdown
 from attention_predictor.eval.synthetic_cache import SyntheticCache
 from attention_predictor.eval.ways import Session, Way, does_not_fit, opened
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.errors import HostMemoryError, one_line
 
 WARM_UP = 5  # steps: compilers compile in the first ones, graphs are captured
@@ -86,7 +87,9 @@ def _figures(model: PreTrainedModel, session: Session, work: Workload) -> dict[s
     if work.synthetic is not None:
         work.synthetic.fill(session.cache)
     else:
-        model(work.ids_1T[:, : work.prompt].expand(work.batch, -1), past_key_values=session.cache, logits_to_keep=1)
+        model(
+            work.ids_1T[:, : work.prompt].expand(work.batch, -1), **with_cache(model, session.cache), logits_to_keep=1
+        )
     _wait(device)
     filled_s += time.perf_counter()
     tokens = iter(work.ids_1T[:, work.prompt :].expand(work.batch, -1).contiguous().split(1, dim=1))

@@ -16,6 +16,7 @@ from attention_predictor.eval.way import WAYS, Way, check_ways
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.engine import Engine
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.errors import ConfigError
 from attention_predictor.sizes import size_text
 
@@ -59,17 +60,17 @@ def opened(model: PreTrainedModel, way: Way, *, context: int, batch: int, budget
             engine = stack.enter_context(attach(model, OffloadConfig(budget=budget, **way.options)))
             engine.check_fits(batch=batch, tokens=context)
             cache: Cache = engine.new_cache()
-            yield Session(cache, lambda token_B1: model(token_B1, past_key_values=cache), engine)
+            yield Session(cache, lambda token_B1: model(token_B1, **with_cache(model, cache)), engine)
         elif way.kind == "dynamic":
             cache = DynamicCache(config=config, **way.options)
-            yield Session(cache, lambda token_B1: model(token_B1, past_key_values=cache))
+            yield Session(cache, lambda token_B1: model(token_B1, **with_cache(model, cache)))
         else:
             cache = StaticCache(config=config, max_cache_len=context, **way.options)
             forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
 
             def step(token_B1: Tensor) -> object:
                 torch.compiler.cudagraph_mark_step_begin()  # the last step's logits may be overwritten
-                return forward(token_B1, past_key_values=cache)
+                return forward(token_B1, **with_cache(model, cache))
 
             yield Session(cache, step)
 

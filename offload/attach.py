@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, NoReturn
 
-from transformers import PreTrainedModel
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from attention_predictor.offload.allocation import first_budgets
+from attention_predictor.offload.attachment import Attachment, configs_of
 from attention_predictor.offload.attention import NAME
 from attention_predictor.offload.cache import full_attention_layers
+from attention_predictor.offload.compiled import CompiledLayers
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.engine import Engine
+from attention_predictor.offload.forwards import Forwards
+from attention_predictor.offload.graph import CapturedSteps
+from attention_predictor.offload.host_memory import HostMemory
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.offload.prefetch import make_prefetcher
+from attention_predictor.offload.room import Room, expected_shapes
+from attention_predictor.offload.runtime import Runtime
+from attention_predictor.offload.stats import DeviceCounts, Stats
+from attention_predictor.offload.versions import decoder_layers, layer_config, makes_own_cache
 from attention_predictor.predictor.errors import AttachError, ConfigError
 from attention_predictor.predictor.model import AttentionPredictor
+
+ENGINE = "_attention_predictor_engine"  # the attribute of an attached model
 
 
 def attach(model: PreTrainedModel, config: OffloadConfig | None = None) -> Engine:
     """Offload the model's KV cache to host memory.
 
     From here on ``model.generate(...)``, pipelines and direct calls use tiered caches, until ``engine.detach()`` or
-    the end of the ``with`` block. Nothing but this model is changed: its attention implementation is switched to a
-    registered one, and one forward pre-hook is installed.
+    the end of the ``with`` block. Nothing but this model is changed: the attention implementation of its language
+    model is switched to a registered one, and attributes of this object stand in front of methods of its class.
 
     Args:
-        model: Any causal language model of transformers that uses its attention interface.
+        model: Any causal language model of transformers that uses its attention interface; of a model for images or
+            sound the language model alone is offloaded. A model of peft is attached by the model it wraps.
         config: Settings; the defaults suit a context of 8K tokens and more.
 
     Raises:
@@ -32,72 +49,150 @@ def attach(model: PreTrainedModel, config: OffloadConfig | None = None) -> Engin
         ConfigError, CheckpointError: The settings, or the predictor they name, are wrong.
     """
     config = config if config is not None else OffloadConfig()
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     _check_model(model, config)
-    predictor = _load_predictor(model, config)
-    configs = _configs(model)
-    before = [(one, one._attn_implementation_internal) for one in configs]
-    engine = Engine(model, config, predictor)
-    engine.remember(before)
+    runtime = _make_runtime(model, config)
+    attachment = Attachment()
     try:
-        model.set_attn_implementation(NAME)  # only warns where a model can't
-        if engine.text_config._attn_implementation != NAME:
-            raise AttachError(
-                f"{type(model).__name__} ignores the attention interface: its implementation stayed "
-                f"{engine.text_config._attn_implementation!r}"
-            )
-        engine.hook()
-        if not engine.tiered_layers:
-            engine.note_fallback(f"{type(model).__name__} has no full-attention layer: nothing is offloaded")
+        engine = _install(model, runtime, attachment)
     except BaseException:
-        for one, implementation in before:
-            one._attn_implementation_internal = implementation
-        engine.prefetcher.close()
+        attachment.undo()
+        runtime.close()
         raise
     return engine
+
+
+def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -> Engine:
+    name, config = type(model).__name__, runtime.config
+    if not runtime.tiered_layers:
+        runtime.note_fallback(f"{name} has no full-attention layer: nothing is offloaded, it runs as stock")
+        engine = Engine(model, runtime, attachment, None)
+        attachment.attribute(model, ENGINE, engine)
+        runtime.open = True
+        return engine
+    decoder, text_config = _decoder(model), runtime.text_config
+    attachment.implementations_set_by(
+        lambda: decoder.set_attn_implementation(NAME),  # only warns where a model can't
+        configs_of(model),
+        keep=[decoder.config, text_config],
+    )
+    if decoder.config._attn_implementation != NAME:
+        raise AttachError(
+            f"{name} ignores the attention interface: its implementation stayed {decoder.config._attn_implementation!r}"
+        )
+    captured = None
+    if runtime.room.captures or config.prefetch == "graph":
+        compiled = CompiledLayers(decoder) if config.compile else None
+        captured = CapturedSteps(name, model.forward, text_config, runtime, compiled)
+    engine = Engine(model, runtime, attachment, captured)
+    Forwards(model, decoder, runtime, attachment, captured).install()
+    attachment.attribute(model, ENGINE, engine)
+    attachment.attribute(model, "__deepcopy__", _copy_detached(model, attachment))
+    for method, instead in (
+        ("__reduce_ex__", "can't be pickled: detach it first, or use save_pretrained"),
+        ("set_attn_implementation", "has its own attention implementation: detach it first"),
+        ("init_continuous_batching", "has no place in continuous batching, which keeps a cache of its own: detach it"),
+    ):
+        if hasattr(model, method):
+            attachment.attribute(model, method, _refusal(f"{name}: an attached model {instead}"))
+    runtime.open = True
+    return engine
+
+
+def _copy_detached(model: PreTrainedModel, attachment: Attachment) -> Any:
+    """Copies of an attached model are stock models."""
+
+    def copied(memo: dict[int, Any]) -> PreTrainedModel:
+        with attachment.undone():
+            return copy.deepcopy(model, memo)
+
+    return copied
+
+
+def _refusal(message: str) -> Any:
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise AttachError(message)
+
+    return refuse
+
+
+def _make_runtime(model: PreTrainedModel, config: OffloadConfig) -> Runtime:
+    device, text_config = model.device, model.config.get_text_config(decoder=True)
+    own = decoder_layers(_decoder(model))
+    count = len(own) if own is not None else text_config.num_hidden_layers
+    layers = [number for number in full_attention_layers(text_config) if number < count]
+    layers = [number for number in layers if number not in config.skip_layers]
+    shapes = expected_shapes(model, text_config, layers, model.dtype.itemsize)
+    heads = {shape.kv_heads for shape in shapes.values() if shape is not None}
+    budgets = first_budgets(config, len(layers), heads.pop() if len(heads) == 1 else None)
+    predictor = None
+    if issubclass(policy_class(config.policy), Predictor):
+        predictor = AttentionPredictor.from_pretrained(config.predictor, device=device, block_size=config.block_size)
+    stats = Stats(evicts=policy_class(config.policy).evicts)
+    memory = HostMemory(device if device.type == "cuda" else None)
+    captures = config.prefetch in ("auto", "graph") and device.type == "cuda"
+    runtime = Runtime(
+        config=config,
+        text_config=text_config,
+        device=device,
+        predictor=predictor,
+        layers=count,
+        first_budgets=dict(zip(layers, budgets, strict=True)),
+        prefetcher=make_prefetcher(config.prefetch, device),
+        room=Room(config, memory, shapes, captures=captures),
+        stats=stats,
+        counts=DeviceCounts(device, text_config.num_hidden_layers),
+    )
+    memory.note = runtime.note_fallback
+    return runtime
+
+
+def _decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part that has the layers and uses the cache; the model itself where it can't be told."""
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model
 
 
 def _check_model(model: PreTrainedModel, config: OffloadConfig) -> None:
     if not isinstance(model, PreTrainedModel):
         raise AttachError(f"attach takes a transformers PreTrainedModel, got {type(model).__name__}")
     name = type(model).__name__
-    if getattr(model, "_attention_predictor_engine", None) is not None:
+    if ENGINE in vars(model):
         raise AttachError(f"{name} is attached already: detach its engine first")
     if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         raise AttachError(f"{name} is not a causal language model")
+    if makes_own_cache(model):
+        raise AttachError(f"{name} keeps a cache of its own kind: not supported")
     text_config = model.config.get_text_config(decoder=True)
-    if getattr(text_config, "kv_lora_rank", None) is not None:
-        raise AttachError(
-            f"{name} uses multi-head latent attention (kv_lora_rank={text_config.kv_lora_rank}): not supported"
-        )
+    _check_layers(name, text_config, config)
+    _check_placement(name, model)
+
+
+def _check_layers(name: str, text_config: PreTrainedConfig, config: OffloadConfig) -> None:
     layers = full_attention_layers(text_config)
+    for number in layers:
+        rank = getattr(layer_config(text_config, number), "kv_lora_rank", None)
+        if rank is not None:
+            raise AttachError(f"{name} uses multi-head latent attention (kv_lora_rank={rank}): not supported")
     unknown = sorted(set(config.skip_layers) - set(layers))
     if unknown:
         raise ConfigError(f"skip_layers={tuple(config.skip_layers)}: no full-attention layers {unknown} in {name}")
     if layers and not set(layers) - set(config.skip_layers):
         raise ConfigError(f"skip_layers={tuple(config.skip_layers)} leaves no layer to offload")
-    devices = {str(parameter.device) for parameter in model.parameters()}
+
+
+def _check_placement(name: str, model: nn.Module) -> None:
+    """Refuse weights that are elsewhere than on one device."""
+    devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
+    hooked = [module for module in model.modules() if getattr(getattr(module, "_hf_hook", None), "offload", False)]
+    if "meta" in devices or hooked:
+        raise AttachError(
+            f"{name} has weights that hooks bring in for each forward (device_map, cpu_offload): load it on one device"
+        )
     if len(devices) > 1:
-        raise AttachError(f"{name} is spread over {', '.join(sorted(devices))}: one device is supported")
-
-
-def _load_predictor(model: PreTrainedModel, config: OffloadConfig) -> AttentionPredictor | None:
-    if not issubclass(policy_class(config.policy), Predictor):
-        return None
-    return AttentionPredictor.from_pretrained(config.predictor, device=model.device, block_size=config.block_size)
-
-
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """Every config whose attention implementation attaching may change: the model's, its parts' and their parts'."""
-    found: dict[int, Any] = {}
-
-    def visit(config: Any) -> None:
-        if config is not None and id(config) not in found:
-            found[id(config)] = config
-            for name in config.sub_configs:
-                visit(getattr(config, name, None))
-
-    visit(model.config)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            visit(module.config)
-    return list(found.values())
+        raise AttachError(f"{name} is spread over {', '.join(devices)}: one device is supported")
+    if not devices:
+        raise AttachError(f"{name} has no weights")
+    if torch.device(devices[0]).type not in ("cpu", "cuda"):
+        raise AttachError(f"{name} is on {devices[0]}: a CPU or a CUDA device is supported")

@@ -13,7 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from attention_predictor.offload.dense import Terms, attend_prompt
-from attention_predictor.offload.layer import HANDLE, TieredLayer
+from attention_predictor.offload.layer import HANDLE, TieredLayer, as_under_autocast
+from attention_predictor.predictor.errors import AttachError
 
 NAME = "attention_predictor"
 
@@ -29,7 +30,8 @@ def tiered_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a tiered layer, or plain attention for layers that have another cache or none.
@@ -39,18 +41,29 @@ def tiered_attention(
         attention_mask: What ``tiered_mask`` made, or a 4-D mask of the caller's.
         softcap: Gemma 2's cap on the logits.
         s_aux: GPT-OSS's sink logits, one a head.
+        is_causal: Whether queries see earlier tokens alone; as ``module.is_causal`` says, if ``None``.
 
     Returns:
         ``[B, Q, H, D]`` contiguous, and no weights.
+
+    Raises:
+        AttachError: The model asks for what tiered attention can't do; a tiered layer's keys, values or mask are not
+            those that the cache and ``tiered_mask`` gave it.
     """
-    if position_bias is not None:
-        raise ValueError("position_bias is not supported by this attention function")
     layer: TieredLayer | None = getattr(key, HANDLE, None)
+    if biases := sorted(name for name, given in kwargs.items() if "bias" in name and given is not None):
+        raise AttachError(f"{type(module).__name__} adds {', '.join(biases)} to its logits: not supported")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     terms = Terms(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux, attention_mask)
     if layer is not None:
-        out = layer.attend(query, key, value, terms)
-    else:
-        out = attend_prompt(query, key, value, terms)
+        layer.check_arrived(key, value, query)
+        layer.check_terms(terms, causal, dropout)
+    query, key, value = as_under_autocast(query, key, value)
+    with torch.autocast(query.device.type, enabled=False):
+        if layer is not None:
+            out = layer.attend(query, key, value, terms)
+        else:
+            out = attend_prompt(query, key, value, terms, causal=causal)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -13,17 +13,23 @@ from attention_predictor.predictor.errors import AttachError, IntegrityError
 
 if TYPE_CHECKING:
     from attention_predictor.offload.engine import Engine
+    from attention_predictor.offload.runtime import Runtime
 
 
 class TieredCache(DynamicCache):
-    """Give it as ``past_key_values`` to the attached model; ``engine.new_cache()`` makes one.
+    """Give it to the attached model as its cache; ``engine.new_cache()`` makes one.
 
     Sliding, chunked and linear-attention layers keep their stock caches, and so do ``skip_layers``.
     """
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(config=engine.text_config)
-        adopt(self, engine)
+        super().__init__(config=engine.runtime.text_config)
+        adopt(self, engine.runtime)
+
+    @property
+    def room(self) -> int:
+        """Tokens for which every tiered layer has host memory."""
+        return min((layer.room for layer in self.layers if isinstance(layer, TieredLayer)), default=0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Leave ``get_seq_length()`` less what to remove, also where an interrupted forward left layers uneven."""
@@ -42,21 +48,22 @@ class TieredCache(DynamicCache):
         if unevenness := describe_unevenness(self):
             raise IntegrityError(unevenness)
         for layer in tiered[:1]:
-            layer.engine.prefetcher.check_integrity()
+            layer.runtime.prefetcher.check_integrity()
 
 
-def adopt(cache: Cache, engine: Engine) -> None:
+def adopt(cache: Cache, runtime: Runtime) -> None:
     """Turn an empty stock cache into a tiered one, in place: whoever made it keeps using the same object."""
-    layers = cache.layers or DynamicCache(config=engine.text_config).layers
+    layers = cache.layers or DynamicCache(config=runtime.text_config).layers
     if cache.get_seq_length() > 0:
         raise AttachError(
             f"the cache given holds {cache.get_seq_length()} tokens of another kind of cache; "
             "start from an empty one, or from engine.new_cache()"
         )
-    tiered = engine.tiered_layers
-    sharing = Sharing.of(engine.config, [number for number in range(len(layers)) if number in tiered])
+    tiered = runtime.tiered_layers
+    sharing = Sharing.of(runtime.config, [number for number in range(len(layers)) if number in tiered])
     cache.layers = [
-        TieredLayer(engine, number, sharing) if number in tiered else layer for number, layer in enumerate(layers)
+        TieredLayer(runtime, number, sharing) if number in tiered else layer
+        for number, layer in enumerate(layers[: runtime.layers])  # some configurations count an encoder's
     ]
     cache.layer_class_to_replicate = None
     if type(cache) is DynamicCache:

@@ -6,8 +6,8 @@ from types import TracebackType
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
+from attention_predictor.offload.versions import decoder_layers
 from attention_predictor.predictor.errors import AttachError
 
 
@@ -22,10 +22,10 @@ class CompiledLayers:
         AttachError: The model's decoder layers are not where transformers' models have them.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        layers = getattr(model.get_decoder(), "layers", None)
-        if not isinstance(layers, nn.ModuleList):
-            raise AttachError(f"compile=True: {type(model).__name__} has no list of decoder layers to compile")
+    def __init__(self, decoder: nn.Module) -> None:
+        layers = decoder_layers(decoder)
+        if layers is None:
+            raise AttachError(f"compile=True: {type(decoder).__name__} has no list of layers to compile")
         self._layers = [
             (layer, vars(layer).get("forward"), torch.compile(layer.forward, dynamic=False)) for layer in layers
         ]

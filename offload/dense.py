@@ -102,10 +102,19 @@ def split(chunk: Chunk, tokens: int) -> Iterator[Chunk]:
 # ---- attention ---------------------------------------------------------------------------------------------------
 
 
-def attend_prompt(query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
-    """Attention of the last Q of T tokens that are all on the device: torch's own where it can do it."""
+def attend_prompt(
+    query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms, *, causal: bool = True
+) -> Tensor:
+    """Attention of the last Q of T tokens that are all on the device: torch's own where it can do it.
+
+    ``causal=False`` lets each query see every key that the mask allows.
+    """
     B, H, Q, _ = query_BHQD.shape
     length, mask = key_BGTD.shape[2], terms.mask
+    if not causal and (mask is None or mask.dim() == 2):
+        seen_B11L = mask[:, None, None] if mask is not None else torch.ones_like(key_BGTD[:, :1, None, :, 0]).bool()
+        mask = seen_B11L.expand(-1, -1, Q, -1)
+        terms = replace(terms, mask=mask)
     plain = terms.softcap is None and terms.sinks_H is None
     if mask is None:
         # is_causal means from the top left, which is wrong behind tokens that are cached.

@@ -120,7 +120,7 @@ class DeviceStep:
             self.tiers.pool,
             capacity=self.selection.n_blocks(shared.capacity),
             length=self.tiers.length,
-            counts=layer.engine.counts.of_layer(layer.number, self.tiers.block_bytes),
+            counts=layer.runtime.counts.of_layer(layer.number, self.tiers.block_bytes),
         )
 
     def attend(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attention_predictor.offload.cache import TieredCache
+from attention_predictor.offload.graph import LEFT_PADDING
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,12 +86,15 @@ def generate(
         raise ConfigError(f"max_new_tokens={max_new_tokens} is not allowed: expected at least 1")
     if attention_mask is not None and attention_mask.shape != ids_BT.shape:
         raise ConfigError(f"attention_mask is {list(attention_mask.shape)}, input_ids {list(ids_BT.shape)}")
+    if prefill_chunk_size is not None and prefill_chunk_size < 1:
+        raise ConfigError(f"prefill_chunk_size={prefill_chunk_size} is not allowed: expected at least 1, or None")
     B, T = ids_BT.shape
-    engine.check_fits(batch=B, tokens=T + max_new_tokens)
+    engine.check_fits(batch=B, tokens=T + max_new_tokens - 1)  # the last one chosen is never read
     device = engine.device
     ids_BT = ids_BT.to(device)
     padded = attention_mask is not None and not bool(attention_mask.all())
     mask_BT = attention_mask.to(device) if padded and attention_mask is not None else None
+    only_left = mask_BT is not None and bool((mask_BT.bool() == (mask_BT.cumsum(-1) > 0)).all())
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     ends = torch.tensor(_list(eos_token_id), dtype=torch.int64, device=device)
     pad = pad_token_id if pad_token_id is not None else (_list(eos_token_id) or [0])[0]
@@ -109,14 +115,15 @@ def generate(
             break
         if mask_BT is not None:
             mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
-        output = engine.model(
-            token_B1, attention_mask=mask_BT, position_ids=position_B1, past_key_values=cache, use_cache=True
-        )
+            if only_left:
+                setattr(mask_BT, LEFT_PADDING, True)  # so that no step waits for the device to look at it
+        inputs = {"attention_mask": mask_BT, "position_ids": position_B1, "use_cache": True}
+        output = engine.model(token_B1, **inputs, **with_cache(engine.model, cache))
         logits_BV, position_B1 = output.logits[:, -1], position_B1 + 1
     return torch.cat([ids_BT, new_BT[:, : _until_all_ended(new_BT[:, : count + 1], ends)]], 1)
 
 
-def _prefill(engine: Engine, cache: object, ids_BT: Tensor, mask_BT: Tensor | None, chunk: int | None) -> Tensor:
+def _prefill(engine: Engine, cache: TieredCache, ids_BT: Tensor, mask_BT: Tensor | None, chunk: int | None) -> Tensor:
     """Logits behind the prompt, [B, V]."""
     position_BT = None if mask_BT is None else (mask_BT.long().cumsum(-1) - 1).clamp_min(0)
     for start in range(0, ids_BT.shape[1], chunk or ids_BT.shape[1]):
@@ -125,8 +132,8 @@ def _prefill(engine: Engine, cache: object, ids_BT: Tensor, mask_BT: Tensor | No
             ids_BT[:, start:stop],
             attention_mask=None if mask_BT is None else mask_BT[:, :stop],
             position_ids=None if position_BT is None else position_BT[:, start:stop],
-            past_key_values=cache,
             use_cache=True,
+            **with_cache(engine.model, cache),
             logits_to_keep=1,
         )
     return output.logits[:, -1]

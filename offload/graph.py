@@ -5,71 +5,122 @@ Suffixes: B sequences, L tokens of the sequence.
 
 from __future__ import annotations
 
-import copy
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from attention_predictor.csrc import binding
 from attention_predictor.offload.cache import TieredCache
 from attention_predictor.offload.compiled import CompiledLayers
 from attention_predictor.offload.device_step import DeviceStep, Shared
 from attention_predictor.offload.layer import TieredLayer
+from attention_predictor.offload.runtime import Runtime
+from attention_predictor.offload.versions import CACHE_NAMES, cache_argument, changed
 
-GROWTH = 4096  # tokens by which a captured step has more room than it needs: then it is captured anew
 WORTH_IT, IN_VAIN = 8, 3  # steps that pay for capturing one; times that fewer are taken before it is given up
 EAGER_STEPS = 2  # taken before one is captured: libraries set themselves up in them
-INPUTS = {
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "use_cache",
-    "return_dict",
-    "logits_to_keep",
-}
+INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep", *CACHE_NAMES}
+LEFT_PADDING = "_attention_predictor_left_padding"  # of a mask that is known to rule out what the prompt's did
 
 Forward = Callable[..., Any]
 
 
-def why_not(cache: TieredCache, mask_BL: Tensor | None, graphed: Graphed | None) -> str | None:
-    """Why steps over this cache can't be captured; ``None`` if they can. The mask is read back from the device."""
+class CapturedSteps:
+    """Which forwards of a model are captured steps, and who takes them: one ``Graphed`` a cache, as long as it lives.
+
+    Args:
+        name: The model's, for what is noted.
+        forward: The model's own.
+        compiled: Its layers, compiled; ``None`` leaves them as they are.
+    """
+
+    def __init__(
+        self, name: str, forward: Forward, config: PreTrainedConfig, runtime: Runtime, compiled: CompiledLayers | None
+    ) -> None:
+        self.name, self.forward, self.config, self.runtime, self.compiled = name, forward, config, runtime, compiled
+        self._failure: str | None = None  # of a capture; the next would fail alike
+        self._graphed: weakref.WeakKeyDictionary[TieredCache, Graphed] = weakref.WeakKeyDictionary()
+
+    def step(self, cache: TieredCache, given: dict[str, Any]) -> Any:
+        """The model's output, where this forward is a step that can be captured; else ``None``, and the host has it."""
+        graphed = self._graphed.get(cache)
+        if is_one_token(given) and is_ready(cache):
+            reason = self._failure or odd_argument(given, self.config)
+            if reason is None and (graphed is None or not graphed.entered):
+                reason = why_not(cache, graphed)
+            if reason is None and not keeps_padding(cache, given.get("attention_mask")):
+                reason = "the attention mask rules out more than the prompt's padding on the left, or less"
+            if reason is None:
+                if graphed is None:
+                    graphed = self._graphed[cache] = Graphed(cache, self.forward, self.compiled)
+                try:
+                    return graphed.run(cache, given)
+                except CaptureError as error:
+                    reason = self._failure = f"{self.name} can't be captured: {error}"
+            self.runtime.note_fallback(f"the prefetch thread in place of captured steps: {reason}")
+        if graphed is not None:
+            graphed.leave()
+        return None
+
+    def leave(self) -> None:
+        """Hand all caches back to the host."""
+        for graphed in list(self._graphed.values()):
+            graphed.leave()
+
+
+def why_not(cache: TieredCache, graphed: Graphed | None) -> str | None:
+    """Why steps over this cache can't be captured; ``None`` if they can."""
     for number, layer in enumerate(cache.layers):
         if not isinstance(layer, TieredLayer):
             return f"layer {number} keeps a {type(layer).__name__} of transformers, whose tensors move as it grows"
-        if not binding.on_gpu(layer.engine.device):
-            return f"they need a CUDA device, the model is on {layer.engine.device}"
+        if not binding.on_gpu(layer.runtime.device):
+            return f"they need a CUDA device, the model is on {layer.runtime.device}"
         if not layer.kernel:
             return "they need the kernels"
+        if not layer.tiers.store.pinned:
+            return "they need pinned host memory"
         if (reason := layer.policy.no_graph) is not None:
             return reason
     if graphed is not None and graphed.in_vain >= IN_VAIN:
         return "something else changes the cache every few tokens, as beams do"
-    if mask_BL is not None:
-        token_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
-        first = cache.layers[0]
-        assert isinstance(first, TieredLayer)
-        if not torch.equal(mask_BL.bool(), token_L >= first.padding_B[:, None]):
-            return "the attention mask rules out more than padding on the left"
     return None
 
 
-def is_step(kwargs: dict[str, Any]) -> bool:
-    """Whether a forward's arguments are those of a plain decoding step."""
-    ids, position, mask = (kwargs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
-    given = {name for name, value in kwargs.items() if value is not None}
-    return (
-        given <= INPUTS
-        and ids is not None
-        and ids.shape[1] == 1
-        and kwargs.get("return_dict", True) is not False
-        and kwargs.get("use_cache", True) is not False
-        and (mask is None or mask.dim() == 2)
-        and (position is None or position.dim() == 2)
-        and not torch.is_grad_enabled()
+def is_one_token(given: dict[str, Any]) -> bool:
+    """Whether a forward's arguments are those of a decoding step by token ids, none of which records gradients."""
+    ids = given.get("input_ids")
+    return ids is not None and ids.shape[1] == 1 and not torch.is_grad_enabled()
+
+
+def odd_argument(given: dict[str, Any], config: PreTrainedConfig) -> str | None:
+    """What a step is asked for that a captured one does not give; ``None`` where it is nothing."""
+    # What is absent, or False, asks for nothing.
+    odd = sorted({name for name, value in given.items() if value is not None and value is not False} - INPUTS)
+    odd += [name for name in ("return_dict", "use_cache") if given.get(name) is False]
+    odd += [f"config.{name}" for name in ("output_hidden_states",) if given.get(name) is None and getattr(config, name)]
+    keep, mask = given.get("logits_to_keep"), given.get("attention_mask")
+    if keep is not None and not isinstance(keep, int):
+        odd.append("logits_to_keep")
+    if mask is not None and mask.dim() != 2:
+        odd.append(f"attention_mask of {mask.dim()} dimensions")
+    return f"the call gives {', '.join(odd)}" if odd else None
+
+
+def keeps_padding(cache: TieredCache, mask_BL: Tensor | None) -> bool:
+    """Whether the mask of a step rules out what the prompt's did and nothing else; reads it back from the device."""
+    first = next(layer for layer in cache.layers if isinstance(layer, TieredLayer))
+    if mask_BL is None:
+        return not first.is_padded
+    if hasattr(mask_BL, LEFT_PADDING):
+        return True
+    token_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+    return mask_BL.shape[1] == first.tiers.length + 1 and torch.equal(
+        mask_BL.bool(), token_L >= first.padding_B[:, None]
     )
 
 
@@ -97,9 +148,9 @@ class Graphed:
 
     def __init__(self, cache: TieredCache, forward: Forward, compiled: CompiledLayers | None) -> None:
         self.layers = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
-        self.engine = self.layers[0].engine
-        self.forward = forward
-        self.compiled = compiled
+        self.runtime = self.layers[0].runtime
+        self.forward, self.compiled = forward, compiled
+        self.cache_name = cache_argument(forward) or CACHE_NAMES[0]
         self.entered = False
         self.running = False
         self.taken = 0  # steps since the cache was entered
@@ -114,18 +165,19 @@ class Graphed:
     @torch.no_grad()
     def run(self, cache: TieredCache, kwargs: dict[str, Any]) -> Any:
         """One forward; its result is the model's own kind of output, with logits that the next step leaves alone."""
-        ids_B1 = kwargs["input_ids"]
+        ids_B1, position = kwargs["input_ids"], kwargs.get("position_ids")
+        if position is None:
+            position = torch.full_like(ids_B1, self._length())
+        elif position.dim() == 2:
+            position = position.expand_as(ids_B1)
         # Room for this token, and for the next one, whose blocks are chosen.
-        if self.entered and (self._length() + 2 > self.shared.capacity or ids_B1.shape != self.ids_B1.shape):
+        fits = self.entered and self._length() + 2 <= self.shared.capacity
+        if self.entered and not (fits and self.ids_B1.shape == ids_B1.shape and self.position.shape == position.shape):
             self.leave()
         if not self.entered:
-            self._enter(ids_B1)
+            self._enter(ids_B1, position)
         self.ids_B1.copy_(ids_B1)
-        position_B1 = kwargs.get("position_ids")
-        if position_B1 is None:
-            self.position_B1.fill_(self._length())
-        else:
-            self.position_B1.copy_(position_B1.expand_as(self.position_B1))
+        self.position.copy_(position)
         if self.graph is None and not self.eager_steps and ids_B1.device.type == "cuda":
             self._capture(cache)
         try:
@@ -145,8 +197,10 @@ class Graphed:
             raise
         finally:
             self.running = False
-        self.engine.stats_kept.steps += 1
-        return _own(output, cache)
+        self.runtime.stats.steps += 1
+        self.runtime.stats.captured_steps += 1
+        # With logits of its own, which the next step leaves alone.
+        return changed(output, cache=cache, logits=output.logits.clone())
 
     def leave(self) -> None:
         """Hand the cache back to the host; waits for the device."""
@@ -157,7 +211,7 @@ class Graphed:
         self.graph = self.output = None
         for layer, step in zip(self.layers, self.steps, strict=True):
             step.leave()
-            layer.graphed = layer.device_step = None
+            layer.take_back()
             layer.note_memory()
         self.steps = []
 
@@ -167,24 +221,22 @@ class Graphed:
         return self.layers[0].tiers.length
 
     @torch.inference_mode(False)
-    def _enter(self, ids_B1: Tensor) -> None:
-        length, config = self._length(), self.engine.config
-        # A limit on host memory is kept to the slab.
-        growth = GROWTH if config.host_memory is None else config.slab_blocks * config.block_size
-        capacity = ((length + 2) // growth + 1) * growth
+    def _enter(self, ids_B1: Tensor, position: Tensor) -> None:
+        length = self._length()
+        capacity = self.runtime.room.captured(length)
         for layer in self.layers:
             layer.tiers.settle()
             layer.tiers.grow(layer.selection.most_slots_at(length + 1))
             layer.tiers.store.settle()
             layer.tiers.store.reserve(capacity)
             layer.policy.reserve(capacity)
-        self.shared = Shared(length, capacity, self.layers[0].padding_B, self.engine.counts.spent_1)
+        self.shared = Shared(length, capacity, self.layers[0].padding_B, self.runtime.counts.spent_1)
         self.ids_B1 = torch.zeros_like(ids_B1)
-        self.position_B1 = torch.zeros_like(ids_B1)
+        self.position = torch.zeros_like(position)
         self.eager_steps, self.taken = EAGER_STEPS, 0
         self.steps = [DeviceStep(layer, self.shared) for layer in self.layers]
         for layer, step in zip(self.layers, self.steps, strict=True):
-            layer.graphed, layer.device_step = self, step
+            layer.hand_over(self, step)
             layer.note_memory()
         self.entered = True
 
@@ -192,7 +244,7 @@ class Graphed:
         self.shared.length_1.add_(1)
         with self.compiled if self.compiled is not None else nullcontext():
             output = self.forward(
-                input_ids=self.ids_B1, position_ids=self.position_B1, past_key_values=cache, use_cache=True
+                input_ids=self.ids_B1, position_ids=self.position, use_cache=True, **{self.cache_name: cache}
             )
         self.shared.join()
         return output
@@ -210,13 +262,5 @@ class Graphed:
             raise CaptureError(str(error).splitlines()[0]) from error
         finally:
             self.running = False
-        output.past_key_values = None  # the cache must not be kept alive by what it owns
-        self.graph, self.output = graph, output
-
-
-def _own(output: Any, cache: TieredCache) -> Any:
-    """The output with logits of its own, which the next step leaves alone."""
-    output = copy.copy(output)
-    output.logits = output.logits.clone()
-    output.past_key_values = cache
-    return output
+        # Without the cache, which must not be kept alive by what it owns.
+        self.graph, self.output = graph, changed(output, cache=None)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from attention_predictor.csrc import ops
+from attention_predictor.offload.host_memory import HostMemory
 from attention_predictor.offload.transfer import Outbox, Shipment, inward, outbox
-from attention_predictor.predictor.errors import HostMemoryError, IntegrityError
+from attention_predictor.predictor.errors import IntegrityError
 
 if TYPE_CHECKING:
     from attention_predictor.offload.block_pool import BlockPool
@@ -57,16 +58,17 @@ class HostStore:
         dtype: torch.dtype,
         block_size: int = 16,
         slab_blocks: int = 64,
-        pin: bool = False,
+        memory: HostMemory | None = None,
         kernel: bool = True,
     ) -> None:
-        """`pin` asks for page-locked memory; without a CUDA device it means nothing and is ignored.
+        """`memory` lends the slabs; without one they are pageable, and of this store alone.
 
         `kernel`: `gather` uses the compiled one where it can be built.
         """
         self.batch, self.kv_heads, self.head_dim, self.dtype = batch, kv_heads, head_dim, dtype
         self.block_size, self.slab_blocks = block_size, slab_blocks
-        self.pin = pin and torch.cuda.is_available()
+        self.memory = HostMemory() if memory is None else memory
+        self.pinned = self.memory.pin_for is not None  # until a slab is not
         self.kernel = kernel
         self.length = 0
         self._slabs: list[Tensor] = []
@@ -80,24 +82,14 @@ class HostStore:
         return math.ceil(self.length / self.block_size)
 
     @property
+    def room(self) -> int:
+        """Tokens that the slabs have room for."""
+        return len(self._slabs) * self.slab_blocks * self.block_size
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated, written or not."""
         return sum(slab.nbytes for slab in self._slabs)
-
-    @staticmethod
-    def bytes_needed(
-        tokens: int,
-        *,
-        batch: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        block_size: int = 16,
-        slab_blocks: int = 64,
-    ) -> int:
-        """What `nbytes` will be with `tokens` tokens, so that callers can ask before a long prefill."""
-        slab_tokens = slab_blocks * block_size
-        return 2 * batch * kv_heads * math.ceil(tokens / slab_tokens) * slab_tokens * head_dim * dtype.itemsize
 
     @torch.no_grad()
     def append(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
@@ -266,9 +258,9 @@ class HostStore:
         self.settle()
         if len(self._slabs) < (needed := self._slabs_for(self.length)):
             raise IntegrityError(f"{self.length} tokens need {needed} slabs, found {len(self._slabs)}")
-        expected = (*self._slab_shape(self.batch), self.dtype, "cpu", True, self.pin)
+        expected = (*self._slab_shape(self.batch), self.dtype, "cpu", True, self.pinned)
         for number, slab in enumerate(self._slabs):
-            pinned = slab.is_pinned() if self.pin else False
+            pinned = slab.is_pinned() if self.pinned else False
             found = (*slab.shape, slab.dtype, slab.device.type, slab.is_contiguous(), pinned)
             if found != expected:
                 raise IntegrityError(f"slab {number}: expected {expected}, found {found}")
@@ -316,17 +308,9 @@ class HostStore:
         return (batch, self.kv_heads, self.slab_blocks, 2, self.block_size, self.head_dim)
 
     def _new_slab(self, batch: int) -> Tensor:
-        return self._allocate(self._slab_shape(batch))
-
-    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
-        try:
-            with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
-                return torch.empty(shape, dtype=self.dtype, pin_memory=self.pin)
-        except (RuntimeError, MemoryError) as error:
-            wanted = f"{math.prod(shape) * self.dtype.itemsize / 2**20:.1f} MiB"
-            kind = "pinned CPU memory" if self.pin else "CPU memory"
-            held = f"this layer holds {self.nbytes / 2**20:.1f} MiB"
-            raise HostMemoryError(f"cannot allocate {wanted} of {kind} for KV blocks; {held}") from error
+        slab, pinned = self.memory.lend(self._slab_shape(batch), self.dtype)
+        self.pinned = self.pinned and pinned
+        return slab
 
     def _reserve(self, tokens: int) -> None:
         missing = self._slabs_for(tokens) - len(self._slabs)
@@ -334,7 +318,7 @@ class HostStore:
 
     def _way(self, device: torch.device) -> Outbox | None:
         """What copies from there beside the computation; None where `append` copies itself."""
-        return outbox(device) if self.pin and device.type == "cuda" else None
+        return outbox(device) if self.pinned and device.type == "cuda" else None
 
     def _write(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
         self.settle()  # what is on its way may be of the same block
@@ -350,7 +334,8 @@ class HostStore:
         for start, parts in self._runs(*whole):
             target = self._target(start, parts[0])
             if not target.is_contiguous():  # scattered copies are slow: one copy now, and `settle` scatters it
-                target = self._allocate(target.shape)
+                with torch.inference_mode(False):  # `settle` may be called outside of that mode
+                    target = torch.empty(target.shape, dtype=self.dtype, pin_memory=self.pinned)
                 staged.append((start, target))
             pieces.append((target, parts))
         if pieces:

@@ -11,7 +11,8 @@ size, S slots, N blocks, W wanted blocks.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from transformers.cache_utils import CacheLayerMixin
 from attention_predictor.offload.dense import Chunk, Scorer, ScoreRows, Terms, attend, attend_prompt, no_fused
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
+from attention_predictor.offload.room import KVShape
 from attention_predictor.offload.selection import Budget, Selection
 from attention_predictor.offload.sparse import attend_slots, no_kernel
 from attention_predictor.offload.tiers import Tiers
@@ -28,14 +30,22 @@ from attention_predictor.predictor.errors import AttachError
 if TYPE_CHECKING:
     from attention_predictor.offload.allocation import Sharing
     from attention_predictor.offload.device_step import DeviceStep
-    from attention_predictor.offload.engine import Engine
     from attention_predictor.offload.graph import Graphed
+    from attention_predictor.offload.runtime import Runtime
 
 # The key that `update` returns carries its layer under this name to the attention function.
 HANDLE = "_attention_predictor_layer"
 
 # Slots by which the pool grows while the context is shorter than the budget.
 POOL_STEP = 16
+
+
+class Handed(NamedTuple):
+    """What ``update`` has handed to the model, to be recognised in the attention function; none of the tensors."""
+
+    tokens: int
+    key: tuple[Any, ...]
+    value: tuple[Any, ...]
 
 
 class TieredLayer(CacheLayerMixin):
@@ -49,70 +59,85 @@ class TieredLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, engine: Engine, number: int, sharing: Sharing | None = None) -> None:
-        super().__init__()
-        self.engine = engine
+    def __init__(self, runtime: Runtime, number: int, sharing: Sharing | None = None) -> None:
+        # Before the base class, which empties what transformers' own layers hold.
+        self.runtime = runtime
         self.number = number
+        super().__init__()
         self.sharing = sharing  # of the budget, with the other layers of the cache; None if it is fixed
-        self.block_size = engine.config.block_size
+        self.block_size = runtime.config.block_size
         self._clear()
 
     def _clear(self) -> None:
         self.is_initialized = False
         self.armed = False  # between `update` and `attend`
-        self.selection = Selection.of(self.engine.config, self.engine.first_budgets[self.number])
-        # While steps run without the host (`graph.py`): who runs them, and this layer's part.
-        self.graphed: Graphed | None = None
+        self.handed: Handed | None = None
+        self.is_padded = False  # whether the last mask ruled out any token
+        self.selection = Selection.of(self.runtime.config, self.runtime.first_budgets[self.number])
+        # While steps run without the host (`graph.py`): who runs them, and this layer's part. Who runs them holds this
+        # layer: a reference back would keep the cache's memory until garbage is collected.
+        self._graphed: weakref.ref[Graphed] | None = None
         self.device_step: DeviceStep | None = None
 
     # ---- what transformers asks of a cache layer -------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         B, G, _, D = key_states.shape
-        if value_states.shape != key_states.shape:
+        if key_states.device != self.runtime.device:
             raise AttachError(
-                f"layer {self.number}: keys {list(key_states.shape)} and values {list(value_states.shape)} differ in "
-                "shape, which this engine does not support"
-            )
-        if key_states.device != self.engine.device:
-            raise AttachError(
-                f"layer {self.number}: the model was attached on {self.engine.device} and now computes on "
+                f"layer {self.number}: the model was attached on {self.runtime.device} and now computes on "
                 f"{key_states.device}; move it first, then attach"
             )
-        config = self.engine.config
+        config = self.runtime.config
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch, self.kv_heads, self.head_dim = B, G, D
         self.padding_B = torch.zeros(B, dtype=torch.int64, device=self.device)
         self.tiers = Tiers(
-            self.engine, self.number, batch=B, kv_heads=G, head_dim=D, dtype=self.dtype, device=self.device
+            self.runtime, self.number, batch=B, kv_heads=G, head_dim=D, dtype=self.dtype, device=self.device
         )
-        spec = LayerSpec(config, self.engine.predictor, B, G, D, self.dtype, self.device)
+        spec = LayerSpec(config, self.runtime.predictor, B, G, D, self.dtype, self.device)
         self.policy = policy_class(config.policy)(spec)
         self.policy.selection = self.selection
         wanted = config.kernels == "auto"
         reason = no_kernel(self.tiers.pool.key_BGSTD) if wanted else None
         self.kernel = wanted and reason is None
         if reason is not None:
-            self.engine.note_fallback(f"plain torch operations in place of kernels: {reason}")
+            self.runtime.note_fallback(f"plain torch operations in place of kernels: {reason}")
+        self.runtime.room.learn(self.number, KVShape(G, D, self.dtype.itemsize))
         self.is_initialized = True
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new tokens; the returned key leads the attention function to this layer."""
-        self.engine.check_open()
+        self.runtime.check_open()
         self.check_attended()
-        key_states, value_states = key_states.detach(), value_states.detach()
+        key_states, value_states = as_under_autocast(key_states, value_states)
+        self._check_states(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._settle()
         self.armed = True
         if self.device_step is None:
-            self.tiers.append(key_states, value_states)
+            self.tiers.append(key_states.detach(), value_states.detach())
         # A view of its own, so that no reference from the tensor to this layer outlives the call. The layer must
         # never hold the tensor in turn: that cycle would keep the whole prefill alive.
         key_states = key_states.view_as(key_states)
         setattr(key_states, HANDLE, self)
+        self.handed = Handed(key_states.shape[2], _identity(key_states), _identity(value_states))
         return key_states, value_states
+
+    def _check_states(self, key_states: Tensor, value_states: Tensor) -> None:
+        for what in ("shape", "dtype"):
+            key, value = getattr(key_states, what), getattr(value_states, what)
+            if key != value:
+                raise AttachError(
+                    f"layer {self.number}: keys have {what} {_plain(key)} and values {_plain(value)}: not supported"
+                )
+        if self.is_initialized and key_states.dtype != self.dtype:
+            raise AttachError(
+                f"layer {self.number}: the cache began with dtype {_plain(self.dtype)} and is given "
+                f"{_plain(key_states.dtype)}; use one precision for all of a sequence"
+            )
 
     def check_attended(self) -> None:
         """Raise ``AttachError`` if the last step ended between ``update`` and the end of ``attend``."""
@@ -124,9 +149,22 @@ class TieredLayer(CacheLayerMixin):
 
     def _settle(self) -> None:
         """Let the host have the tiers: after fetches under way, and steps that it took no part in."""
-        if self.graphed is not None:
-            self.graphed.leave()  # but for a step that it is running itself
+        if self._graphed is not None and (graphed := self._graphed()) is not None:
+            graphed.leave()  # but for a step that it is running itself
         self.tiers.settle()
+
+    def hand_over(self, graphed: Graphed, step: DeviceStep) -> None:
+        """From now on ``graphed`` runs the steps, and ``step`` is this layer's part in them."""
+        self._graphed, self.device_step = weakref.ref(graphed), step
+
+    def take_back(self) -> None:
+        """The host runs the steps again."""
+        self._graphed = self.device_step = None
+
+    @property
+    def room(self) -> int:
+        """Tokens for which there is host memory."""
+        return self.tiers.store.room if self.is_initialized else 0
 
     def get_seq_length(self) -> int:
         return self.tiers.length if self.is_initialized else 0
@@ -179,6 +217,31 @@ class TieredLayer(CacheLayerMixin):
         if self.is_initialized:
             self.reorder_cache(torch.arange(self.batch)[indices.cpu()])
 
+    # Set by the base class, and read by models that look into their cache instead of calling `update`.
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        return self._read("keys")
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._refuse("keys", value)
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return self._read("values")
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._refuse("values", value)
+
+    def _read(self, name: str) -> None:
+        if self.is_initialized:
+            self._refuse(name, name)
+
+    def _refuse(self, name: str, value: object) -> None:
+        if value is not None:
+            raise AttachError(f"layer {self.number}: the model reads or sets the cached {name} itself: not supported")
+
     def offload(self) -> None:
         """Nothing to do: the cache is in host memory already."""
 
@@ -195,16 +258,52 @@ class TieredLayer(CacheLayerMixin):
 
     # ---- attention -------------------------------------------------------------------------------------------------
 
+    def check_arrived(self, key: Tensor, value: Tensor, query_BHQD: Tensor) -> None:
+        """Raise ``AttachError`` unless attention is asked for with what ``update`` returned, for those tokens."""
+        if self.handed is None or not self.armed:  # of layers that share keys, another one has attended to them
+            return
+        for what, found, handed in (("keys", key, self.handed.key), ("values", value, self.handed.value)):
+            if _identity(found) != handed:
+                raise AttachError(
+                    f"layer {self.number}: the model changes {what} between its cache and attention: not supported"
+                )
+        if query_BHQD.shape[2] != self.handed.tokens:
+            raise AttachError(
+                f"layer {self.number}: {query_BHQD.shape[2]} queries for {self.handed.tokens} new tokens: not supported"
+            )
+
+    def check_terms(self, terms: Terms, causal: bool, dropout: float) -> None:
+        """Raise ``AttachError`` where attention is asked for that steps over the pool could not do."""
+        mask = terms.mask
+        if not causal and self.handed is not None and self.handed.tokens > 1 and (mask is None or mask.dim() == 2):
+            raise AttachError(f"layer {self.number}: its attention is not causal: not supported")
+        if dropout:
+            self.runtime.note_fallback(f"attention dropout of {dropout:g} is left out of a model in training mode")
+        if mask is None or mask.dim() == 2 or (mask.dtype == torch.bool and mask.shape[1] == 1):
+            return
+        if mask.dtype != torch.bool:
+            # A mask says yes or no. Numbers between are a bias, which a step over the pool would not know.
+            hidden = torch.finfo(mask.dtype).min / 2
+            if not bool(((mask == 0) | (mask <= hidden)).all()):
+                raise AttachError(f"layer {self.number}: the model's mask adds to the logits: not supported")
+            mask = mask <= hidden
+        if not bool((mask == mask[:, :1]).all()):
+            raise AttachError(f"layer {self.number}: the model's mask differs between heads: not supported")
+
     def attend(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
         """Attention of the tokens that ``update`` has just stored, ``key_BGTD`` and no others; ``[B, H, Q, D]``."""
         if self.device_step is not None:
             out_BHQD = self.device_step.attend(query_BHQD, key_BGTD, value_BGTD, terms)
             self.armed = False
             return out_BHQD
+        padding_B = _left_padding(terms.mask, self.batch, self.device)
         if self.armed:  # not where layers share keys, and attention comes back for the same ones
-            self.policy.extend(key_BGTD, query_BHQD)
-        # The slots hold blocks that were wanted for one more token; several tokens at once attend to everything.
-        if query_BHQD.shape[2] == 1 and self.tiers.pool.slots:
+            self.policy.extend(key_BGTD.detach(), query_BHQD.detach())
+        # The slots hold blocks that were wanted for one more token, padded as before; all else attends to everything.
+        was_padded, self.is_padded = self.is_padded, terms.mask is not None
+        as_before = not (was_padded or self.is_padded) or torch.equal(padding_B, self.padding_B)
+        self.padding_B = padding_B
+        if query_BHQD.shape[2] == 1 and self.tiers.pool.slots and as_before:
             sharing, out_BHQD = None, self._attend_one(query_BHQD, terms)
         else:
             sharing = self._sharing_now(query_BHQD.shape[2])
@@ -226,7 +325,6 @@ class TieredLayer(CacheLayerMixin):
     ) -> Tensor:
         """Prefill, later turns, verification, and every step of full attention."""
         length, queries = self.tiers.length, query_BHQD.shape[2]
-        self.padding_B = _left_padding(terms.mask, self.batch, self.device)
         rows = min(max(self.policy.prompt_rows, sharing.rows if sharing is not None else 0), queries)
         last_BHRD, last_terms = query_BHQD[:, :, queries - rows :], terms.queries(queries - rows, queries)
         scorer = None
@@ -241,7 +339,7 @@ class TieredLayer(CacheLayerMixin):
             past = self.tiers.stream(query_BHQD, own.start)
             out_BHQD = attend(query_BHQD, own, terms, past if scorer is None else scorer.watch(past))
             if query_BHQD.is_cuda and (reason := no_fused(query_BHQD, key_BGTD, terms)) is not None:
-                self.engine.note_fallback(f"plain torch operations attend to what is cached: {reason}")
+                self.runtime.note_fallback(f"plain torch operations attend to what is cached: {reason}")
         found: ScoreRows | None = None
         if scorer is not None:
             scorer.add(own)
@@ -249,9 +347,9 @@ class TieredLayer(CacheLayerMixin):
             if own_rows := self.policy.prompt_rows:
                 self.policy.observe_rows(ScoreRows(*(rows_BGQN[:, :, -own_rows:] for rows_BGQN in found)))
         if sharing is not None:
-            sharing.tell(self, query_BHQD, found, _real_keys(terms.mask))
-        if queries == 1 and self.engine.is_first(self):
-            self.engine.stats_kept.steps += 1
+            sharing.tell(self, query_BHQD.detach(), found, _real_keys(terms.mask))
+        if queries == 1 and self.runtime.is_first(self.number):
+            self.runtime.stats.steps += 1
         return out_BHQD
 
     def _attend_one(self, query_BHQD: Tensor, terms: Terms) -> Tensor:
@@ -285,11 +383,11 @@ class TieredLayer(CacheLayerMixin):
             terms,
             kernel=self.kernel,
         )
-        stats = self.engine.stats_kept
-        stats.steps += self.engine.is_first(self)
+        stats = self.runtime.stats
+        stats.steps += self.runtime.is_first(self.number)
         stats.wanted_blocks += int(active_RS.sum())
         stats.hit_blocks += int((active_RS & (before_RS == block_RS)).sum())
-        interval = self.engine.config.measure_recovery
+        interval = self.runtime.config.measure_recovery
         if interval and stats.steps % interval == 0:
             self._measure_recovery(step)
         self.policy.observe(step)
@@ -300,7 +398,7 @@ class TieredLayer(CacheLayerMixin):
     def set_budget(self, budget: Budget) -> None:
         """Attend to so many tokens from the next step on, once all layers have told what they need."""
         self.tiers.settle()  # where layers share keys, one may have begun to fetch
-        self.selection = self.policy.selection = Selection.of(self.engine.config, budget)
+        self.selection = self.policy.selection = Selection.of(self.runtime.config, budget)
         self._fetch_ahead()
         self.note_memory()
 
@@ -338,14 +436,14 @@ class TieredLayer(CacheLayerMixin):
         got_BG = mass_BGN.masked_fill(~step.attended_BGN, 0).sum(-1) / total_BG
         best_BGW = self.selection.wanted(mass_BGN, step.length, self.padding_B, self.kv_heads)
         best_BG = mass_BGN.gather(-1, best_BGW.clamp_min(0)).masked_fill(best_BGW < 0, 0).sum(-1) / total_BG
-        stats = self.engine.stats_kept
+        stats = self.runtime.stats
         stats.recovery_sum += float(got_BG.sum())
         stats.relative_recovery_sum += float((got_BG / best_BG.clamp_min(1e-12)).sum())
         stats.recovery_count += got_BG.numel()
 
     def note_memory(self) -> None:
         """Tell the stats what this layer holds."""
-        stats = self.engine.stats_kept
+        stats = self.runtime.stats
         if self.policy.selects != "all":
             stats.layer_budgets[self.number] = self.selection.heads or self.selection.budget
         parts = {name: part.nbytes for name, part in self.policy.parts.items()}
@@ -362,6 +460,25 @@ class TieredLayer(CacheLayerMixin):
             self._settle()
             self.tiers.check_integrity()
             self.policy.check_integrity()
+
+
+def as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as attention takes them: within autocast in its dtype, in which stock attention would compute too."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(tensor.to(dtype) if tensor.dtype == torch.float32 else tensor for tensor in tensors)
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells a tensor from others, and from itself once it has been written to."""
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version
+
+
+def _plain(value: object) -> str:
+    return str(list(value) if isinstance(value, torch.Size) else value).replace("torch.", "")
 
 
 def _real_keys(mask: Tensor | None) -> Tensor | None:

@@ -6,7 +6,7 @@ Suffixes: B sequences, G KV heads, N blocks, W wanted blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -111,7 +111,7 @@ class Selection:
             more: Blocks beyond the budget.
 
         Returns:
-            int64 ``[B, G, W]`` block numbers, distinct in a row, -1 where a row wants fewer than W.
+            int64 ``[B, G, W]`` block numbers, rising in a row, then -1 where a row wants fewer than W.
         """
         n_blocks, first_block_B1 = self.n_blocks(length), (padding_B // self.block_size)[:, None]
         block_N = torch.arange(n_blocks, device=padding_B.device)
@@ -132,26 +132,48 @@ class Selection:
             known = min(scores_BGN.shape[-1], n_blocks)
             full_BGN[..., :known] = scores_BGN[..., :known]
         full_BGN.masked_fill_(~real_BN[:, None], NEVER).masked_fill_(always_BGN, ALWAYS)
-        count = n_blocks if everything else limit // self.block_size
-        best = full_BGN.topk(count, dim=-1)
-        wanted_BGW = best.indices.masked_fill_(best.values == NEVER, -1)
-        if less_G is not None:
-            rank_W = torch.arange(count, device=padding_B.device)
-            wanted_BGW.masked_fill_(rank_W >= ((limit - less_G) // self.block_size)[:, None], -1)
-        return wanted_BGW
+        most = n_blocks if everything else limit // self.block_size
+        most_G1 = None if less_G is None else ((limit - less_G) // self.block_size)[:, None]
+        return _listed(best_blocks(full_BGN, most, most_G1), most)
 
     def within_reach(self, scores_BGN: Tensor, resident_BGN: Tensor, late_blocks: int) -> Tensor:
         """Scores with all but the best ``late_blocks`` absent blocks ruled out, so that no step fetches more."""
         if late_blocks >= scores_BGN.shape[-1]:
             return scores_BGN
-        absent_BGN = scores_BGN.masked_fill(resident_BGN, NEVER)
-        best = absent_BGN.topk(late_blocks, dim=-1)
-        reach_BGN = resident_BGN.scatter(-1, best.indices, best.values > NEVER)
-        # `scatter` overwrites residents only where fewer absent blocks than late_blocks exist: put them back.
+        reach_BGN = best_blocks(scores_BGN.masked_fill(resident_BGN, NEVER), late_blocks)
         return scores_BGN.masked_fill(~(reach_BGN | resident_BGN), NEVER)
 
 
-@cache
+def best_blocks(scores_BGN: Tensor, most: int, most_G1: Tensor | None = None) -> Tensor:
+    """The best ``most`` blocks of each row, as a mask; of equal ones the lowest, and none that is ``-inf``.
+
+    ``torch.topk`` leaves it open which of equal ones it takes.
+
+    Args:
+        most_G1: For each KV head as many at most, from 1 to ``most``; ``None``: ``most`` for all.
+    """
+    if most == 0:
+        return torch.zeros_like(scores_BGN, dtype=torch.bool)
+    best_BGW = scores_BGN.topk(most, dim=-1).values
+    if most_G1 is None:
+        least_BG1 = best_BGW[..., -1:]
+    else:
+        least_BG1 = best_BGW.gather(-1, (most_G1.clamp(max=most) - 1).expand(len(scores_BGN), -1, -1))
+    above_BGN, level_BGN = scores_BGN > least_BG1, (scores_BGN == least_BG1) & (scores_BGN > NEVER)
+    left_BG1 = (most if most_G1 is None else most_G1) - above_BGN.sum(-1, keepdim=True)
+    return above_BGN | (level_BGN & (level_BGN.cumsum(-1) <= left_BG1))
+
+
+def _listed(mask_BGN: Tensor, most: int) -> Tensor:
+    """Numbers of the blocks in the mask, int64 ``[B, G, most]`` in rising order, -1 behind the last."""
+    block_N = torch.arange(mask_BGN.shape[-1], device=mask_BGN.device)
+    # What is not in the mask writes to one column more, which is cut off.
+    place_BGN = torch.where(mask_BGN, mask_BGN.cumsum(-1) - 1, most)
+    listed_BGW = torch.full((*mask_BGN.shape[:2], most + 1), -1, device=mask_BGN.device)
+    return listed_BGW.scatter_(-1, place_BGN, block_N.expand_as(mask_BGN))[..., :-1]
+
+
+@lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def less_than(budget: int, heads: tuple[int, ...], device: torch.device) -> Tensor | None:
     """Tokens by which the budget of each KV head is below the layer's, int64 ``[G]``; ``None`` where all have it."""

@@ -19,6 +19,7 @@ class Stats:
 
     Attributes:
         steps: Decoding steps, counted in the first offloaded layer (one a token).
+        captured_steps: Those of them that were captured steps (``offload/graph.py``).
         wanted_blocks, hit_blocks: Blocks that attention read, and those of them that were resident before any late
             fetch.
         ahead_blocks, late_blocks: Blocks fetched before and during the step that used them.
@@ -35,6 +36,7 @@ class Stats:
     """
 
     steps: int = 0
+    captured_steps: int = 0
     wanted_blocks: int = 0
     hit_blocks: int = 0
     planned_blocks: int = 0
@@ -111,6 +113,7 @@ class Stats:
         """The figures people ask for, as plain values."""
         return {
             "steps": self.steps,
+            "captured_steps": self.captured_steps,
             "hit_rate": self.hit_rate,
             "reuse_rate": self.reuse_rate,
             "fetched_bytes": self.fetched_bytes,
@@ -133,7 +136,10 @@ class Stats:
         steps = max(self.steps, 1)
         parts = ", ".join(f"{name} {size_text(size)}" for name, size in self.device_kv_parts().items())
         rows = [
-            ("steps", str(self.steps)),
+            (
+                "steps",
+                f"{self.steps}, {self.captured_steps} of them captured" if self.captured_steps else str(self.steps),
+            ),
             ("KV on the device", f"{size_text(self.device_kv_bytes)}{self._share()}" + (f": {parts}" if parts else "")),
             ("KV in host memory", size_text(self.host_kv_bytes)),
             ("hit rate", _percent(self.hit_rate)),

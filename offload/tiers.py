@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,19 @@ from attention_predictor.csrc import ops
 from attention_predictor.offload.block_pool import BlockPool
 from attention_predictor.offload.dense import Chunk, chunk_tokens
 from attention_predictor.offload.host_store import HostStore
-from attention_predictor.offload.residency import Plan, ResidencyTable
+from attention_predictor.offload.residency import ResidencyTable
 from attention_predictor.predictor.errors import FetchError, IntegrityError
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.engine import Engine
     from attention_predictor.offload.prefetch import Ticket
+    from attention_predictor.offload.runtime import Runtime
+
+
+class Fetched(NamedTuple):
+    """What a fetch did, in blocks that hold tokens: wanted ones, and those of them that had to be moved."""
+
+    planned: int
+    moved: int
 
 
 class Tiers:
@@ -37,7 +44,7 @@ class Tiers:
 
     def __init__(
         self,
-        engine: Engine,
+        runtime: Runtime,
         number: int,
         *,
         batch: int,
@@ -46,25 +53,29 @@ class Tiers:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        config = engine.config
-        self.engine, self.number = engine, number
+        config = runtime.config
+        self.runtime, self.number = runtime, number
         self.kv_heads, self.device = kv_heads, device
         shape = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": config.block_size}
-        kernels = config.kernels == "auto"
-        pin = device.type == "cuda"
-        self.store = HostStore(**shape, dtype=dtype, slab_blocks=config.slab_blocks, pin=pin, kernel=kernels)
+        self.kernels = config.kernels == "auto"
+        self.store = HostStore(
+            **shape, dtype=dtype, slab_blocks=config.slab_blocks, memory=runtime.memory, kernel=self.kernels
+        )
         self.pool = BlockPool(**shape, dtype=dtype, slots=0, device=device)
         self.table = ResidencyTable(rows=batch * kv_heads, slots=0)
         self.block_bytes = 2 * config.block_size * head_dim * dtype.itemsize  # keys and values
-        # Whether the GPU reads blocks out of pinned memory itself.
-        self.reads_host = self.store.pin and kernels and ops.missing(device) is None
         self.ticket: Ticket | None = None
-        self.plan: Plan | None = None  # what the ticket's job did; set on the prefetch thread
+        self.fetched: Fetched | None = None  # by the ticket's job; set on the prefetch thread
 
     @property
     def length(self) -> int:
         """Tokens stored."""
         return self.store.length
+
+    @property
+    def device_reads_host(self) -> bool:
+        """Whether the GPU reads blocks out of pinned memory itself."""
+        return self.store.pinned and self.kernels and ops.missing(self.device) is None
 
     def append(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
         """Store new tokens; a single one is written to its resident block as well."""
@@ -86,7 +97,7 @@ class Tiers:
         """
         stop = self.store.length if stop is None else stop
         for start, key_BGTD, value_BGTD in self.store.stream(stop, chunk_tokens(query_BHQD), self.device):
-            self.engine.stats_kept.streamed_bytes += key_BGTD.nbytes + value_BGTD.nbytes
+            self.runtime.stats.streamed_bytes += key_BGTD.nbytes + value_BGTD.nbytes
             yield Chunk(start, key_BGTD, value_BGTD)
 
     # ---- moving blocks ---------------------------------------------------------------------------------------------
@@ -108,49 +119,50 @@ class Tiers:
 
     def fetch_ahead(self, wanted_BGW: Tensor) -> None:
         """Submit the fetch of what the next token wants; ``settle`` waits for it."""
-        self.ticket = self.engine.prefetcher.submit(partial(self._run, wanted_BGW))
+        self.ticket = self.runtime.prefetcher.submit(partial(self._run, wanted_BGW))
 
     def settle(self) -> None:
         """Wait until the blocks fetched ahead are in the pool."""
         if self.ticket is None:
             return
         ticket, self.ticket = self.ticket, None
-        stats = self.engine.stats_kept
-        stats.exposed_wait_ms += self.engine.prefetcher.wait(ticket)
-        plan = self.plan
-        assert plan is not None  # `wait` has raised otherwise
-        stats.planned_blocks += int((plan.wanted_RW >= 0).sum())
-        stats.ahead_blocks += len(plan.block_n)
-        stats.ahead_bytes += len(plan.block_n) * self.block_bytes
+        stats = self.runtime.stats
+        stats.exposed_wait_ms += self.runtime.prefetcher.wait(ticket)
+        assert self.fetched is not None  # `wait` has raised otherwise
+        stats.planned_blocks += self.fetched.planned
+        stats.ahead_blocks += self.fetched.moved
+        stats.ahead_bytes += self.fetched.moved * self.block_bytes
 
     def fetch_late(self, wanted_BGW: Tensor) -> None:
         """Fetch what is missing within the step; the wanted blocks are what attention reads."""
         started = time.perf_counter()
         try:
-            plan = self.fetch(wanted_BGW)
+            moved = self.fetch(wanted_BGW).moved
         except Exception as error:
             raise FetchError(f"layer {self.number}: a late fetch failed: {error!r}") from error
-        stats = self.engine.stats_kept
-        if len(plan.block_n):
+        stats = self.runtime.stats
+        if moved:
             stats.exposed_wait_ms += 1000 * (time.perf_counter() - started)
-        stats.late_blocks += len(plan.block_n)
-        stats.late_bytes += len(plan.block_n) * self.block_bytes
+        stats.late_blocks += moved
+        stats.late_bytes += moved * self.block_bytes
 
-    def fetch(self, wanted_BGW: Tensor) -> Plan:
+    def fetch(self, wanted_BGW: Tensor) -> Fetched:
         """Bring the wanted blocks into the pool. Runs on the prefetch thread or, for late fetches, in the step."""
         plan = self.table.plan(wanted_BGW.flatten(0, 1).cpu())
         stored = plan.block_n < self.store.n_blocks  # the next token's own block may not have begun
-        if bool(stored.any()):
+        moved = int(stored.sum())
+        if moved:
             row_n, block_n, slot_n = plan.row_n[stored], plan.block_n[stored], plan.slot_n[stored]
-            if self.reads_host:
+            if self.device_reads_host:
                 self.store.gather_to_pool(row_n, block_n, slot_n, self.pool)
             else:
                 self.pool.write_blocks(row_n, slot_n, self.store.gather(row_n, block_n))
         self.table.commit(plan)
-        return plan
+        begun_RW = (plan.wanted_RW >= 0) & (plan.wanted_RW < self.store.n_blocks)
+        return Fetched(int(begun_RW.sum()), moved)
 
     def _run(self, wanted_BGW: Tensor) -> None:
-        self.plan = self.fetch(wanted_BGW)
+        self.fetched = self.fetch(wanted_BGW)
 
     # ---- sequences that shrink, and change places --------------------------------------------------------------------
 
@@ -169,7 +181,7 @@ class Tiers:
 
     def _release(self) -> None:
         """Wait until the GPU no longer reads host memory, which is about to change."""
-        if self.store.pin:
+        if self.device.type == "cuda":
             # ``settle`` has ordered the fetches before it, and so has ``HostStore.stream`` its copies.
             torch.cuda.current_stream(self.device).synchronize()
 

@@ -26,6 +26,7 @@ from attention_predictor import OffloadConfig, attach
 from attention_predictor.arguments import add_model_arguments
 from attention_predictor.eval import synthetic
 from attention_predictor.loading import load_model, load_tokenizer
+from attention_predictor.offload.versions import with_cache
 
 TEXT = Path(__file__).with_name("demo_text.txt")
 # Statement, its place in the document, a question, what the answer must say.
@@ -69,7 +70,7 @@ def answer(
     started, steps = time.perf_counter(), 0
     while len(answered) < limit:
         token = torch.tensor([[pending.pop(0)]], device=model.device)
-        logits = model(token, past_key_values=cache).logits
+        logits = model(token, **with_cache(model, cache)).logits
         steps += 1
         if pending:
             continue
@@ -84,7 +85,7 @@ def ask_all(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: C
     """Prefill once, then each question on a copy of that cache."""
     tokens = torch.tensor([tokenizer(document())["input_ids"]], device=model.device)
     with torch.no_grad(), tqdm(total=1 + len(FACTS), desc=title, leave=False, disable=None) as progress:
-        model(tokens, past_key_values=cache, logits_to_keep=1)
+        model(tokens, **with_cache(model, cache), logits_to_keep=1)
         progress.update()
         answers = []
         for _, _, question, _ in FACTS:

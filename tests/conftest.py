@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,6 +105,20 @@ def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Ite
 
     yield check
     model.to("cpu")
+
+
+class Deprecated(logging.Handler):
+    """What transformers logs of a deprecation is an error where it happens: the next version removes it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        # Assisted decoding in transformers calls ``generate`` so itself.
+        if "deprecated" in message and not message.startswith("Passing `generation_config` together"):
+            raise AssertionError(f"transformers: {message}")
+
+
+def pytest_configure() -> None:
+    logging.getLogger("transformers").addHandler(Deprecated())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,6 +31,7 @@ from attention_predictor.offload.policies import policy_class, policy_names
 from attention_predictor.offload.policies.cake import preference
 from attention_predictor.offload.query_similarity import query_similarity
 from attention_predictor.offload.selection import Selection
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.errors import ConfigError
 
 SMALL = {"predictor": "ema", "budget": 96, "sink": 16, "recent": 16}
@@ -50,9 +51,9 @@ def decode(model, prompt, steps=12, each=lambda cache: None, **changes):
     """Greedy steps behind a prompt: the cache, and the logits of all steps; ``each(cache)`` sees it after every one."""
     with attach(model, OffloadConfig(**(SMALL | changes))) as engine:
         cache, logits = engine.new_cache(), []
-        logits.append(model(prompt, past_key_values=cache).logits[:, -1])
+        logits.append(model(prompt, **with_cache(model, cache)).logits[:, -1])
         for _ in range(steps):
-            logits.append(model(logits[-1].argmax(-1, keepdim=True), past_key_values=cache).logits[:, -1])
+            logits.append(model(logits[-1].argmax(-1, keepdim=True), **with_cache(model, cache)).logits[:, -1])
             each(cache)
         cache.check_integrity()
         engine.stats  # noqa: B018  # what the device has counted is added while the engine is open
@@ -215,12 +216,12 @@ def test_short_forwards_leave_budgets_alone(ids, monkeypatch):
         cache, after = engine.new_cache(), []
         # A first prompt that shows nothing; one token; another turn; a draft of several tokens.
         for tokens in (1, 1, 200, 8):
-            model(prompt[:, :tokens], past_key_values=cache)
+            model(prompt[:, :tokens], **with_cache(model, cache))
             after.append((len(told), budgets_of(cache)))
         cache.check_integrity()
         cache.reset()
         assert budgets_of(cache) == [96] * 3
-        model(prompt[:, :9], past_key_values=cache)  # however short, a first prompt decides
+        model(prompt[:, :9], **with_cache(model, cache))  # however short, a first prompt decides
         assert len(told) == after[-1][0] + 3
     assert [count for count, _ in after] == [0, 0, 3, 3]
     assert after[0][1] == after[1][1] == [96] * 3
@@ -244,7 +245,7 @@ def test_steps_read_and_hold_no_more_than_their_layers_budget(ids, monkeypatch, 
     model = uneven_model(4)
     cache, _ = decode(model, ids(300, batch=2), budget_allocation=allocation, policy=policy)
     budgets = budgets_of(cache)
-    stats = cache.layers[0].engine.stats
+    stats = cache.layers[0].runtime.stats
     assert sum(budgets) == 4 * 96
     assert len(set(budgets)) > 1
     assert stats.to_dict()["layer_budgets"] == budgets
@@ -261,7 +262,7 @@ def test_steps_read_and_hold_no_more_than_their_layers_budget(ids, monkeypatch, 
 def test_full_attention_has_no_budgets(ids):
     cache, _ = decode(uneven_model(), ids(100), 2, policy="full", budget_allocation="qsim")
     assert cache.layers[0].sharing is None
-    assert cache.layers[0].engine.stats.to_dict()["layer_budgets"] == []
+    assert cache.layers[0].runtime.stats.to_dict()["layer_budgets"] == []
 
 
 @pytest.mark.parametrize("policy", SELECTING)
@@ -354,7 +355,7 @@ def test_captured_steps_have_the_same_budgets(emulated, ids, allocation, tokens)
     assert graphs[-1]
     slots = [layer.tiers.pool.slots for layer in graph.layers]
     assert slots == [layer.selection.most_slots_at(300) for layer in graph.layers]
-    assert not graph.layers[0].engine.stats.fallbacks
+    assert not graph.layers[0].runtime.stats.fallbacks
 
 
 # ---- budgets by KV head ----------------------------------------------------------------------------------------------
@@ -415,7 +416,7 @@ def test_steps_read_no_more_than_their_heads_budget(ids, monkeypatch, policy):
 
     monkeypatch.setattr(kind, "observe", watched)
     cache, _ = decode(uneven_model(), ids(300, batch=2), policy=policy, budget_allocation=budgets)
-    assert cache.layers[0].engine.stats.to_dict()["layer_budgets"] == budgets
+    assert cache.layers[0].runtime.stats.to_dict()["layer_budgets"] == budgets
     for layer, own in zip(cache.layers, budgets, strict=True):
         most = [max(attended) for attended in zip(*read[id(layer.policy)], strict=True)]
         allowed = [budget // 16 for budget in own]
@@ -453,20 +454,20 @@ def test_an_interrupted_prompt_leaves_nothing_behind(ids, monkeypatch):
     model, prompt = uneven_model(3), ids(300)
     with attach(model, OffloadConfig(**SMALL, budget_allocation="qsim")) as engine:
         cache = engine.new_cache()
-        model(prompt[:, :100], past_key_values=cache)
+        model(prompt[:, :100], **with_cache(model, cache))
         with monkeypatch.context() as broken:
             broken.setattr(
                 type(model.model.layers[1].mlp), "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
             )
             with pytest.raises(KeyboardInterrupt):
-                model(prompt[:, 100:200], past_key_values=cache)
+                model(prompt[:, 100:200], **with_cache(model, cache))
         cache.crop(0)
         cache.crop(100 - cache.get_seq_length())
-        logits = [model(prompt[:, 100:], past_key_values=cache).logits[:, -1]]
+        logits = [model(prompt[:, 100:], **with_cache(model, cache)).logits[:, -1]]
         cache.check_integrity()
         other = engine.new_cache()
-        model(prompt[:, :100], past_key_values=other)
-        logits.append(model(prompt[:, 100:], past_key_values=other).logits[:, -1])
+        model(prompt[:, :100], **with_cache(model, other))
+        logits.append(model(prompt[:, 100:], **with_cache(model, other)).logits[:, -1])
     assert budgets_of(cache) == budgets_of(other)
     assert torch.allclose(*logits, atol=1e-5)
 
@@ -476,7 +477,7 @@ def test_a_cache_is_freed_at_once(ids):
     model = uneven_model()
     with torch.no_grad(), attach(model, OffloadConfig(**SMALL, budget_allocation="qsim")) as engine:
         cache = engine.new_cache()
-        model(ids(200), past_key_values=cache)
+        model(ids(200), **with_cache(model, cache))
         cache.check_integrity()
         held = weakref.ref(cache.layers[0])
         gc.disable()

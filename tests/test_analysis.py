@@ -27,6 +27,7 @@ from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.dense import ScoreRows
 from attention_predictor.offload.selection import Selection
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.base import AttentionPredictor
 from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.scores import block_mass, block_scores
@@ -57,9 +58,9 @@ def seen(model: PreTrainedModel, given: Excerpt) -> dict[int, list[Attended]]:
     with attach(model, CONFIG) as engine:
         cache = engine.new_cache()
         with watching(model, cache, lambda attended: found.setdefault(attended.number, []).append(attended)):
-            model(torch.tensor([given.prompt]), past_key_values=cache)
+            model(torch.tensor([given.prompt]), **with_cache(model, cache))
             cache.batch_repeat_interleave(len(given.tails))
-            model(torch.tensor(given.tails), past_key_values=cache)
+            model(torch.tensor(given.tails), **with_cache(model, cache))
     return found
 
 
@@ -246,10 +247,10 @@ def test_watching_changes_nothing():
         for see in (None, lambda attended: None):
             cache = engine.new_cache()
             if see is None:
-                logits.append(model(torch.tensor([given.prompt]), past_key_values=cache).logits)
+                logits.append(model(torch.tensor([given.prompt]), **with_cache(model, cache)).logits)
                 continue
             with pytest.raises(KeyError), watching(model, cache, see):
-                logits.append(model(torch.tensor([given.prompt]), past_key_values=cache).logits)
+                logits.append(model(torch.tensor([given.prompt]), **with_cache(model, cache)).logits)
                 raise KeyError("an error on the way")
             assert all("attend" not in layer.__dict__ for layer in cache.layers)
             assert torch.equal(*logits)

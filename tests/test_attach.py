@@ -24,6 +24,7 @@ from attention_predictor import (
 )
 from attention_predictor.offload.layer import TieredLayer
 from attention_predictor.offload.policies import Policy, policy_class, policy_names, register
+from attention_predictor.offload.versions import cache_of, with_cache
 
 CONFIG = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16)
 
@@ -66,14 +67,14 @@ class TestDetach:
         model = tiny_model()
         engine = attach(model, CONFIG)
         cache = engine.new_cache()
-        model(ids(80), past_key_values=cache)
+        model(ids(80), **with_cache(model, cache))
         engine.detach()
         with pytest.raises(AttachError, match="detached"):
             engine.new_cache()
         with pytest.raises(AttachError, match="detached"), engine:
             pass
         with pytest.raises(AttachError, match="detached"):
-            model(ids(1), past_key_values=cache)
+            model(ids(1), **with_cache(model, cache))
 
     def test_the_model_can_be_attached_again(self, tiny_model, ids):
         model = tiny_model()
@@ -136,7 +137,7 @@ class TestRefusals:
 
     def test_foreign_caches(self, tiny_model, ids):
         model = tiny_model()
-        filled = model(ids(20), use_cache=True).past_key_values
+        filled = cache_of(model(ids(20), use_cache=True))
         caches = {
             "another kind of cache": filled,
             "StaticCache": StaticCache(config=model.config, max_cache_len=64),
@@ -145,37 +146,49 @@ class TestRefusals:
         with attach(model, CONFIG):
             for message, cache in caches.items():
                 with pytest.raises(AttachError, match=message):
-                    model(ids(20), past_key_values=cache)
+                    model(ids(20), **with_cache(model, cache))
             with pytest.raises(AttachError, match="StaticCache"):
                 model.generate(ids(20), cache_implementation="static", max_new_tokens=2)
 
     def test_cache_of_another_engine(self, tiny_model, ids):
         one, two = tiny_model(), tiny_model(seed=1)
         with attach(one, CONFIG) as engine, attach(two, CONFIG), pytest.raises(AttachError, match="another engine"):
-            two(ids(20), past_key_values=engine.new_cache())
+            two(ids(20), **with_cache(two, engine.new_cache()))
         with attach(one, CONFIG), pytest.raises(AttachError, match="another engine"):
-            one(ids(20), past_key_values=TieredCache(engine))  # of the engine that was detached
+            one(ids(20), **with_cache(one, TieredCache(engine)))  # of the engine that was detached
 
+    @torch.no_grad()
     def test_context_beyond_the_positions(self, tiny_model, ids):
         model = tiny_model(max_position_embeddings=64)
         before = state(model)
         with attach(model, CONFIG) as engine:
-            with pytest.raises(ContextLengthError, match="65 tokens: the model has positions for 64"):
-                model(ids(65))
-            with pytest.raises(ContextLengthError):
-                model.generate(ids(60), max_new_tokens=10)
+            for call in (model, lambda prompt: model.generate(prompt, max_new_tokens=1)):
+                with pytest.raises(ContextLengthError, match="65 tokens: the model has positions for 64"):
+                    call(ids(65))
             with pytest.raises(ContextLengthError):
                 engine.check_fits(batch=1, tokens=65)
+            with pytest.raises(ContextLengthError):
+                engine.generate(ids(60), max_new_tokens=6)
+            assert engine.generate(ids(60), max_new_tokens=5, eos_token_id=[]).shape == (1, 65)
         assert same_state(before, state(model))
+
+    @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
+    def test_positions_that_run_out_in_mid_generation(self, tiny_model, ids, options):
+        """As the stock model, which goes on; what was generated is not lost."""
+        model, prompt = tiny_model(max_position_embeddings=64), ids(30).repeat(1, 2)
+        stock = model.generate(prompt, do_sample=False, max_new_tokens=20, **options)
+        with attach(model, OffloadConfig(predictor="ema")) as engine:
+            assert torch.equal(model.generate(prompt, do_sample=False, max_new_tokens=20, **options), stock)
+        assert any("longer than the model's 64 positions" in message for message in engine.stats.fallbacks)
 
     def test_host_memory_is_estimated_before_the_prefill(self, tiny_model, ids, monkeypatch):
         model = tiny_model()
         before = state(model)
         with attach(model, OffloadConfig(predictor="ema", host_memory=1 << 19)) as engine:
-            model(ids(200), past_key_values=engine.new_cache())
+            model(ids(200), **with_cache(model, engine.new_cache()))
             monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: pytest.fail("work was done"))
             with pytest.raises(HostMemoryError, match=r"1 × 4000 tokens needs .* host_memory allows"):
-                model(ids(4000), past_key_values=engine.new_cache())
+                model(ids(4000), **with_cache(model, engine.new_cache()))
         with attach(model, CONFIG) as engine, pytest.raises(HostMemoryError, match="the system has available"):
             engine.check_fits(batch=10**9, tokens=4000)
         assert same_state(before, state(model))
@@ -188,7 +201,7 @@ class TestRefusals:
         with attach(model, config) as engine:
             cache = engine.new_cache()
             with pytest.raises(HostMemoryError, match=r"1 × 97 tokens needs .* host_memory allows"):
-                model.generate(ids(80), past_key_values=cache, max_new_tokens=40)
+                model.generate(ids(80), **with_cache(model, cache), max_new_tokens=40)
             assert cache.get_seq_length() == 96
             assert engine.stats.host_kv_bytes == limit
             cache.check_integrity()
@@ -259,7 +272,7 @@ class TestCaches:
         model = tiny_model()
         with attach(model, CONFIG):
             cache = DynamicCache()
-            model(ids(80), past_key_values=cache)
+            model(ids(80), **with_cache(model, cache))
             assert cache.get_seq_length() == 80
             assert all(isinstance(layer, TieredLayer) for layer in cache.layers)
             assert isinstance(cache, TieredCache)
@@ -270,7 +283,7 @@ class TestCaches:
         stock = model(ids(80), use_cache=False).logits
         with attach(model, CONFIG) as engine:
             out = model(ids(80), use_cache=False)
-            assert out.past_key_values is None
+            assert cache_of(out) is None
             assert not engine.stats.host_bytes
             assert (out.logits - stock).abs().max() < 1e-4
 
@@ -278,7 +291,7 @@ class TestCaches:
         model = tiny_model()
         with attach(model, OffloadConfig(predictor="ema", skip_layers=(0,))) as engine:
             cache = engine.new_cache()
-            model(ids(80), past_key_values=cache)
+            model(ids(80), **with_cache(model, cache))
             assert type(cache.layers[0]) is DynamicLayer
             assert cache.layers[0].keys.shape[2] == 80
             assert cache.layers[1].tiers.store.length == 80
@@ -288,16 +301,16 @@ class TestCaches:
         model = tiny_model()
         with attach(model, CONFIG) as engine:
             cache = engine.new_cache()
-            first = model(ids(80), past_key_values=cache).logits
+            first = model(ids(80), **with_cache(model, cache)).logits
             cache.reset()
             assert cache.get_seq_length() == 0
-            assert torch.equal(model(ids(80), past_key_values=cache).logits, first)
+            assert torch.equal(model(ids(80), **with_cache(model, cache)).logits, first)
 
     def test_crop_to_nothing(self, tiny_model, ids):
         model = tiny_model()
         with attach(model, CONFIG) as engine:
             cache = engine.new_cache()
-            model(ids(80), past_key_values=cache)
+            model(ids(80), **with_cache(model, cache))
             with pytest.raises(ValueError, match="minus"):
                 cache.layers[0].crop(3)
             cache.crop(-80)
@@ -308,13 +321,15 @@ class TestCaches:
         model = tiny_model()
         with attach(model, CONFIG) as engine:
             cache = engine.new_cache()
-            model(ids(80), past_key_values=cache)
+            model(ids(80), **with_cache(model, cache))
             twin = copy.deepcopy(cache)
-            model(ids(30, seed=1), past_key_values=twin)
+            model(ids(30, seed=1), **with_cache(model, twin))
             assert (cache.get_seq_length(), twin.get_seq_length()) == (80, 110)
             token = ids(1, seed=2)
             again = copy.deepcopy(cache)
-            assert torch.equal(model(token, past_key_values=cache).logits, model(token, past_key_values=again).logits)
+            assert torch.equal(
+                model(token, **with_cache(model, cache)).logits, model(token, **with_cache(model, again)).logits
+            )
             twin.check_integrity()
 
     @torch.no_grad()
@@ -333,7 +348,7 @@ class TestCaches:
                     return key, value
 
                 cache.layers[0].update = watched
-                model(ids(80), past_key_values=cache)
+                model(ids(80), **with_cache(model, cache))
                 del cache.layers[0].update
             assert kept
             assert all(one() is None for one in kept)

@@ -31,6 +31,7 @@ from attention_predictor.offload.policies.base import BlockValues, newest_first
 from attention_predictor.offload.policies.cake import preference
 from attention_predictor.offload.policies.snapkv import pooled
 from attention_predictor.offload.selection import NEVER, Selection
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.errors import IntegrityError
 
 BASELINES = ("h2o", "snapkv", "pyramidkv", "cake", "tappa", "lazy-eviction")
@@ -75,9 +76,9 @@ def decode(model, prompt, policy, steps=40, **changes):
     """A prompt and some greedy steps behind it; the cache and the tokens fed."""
     with attach(model, OffloadConfig(**(SMALL | {"policy": policy} | changes))) as engine:
         cache = engine.new_cache()
-        tokens = [model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)]
+        tokens = [model(prompt, **with_cache(model, cache)).logits[:, -1:].argmax(-1)]
         for _ in range(steps):
-            tokens.append(model(tokens[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+            tokens.append(model(tokens[-1], **with_cache(model, cache)).logits[:, -1:].argmax(-1))
         cache.check_integrity()
     return cache, torch.cat([prompt, *tokens[:-1]], 1)
 
@@ -135,7 +136,7 @@ def test_those_that_evict_say_so(tiny_model, ids):
     assert {name for name in policy_names() if policy_class(name).evicts} == set(EVICTING)
     for policy in EVICTING:
         cache, _ = decode(tiny_model(), ids(100), policy, steps=2)
-        assert "evicted" in cache.layers[0].engine.stats.device_kv_parts()
+        assert "evicted" in cache.layers[0].runtime.stats.device_kv_parts()
 
 
 @pytest.mark.parametrize("policy", EVICTING)
@@ -158,9 +159,9 @@ def test_a_further_turn_brings_nothing_back(tiny_model, ids, monkeypatch, policy
     model, prompt = tiny_model(num_hidden_layers=1), ids(300)
     with attach(model, OffloadConfig(**(SMALL | {"policy": policy}))) as engine:
         cache = engine.new_cache()
-        model(prompt, past_key_values=cache)
+        model(prompt, **with_cache(model, cache))
         for turn in (prompt[:, :1], prompt[:, :20], prompt[:, :1], prompt[:, :1]):
-            model(turn, past_key_values=cache)
+            model(turn, **with_cache(model, cache))
             cache.check_integrity()
     first, *later = (step.attended_BGN for _, step in seen)
     assert len(later) == 2
@@ -247,7 +248,7 @@ def test_h2o_accumulates_over_chunks(tiny_model, ids, monkeypatch):
     with torch.no_grad(), attach(model, OffloadConfig(policy="h2o")) as engine:
         cache = engine.new_cache()
         for chunk in prompt.split(40, dim=1):
-            model(chunk, past_key_values=cache)
+            model(chunk, **with_cache(model, cache))
     for layer, mass_BGQN in zip(cache.layers, attention_mass(model, prompt), strict=True):
         assert (layer.policy.attention.value_BGN - mass_BGQN.sum(2)).abs().max() < 1e-3
 
@@ -287,7 +288,7 @@ def test_snapkv_votes_are_the_windows(tiny_model, ids, chunk):
     with torch.no_grad(), attach(model, OffloadConfig(**(SMALL | {"policy": "snapkv"}))) as engine:
         cache = engine.new_cache()
         for part in prompt.split(chunk, dim=1):
-            model(part, past_key_values=cache)
+            model(part, **with_cache(model, cache))
     for layer, mass_BGQN in zip(cache.layers, attention_mass(model, prompt), strict=True):
         votes_BGN = mass_BGQN[:, :, -32:].mean(2)
         assert (layer.policy.votes.value_BGN - pooled(votes_BGN, 5, 16)).abs().max() < 1e-4
@@ -518,12 +519,12 @@ def test_lazy_eviction_after_a_crop(tiny_model, ids):
     model = tiny_model(num_hidden_layers=1)
     with torch.no_grad(), attach(model, OffloadConfig(**(SMALL | {"policy": "lazy-eviction"}))) as engine:
         cache = engine.new_cache()
-        model(ids(300), past_key_values=cache)
+        model(ids(300), **with_cache(model, cache))
         policy = cache.layers[0].policy
         for length in (250, 120, 40):
             cache.crop(length - cache.get_seq_length())
             assert policy.gone == int(policy.evicted.value_BGN.sum(-1).min())
             for token in ids(40).split(1, dim=1):
-                model(token, past_key_values=cache)
+                model(token, **with_cache(model, cache))
                 cache.check_integrity()
                 assert int((~policy.evicted.value_BGN).sum(-1).max()) <= 96 // 16

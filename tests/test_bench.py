@@ -24,6 +24,7 @@ from attention_predictor.eval.shapes import SHAPES, random_model, shape_config
 from attention_predictor.eval.synthetic_cache import PAST, Locality, SyntheticCache
 from attention_predictor.eval.timings import TimingsFile
 from attention_predictor.offload.dense import scaled_logits
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
@@ -323,10 +324,10 @@ def test_every_cache_gets_the_same(model: PreTrainedModel, monkeypatch: pytest.M
         assert policy.history.started
         assert policy.history.n_blocks == 38
         with torch.no_grad():  # the budget holds everything: ours must say what the stock cache says
-            found = [model(ids[:, i : i + 1].expand(2, 1), past_key_values=cache).logits for i in range(6)]
+            found = [model(ids[:, i : i + 1].expand(2, 1), **with_cache(model, cache)).logits for i in range(6)]
             cache.check_integrity()
     with torch.no_grad():
-        wanted = [model(ids[:, i : i + 1].expand(2, 1), past_key_values=stock).logits for i in range(6)]
+        wanted = [model(ids[:, i : i + 1].expand(2, 1), **with_cache(model, stock)).logits for i in range(6)]
     torch.testing.assert_close(torch.cat(found), torch.cat(wanted), atol=1e-4, rtol=1e-4)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.offload.policies import policy_names
+from attention_predictor.offload.versions import cache_of, with_cache
 
 POLICIES = policy_names()
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
@@ -82,15 +83,15 @@ def chunked_prefill(model, prompt):
 def next_turn(model, prompt):
     first = model.generate(prompt, return_dict_in_generate=True, **GREEDY)
     turn = torch.cat([first.sequences, prompt[:, :21]], 1)
-    return model.generate(turn, past_key_values=first.past_key_values, **GREEDY)
+    return model.generate(turn, **with_cache(model, cache_of(first)), **GREEDY)
 
 
 def deep_copied_prefix(model, prompt):
-    cache = model(prompt, use_cache=True).past_key_values
+    cache = cache_of(model(prompt, use_cache=True))
     outputs = []
     for seed in (1, 2):
         turn = torch.cat([prompt, prompt[:, 10 * seed : 10 * seed + 9]], 1)
-        outputs.append(model.generate(turn, past_key_values=copy.deepcopy(cache), **GREEDY))
+        outputs.append(model.generate(turn, **with_cache(model, copy.deepcopy(cache)), **GREEDY))
     return torch.cat(outputs)
 
 
@@ -107,9 +108,9 @@ def input_embeddings(model, prompt):
 
 
 def token_by_token(model, prompt):
-    cache, tokens = model(prompt[:, :-1], use_cache=True).past_key_values, [prompt[:, -1:]]
+    cache, tokens = cache_of(model(prompt[:, :-1], use_cache=True)), [prompt[:, -1:]]
     for _ in range(24):
-        logits = model(tokens[-1], past_key_values=cache, use_cache=True).logits
+        logits = model(tokens[-1], **with_cache(model, cache), use_cache=True).logits
         tokens.append(logits[:, -1:].argmax(-1))
     return torch.cat(tokens, 1)
 
@@ -202,10 +203,10 @@ def test_pipeline(tiny_model, ids):
 def test_nothing_is_lost(tiny_model, ids):
     """Contract 4: host memory holds every block, bit-equal to what the model produced."""
     model, prompt = tiny_model("llama"), ids(300)
-    stock = model(prompt, use_cache=True).past_key_values
+    stock = cache_of(model(prompt, use_cache=True))
     with attach(model, config(budget=64, sink=16, recent=16)) as engine:
         cache = engine.new_cache()
-        model(prompt, past_key_values=cache)
+        model(prompt, **with_cache(model, cache))
         for layer, stock_layer in zip(cache.layers, stock.layers, strict=True):
             key, value = layer.tiers.store.read(0, 300)
             if layer.number == 0:  # above it, attention's own rounding has come in between
@@ -221,10 +222,10 @@ def test_integrity_while_decoding_sparsely(tiny_model, ids, policy):
     model, prompt = tiny_model("qwen3"), ids(200, batch=2)
     with attach(model, config(policy, budget=64, sink=16, recent=16)) as engine:
         cache = engine.new_cache()
-        model(prompt, past_key_values=cache)
+        model(prompt, **with_cache(model, cache))
         token = prompt[:, -1:]
         for step in range(40):
-            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
             cache.check_integrity()
             if step == 20:
                 cache.crop(-7)

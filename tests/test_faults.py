@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from attention_predictor import AttachError, FetchError, IntegrityError, OffloadConfig, attach
+from attention_predictor.offload.versions import with_cache
 
 CONFIG = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16)
 pytestmark = pytest.mark.timeout(60)
@@ -23,8 +24,8 @@ def prefilled(tiny_model, ids):
     model = tiny_model()
     with torch.no_grad(), attach(model, CONFIG) as engine:
         cache = engine.new_cache()
-        model(ids(200), past_key_values=cache)
-        model(ids(1), past_key_values=cache)
+        model(ids(200), **with_cache(model, cache))
+        model(ids(1), **with_cache(model, cache))
         yield model, engine, cache, ids(1, seed=1)
     assert not [thread for thread in threading.enumerate() if "prefetch" in thread.name]
 
@@ -42,11 +43,11 @@ def test_a_failing_late_fetch_surfaces_in_its_step(prefilled, monkeypatch):
         # Only on this thread, where late fetches run: the worker may still be at work for the last token.
         patch.setattr(layer.tiers.pool, "write_blocks", _failing_on_this_thread(layer.tiers.pool.write_blocks))
         with pytest.raises(FetchError, match="the bus is on fire"):
-            model(token, past_key_values=cache)
+            model(token, **with_cache(model, cache))
     # The fault is gone, but the cache stays unusable: its layers differ in length, and slots may be stale.
     with pytest.raises(AttachError, match="interrupted"):
         for _ in range(2):
-            model(token, past_key_values=cache)
+            model(token, **with_cache(model, cache))
 
 
 def _failing_on_this_thread(write_blocks):
@@ -65,15 +66,15 @@ def test_a_failing_fetch_ahead_is_a_fetch_error(tiny_model, ids, monkeypatch):
     config = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, late_fetch=0.0, reserve=0.0)
     with torch.no_grad(), attach(model, config) as engine:
         cache = engine.new_cache()
-        model(ids(200), past_key_values=cache)
+        model(ids(200), **with_cache(model, cache))
         monkeypatch.setattr(cache.layers[0].tiers.table, "plan", _raise_value_error)
         with pytest.raises(FetchError) as caught:
             for _ in range(2):  # the next layer's submit notices, or this layer's next wait
-                model(ids(1), past_key_values=cache)
+                model(ids(1), **with_cache(model, cache))
         assert isinstance(caught.value.__cause__, ValueError)
         with pytest.raises(FetchError):  # of another cache too: the worker is poisoned, and says so
-            model(ids(200), past_key_values=engine.new_cache())
-            model(ids(1), past_key_values=cache)
+            model(ids(200), **with_cache(model, engine.new_cache()))
+            model(ids(1), **with_cache(model, cache))
 
 
 def _raise_value_error(*args):
@@ -87,12 +88,12 @@ def test_a_killed_thread_surfaces_within_one_step(prefilled):
     killed = ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
     assert killed == 1
     with contextlib.suppress(FetchError):  # the exception reaches the thread when it next runs Python
-        engine.prefetcher.submit(lambda: None)
+        engine.runtime.prefetcher.submit(lambda: None)
     worker.join(10)
     assert not worker.is_alive()
     started = time.perf_counter()
     with pytest.raises(FetchError):
-        model(token, past_key_values=cache)
+        model(token, **with_cache(model, cache))
     assert time.perf_counter() - started < 10
     engine.detach()  # does not hang either
 
@@ -118,9 +119,9 @@ def test_an_interrupted_step_makes_its_cache_unusable(prefilled, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(layer, "attend", _interrupt)
         with pytest.raises(KeyboardInterrupt):
-            model(token, past_key_values=cache)
+            model(token, **with_cache(model, cache))
     with pytest.raises(AttachError, match="did not reach the attention function"):
-        model(token, past_key_values=cache)
+        model(token, **with_cache(model, cache))
     with pytest.raises(AttachError, match="did not reach the attention function"):
         cache.crop(-1)
 
@@ -133,7 +134,7 @@ def interrupt_between_layers(model, inputs, cache):
     """A forward that ends in the first layer's MLP: behind that layer's attention, before the next one's."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(model.model.layers[0].mlp, "forward", _interrupt)
-        model(inputs, past_key_values=cache)
+        model(inputs, **with_cache(model, cache))
 
 
 @torch.no_grad()
@@ -150,12 +151,12 @@ def test_an_interrupt_between_layers_is_noticed_and_mended_by_crop(tiny_model, i
     def decode(disturb) -> list[int]:
         with attach(model, config) as engine:
             cache = DynamicCache() if adopted else engine.new_cache()
-            token = model(ids(200), past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = model(ids(200), **with_cache(model, cache)).logits[:, -1:].argmax(-1)
             tokens = [int(token)]
             for step in range(12):
                 if step == 5:
                     disturb(token, cache)
-                token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+                token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
                 tokens.append(int(token))
             return tokens
 
@@ -163,7 +164,7 @@ def test_an_interrupt_between_layers_is_noticed_and_mended_by_crop(tiny_model, i
         interrupt_between_layers(model, token, cache)
         assert [layer.get_seq_length() for layer in cache.layers] == [206, 205]
         with pytest.raises(AttachError, match=r"from 205 to 206 tokens.* cache\.crop\(-1\), which leaves 205 in each"):
-            model(token, past_key_values=cache)
+            model(token, **with_cache(model, cache))
         with pytest.raises(IntegrityError, match="from 205 to 206 tokens"):
             cache.check_integrity()
         cache.crop(205 - cache.get_seq_length())
@@ -180,10 +181,10 @@ def test_an_interrupted_prefill_is_noticed_and_mended_by_crop(tiny_model, ids):
         cache = engine.new_cache()
         interrupt_between_layers(model, ids(200), cache)
         with pytest.raises(AttachError, match=r"from 0 to 200 tokens.* cache\.crop\(-200\)"):
-            model(ids(1), past_key_values=cache)
+            model(ids(1), **with_cache(model, cache))
         cache.crop(-200)
-        out = model(ids(200), past_key_values=cache).logits
-        assert torch.equal(out, model(ids(200), past_key_values=engine.new_cache()).logits)
+        out = model(ids(200), **with_cache(model, cache)).logits
+        assert torch.equal(out, model(ids(200), **with_cache(model, engine.new_cache())).logits)
 
 
 @torch.no_grad()
@@ -193,21 +194,21 @@ def test_an_interrupt_behind_a_stock_layer_is_noticed(tiny_model, ids, family, s
     config = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, skip_layers=skipped)
     with attach(model, config) as engine:
         cache = engine.new_cache()
-        model(ids(200), past_key_values=cache)
+        model(ids(200), **with_cache(model, cache))
         interrupt_between_layers(model, ids(1), cache)
         with pytest.raises(AttachError, match="from 200 to 201 tokens"):
-            model(ids(1), past_key_values=cache)
+            model(ids(1), **with_cache(model, cache))
 
 
 def test_a_model_that_bypasses_the_attention_function_is_caught(tiny_model, ids):
     model = tiny_model()
     with torch.no_grad(), attach(model, CONFIG) as engine:
         cache = engine.new_cache()
-        model(ids(80), past_key_values=cache)
+        model(ids(80), **with_cache(model, cache))
         model.config._attn_implementation_internal = "sdpa"  # would quietly attend to the new token alone
         with pytest.raises(AttachError, match="ignores the attention interface"):
             for _ in range(2):
-                model(ids(1), past_key_values=cache)
+                model(ids(1), **with_cache(model, cache))
 
 
 def test_two_models_in_two_threads(tiny_model, ids):
@@ -236,7 +237,7 @@ def test_slow_fetches_change_nothing_but_the_wait(tiny_model, ids, monkeypatch):
     def run(delay: float) -> tuple[torch.Tensor, float]:
         with attach(model, CONFIG) as engine:
             cache = engine.new_cache()
-            model(ids(200), past_key_values=cache)
+            model(ids(200), **with_cache(model, cache))
             for layer in cache.layers:
                 fetch = layer.tiers.fetch
 
@@ -245,7 +246,7 @@ def test_slow_fetches_change_nothing_but_the_wait(tiny_model, ids, monkeypatch):
                     return fetch(wanted)
 
                 monkeypatch.setattr(layer.tiers, "fetch", late)
-            out = [model(ids(1, seed=step), past_key_values=cache).logits for step in range(8)]
+            out = [model(ids(1, seed=step), **with_cache(model, cache)).logits for step in range(8)]
             cache.check_integrity()
             return torch.cat(out), engine.stats.exposed_wait_ms
 

@@ -8,6 +8,7 @@ from tiny_models import FAMILIES
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.offload.policies import policy_names
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.sketch import KeySketch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_matmul")]
@@ -47,11 +48,11 @@ def test_integrity_while_decoding(tiny_model, ids, dtype):
     model, prompt = tiny_model("qwen3").to("cuda", dtype), ids(300, batch=2).cuda()
     with attach(model, OffloadConfig(**SMALL)) as engine:
         cache = engine.new_cache()
-        token = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(prompt, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
         assert cache.layers[0].tiers.store.gather(torch.tensor([0]), torch.tensor([0])).device.type == "cpu"
         assert all(slab.is_pinned() for slab in cache.layers[0].tiers.store._slabs)
         for step in range(200):
-            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
             if step % 10 == 0:
                 cache.check_integrity()
         cache.reorder_cache(torch.tensor([1, 0], device="cuda"))
@@ -68,7 +69,7 @@ def test_random_delays_on_both_streams_change_nothing(tiny_model, ids, monkeypat
     def run(slow: bool) -> torch.Tensor:
         with attach(model, OffloadConfig(**SMALL)) as engine:
             cache = engine.new_cache()
-            out = [model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)]
+            out = [model(prompt, **with_cache(model, cache)).logits[:, -1:].argmax(-1)]
             for layer in cache.layers:
                 fetch, attend = layer.tiers.fetch, layer.attend
 
@@ -80,7 +81,7 @@ def test_random_delays_on_both_streams_change_nothing(tiny_model, ids, monkeypat
                 monkeypatch.setattr(layer.tiers, "fetch", lambda *args, call=fetch: delayed(call, *args))
                 monkeypatch.setattr(layer, "attend", lambda *args, call=attend: delayed(call, *args))
             for _ in range(40):
-                out.append(model(out[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+                out.append(model(out[-1], **with_cache(model, cache)).logits[:, -1:].argmax(-1))
             for layer in cache.layers:
                 monkeypatch.undo()
                 layer.check_integrity()
@@ -95,9 +96,9 @@ def test_device_memory_of_a_long_context(tiny_model, ids):
     with torch.no_grad(), attach(model, OffloadConfig(predictor="ema", budget=512)) as engine:
         before = torch.cuda.memory_allocated()
         cache = engine.new_cache()
-        token = model(ids(32000).cuda(), past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        token = model(ids(32000).cuda(), **with_cache(model, cache), logits_to_keep=1).logits[:, -1:].argmax(-1)
         for _ in range(5):
-            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
         torch.cuda.synchronize()
         grown = torch.cuda.memory_allocated() - before
         stats = engine.stats

@@ -10,6 +10,7 @@ from torch import Tensor
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.offload import device_step
 from attention_predictor.offload.device_step import DeviceStep
+from attention_predictor.offload.versions import with_cache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_matmul")]
 SMALL = {"budget": 96, "sink": 32, "recent": 32}
@@ -102,9 +103,9 @@ def test_many_tokens_with_integrity_checks(tiny_model, ids) -> None:
     model = tiny_model("llama", max_position_embeddings=20000).cuda()
     with attach(model, OffloadConfig(prefetch="graph", **SMALL)) as engine:
         cache = engine.new_cache()
-        token = model(ids(300, batch=2).cuda(), past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(ids(300, batch=2).cuda(), **with_cache(model, cache)).logits[:, -1:].argmax(-1)
         for step in range(10_000):
-            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
             if step % 500 == 499:
                 cache.check_integrity()
         assert cache.get_seq_length() == 10_300
@@ -136,9 +137,9 @@ def test_random_delays_on_both_streams_change_nothing(tiny_model, ids, monkeypat
     def run() -> Tensor:
         with attach(model, OffloadConfig(prefetch="graph", **SMALL)) as engine:
             cache = engine.new_cache()
-            out = [model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)]
+            out = [model(prompt, **with_cache(model, cache)).logits[:, -1:].argmax(-1)]
             for step in range(120):
-                out.append(model(out[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+                out.append(model(out[-1], **with_cache(model, cache)).logits[:, -1:].argmax(-1))
                 if step % 30 == 29:  # leaves: other delays are captured
                     cache.check_integrity()
             return torch.cat(out, 1)
@@ -168,9 +169,9 @@ def test_captured_steps_have_the_same_unequal_budgets(tiny_model, ids, allocatio
         settings = SMALL | {"prefetch": prefetch, "budget_allocation": allocation}
         with attach(model, OffloadConfig(**settings)) as engine:
             cache = engine.new_cache()
-            out = [model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)]
+            out = [model(prompt, **with_cache(model, cache)).logits[:, -1:].argmax(-1)]
             for _ in range(60):
-                out.append(model(out[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+                out.append(model(out[-1], **with_cache(model, cache)).logits[:, -1:].argmax(-1))
             cache.check_integrity()
             assert not engine.stats.fallbacks
             selections = [layer.selection for layer in cache.layers]

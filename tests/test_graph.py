@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from emulated import emulated_gpu
 from torch import Tensor
 
 from attention_predictor import OffloadConfig, attach
-from attention_predictor.offload import engine as engine_module
+from attention_predictor.offload import graph as graph_module
+from attention_predictor.offload import room
 from attention_predictor.offload.cache import TieredCache
 from attention_predictor.offload.graph import Graphed
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.errors import ConfigError
 
 SETTINGS = {"budget": 96, "sink": 32, "recent": 32, "slab_blocks": 4}
@@ -30,8 +34,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
             return run(self, cache, kwargs)
 
     monkeypatch.setattr(Graphed, "run", emulated_run)
-    monkeypatch.setattr(engine_module, "why_not", lambda cache, mask, graphed: None)
-    monkeypatch.setattr("attention_predictor.offload.graph.GROWTH", 128)
+    monkeypatch.setattr(graph_module, "why_not", lambda cache, graphed: None)
+    monkeypatch.setattr(room, "GROWTH", 128)
 
 
 def decode(model, prompt: Tensor, steps: int, mask: Tensor | None = None, **settings: object) -> tuple[Tensor, object]:
@@ -70,6 +74,98 @@ def test_left_padding(emulated, tiny_model, ids) -> None:
     assert stats["fallbacks"] == {}
 
 
+def test_a_mask_that_changes_is_seen(emulated, tiny_model, ids) -> None:
+    """By a step that is not captured, and says so; those behind it that keep the padding are captured again."""
+    model, prompt = tiny_model("llama"), ids(200, batch=2)
+    mask = torch.ones(2, 240, dtype=torch.int64)
+    mask[1, :37] = 0
+    outputs, captured = [], []
+    for prefetch in ("none", "graph"):
+        with attach(model, OffloadConfig(**SETTINGS, prefetch=prefetch)) as engine, torch.no_grad():
+            cache = engine.new_cache()
+            given = with_cache(model, cache)
+            logits = [model(prompt, attention_mask=mask[:, :200], **given).logits[:, -1]]
+            for step in range(30):
+                seen = mask[:, : 201 + step].clone()
+                if 10 <= step < 13:
+                    seen[0, 60:90] = 0
+                logits.append(model(prompt[:, step : step + 1], attention_mask=seen, **given).logits[:, -1])
+                captured.append(engine.stats.captured_steps)
+            outputs.append(torch.stack(logits))
+            fallbacks = engine.stats.fallbacks
+    torch.testing.assert_close(outputs[1], outputs[0], atol=2e-4, rtol=1e-3)
+    ours = captured[30:]
+    assert ours[9] == ours[12] > 5
+    assert ours[29] == ours[12] + 17
+    assert sum(fallbacks.values()) == 3
+    (message,) = fallbacks
+    assert "the attention mask rules out more than the prompt's padding on the left, or less" in message
+
+
+def test_a_step_without_the_mask_of_a_padded_prompt_is_not_captured(emulated, tiny_model, ids) -> None:
+    model, prompt = tiny_model("llama"), ids(200, batch=2)
+    mask = torch.ones_like(prompt)
+    mask[1, :37] = 0
+    with attach(model, OffloadConfig(**SETTINGS, prefetch="graph")) as engine, torch.no_grad():
+        given = with_cache(model, engine.new_cache())
+        model(prompt, attention_mask=mask, **given)
+        model(prompt[:, :1], **given)
+        assert engine.stats.captured_steps == 0
+        assert engine.stats.fallbacks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "odd"),
+    [
+        ({"output_hidden_states": False, "return_dict": True, "labels": None}, None),
+        ({"output_attentions": False, "use_cache": True, "logits_to_keep": 1}, None),
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"return_dict": False}, "return_dict"),
+        ({"logits_to_keep": torch.tensor([0])}, "logits_to_keep"),
+    ],
+)
+def test_arguments_that_ask_for_nothing_do_not_end_capture(emulated, tiny_model, ids, arguments, odd) -> None:
+    model, prompt = tiny_model("llama"), ids(200)
+    with attach(model, OffloadConfig(**SETTINGS, prefetch="graph")) as engine, torch.no_grad():
+        given = with_cache(model, engine.new_cache())
+        model(prompt, **given)
+        for step in range(4):
+            output = model(prompt[:, step : step + 1], **given, **arguments)
+        assert engine.stats.captured_steps == (4 if odd is None else 0)
+        reasons = [message.split(": ")[-1] for message in engine.stats.fallbacks]
+        assert reasons == ([f"the call gives {odd}"] if odd else [])
+        if arguments.get("output_hidden_states"):
+            assert len(output.hidden_states) == 3
+
+
+def test_what_dies_is_free_without_garbage_collection(emulated, tiny_model, ids) -> None:
+    """Cache, captured steps and output refer to each other; host memory must come back the moment the cache dies."""
+    model, prompt = tiny_model("llama"), ids(200)
+    gc.collect()
+    gc.disable()
+    try:
+        with attach(model, OffloadConfig(**SETTINGS, prefetch="graph")) as engine, torch.no_grad():
+            held = []
+            for _ in range(5):
+                cache = engine.new_cache()
+                given = with_cache(model, cache)
+                model(prompt, **given)
+                for step in range(6):
+                    output = model(prompt[:, step : step + 1], **given)
+                alive = weakref.ref(cache)
+                held.append(engine.runtime.memory.held_bytes)
+                del cache, given, output
+                assert alive() is None
+                assert engine.runtime.memory.lent_bytes == 0
+            assert len(set(held)) == 1
+            engine.generate(prompt, max_new_tokens=6)
+            model.generate(prompt, max_new_tokens=6)
+            assert engine.runtime.memory.lent_bytes == 0
+            assert engine.stats.captured_steps > 30
+    finally:
+        gc.enable()
+
+
 def test_the_host_takes_the_cache_back(emulated, tiny_model, ids) -> None:
     """Steps, then a turn of several tokens, a crop, a copy, integrity checks; and steps again."""
     model, prompt = tiny_model("llama"), ids(230)
@@ -80,14 +176,14 @@ def test_the_host_takes_the_cache_back(emulated, tiny_model, ids) -> None:
 
             def step(cache, count: int, logits=logits) -> None:
                 for token in range(count):
-                    logits.append(model(prompt[:, token : token + 1], past_key_values=cache).logits)
+                    logits.append(model(prompt[:, token : token + 1], **with_cache(model, cache)).logits)
 
-            model(prompt, past_key_values=cache)
+            model(prompt, **with_cache(model, cache))
             step(cache, 5)
             cache.check_integrity()
             step(cache, 4)
             twin = copy.deepcopy(cache)
-            model(prompt[:, :9], past_key_values=cache)
+            model(prompt[:, :9], **with_cache(model, cache))
             step(cache, 3)
             cache.crop(-6)
             step(cache, 3)
@@ -103,15 +199,15 @@ def test_interrupted_steps_make_the_cache_unusable(emulated, tiny_model, ids, mo
     model, prompt = tiny_model("llama"), ids(150)
     with attach(model, OffloadConfig(**SETTINGS, prefetch="graph")) as engine, torch.no_grad():
         cache = engine.new_cache()
-        model(prompt, past_key_values=cache)
-        model(prompt[:, :1], past_key_values=cache)
+        model(prompt, **with_cache(model, cache))
+        model(prompt[:, :1], **with_cache(model, cache))
         layer = cache.layers[1]
         monkeypatch.setattr(layer.device_step, "attend", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            model(prompt[:, :1], past_key_values=cache)
+            model(prompt[:, :1], **with_cache(model, cache))
         monkeypatch.undo()
         with pytest.raises(Exception, match="did not reach the attention function"):
-            model(prompt[:, :1], past_key_values=cache)
+            model(prompt[:, :1], **with_cache(model, cache))
 
 
 def test_what_cannot_be_captured_says_so_once(tiny_model, ids) -> None:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
+from attention_predictor.offload import host_memory
+from attention_predictor.offload.host_memory import HostMemory
 from attention_predictor.offload.host_store import UNSETTLED_TOKENS, HostStore
 from attention_predictor.offload.transfer import SMALL_BYTES, Outbox, outbox
 from attention_predictor.predictor.errors import HostMemoryError, IntegrityError
@@ -184,9 +186,12 @@ class StoreMachine(RuleBasedStateMachine):
         length = self.key.shape[2]
         assert self.store.length == length
         assert self.store.n_blocks == math.ceil(length / self.store.block_size)
-        shape = SHAPE | {"batch": self.store.batch}
-        assert self.store.nbytes == HostStore.bytes_needed(length, **shape, **self.sizes)
-        slab_nbytes = HostStore.bytes_needed(1, **shape, **self.sizes)
+        slab_tokens = math.prod(self.sizes.values())
+        assert self.store.room == math.ceil(length / slab_tokens) * slab_tokens
+        assert self.store.nbytes == 2 * self.store.batch * 3 * 4 * 4 * self.store.room
+        self.store.memory.check_integrity()
+        assert self.store.memory.held_bytes >= self.store.memory.lent_bytes >= self.store.nbytes
+        slab_nbytes = 2 * self.store.batch * 3 * 4 * 4 * slab_tokens
         blocks_nbytes = 2 * self.store.n_blocks * self.store.block_size * 4 * 4 * 3 * self.store.batch
         assert 0 <= self.store.nbytes - blocks_nbytes < slab_nbytes
 
@@ -393,22 +398,18 @@ def test_truncate_only_shortens(length):
         store.truncate(length)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
-def test_no_memory_is_one_clear_error_and_loses_nothing(monkeypatch, error):
+@pytest.mark.parametrize("slabs", [0, 1])
+def test_no_memory_is_one_clear_error_and_loses_nothing(monkeypatch, slabs):
+    """Where the system has none left for the first slab, or for the second."""
     store, key, _ = filled(20)
-    real, calls = torch.empty, []
-
-    def second_call_fails(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 2:
-            raise error
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(torch, "empty", second_call_fails)
-    with pytest.raises(HostMemoryError, match=r"^cannot allocate 0\.0 MiB of CPU memory for KV blocks; .*$"):
+    answers = [1 << 40] * slabs + [0]
+    monkeypatch.setattr(host_memory, "available_memory", lambda: answers.pop(0))
+    message = r"^0\.0 MiB more of host memory for KV blocks: the system has 0\.0 MiB available, and this engine .*$"
+    with pytest.raises(HostMemoryError, match=message):
         store.append(*random_kv(100))
     monkeypatch.undo()
     store.check_integrity()
+    store.memory.check_integrity()
     assert torch.equal(store.read(0, store.length)[0], key)
 
 
@@ -554,7 +555,7 @@ def test_integrity_check_finds(damage, message):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pinned_slabs_take_device_tensors_and_stay_pinned_when_copied():
-    store = HostStore(**SHAPE, slab_blocks=2, pin=True)
+    store = HostStore(**SHAPE, slab_blocks=2, memory=HostMemory(torch.device("cuda")))
     key, value = random_kv(90)
     store.append(key.cuda(), value.cuda())
     twin = copy.deepcopy(store)

@@ -11,6 +11,7 @@ from conftest import POCKET
 from attention_predictor import AttentionPredictor, OffloadConfig, attach
 from attention_predictor.offload.block_pool import BlockPool
 from attention_predictor.offload.selection import Selection
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.model import new_history
 from attention_predictor.predictor.sketch import KeySketch
 
@@ -36,9 +37,9 @@ def test_the_device_holds_a_fifth_at_most(pocket):
     prompt = torch.tensor([(tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"] * 2)[:8192]])
     with attach(model, OffloadConfig(budget=512)) as engine:
         cache = engine.new_cache()
-        token = model(prompt, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+        token = model(prompt, **with_cache(model, cache), logits_to_keep=1).logits.argmax(-1)
         for _ in range(32):
-            token = model(token, past_key_values=cache).logits.argmax(-1)
+            token = model(token, **with_cache(model, cache)).logits.argmax(-1)
         cache.check_integrity()
     stats = engine.stats
     assert stats.full_kv_bytes == 8 * 2 * 2 * (8192 + 32) * 64 * 4
@@ -71,8 +72,8 @@ def test_generated_tokens_go_to_host_memory_too(tiny_model, ids):
     model = tiny_model("llama", head_dim=64, num_hidden_layers=1, max_position_embeddings=12000)
     with attach(model, OffloadConfig(budget=512)) as engine:
         cache = engine.new_cache()
-        token = model(ids(8192), past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
-        model(token, past_key_values=cache)
+        token = model(ids(8192), **with_cache(model, cache), logits_to_keep=1).logits.argmax(-1)
+        model(token, **with_cache(model, cache))
         pool_bytes = engine.stats.device_kv_parts()["pool"]
         produced = []
         for layer in cache.layers:
@@ -84,7 +85,7 @@ def test_generated_tokens_go_to_host_memory_too(tiny_model, ids):
 
             layer.update = watched
         for step in range(1999):
-            token = model(token, past_key_values=cache).logits.argmax(-1)
+            token = model(token, **with_cache(model, cache)).logits.argmax(-1)
             if step % 500 == 0:
                 cache.check_integrity()
         for layer in cache.layers:

@@ -14,6 +14,7 @@ from attention_predictor.offload.dense import Terms, scaled_logits
 from attention_predictor.offload.policies import LayerSpec, policy_class
 from attention_predictor.offload.policies.predictor import Predictor
 from attention_predictor.offload.policies.quest import KeyBounds, QuestAhead
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.scores import block_peak_and_sum
 
 SMALL = {"predictor": "ema", "budget": 96, "sink": 16, "recent": 16}
@@ -29,9 +30,9 @@ def decode(model, prompt, steps=12, each=lambda cache: None, **changes):
     """A few greedy steps; ``each(cache)`` sees the cache after every one."""
     with attach(model, OffloadConfig(**(SMALL | changes))) as engine:
         cache = engine.new_cache()
-        token = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(prompt, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
         for _ in range(steps):
-            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
             each(cache)
         return engine.stats
 
@@ -168,7 +169,7 @@ def test_late_fetch_is_bounded(tiny_model, ids, share):
         ids(300),
         late_fetch=share,
         steps=10,
-        each=lambda cache: late.append(cache.layers[0].engine.stats.late_blocks),
+        each=lambda cache: late.append(cache.layers[0].runtime.stats.late_blocks),
     )
     rows, allowed = 2 * 2, int(share * 6)
     assert len(late) == 11

@@ -21,6 +21,7 @@ from attention_predictor.offload.block_pool import BlockPool
 from attention_predictor.offload.dense import Chunk, Terms, attend, attend_prompt
 from attention_predictor.offload.host_store import HostStore
 from attention_predictor.offload.transfer import SMALL_BYTES, inward, outbox
+from attention_predictor.offload.versions import cache_of, with_cache
 
 CONFIG = {"predictor": "ema", "budget": 64, "sink": 16, "recent": 16}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -33,8 +34,8 @@ def in_chunks(model, prompt, chunk, cache=None, mask=None):
     for start in range(0, prompt.shape[1], chunk):
         part = prompt[:, start : start + chunk]
         so_far = None if mask is None else mask[:, : start + part.shape[1]]
-        out = model(part, past_key_values=cache, attention_mask=so_far)
-        cache = out.past_key_values
+        out = model(part, **with_cache(model, cache), attention_mask=so_far)
+        cache = cache_of(out)
         logits.append(out.logits)
     return torch.cat(logits, 1)
 
@@ -277,9 +278,9 @@ def test_two_layers_of_keys_and_values_at_most():
         return torch.cuda.max_memory_allocated() - before
 
     with attach(model, OffloadConfig(**CONFIG)) as engine:
-        peak(past_key_values=engine.new_cache())  # libraries take their memory
+        peak(**with_cache(peak, engine.new_cache()))  # libraries take their memory
         bare = peak(use_cache=False)  # with the keys and values of the layer that is computed
-        ours = peak(past_key_values=engine.new_cache())
+        ours = peak(**with_cache(peak, engine.new_cache()))
         kept = engine.stats.device_kv_bytes
     for_a_moment = 2 * SMALL_BYTES + dense.LOGITS_BYTES  # a layer's sketch and rows in the making
     assert ours - (bare - layer_bytes) <= 2 * layer_bytes + kept + for_a_moment < layers * layer_bytes
@@ -368,7 +369,7 @@ def test_an_interrupted_prefill_leaves_what_was_there(ids, monkeypatch, prefetch
         monkeypatch.setattr(torch, "stack", stack)
         sleep(2e8)
         with pytest.raises(KeyboardInterrupt):
-            model(prompt[:, 600:], past_key_values=cache)
+            model(prompt[:, 600:], **with_cache(model, cache))
         monkeypatch.undo()
         torch.cuda.synchronize()
         for layer, kept in zip(cache.layers, before, strict=True):

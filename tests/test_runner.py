@@ -35,6 +35,7 @@ from attention_predictor.eval.subject import Subject
 from attention_predictor.eval.variants import AUTO, make_variants
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.errors import ConfigError, ContextLengthError, DataError
 
 ONE_THREAD = dict(os.environ) | {
@@ -420,7 +421,7 @@ class TestSubject:
         tokens = Subject(model, None).generate(prompt, 8)
         cache, expected, token = DynamicCache(), [], torch.tensor([prompt])
         for _ in range(8):
-            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
             expected.append(token.item())
         assert tokens == expected
         first = expected.index(expected[3])

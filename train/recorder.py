@@ -19,6 +19,7 @@ from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.layer import TieredLayer
 from attention_predictor.offload.policies import LayerSpec, Policy, Step, register
 from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.predictor.errors import ConfigError
 from attention_predictor.train.shards import Record
@@ -115,11 +116,11 @@ def record(model: PreTrainedModel, excerpt: Excerpt, config: OffloadConfig) -> I
 def _decoded(model: PreTrainedModel, engine: Engine, excerpt: Excerpt, first: int) -> Iterator[Record]:
     """Records of tails decoded together, their sequences counted from ``first``."""
     cache = engine.new_cache()
-    model(torch.tensor([excerpt.prompt], device=model.device), past_key_values=cache, logits_to_keep=1)
+    model(torch.tensor([excerpt.prompt], device=model.device), **with_cache(model, cache), logits_to_keep=1)
     tails_BQ = torch.tensor(excerpt.tails, device=model.device)
     cache.batch_repeat_interleave(len(excerpt.tails))
     for part_BQ in tails_BQ.split(1 if engine.config.policy == SparseRecorder.name else tails_BQ.shape[1], dim=1):
-        model(part_BQ, past_key_values=cache, logits_to_keep=1)
+        model(part_BQ, **with_cache(model, cache), logits_to_keep=1)
     for layer in cache.layers:
         if not isinstance(layer, TieredLayer):
             continue

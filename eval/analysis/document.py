@@ -25,6 +25,7 @@ from attention_predictor.offload.dense import ScoreRows
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.query_similarity import query_similarity
 from attention_predictor.offload.selection import Selection
+from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.base import PROMPT_ROWS, AttentionPredictor
 
 DIGITS = 6
@@ -55,10 +56,10 @@ def analyse(engine: Engine, excerpt: Excerpt, judgement: Judgement) -> dict[str,
     """
     model, cache, found = engine.model, engine.new_cache(), _Findings(judgement)
     with watching(model, cache, found.see_prompt):
-        model(torch.tensor([excerpt.prompt], device=model.device), past_key_values=cache, logits_to_keep=1)
+        model(torch.tensor([excerpt.prompt], device=model.device), **with_cache(model, cache), logits_to_keep=1)
     cache.batch_repeat_interleave(len(excerpt.tails))
     with watching(model, cache, found.see_steps):
-        model(torch.tensor(excerpt.tails, device=model.device), past_key_values=cache, logits_to_keep=1)
+        model(torch.tensor(excerpt.tails, device=model.device), **with_cache(model, cache), logits_to_keep=1)
     return {
         "rows": found.rows,
         "wavelengths": {str(layer): values for layer, values in found.wavelengths.items()},

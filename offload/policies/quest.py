@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attention_predictor.offload.policies.base import LayerSpec, Policy, ReadKeys, Step, When
@@ -21,26 +22,58 @@ from attention_predictor.predictor.errors import IntegrityError
 
 
 class KeyBounds:
-    """Smallest and largest key element of each block and channel, on the device."""
+    """Smallest and largest key element of each block and channel, on the device.
+
+    Written in place, in room that doubles: outside of inference mode, whose tensors could not be written to elsewhere.
+    """
 
     def __init__(self, spec: LayerSpec) -> None:
         self.block_size = spec.config.block_size
         self.length = 0
-        self.low_BGND = torch.empty((spec.batch, spec.kv_heads, 0, spec.head_dim), dtype=spec.dtype, device=spec.device)
-        self.high_BGND = self.low_BGND.clone()
+        self._room_2BGND = torch.empty(
+            (2, spec.batch, spec.kv_heads, 0, spec.head_dim), dtype=spec.dtype, device=spec.device
+        )
 
+    @property
+    def low_BGND(self) -> Tensor:
+        """The smallest elements."""
+        return self._room_2BGND[0, :, :, : self.n_blocks]
+
+    @property
+    def high_BGND(self) -> Tensor:
+        """The largest elements."""
+        return self._room_2BGND[1, :, :, : self.n_blocks]
+
+    @property
+    def n_blocks(self) -> int:
+        return -(-self.length // self.block_size)
+
+    @torch.no_grad()
     def extend(self, key_BGTD: Tensor) -> None:
         """Take new keys; they first fill up the last block."""
-        free = min(-self.length % self.block_size, key_BGTD.shape[2])
+        T, last = key_BGTD.shape[2], self.n_blocks - 1
+        free = min(-self.length % self.block_size, T)
+        self.length += T
+        self._reserve(self.n_blocks)
+        low_BGND, high_BGND = self._room_2BGND
         if free:
             head_BGTD = key_BGTD[:, :, :free]
-            self.low_BGND[:, :, -1] = torch.minimum(self.low_BGND[:, :, -1], head_BGTD.amin(2))
-            self.high_BGND[:, :, -1] = torch.maximum(self.high_BGND[:, :, -1], head_BGTD.amax(2))
-        rest = key_BGTD[:, :, free:].split(self.block_size, dim=2) if key_BGTD.shape[2] > free else ()
-        if rest:
-            self.low_BGND = torch.cat([self.low_BGND, torch.stack([block.amin(2) for block in rest], 2)], 2)
-            self.high_BGND = torch.cat([self.high_BGND, torch.stack([block.amax(2) for block in rest], 2)], 2)
-        self.length += key_BGTD.shape[2]
+            low_BGND[:, :, last] = torch.minimum(low_BGND[:, :, last], head_BGTD.amin(2))
+            high_BGND[:, :, last] = torch.maximum(high_BGND[:, :, last], head_BGTD.amax(2))
+        whole = (T - free) // self.block_size
+        blocks_BGNTD = key_BGTD[:, :, free : free + whole * self.block_size].unflatten(2, (whole, self.block_size))
+        low_BGND[:, :, last + 1 : last + 1 + whole] = blocks_BGNTD.amin(3)
+        high_BGND[:, :, last + 1 : last + 1 + whole] = blocks_BGNTD.amax(3)
+        if free + whole * self.block_size < T:
+            tail_BGTD = key_BGTD[:, :, free + whole * self.block_size :]
+            low_BGND[:, :, last + 1 + whole] = tail_BGTD.amin(2)
+            high_BGND[:, :, last + 1 + whole] = tail_BGTD.amax(2)
+
+    def _reserve(self, blocks: int) -> None:
+        more = max(blocks, 2 * self._room_2BGND.shape[3]) - self._room_2BGND.shape[3]
+        if blocks > self._room_2BGND.shape[3]:
+            with torch.inference_mode(False):
+                self._room_2BGND = F.pad(self._room_2BGND, (0, 0, 0, more))
 
     def bound(self, query_BHD: Tensor) -> Tensor:
         """``[B, G, N]`` largest logit any key within the bounds could have, over the query heads of a KV head."""
@@ -52,23 +85,21 @@ class KeyBounds:
         return (high + low).amax(2)
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
-        whole = length // self.block_size
-        self.low_BGND, self.high_BGND = self.low_BGND[:, :, :whole], self.high_BGND[:, :, :whole]
-        self.length = whole * self.block_size
+        self.length = length // self.block_size * self.block_size
         if length > self.length:
             self.extend(read_keys(self.length, length).to(self.low_BGND.device))
 
     def index(self, batch_index: Tensor) -> None:
-        self.low_BGND, self.high_BGND = self.low_BGND[batch_index], self.high_BGND[batch_index]
+        with torch.inference_mode(False):
+            self._room_2BGND = self._room_2BGND[:, batch_index]
 
     @property
     def nbytes(self) -> int:
-        return self.low_BGND.nbytes + self.high_BGND.nbytes
+        return self._room_2BGND.nbytes
 
     def check_integrity(self) -> None:
-        blocks = -(-self.length // self.block_size)
-        if self.low_BGND.shape != self.high_BGND.shape or self.low_BGND.shape[2] != blocks:
-            raise IntegrityError(f"key bounds of {self.low_BGND.shape[2]} blocks: expected {blocks}")
+        if self._room_2BGND.shape[3] < self.n_blocks:
+            raise IntegrityError(f"room for key bounds of {self._room_2BGND.shape[3]} blocks: expected {self.n_blocks}")
         if not bool((self.low_BGND <= self.high_BGND).all()):
             raise IntegrityError("key bounds: a low bound is above its high bound")
 

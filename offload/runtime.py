@@ -1,0 +1,80 @@
+"""Runtime: what all caches of one engine share. Layers know it, and not the engine or the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.host_memory import HostMemory
+from attention_predictor.offload.prefetch import Prefetcher
+from attention_predictor.offload.room import Room
+from attention_predictor.offload.selection import Budget
+from attention_predictor.offload.stats import DeviceCounts, Stats
+from attention_predictor.predictor.errors import AttachError
+from attention_predictor.predictor.model import AttentionPredictor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, kw_only=True)
+class Runtime:
+    """Settings, figures, host memory and the prefetcher of an engine.
+
+    Attributes:
+        text_config: The settings of the model's language model.
+        predictor: ``None`` for policies without one.
+        layers: Of the language model, tiered or not.
+        first_budgets: Tokens that a step may attend to in each tiered layer, until a prompt decides otherwise.
+        stats: Without what captured steps have counted on the device since it was last read (``counts``).
+        open: Until the engine is detached.
+    """
+
+    config: OffloadConfig
+    text_config: PreTrainedConfig
+    device: torch.device
+    predictor: AttentionPredictor | None
+    layers: int
+    first_budgets: Mapping[int, Budget]
+    prefetcher: Prefetcher
+    room: Room
+    stats: Stats
+    counts: DeviceCounts
+    open: bool = False
+
+    @property
+    def tiered_layers(self) -> frozenset[int]:
+        """Numbers of the layers whose cache is in host memory."""
+        return frozenset(self.first_budgets)
+
+    @property
+    def memory(self) -> HostMemory:
+        """What lends host memory to the caches."""
+        return self.room.memory
+
+    def check_open(self) -> None:
+        """Raise ``AttachError`` if the engine is detached."""
+        if not self.open:
+            raise AttachError("this engine is detached from its model; attach again")
+
+    def is_first(self, number: int) -> bool:
+        """Whether this is the layer by which steps are counted."""
+        return number == min(self.first_budgets)
+
+    def note_fallback(self, message: str) -> None:
+        """Something runs otherwise than asked for: logged once, counted in ``stats.fallbacks``."""
+        if message not in self.stats.fallbacks:
+            logger.warning(message)
+        self.stats.fallbacks[message] += 1
+
+    def close(self) -> None:
+        """End the prefetcher, and give host memory back as caches die."""
+        self.prefetcher.close()
+        self.memory.close()
+
+    def __deepcopy__(self, memo: dict) -> Runtime:
+        return self  # a copied cache belongs to the same engine
