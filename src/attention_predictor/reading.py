@@ -40,7 +40,12 @@ def decoded(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"cannot read {name}: not UTF-8 text (line {data.count(10, 0, error.start) + 1})") from error
+        raise DataError(f"cannot read {name}: {_not_utf8(data, error)}") from error
+
+
+def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
+    line = data.count(b"\n", 0, error.start) + 1
+    return f"not UTF-8 text (line {line})"
 
 
 def read_json(path: Path) -> Any:
@@ -49,7 +54,11 @@ def read_json(path: Path) -> Any:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: not readable as JSON: {error.strerror or error}") from error
-    return parse_json(decoded(data, str(path)), str(path))
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not readable as JSON: {_not_utf8(data, error)}") from error
+    return parse_json(text, str(path))
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Row]]:

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--documents", whole(1), None, what)
     add("--out", type=Path, required=True, metavar="DIR", help="directory of the recording")
     add_option(parser, "--max-tokens", whole(), 8192, "tokens a document")
-    steps = whole(also=(f"more than {PROMPT_ROWS}", lambda value: value > PROMPT_ROWS))
+    steps = whole(also=(f"--steps above {PROMPT_ROWS}", lambda value: value > PROMPT_ROWS))
     add_option(parser, "--steps", steps, 256, "last tokens to record")
     add("--rows", choices=ROWS, default="sparse", help="what a predictor is shown (%(default)s)")
     add("--predictor", default="ema", metavar="P", help="that selects for sparse rows (%(default)s)")

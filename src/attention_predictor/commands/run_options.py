@@ -48,7 +48,7 @@ def check(args: argparse.Namespace) -> None:
     check_model_arguments(args)
     rules = rules_of(args)
     check_names(rules, "policies must differ in name")
-    check_variants(rules)
     for rule in rules:
         for budget in budgets_of(args):
             rule.config(budget, prefetch=args.prefetch)
+    check_variants(rules)
