@@ -21,7 +21,7 @@ from attention_predictor.eval.trial import Workload, steps_within, try_way
 from attention_predictor.eval.way import FLOOR, FLOOR_CONTEXT, WAYS
 from attention_predictor.eval.ways import choose
 from attention_predictor.loading import DTYPES, find_device, load_model
-from attention_predictor.offload.engine import check_positions
+from attention_predictor.offload.forwards import check_positions
 from attention_predictor.predictor.errors import ConfigError
 from attention_predictor.progress import Progress
 from attention_predictor.sizes import size_text

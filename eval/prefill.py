@@ -18,7 +18,7 @@ from attention_predictor.eval.shapes import random_model, shape_config
 from attention_predictor.eval.way import PREFILLS, STOCK, Way
 from attention_predictor.eval.ways import does_not_fit, opened
 from attention_predictor.loading import DTYPES, find_device, load_model
-from attention_predictor.offload.engine import check_positions
+from attention_predictor.offload.forwards import check_positions
 from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.errors import HostMemoryError, one_line
 from attention_predictor.progress import Progress
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.ways.split(",")]
     device = find_device(args.device)
     ways = [PREFILLS[name] for name in names if device.type == "cuda" or not PREFILLS[name].needs_gpu]
-    model = _model(args, device)
+    model = random_or_loaded(args, device, args.context)
     ids_BT = _prompt(model, args)
 
     rows = []
@@ -107,15 +107,16 @@ def _moved_by_offloading(cache: Cache, length: int, chunk: int) -> int:
     return token_bytes * (sum(lengths) + sum(lengths[:-1]))
 
 
-def _model(args: argparse.Namespace, device: torch.device) -> PreTrainedModel:
+def random_or_loaded(args: argparse.Namespace, device: torch.device, tokens: int) -> PreTrainedModel:
+    """A random model of ``--shape``, or ``--model``, with positions for so many tokens."""
     if args.shape is None:
         model = load_model(args.model, args.device, args.dtype)
-        check_positions(model.config.get_text_config(decoder=True), args.context)
+        check_positions(model.config.get_text_config(decoder=True), tokens)
         return model
     dtype = DTYPES[args.dtype]
     if not isinstance(dtype, torch.dtype):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return random_model(shape_config(args.shape, args.context), device, dtype, args.seed)
+    return random_model(shape_config(args.shape, tokens), device, dtype, args.seed)
 
 
 def _prompt(model: PreTrainedModel, args: argparse.Namespace) -> Tensor:

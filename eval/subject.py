@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from attention_predictor.offload.engine import Engine, check_positions
+from attention_predictor.offload.engine import Engine
+from attention_predictor.offload.forwards import check_positions
 from attention_predictor.offload.versions import with_cache
 
 

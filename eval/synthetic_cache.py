@@ -84,7 +84,7 @@ def tap_queries(model: PreTrainedModel, ids_1Q: Tensor, first: int) -> list[Quer
         cache = engine.new_cache()
         if len(engine.tiered_layers) < len(cache.layers):
             raise ConfigError(f"--synthetic: {type(model).__name__} has layers that don't attend to the whole context")
-        taps = [QueryTap(engine, number) for number in range(len(cache.layers))]
+        taps = [QueryTap(engine.runtime, number) for number in range(len(cache.layers))]
         cache.layers = list(taps)
         position_1Q = torch.arange(first, first + ids_1Q.shape[1], device=ids_1Q.device)[None]
         model(ids_1Q, **with_cache(model, cache), position_ids=position_1Q, logits_to_keep=1)

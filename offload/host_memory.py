@@ -50,7 +50,8 @@ class Segment:
             self.ready: Future[None] = workers().submit(self._make, pin_for)
         else:
             self.ready = Future()
-            self.ready.set_result(self._make(pin_for))
+            self._make(pin_for)
+            self.ready.set_result(None)
 
     def take(self, start: int, nbytes: int) -> None:
         """Take the first bytes of the free span that begins at ``start``."""
@@ -86,7 +87,7 @@ class Segment:
         address, portable = self.bytes.data_ptr(), 1  # portable: pinned for every device
         code = int(torch.cuda.cudart().cudaHostRegister(address, self.nbytes, portable))
         if code:
-            self.refusal = torch.cuda.cudart().cudaGetErrorString(torch.cuda.CudaError.cudaError(code))
+            self.refusal = str(torch.cuda.CudaError(code))
             return
         self.pinned = True
         # Also for a segment that nobody closes: memory that went back to the system pinned could not be pinned again.

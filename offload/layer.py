@@ -219,24 +219,25 @@ class TieredLayer(CacheLayerMixin):
 
     # Set by the base class, and read by models that look into their cache instead of calling `update`.
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
-        return self._read("keys")
+    def keys(self) -> Tensor | None:
+        return self._not_there("keys")
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
         self._refuse("keys", value)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        return self._read("values")
+    def values(self) -> Tensor | None:
+        return self._not_there("values")
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
         self._refuse("values", value)
 
-    def _read(self, name: str) -> None:
+    def _not_there(self, name: str) -> Tensor | None:
         if self.is_initialized:
             self._refuse(name, name)
+        return None
 
     def _refuse(self, name: str, value: object) -> None:
         if value is not None:

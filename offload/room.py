@@ -106,8 +106,9 @@ def expected_shapes(
     """The shapes of layers before any tensor is there, by their attention modules and the model's settings."""
     modules: dict[int, nn.Module] = {}
     for module in model.modules():
-        if hasattr(module, "layer_idx") and isinstance(getattr(module, "head_dim", None), int):
-            modules.setdefault(module.layer_idx, module)
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int) and isinstance(getattr(module, "head_dim", None), int):
+            modules.setdefault(number, module)
     return {number: _expected(modules.get(number), config, number, itemsize) for number in layers}
 
 

@@ -28,12 +28,12 @@ def cache_argument(forward: Callable[..., Any]) -> str | None:
 
 def with_cache(model: nn.Module, cache: Cache) -> dict[str, Cache]:
     """The argument that gives the model a cache: ``model(ids, **with_cache(model, cache))``."""
-    return {_argument_of(type(model)): cache}
+    return {_argument_of(type(model).forward): cache}
 
 
 @functools.cache
-def _argument_of(kind: type[nn.Module]) -> str:
-    return cache_argument(kind.forward) or CACHE_NAMES[0]
+def _argument_of(forward: Callable[..., Any]) -> str:
+    return cache_argument(forward) or CACHE_NAMES[0]
 
 
 def cache_of(output: ModelOutput) -> Cache | None:

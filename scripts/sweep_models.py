@@ -97,10 +97,10 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
     "mamba2": {"num_heads": 4, "head_dim": 16, "hidden_size": 32},
-    **dict.fromkeys(
-        ("glm4v_text", "glm4v_moe_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text"),
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
-    ),
+    **{
+        f"{name}_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+        for name in ("glm4v", "glm_ocr", "qwen2_vl", "qwen2_5_vl")
+    },
 }
 
 

@@ -518,7 +518,7 @@ def test_budgets_of_another_number_of_layers():
         attach(model, OffloadConfig(**SMALL, budget_allocation=[96, 80, 112]))
     assert model.config._attn_implementation == before
     with attach(model, OffloadConfig(**SMALL, budget_allocation=[96], skip_layers=[0])) as engine:
-        assert engine.first_budgets == {1: 96}
+        assert engine.runtime.first_budgets == {1: 96}
 
 
 def test_budgets_of_another_number_of_heads():

@@ -73,7 +73,10 @@ def test_flashinfer_is_asked_for_where_it_can_be(capsys: pytest.CaptureFixture[s
         (["gather", "--blocks", "0"], "--blocks 0: expected at least 1"),
         (["predictor", "--tokens", "16"], "--tokens 16: expected at least 144"),
         (["predictor", "--layers", "0"], "--layers 0: expected at least 1"),
-        (["decode", "--steps", "0"], "--steps and --batch must be at least 1"),
+        (["decode", "--steps", "0"], "--steps 0: expected at least 1"),
+        (["decode", "--batch", "0"], "--batch 0: expected at least 1"),
+        (["requests", "--new-tokens", "0"], "--new-tokens 0: expected at least 1"),
+        (["requests", "--ways", "ours,theirs"], "--ways theirs: expected some of ours, device"),
         (["decode", "--context", "300", "--steps", "400"], "--context 300: expected at least 409, for the 408 steps"),
         (
             ["decode", "--synthetic", "--context", "80", "--steps", "9"],

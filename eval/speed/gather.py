@@ -13,6 +13,7 @@ from attention_predictor.csrc import ops
 from attention_predictor.eval.speed.options import BLOCK, checked, show
 from attention_predictor.eval.speed.stopwatch import Call, timed
 from attention_predictor.offload.block_pool import BlockPool
+from attention_predictor.offload.host_memory import HostMemory
 from attention_predictor.offload.host_store import HostStore, gather_reference
 from attention_predictor.progress import Progress
 
@@ -29,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
         "block_size": BLOCK,
         "dtype": dtype,
     }
-    store = HostStore(**shape, pin=device.type == "cuda")
+    store = HostStore(**shape, memory=HostMemory(device if device.type == "cuda" else None))
     for start in range(0, args.context, CHUNK):
         tokens = min(CHUNK, args.context - start)
         store.append(*torch.randn(2, args.batch, args.kv_heads, tokens, args.head_dim, dtype=dtype))

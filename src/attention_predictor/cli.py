@@ -44,14 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             args = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
-            name = args.prog
+            name = f"attnpred {args.command}"
             args.check(args)
             return _implementation(args.implementation)(args) or 0
         finally:
             if sys.stdout is not None:  # it may be closed
                 sys.stdout.flush()  # or what can't be written would be found out when all is over
     except OptionError as error:
-        return _failed(error.prog, str(error), BAD_INPUT)
+        return _failed(" ".join(error.prog.split()[:2]), str(error), BAD_INPUT)
     except AttentionPredictorError as error:
         return _failed(name, str(error), BAD_INPUT)
     except BrokenPipeError:

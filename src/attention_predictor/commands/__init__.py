@@ -44,6 +44,7 @@ EVAL = {
 BENCH = {
     "decode": Command("whole steps of a model, against the stock caches", "eval.decode"),
     "prefill": Command("the prefill of a long prompt, against the stock caches", "eval.prefill"),
+    "requests": Command("requests one after another: first token, memory", "eval.requests"),
     "attention": Command("one token over the blocks of a pool", "eval.speed.attention"),
     "sketch": Command("scores of all blocks by the key sketch", "eval.speed.sketch"),
     "predictor": Command("scores of all blocks for the next token", "eval.speed.predictor"),
@@ -76,7 +77,6 @@ def add_commands(parser: Parser, commands: Mapping[str, Command], words: tuple[s
             continue
         declared.add_arguments(one)
         one.set_defaults(
-            prog=one.prog,
             check=getattr(declared, "check", _nothing),
             implementation=f"attention_predictor.{command.main}",
         )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from attention_predictor.arguments import add_model_arguments, add_option, check_dtype, check_model_name
+from attention_predictor.arguments import DTYPE_NAMES, add_model_arguments, add_option, check_model_name
 from attention_predictor.eval.named_shapes import SHAPES, check_shape
 from attention_predictor.kinds import whole
 from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.predictor.errors import ConfigError
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,5 +27,6 @@ def check_shape_arguments(args: argparse.Namespace) -> None:
         check_shape(args.shape)
     else:
         check_model_name(args.model)
-    check_dtype(args.dtype)
+    if args.dtype not in DTYPE_NAMES:
+        raise ConfigError(f"--dtype {args.dtype}: expected one of {', '.join(DTYPE_NAMES)}")
     OffloadConfig(budget=args.budget)
