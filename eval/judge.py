@@ -128,7 +128,8 @@ def judge(
         return cell
     with attach(model, rule.config(budget, measure_recovery=measure_recovery)) as engine:
         for case in cases:
-            before = engine.stats.relative_recovery_sum, engine.stats.recovery_count
+            stats = engine.stats
+            before = stats.relative_recovery_sum, stats.recovery_count
             _decode(model, case, engine.new_cache(), cell)
             stats = engine.stats  # anew: to ask is to count what captured steps have done since
             if stats.recovery_count > before[1]:

@@ -50,7 +50,7 @@ def summary(metrics: dict[str, Any], options: TrainOptions, out: str) -> str:
         lines.append(f"{name:{width}}" + "".join(f"{percent:8.2f}" for percent in percents))
     done = f"{metrics['steps']} of {options.steps} steps"
     again = "; --resume goes on" if metrics["interrupted"] else ""
-    return "\n".join([*lines, f"saved to {out}, after {done}: {CARD_FILE} has the command{again}"])
+    return "\n".join([*lines, f"after {done}{again}; saved to {out}"])
 
 
 def card(facts: dict[str, Any], options: TrainOptions, data: str, out: str) -> str:

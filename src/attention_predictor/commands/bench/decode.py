@@ -25,7 +25,8 @@ examples:
   attnpred bench decode --shape llama-3.1-8b --context 131072 --budget 1024 \\
       --batch 1 --synthetic --json
   attnpred bench decode --shape llama-3.1-8b --synthetic \\
-      --contexts 1024,8192,32768,131072 --out runs/h200.jsonl --plot runs/h200.png
+      --contexts 1024,8192,32768,131072 --out runs/h200.jsonl \\
+      --plot runs/h200.png
 """
 
 from __future__ import annotations

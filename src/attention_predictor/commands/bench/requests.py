@@ -10,7 +10,8 @@ takes the first request of each way in a process of its own, where nothing is wa
 examples:
   attnpred bench requests --context 4096 --requests 5
   attnpred bench requests --shape llama-3.1-8b --context 32768 --requests 20
-  attnpred bench requests --shape llama-3.1-8b --context 131072 --requests 3 --fresh
+  attnpred bench requests --shape llama-3.1-8b --context 131072 \\
+      --requests 3 --fresh
 """
 
 from __future__ import annotations
