@@ -95,7 +95,7 @@ def fit(
         run = {name: state[name] for name in run}
     quiet = not (progress and accelerator.is_main_process)
     # A damaged shard is found now, not hours into the run. Held-out documents last: they are judged by next.
-    with Progress("reading", len(dataset.documents), "documents", quiet=quiet) as reading:
+    with Progress("reading", len(dataset.documents), "documents", ends=False, quiet=quiet) as reading:
         for document in [*training, *held_out]:
             cache.load(document)
             reading.update()

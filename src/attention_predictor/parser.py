@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import textwrap
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -59,6 +60,14 @@ class Parser(argparse.ArgumentParser):
         if self.commands is not None and getattr(found, self.commands[0]) is None:
             self.error(f"the following arguments are required: {self.commands[1]}")
         return found, left
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Not as argparse, which takes no notice of help that can't be written."""
+        try:
+            (file or sys.stderr).write(message)
+        except OSError:
+            if file is sys.stdout:
+                raise
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")

@@ -23,6 +23,7 @@ class Progress:
         total: How many units there are.
         unit: What they are called, in the plural.
         done: Of these, how many were done before.
+        ends: Whether to say a line at the end; not of what others only wait for, where it takes no time.
         quiet: Say nothing, as processes do that are not the main one.
         stream: Standard error, if ``None``.
         clock: Seconds.
@@ -35,13 +36,14 @@ class Progress:
         unit: str,
         *,
         done: int = 0,
+        ends: bool = True,
         quiet: bool = False,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, done
         self.figures: dict[str, str] = {}
-        self._first, self._quiet, self._clock = done, quiet, clock
+        self._first, self._ends, self._quiet, self._clock = done, ends, quiet, clock
         self._stream = sys.stderr if stream is None else stream
         self._bar: Any = None
         self._ended = False
@@ -90,7 +92,7 @@ class Progress:
         self._ended = True
         if self._bar is not None:
             self._on_bar(self._bar.close)
-        elif finished and self.done > self._first:
+        elif finished and self._ends and self.done > self._first:
             self._say()
 
     def __enter__(self) -> Progress:

@@ -15,7 +15,8 @@ questions and answers stand. Documents already recorded are skipped, so an inter
 examples:
   attnpred record --data texts/ --out runs/histories
   attnpred record --model meta-llama/Llama-3.1-8B --dtype bfloat16 \\
-      --data prompts.jsonl --max-tokens 32768 --budgets 512,1024 --out runs/llama
+      --data prompts.jsonl --max-tokens 32768 --budgets 512,1024 \\
+      --out runs/llama
   attnpred record --data texts/ --block-size 32 --out runs/blocks-of-32
   attnpred record --data OWNER/NAME:test --documents 50 --out runs/books
   accelerate launch --num_processes 4 -m attention_predictor.cli record \\
