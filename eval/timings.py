@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_predictor.predictor.errors import ConfigError, DataError
-from attention_predictor.reading import parse_json, read_text
+from attention_predictor.reading import parse_row, read_text
 from attention_predictor.writing import json_bytes, write_atomically, writing
 
 
@@ -49,7 +49,7 @@ class TimingsFile:
         whole = text[: text.rfind("\n") + 1]
         try:
             lines = enumerate(whole.split("\n")[:-1], 1)
-            first, *self.rows = (parse_json(line, f"{path}, line {number}") for number, line in lines)
+            first, *self.rows = (parse_row(line, f"{path}, line {number}") for number, line in lines)
             found = first["settings"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"--out {path} is not a file of timings: {error!r}") from error

@@ -110,17 +110,21 @@ class OffloadConfig:
     sink: int = setting(64, whole(), "first tokens, always attended to")
     recent: int = setting(64, whole(), "last tokens, always attended to")
     history: int = setting(64, whole(1), "prompt queries whose scores start the history")
-    policy: str = setting("predictor", one_of(policy_names), "who selects the blocks")
+    policy: str = setting(
+        "predictor", one_of(policy_names), f"who selects the blocks: one of {', '.join(policy_names())}"
+    )
     predictor: str = setting(
         "default",
         text("a name or a directory", "P"),
         "default, a directory that train wrote, or a rule: last, ema, mean",
     )
     calibration: str = setting(
-        "sketch", one_of(CALIBRATIONS), "how the scores of blocks that were not attended to are learned"
+        "sketch",
+        one_of(CALIBRATIONS),
+        f"how scores of blocks that were not attended to are learned: one of {', '.join(CALIBRATIONS)}",
     )
     calibration_interval: int = setting(5, whole(1), "steps from one exact calibration to the next")
-    sketch_bits: int = setting(2, one_of(SKETCH_BITS, "int"), "bits of a key element in the sketch")
+    sketch_bits: int = setting(2, one_of(SKETCH_BITS, "int"), "bits of a key element in the sketch: 1, 2, 4 or 8")
     late_fetch: float = setting(
         0.25, _SHARE, "share of the budget that may be fetched within a step: 0 none, 1 all that the sketch chooses"
     )
@@ -128,7 +132,7 @@ class OffloadConfig:
     prefetch: str = setting(
         AUTO,
         one_of(PREFETCHERS),
-        "auto: steps captured as CUDA graphs where they can be, else a thread; none: within the step",
+        "auto: steps captured as CUDA graphs where they can be, else thread; graph, thread, or none: within the step",
     )
     compile: bool = setting(
         False, flag(), "compile the model's layers for captured steps: faster, after a minute's wait"

@@ -161,6 +161,14 @@ class TestMistyped:
                 ("generate", "--promt", "x"),
                 "attnpred generate: unrecognized arguments: --promt x; did you mean --prompt?",
             ),
+            (
+                ("eval", "needle", "--data", "x", "--ot", "y"),
+                "attnpred eval needle: unrecognized arguments: --ot y; did you mean --out?",
+            ),
+            (
+                ("train", "--dta=x", "--out", "y", "--resume"),
+                "attnpred train: unrecognized arguments: --dta=x; did you mean --data?",
+            ),
             (("trian",), "attnpred: argument COMMAND: invalid choice: 'trian'"),
             (("eval", "nedle"), "attnpred eval: argument SUBCOMMAND: invalid choice: 'nedle'"),
             (("eval", "needle"), "attnpred eval needle: the following arguments are required: --out, --data"),

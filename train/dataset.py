@@ -231,7 +231,10 @@ def read_meta_file(path: Path) -> dict[str, Any]:
     missing = [name for name in (*IDENTITY, "documents") if name not in meta]
     entries = meta.get("documents")
     whole = isinstance(entries, dict) and all(
-        isinstance(entry, dict) and {"shard", "bytes", "records"} <= entry.keys() for entry in entries.values()
+        isinstance(entry, dict)
+        and isinstance(entry.get("shard"), str)
+        and all(kinds.is_whole(entry.get(name)) for name in ("bytes", "records"))
+        for entry in entries.values()
     )
     if missing or not whole:
         raise DataError(f"{path}: not the meta of a recording, lacks {', '.join(missing) or 'shard entries'}")

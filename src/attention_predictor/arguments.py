@@ -29,7 +29,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default=AUTO, help=f"one of {', '.join(DTYPE_NAMES)}; auto is the model's, float32 on a CPU"
     )
-    add_option(parser, "--seed", whole(), 0, "of everything random")
+    add_option(parser, "--seed", whole(), 0, "seed of everything random")
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

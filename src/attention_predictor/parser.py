@@ -46,9 +46,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": HelpFormatter} | options)
+        self._given: list[str] = []  # the words that are parsed
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Also refuses what is left over, here, where the command whose help tells more is known."""
+        self._given = list(sys.argv[1:] if args is None else args)
         try:
             found, left = super().parse_known_args(args, namespace)
         except OptionError:  # of a command of this group
@@ -70,7 +72,23 @@ class Parser(argparse.ArgumentParser):
                 raise
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required") and (left := self._unknown()):
+            message = f"unrecognized arguments: {' '.join(left)}{self._meant(left)}"  # what is missing may be there
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+    def _unknown(self) -> list[str]:
+        """Options among the words given that this command doesn't have, each with its value."""
+        if self.commands is not None:
+            return []  # they may be a subcommand's
+        known, found, follows = list(self._option_string_actions), list[str](), False
+        for word in self._given:
+            if word.startswith("--") and " " not in word:
+                follows = not any(option.startswith(word.partition("=")[0]) for option in known)
+            elif word.startswith("-"):
+                follows = False
+            if follows:
+                found.append(word)
+        return found
 
     def _meant(self, left: Sequence[str]) -> str:
         """The option that was meant, where one of a similar name exists."""

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
     add_option(parser, "--max-new-tokens", whole(1), 128, "longest answer, in tokens")
-    add_option(parser, "--temperature", number("0 or more", lambda value: value >= 0), 0.0, "of sampling; 0: greedy")
+    add_option(parser, "--temperature", number("0 or more", lambda value: value >= 0), 0.0, "of sampling; 0 is greedy")
     add("--no-offload", action="store_true", help="run the stock model with its whole cache")
     add("--recovery", action="store_true", help="measure recovery at every step, as --measure-recovery 1")
     add("--json", action="store_true", help="print one JSON object: text, tokens, prompt_tokens, stats")

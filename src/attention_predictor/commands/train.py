@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("steps", "optimiser steps"),
         ("batch", "records (layer, KV head) a step"),
         ("lr", "largest learning rate"),
-        ("seed", "of everything random"),
+        ("seed", "seed of everything random"),
         ("val_fraction", "share held out where DIR names none"),
         ("log_every", "steps between validations"),
     ):

@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser, *numbers: str) -> None:
     for name in (*numbers, "repeats"):
         default, line = NUMBERS[name]
         add_option(parser, f"--{name}", whole(1), default, line)
-    add_option(parser, "--seed", whole(), 0, "of everything random")
+    add_option(parser, "--seed", whole(), 0, "seed of everything random")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(numbers=[name.replace("-", "_") for name in (*numbers, "repeats")])
 
