@@ -13,8 +13,6 @@
 //
 // Warps, then splits over the slots, are merged by log-sum-exp (as in FlashDecoding); the last split to arrive merges them.
 
-#include <type_traits>
-
 #include "attention.h"
 #include "device.cuh"
 
@@ -74,7 +72,7 @@ __device__ __forceinline__ uint32_t pack(E low, E high) {
 
 template <typename E>
 __device__ __forceinline__ void multiply_as(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    if constexpr (std::is_same_v<E, __half>) multiply(d, a, b);
+    if constexpr (same<E, __half>) multiply(d, a, b);
     else multiply_bf16(d, a, b);
 }
 
@@ -408,11 +406,8 @@ __device__ __forceinline__ void merge_splits(const SparseDecode &a, const Share 
     }
 }
 
-// Thread blocks that a multiprocessor has registers for; attention.py shares out the slots for as many.
-constexpr int resident(int width) { return width > 128 ? 2 : 4; }
-
 template <typename E, int kWidth, bool kValues>
-__global__ void __launch_bounds__(kWarps *kWarp, resident(kWidth)) attend_slots(const SparseDecode a) {
+__device__ __forceinline__ void attend_slots(const SparseDecode &a) {
     __shared__ Place listed[kWarps][kListed / kWarps];
     __shared__ typename Tile<E, kWidth>::Query query;
     const Share share(a);
@@ -506,35 +501,4 @@ __global__ void __launch_bounds__(kWarps *kWarp, resident(kWidth)) attend_slots(
     }
 }
 
-template <typename E, int kWidth>
-void launch(const SparseDecode &a, cudaStream_t stream) {
-    const int64_t pieces = (a.group + kHeads - 1) / kHeads;
-    const dim3 grid(static_cast<unsigned>(a.splits * pieces), static_cast<unsigned>(a.kv_heads), static_cast<unsigned>(a.batch));
-    const dim3 block(kWarps * kWarp);
-    if (a.value) device::launch(attend_slots<E, kWidth, true>, grid, block, 0, stream, a);
-    else device::launch(attend_slots<E, kWidth, false>, grid, block, 0, stream, a);
-}
-
-template <typename E>
-void choose_width(const SparseDecode &a, cudaStream_t stream) {
-    if (a.head_dim <= 64) launch<E, 64>(a, stream);
-    else if (a.head_dim <= 128) launch<E, 128>(a, stream);
-    else launch<E, 256>(a, stream);
-}
-
 }  // namespace
-
-extern "C" int sparse_decode(const SparseDecode *a, void *stream) {
-    const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    const int64_t splits = a->splits;
-    if (a->head_dim % 8 || a->head_dim > 256 || splits < 1 || splits > kMaxSplits || splits & (splits - 1)) return cudaErrorInvalidValue;
-    for (const void *read : {a->query, a->key, a->value})
-        if (reinterpret_cast<uintptr_t>(read) % 16) return cudaErrorMisalignedAddress;
-    if (a->element == kFloat32) choose_width<float>(*a, cuda_stream);
-    else if (a->element == kFloat16) choose_width<__half>(*a, cuda_stream);
-    else if (a->element == kBFloat16) choose_width<__nv_bfloat16>(*a, cuda_stream);
-    else return cudaErrorInvalidValue;
-    return static_cast<int>(cudaGetLastError());
-}
-
-extern "C" const char *error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

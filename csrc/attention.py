@@ -7,14 +7,18 @@ D head size.
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
 
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import ELEMENTS, address, call, check, threads
+from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, call, check, threads
+from attention_predictor.csrc.kernel import Kernel
+from attention_predictor.csrc.layout import doubles, integers, pointers
 
-MOST_HEAD_DIM = 256  # that the GPU's kernel has room for
+WIDTHS = (64, 128, 256)  # head sizes that the GPU's kernel has room for
+MOST_HEAD_DIM = WIDTHS[-1]
 WARPS, HEADS = 4, 8  # of a thread block: warps, and query heads of a KV head
 MOST_SPLITS = 64  # thread blocks that share a row's slots
 
@@ -23,12 +27,18 @@ class SparseDecode(ctypes.Structure):
     """As in attention.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "block", "real", "sinks", "length_1")),
-        *((name, ctypes.c_void_p) for name in ("out", "peak", "sum", "lse", "partial", "arrived")),
-        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "group", "slots", "tokens", "head_dim")),
-        *((name, ctypes.c_int64) for name in ("length", "splits", "element")),
-        *((name, ctypes.c_double) for name in ("scaling", "softcap")),
+        *pointers("query key value block real sinks length_1 out peak sum lse partial arrived"),
+        *integers("batch kv_heads group slots tokens head_dim length splits element"),
+        *doubles("scaling softcap"),
     ]
+
+
+@functools.cache
+def kernel(dtype: torch.dtype, head_dim: int, values: bool) -> Kernel:
+    """The GPU kernel for a pool of this dtype and head size; without ``values`` it finds scores alone."""
+    width = next(width for width in WIDTHS if head_dim <= width)
+    function = f"attend_slots<{IN_CPP[dtype]}, {width}, {str(values).lower()}>"
+    return Kernel("attention.cu", function, SparseDecode, 32 * WARPS, _at_once(head_dim))
 
 
 def fits(key_BGSTD: Tensor) -> bool:
@@ -75,24 +85,9 @@ def sparse_decode(
     Raises:
         ValueError: An argument's shape, dtype, device or layout; which, what was expected and what was found.
     """
-    run = _operation if torch.compiler.is_compiling() else _sparse_decode
-    arguments = (query_BHD, key_BGSTD, value_BGSTD, block_BGS, length, real_BL, sinks_H, scaling, softcap)
-    return run(*arguments, length_1, arrived_BH)
-
-
-def _sparse_decode(
-    query_BHD: Tensor,
-    key_BGSTD: Tensor,
-    value_BGSTD: Tensor | None,
-    block_BGS: Tensor,
-    length: int,
-    real_BL: Tensor | None,
-    sinks_H: Tensor | None,
-    scaling: float,
-    softcap: float,
-    length_1: Tensor | None,
-    arrived_BH: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        inputs = (query_BHD, key_BGSTD, value_BGSTD, block_BGS, length, real_BL, sinks_H, scaling, softcap)
+        return _operation(*inputs, length_1, arrived_BH)
     B, G, S, T, D = key_BGSTD.shape
     H, dtype, device = query_BHD.shape[1], key_BGSTD.dtype, key_BGSTD.device
     check("query_BHD", query_BHD, (B, H, D), dtype, device)
@@ -115,10 +110,13 @@ def _sparse_decode(
             f"key_BGSTD is {dtype} with a head size of {D}, expected fp32, fp16 or bf16, and a multiple of 8 up to "
             f"{MOST_HEAD_DIM}"
         )
+    if any(read is not None and read.data_ptr() % 16 for read in (query_BHD, key_BGSTD, value_BGSTD)):
+        raise ValueError("query_BHD, key_BGSTD, value_BGSTD: expected addresses that are multiples of 16")
     outputs = out_BHD, peak_BHS, sum_BHS, lse_BH = _outputs(query_BHD, key_BGSTD, value_BGSTD)
     partial = None
     if binding.on_gpu(device):
-        splits = _splits(B * G * -(-H // (G * HEADS)), S, D, device)
+        pieces = -(-H // (G * HEADS))
+        splits = _splits(B * G * pieces, S, D, device)
         if value_BGSTD is not None:
             partial = torch.empty((B, H, splits, D + 4), dtype=torch.float32, device=device)
             if arrived_BH is None:
@@ -130,11 +128,14 @@ def _sparse_decode(
         *map(address, (out_BHD, peak_BHS, sum_BHS, lse_BH, partial, arrived_BH)),
         *(B, G, H // G, S, T, D, length, splits, ELEMENTS[dtype], scaling, softcap),
     )
-    call("sparse_decode", arguments, device)
+    if binding.on_gpu(device):
+        kernel(dtype, D, value_BGSTD is not None).launch(device, (splits * pieces, G, B), arguments)
+    else:
+        call("sparse_decode", arguments)
     return outputs
 
 
-_operation = torch.library.custom_op("attention_predictor::sparse_decode", _sparse_decode, mutates_args=())
+_operation = torch.library.custom_op("attention_predictor::sparse_decode", sparse_decode, mutates_args=())
 
 
 @_operation.register_fake
@@ -151,8 +152,12 @@ def _outputs(query_BHD: Tensor, key_BGSTD: Tensor, value_BGSTD: Tensor | None) -
     return torch.empty_like(query_BHD), peak_BHS, sum_BHS, peak_BHS.new_empty((B, H))
 
 
+def _at_once(head_dim: int) -> int:
+    """Thread blocks that a multiprocessor has registers for."""
+    return 2 if head_dim > 128 else 4
+
+
 def _splits(rows: int, slots: int, head_dim: int, device: torch.device) -> int:
     """Thread blocks for the slots of each row: as many as run at once, and a slot at least for each warp."""
-    at_once = (2 if head_dim > 128 else 4) * binding.multiprocessors(device)  # as many as have registers there
-    most = min(at_once // rows, -(-slots // WARPS), MOST_SPLITS)
+    most = min(_at_once(head_dim) * binding.multiprocessors(device) // rows, -(-slots // WARPS), MOST_SPLITS)
     return 1 << max(most.bit_length() - 1, 0)  # a power of two

@@ -1,7 +1,6 @@
-"""Builds the kernels when they are first used, once per source, compiler and arguments.
+"""Where compiled kernels are kept, and the host's C++ compiler.
 
-They include no torch headers: a build takes seconds, and the library is called through ctypes. It is kept in
-``$ATTENTION_PREDICTOR_CACHE``, else ``attention_predictor`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+The directory is ``$ATTENTION_PREDICTOR_CACHE``, else ``attention_predictor`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 """
 
 from __future__ import annotations
@@ -14,6 +13,9 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from attention_predictor.predictor.errors import BuildError
@@ -21,74 +23,108 @@ from attention_predictor.predictor.errors import BuildError
 SOURCES = Path(__file__).resolve().parent
 # Sums may be reordered, so that they are vectorised; infinities keep their meaning, masks are made of them.
 CPU_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
-SHARED = ("-std=c++17", "-shared")
-SECONDS = 600  # that a build may take
+SECONDS = 600  # that a compiler may take
 logger = logging.getLogger(__name__)
 
 
-@functools.cache
-def library(device: str, capability: tuple[int, int] | None = None) -> ctypes.CDLL:
-    """The kernels for "cpu", or for "cuda" of that compute capability.
+def cpu_library(source: str, text: str, flags: tuple[str, ...] = CPU_FLAGS) -> ctypes.CDLL:
+    """C++ code as a shared library, compiled once per text, source, headers, compiler and flags.
+
+    Args:
+        source: Name of a file beside this module that ``text`` includes.
 
     Raises:
         BuildError: There is no compiler, or it refused; with what it said.
     """
     if os.name != "posix":
-        raise BuildError(f"kernels are built on POSIX systems alone, this is {os.name}")
-    if device == "cuda":
-        assert capability is not None
-        number = "".join(map(str, capability))
-        target = f"arch=compute_{number},code=sm_{number}"
-        compiler = _compiler("nvcc", "CUDACXX", [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin/nvcc", "nvcc"])
-        flags: tuple[str, ...] = ("-O3", *SHARED, "-Xcompiler", "-fPIC", "-gencode", target)
-        sources = sorted(SOURCES.glob("*.cu"))
-    else:
-        compiler = _compiler("a C++ compiler", "CXX", ["c++", "g++", "clang++"])
-        flags = (*CPU_FLAGS, *SHARED, "-fPIC", "-pthread")
-        sources = sorted(SOURCES.glob("*.cpp"))
-    kernels = ctypes.CDLL(str(build(compiler, flags, sources)))
-    kernels.error_text.restype = ctypes.c_char_p
-    return kernels
-
-
-def build(compiler: str, flags: tuple[str, ...], sources: list[Path]) -> Path:
-    """The shared library of the sources; from the cache, where the same was built before."""
-    path = cache_directory() / f"{_key(compiler, flags, sources)}.so"
+        raise BuildError(f"C++ is compiled on POSIX systems alone, this is {os.name}")
+    compiler = find_compiler("a C++ compiler", "CXX", ["c++", "g++", "clang++"])
+    flags = ("-x", "c++", "-std=c++17", *flags, "-shared", "-fPIC", "-pthread", f"-I{SOURCES}")
+    # A home directory may be shared by machines of which each has another processor.
+    machine = _processor() if "-march=native" in flags else platform.machine()
+    path = cache_directory() / f"{key(source, text, *flags, machine, run([compiler, '--version']))}.so"
     if path.exists():
-        return path
-    import fcntl
-
-    # Of several processes that start at once, one builds and the others wait for it.
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        return ctypes.CDLL(str(path))
+    with locked(source), tempfile.TemporaryDirectory() as scratch:
+        built = path
         if not path.exists():
-            # Seconds for a CPU; for a GPU long enough to ask oneself what is going on.
-            level = logging.WARNING if "-gencode" in flags else logging.INFO
-            logger.log(level, "building kernels with %s, once: %s", compiler, path)
-            partial = path.with_suffix(".partial")
-            _run([compiler, *flags, *map(str, sources), "-o", str(partial)])
-            os.replace(partial, path)
-    return path
+            logger.info("compiling kernels with %s, once: %s", compiler, path)
+            built = Path(scratch) / path.name
+            run([compiler, *flags, "-", "-o", str(built)], text)
+            if keep(path, built.read_bytes()):
+                built = path
+        return ctypes.CDLL(str(built))  # which stays in memory, also where its file goes
 
 
 def cache_directory() -> Path:
-    """Where libraries are kept; made if it isn't there."""
+    """Where compiled kernels are kept; it may not exist."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attention_predictor"
-    directory = Path(os.environ.get("ATTENTION_PREDICTOR_CACHE") or base)
+    return Path(os.environ.get("ATTENTION_PREDICTOR_CACHE") or base)
+
+
+def key(source: str, *parts: str) -> str:
+    """A name for what is compiled from ``SOURCES / source``, all headers, and these parts."""
+    files = [SOURCES / source, *sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cuh")])]
+    return hashlib.sha256("\0".join([*parts, *(file.read_text("utf-8") for file in files)]).encode()).hexdigest()[:24]
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Of several processes that start at once, one compiles and the others wait; a killed one's lock is released."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        import fcntl
+
+        cache_directory().mkdir(parents=True, exist_ok=True)
+        lock = (cache_directory() / f"{name}.lock").open("w")
+    except (ImportError, OSError):  # no such thing on this system, or nothing can be kept there
+        yield
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            logger.debug("no locks in %s", cache_directory())  # as on some network file systems
+        yield
+
+
+def keep(path: Path, data: bytes) -> bool:
+    """Write a file so that no process sees a part of it. Returns whether that worked; the log says once why not."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
     except OSError as error:
-        raise BuildError(f"kernels can't be kept in {directory}: {error.strerror or error}") from error
-    return directory
+        with suppress(OSError):
+            partial.unlink()
+        reason = error.strerror or error
+        _warn_once(f"compiled kernels can't be kept in {path.parent} ({reason}): each process makes its own")
+        return False
+    return True
 
 
-def _key(compiler: str, flags: tuple[str, ...], sources: list[Path]) -> str:
-    headers = sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cuh")])
-    texts = [file.read_text("utf-8") for file in (*sources, *headers)]
-    # A home directory may be shared by machines of which each has another processor.
-    machine = _processor() if "-march=native" in flags else platform.machine()
-    version = _run([compiler, "--version"])
-    return hashlib.sha256("\0".join([*texts, *flags, machine, version]).encode()).hexdigest()[:24]
+@functools.cache
+def _warn_once(line: str) -> None:
+    logger.warning(line)
+
+
+def find_compiler(what: str, variable: str, candidates: list[str]) -> str:
+    """The compiler that the environment variable names, else the first of the candidates that there is."""
+    named = os.environ.get(variable)
+    found = next(filter(None, map(shutil.which, [named] if named else candidates)), None)
+    if found is None:
+        raise BuildError(f"{what} was not found: {variable}={named}" if named else f"{what} was not found")
+    return found
+
+
+def run(command: list[str], text: str = "") -> str:
+    """What a compiler prints that is given a text; BuildError where it fails, with what it said."""
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} could not be run: {error}") from error
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\nfailed with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.stdout
 
 
 def _processor() -> str:
@@ -97,21 +133,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-
-
-def _compiler(what: str, variable: str, candidates: list[str]) -> str:
-    named = os.environ.get(variable)
-    found = next(filter(None, map(shutil.which, [named] if named else candidates)), None)
-    if found is None:
-        raise BuildError(f"{what} was not found: {variable}={named}" if named else f"{what} was not found")
-    return found
-
-
-def _run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{command[0]} could not be run: {error}") from error
-    if done.returncode:
-        raise BuildError(f"{' '.join(command)}\nfailed with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done.stdout

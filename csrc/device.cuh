@@ -3,7 +3,13 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#ifdef __CUDACC_RTC__
+#define INFINITY __int_as_float(0x7f800000)
+#define INT64_MAX 0x7fffffffffffffffll
+#define INT64_MIN (-INT64_MAX - 1)
+#else
 #include <cuda_runtime.h>
+#endif
 
 #include "kernels.h"
 
@@ -53,25 +59,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
 __device__ __forceinline__ void *dynamic_shared() {
     extern __shared__ uint4 device_dynamic_shared[];
     return device_dynamic_shared;
-}
-
-template <typename... P, typename... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, A... arguments) {
-    kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
-}
-
-// Shared memory that a thread block may ask for, in bytes.
-inline size_t most_shared() {
-    int device = 0, bytes = 48 << 10;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return static_cast<size_t>(bytes);
-}
-
-// Allows a kernel so many bytes of shared memory whose size is known at the launch; what CUDA says to it.
-template <typename... P>
-int allow_shared(void (*kernel)(P...), size_t bytes) {
-    return static_cast<int>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
 
 // d += a · b for a [16, 16] and b [16, 8] in fp16, d in fp32; registers as PTX's mma.m16n8k16 has them.
@@ -126,15 +113,6 @@ inline int64_t nanoseconds() { return std::chrono::steady_clock::now().time_sinc
 
 inline int add_in_order(int *at, int x) { return atomicAdd(at, x); }
 inline void *dynamic_shared() { return emulation::machine.dynamic.data(); }
-inline size_t most_shared() { return 48 << 10; }
-
-template <typename... P>
-int allow_shared(void (*)(P...), size_t) { return 0; }
-
-template <typename... P, typename... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, A... arguments) {
-    emulation::launch(kernel, grid, block, shared_bytes, arguments...);
-}
 
 template <typename E>
 float half_of(uint32_t pair, int which) {
@@ -183,3 +161,14 @@ void wait_copies() {}
 #endif
 
 }  // namespace device
+
+// The entry of a program (`kernel.py`): what is launched, under a name without template arguments.
+#ifdef __CUDACC__
+#define ENTRY(name, bounds, Arguments, ...) \
+    extern "C" __global__ void __launch_bounds__ bounds name(const Arguments a) { __VA_ARGS__(a); }
+#else
+#define ENTRY(name, bounds, Arguments, ...)                                                                       \
+    extern "C" void name(const Arguments *a, const unsigned *grid, unsigned threads, size_t shared_bytes) {       \
+        emulation::launch([a] { __VA_ARGS__(*a); }, dim3(grid[0], grid[1], grid[2]), dim3(threads), shared_bytes); \
+    }
+#endif

@@ -35,7 +35,7 @@ __device__ __forceinline__ char *host_block(const int64_t *slab, int64_t slab_bl
     return reinterpret_cast<char *>(slab[block / slab_blocks]) + (row * slab_blocks + block % slab_blocks) * bytes;
 }
 
-__global__ void __launch_bounds__(kThreads) gather_blocks_kernel(const Gather a) {
+__device__ __forceinline__ void gather_blocks(const Gather &a) {
     const int64_t vectors = a.half_bytes / 16;  // of the keys, and as many of the values
     for (int64_t entry = blockIdx.x; entry < a.n; entry += gridDim.x) {
         const int64_t row = a.row[entry], to = (row * a.slots + a.slot[entry]) * vectors;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) gather_blocks_kernel(const Gather a)
 }
 
 // All moves of the rows are one list, of which thread blocks take entries in turn. Rows' numbers of moves are asked for at once.
-__global__ void __launch_bounds__(kThreads) move_blocks_kernel(const Move a) {
+__device__ __forceinline__ void move_blocks(const Move &a) {
     __shared__ int count[kThreads];
     __shared__ int end[kThreads];  // of a row's moves in the list
     const int64_t vectors = a.half_bytes / 16, started = nanoseconds();
@@ -78,9 +78,9 @@ __global__ void __launch_bounds__(kThreads) move_blocks_kernel(const Move a) {
 }
 
 // A moment, so that what lies between two of them can be told: added or taken off.
-__global__ void note_time_kernel(int64_t *spent, int64_t sign) { *spent += sign * nanoseconds(); }
+__device__ __forceinline__ void note_time(const Moment &a) { *a.spent += a.sign * nanoseconds(); }
 
-__global__ void append_token_kernel(const Append a) {
+__device__ __forceinline__ void append_token(const Append &a) {
     const int64_t row = blockIdx.x, token = a.length[0] - 1, block = token / a.tokens, offset = token % a.tokens;
     const int64_t vectors = a.token_bytes / 16, half = a.tokens * vectors;
     const int64_t slot = a.slot[row * a.capacity + block];
@@ -104,27 +104,3 @@ __global__ void append_token_kernel(const Append a) {
 }
 
 }  // namespace
-
-extern "C" int gather_blocks(const Gather *a, void *stream) {
-    const int64_t blocks = a->n < a->workers ? a->n : a->workers;
-    if (blocks > 0)
-        device::launch(gather_blocks_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), *a);
-    return static_cast<int>(cudaGetLastError());
-}
-
-extern "C" int move_blocks(const Move *a, void *stream) {
-    device::launch(move_blocks_kernel, dim3(static_cast<unsigned>(a->workers)), dim3(kThreads), 0,
-                   static_cast<cudaStream_t>(stream), *a);
-    return static_cast<int>(cudaGetLastError());
-}
-
-extern "C" int note_time(const Moment *a, void *stream) {
-    device::launch(note_time_kernel, dim3(1), dim3(1), 0, static_cast<cudaStream_t>(stream), a->spent, a->sign);
-    return static_cast<int>(cudaGetLastError());
-}
-
-extern "C" int append_token(const Append *a, void *stream) {
-    device::launch(append_token_kernel, dim3(static_cast<unsigned>(a->rows)), dim3(64), 0,
-                   static_cast<cudaStream_t>(stream), *a);
-    return static_cast<int>(cudaGetLastError());
-}

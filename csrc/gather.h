@@ -10,7 +10,7 @@ struct Gather {
     void *key;             // GPU: [R, S, T, D]; CPU: the buffer [n, 2, T, D]
     void *value;           // GPU: [R, S, T, D]
     int64_t n, slab_blocks, slots, half_bytes;  // half_bytes: the keys, or the values, of one block
-    int64_t workers;                            // GPU: thread blocks; CPU: threads
+    int64_t workers;                            // threads of a CPU
 };
 
 // The same on a GPU for lists that a GPU made (`Select`): each row has its own.
@@ -21,7 +21,7 @@ struct Move {
     const int32_t *moves;      // [R] how many of them
     void *key, *value;         // [R, S, T, D]
     int64_t *spent;            // [1] adds up the nanoseconds of launches that moved something; null: nobody asks
-    int64_t rows, slab_blocks, slots, half_bytes, workers;
+    int64_t rows, slab_blocks, slots, half_bytes;
 };
 
 // A new token's key and value, written where they belong: to the slot of its block, and to host memory.

@@ -1,4 +1,4 @@
-"""Moving blocks from host memory, as torch operations.
+"""Moving blocks from host memory, and new tokens to it.
 
 Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, S slots, T tokens of a block, L tokens of the sequence,
 D head size; s slabs; n: one entry a moved block; 2 is keys then values.
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from attention_predictor.csrc.binding import address, call, check, threads
+from attention_predictor.csrc.kernel import Kernel
+from attention_predictor.csrc.layout import integers, pointers
 
 GATHER_BLOCKS = 32  # thread blocks on a GPU: enough to fill the bus, few enough to leave the GPU to the model
 LATE_BLOCKS = 128  # where the model waits: what a step lacks is asked for at once
@@ -20,40 +22,39 @@ LATE_BLOCKS = 128  # where the model waits: what a step lacks is asked for at on
 class Gather(ctypes.Structure):
     """As in gather.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("slab", "row", "block", "slot", "key", "value")),
-        *((name, ctypes.c_int64) for name in ("n", "slab_blocks", "slots", "half_bytes", "workers")),
-    ]
+    _fields_ = [*pointers("slab row block slot key value"), *integers("n slab_blocks slots half_bytes workers")]
 
 
 class Move(ctypes.Structure):
     """As in gather.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("slab", "block", "slot", "moves", "key", "value", "spent")),
-        *((name, ctypes.c_int64) for name in ("rows", "slab_blocks", "slots", "half_bytes", "workers")),
+        *pointers("slab block slot moves key value spent"),
+        *integers("rows slab_blocks slots half_bytes"),
     ]
 
 
 class Moment(ctypes.Structure):
     """As in gather.h."""
 
-    _fields_ = [("spent", ctypes.c_void_p), ("sign", ctypes.c_int64)]
+    _fields_ = [*pointers("spent"), *integers("sign")]
 
 
 class Append(ctypes.Structure):
     """As in gather.h."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("new_key", "new_value", "key", "value", "slab", "slot", "length", "lost")
-        ),
-        *((name, ctypes.c_int64) for name in ("rows", "slab_blocks", "slots", "capacity", "tokens", "token_bytes")),
+        *pointers("new_key new_value key value slab slot length lost"),
+        *integers("rows slab_blocks slots capacity tokens token_bytes"),
     ]
 
 
-@torch.library.custom_op("attention_predictor::gather_to_pool", mutates_args=("key_BGSTD", "value_BGSTD"))
+GATHER = Kernel("gather.cu", "gather_blocks", Gather, threads=128)
+MOVE = Kernel("gather.cu", "move_blocks", Move, threads=128)
+APPEND = Kernel("gather.cu", "append_token", Append, threads=64)
+NOTE_TIME = Kernel("gather.cu", "note_time", Moment, threads=1)
+
+
 def gather_to_pool(
     slab_s: Tensor,
     slab_blocks: int,
@@ -85,15 +86,9 @@ def gather_to_pool(
         *map(address, (slab_s, row_n, block_n, slot_n, key_BGSTD, value_BGSTD)),
         *(len(row_n), slab_blocks, S, half_bytes, GATHER_BLOCKS),
     )
-    call("gather_blocks", arguments, device)
+    GATHER.launch(device, (min(len(row_n), GATHER_BLOCKS), 1, 1), arguments)
 
 
-@gather_to_pool.register_fake
-def _(slab_s, slab_blocks, row_n, block_n, slot_n, key_BGSTD, value_BGSTD):
-    return None
-
-
-@torch.library.custom_op("attention_predictor::move_blocks", mutates_args=("key_BGSTD", "value_BGSTD", "spent_1"))
 def move_blocks(
     slab_s: Tensor,
     slab_blocks: int,
@@ -123,29 +118,17 @@ def move_blocks(
         check("spent_1", spent_1, (1,), torch.int64, device)
     arguments = Move(
         *map(address, (slab_s, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, spent_1)),
-        *(B * G, slab_blocks, S, _half_bytes(key_BGSTD), GATHER_BLOCKS if spent_1 is None else LATE_BLOCKS),
+        *(B * G, slab_blocks, S, _half_bytes(key_BGSTD)),
     )
-    call("move_blocks", arguments, device)
+    MOVE.launch(device, (GATHER_BLOCKS if spent_1 is None else LATE_BLOCKS, 1, 1), arguments)
 
 
-@move_blocks.register_fake
-def _(slab_s, slab_blocks, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, spent_1):
-    return None
-
-
-@torch.library.custom_op("attention_predictor::note_time", mutates_args=("spent_1",))
 def note_time(spent_1: Tensor, sign: int) -> None:
     """Add the time on the GPU's clock, in nanoseconds, to ``spent_1`` (int64), or take it off where ``sign`` is -1."""
     check("spent_1", spent_1, (1,), torch.int64, spent_1.device)
-    call("note_time", Moment(spent_1.data_ptr(), sign), spent_1.device)
+    NOTE_TIME.launch(spent_1.device, (1, 1, 1), Moment(spent_1.data_ptr(), sign))
 
 
-@note_time.register_fake
-def _(spent_1, sign):
-    return None
-
-
-@torch.library.custom_op("attention_predictor::append_token", mutates_args=("key_BGSTD", "value_BGSTD", "lost_1"))
 def append_token(
     new_key_BGD: Tensor,
     new_value_BGD: Tensor,
@@ -177,15 +160,9 @@ def append_token(
         *map(address, (new_key_BGD, new_value_BGD, key_BGSTD, value_BGSTD, slab_s, slot_RC, length_1, lost_1)),
         *(B * G, slab_blocks, S, slot_RC.shape[1], T, D * key_BGSTD.element_size()),
     )
-    call("append_token", arguments, device)
+    APPEND.launch(device, (B * G, 1, 1), arguments)
 
 
-@append_token.register_fake
-def _(new_key_BGD, new_value_BGD, key_BGSTD, value_BGSTD, slab_s, slab_blocks, slot_RC, length_1, lost_1):
-    return None
-
-
-@torch.library.custom_op("attention_predictor::gather_to_host", mutates_args=("out_n2TD",))
 def gather_to_host(slab_s: Tensor, slab_blocks: int, row_n: Tensor, block_n: Tensor, out_n2TD: Tensor) -> None:
     """Copy blocks of slabs ``[B, G, slab_blocks, 2, T, D]`` into a buffer in host memory, on several threads.
 
@@ -201,12 +178,7 @@ def gather_to_host(slab_s: Tensor, slab_blocks: int, row_n: Tensor, block_n: Ten
         *map(address, (slab_s, row_n, block_n, None, out_n2TD, None)),
         *(n, slab_blocks, 0, half_bytes, threads(out_n2TD.numel())),
     )
-    call("gather_blocks", arguments, host)
-
-
-@gather_to_host.register_fake
-def _(slab_s, slab_blocks, row_n, block_n, out_n2TD):
-    return None
+    call("gather_blocks", arguments)
 
 
 def _half_bytes(key_BGSTD: Tensor) -> int:

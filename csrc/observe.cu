@@ -27,9 +27,10 @@ __device__ __forceinline__ float largest_share(Logit logit, const float *total, 
     return most;
 }
 
-__global__ void __launch_bounds__(kThreads) fold_row(const ObserveRow a, const float eps, const float full_scale) {
+__device__ __forceinline__ void fold_row(const ObserveRow &a) {
     __shared__ int slot_of[kTile];     // −1: not attended
     __shared__ float log_score[kTile];
+    const float eps = static_cast<float>(a.eps), full_scale = static_cast<float>(a.full_scale);
     const int length = static_cast<int>(a.length_1 ? min(*a.length_1, a.length) : a.length);
     const int block_size = static_cast<int>(a.block_size);
     const int first = blockIdx.x * kTile;
@@ -115,14 +116,3 @@ __global__ void __launch_bounds__(kThreads) fold_row(const ObserveRow a, const f
 }
 
 }  // namespace
-
-extern "C" int observe_row(const ObserveRow *a, void *stream) {
-    if (a->capacity % 2 || a->rows < 1) return cudaErrorInvalidValue;
-    const int64_t blocks = (a->length + a->block_size - 1) / a->block_size;
-    const dim3 grid(static_cast<unsigned>((blocks + kTile - 1) / kTile), static_cast<unsigned>(a->kv_heads),
-                    static_cast<unsigned>(a->batch));
-    if (grid.x && grid.y && grid.z)
-        device::launch(fold_row, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), *a,
-                       static_cast<float>(a->eps), static_cast<float>(log1p(1 / a->eps)));
-    return static_cast<int>(cudaGetLastError());
-}

@@ -14,5 +14,5 @@ struct ObserveRow {
     float *row;               // [B, G, columns] takes the row; null: nobody wants it
     int64_t batch, kv_heads, heads, slots, columns, capacity, block_size, length, rows;
     int64_t fresh;            // 1: there is no state yet; the first row has held forever before
-    double eps;               // scores far below it count as zero
+    double eps, full_scale;   // scores far below eps count as zero; log(1 + 1/eps)
 };

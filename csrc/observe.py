@@ -6,12 +6,15 @@ Suffixes: B sequences, G KV heads, H query heads, S slots, R rows, N blocks, C s
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
 
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import address, call, check
+from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc.kernel import Kernel
+from attention_predictor.csrc.layout import doubles, integers, pointers
 
 FILTERS, PEAKS = 8, 6  # averages of a block, and peaks with the last score: what the kernel is written for
 
@@ -20,12 +23,14 @@ class ObserveRow(ctypes.Structure):
     """As in observe.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("given", "peak", "block", "slot_peak", "total", "fold", "length_1")),
-        *((name, ctypes.c_void_p) for name in ("state", "row")),
-        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "heads", "slots", "columns", "capacity")),
-        *((name, ctypes.c_int64) for name in ("block_size", "length", "rows", "fresh")),
-        ("eps", ctypes.c_double),
+        *pointers("given peak block slot_peak total fold length_1 state row"),
+        *integers("batch kv_heads heads slots columns capacity block_size length rows fresh"),
+        *doubles("eps full_scale"),
     ]
+
+
+TILE = 128  # blocks of a thread block
+KERNEL = Kernel("observe.cu", "fold_row", ObserveRow, threads=224)
 
 
 @torch.library.custom_op("attention_predictor::observe_row", mutates_args=("state_BGNC", "row_BGN"))
@@ -81,14 +86,9 @@ def observe_row(
         )
     arguments = ObserveRow(
         *map(address, (None, peak_BHN, block_BGS, slot_peak_BHS, total_BH, fold_C, length_1, state_BGNC, row_BGN)),
-        *(B, G, H, S, columns, state_BGNC.shape[2], block_size, length, 1, 0, eps),
+        *(B, G, H, S, columns, state_BGNC.shape[2], block_size, length, 1, 0, eps, math.log1p(1 / eps)),
     )
-    call("observe_row", arguments, device)
-
-
-@observe_row.register_fake
-def _(peak, block_BGS, slot_peak_BHS, total_BH, state_BGNC, fold_C, eps, block_size, length, length_1, row_BGN):
-    return None
+    KERNEL.launch(device, (-(-n_blocks // TILE), G, B), arguments)
 
 
 @torch.library.custom_op("attention_predictor::fold_rows", mutates_args=("state_BGNC",))
@@ -103,14 +103,9 @@ def fold_rows(rows_BGRN: Tensor, state_BGNC: Tensor, fold_C: Tensor, eps: float,
     check("rows_BGRN", rows_BGRN, (B, G, R, N), torch.float32, state_BGNC.device)
     arguments = ObserveRow(
         *map(address, (rows_BGRN, None, None, None, None, fold_C, None, state_BGNC, None)),
-        *(B, G, G, 0, N, state_BGNC.shape[2], 1, N, R, int(fresh), eps),
+        *(B, G, G, 0, N, state_BGNC.shape[2], 1, N, R, int(fresh), eps, math.log1p(1 / eps)),
     )
-    call("observe_row", arguments, state_BGNC.device)
-
-
-@fold_rows.register_fake
-def _(rows_BGRN, state_BGNC, fold_C, eps, fresh):
-    return None
+    KERNEL.launch(state_BGNC.device, (-(-N // TILE) if R else 0, G, B), arguments)
 
 
 def _check_state(state_BGNC: Tensor, fold_C: Tensor, batch: int, kv_heads: int, n_blocks: int) -> None:

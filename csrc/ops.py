@@ -1,24 +1,35 @@
-"""All kernels as torch operations: arguments checked, shapes known to torch.compile, a reason where there are none."""
+"""All kernels as functions: arguments checked, a reason where there are none, and which of them a model needs."""
 
+from __future__ import annotations
+
+import torch
+
+from attention_predictor.csrc import attention, gather, observe, predict, reduce, select, sketch, window
 from attention_predictor.csrc.attention import fits, sparse_decode
-from attention_predictor.csrc.binding import missing
+from attention_predictor.csrc.binding import ELEMENTS, missing, prepare
 from attention_predictor.csrc.gather import append_token, gather_to_host, gather_to_pool, move_blocks, note_time
+from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.observe import fold_rows, observe_row
 from attention_predictor.csrc.predict import pack_convolutions, predict_blocks
 from attention_predictor.csrc.reduce import reduce_logits, reduces
-from attention_predictor.csrc.select import choose_ahead, choose_blocks
+from attention_predictor.csrc.select import Limits, SlotTable, choose_ahead, choose_blocks, most_slots
 from attention_predictor.csrc.sketch import no_sketch_kernel, sketch_append, sketch_scores, sketch_store
 from attention_predictor.csrc.window import pack_network, push_window, score_window
 
 __all__ = [
+    "Limits",
+    "SlotTable",
     "append_token",
     "choose_ahead",
     "choose_blocks",
+    "every_kernel",
     "fits",
     "fold_rows",
     "gather_to_host",
     "gather_to_pool",
+    "kernels_of",
     "missing",
+    "most_slots",
     "move_blocks",
     "no_sketch_kernel",
     "note_time",
@@ -26,6 +37,7 @@ __all__ = [
     "pack_convolutions",
     "pack_network",
     "predict_blocks",
+    "prepare",
     "push_window",
     "reduce_logits",
     "reduces",
@@ -35,3 +47,42 @@ __all__ = [
     "sketch_store",
     "sparse_decode",
 ]
+
+# By the architecture of the predictor (`AttentionPredictor.arch`).
+OF_PREDICTOR = {
+    "time-filters": (observe.KERNEL, predict.KERNEL),
+    "paper": (window.SLIDE_SUMS, window.SLIDE_WINDOW, window.SCORE),
+}
+
+
+def kernels_of(
+    dtype: torch.dtype, head_dim: int, *, sketch_bits: int | None, predictor: str | None, captured: bool
+) -> list[Kernel]:
+    """All that a GPU needs for a prompt and decoding steps, to be given to ``prepare``.
+
+    Args:
+        dtype, head_dim: Of the keys; kernels that none are written for are left out.
+        sketch_bits: Of a sketch's codes; ``None`` where there is no sketch.
+        predictor: Its architecture, if there is one.
+        captured: Steps are captured, not prefetched by the thread.
+    """
+    # What takes longest to compile comes first.
+    found = [select.KERNEL, gather.MOVE, gather.APPEND, gather.NOTE_TIME] if captured else []
+    if dtype in ELEMENTS and head_dim <= attention.MOST_HEAD_DIM:
+        if sketch_bits is not None:
+            found += [sketch.score_kernel(sketch_bits, head_dim)[0], sketch.store_kernel(dtype)]
+        found += [attention.kernel(dtype, head_dim, values) for values in (True, False)]
+    return [*found, *OF_PREDICTOR.get(predictor or "", ()), gather.GATHER, reduce.KERNEL]
+
+
+def every_kernel() -> list[Kernel]:
+    """All that can ever be asked for."""
+    found = [
+        kernel
+        for dtype in ELEMENTS
+        for head_dim in attention.WIDTHS
+        for bits in sketch.WIDE_BITS
+        for predictor in OF_PREDICTOR
+        for kernel in kernels_of(dtype, head_dim, sketch_bits=bits, predictor=predictor, captured=True)
+    ]
+    return list({kernel.name: kernel for kernel in found}.values())

@@ -24,18 +24,10 @@ constexpr int kStride = kHidden + 8;           // elements of a row: eight rows 
 constexpr int kSlice = 16 * kHidden;           // weights from 16 inputs of one tap
 constexpr int kSlices = kTaps * (kInputs + kFurther * kHidden) / 16;
 constexpr int kBiases = (1 + kFurther) * kHidden + kHidden + 1;
-constexpr int kMaxWarps = 8;
 constexpr int kLoads = 4;  // of 16 bytes, by which a thread block has the state of its rows, two more, and to spare
 
-__host__ __device__ constexpr int rows_of(int warps) { return kRows * warps; }
-__host__ __device__ constexpr int outputs_of(int warps) { return rows_of(warps) - 2 * kFurther; }
-// Weights, then rows and one more at each end, then biases.
-constexpr int shared_bytes(int warps) {
-    return (kSlices * kSlice + (rows_of(warps) + 2) * kStride) * static_cast<int>(sizeof(__half)) +
-           kBiases * static_cast<int>(sizeof(float));
-}
-static_assert(shared_bytes(kMaxWarps) <= 48 << 10, "what every device gives without being asked");
-
+__device__ constexpr int rows_of(int warps) { return kRows * warps; }
+__device__ constexpr int outputs_of(int warps) { return rows_of(warps) - 2 * kFurther; }
 // Two channels of the state, numbered from the first row's first.
 __device__ __forceinline__ void put(__half *rows, int element, int held, int low, int high, float x, float y) {
     const int i = element / kChannels, channel = element % kChannels;
@@ -79,8 +71,9 @@ __device__ __forceinline__ void convolve(float (&sums)[kTall][kWide][4], const _
         }
 }
 
-__global__ void __launch_bounds__(32 * kMaxWarps, 2) score_tiles(const PredictBlocks a) {
+__device__ __forceinline__ void score_tiles(const PredictBlocks &a) {
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // Weights, then rows and one more at each end, then biases.
     auto *weight = static_cast<uint4 *>(dynamic_shared());
     auto *rows = reinterpret_cast<__half *>(weight) + kSlices * kSlice;
     auto *bias = reinterpret_cast<float *>(rows + (rows_of(warps) + 2) * kStride);
@@ -89,11 +82,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) score_tiles(const PredictBl
     const int length = static_cast<int>(a.length_1 ? min(*a.length_1, a.length) : a.length);
     const int recent = static_cast<int>(a.recent), block_size = static_cast<int>(a.block_size);
     const int last = min(max(length + 1 - max(recent, 1), 0) / block_size, (length + block_size - 1) / block_size);
+    const int first = static_cast<int>(a.first + (a.padding ? a.padding[blockIdx.z] / a.block_size : 0));
     const int outputs = outputs_of(warps), begin = blockIdx.x * outputs;
     const int end = min(begin + outputs, static_cast<int>(a.columns));
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
     float *scores = a.scores + row * a.columns;
-    if (end <= a.first || begin >= last) {
+    if (end <= first || begin >= last) {
         for (int n = begin + threadIdx.x; n < end; n += blockDim.x) scores[n] = -INFINITY;
         return;
     }
@@ -104,7 +98,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) score_tiles(const PredictBl
     // Row i is block origin + i. What is no candidate counts as zero, for this and for every further convolution. The origin
     // and the capacity are even: 16 bytes, which may begin in one block and end in the next, stay within a head's state.
     const int origin = begin - kReach, held = rows_of(warps) + 2;
-    const int low = static_cast<int>(a.first) - origin, high = last - origin;
+    const int low = first - origin, high = last - origin;
     const auto *state = reinterpret_cast<const float4 *>(a.state + (row * a.capacity + origin) * kChannels);
     float4 loaded[kLoads];
 #pragma unroll
@@ -175,13 +169,3 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) score_tiles(const PredictBl
 }
 
 }  // namespace
-
-extern "C" int predict_blocks(const PredictBlocks *a, void *stream) {
-    const int warps = static_cast<int>(a->warps);
-    if (a->capacity % 2 || warps < 1 || warps > kMaxWarps) return cudaErrorInvalidValue;
-    const dim3 grid(static_cast<unsigned>((a->columns + outputs_of(warps) - 1) / outputs_of(warps)),
-                    static_cast<unsigned>(a->kv_heads), static_cast<unsigned>(a->batch));
-    if (grid.x && grid.y && grid.z)
-        device::launch(score_tiles, grid, dim3(32 * warps), shared_bytes(warps), static_cast<cudaStream_t>(stream), *a);
-    return static_cast<int>(cudaGetLastError());
-}

@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import address, call, check
+from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc.kernel import Kernel
+from attention_predictor.csrc.layout import integers, pointers
 
 CHANNELS, HIDDEN, FURTHER = 14, 32, 3  # of the network that the kernel is written for
 SLICE = 16  # channels that a matrix instruction takes at once
 SLICES = 3 * (SLICE + FURTHER * HIDDEN) // SLICE
+STRIDE = HIDDEN + 8  # elements of a row in shared memory
 BIASES = (1 + FURTHER) * HIDDEN + HIDDEN + 1
 WARPS = (8, 4, 2)  # of a thread block: the most with which every multiprocessor has one
 
@@ -25,10 +28,12 @@ class PredictBlocks(ctypes.Structure):
     """As in predict.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("state", "weight", "bias", "length_1", "scores")),
-        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "capacity", "columns", "first", "recent")),
-        *((name, ctypes.c_int64) for name in ("block_size", "length", "warps")),
+        *pointers("state weight bias length_1 padding scores"),
+        *integers("batch kv_heads capacity columns first recent block_size length"),
     ]
+
+
+KERNEL = Kernel("predict.cu", "score_tiles", PredictBlocks, 32 * WARPS[0], at_once=2)
 
 
 def fragments(weight_SIO: Tensor) -> Tensor:
@@ -66,6 +71,7 @@ def predict_blocks(
     block_size: int,
     length: int,
     length_1: Tensor | None,
+    padding_B: Tensor | None = None,
 ) -> Tensor:
     """Scores of the candidates for the next step: ``FilterPredictor.forward`` on their states alone; on a GPU.
 
@@ -75,10 +81,11 @@ def predict_blocks(
         state_BGNC: fp32 state, with even room for blocks.
         weight, bias: By ``pack_convolutions``.
         n_blocks: Columns of the result.
-        first: First candidate.
+        first: First candidate, counted from the first block with a token that is no padding.
         recent: Tokens at the end that are no candidates.
         block_size, length: Tokens of a block and of the sequence, this step's included.
         length_1: int64 true length on the device, at most ``length``; ``None``: ``length``.
+        padding_B: int64 tokens of left padding; ``None`` where there is none.
 
     Returns:
         fp32 scores_BGN, ``-inf`` where there is no candidate.
@@ -92,21 +99,26 @@ def predict_blocks(
     check("bias", bias, (BIASES,), torch.float32, device)
     if length_1 is not None:
         check("length_1", length_1, (1,), torch.int64, device)
+    if padding_B is not None:
+        check("padding_B", padding_B, (B,), torch.int64, device)
     if room % 2 or room < -(-length // block_size):
         raise ValueError(
             f"state_BGNC has room for {room} blocks, expected an even number and at least {-(-length // block_size)}"
         )
     scores_BGN = state_BGNC.new_empty((B, G, n_blocks))
     multiprocessors = binding.multiprocessors(device)
-    warps = next((w for w in WARPS if B * G * -(-n_blocks // (32 * w - 2 * FURTHER)) >= multiprocessors), WARPS[-1])
+    tiles = {warps: -(-n_blocks // (32 * warps - 2 * FURTHER)) for warps in WARPS}  # by the warps of a thread block
+    warps = next((warps for warps in WARPS if B * G * tiles[warps] >= multiprocessors), WARPS[-1])
     arguments = PredictBlocks(
-        *map(address, (state_BGNC, weight, bias, length_1, scores_BGN)),
-        *(B, G, room, n_blocks, first, recent, block_size, length, warps),
+        *map(address, (state_BGNC, weight, bias, length_1, padding_B, scores_BGN)),
+        *(B, G, room, n_blocks, first, recent, block_size, length),
     )
-    call("predict_blocks", arguments, device)
+    # Weights, then rows and one more at each end, then biases.
+    shared_bytes = 2 * (SLICES * SLICE * HIDDEN + (32 * warps + 2) * STRIDE) + 4 * BIASES
+    KERNEL.launch(device, (tiles[warps], G, B), arguments, threads=32 * warps, shared_bytes=shared_bytes)
     return scores_BGN
 
 
 @predict_blocks.register_fake
-def _(state_BGNC, weight, bias, n_blocks, first, recent, block_size, length, length_1):
+def _(state_BGNC, weight, bias, n_blocks, first, recent, block_size, length, length_1, padding_B=None):
     return state_BGNC.new_empty((*state_BGNC.shape[:2], n_blocks))

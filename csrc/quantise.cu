@@ -16,7 +16,6 @@ constexpr int kOwn = 16;      // tokens of a lane
 constexpr int kChannels = 8;  // of a warp
 constexpr int kWarps = 8;     // of a thread block, which takes a group
 constexpr float kLargest = 65504.f;
-constexpr int64_t kMostBlocks = 0x7fffffff;
 
 template <typename Reduce>
 __device__ __forceinline__ float over_channel(float x, const Reduce &reduce) {
@@ -145,7 +144,7 @@ __device__ void store_mean(const E *key, int stride, bool wanted, uint16_t *zero
 
 // A thread block takes one group of one row after the other; with a token to append, it is the row's last, and mostly not full.
 template <typename E>
-__global__ void __launch_bounds__(kWarps *kWarp, 3) store_groups(const SketchStore a) {
+__device__ __forceinline__ void store_groups(const SketchStore &a) {
     const Sketch &s = a.sketch;
     const int D = static_cast<int>(s.head_dim), coded = static_cast<int>(s.coded), wide = static_cast<int>(s.wide_channels);
     for (int64_t item = blockIdx.x; item < s.batch * s.kv_heads * a.groups; item += gridDim.x) {
@@ -193,17 +192,3 @@ __global__ void __launch_bounds__(kWarps *kWarp, 3) store_groups(const SketchSto
 }
 
 }  // namespace
-
-extern "C" int sketch_store(const SketchStore *a, void *stream) {
-    const Sketch &s = a->sketch;
-    if (s.group != kGroup) return cudaErrorInvalidValue;
-    const int64_t items = s.batch * s.kv_heads * a->groups;
-    if (items == 0) return cudaSuccess;
-    const dim3 grid(static_cast<unsigned>(min(items, kMostBlocks))), block(kWarps * kWarp);
-    const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    if (s.element == kFloat32) device::launch(store_groups<float>, grid, block, 0, cuda_stream, *a);
-    else if (s.element == kFloat16) device::launch(store_groups<__half>, grid, block, 0, cuda_stream, *a);
-    else if (s.element == kBFloat16) device::launch(store_groups<__nv_bfloat16>, grid, block, 0, cuda_stream, *a);
-    else return cudaErrorInvalidValue;
-    return static_cast<int>(cudaGetLastError());
-}

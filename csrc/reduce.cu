@@ -14,7 +14,7 @@ constexpr int kThreads = 256;
 constexpr int kFour = 4;
 constexpr int kMostLanes = 32;
 
-__global__ void __launch_bounds__(kThreads) reduce_logits_kernel(const ReduceLogits a) {
+__device__ __forceinline__ void reduce_logits(const ReduceLogits &a) {
     const int size = static_cast<int>(a.block_size), lanes = min(size / kFour, kMostLanes), tokens = static_cast<int>(a.tokens);
     const int first_key = static_cast<int>(a.first_key), first_block = first_key / size;
     const int touched = (first_key + tokens + size - 1) / size - first_block;
@@ -68,14 +68,3 @@ __global__ void __launch_bounds__(kThreads) reduce_logits_kernel(const ReduceLog
 }
 
 }  // namespace
-
-extern "C" int reduce_logits(const ReduceLogits *a, void *stream) {
-    if (a->block_size < kFour || a->block_size & (a->block_size - 1)) return cudaErrorInvalidValue;
-    const int64_t lanes = a->block_size / kFour < kMostLanes ? a->block_size / kFour : kMostLanes;
-    const int64_t touched = (a->first_key + a->tokens + a->block_size - 1) / a->block_size - a->first_key / a->block_size;
-    const int64_t rows = a->batch * a->heads * a->queries;
-    const dim3 grid(static_cast<unsigned>((touched * lanes + kThreads - 1) / kThreads), static_cast<unsigned>(rows < 65535 ? rows : 65535));
-    if (a->tokens && rows)
-        device::launch(reduce_logits_kernel, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), *a);
-    return static_cast<int>(cudaGetLastError());
-}

@@ -11,25 +11,32 @@ import torch
 from torch import Tensor
 
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import address, call, check
+from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc.kernel import Kernel
+from attention_predictor.csrc.layout import doubles, integers, pointers
 
 LEAST_BLOCK = 4  # tokens: those that a thread reads together
+MOST_LANES = 32  # threads that share a block
+MOST_ROWS = 65535  # of a grid
 
 
 class ReduceLogits(ctypes.Structure):
     """As in reduce.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("product", "real", "peak", "sum")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "tokens", "blocks", "length")),
-        *((name, ctypes.c_int64) for name in ("first_key", "first_query", "block_size")),
-        *((name, ctypes.c_double) for name in ("scaling", "softcap")),
+        *pointers("product real peak sum"),
+        *integers("batch heads queries tokens blocks length first_key first_query block_size"),
+        *doubles("scaling softcap"),
     ]
 
 
+KERNEL = Kernel("reduce.cu", "reduce_logits", ReduceLogits, threads=256)
+
+
 def reduces(device: torch.device, block_size: int) -> bool:
-    """Whether there is a kernel for blocks of that size."""
-    return binding.on_gpu(device) and block_size >= LEAST_BLOCK and binding.missing(device) is None
+    """Whether there is a kernel for blocks of that size: a power of two, at least 4."""
+    fits = block_size >= LEAST_BLOCK and block_size & (block_size - 1) == 0
+    return fits and binding.on_gpu(device) and binding.missing(device) is None
 
 
 @torch.library.custom_op("attention_predictor::reduce_logits", mutates_args=("peak_BHQN", "sum_BHQN"))
@@ -65,6 +72,8 @@ def reduce_logits(
     check("sum_BHQN", sum_BHQN, (B, H, Q, N), torch.float32, device)
     if real_BL is not None:
         check("real_BL", real_BL, (B, length), torch.bool, device)
+    if block_size < LEAST_BLOCK or block_size & (block_size - 1):
+        raise ValueError(f"block_size is {block_size}, expected a power of two, at least {LEAST_BLOCK}")
     if first_key + T > N * block_size or (real_BL is not None and first_key + T > length):
         raise ValueError(
             f"keys {first_key} to {first_key + T}: expected them within {N} blocks of {block_size} tokens"
@@ -74,9 +83,7 @@ def reduce_logits(
         *map(address, (product_BHQT, real_BL, peak_BHQN, sum_BHQN)),
         *(B, H, Q, T, N, length, first_key, first_query, block_size, scaling, softcap),
     )
-    call("reduce_logits", arguments, device)
-
-
-@reduce_logits.register_fake
-def _(product_BHQT, peak_BHQN, sum_BHQN, real_BL, first_key, first_query, block_size, scaling, softcap):
-    return None
+    lanes = min(block_size // LEAST_BLOCK, MOST_LANES)
+    touched = -(-(first_key + T) // block_size) - first_key // block_size
+    columns = -(-touched * lanes // KERNEL.threads) if T else 0
+    KERNEL.launch(device, (columns, min(B * H * Q, MOST_ROWS), 1), arguments)

@@ -55,12 +55,12 @@ __device__ __forceinline__ void load_four(const float *__restrict__ row, int i, 
 // log-sum-exp over all blocks in `rest`. What is resident has exact sums, where these are given.
 __device__ __forceinline__ void shares(const Select &a, int64_t row, int n, int heads, const int32_t *held, Blocks resident,
                                        uint32_t *key, ShareSums &shared) {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, S = static_cast<int>(a.slots);
-    const bool wide = a.capacity % kFour == 0;
-    const float *sums = a.sum + row * heads * a.capacity;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, S = static_cast<int>(a.table.slots);
+    const bool wide = a.table.capacity % kFour == 0;
+    const float *sums = a.sum + row * heads * a.table.capacity;
     const float *exact = a.slot_sum == nullptr ? nullptr : a.slot_sum + row * heads * S;
     for (int m0 = 0; m0 < heads; m0 += kHeads) {
-        const auto sum_of = [&](int m) { return sums + min(m0 + m, heads - 1) * a.capacity; };
+        const auto sum_of = [&](int m) { return sums + min(m0 + m, heads - 1) * a.table.capacity; };
         float top[kHeads], total[kHeads];  // base 2
 #pragma unroll
         for (int m = 0; m < kHeads; ++m) top[m] = kLowest, total[m] = 0.f;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void shares(const Select &a, int64_t row, int n, int 
     }
 }
 
-// What is in shared memory, of a size that the launch knows.
+// What is in shared memory, of a size that the launch knows (`_shared_bytes` in select.py).
 struct Rows {
     int64_t *age;     // of each slot
     int32_t *held;    // block in each slot when the kernel began, -1: none, or none yet
@@ -151,10 +151,6 @@ struct Rows {
     int32_t *given, *missing;
     Blocks resident, wanted;
     uint32_t *key;    // C, if they are here
-
-    static __host__ __device__ size_t bytes(int64_t S, int64_t capacity) {
-        return S * (8 + 4 + 8 * (1 + 1 + 3) + 4 + 4) + 8 * kList + 2 * 4 * words(capacity);
-    }
 
     __device__ Rows(void *memory, int S, int capacity) {
         age = static_cast<int64_t *>(memory);
@@ -178,22 +174,23 @@ struct Rows {
     }
 
 private:
-    static __host__ __device__ int words(int64_t capacity) { return static_cast<int>((capacity + 31) / 32); }
+    static __device__ int words(int64_t capacity) { return static_cast<int>((capacity + 31) / 32); }
 };
 
-__global__ void __launch_bounds__(kThreads, 1) select_blocks_kernel(const Select a, const bool keys_here) {
+__device__ __forceinline__ void select_blocks(const Select &a) {
     __shared__ union {
         Shared of_best;
         ShareSums of_shares;
     } shared;
     __shared__ int entries;
-    const int S = static_cast<int>(a.slots), capacity = static_cast<int>(a.capacity);
+    static_assert(sizeof(shared) + sizeof(entries) <= 5 << 10, "as select.py has it");
+    const int S = static_cast<int>(a.table.slots), capacity = static_cast<int>(a.table.capacity);
     const Rows rows(device::dynamic_shared(), S, capacity);
     const int64_t row = blockIdx.x;
     const int kv_heads = static_cast<int>(a.kv_heads), group = static_cast<int>(a.heads) / kv_heads;
-    int64_t *block = a.block + row * S, *active = a.active + row * S, *use = a.use + row * S;
-    int32_t *slot = a.slot + row * a.capacity;
-    uint32_t *key = keys_here ? rows.key : a.key + row * a.capacity;
+    int64_t *block = a.table.block + row * S, *active = a.table.active + row * S, *use = a.table.use + row * S;
+    int32_t *slot = a.table.slot + row * a.table.capacity;
+    uint32_t *key = a.keys_here ? rows.key : a.table.key + row * a.table.capacity;
 
     // All that must come from far away is asked for at once.
     const int64_t stored = a.length[0], length = stored + a.ahead, padding = a.padding[blockIdx.x / kv_heads];
@@ -229,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_blocks_kernel(const Select
     if (a.ahead || a.chooses) {
         int chosen;
         if (a.ahead) {
-            const float *score = a.score + row * a.capacity;
+            const float *score = a.score + row * a.table.capacity;
             const bool wide = capacity % kFour == 0;
 #pragma unroll 4
             for (int i = kFour * threadIdx.x; i < n; i += kTileBlocks) {
@@ -325,16 +322,17 @@ __global__ void __launch_bounds__(kThreads, 1) select_blocks_kernel(const Select
                 block[s] = active[s] = n_i;
                 use[s] = now;
                 slot[n_i] = s;
-                a.move_block[row * S + i] = n_i;
-                a.move_slot[row * S + i] = s;
+                a.table.move_block[row * S + i] = n_i;
+                a.table.move_slot[row * S + i] = s;
             }
         }
         if (threadIdx.x == 0) {
-            a.moves[row] = total[0];
+            a.table.moves[row] = total[0];
             if (a.count != nullptr) {
                 auto *counted = reinterpret_cast<unsigned long long *>(a.count);
-                atomicAdd(&counted[0], static_cast<unsigned long long>(chosen));
-                atomicAdd(&counted[1], static_cast<unsigned long long>(misses));
+                // A block that has not begun is neither: nothing of it is there.
+                atomicAdd(&counted[0], static_cast<unsigned long long>(chosen - total[1]));
+                atomicAdd(&counted[1], static_cast<unsigned long long>(total[0]));
             }
         }
         __syncthreads();
@@ -350,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_blocks_kernel(const Select
             for (int s = lane; s < S; s += kWarp) {
                 const int i = static_cast<int>(active[s]);
                 if (i < 0 || i >= n) continue;
-                part += expf((exact && i == rows.held[s] ? a.slot_sum[head * S + s] : a.sum[head * a.capacity + i]) - all);
+                part += expf((exact && i == rows.held[s] ? a.slot_sum[head * S + s] : a.sum[head * a.table.capacity + i]) - all);
             }
             part = warp_sum(part);
             __syncwarp();
@@ -362,21 +360,9 @@ __global__ void __launch_bounds__(kThreads, 1) select_blocks_kernel(const Select
                 const int m = entry / S, s = entry - m * S, i = rows.held[s];
                 if (i < 0 || i >= n) continue;
                 const int64_t head = row * group + m;
-                a.peak[head * a.capacity + i] = a.slot_peak[head * S + s];
+                a.peak[head * a.table.capacity + i] = a.slot_peak[head * S + s];
             }
     }
 }
 
 }  // namespace
-
-extern "C" int select_blocks(const Select *a, void *stream) {
-    if (a->block_size < 1 || a->block_size & (a->block_size - 1)) return cudaErrorInvalidValue;
-    size_t bytes = Rows::bytes(a->slots, a->capacity);
-    const size_t with_keys = bytes + 4 * a->capacity;
-    const bool keys_here = with_keys <= device::most_shared() - sizeof(Shared) - 1024;
-    if (keys_here) bytes = with_keys;
-    if (const int code = device::allow_shared(select_blocks_kernel, bytes)) return code;
-    device::launch(select_blocks_kernel, dim3(static_cast<unsigned>(a->batch * a->kv_heads)), dim3(kThreads), bytes,
-                   static_cast<cudaStream_t>(stream), *a, keys_here);
-    return static_cast<int>(cudaGetLastError());
-}

@@ -1,4 +1,4 @@
-"""Selection and residency on the GPU, as one torch operation.
+"""Selection and residency on the GPU.
 
 Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, S slots, N blocks, C capacity in blocks.
 """
@@ -6,171 +6,178 @@ Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, S slots, N bloc
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attention_predictor.csrc.binding import address, call, check
+from attention_predictor.csrc import binding
+from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc.kernel import Kernel
+from attention_predictor.csrc.layout import integers, pointers
+
+STATIC_BYTES = 5 << 10  # of shared memory, at most, whose size the kernel declares
+SLOT_BYTES, LIST_BYTES = 60, 8 << 10  # of what it is given: for each slot, and for keys that are compared
+
+
+class Table(ctypes.Structure):
+    """As in select.h."""
+
+    _fields_ = [*pointers("block active use slot move_block move_slot moves key"), *integers("slots capacity")]
 
 
 class Select(ctypes.Structure):
     """As in select.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("score", "peak", "sum", "slot_peak", "slot_sum", "rest", "key")),
-        *((name, ctypes.c_void_p) for name in ("block", "active", "use", "slot", "move_block", "move_slot", "moves")),
-        *((name, ctypes.c_void_p) for name in ("count", "length", "padding", "less")),
-        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "heads", "slots", "capacity", "block_size")),
-        *((name, ctypes.c_int64) for name in ("limit", "late", "sink_blocks", "recent", "ahead", "chooses")),
+        ("table", Table),
+        *pointers("score peak sum slot_peak slot_sum rest count length padding less"),
+        *integers("kv_heads heads block_size limit late sink_blocks recent ahead chooses keys_here"),
     ]
 
 
-TABLE = ("block_RS", "active_RS", "use_RS", "slot_RC", "move_block_RS", "move_slot_RS", "moves_R", "key_RC")
+KERNEL = Kernel("select.cu", "select_blocks", Select, threads=512, at_once=1)
 
 
-@torch.library.custom_op("attention_predictor::choose_blocks", mutates_args=("peak_BHC", "count_2", *TABLE))
+class SlotTable(NamedTuple):
+    """Which block is in which slot, and what must move for it.
+
+    Attributes:
+        block_RS, active_RS, use_RS: int64, of each slot: its block, -1 for none; its block if chosen, else -1; when it
+            was chosen last.
+        slot_RC: int32, the slot of each block, -1 for one that is absent.
+        move_block_RS, move_slot_RS, moves_R: int32, written: what is to be fetched where; how many of them.
+        key_RC: int32, room.
+    """
+
+    block_RS: Tensor
+    active_RS: Tensor
+    use_RS: Tensor
+    slot_RC: Tensor
+    move_block_RS: Tensor
+    move_slot_RS: Tensor
+    moves_R: Tensor
+    key_RC: Tensor
+
+    def checked(self) -> Table:
+        """As the kernel reads it; ValueError where the tensors don't fit each other."""
+        device, (R, S), C = self.block_RS.device, self.block_RS.shape, self.slot_RC.shape[1]
+        for name, tensor in self._asdict().items():
+            shape = {"RS": (R, S), "RC": (R, C), "R": (R,)}[name.rpartition("_")[2]]
+            wide = name in ("block_RS", "active_RS", "use_RS")
+            check(name, tensor, shape, torch.int64 if wide else torch.int32, device)
+        return Table(*map(address, self), S, C)
+
+
+class Limits(NamedTuple):
+    """What bounds a choice of blocks.
+
+    Attributes:
+        length_1, padding_B: int64, tokens of the sequences, and those of left padding.
+        less_G: int64, tokens by which a KV head's limit is lower; ``None`` where all have the same.
+        block_size: Tokens of a block, a power of two.
+        limit: Tokens chosen at most.
+        sink_blocks, recent: Always chosen, in blocks and tokens.
+    """
+
+    length_1: Tensor
+    padding_B: Tensor
+    less_G: Tensor | None
+    block_size: int
+    limit: int
+    sink_blocks: int
+    recent: int
+
+
+def most_slots(device: torch.device, capacity: int) -> int:
+    """Slots of a row that the kernel has room for, where a sequence has up to ``capacity`` blocks."""
+    return (binding.most_shared(device) - STATIC_BYTES - _shared_bytes(0, capacity)) // SLOT_BYTES
+
+
 def choose_blocks(
+    table: SlotTable,
+    limits: Limits,
     peak_BHC: Tensor,
     sum_BHC: Tensor,
-    slot_peak_BHS: Tensor | None,
-    slot_sum_BHS: Tensor | None,
-    block_RS: Tensor,
-    active_RS: Tensor,
-    use_RS: Tensor,
-    slot_RC: Tensor,
-    move_block_RS: Tensor,
-    move_slot_RS: Tensor,
-    moves_R: Tensor,
-    key_RC: Tensor,
-    count_2: Tensor,
-    length_1: Tensor,
-    padding_B: Tensor,
-    less_G: Tensor | None,
-    kv_heads: int,
-    block_size: int,
-    limit: int,
+    slot_scores: tuple[Tensor, Tensor] | None,
     late: int,
-    sink_blocks: int,
-    recent: int,
-    chooses: bool,
+    count_2: Tensor,
 ) -> Tensor:
     """Choose this token's blocks with its own query, and give them slots (``Selection``, ``ResidencyTable``).
 
     Args:
         peak_BHC, sum_BHC: fp32, largest logit and log-sum-exp of each block by the sketch.
-        slot_peak_BHS, slot_sum_BHS: The exact ones, of each slot, which count for what is resident, and whose peaks are
-            put in place of the others; ``None`` leaves the sketch's.
-        block_RS, active_RS, use_RS: int64 tables of the slots: block, block if chosen, when chosen last.
-        slot_RC: int32, the slot of each block.
-        move_block_RS, move_slot_RS, moves_R: int32, written: what is to be fetched where.
-        key_RC: 32-bit room.
-        count_2: int64, adds up the blocks chosen, and those of them that are fetched.
-        length_1, padding_B: int64, tokens of the sequences, and those of left padding.
-        less_G: int64, tokens by which a KV head's limit is lower; ``None`` where all have the same.
-        limit: Tokens chosen at most.
+        slot_scores: The exact ones, peak_BHS and sum_BHS of each slot, which count for what is resident, and whose
+            peaks are put in place of the others. ``None``: the sketch's count, and the active blocks stay as they are.
         late: Absent blocks chosen at most.
-        sink_blocks, recent: Always chosen, in blocks and tokens.
-        chooses: False leaves the active blocks as they are.
+        count_2: int64, adds up the blocks chosen, and those of them that are fetched.
 
     Returns:
         fp32 rest_BH, the log-sum-exp of all blocks that are not active.
+
+    Raises:
+        ValueError: An argument's shape, dtype, device or layout; more slots than ``most_slots``.
     """
-    B, H, C = peak_BHC.shape
-    R, S, device = B * kv_heads, block_RS.shape[1], peak_BHC.device
+    (B, H, C), device = peak_BHC.shape, peak_BHC.device
+    R, S = table.block_RS.shape
     check("peak_BHC", peak_BHC, (B, H, C), torch.float32, device)
     check("sum_BHC", sum_BHC, (B, H, C), torch.float32, device)
-    for name, scores in (("slot_peak_BHS", slot_peak_BHS), ("slot_sum_BHS", slot_sum_BHS)):
-        if scores is not None:
-            check(name, scores, (B, H, S), torch.float32, device)
-    table = (block_RS, active_RS, use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R, key_RC)
-    _check_table(*table, count_2, length_1, padding_B, less_G, R, S, C, kv_heads)
+    slot_peak_BHS, slot_sum_BHS = slot_scores or (None, None)
+    for name, of_slots in (("slot_peak_BHS", slot_peak_BHS), ("slot_sum_BHS", slot_sum_BHS)):
+        if of_slots is not None:
+            check(name, of_slots, (B, H, S), torch.float32, device)
     rest_BH = peak_BHC.new_empty(B, H)
-    arguments = Select(
-        *map(address, (None, peak_BHC, sum_BHC, slot_peak_BHS, slot_sum_BHS, rest_BH, key_RC)),
-        *map(address, (*table[:-1], count_2, length_1, padding_B, less_G)),
-        *(B, kv_heads, H, S, C, block_size, limit, late, sink_blocks, recent, 0, int(chooses)),
-    )
-    call("select_blocks", arguments, device)
+    scores = (None, peak_BHC, sum_BHC, slot_peak_BHS, slot_sum_BHS, rest_BH)
+    _choose(table, limits, scores, count_2, (B, R // B, H, C), late=late, ahead=False, chooses=slot_scores is not None)
     return rest_BH
 
 
-@choose_blocks.register_fake
-def _(peak_BHC, *args):
-    return peak_BHC.new_empty(peak_BHC.shape[:2])
-
-
-@torch.library.custom_op("attention_predictor::choose_ahead", mutates_args=("count_2", *TABLE))
-def choose_ahead(
-    score_BGC: Tensor,
-    block_RS: Tensor,
-    active_RS: Tensor,
-    use_RS: Tensor,
-    slot_RC: Tensor,
-    move_block_RS: Tensor,
-    move_slot_RS: Tensor,
-    moves_R: Tensor,
-    key_RC: Tensor,
-    count_2: Tensor,
-    length_1: Tensor,
-    padding_B: Tensor,
-    less_G: Tensor | None,
-    block_size: int,
-    limit: int,
-    sink_blocks: int,
-    recent: int,
-) -> None:
+def choose_ahead(table: SlotTable, limits: Limits, score_BGC: Tensor, count_2: Tensor) -> None:
     """Choose the next token's blocks by predicted scores, and give them slots; arguments as of ``choose_blocks``.
 
     Args:
+        limits: Its ``length_1`` are the tokens now, without the next one.
         score_BGC: fp32, ``-inf`` for never.
-        length_1: int64, tokens of the sequences now, without the next one.
     """
     B, G, C = score_BGC.shape
-    R, S, device = B * G, block_RS.shape[1], score_BGC.device
-    check("score_BGC", score_BGC, (B, G, C), torch.float32, device)
-    table = (block_RS, active_RS, use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R, key_RC)
-    _check_table(*table, count_2, length_1, padding_B, less_G, R, S, C, G)
-    arguments = Select(
-        *map(address, (score_BGC, None, None, None, None, None, key_RC)),
-        *map(address, (*table[:-1], count_2, length_1, padding_B, less_G)),
-        *(B, G, G, S, C, block_size, limit, 0, sink_blocks, recent, 1, 1),
-    )
-    call("select_blocks", arguments, device)
+    check("score_BGC", score_BGC, (B, G, C), torch.float32, table.block_RS.device)
+    scores = (score_BGC, None, None, None, None, None)
+    _choose(table, limits, scores, count_2, (B, G, G, C), late=0, ahead=True, chooses=True)
 
 
-@choose_ahead.register_fake
-def _(score_BGC, *args):
-    return None
-
-
-def _check_table(
-    block_RS: Tensor,
-    active_RS: Tensor,
-    use_RS: Tensor,
-    slot_RC: Tensor,
-    move_block_RS: Tensor,
-    move_slot_RS: Tensor,
-    moves_R: Tensor,
-    key_RC: Tensor,
+def _choose(
+    table: SlotTable,
+    limits: Limits,
+    scores: tuple[Tensor | None, ...],
     count_2: Tensor,
-    length_1: Tensor,
-    padding_B: Tensor,
-    less_G: Tensor | None,
-    R: int,
-    S: int,
-    C: int,
-    G: int,
+    shape: tuple[int, int, int, int],
+    *,
+    late: int,
+    ahead: bool,
+    chooses: bool,
 ) -> None:
-    device = block_RS.device
-    for name, slots_RS in (("block_RS", block_RS), ("active_RS", active_RS), ("use_RS", use_RS)):
-        check(name, slots_RS, (R, S), torch.int64, device)
-    for name, slots_RS in (("move_block_RS", move_block_RS), ("move_slot_RS", move_slot_RS)):
-        check(name, slots_RS, (R, S), torch.int32, device)
-    for name, blocks_RC in (("slot_RC", slot_RC), ("key_RC", key_RC)):
-        check(name, blocks_RC, (R, C), torch.int32, device)
-    check("moves_R", moves_R, (R,), torch.int32, device)
+    (B, G, H, C), device, S = shape, table.block_RS.device, table.block_RS.shape[1]
+    checked = table.checked()
+    check("slot_RC", table.slot_RC, (B * G, C), torch.int32, device)
     check("count_2", count_2, (2,), torch.int64, device)
-    check("length_1", length_1, (1,), torch.int64, device)
-    check("padding_B", padding_B, (len(padding_B),), torch.int64, device)
-    if less_G is not None:
-        check("less_G", less_G, (G,), torch.int64, device)
+    check("length_1", limits.length_1, (1,), torch.int64, device)
+    check("padding_B", limits.padding_B, (B,), torch.int64, device)
+    if limits.less_G is not None:
+        check("less_G", limits.less_G, (G,), torch.int64, device)
+    if limits.block_size < 1 or limits.block_size & (limits.block_size - 1):
+        raise ValueError(f"block_size is {limits.block_size}, expected a power of two")
+    if (most := most_slots(device, C)) < S:
+        raise ValueError(f"there are {S} slots for {C} blocks, expected at most {most}")
+    shared_bytes, room = _shared_bytes(S, C), binding.most_shared(device) - STATIC_BYTES
+    keys_here = shared_bytes + 4 * C <= room
+    arguments = Select(
+        checked,
+        *map(address, (*scores, count_2, limits.length_1, limits.padding_B, limits.less_G)),
+        *(G, H, limits.block_size, limits.limit, late, limits.sink_blocks, limits.recent, ahead, chooses, keys_here),
+    )
+    KERNEL.launch(device, (B * G, 1, 1), arguments, shared_bytes=shared_bytes + 4 * C * keys_here)
+
+
+def _shared_bytes(slots: int, capacity: int) -> int:
+    """Without keys of all blocks; two sets of blocks have a bit for each."""
+    return SLOT_BYTES * slots + LIST_BYTES + 8 * -(-capacity // 32)

@@ -29,9 +29,6 @@ constexpr int kLogitRow = kGroup + 8;
 // are within 65504 of zero, and a scale is at most 1.4 times their range over the largest code.
 __host__ __device__ constexpr int lift(int bits) { return bits == 8 ? 6 : bits == 4 ? 2 : 0; }
 
-// At once on a multiprocessor, whose registers must do for what a lane holds of a group.
-constexpr int thread_blocks(int registers) { return registers <= 40 ? 5 : registers <= 80 ? 3 : 2; }
-
 template <int kWords>
 __device__ __forceinline__ void load_words(uint32_t (&to)[kWords], const void *from) {
     if constexpr (kWords >= 4) {
@@ -306,21 +303,14 @@ __device__ void multiply_tail(const SketchScores &a, float *query, float *logits
     }
 }
 
-// For heads up to a size of kMostDim: a lane holds kWords of each row of narrow codes, and half as many of wide ones.
+// For heads up to a size of kMostDim: a lane holds kWords of each row of narrow codes, and half as many of wide ones. The first
+// thread block of a row takes its tail, the others share its groups.
 template <int kWideBits, int kBits, int kWords>
-struct Shape {
-    static constexpr int kWideWords = kWideBits ? kWords / 2 : 0;
-    static constexpr int kMostDim = kWideBits ? 32 * kWords : 16 * kWords;
-    static constexpr int kZeros = kMostDim / 32;  // of 4 channels, in a lane
-    static constexpr int kHeld = (kBits + 2) * kWords + (kWideBits + 2) * kWideWords + 2 * kZeros;  // registers
-    static constexpr int kAtOnce = thread_blocks(kHeld);
-};
-
-// The first thread block of a row takes its tail, the others share its groups.
-template <int kWideBits, int kBits, int kWords, typename S = Shape<kWideBits, kBits, kWords>>
-__global__ void __launch_bounds__(kWarps *kWarp, S::kAtOnce) score_groups(const SketchScores a) {
-    constexpr int kWideWords = S::kWideWords, kZeros = S::kZeros;
-    __shared__ Queries<kWideWords, kWords, S::kMostDim> queries;
+__device__ __forceinline__ void score_groups(const SketchScores &a) {
+    constexpr int kWideWords = kWideBits ? kWords / 2 : 0;
+    constexpr int kMostDim = kWideBits ? 32 * kWords : 16 * kWords;
+    constexpr int kZeros = kMostDim / 32;  // of 4 channels, in a lane
+    __shared__ Queries<kWideWords, kWords, kMostDim> queries;
     __shared__ float4 logit_rows[kWarps][kTogether * kLogitRow / 4];
 
     const Sketch &s = a.sketch;
@@ -335,8 +325,8 @@ __global__ void __launch_bounds__(kWarps *kWarp, S::kAtOnce) score_groups(const 
     if (blockIdx.x == 0) {
         const int length = static_cast<int>(a.length_1 ? *a.length_1 : a.length), begin = length / kGroup * kGroup;
         if (begin == length) return;
-        static_assert(sizeof(queries) >= kMostHeads * S::kMostDim * sizeof(float), "queries of the tail have the same room");
-        multiply_tail<S::kMostDim>(a, reinterpret_cast<float *>(&queries), reinterpret_cast<float *>(logit_rows), length - begin,
+        static_assert(sizeof(queries) >= kMostHeads * kMostDim * sizeof(float), "queries of the tail have the same room");
+        multiply_tail<kMostDim>(a, reinterpret_cast<float *>(&queries), reinterpret_cast<float *>(logit_rows), length - begin,
                                    row, head0, heads);
         __syncthreads();
         const int m = warp * kTogether;
@@ -415,37 +405,4 @@ __global__ void __launch_bounds__(kWarps *kWarp, S::kAtOnce) score_groups(const 
     }
 }
 
-template <int kWideBits, int kBits, int kWords>
-void launch(const SketchScores &a, cudaStream_t stream) {
-    const int64_t pieces = (a.heads / a.sketch.kv_heads + kMostHeads - 1) / kMostHeads;
-    const int64_t rows = a.sketch.batch * a.sketch.kv_heads * pieces, groups = a.length / kGroup;
-    // As many thread blocks as run at once; their warps take several groups each, one after the other.
-    const int64_t at_once = a.workers * Shape<kWideBits, kBits, kWords>::kAtOnce;
-    const int64_t splits = max(int64_t{1}, min((groups + kWarps - 1) / kWarps, at_once / rows - 1));
-    const dim3 grid(static_cast<unsigned>(1 + splits), static_cast<unsigned>(a.sketch.kv_heads * pieces),
-                    static_cast<unsigned>(a.sketch.batch));
-    device::launch(score_groups<kWideBits, kBits, kWords>, grid, dim3(kWarp * kWarps), 0, stream, a);
-}
-
-template <int kWideBits, int kBits>
-void choose_size(const SketchScores &a, cudaStream_t stream) {
-    constexpr int kOfSmall = kWideBits ? 2 : 4;  // words of a lane for a head of 64
-    if (a.sketch.head_dim <= 64) launch<kWideBits, kBits, kOfSmall>(a, stream);
-    else if (a.sketch.head_dim <= 128) launch<kWideBits, kBits, 2 * kOfSmall>(a, stream);
-    else launch<kWideBits, kBits, 4 * kOfSmall>(a, stream);
-}
-
 }  // namespace
-
-extern "C" int sketch_scores(const SketchScores *a, void *stream) {
-    const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    const Sketch &s = a->sketch;
-    if (s.group != kGroup || s.head_dim % 8 || s.head_dim > 256) return cudaErrorInvalidValue;
-    if (a->block_size < 8 || a->block_size > kGroup || a->block_size & (a->block_size - 1)) return cudaErrorInvalidValue;
-    if (s.bits == 1) choose_size<2, 1>(*a, cuda_stream);
-    else if (s.bits == 2) choose_size<4, 2>(*a, cuda_stream);
-    else if (s.bits == 4) choose_size<8, 4>(*a, cuda_stream);
-    else if (s.bits == 8) choose_size<0, 8>(*a, cuda_stream);
-    else return cudaErrorInvalidValue;
-    return static_cast<int>(cudaGetLastError());
-}

@@ -22,7 +22,7 @@ struct SketchScores {
     float *peak;              // [B, H, N] largest logit of a block
     float *sum;               // [B, H, N] log-sum-exp of a block's logits
     int64_t heads, length, block_size;
-    int64_t workers;          // GPU: its multiprocessors; CPU: threads
+    int64_t workers;          // threads of a CPU
     double scaling, softcap;  // softcap 0: none
 };
 
@@ -30,9 +30,9 @@ struct SketchScores {
 struct SketchStore {
     Sketch sketch;
     const void *key;          // [B, G, T, D]
+    const int64_t *length_1;  // tokens of the sequence, this one included; null: length
     int64_t of_batch, of_head, of_token;  // elements of `key` from one to the next
     int64_t first, groups;    // groups `first` on are stored
     int64_t append;           // 1: one token, the last of the sequence
-    const int64_t *length_1;  // tokens of the sequence, this one included; null: length
     int64_t length;
 };

@@ -8,25 +8,30 @@ the tensors of a sketch hold.
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
 
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import ELEMENTS, address, call, check, threads
+from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, call, check, threads
+from attention_predictor.csrc.kernel import Kernel
+from attention_predictor.csrc.layout import doubles, integers, pointers
 
+MOST_BLOCKS = 2**31 - 1  # of a grid
 GROUP = 64  # tokens of a group that the GPU's kernels are made for
 BLOCK_SIZES = (8, 16, 32, 64)  # tokens of a block, likewise
 MOST_HEAD_DIM = 256
+WIDE_BITS = {1: 2, 2: 4, 4: 8, 8: 0}  # of the channels that weigh most, by those of the others; 0: there are none
+WARPS, HEADS = 4, 8  # of a thread block: warps, and query heads of a KV head
 
 
 class Sketch(ctypes.Structure):
     """As in sketch.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("zero", "scale", "wide", "narrow", "tail", "order")),
-        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "head_dim", "capacity", "group")),
-        *((name, ctypes.c_int64) for name in ("coded", "wide_channels", "wide_bits", "bits", "element")),
+        *pointers("zero scale wide narrow tail order"),
+        *integers("batch kv_heads head_dim capacity group coded wide_channels wide_bits bits element"),
     ]
 
 
@@ -35,9 +40,9 @@ class SketchScores(ctypes.Structure):
 
     _fields_ = [
         ("sketch", Sketch),
-        *((name, ctypes.c_void_p) for name in ("query", "real", "length_1", "peak", "sum")),
-        *((name, ctypes.c_int64) for name in ("heads", "length", "block_size", "workers")),
-        *((name, ctypes.c_double) for name in ("scaling", "softcap")),
+        *pointers("query real length_1 peak sum"),
+        *integers("heads length block_size workers"),
+        *doubles("scaling softcap"),
     ]
 
 
@@ -46,11 +51,29 @@ class SketchStore(ctypes.Structure):
 
     _fields_ = [
         ("sketch", Sketch),
-        ("key", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("of_batch", "of_head", "of_token", "first", "groups", "append")),
-        ("length_1", ctypes.c_void_p),
-        ("length", ctypes.c_int64),
+        *pointers("key length_1"),
+        *integers("of_batch of_head of_token first groups append length"),
     ]
+
+
+@functools.cache
+def score_kernel(bits: int, head_dim: int) -> tuple[Kernel, int]:
+    """The GPU kernel that scores blocks by codes of ``bits``, and its thread blocks at once on a multiprocessor."""
+    wide_bits = WIDE_BITS[bits]
+    size = next(i for i in (1, 2, 4) if head_dim <= 64 * i)
+    words = size * (2 if wide_bits else 4)  # of a lane
+    wide_words = words // 2 if wide_bits else 0
+    # A multiprocessor's registers must do for what a lane holds of a group.
+    registers = (bits + 2) * words + (wide_bits + 2) * wide_words + 4 * size
+    at_once = 5 if registers <= 40 else 3 if registers <= 80 else 2
+    function = f"score_groups<{wide_bits}, {bits}, {words}>"
+    return Kernel("sketch.cu", function, SketchScores, 32 * WARPS, at_once), at_once
+
+
+@functools.cache
+def store_kernel(dtype: torch.dtype) -> Kernel:
+    """The GPU kernel that makes codes of keys of this dtype."""
+    return Kernel("quantise.cu", f"store_groups<{IN_CPP[dtype]}>", SketchStore, threads=256, at_once=3)
 
 
 def no_sketch_kernel(
@@ -115,13 +138,21 @@ def sketch_scores(
         raise ValueError(f"query_BHD has {H} heads, expected a multiple of the sketch's {G} KV heads")
     _check_served(tail_BGTD, block_size)
     peak_BHN, sum_BHN = _scores(query_BHD, length, block_size)
-    workers = binding.multiprocessors(device) if binding.on_gpu(device) else threads(B * G * length * D)
+    workers = threads(B * G * length * D)
     arguments = SketchScores(
         sketch,
         *map(address, (query_BHD, real_BL, length_1, peak_BHN, sum_BHN)),
         *(H, length, block_size, workers, scaling, softcap),
     )
-    call("sketch_scores", arguments, device)
+    if not binding.on_gpu(device):
+        call("sketch_scores", arguments)
+        return peak_BHN, sum_BHN
+    # As many thread blocks as run at once; their warps take several groups each, one after the other.
+    kernel, at_once = score_kernel(sketch.bits, D)
+    pieces = -(-H // (G * HEADS))
+    most = at_once * binding.multiprocessors(device) // (B * G * pieces) - 1
+    splits = max(1, min(-(-(length // GROUP) // WARPS), most))
+    kernel.launch(device, (1 + splits, G * pieces, B), arguments)
     return peak_BHN, sum_BHN
 
 
@@ -165,13 +196,8 @@ def sketch_append(
     if length < 1:
         raise ValueError(f"length is {length}, expected at least 1, the new token")
     _check_served(tail_BGTD, None)
-    arguments = SketchStore(sketch, address(key_BGD), G * D, D, 0, 0, 1, 1, address(length_1), length)
-    call("sketch_store", arguments, device)
-
-
-@sketch_append.register_fake
-def _(key_BGD, order_BGD, tail, zero, scale, wide, narrow, length, length_1):
-    return None
+    arguments = SketchStore(sketch, *map(address, (key_BGD, length_1)), G * D, D, 0, 0, 1, 1, length)
+    store_kernel(key_BGD.dtype).launch(device, (B * G, 1, 1), arguments)
 
 
 @torch.library.custom_op(
@@ -205,13 +231,8 @@ def sketch_store(
     if first < 0 or first + T // group > K:
         raise ValueError(f"groups {first} to {first + T // group} are to be stored, there is room for {K}")
     _check_served(tail_BGTD, None)
-    arguments = SketchStore(sketch, address(key_BGTD), *key_BGTD.stride()[:3], first, T // group, 0, None, 0)
-    call("sketch_store", arguments, device)
-
-
-@sketch_store.register_fake
-def _(key_BGTD, order_BGD, tail, zero, scale, wide, narrow, first):
-    return None
+    arguments = SketchStore(sketch, address(key_BGTD), None, *key_BGTD.stride()[:3], first, T // group, 0, 0)
+    store_kernel(key_BGTD.dtype).launch(device, (min(B * G * (T // group), MOST_BLOCKS), 1, 1), arguments)
 
 
 def _sketch(

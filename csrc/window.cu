@@ -167,7 +167,7 @@ __device__ __forceinline__ void load_lines(Shared &s, const WindowStep &a, int64
 }
 
 // Takes the features of the row that leaves the interior off the sums, and adds those of the row that enters it.
-__global__ void __launch_bounds__(kPositions) slide_sums(const WindowStep a) {
+__device__ __forceinline__ void slide_sums(const WindowStep &a) {
     __shared__ Shared s;
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
     const int base = static_cast<int>(blockIdx.x) * kOutputs - 1;  // column of position 0
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kPositions) slide_sums(const WindowStep a) {
 }
 
 // Moves the window up by one row and puts the step's in the last place: 8 threads a column.
-__global__ void slide_window(const WindowStep a) {
+__device__ __forceinline__ void slide_window(const WindowStep &a) {
     const int column = (blockIdx.x * blockDim.x + threadIdx.x) / 8, part = threadIdx.x % 8;
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
     const bool counts = column < a.columns;
@@ -221,7 +221,7 @@ __global__ void slide_window(const WindowStep a) {
 
 // Scores from the sums and the two rows of features at each end of the window; those of the two columns at each end of the
 // range, where features and not scores are padded, over the whole window, by two more thread blocks.
-__global__ void __launch_bounds__(kPositions) score_columns(const WindowStep a) {
+__device__ __forceinline__ void score_columns(const WindowStep &a) {
     __shared__ Shared s;
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
     const int first = static_cast<int>(a.first), last = static_cast<int>(a.last);
@@ -335,23 +335,4 @@ __global__ void __launch_bounds__(kPositions) score_columns(const WindowStep a) 
         }
 }
 
-unsigned tiles(int64_t columns, int each) { return static_cast<unsigned>((columns + each - 1) / each); }
-
 }  // namespace
-
-extern "C" int push_window(const WindowStep *a, void *stream) {
-    const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    const auto kv_heads = static_cast<unsigned>(a->kv_heads), batch = static_cast<unsigned>(a->batch);
-    if (a->known)
-        device::launch(slide_sums, dim3(tiles(a->known, kOutputs), kv_heads, batch), dim3(kPositions), 0, cuda_stream, *a);
-    if (a->columns)
-        device::launch(slide_window, dim3(tiles(a->columns, 32), kv_heads, batch), dim3(256), 0, cuda_stream, *a);
-    return static_cast<int>(cudaGetLastError());
-}
-
-extern "C" int score_window(const WindowStep *a, void *stream) {
-    if (a->last - a->first < 2 * kReach) return cudaErrorInvalidValue;
-    const dim3 grid(tiles(a->columns, kOutputs) + 2, static_cast<unsigned>(a->kv_heads), static_cast<unsigned>(a->batch));
-    device::launch(score_columns, grid, dim3(kPositions), 0, static_cast<cudaStream_t>(stream), *a);
-    return static_cast<int>(cudaGetLastError());
-}

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import address, call, check
+from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc.kernel import Kernel
+from attention_predictor.csrc.layout import integers, pointers
 from attention_predictor.csrc.predict import fragments
 
 ROWS, MAPS, FEATURES = 64, 16, 32  # of the network that the kernels are written for
@@ -23,9 +25,15 @@ class WindowStep(ctypes.Structure):
     """As in window.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("row", "window", "sum", "weight", "rest", "scores")),
-        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "columns", "capacity", "known", "first", "last")),
+        *pointers("row window sum weight rest scores"),
+        *integers("batch kv_heads columns capacity known first last"),
     ]
+
+
+SLIDE_SUMS = Kernel("window.cu", "slide_sums", WindowStep, threads=128)
+SLIDE_WINDOW = Kernel("window.cu", "slide_window", WindowStep, threads=256)
+SCORE = Kernel("window.cu", "score_columns", WindowStep, threads=128)
+TILE, SLID = 126, 32  # columns of a thread block: where features are computed, and where the window moves
 
 
 def pack_network(conv1: nn.Conv2d, conv2: nn.Conv2d, conv3: nn.Conv1d) -> tuple[Tensor, Tensor]:
@@ -57,12 +65,8 @@ def push_window(
     arguments = WindowStep(
         *map(address, (row_BGN, window_BGNR, sum_BGCN, weight, rest, None)), *(B, G, N, room, known, 0, 0)
     )
-    call("push_window", arguments, window_BGNR.device)
-
-
-@push_window.register_fake
-def _(row_BGN, window_BGNR, sum_BGCN, weight, rest, known):
-    return None
+    SLIDE_SUMS.launch(window_BGNR.device, (-(-known // TILE), G, B), arguments)
+    SLIDE_WINDOW.launch(window_BGNR.device, (-(-N // SLID), G, B), arguments)
 
 
 @torch.library.custom_op("attention_predictor::score_window", mutates_args=())
@@ -83,7 +87,7 @@ def score_window(
     arguments = WindowStep(
         *map(address, (None, window_BGNR, sum_BGCN, weight, rest, scores_BGN)), *(B, G, n_blocks, room, 0, first, last)
     )
-    call("score_window", arguments, window_BGNR.device)
+    SCORE.launch(window_BGNR.device, (-(-n_blocks // TILE) + 2, G, B), arguments)
     return scores_BGN
 
 

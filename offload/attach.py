@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from attention_predictor.csrc import ops
+from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.offload.allocation import first_budgets
 from attention_predictor.offload.attachment import Attachment, configs_of
 from attention_predictor.offload.attention import NAME
@@ -81,6 +83,8 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -
         raise AttachError(
             f"{name} ignores the attention interface: its implementation stayed {decoder.config._attn_implementation!r}"
         )
+    if runtime.device.type == "cuda" and config.kernels == "auto":
+        ops.prepare(runtime.device, _kernels(runtime, decoder.dtype))  # where there are none, layers say why
     captured = None
     if runtime.room.captures or config.prefetch == "graph":
         compiled = CompiledLayers(decoder) if config.compile else None
@@ -98,6 +102,22 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -
             attachment.attribute(model, method, _refusal(f"{name}: an attached model {instead}"))
     runtime.open = True
     return engine
+
+
+def _kernels(runtime: Runtime, dtype: torch.dtype) -> list[Kernel]:
+    """All that prompts and steps will need, to be compiled at once, in parallel."""
+    config, predictor = runtime.config, runtime.predictor
+    found: dict[str, Kernel] = {}
+    for head_dim in {shape.head_dim for shape in runtime.room.shapes.values() if shape is not None}:
+        kernels = ops.kernels_of(
+            dtype,
+            head_dim,
+            sketch_bits=config.sketch_bits if predictor is not None and config.needs_sketch else None,
+            predictor=None if predictor is None else predictor.arch,
+            captured=runtime.room.captures,
+        )
+        found |= {kernel.name: kernel for kernel in kernels}
+    return list(found.values())
 
 
 def _copy_detached(model: PreTrainedModel, attachment: Attachment) -> Any:

@@ -94,7 +94,8 @@ class OffloadConfig:
             counts a step that is not captured as a fallback on a CPU too. ``"thread"`` captures nothing; ``"none"``
             fetches in the middle of the computation.
         compile: Captured steps are made of compiled decoder layers (``torch.compile``): faster, after a minute's wait.
-        kernels: ``"auto"`` uses compiled kernels where they can be built, ``"none"`` plain torch operations alone.
+        kernels: ``"auto"`` uses compiled kernels where they can be built (on a GPU by NVRTC, which torch brings; on a
+            CPU by a C++ compiler), ``"none"`` plain torch operations alone.
         skip_layers: Layers left as they are, with their whole cache on the device.
         slab_blocks: Blocks by which host memory grows.
         host_memory: Bytes of host memory the cache may use; ``None`` takes what the system reports as available.

@@ -170,7 +170,8 @@ class DeviceStep:
             total_BH = torch.logaddexp(attention.lse_BH, rest_BH)
             self.history.observe_slots(peak_BHC, self.table.active_BGS, slot_peak_BHS, total_BH, shared.length_1)
             first, blocks = self.selection.sink // self.selection.block_size, peak_BHC.shape[2]
-            score_BGC = self.history.predict_ahead(first, self.selection.recent, shared.length_1, blocks)
+            padding_B = None if shared.real_BL is None else shared.padding_B
+            score_BGC = self.history.predict_ahead(first, self.selection.recent, shared.length_1, blocks, padding_B)
             more = self.selection.ahead_blocks if policy.chooses else 0
             self.table.choose_ahead(score_BGC, more, shared.length_1, shared.padding_B)
         return attention.out_BHD[:, :, None]

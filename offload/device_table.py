@@ -43,18 +43,22 @@ class DeviceTable:
         # Stamps go on from here: the device's are twice the length, and one more for what is chosen ahead.
         last = 2 * length
         commit_RS = table.commits_of_slots()
-        self.use_RS = (last - (commit_RS.max() - commit_RS)).to(device)
-        self.block_BGS = table.block_of_slot_RS.view(B, G, S).to(device)
-        self.active_BGS = table.block_of_slot_RS.masked_fill(~table.active_RS, -1).view(B, G, S).to(device)
+        block_RS = table.block_of_slot_RS
         slot_RC = torch.full((R, capacity + 1), -1, dtype=torch.int32)
         slot_S = torch.arange(S, dtype=torch.int32).expand(R, S)
         # Empty slots write to one column more, which is cut off.
-        slot_RC.scatter_(1, table.block_of_slot_RS % (capacity + 1), slot_S)
-        self.slot_RC = slot_RC[:, :-1].contiguous().to(device)
-        self.move_block_RS = torch.zeros((R, S), dtype=torch.int32, device=device)
-        self.move_slot_RS = torch.zeros_like(self.move_block_RS)
-        self.moves_R = torch.zeros(R, dtype=torch.int32, device=device)
-        self.key_RC = torch.zeros((R, capacity), dtype=torch.int32, device=device)
+        slot_RC.scatter_(1, block_RS % (capacity + 1), slot_S)
+        self.slots = ops.SlotTable(
+            block_RS=block_RS.to(device, copy=True),
+            active_RS=block_RS.masked_fill(~table.active_RS, -1).to(device),
+            use_RS=(last - (commit_RS.max() - commit_RS)).to(device),
+            slot_RC=slot_RC[:, :-1].contiguous().to(device),
+            move_block_RS=torch.zeros((R, S), dtype=torch.int32, device=device),
+            move_slot_RS=torch.zeros((R, S), dtype=torch.int32, device=device),
+            moves_R=torch.zeros(R, dtype=torch.int32, device=device),
+            key_RC=torch.zeros((R, capacity), dtype=torch.int32, device=device),
+        )
+        self.block_BGS, self.active_BGS = (x.view(B, G, S) for x in self.slots[:2])
         self.counts = counts
         self.less_G = less_than(selection.budget, selection.heads, device)
         self.slab_s = store.addresses(device)
@@ -62,7 +66,8 @@ class DeviceTable:
     @property
     def nbytes(self) -> int:
         """Device memory."""
-        return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
+        tensors = (*self.slots, self.counts, self.slab_s, self.less_G)
+        return sum(x.nbytes for x in tensors if x is not None)
 
     def append(self, key_BGD: Tensor, value_BGD: Tensor, length_1: Tensor) -> None:
         """Write the newest token to its block in the pool and in host memory; ``length_1`` counts it already."""
@@ -73,7 +78,7 @@ class DeviceTable:
             self.pool.value_BGSTD,
             self.slab_s,
             self.store.slab_blocks,
-            self.slot_RC,
+            self.slots.slot_RC,
             length_1,
             self.counts[4:],
         )
@@ -98,66 +103,32 @@ class DeviceTable:
         Returns:
             fp32 rest_BH, log-sum-exp of the blocks not attended to.
         """
-        rest_BH = ops.choose_blocks(
-            peak_BHC,
-            sum_BHC,
-            *(resident or (None, None)),
-            *self._tables(),
-            self.counts[:2],
-            length_1,
-            padding_B,
-            self.less_G,
-            self.block_BGS.shape[1],
-            self.selection.block_size,
-            self.selection.budget,
-            late_blocks,
-            self.selection.sink // self.selection.block_size,
-            self.selection.recent,
-            resident is not None,
-        )
+        limits = self._limits(self.selection.budget, length_1, padding_B)
+        rest_BH = ops.choose_blocks(self.slots, limits, peak_BHC, sum_BHC, resident, late_blocks, self.counts[:2])
         if resident is not None:
             self._fetch(spent_1)
         return rest_BH
 
     def choose_ahead(self, score_BGC: Tensor, more: int, length_1: Tensor, padding_B: Tensor) -> None:
         """Choose what the next token attends to, and ``more`` blocks, and fetch them."""
-        size = self.selection.block_size
-        ops.choose_ahead(
-            score_BGC,
-            *self._tables(),
-            self.counts[2:4],
-            length_1,
-            padding_B,
-            self.less_G,
-            size,
-            self.selection.budget + more * size,
-            self.selection.sink // size,
-            self.selection.recent,
-        )
+        limit = self.selection.budget + more * self.selection.block_size
+        ops.choose_ahead(self.slots, self._limits(limit, length_1, padding_B), score_BGC, self.counts[2:4])
         self._fetch(None)
 
     def leave(self, table: ResidencyTable) -> None:
         """Give the state back to the host's table; waits for the device."""
-        block_RS, active_RS, commit_RS = (
-            x.flatten(0, -2).cpu() for x in (self.block_BGS, self.active_BGS, self.use_RS)
-        )
+        block_RS, active_RS, commit_RS = (x.cpu() for x in self.slots[:3])
         filled_RS = block_RS >= 0
         if filled_RS.any():
             commit_RS = commit_RS - commit_RS[filled_RS].min() + 1
         table.load(block_RS, active_RS >= 0, commit_RS)
 
-    def _tables(self) -> tuple[Tensor, ...]:
-        rows = (self.block_BGS.flatten(0, 1), self.active_BGS.flatten(0, 1), self.use_RS, self.slot_RC)
-        return (*rows, self.move_block_RS, self.move_slot_RS, self.moves_R, self.key_RC)
+    def _limits(self, limit: int, length_1: Tensor, padding_B: Tensor) -> ops.Limits:
+        selection = self.selection
+        always = (selection.sink // selection.block_size, selection.recent)
+        return ops.Limits(length_1, padding_B, self.less_G, selection.block_size, limit, *always)
 
     def _fetch(self, spent_1: Tensor | None) -> None:
-        ops.move_blocks(
-            self.slab_s,
-            self.store.slab_blocks,
-            self.move_block_RS,
-            self.move_slot_RS,
-            self.moves_R,
-            self.pool.key_BGSTD,
-            self.pool.value_BGSTD,
-            spent_1,
-        )
+        moves = (self.slots.move_block_RS, self.slots.move_slot_RS, self.slots.moves_R)
+        pool = (self.pool.key_BGSTD, self.pool.value_BGSTD)
+        ops.move_blocks(self.slab_s, self.store.slab_blocks, *moves, *pool, spent_1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from attention_predictor.csrc import binding
+from attention_predictor.csrc import binding, ops
 from attention_predictor.offload.cache import TieredCache
 from attention_predictor.offload.compiled import CompiledLayers
 from attention_predictor.offload.device_step import DeviceStep, Shared
@@ -86,6 +86,12 @@ def why_not(cache: TieredCache, graphed: Graphed | None) -> str | None:
             return "they need pinned host memory"
         if (reason := layer.policy.no_graph) is not None:
             return reason
+        length = layer.tiers.length
+        slots = layer.selection.most_slots_at(length + 1)
+        most = ops.most_slots(layer.device, layer.selection.n_blocks(layer.runtime.room.captured(length)))
+        if slots > most:
+            budget = layer.selection.budget
+            return f"a budget of {budget} tokens takes {slots} slots, and kernels choose among {most} at most"
     if graphed is not None and graphed.in_vain >= IN_VAIN:
         return "something else changes the cache every few tokens, as beams do"
     return None

@@ -153,8 +153,8 @@ class HostStore:
         if row_n.numel():
             device = pool.key_BGSTD.device
             index = torch.stack([row_n, block_n, slot_n]).to(device, non_blocking=True)
-            slab_s = self.addresses(device)
-            ops.gather_to_pool(slab_s, self.slab_blocks, *index.unbind(), pool.key_BGSTD, pool.value_BGSTD)
+            slab_s, (row_n, block_n, slot_n) = self.addresses(device), index.unbind()
+            ops.gather_to_pool(slab_s, self.slab_blocks, row_n, block_n, slot_n, pool.key_BGSTD, pool.value_BGSTD)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, stop - start, D] of a token range, on the CPU. Raises IndexError beyond."""

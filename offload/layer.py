@@ -408,6 +408,7 @@ class TieredLayer(CacheLayerMixin):
         if self.policy.selects == "all":
             return
         length = self.tiers.length + 1
+        self.policy.padding_B = self.padding_B if self.is_padded else None
         scores_BGN = self.policy.score_next(length)
         # More than a step may attend to, where the next one chooses among them.
         more = self.selection.ahead_blocks if self.policy.chooses else 0

@@ -156,24 +156,39 @@ class ScoreHistory:
         ops.observe_row(peak_BHN, block_BGS, slot_peak_BHS, total_BH, *arguments)
 
     @torch.no_grad()
-    def predict(self, first: int, last: int) -> Tensor:
+    def predict(self, first: int, last: int, padding_B: Tensor | None = None) -> Tensor:
         """The next token's scores of blocks first to last − 1, scores_BGN in fp32 with −inf for all others.
 
         Sink and recent blocks are always kept: they are cut off *before* the prediction
         (AttentionPredictor, arXiv 2502.04077, section 4), so their large scores don't leak into their
         neighbours.
+
+        `padding_B`, int64: whole blocks of left padding of each sequence, behind which `first` counts.
         """
         self._check_range(first, last)
+        if padding_B is not None and not self.kernel:
+            return self._predict_padded(first, last, padding_B)
         if self.kernel:
             packed = self.packed
             # As if a block were a token, the newest of which alone is recent.
-            candidates = (first, 1, 1, last, None)
+            candidates = (first, 1, 1, last, None, padding_B)
             return ops.predict_blocks(self._state_BGNC, packed.weight, packed.bias, self.n_blocks, *candidates)
         batch, kv_heads = self._state_BGNC.shape[:2]
         shape, device = (batch, kv_heads, self.n_blocks), self._state_BGNC.device
         scores_BGN = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
         if first < last:
             scores_BGN[:, :, first:last] = self.predictor(self._state_BGNC[:, :, first:last])
+        return scores_BGN
+
+    def _predict_padded(self, first: int, last: int, padding_B: Tensor) -> Tensor:
+        """By sequences of equal padding: the predictor sees no block of padding or of a sink."""
+        B, G = self._state_BGNC.shape[:2]
+        scores_BGN = self._state_BGNC.new_full((B, G, self.n_blocks), -torch.inf, dtype=torch.float32)
+        for blocks in padding_B.unique().tolist():
+            index_b = (padding_B == blocks).nonzero()[:, 0]
+            part = copy.copy(self)
+            part.index(index_b)
+            scores_BGN[index_b] = part.predict(min(first + blocks, last), last)
         return scores_BGN
 
     # Steps that know their length on the device alone, where a kernel reads it (`no_graph` says if there is none).
@@ -196,13 +211,16 @@ class ScoreHistory:
         ops.observe_row(peak_BHN, block_BGS, slot_peak_BHS, total_BH, *arguments)
 
     @torch.no_grad()
-    def predict_ahead(self, first: int, recent: int, length_1: Tensor, n_blocks: int) -> Tensor:
+    def predict_ahead(
+        self, first: int, recent: int, length_1: Tensor, n_blocks: int, padding_B: Tensor | None = None
+    ) -> Tensor:
         """As `predict`, for the step after the one at `length_1` tokens; scores_BGN with `n_blocks` columns.
 
-        Candidates go from block `first` to those of the `recent` tokens that that step attends to in any case.
+        Candidates go from block `first` to those of the `recent` tokens that that step attends to in any case;
+        `padding_B` are tokens.
         """
         packed, size = self.packed, self.predictor.block_size
-        candidates = (first, recent, size, self._state_BGNC.shape[2] * size, length_1)
+        candidates = (first, recent, size, self._state_BGNC.shape[2] * size, length_1, padding_B)
         return ops.predict_blocks(self._state_BGNC, packed.weight, packed.bias, n_blocks, *candidates)
 
     def advance(self, n_blocks: int) -> None:

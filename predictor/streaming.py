@@ -150,10 +150,12 @@ class StreamedHistory(ScoreHistory):
         self._sum_up(known)
 
     @torch.no_grad()
-    def predict(self, first: int, last: int) -> Tensor:
+    def predict(self, first: int, last: int, padding_B: Tensor | None = None) -> Tensor:
+        self._check_range(first, last)
+        if padding_B is not None:
+            return self._predict_padded(first, last, padding_B)
         if not self.streams or last - first <= 2 * STENCIL:
             return super().predict(first, last)
-        self._check_range(first, last)
         if self._network is not None:
             return ops.score_window(self._state_BGNC, self._sum_BGCN, *self._network, self.n_blocks, first, last)
         scores_BGN = super().predict(first, first)  # −inf everywhere

@@ -6,42 +6,57 @@ import ctypes
 import functools
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-from attention_predictor.csrc import binding, build
+import torch
+
+from attention_predictor.csrc import binding, build, ops
+from attention_predictor.csrc.kernel import Kernel, program_text
 
 HEADERS = Path(__file__).parent / "emulation"
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """All CUDA sources, compiled as C++ against the emulation's headers."""
+def libraries() -> dict[str, ctypes.CDLL]:
+    """The programs of every CUDA source, with all its kernels, as C++ against the emulation's headers."""
     version = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(HEADERS.iterdir()))).hexdigest()[:16]
-    compiler = build._compiler("a C++ compiler", "CXX", ["c++", "g++", "clang++"])
-    flags = (
-        "-x",
-        "c++",
-        "-std=c++17",
-        "-O1",
-        "-U_FORTIFY_SOURCE",
-        "-shared",
-        "-fPIC",
-        f"-I{HEADERS}",
-        f"-DEMULATION={version!r}",
-    )
-    kernels = ctypes.CDLL(str(build.build(compiler, flags, sorted(build.SOURCES.glob("*.cu")))))
-    kernels.error_text.restype = ctypes.c_char_p
-    return kernels
+    flags = ("-O1", "-U_FORTIFY_SOURCE", f"-I{HEADERS}", f"-DEMULATION={version!r}")
+    programs: dict[str, list[Kernel]] = {}
+    for kernel in ops.every_kernel():
+        programs.setdefault(kernel.source, []).append(kernel)
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda item: build.cpu_library(item[0], program_text(item[1]), flags), programs.items())
+        return dict(zip(programs, found, strict=True))
+
+
+def launch(
+    kernel: Kernel,
+    device: torch.device,
+    grid: tuple[int, int, int],
+    arguments: ctypes.Structure,
+    *,
+    threads: int | None = None,
+    shared_bytes: int = 0,
+) -> None:
+    """As ``Kernel.launch``; a kernel that ``every_kernel`` leaves out is an error."""
+    assert isinstance(arguments, kernel.struct)
+    if 0 not in grid:
+        run = getattr(libraries()[kernel.source], kernel.name)
+        shape = ((ctypes.c_uint * 3)(*grid), threads or kernel.threads, ctypes.c_size_t(shared_bytes))
+        run(ctypes.byref(arguments), *shape)
 
 
 @contextmanager
 def emulated_gpu() -> Iterator[None]:
     """Within it, operations on CPU tensors are done by the GPU's kernels."""
+    libraries()
     with (
-        mock.patch.object(binding, "_library", return_value=library()),
+        mock.patch.object(Kernel, "launch", launch),
         mock.patch.object(binding, "on_gpu", return_value=True),
         mock.patch.object(binding, "multiprocessors", return_value=4),
+        mock.patch.object(binding, "most_shared", return_value=48 << 10),
     ):
         yield

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
+from attention_predictor import AttachError
 from attention_predictor.offload import dense, fused
 from attention_predictor.offload.attention import tiered_attention, tiered_mask
 from attention_predictor.offload.dense import Chunk, Terms, attend, attend_prompt, score_rows, split
@@ -285,5 +286,5 @@ class TestMask:
 
 def test_position_bias_is_refused():
     query, key, value = tensors(4, 4)
-    with pytest.raises(ValueError, match="position_bias"):
+    with pytest.raises(AttachError, match="position_bias"):
         tiered_attention(torch.nn.Module(), query, key, value, None, position_bias=torch.zeros(1))

@@ -179,6 +179,47 @@ def test_early_exit(tiny_model, ids):
         assert torch.equal(model.generate(prompt, assistant_early_exit=1, **GREEDY), stock)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("policy", POLICIES)
+def test_padding_changes_no_choice(tiny_model, ids, policy):
+    """A sequence padded by whole groups of the sketch decodes sparsely as it does alone, its sink included."""
+    model, prompt = tiny_model("llama"), ids(170)
+    padded = torch.cat([torch.cat([torch.zeros_like(prompt[:, :64]), prompt], 1), ids(234, seed=1)])
+    mask = torch.ones_like(padded)
+    mask[0, :64] = 0
+    settings = {"budget": 96, "sink": 32, "recent": 16, "predictor": "default", "budget_allocation": "uniform"}
+    with attach(model, config(policy, **settings)):
+        alone = logits_of(model, prompt)
+    with attach(model, config(policy, **settings)):
+        together = logits_of(model, padded, attention_mask=mask)
+    for step, (one, both) in enumerate(zip(alone.logits, together.logits, strict=True)):
+        assert (one[0] - both[0]).abs().max() < 1e-3, step
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("prefill_inference", [True, False])
+def test_inference_mode_and_others_take_turns(tiny_model, ids, policy, prefill_inference):
+    """State made in inference mode is written to outside of it, and the other way round."""
+
+    def mode(inference: bool):
+        return torch.inference_mode() if inference else torch.no_grad()
+
+    model, prompt = tiny_model("llama"), ids(150)
+    with attach(model, config(policy, budget=96, sink=16, recent=16)) as engine:
+        cache = engine.new_cache()
+        with mode(prefill_inference):
+            model(prompt, **with_cache(model, cache))
+        for step in range(40):
+            with mode(step % 5 == 0):
+                model(prompt[:, step : step + 1], **with_cache(model, cache))
+            if step == 20:
+                with mode(not prefill_inference):
+                    cache.crop(-9)
+                    cache.reorder_cache(torch.tensor([0, 0]))
+                prompt = prompt.repeat(2, 1)
+        cache.check_integrity()
+
+
 def test_pipeline(tiny_model, ids):
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -11,7 +11,9 @@ from emulated import emulated_gpu
 from torch import Tensor
 
 from attention_predictor import OffloadConfig
+from attention_predictor.csrc import ops
 from attention_predictor.offload.device_table import DeviceTable
+from attention_predictor.offload.host_memory import HostMemory
 from attention_predictor.offload.prefetch import make_prefetcher
 from attention_predictor.offload.residency import ResidencyTable
 from attention_predictor.offload.selection import Selection
@@ -36,9 +38,12 @@ class Twin:
         self.selection, self.capacity = Selection.of(config), capacity
         self.padding_B = torch.tensor([0, 21], device=device)
         self.generator = torch.Generator().manual_seed(length)
-        engine = SimpleNamespace(config=config, prefetcher=make_prefetcher("none", device), stats_kept=Stats())
+        memory = HostMemory(self.device if device == "cuda" else None)
+        runtime = SimpleNamespace(
+            config=config, prefetcher=make_prefetcher("none", device), stats=Stats(), memory=memory
+        )
         shape = {"batch": B, "kv_heads": G, "head_dim": D, "dtype": torch.float32, "device": self.device}
-        self.by_host, other = Tiers(engine, 0, **shape), Tiers(engine, 0, **shape)
+        self.by_host, other = Tiers(runtime, 0, **shape), Tiers(runtime, 0, **shape)
         keys, values = self.random(2, B, G, length, D)
         wanted_BGW = self.selection.wanted(self.random(B, G, capacity), length + 1, self.padding_B, G)
         for tiers in (self.by_host, other):
@@ -160,3 +165,30 @@ def test_equal_scores_go_by_block(kind: str, length: int) -> None:
     recent = list(range((length + 1 - 32) // 16, (length + 16) // 16))
     between = [*range(2, 8 - len(recent)), 20]
     assert twin.table.active_BGS[0, 0].sort().values.tolist() == [0, 1, *between, *recent]
+
+
+def slot_table(slots: int, capacity: int) -> ops.SlotTable:
+    def full(shape: tuple[int, ...], dtype: torch.dtype = torch.int32, value: int = 0) -> Tensor:
+        return torch.full(shape, value, dtype=dtype)
+
+    of_slots = [full((1, slots), torch.int64, -1) for _ in range(3)]
+    moves = (full((1, slots)), full((1, slots)), full((1,)))
+    return ops.SlotTable(*of_slots, full((1, capacity), value=-1), *moves, full((1, capacity)))
+
+
+@pytest.mark.parametrize("capacity", [600, 20000])
+def test_the_most_slots_are_known_beforehand(capacity: int) -> None:
+    scores, count_2 = torch.rand(1, 1, capacity), torch.zeros(2, dtype=torch.int64)
+    length_1, padding_B = torch.tensor([16 * capacity - 20]), torch.zeros(1, dtype=torch.int64)
+    with emulated_gpu():
+        most = ops.most_slots(torch.device("cpu"), capacity)
+        limits = ops.Limits(length_1, padding_B, None, 16, 16 * most, 2, 32)
+        table = slot_table(most, capacity)
+        ops.choose_ahead(table, limits, scores, count_2)
+        assert count_2.tolist() == [most, most]
+        with pytest.raises(ValueError, match=f"{most + 1} slots for {capacity} blocks, expected at most {most}"):
+            ops.choose_ahead(slot_table(most + 1, capacity), limits, scores, count_2)
+        with pytest.raises(ValueError, match=r"use_RS: expected torch.int64 \[1, \d+\] on cpu"):
+            ops.choose_ahead(table._replace(use_RS=table.use_RS.int()), limits, scores, count_2)
+        with pytest.raises(ValueError, match="block_size is 24, expected a power of two"):
+            ops.choose_ahead(table, limits._replace(block_size=24), scores, count_2)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
-from emulated import emulated_gpu
+from emulated import emulated_gpu, libraries
 from torch import Tensor
 
-from attention_predictor import OffloadConfig, attach
-from attention_predictor.csrc import binding, build, ops
+from attention_predictor.csrc import binding, ops
 from attention_predictor.offload.dense import Terms
+from attention_predictor.offload.host_memory import HostMemory
 from attention_predictor.offload.host_store import HostStore, gather_reference
 from attention_predictor.offload.sparse import attend_slots, score_slots
-from attention_predictor.predictor.errors import BuildError
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
 DEVICES = ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -148,8 +145,8 @@ def test_torch_compile_knows_the_shapes(device: str) -> None:
     assert same(compiled(*arguments), ops.sparse_decode(*arguments))
 
 
-def filled_store(dtype: torch.dtype, *, pin: bool = False) -> HostStore:
-    store = HostStore(batch=2, kv_heads=3, head_dim=16, dtype=dtype, slab_blocks=4, pin=pin)
+def filled_store(dtype: torch.dtype, memory: HostMemory | None = None) -> HostStore:
+    store = HostStore(batch=2, kv_heads=3, head_dim=16, dtype=dtype, slab_blocks=4, memory=memory)
     generator = torch.Generator().manual_seed(0)
     store.append(*torch.randn(2, 2, 3, 16 * 21 + 5, 16, generator=generator).to(dtype))
     return store
@@ -176,7 +173,7 @@ def test_gather_to_host(dtype: torch.dtype, count: int) -> None:
 def test_gather_to_pool(dtype: torch.dtype, count: int) -> None:
     from attention_predictor.offload.block_pool import BlockPool
 
-    store, (row, block) = filled_store(dtype, pin=True), entries(count)
+    store, (row, block) = filled_store(dtype, HostMemory(torch.device("cuda"))), entries(count)
     shape = {"batch": 2, "kv_heads": 3, "slots": 60, "block_size": 16, "head_dim": 16, "dtype": dtype}
     by_kernel, by_copy = (BlockPool(**shape, device="cuda") for _ in range(2))
     slot = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:count]
@@ -208,60 +205,10 @@ def test_wrong_arguments_are_named() -> None:
         ops.sparse_decode(torch.zeros(1, 1, 12), pool, pool, torch.zeros(1, 1, 2).long(), 32, None, None, 1.0, 0.0)
 
 
-# How they are built
-
-
-@pytest.fixture
-def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """An empty cache, and nothing remembered of earlier builds, before and after."""
-    monkeypatch.setenv("ATTENTION_PREDICTOR_CACHE", str(tmp_path / "cache"))
-    for known in (build.library, binding.missing):
-        known.cache_clear()
-    yield tmp_path
-    for known in (build.library, binding.missing):
-        known.cache_clear()
-
-
-def build_one(_: int) -> float:
-    return Path(build.library("cpu")._name).stat().st_mtime
-
-
-def test_processes_that_start_at_once_build_once(no_library: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(2) as processes:
-        times = processes.map(build_one, range(2))
-    assert times[0] == times[1]
-    assert [file.suffix for file in sorted((no_library / "cache").iterdir())] == [".lock", ".so"]
-
-
-def test_another_source_or_argument_is_another_library(no_library: Path) -> None:
-    source = no_library / "one.cpp"
-    source.write_text('extern "C" int one() { return 1; }')
-    compiler = build._compiler("a C++ compiler", "CXX", ["c++", "g++", "clang++"])
-    first = build.build(compiler, ("-shared", "-fPIC"), [source])
-    assert build.build(compiler, ("-shared", "-fPIC"), [source]) == first
-    assert build.build(compiler, ("-shared", "-fPIC", "-O1"), [source]) != first
-    source.write_text('extern "C" int one() { return 2; }')
-    assert build.build(compiler, ("-shared", "-fPIC"), [source]) != first
-
-
-def test_a_failed_build_shows_what_the_compiler_said(no_library: Path) -> None:
-    source = no_library / "bad.cpp"
-    source.write_text("int one() { return nothing; }")
-    compiler = build._compiler("a C++ compiler", "CXX", ["c++", "g++", "clang++"])
-    with pytest.raises(BuildError, match=r"(?s)failed with exit code 1.*nothing"):
-        build.build(compiler, ("-shared", "-fPIC"), [source])
-
-
-def test_without_a_compiler_torch_operations_serve_and_stats_say_so(no_library, monkeypatch, tiny_model, ids, caplog):
-    model, prompt = tiny_model("llama"), ids(150)
-    outputs = []
-    for compiler, kernels in (("", "auto"), ("no-such-compiler", "auto"), ("", "none")):
-        monkeypatch.setenv("CXX", compiler)
-        for known in (build.library, binding.missing):
-            known.cache_clear()
-        with attach(model, OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, kernels=kernels)) as engine:
-            outputs.append(model.generate(prompt, do_sample=False, max_new_tokens=12))
-        assert bool(engine.stats.fallbacks) == bool(compiler)
-    assert "a C++ compiler was not found: CXX=no-such-compiler" in next(iter(caplog.messages))
-    assert torch.equal(outputs[0], outputs[1])
-    assert torch.equal(outputs[1], outputs[2])
+def test_an_emulated_device_has_every_kernel() -> None:
+    of_sources = libraries()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for head_dim in (8, 64, 80, 128, 256):
+            for one in ops.kernels_of(dtype, head_dim, sketch_bits=4, predictor="paper", captured=True):
+                assert hasattr(of_sources[one.source], one.name)
+    assert len(ops.kernels_of(torch.float64, 512, sketch_bits=2, predictor=None, captured=False)) == 2

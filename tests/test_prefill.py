@@ -19,6 +19,7 @@ from attention_predictor.csrc import ops
 from attention_predictor.offload import dense, fused
 from attention_predictor.offload.block_pool import BlockPool
 from attention_predictor.offload.dense import Chunk, Terms, attend, attend_prompt
+from attention_predictor.offload.host_memory import HostMemory
 from attention_predictor.offload.host_store import HostStore
 from attention_predictor.offload.transfer import SMALL_BYTES, inward, outbox
 from attention_predictor.offload.versions import cache_of, with_cache
@@ -175,7 +176,10 @@ def sleep(cycles):
 def test_appended_bits_survive_delays_and_reuse_of_memory(seed):
     """Keys and values are freed, and their memory written to, as soon as ``append`` has returned."""
     generator = torch.Generator().manual_seed(seed)
-    side, store = outbox(torch.device("cuda", 0))._stream, HostStore(**SHAPE, slab_blocks=4, pin=True)
+    side, store = (
+        outbox(torch.device("cuda", 0))._stream,
+        HostStore(**SHAPE, slab_blocks=4, memory=HostMemory(torch.device("cuda"))),
+    )
     expected = []
     for step in range(60):
         tokens = int((1, 1, 1, 5, 16, 64, 200, 3000)[torch.randint(8, (1,), generator=generator)])
@@ -203,7 +207,7 @@ def test_appended_bits_survive_delays_and_reuse_of_memory(seed):
 @gpu
 @pytest.mark.parametrize("tokens", [1, 2000])
 def test_append_waits_for_nobody(tokens):
-    store = HostStore(**SHAPE, slab_blocks=4, pin=True)
+    store = HostStore(**SHAPE, slab_blocks=4, memory=HostMemory(torch.device("cuda")))
     store.append(*on_gpu(2000, 0))  # allocates
     store.settle()
     store.reserve(6000)
@@ -219,7 +223,7 @@ def test_append_waits_for_nobody(tokens):
 @gpu
 def test_the_device_reads_what_was_appended_before():
     """The gather of another stream begins with the bits of an append that was late."""
-    store = HostStore(**SHAPE, slab_blocks=4, pin=True)
+    store = HostStore(**SHAPE, slab_blocks=4, memory=HostMemory(torch.device("cuda")))
     if (reason := ops.missing(torch.device("cuda", 0))) is not None:
         pytest.skip(reason)
     key, value = on_gpu(200, 0)
@@ -241,7 +245,7 @@ def test_the_device_reads_what_was_appended_before():
 def test_streamed_bits_survive_delays(seed):
     generator = torch.Generator().manual_seed(seed)
     device, side = torch.device("cuda", 0), inward(torch.device("cuda", 0))
-    store = HostStore(**SHAPE, slab_blocks=4, pin=True)
+    store = HostStore(**SHAPE, slab_blocks=4, memory=HostMemory(torch.device("cuda")))
     kept = torch.stack(on_gpu(1000, seed))
     store.append(*kept)
     for stop in (1000, 640, 1000, 17):

@@ -209,3 +209,16 @@ def test_many_rows_keep_their_integrity(seed, rows, slots):
         table.check_integrity()
         mask = torch.zeros(rows, n_blocks + 1, dtype=torch.bool).scatter_(1, wanted % (n_blocks + 1), True)
         assert torch.equal(table.active_blocks(n_blocks), mask[:, :n_blocks])
+
+
+@pytest.mark.parametrize("slots", [16_384, 16_385, 40_000])
+def test_many_slots(slots):
+    """Budgets of hundreds of thousands of tokens, or blocks of one: the oldest goes, whatever its slot's number."""
+    table = ResidencyTable(rows=1, slots=slots)
+    table.commit(table.plan(torch.arange(slots)[None]))
+    kept = torch.arange(slots - 5)[None]
+    table.commit(table.plan(kept))  # the five last slots were wanted longest ago
+    plan = want(table, [*range(slots - 5), slots + 7])
+    assert plan.victim_n.tolist() == [slots - 5]
+    assert plan.slot_n.tolist() == [slots - 5]
+    assert int(table.slot_of(torch.tensor([slots + 7]))) == slots - 5

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_predictor.offload.selection import NEVER, Selection
+from attention_predictor.offload.selection import NEVER, Selection, best_blocks, less_than
 
 
 @st.composite
@@ -70,3 +70,42 @@ def test_within_reach_never_allows_more_late_blocks(seed, late, n_blocks):
         if allowed.any() and ruled_out.any():
             assert scores[0, head][allowed].min() >= scores[0, head][ruled_out].max()
         assert int(allowed.sum()) == min(late, int((~resident[0, head]).sum()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    blocks=st.integers(1, 60),
+    levels=st.integers(1, 4),
+    share=st.floats(0, 1),
+    never=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_of_equal_blocks_the_lowest_are_the_best(blocks, levels, share, never, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(levels, (2, 3, blocks), generator=generator).float()
+    scores[torch.rand(2, 3, blocks, generator=generator) < never] = NEVER
+    most = int(share * blocks)
+    found = best_blocks(scores, most)
+    for row, mask in zip(scores.flatten(0, 1).tolist(), found.flatten(0, 1), strict=True):
+        order = sorted((number for number in range(blocks) if row[number] > NEVER), key=lambda n: (-row[n], n))
+        assert mask.nonzero()[:, 0].tolist() == sorted(order[:most])
+
+
+def test_each_head_has_as_many_as_it_may():
+    scores = torch.tensor([[[1.0, 1.0, 2.0, 1.0, 0.0]] * 3])
+    found = best_blocks(scores, 4, torch.tensor([[1], [3], [4]]))
+    assert [row.nonzero()[:, 0].tolist() for row in found[0]] == [[2], [0, 1, 2], [0, 1, 2, 3]]
+
+
+def test_equal_scores_choose_the_lowest_blocks():
+    selection, padding = Selection(budget=160, block_size=16, sink=32, recent=32), torch.zeros(1, dtype=torch.int64)
+    wanted = selection.wanted(torch.zeros(1, 1, 6000), 6000 * 16, padding, 1)
+    assert wanted[0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 5998, 5999]
+    reach = selection.within_reach(torch.zeros(1, 1, 6000), torch.zeros(1, 1, 6000, dtype=torch.bool), 3)
+    assert (reach > NEVER).nonzero()[:, 2].tolist() == [0, 1, 2]
+
+
+def test_what_is_kept_of_budgets_by_head_is_bounded():
+    for budget in range(500):
+        less_than(1000, (budget, 1000), torch.device("cpu"))
+    assert less_than.cache_info().currsize <= 64

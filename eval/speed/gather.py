@@ -71,7 +71,7 @@ def _to_pool(
     there = torch.empty_like(whole, device=device, pin_memory=False)
 
     def by_kernel(row_n: Tensor, block_n: Tensor) -> Call:
-        entries = [entry_n.to(device) for entry_n in (row_n, block_n, slot_n)]
+        entries = row_n.to(device), block_n.to(device), slot_n.to(device)
         return lambda: ops.gather_to_pool(*slabs, *entries, *sides)
 
     def by_table(_: Tensor, block_n: Tensor) -> Call:

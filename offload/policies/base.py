@@ -191,6 +191,7 @@ class Policy:
 
     Attributes:
         selection: The layer's budget and what goes with it; the layer sets it, anew if its budget changes.
+        padding_B: int64, tokens of left padding of each sequence, ``None`` where there is none; the layer sets it.
     """
 
     name: ClassVar[str]
@@ -202,6 +203,7 @@ class Policy:
     def __init__(self, spec: LayerSpec) -> None:
         self.spec = spec
         self.selection = Selection.of(spec.config)
+        self.padding_B: Tensor | None = None
 
     @property
     def parts(self) -> dict[str, Part]:

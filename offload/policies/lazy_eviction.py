@@ -87,7 +87,10 @@ class LazyEviction(Policy):
         place_N = torch.arange(n_blocks, device=self.spec.device)
         # In fp64, so that of equals the newer ones stay and nothing else changes places.
         rank_BGN = F.pad(self.importance().double(), (0, n_blocks - self.last.n_blocks)) + 1e-9 * place_N
-        rank_BGN = rank_BGN.masked_fill((place_N < first) | (place_N >= last), ALWAYS)
+        # A padded sequence's sink begins behind its padding.
+        padding_B11 = 0 if self.padding_B is None else (self.padding_B // size)[:, None, None]
+        sink_BGN = (place_N >= padding_B11) & (place_N < padding_B11 + first)
+        rank_BGN = rank_BGN.masked_fill(place_N < padding_B11, NEVER).masked_fill(sink_BGN | (place_N >= last), ALWAYS)
         kept_BGK = rank_BGN.masked_fill(self.evicted.value_BGN, NEVER).topk(keep, dim=-1).indices
         lost_BGN = torch.ones_like(self.evicted.value_BGN).scatter(-1, kept_BGK, False)
         self.evicted.value_BGN = self.evicted.value_BGN | lost_BGN

@@ -135,7 +135,8 @@ class Predictor(Policy):
         first, last = Selection.of(self.spec.config).candidates(length)
         if not self.history.started or first >= last:
             return None  # every block is sink or recent
-        return self.history.predict(first, min(last, self.history.n_blocks))
+        padding_B = None if self.padding_B is None else self.padding_B // self.spec.config.block_size
+        return self.history.predict(first, min(last, self.history.n_blocks), padding_B)
 
     def _logits(self, step: Step) -> tuple[Tensor | None, Tensor, Tensor, Tensor, int]:
         """This step's row, as ``row_of_logits`` takes it: exact where it attended, estimated or zero elsewhere."""

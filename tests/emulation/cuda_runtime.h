@@ -38,11 +38,6 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 #define __launch_bounds__(...)
 #define __restrict__
 
-using cudaStream_t = void *;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMisalignedAddress = 716 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char *cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid argument"; }
-
 namespace emulation {
 
 enum class At { kReady, kWarp, kBlock, kDone };
@@ -145,10 +140,12 @@ inline void run_block(int threads) {
     }
 }
 
-template <typename... P, typename... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... arguments) {
-    machine.body = [=] { kernel(arguments...); };
-    machine.dynamic.resize(shared_bytes / 16 + 1);
+// Runs the body as every thread of every thread block; it must keep to so much dynamic shared memory.
+template <typename Body>
+void launch(Body body, dim3 grid, dim3 block, size_t shared_bytes) {
+    constexpr size_t kBeyond = 64;
+    machine.body = body;
+    machine.dynamic.resize((shared_bytes + kBeyond + 15) / 16);
     gridDim = grid;
     blockDim = block;
     for (unsigned z = 0; z < grid.z; ++z)
@@ -158,6 +155,10 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A.
                 // What shared memory holds at first is nobody's to rely on.
                 std::memset(machine.dynamic.data(), 0xff, machine.dynamic.size() * 16);
                 run_block(static_cast<int>(block.x * block.y * block.z));
+                const auto *beyond = reinterpret_cast<const unsigned char *>(machine.dynamic.data()) + shared_bytes;
+                if (std::all_of(beyond, beyond + kBeyond, [](unsigned char x) { return x == 0xff; })) continue;
+                std::fprintf(stderr, "emulated kernel: writes beyond its %zu bytes of shared memory\n", shared_bytes);
+                std::abort();
             }
 }
 

@@ -1,0 +1,189 @@
+"""CUDA programs to machine code: by NVRTC, which comes with torch, or by nvcc; in parallel, and kept on disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attention_predictor.csrc.build import SOURCES, cache_directory, find_compiler, keep, key, locked, run
+from attention_predictor.predictor.errors import BuildError
+
+if TYPE_CHECKING:
+    from attention_predictor.csrc.kernel import Kernel
+
+OPTIONS = ("-std=c++20",)
+DIGEST_BYTES = 32  # before the machine code in a file
+logger = logging.getLogger(__name__)
+_compiling = threading.Lock()
+
+
+def bindings(module: str) -> Any:
+    """That module of NVIDIA's Python bindings; BuildError where they are not installed."""
+    try:
+        return importlib.import_module(f"cuda.bindings.{module}")
+    except ImportError as error:
+        raise BuildError(f'cuda-bindings is not installed: pip install "cuda-bindings=={_cuda_major()}.*"') from error
+
+
+def result_of(library: str, returned: tuple[Any, ...]) -> Any:
+    """What a function of the bindings gave beside its code; BuildError, with the library's name, where it failed."""
+    code, *values = returned
+    if code:
+        raise BuildError(f"{library}: {code.name}")
+    return values[0] if values else None
+
+
+def _cuda_major() -> str:
+    """The version of CUDA that torch is made for."""
+    return (torch.version.cuda or "13").split(".")[0]
+
+
+def _wheel(name: str) -> str:
+    return name if _cuda_major() == "13" else f"{name}-cu{_cuda_major()}"
+
+
+class Nvrtc:
+    """NVIDIA's compiler as a library.
+
+    Raises:
+        BuildError: It, its Python bindings or the headers are not there; what to install.
+    """
+
+    def __init__(self) -> None:
+        self.nvrtc = bindings("nvrtc")
+        try:
+            from cuda.pathfinder import find_nvidia_header_directory
+        except ImportError as error:
+            raise BuildError("cuda-pathfinder is older than 1.3: pip install -U cuda-pathfinder") from error
+        try:
+            self.version = "NVRTC {1}.{2}".format(*self.nvrtc.nvrtcVersion())
+        except RuntimeError as error:
+            raise BuildError(f"NVRTC was not found: pip install {_wheel('nvidia-cuda-nvrtc')}") from error
+        self.headers = find_nvidia_header_directory("cudart")
+        if self.headers is None:
+            raise BuildError(f"CUDA's headers were not found: pip install {_wheel('nvidia-cuda-runtime')}")
+
+    def compile(self, kernel: Kernel, capability: tuple[int, int]) -> bytes:
+        """Machine code for that compute capability, or PTX; BuildError where it refuses, with what it said."""
+        nvrtc, target = self.nvrtc, 10 * capability[0] + capability[1]
+        known = result_of(self.version, nvrtc.nvrtcGetSupportedArchs())
+        exact = target in known
+        if not exact:  # it is older than the device: the driver compiles the rest
+            target = max(x for x in known if x < target)
+        options = [*OPTIONS, f"-I{SOURCES}", f"-I{self.headers}", f"-arch={'sm' if exact else 'compute'}_{target}"]
+        program = nvrtc.nvrtcCreateProgram(kernel.text.encode(), kernel.name.encode(), 0, [], [])
+        handle = result_of(self.version, program)
+        try:
+            (code,) = nvrtc.nvrtcCompileProgram(handle, len(options), [option.encode() for option in options])
+            if code:
+                log = bytearray(result_of(self.version, nvrtc.nvrtcGetProgramLogSize(handle)))
+                result_of(self.version, nvrtc.nvrtcGetProgramLog(handle, log))
+                raise BuildError(f"{self.version} refused {kernel.name}\n{bytes(log).decode(errors='replace')}")
+            size, get = (
+                (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN) if exact else (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+            )
+            binary = bytearray(result_of(self.version, size(handle)))
+            result_of(self.version, get(handle, binary))
+            return bytes(binary)
+        finally:
+            nvrtc.nvrtcDestroyProgram(handle)
+
+
+class Nvcc:
+    """NVIDIA's compiler as a program; BuildError where there is none."""
+
+    def __init__(self) -> None:
+        there = os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin/nvcc"
+        self.path = find_compiler("nvcc", "CUDACXX", [there, "nvcc"])
+        self.version = run([self.path, "--version"])
+
+    def compile(self, kernel: Kernel, capability: tuple[int, int]) -> bytes:
+        """As ``Nvrtc.compile``."""
+        with tempfile.TemporaryDirectory() as scratch:
+            source, binary = Path(scratch) / f"{kernel.name}.cu", Path(scratch) / "cubin"
+            source.write_text(kernel.text, "utf-8")
+            architecture = "-arch=sm_{}{}".format(*capability)
+            run([self.path, "-cubin", *OPTIONS, f"-I{SOURCES}", architecture, str(source), "-o", str(binary)])
+            return binary.read_bytes()
+
+
+@functools.cache
+def chosen() -> Nvrtc | Nvcc:
+    """NVRTC, or nvcc where that is not there.
+
+    Raises:
+        BuildError: There is neither; what to install.
+    """
+    try:
+        return Nvrtc()
+    except BuildError as error:
+        try:
+            return Nvcc()
+        except BuildError:
+            raise error from None
+
+
+def compiled(
+    kernels: Sequence[Kernel], capability: tuple[int, int], compiler: Nvrtc | Nvcc | None = None
+) -> list[bytes]:
+    """Machine code of kernels: from the disk where the same was compiled before, all others compiled in parallel.
+
+    Raises:
+        BuildError: There is no compiler, or it refuses one; with what it said.
+    """
+    if not kernels:
+        return []
+    compiler = compiler or chosen()
+    parts = (*OPTIONS, compiler.version, str(capability))
+    paths = [cache_directory() / f"{key(kernel.source, kernel.text, *parts)}.cubin" for kernel in kernels]
+    found = [_read(path) for path in paths]
+    if None in found:
+        with _compiling, locked("cuda"):
+            found = [_read(path) if binary is None else binary for path, binary in zip(paths, found, strict=True)]
+            missing = [number for number, binary in enumerate(found) if binary is None]
+            made = _compile([kernels[number] for number in missing], capability, compiler)
+            for number, binary in zip(missing, made, strict=True):
+                keep(paths[number], hashlib.sha256(binary).digest() + binary)
+                found[number] = binary
+    return [binary for binary in found if binary is not None]
+
+
+def _compile(kernels: Sequence[Kernel], capability: tuple[int, int], compiler: Nvrtc | Nvcc) -> list[bytes]:
+    if not kernels:
+        return []
+
+    def compile_one(kernel: Kernel) -> bytes:
+        begun = time.perf_counter()
+        binary = compiler.compile(kernel, capability)
+        logger.debug("%5.2f s %s", time.perf_counter() - begun, kernel.name)
+        return binary
+
+    level = logging.WARNING if len(kernels) > 1 else logging.INFO  # one takes a second
+    logger.log(level, "compiling %d GPU kernels, once; this takes some seconds …", len(kernels))
+    started = time.perf_counter()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        binaries = list(pool.map(compile_one, kernels))
+    logger.log(level, "… done in %.1f s", time.perf_counter() - started)
+    return binaries
+
+
+def _read(path: Path) -> bytes | None:
+    """What was kept there, if it is whole."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, binary = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    return binary if digest == hashlib.sha256(binary).digest() else None
