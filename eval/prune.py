@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -45,6 +44,8 @@ def main(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model)
     texts = None if scores is not None else _texts("--data", args.data, tokenizer, args)
     judged = None if args.sweep is None else _texts("--sweep", args.sweep, tokenizer, args)
+    with writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)  # or it would be found out when the layers are scored
     model = load_model(args.model, args.device, args.dtype)
     settings = {name: getattr(args, name) for name in ("model", "data", "documents", "context")}
     if texts is not None:
@@ -54,14 +55,14 @@ def main(args: argparse.Namespace) -> int:
         settings |= {"data": None, "scores": [str(path) for path in args.scores]}
     assert scores is not None
     plan = Plan(scores, args.metric, args.beta, args.layers)
-    _write(args.out / SCORES, {"settings": settings} | plan.to_dict())
+    write_atomically(args.out / SCORES, json_bytes({"settings": settings} | plan.to_dict(), indent=1))
     if judged is not None:
         orders = make_orders(scores, args.beta, args.seeds, depth)
         total = sum(map(len, orders.values())) * (args.layers + 1)
         with Progress("perplexity", total, "models") as progress:
             sweep = Sweep.run(model, judged, orders, args.layers, progress.update)
         found = {"settings": settings | {"sweep": args.sweep}, "orders": orders} | sweep.to_dict()
-        _write(args.out / SWEEP, found)
+        write_atomically(args.out / SWEEP, json_bytes(found, indent=1))
         print(sweep.table())
         if args.plot is not None:
             sweep.plot(args.plot, f"Perplexity of {Path(args.model).name} without some of its layers")
@@ -111,9 +112,3 @@ def _print(plan: Plan, as_json: bool) -> None:
 
 def _digits(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
-
-
-def _write(path: Path, found: Any) -> None:
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json_bytes(found, indent=1))

@@ -39,6 +39,9 @@ def main(args: argparse.Namespace) -> int:
         cases = _tails(args)
     else:
         cases = _questions(args)
+    if args.out is not None:
+        with writing(args.out):
+            args.out.parent.mkdir(parents=True, exist_ok=True)
     model = load_model(args.model, args.device, args.dtype)
     settings = {name: str(getattr(args, name)) for name in SETTINGS}
     cells = _load(args.out, settings)
@@ -52,8 +55,6 @@ def main(args: argparse.Namespace) -> int:
                 cell = judge(model, cases, rule, budget, measure_recovery=args.recovery, after_each=progress.update)
             cells.append(cell)
             if args.out is not None:
-                with writing(args.out):
-                    args.out.parent.mkdir(parents=True, exist_ok=True)
                 draft = {"settings": settings, "cells": [asdict(one) for one in cells]}
                 write_atomically(args.out, json_bytes(draft, indent=1))
     print(markdown(cells))

@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_skipped(
     assert main([*decode(*options), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["timings"]
     assert rows[0]["skipped"].startswith("the KV cache of 1 × 2048 tokens needs")
-    assert "of host memory, 1 bytes are available" in rows[1]["skipped"]
+    assert "of host memory, 3.00 MiB are available" in rows[1]["skipped"]
     assert len(out.read_text().splitlines()) == 1  # tried again the next time
     assert main(decode(*options)) == 0
     assert "skipped: keys and values take" in capsys.readouterr().out

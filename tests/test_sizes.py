@@ -13,6 +13,7 @@ from attention_predictor.sizes import size_text
     [
         (0, "0 bytes"),
         (0.4, "0 bytes"),
+        (1, "1 byte"),
         (1023, "1023 bytes"),
         (1024, "1.00 KiB"),
         (1536.5, "1.50 KiB"),

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from attention_predictor.commands.generate import config_of
 from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.engine import Engine
@@ -19,7 +20,6 @@ from attention_predictor.offload.forwards import check_positions
 from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.progress import Progress
 from attention_predictor.reading import check_unicode, read_standard_input, read_text
-from attention_predictor.settings import offload_config
 
 
 def main(args: argparse.Namespace) -> int:
@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
         check_positions(model.config.get_text_config(decoder=True), len(ids) + args.max_new_tokens)
         result = _generate(model, tokenizer, ids, args, None)
     else:
-        with attach(model, offload_config(args)) as engine:
+        with attach(model, config_of(args)) as engine:
             engine.check_fits(batch=1, tokens=len(ids) + args.max_new_tokens)
             result = _generate(model, tokenizer, ids, args, engine)
     if args.json:

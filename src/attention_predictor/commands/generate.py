@@ -18,6 +18,7 @@ from pathlib import Path
 
 from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments
 from attention_predictor.kinds import number, whole
+from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.settings import add_setting_arguments, offload_config
 
 
@@ -38,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     check_model_arguments(args)
-    if args.recovery and not args.measure_recovery:
-        args.measure_recovery = 1
-    offload_config(args)
+    config_of(args)
+
+
+def config_of(args: argparse.Namespace) -> OffloadConfig:
+    """The settings that the options ask for."""
+    return offload_config(args, **({"measure_recovery": args.measure_recovery or 1} if args.recovery else {}))
