@@ -1,33 +1,14 @@
-"""Time decoding, or a part of it, against what it replaces, in one process."""
+"""How timings are reported: on which machine, with which settings, a row each."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from attention_predictor.eval.subcommands import add_subcommands, run_subcommand
-
-PARTS = {
-    "decode": ("attention_predictor.eval.decode", "whole steps of a model, against the stock caches"),
-    "prefill": ("attention_predictor.eval.prefill", "the prefill of a long prompt, against the stock caches"),
-    "requests": ("attention_predictor.eval.requests", "requests one after another: first token, memory"),
-    "attention": ("attention_predictor.eval.speed.attention", "one token over the blocks of a pool"),
-    "sketch": ("attention_predictor.eval.speed.sketch", "scores of all blocks by the key sketch"),
-    "predictor": ("attention_predictor.eval.speed.predictor", "scores of all blocks for the next token"),
-    "gather": ("attention_predictor.eval.speed.gather", "blocks from host memory to the pool"),
-}
 Row = Mapping[str, Any]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_subcommands(parser, PARTS)
-
-
-main = run_subcommand
 
 
 def machine(device: torch.device) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from attention_predictor.eval.bench import Row
-from attention_predictor.eval.ways import FLOOR
+from attention_predictor.eval.way import FLOOR
+from attention_predictor.sizes import size_text
 
 OURS = ("graph", "graph-compiled", "thread", "no-kernels")  # the first that was measured is ours
-MIB, GIB = 1 << 20, 1 << 30
 
 
 def compare(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -36,8 +36,8 @@ def describe(row: Row) -> str:
     lines = ["  ".join([f"{row['context']:>8} tokens", f"{row['name']:<34}", times, *ratios])]
     facts = []
     if row["peak_device_bytes"] is not None:
-        peak, weights = row["peak_device_bytes"] / GIB, row["weights_bytes"] / GIB
-        facts.append(f"peak {peak:.2f} GiB on the device, {weights:.2f} of them weights")
+        peak, weights = size_text(row["peak_device_bytes"]), size_text(row["weights_bytes"])
+        facts.append(f"peak {peak} on the device, {weights} of it weights")
     if "engine" in row:
         facts += _traffic(row)
     if facts:
@@ -52,12 +52,12 @@ def describe(row: Row) -> str:
 
 def _traffic(row: Row) -> list[str]:
     stats, waited_ms = row["engine"], row["exposed_wait_ms_per_token"]
-    parts = ", ".join(f"{name} {size / MIB:.1f}" for name, size in stats["device_kv_parts"].items())
+    parts = ", ".join(f"{name} {size_text(size)}" for name, size in stats["device_kv_parts"].items())
     shares = [(stats["hit_rate"], "hit"), (stats["reuse_rate"], "kept")]
     return [
-        f"KV {stats['device_kv_bytes'] / MIB:.1f} of {stats['full_kv_bytes'] / MIB:.1f} MiB ({parts})",
+        f"KV {size_text(stats['device_kv_bytes'])} of {size_text(stats['full_kv_bytes'])} ({parts})",
         *(f"{share:.1%} {name}" for share, name in shares if share is not None),
-        f"{row['fetched_bytes_per_token'] / MIB:.2f} MiB fetched",
+        f"{size_text(row['fetched_bytes_per_token'])} fetched",
         f"{waited_ms:.2f} ms waited ({waited_ms / row['median_ms']:.1%})",
         *(f"fallback ×{count}: {message}" for message, count in stats["fallbacks"].items()),
     ]

@@ -7,14 +7,15 @@ OUT/<variant>/<task>.jsonl a line a sample (``predictions``)
 from __future__ import annotations
 
 import fcntl
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attention_predictor.eval.predictions import Record, fold, gather, write_atomically
-from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.eval.predictions import Record, fold, gather
+from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.reading import read_json
+from attention_predictor.writing import json_bytes, write_atomically
 
 GROWING = ("tasks", "variants")  # of these a later session may add more
 
@@ -34,10 +35,12 @@ class RunFolder:
         self.sessions: list[dict[str, Any]] = []
         if self.file.exists():
             try:
-                saved = json.loads(self.file.read_text(encoding="utf-8"))
+                saved = read_json(self.file)
                 self.sessions = list(saved.pop("sessions"))
                 self.description = {name: saved[name] for name in ("benchmark", "settings", *GROWING)}
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except DataError as error:
+                raise ConfigError(f"{self.file} is not the description of a run: {error}") from error
+            except (KeyError, TypeError, AttributeError) as error:
                 raise ConfigError(f"{self.file} is not the description of a run: {error!r}") from error
 
     @classmethod
@@ -112,8 +115,7 @@ class RunFolder:
             grown = {name: self.description.get(name, {}) | dict(description[name]) for name in GROWING}
             self.description = dict(description) | grown
             self.sessions.append(session)
-            text = json.dumps(self.description | {"sessions": self.sessions}, indent=1, ensure_ascii=False)
-            write_atomically(self.file, text.encode())
+            write_atomically(self.file, json_bytes(self.description | {"sessions": self.sessions}, indent=1))
             yield
 
     def fold(self) -> None:

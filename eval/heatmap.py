@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attention_predictor.figures import save_figure
 from attention_predictor.predictor.errors import ConfigError
 
 FILE = "heatmap.png"
@@ -70,10 +71,8 @@ def draw_heatmaps(
         place.axis("off")
     figure.suptitle(title)
     figure.colorbar(places.flat[0].images[0], ax=places, shrink=0.8)
-    draft = path.with_name(f".{path.name}")  # still ends in the format's name
-    figure.savefig(draft, dpi=160)
+    save_figure(figure, path)
     pyplot.close(figure)
-    draft.replace(path)
 
 
 def _write_values(place: Any, cells: Sequence[Sequence[float]], middle: float) -> None:

@@ -6,7 +6,7 @@ Suffixes: B sequences, L steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from statistics import NormalDist, stdev
 from typing import Any
 
@@ -15,44 +15,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from attention_predictor.arguments import budget_allocation
 from attention_predictor.documents import Excerpt, encode, opening
 from attention_predictor.eval import synthetic
+from attention_predictor.eval.rules import STOCK as STOCK
+from attention_predictor.eval.rules import Rule as Rule
 from attention_predictor.offload.attach import attach
-from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.versions import with_cache
-from attention_predictor.predictor.errors import ConfigError
 
-STOCK = "full"  # as a rule: the stock model with its whole cache
 Z95 = NormalDist().inv_cdf(0.975)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A named way to select: what differs from the default ``OffloadConfig``."""
-
-    name: str
-    settings: dict[str, Any]
-
-    @classmethod
-    def parse(cls, text: str) -> Rule:
-        """``[name:] policy[,field=value…]``; the budgets of layers are joined by ``+``."""
-        name, _, rest = text.rpartition(":")
-        policy, *pairs = (part.strip() for part in rest.split(","))
-        types = {one.name: type(getattr(OffloadConfig(), one.name)) for one in fields(OffloadConfig)}
-        settings: dict[str, Any] = {"policy": policy}
-        for pair in pairs:
-            key, _, value = pair.partition("=")
-            if key not in types:
-                raise ConfigError(f"--rule {text!r}: unknown field {key!r}, expected one of {', '.join(types)}")
-            if key == "budget_allocation":
-                settings[key] = budget_allocation(f"--rule {text!r}: {key}", value)
-                continue
-            try:
-                settings[key] = types[key](value)
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"--rule {text!r}: {key}={value!r} is not of type {types[key].__name__}") from error
-        return cls(name.strip() or rest.strip(), settings)
 
 
 @dataclass(frozen=True)
@@ -156,16 +126,17 @@ def judge(
             _decode(model, case, DynamicCache(config=model.config.get_text_config(decoder=True)), cell)
             after_each()
         return cell
-    config = OffloadConfig(**({"budget": budget, "measure_recovery": measure_recovery} | rule.settings))
-    with attach(model, config) as engine:
-        stats = engine.stats
+    with attach(model, rule.config(budget, measure_recovery=measure_recovery)) as engine:
         for case in cases:
+            stats = engine.stats
             before = stats.relative_recovery_sum, stats.recovery_count
             _decode(model, case, engine.new_cache(), cell)
+            stats = engine.stats  # anew: to ask is to count what captured steps have done since
             if stats.recovery_count > before[1]:
                 mean = (stats.relative_recovery_sum - before[0]) / (stats.recovery_count - before[1])
                 cell.relative_by_document.append(mean)
             after_each()
+        stats = engine.stats
     cell.recovery, cell.relative_recovery = stats.recovery, stats.relative_recovery
     cell.hit_rate, cell.reuse_rate = stats.hit_rate, stats.reuse_rate
     # `steps` counts one for the whole batch of a document's tails; bytes are of all its sequences.

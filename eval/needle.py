@@ -1,20 +1,4 @@
-"""Needle in a haystack: a statement at every depth of texts of every length, and a question about it.
-
-The haystack is text of --data, from a place on that differs from sample to sample; prompt and answer together have
-the length asked for, in tokens. The needle stands behind the sentence that ends nearest its depth (0: in front of the
-text, 100: near its end). An answer is right if it contains the reference, as a whole word, whatever the case.
-
-Needles are made up for each sample, by seed: a number of a thing, a town or a trade of a person. --needles F has
-others: a line of JSON each, with needle, question and answer (a text or a list of texts, one of which is enough).
-
-Every line of OUT/<variant>/<length>.jsonl has length and depth; OUT/heatmap.png shows the grid of each variant.
-
-examples:
-  attnpred eval needle --data essays/ --no-chat --lengths 2048,4096,8192 --out runs/needle \\
-      --policies full,streaming,quest,predictor --budgets 256,512
-  attnpred eval needle --data essays/ --model meta-llama/Llama-3.1-8B-Instruct --out runs/needle-8b \\
-      --lengths 16384,32768,65536,131072 --depths 0,10,20,30,40,50,60,70,80,90,100 --samples 5 --budgets 1024
-"""
+"""Needle in a haystack, a benchmark of the runner: a statement at every depth of texts of every length."""
 
 from __future__ import annotations
 
@@ -31,16 +15,18 @@ from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.arguments import whole_numbers
 from attention_predictor.eval import synthetic
-from attention_predictor.eval.filled import Draft, FilledBenchmark, Haystack, paragraph_end
+from attention_predictor.eval.filled import FilledBenchmark, paragraph_end
 from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.heatmap import FILE, Axes, Panel, check_heatmap, draw_heatmaps
+from attention_predictor.eval.haystack import Draft, Haystack
+from attention_predictor.eval.heatmap import FILE, Axes, Panel, draw_heatmaps
 from attention_predictor.eval.means import conclude, mean_scores, means_table
-from attention_predictor.eval.predictions import Record, read_lines
+from attention_predictor.eval.predictions import Record
 from attention_predictor.eval.prompts import context_length
-from attention_predictor.eval.runner import Plan, add_run_arguments, run
+from attention_predictor.eval.runner import Plan, run
 from attention_predictor.eval.tasks import read_texts
 from attention_predictor.loading import load_tokenizer
 from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.reading import check_unicode, read_lines
 
 KINDS = ("kv", "facts")  # tasks of synthetic.py that one statement is enough for
 TASK = "Read the text. Then answer the question behind it, in a few words, from what the text says.\n\n"
@@ -153,6 +139,7 @@ def read_needles(path: Path | None) -> list[Needle]:
         for name in ("needle", "question"):
             if not isinstance(row.get(name), str) or not row[name].strip():
                 raise DataError(f"{where}: expected a text in {name!r}; found fields {', '.join(row)}")
+            check_unicode(row[name], where)
         answers = [row["answer"]] if isinstance(row.get("answer"), str) else row.get("answer")
         if not isinstance(answers, list) or not answers or not all(isinstance(one, str) for one in answers):
             raise DataError(f"{where}: expected a text, or a list of them, in 'answer'; found {answers!r:.40}")
@@ -164,21 +151,8 @@ def read_needles(path: Path | None) -> list[Needle]:
     return needles
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser)
-    add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="D", help="haystack: .txt file or directory of them")
-    add("--lengths", default="2048,4096,8192", metavar="N,N", help="tokens of prompt and answer (%(default)s)")
-    add("--depths", default="0,25,50,75,100", metavar="P,P", help="in percent (%(default)s)")
-    add("--samples", type=int, default=2, metavar="N", help="needles at each depth and length (%(default)s)")
-    add("--needles", type=Path, metavar="F", help="jsonl of needle, question, answer, in place of made-up ones")
-    add("--no-chat", dest="chat", action="store_false", help="don't put prompts into the chat template")
-    add("--no-plot", dest="plot", action="store_false", help=f"don't draw OUT/{FILE}")
-
-
 def main(args: argparse.Namespace) -> int:
     plan = Plan.of(args)
-    check_heatmap(args.plot)
     benchmark = NeedleTest(
         load_tokenizer(args.model),
         Haystack(read_texts(args.data)),

@@ -1,18 +1,4 @@
-"""Perplexity under a budget: how well the rest of a long document is predicted when it is decoded sparsely.
-
-Of each document --context tokens are taken (of a .txt file the first ones, or with --per-file from places spread over
-it; of a row the last ones). All but the last --tail of these are prefilled; the others are decoded one by one, each
-predicted under the policy and then given, whatever was predicted. The stock model does the same with its whole cache.
-Less is better: bits a token, and perplexity, 2 to their power, over all tokens of a task. Documents that are too
-short are left out.
-
---data may be given several times; each is a task of the table.
-
-examples:
-  attnpred eval perplexity --data "books=heldout/books__*.txt" --data "code=heldout/code__*.txt" --out runs/books \\
-      --policies full,streaming,quest,predictor --budgets 256,512 --context 8192 --tail 256
-  attnpred eval perplexity --data gov_report.jsonl --context 32768 --model meta-llama/Llama-3.1-8B --out runs/gov
-"""
+"""Perplexity under a budget, a benchmark of the runner: how likely the rest of a document is, decoded sparsely."""
 
 from __future__ import annotations
 
@@ -25,8 +11,8 @@ from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.means import conclude, mean_scores, notes
 from attention_predictor.eval.plain_table import plain_table
 from attention_predictor.eval.predictions import Record
-from attention_predictor.eval.runner import Benchmark, Plan, Sample, add_run_arguments, run
-from attention_predictor.eval.sources import Windows, add_window_arguments, windows_of
+from attention_predictor.eval.runner import Benchmark, Plan, Sample, run
+from attention_predictor.eval.sources import Windows, windows_of
 from attention_predictor.eval.subject import Subject
 
 
@@ -72,11 +58,6 @@ def bits_per_token(folder: RunFolder, variant: str, task: str) -> float | None:
 def _bits(records: Sequence[Record]) -> float:
     tokens = sum(one["tokens"] for one in records)
     return -math.fsum(one["log_likelihood"] for one in records) / tokens / math.log(2)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser)
-    add_window_arguments(parser, tail=256)
 
 
 def main(args: argparse.Namespace) -> int:

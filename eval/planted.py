@@ -1,22 +1,9 @@
-"""The pocket model's own tasks: statements planted in text, and questions that only these answer (synthetic.py).
-
-The document alone is prefilled; each question and its answer are decoded token by token under the policy, which must
-find the evidence by itself. An answer is right when greedy decoding would give every token of it. All questions about
-a document are decoded as one batch: a line of the results is a document, with the answers found of those asked for.
-
-Tasks: kv (numbers of keys), facts (where people live, what they work as), chain (variables defined by variables),
-labels (few-shot labels), excerpt (which paragraph a quotation is from), copy (the rest of a sentence).
-
-examples:
-  attnpred eval synthetic --data texts/ --tasks kv,facts --questions 100 --out runs/synthetic \\
-      --policies full,streaming,quest,predictor --budgets 256,512
-"""
+"""The pocket model's own tasks (``synthetic.py``), a benchmark of the runner: answers found in documents."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +15,7 @@ from attention_predictor.eval.judge import Case
 from attention_predictor.eval.means import conclude, mean_scores, means_table
 from attention_predictor.eval.predictions import Record
 from attention_predictor.eval.prompts import check_context
-from attention_predictor.eval.runner import Benchmark, Plan, Sample, add_run_arguments, run
+from attention_predictor.eval.runner import Benchmark, Plan, Sample, run
 from attention_predictor.eval.subject import Subject
 from attention_predictor.eval.tails import decode_tails, new_cache, prefill
 from attention_predictor.eval.tasks import plant, read_texts
@@ -61,10 +48,7 @@ class Planted(Benchmark):
         context: int = 8192,
         seed: int = 0,
     ) -> None:
-        if unknown := [name for name in tasks if name not in synthetic.TASKS]:
-            raise ConfigError(f"no synthetic task {unknown[0]!r}: expected some of {', '.join(synthetic.TASKS)}")
-        if len(set(tasks)) < len(tasks):
-            raise ConfigError(f"--tasks {','.join(tasks)}: one of them is there twice")
+        synthetic.check_tasks(tasks)
         for option, value in (("--questions", questions), ("--per-document", per_document)):
             if value < 1:
                 raise ConfigError(f"{option} {value}: expected at least 1")
@@ -107,16 +91,6 @@ class Planted(Benchmark):
 def sample_scores(task: str, records: Sequence[Record]) -> list[float]:
     """Of each document, the share of questions answered right."""
     return [sum(one["found"]) / len(one["answers"]) for one in records]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser)
-    add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="D", help="text to plant in: .txt file or directory of them")
-    add("--tasks", default="kv,facts", metavar="T,T", help=f"of {','.join(synthetic.TASKS)} (%(default)s)")
-    add("--questions", type=int, default=100, metavar="N", help="of each task, in whole documents (%(default)s)")
-    add("--per-document", type=int, default=20, metavar="N", help="questions a document (%(default)s)")
-    add("--context", type=int, default=8192, metavar="N", help="tokens of document and question (%(default)s)")
 
 
 def main(args: argparse.Namespace) -> int:

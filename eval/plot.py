@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attention_predictor.figures import save_figure
 from attention_predictor.predictor.errors import ConfigError
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -53,8 +54,7 @@ def plot_timings(rows: Sequence[Mapping[str, Any]], path: Path, title: str, *, f
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, which="major", color="0.88")
     axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    save_figure(figure, path)
     pyplot.close(figure)
 
 

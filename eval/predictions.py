@@ -6,62 +6,45 @@ A task's results are one file. Where several processes share the run each append
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+from attention_predictor.kinds import is_whole
 from attention_predictor.predictor.errors import DataError
+from attention_predictor.reading import Row as Record
+from attention_predictor.reading import read_lines
+from attention_predictor.writing import json_bytes, write_atomically, writing
 
-Record = dict[str, Any]
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, Record]]:
-    """Line numbers and objects of a jsonl file, one at a time.
-
-    Raises:
-        DataError: The file can't be read, or a line is no JSON object; names file and line.
-    """
-    try:
-        with path.open(encoding="utf-8", newline="\n") as file:  # other separators may stand inside a JSON string
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, parse_line(line, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise DataError(f"cannot read {path}: {reason}") from error
-
-
-def parse_line(line: str, where: str) -> Record:
-    """The object that a line holds; ``where`` names it in errors."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not readable as JSON: {line[:40].strip()!r}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    return row
+INDEX = "index"
 
 
 class Appender:
-    """Appends records to a file; after ``append`` returns, the record survives a crash of the machine."""
+    """Appends records to a file; after ``append`` returns, the record survives a crash of the machine.
+
+    Where the disk is full ``append`` raises a ``WriteError``. Records before that one stay; what was written of its
+    line is cut when the file is next opened.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cut_torn_line(path)
-        self._file = path.open("ab")
+        self.path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cut_torn_line(path)
+            self._file = path.open("ab")
 
     def append(self, record: Record) -> None:
-        self._file.write(_line(record))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            self._file.write(_line(record))
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> Appender:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a line that could not be written `append` has told
+            self._file.close()
 
 
 def cut_torn_line(path: Path) -> None:
@@ -85,9 +68,13 @@ def gather(path: Path) -> list[Record]:
     for file in (path, *_parts(path)):
         if file.exists():
             for number, record in read_lines(file):
-                if not isinstance(record.get("index"), int):
-                    raise DataError(f"{file}, line {number}: expected a number in 'index': not a file of this command")
-                records[record["index"]] = record
+                index = record.get(INDEX)
+                if not is_whole(index):
+                    raise DataError(
+                        f"{file}, line {number}: expected a number in {INDEX!r}, found {index!r:.40}: "
+                        "not a file of this command"
+                    )
+                records[index] = record
     return [records[index] for index in sorted(records)]
 
 
@@ -103,19 +90,9 @@ def fold(path: Path) -> None:
         file.unlink()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one."""
-    draft = path.with_name(path.name + ".draft")
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-
-
 def _parts(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.name}.part*"))
 
 
 def _line(record: Record) -> bytes:
-    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    return json_bytes(record) + b"\n"

@@ -1,91 +1,46 @@
-"""Time the prefill of a long prompt, with keys and values leaving for host memory and with stock caches, side by side.
-
-The prompt goes through the model in chunks of --chunk tokens; every chunk after the first attends to what is cached.
-Ways: ours; ours without sketch and history (policy streaming), which tells what they cost; transformers' DynamicCache
-on the device; on a GPU the same offloaded layer by layer.
-
-For each: seconds, the median of --repeats, and of the first time, which also allocates host memory; the ratio to the
-stock cache on the device; the largest device memory on top of the weights; bytes moved between host and device, counted
-for ours, computed for the offloaded cache. What does not fit in memory is skipped, and it is said why. While it runs,
-each way's figures go to standard error as soon as they are known.
-
-examples:
-  attnpred bench prefill --context 8192 --chunk 2048
-  attnpred bench prefill --shape llama-3.1-8b --context 131072 --chunk 16384 --json
-"""
+"""``attnpred bench prefill``: a long prompt in chunks, a way to hold the cache after the other."""
 
 from __future__ import annotations
 
 import argparse
 import gc
 import statistics
-import sys
 import time
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from attention_predictor.arguments import add_model_arguments
 from attention_predictor.eval.bench import Row, report
-from attention_predictor.eval.shapes import SHAPES, check_shape, random_model, shape_config
-from attention_predictor.eval.ways import WAYS, Way, does_not_fit, opened
+from attention_predictor.eval.shapes import random_model, shape_config
+from attention_predictor.eval.way import PREFILLS, STOCK, Way
+from attention_predictor.eval.ways import does_not_fit, opened
 from attention_predictor.loading import DTYPES, find_device, load_model
 from attention_predictor.offload.forwards import check_positions
 from attention_predictor.offload.versions import with_cache
-from attention_predictor.predictor.errors import ConfigError, HostMemoryError, one_line
-
-GIB = 1 << 30
-STOCK = "device"
-PREFILLS = {
-    "ours": Way("ours", "ours"),
-    "bare": Way("ours, without sketch and history", "ours", {"policy": "streaming"}),
-    STOCK: WAYS[STOCK],
-    "offloaded": WAYS["offloaded"],
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    add = parser.add_argument
-    add("--shape", metavar="S", help=f"a random model in place of --model: one of {', '.join(SHAPES)}")
-    add("--context", type=int, default=8192, metavar="N", help="tokens of the prompt (%(default)s)")
-    add("--chunk", type=int, metavar="N", help="tokens that go through the model at once (default: all)")
-    add("--budget", type=int, default=1024, metavar="N", help="tokens that steps would attend to (%(default)s)")
-    add("--batch", type=int, default=1, metavar="N", help="sequences of the same tokens (%(default)s)")
-    add("--ways", default=",".join(PREFILLS), metavar="W,…", help="who takes part, and in what order (%(default)s)")
-    add("--repeats", type=int, default=3, metavar="N", help="timed, after one more (%(default)s)")
-    add("--json", action="store_true", help="print one JSON object")
+from attention_predictor.predictor.errors import HostMemoryError, one_line
+from attention_predictor.progress import Progress
+from attention_predictor.sizes import size_text
 
 
 def main(args: argparse.Namespace) -> int:
     chunk = args.context if args.chunk is None else args.chunk
-    for name, value in (("context", args.context), ("chunk", chunk), ("batch", args.batch), ("repeats", args.repeats)):
-        if value < 1:
-            raise ConfigError(f"--{name} {value}: expected at least 1")
     names = [name.strip() for name in args.ways.split(",")]
-    if unknown := sorted(set(names) - PREFILLS.keys()):
-        raise ConfigError(f"--ways {', '.join(unknown)}: expected some of {', '.join(PREFILLS)}")
     device = find_device(args.device)
     ways = [PREFILLS[name] for name in names if device.type == "cuda" or not PREFILLS[name].needs_gpu]
     model = random_or_loaded(args, device, args.context)
     ids_BT = _prompt(model, args)
 
     rows = []
-    for way in tqdm(ways, disable=None, leave=False):
-        row: dict[str, Any] = {"name": way.name}
-        if reason := does_not_fit(model, way, context=args.context, batch=args.batch, limit_bytes=None):
-            rows.append(row | {"skipped": reason})
-            continue
-        try:
-            rows.append(row | timed(model, way, ids_BT, chunk, args.budget, args.repeats))
-            tqdm.write(_describe(rows[-1]), file=sys.stderr)
-        except (torch.OutOfMemoryError, HostMemoryError) as error:
-            rows.append(row | {"skipped": one_line(error, 200)})
-        _release(device)
+    with Progress("prefill", len(ways), "ways") as progress:
+        for way in ways:
+            progress.describe(f"prefill, {way.name}")
+            rows.append({"name": way.name} | _tried(model, way, ids_BT, chunk, args))
+            if "seconds" in rows[-1]:
+                progress.write(_describe(rows[-1]))
+            progress.update()
     stock_s = next((row.get("seconds") for row in rows if row["name"] == PREFILLS[STOCK].name), None)
     for row in rows:
         if stock_s is not None and "seconds" in row:
@@ -94,6 +49,18 @@ def main(args: argparse.Namespace) -> int:
     settings |= {"chunk": chunk, "model": args.shape or str(args.model)}
     report("prefill", device, settings, rows, line=_describe, as_json=args.json)
     return 0
+
+
+def _tried(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Its timings, or why it was ``skipped``: for lack of memory, and for no other reason."""
+    if reason := does_not_fit(model, way, context=args.context, batch=args.batch, limit_bytes=None):
+        return {"skipped": reason}
+    try:
+        return timed(model, way, ids_BT, chunk, args.budget, args.repeats)
+    except (torch.OutOfMemoryError, HostMemoryError) as error:
+        return {"skipped": one_line(error, 200)}
+    finally:
+        _release(model.device)
 
 
 def timed(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, budget: int, repeats: int) -> dict[str, Any]:
@@ -146,9 +113,6 @@ def random_or_loaded(args: argparse.Namespace, device: torch.device, tokens: int
         model = load_model(args.model, args.device, args.dtype)
         check_positions(model.config.get_text_config(decoder=True), tokens)
         return model
-    check_shape(args.shape)
-    if args.dtype not in DTYPES:
-        raise ConfigError(f"--dtype {args.dtype}: expected one of {', '.join(DTYPES)}")
     dtype = DTYPES[args.dtype]
     if not isinstance(dtype, torch.dtype):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -163,9 +127,9 @@ def _prompt(model: PreTrainedModel, args: argparse.Namespace) -> Tensor:
 
 def _describe(row: Row) -> str:
     ratio = f"{row['to_stock']:6.3f} × stock on the device" if "to_stock" in row else ""
-    peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / GIB:.2f} GiB on top of the weights"
+    peak = "" if row["peak_bytes"] is None else f", peak {size_text(row['peak_bytes'])} on top of the weights"
     times = f"{row['seconds']:9.3f} s (at first {row['first_s']:.3f}) {ratio}"
-    return f"{row['name']:<36}{times}{peak}, {row['moved_bytes'] / GIB:.2f} GiB moved"
+    return f"{row['name']:<36}{times}{peak}, {size_text(row['moved_bytes'])} moved"
 
 
 def _wait(device: torch.device) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.documents import encode
-from attention_predictor.predictor.errors import CheckpointError, ConfigError, one_line
+from attention_predictor.loading import load_config
+from attention_predictor.predictor.errors import ConfigError
 
 # Some templates put the day into the prompt; this one, Llama 3.1's own default, keeps results from changing with it.
 DATE = "26 Jul 2024"
@@ -19,11 +20,7 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, why: str) -> None:
 
 def context_length(model: str) -> int | None:
     """Tokens that a model has positions for, from its configuration alone; ``None`` if it has no such limit."""
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot load the configuration of {model!r}: {one_line(error)}") from error
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return getattr(load_config(model).get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def check_context(model: str, context: int) -> None:

@@ -1,20 +1,4 @@
-"""Recovery by layer and head: where a policy finds the attention mass that matters, and where it doesn't.
-
-Of each document --context tokens are taken; all but the last --tail are prefilled, those are decoded one by one under
-the policy, and at every --interval-th step the true attention is computed beside it. Rows with continuations,
-questions with their answers for example, are decoded with each of these instead. Recovery is the share of the true
-mass on the blocks attended to, relative recovery its ratio to that of the best selection within the budget. A head is
-a KV head, since blocks are chosen for each of these.
-
-Every line of OUT/<variant>/<task>.jsonl has both as lists of lists, a list for each of "layers"; OUT/heatmap.png
-shows the relative recovery of each variant. The first line of each has a "map" too: some steps' blocks, their mass,
-which of them were read and which would have been best, for the viewer of `attnpred report`.
-
-examples:
-  attnpred eval recovery-map --data texts/ --context 8192 --tail 128 --limit 5 --out runs/map \\
-      --policies streaming,quest-ahead,predictor --budgets 256,512
-  attnpred eval recovery-map --data questions.jsonl --rule "ahead: predictor,late_fetch=0" --rule predictor --out runs/q
-"""
+"""Recovery by layer and head, a benchmark of the runner: the attention mass that a policy finds, decoding documents."""
 
 from __future__ import annotations
 
@@ -27,12 +11,12 @@ from typing import Any, ClassVar
 
 from attention_predictor.eval.block_map import map_record
 from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.heatmap import FILE, Axes, Panel, check_heatmap, draw_heatmaps
+from attention_predictor.eval.heatmap import FILE, Axes, Panel, draw_heatmaps
 from attention_predictor.eval.means import conclude, mean_scores, notes
 from attention_predictor.eval.plain_table import plain_table
 from attention_predictor.eval.predictions import Record
-from attention_predictor.eval.runner import Benchmark, Plan, Sample, add_run_arguments, run
-from attention_predictor.eval.sources import Windows, add_window_arguments, windows_of
+from attention_predictor.eval.runner import Benchmark, Plan, Sample, run
+from attention_predictor.eval.sources import Windows, windows_of
 from attention_predictor.eval.subject import Subject
 from attention_predictor.eval.tails import decode_tails, new_cache, prefill
 from attention_predictor.eval.watched import check_watchable, watch
@@ -115,20 +99,8 @@ def mean_map(folder: RunFolder, variant: str, name: str = "relative_map") -> tup
     return every[0]["layers"], [_by_head(heads) for heads in zip(*maps, strict=True)]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser)
-    parser.set_defaults(prefetch="thread")  # captured steps can't be watched
-    add_window_arguments(parser, tail=128)
-    add = parser.add_argument
-    add("--interval", type=int, default=4, metavar="N", help="steps between measurements (%(default)s)")
-    add("--no-plot", dest="plot", action="store_false", help=f"don't draw OUT/{FILE}")
-
-
 def main(args: argparse.Namespace) -> int:
-    if args.policies is None and not args.rule:
-        args.policies = "predictor"  # the stock model has nothing to recover
     plan = Plan.of(args)
-    check_heatmap(args.plot)
     for variant in plan.variants:
         check_watchable(variant)
     benchmark = RecoveryMap(windows_of(args, continuations=True), args.interval)

@@ -1,52 +1,25 @@
-"""Tables and a page of runs: what `attnpred eval` left in its --out directories, side by side.
-
-Rows are policies by budget, columns tasks and averages. The best policy of a column at each budget is bold, full
-attention and the oracle, which knows the truth, apart. Behind a score stands its bootstrap interval (95 %, over
-samples); differences to full attention are over samples that both have, and so are their intervals. Runs of one
-benchmark with the same settings share a table; others get one each.
-
-Writes report.md, report.tex and report.html, one page that needs no other file and no network: the tables, accuracy
-against budget, hit rate and fetched bytes by budget and over steps; where there are such runs, grids of needles,
-recovery by layer and head, and maps of the blocks that held the attention and those that were read.
-
-examples:
-  attnpred report runs/longbench --out report/
-  attnpred report runs/needle runs/ruler runs/map --out report/
-"""
+"""``attnpred report``: tables and a page of runs."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from attention_predictor.commands.report import NAME
 from attention_predictor.eval.page.html import page
-from attention_predictor.eval.predictions import write_atomically
 from attention_predictor.eval.sheet import make_sheets
 from attention_predictor.eval.tables import latex, markdown
 from attention_predictor.predictor.errors import ConfigError
-
-NAME = "report"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="DIR", help="--out of an attnpred eval")
-    add("--out", type=Path, default=Path(NAME), metavar="DIR", help="where the report goes (%(default)s/)")
-    add("--seed", type=int, default=0, metavar="N", help="of the bootstrap (%(default)s)")
+from attention_predictor.writing import write_atomically
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.seed < 0:
-        raise ConfigError(f"--seed {args.seed}: expected 0 or more")
-    if args.out.exists() and not args.out.is_dir():
-        raise ConfigError(f"--out {args.out} is not a directory")
     sheets = make_sheets(args.runs, args.seed)
     tables = "\n".join(map(markdown, sheets))
     texts = {"md": tables, "tex": "\n".join(map(latex, sheets)), "html": page(sheets)}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         for suffix, text in texts.items():
-            write_atomically(args.out / f"{NAME}.{suffix}", text.encode())
+            write_atomically(args.out / f"{NAME}.{suffix}", text)
     except OSError as error:
         raise ConfigError(f"--out {args.out} can't be written to: {error.strerror or error}") from error
     print(tables)

@@ -1,17 +1,4 @@
-"""Time requests one after another, as a server has them: first token, further tokens, and memory that stays or grows.
-
-Each request is a plain model.generate of a prompt of its own with a cache of its own, which is gone before the next.
-Ways: ours with default settings, and the stock model with its cache on the device.
-
-For each request: seconds to the first token, milliseconds for each further one, host memory that the engine holds and
-that the process has. Then ratios: the first request, the second and the last against the stock model's median. --fresh
-takes the first request of each way in a process of its own, where nothing is warm (kernels may be on disk).
-
-examples:
-  attnpred bench requests --context 4096 --requests 5
-  attnpred bench requests --shape llama-3.1-8b --context 32768 --requests 20
-  attnpred bench requests --shape llama-3.1-8b --context 131072 --requests 3 --fresh
-"""
+"""``attnpred bench requests``: plain requests, one after another, each with a prompt and a cache of its own."""
 
 from __future__ import annotations
 
@@ -31,41 +18,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from attention_predictor.arguments import add_model_arguments
+from attention_predictor.commands.bench.requests import NAMES
 from attention_predictor.eval.bench import Row, report
 from attention_predictor.eval.prefill import random_or_loaded
-from attention_predictor.eval.shapes import SHAPES
 from attention_predictor.loading import find_device
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.engine import Engine
-from attention_predictor.predictor.errors import ConfigError, HostMemoryError, one_line
-
-GIB = 1 << 30
-NAMES = {"ours": "ours, default settings", "device": "stock cache on the device"}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    add = parser.add_argument
-    add("--shape", metavar="S", help=f"a random model in place of --model: one of {', '.join(SHAPES)}")
-    add("--context", type=int, default=8192, metavar="N", help="tokens of a prompt (%(default)s)")
-    add("--batch", type=int, default=1, metavar="N", help="sequences of a request (%(default)s)")
-    add("--requests", type=int, default=20, metavar="N", help="one after another (%(default)s)")
-    add("--new-tokens", type=int, default=24, metavar="N", help="of each answer (%(default)s)")
-    add("--budget", type=int, default=1024, metavar="N", help="tokens a step attends to (%(default)s)")
-    add("--ways", default=",".join(NAMES), metavar="W,…", help="who takes part (%(default)s)")
-    add("--fresh", action="store_true", help="also the first request of a process, for each way")
-    add("--json", action="store_true", help="print one JSON object")
+from attention_predictor.predictor.errors import HostMemoryError, one_line
+from attention_predictor.progress import Progress
+from attention_predictor.sizes import size_text
 
 
 def main(args: argparse.Namespace) -> int:
-    for option in ("context", "batch", "requests", "new_tokens"):
-        if (value := getattr(args, option)) < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} {value}: expected at least 1")
     ways = args.ways.split(",")
-    if unknown := sorted(set(ways) - NAMES.keys()):
-        raise ConfigError(f"--ways {unknown[0]}: expected some of {', '.join(NAMES)}")
     device = find_device(args.device)
     model = random_or_loaded(args, device, args.context + args.new_tokens)
     rows: list[dict[str, Any]] = []
@@ -97,7 +63,7 @@ def served(model: PreTrainedModel, args: argparse.Namespace, way: str) -> dict[s
     """Requests of one way, one after another."""
     found: dict[str, list[Any]] = {"first_s": [], "token_ms": [], "held_bytes": [], "process_bytes": []}
     attached: Any = attach(model, OffloadConfig(budget=args.budget)) if way == "ours" else nullcontext()
-    with attached as engine:
+    with attached as engine, Progress(NAMES[way], args.requests, "requests") as progress:
         for number in range(args.requests):
             ids_BT = _prompt(model, args, number)
             first_s, token_ms = _request(model, ids_BT, args.new_tokens)
@@ -106,8 +72,8 @@ def served(model: PreTrainedModel, args: argparse.Namespace, way: str) -> dict[s
             found["held_bytes"].append(_held(engine))
             found["process_bytes"].append(psutil.Process().memory_info().rss)
             tokens = "" if token_ms is None else f", then {token_ms:.1f} ms a token"
-            line = f"{NAMES[way]}: request {number + 1}: first token {first_s:.3f} s{tokens}"
-            print(line, file=sys.stderr, flush=True)
+            progress.write(f"{NAMES[way]}: request {number + 1}: first token {first_s:.3f} s{tokens}")
+            progress.update()
         if engine is not None:
             found |= {"engine": engine.stats.to_dict()}
     return found
@@ -195,6 +161,6 @@ def _describe(row: Row) -> str:
     held = row["held_bytes"]
     if held[-1]:
         parts.append(
-            f"host memory held {held[min(1, len(held) - 1)] / GIB:.3f} GiB after 2, {held[-1] / GIB:.3f} at the end"
+            f"host memory held {size_text(held[min(1, len(held) - 1)])} after 2, {size_text(held[-1])} at the end"
         )
     return "; ".join(parts)

@@ -3,7 +3,7 @@
 How a benchmark is made. Subclass ``Benchmark``: its tasks, the samples of each (lazily, always the same in the same
 order), what decides its results besides the model (``settings``), and what a sample's record holds (``predict``, with
 a ``Subject`` that generates or tells likelihoods under the policy). Its command adds its own arguments to
-``add_run_arguments``, refuses everything bad, makes a ``Plan`` and calls ``run``:
+``add_run_arguments`` (``commands/run_options.py``), refuses everything bad, makes a ``Plan`` and calls ``run``:
 
     plan = Plan.of(args)                                      # policies, budgets, output directory
     benchmark = MyBenchmark(load_tokenizer(args.model), ...)
@@ -46,22 +46,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from attention_predictor.arguments import add_model_arguments, whole_numbers
+from attention_predictor.commands import run_options
+from attention_predictor.commands.run_options import add_run_arguments as add_run_arguments
 from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.judge import Rule
 from attention_predictor.eval.predictions import Appender, Record, part
 from attention_predictor.eval.processes import Processes
 from attention_predictor.eval.provenance import describe_session
 from attention_predictor.eval.steps import watched_steps
 from attention_predictor.eval.subject import Subject
-from attention_predictor.eval.variants import AUTO, Variant, make_variants
-from attention_predictor.loading import DTYPES, find_device, load_model
-from attention_predictor.offload.config import PREFETCHERS
+from attention_predictor.eval.variants import Variant, make_variants
+from attention_predictor.loading import device_name, find_device, load_model
 from attention_predictor.offload.stats import Stats
-from attention_predictor.predictor.errors import AttentionPredictorError, ConfigError, DataError, one_line
+from attention_predictor.predictor.errors import AttentionPredictorError, DataError, one_line
+from attention_predictor.progress import Progress
 
 # Of an engine's Stats, what each record keeps.
 STATS = (
@@ -151,47 +150,18 @@ class Plan:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Plan:
         """From ``add_run_arguments``; ``ConfigError`` or ``CheckpointError`` for what is wrong with them."""
-        if args.model is None:
-            raise ConfigError("--model is required: no pocket model beside this installation")
-        if args.limit is not None and args.limit < 1:
-            raise ConfigError(f"--limit {args.limit}: expected at least 1")
-        if args.dtype not in DTYPES:
-            raise ConfigError(f"dtype={args.dtype!r} is not allowed: expected one of {', '.join(DTYPES)}")
-        device = find_device(Processes().device(args.device))  # this process's own: to look at another's takes memory
-        given = args.policies if args.policies is not None or args.rule else POLICIES
-        named = given.split(",") if given is not None else []
-        rules = [Rule(name.strip(), {"policy": name.strip()}) for name in named]
-        rules += [Rule.parse(text) for text in args.rule or ()]
-        prefetch = "thread" if args.prefetch == AUTO and device.type != "cuda" else args.prefetch
-        variants = make_variants(rules, whole_numbers("--budgets", args.budgets), prefetch)
+        run_options.check(args)
+        name = device_name(args.device)
+        find_device(Processes().device(name))  # this process's own: to look at another's takes memory
+        variants = make_variants(run_options.rules_of(args), run_options.budgets_of(args), args.prefetch)
         # The same model by another path is the same model.
         model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
-        return cls(model, args.device, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants)
+        return cls(model, name, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants)
 
     def settings(self) -> dict[str, Any]:
         """What decides results for all variants."""
         device = torch.device(self.device).type
         return {"model": self.model, "device": device, "dtype": self.dtype, "seed": self.seed, "limit": self.limit}
-
-
-POLICIES = "full,predictor"
-BUDGETS = "512,1024"
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every benchmark has."""
-    add_model_arguments(parser)
-    add = parser.add_argument
-    what = f"policies with their default settings ({POLICIES}, unless there are rules); full is the stock model"
-    add("--policies", metavar="P,P", help=what)
-    what = "[name:] policy[,field=value…]: one more policy, with other settings; may be given several times"
-    add("--rule", action="append", metavar="RULE", help=what)
-    add("--budgets", default=BUDGETS, metavar="N,N", help="tokens a step reads, each a row of the table (%(default)s)")
-    what = "how engines prefetch, unless a rule says; auto: graph on a GPU where steps can be captured, else thread"
-    add("--prefetch", choices=(AUTO, *PREFETCHERS), default=AUTO, help=what)
-    add("--limit", type=int, metavar="N", help="the first N samples of each task alone")
-    add("--out", type=Path, required=True, metavar="DIR", help="results; an unfinished run in it goes on")
-    add("--retry-errors", action="store_true", help="try samples once more that failed")
 
 
 def describe(benchmark: Benchmark, plan: Plan) -> dict[str, Any]:
@@ -265,17 +235,18 @@ class _Work:
 
     def do(self, model: PreTrainedModel) -> None:
         """This process's share: whatever no other one takes."""
-        quiet = None if self.processes.is_main else True
-        with tqdm(total=self.total, initial=self.total - len(self.left), unit="sample", disable=quiet) as bar:
+        quiet = not self.processes.is_main
+        done = self.total - len(self.left)
+        with Progress(self.benchmark.name, self.total, "samples", done=done, quiet=quiet) as progress:
             mine = ((number, *self.left[number]) for number in self.processes.numbers(len(self.left)))
             for (variant, task), samples in groupby(mine, key=itemgetter(1, 2)):
-                bar.set_description(f"{variant.name} {task}")
-                self._do_task(model, variant, task, ((number, index) for number, _, _, index in samples), bar)
+                progress.describe(f"{variant.name} {task}")
+                self._do_task(model, variant, task, ((number, index) for number, _, _, index in samples), progress)
 
     def _do_task(
-        self, model: PreTrainedModel, variant: Variant, task: str, mine: Iterator[tuple[int, int]], bar: tqdm
+        self, model: PreTrainedModel, variant: Variant, task: str, mine: Iterator[tuple[int, int]], progress: Progress
     ) -> None:
-        """Samples by number, for the bar, which counts those of all processes, and index, in their order."""
+        """Samples by number, for the progress, which counts those of all processes, and index, in their order."""
         path = self.folder.results(variant.name, task)
         samples = enumerate(self.benchmark.samples(task))
         with Appender(part(path, self.processes.rank) if self.processes.count > 1 else path) as results:
@@ -283,7 +254,7 @@ class _Work:
                 sample = next(sample for place, sample in samples if place == index)
                 record = _attempt(self.benchmark, self.plan.seed, model, variant, task, sample)
                 results.append({"index": index} | record)
-                bar.update(self.total - len(self.left) + number + 1 - bar.n)
+                progress.reach(self.total - len(self.left) + number + 1)
                 if record.get("error", "").startswith(torch.AcceleratorError.__name__):
                     raise AttentionPredictorError(
                         f"the device is of no use after {record['error']}; run the command again, with --retry-errors"
@@ -294,7 +265,8 @@ def _attempt(
     benchmark: Benchmark, seed: int, model: PreTrainedModel, variant: Variant, task: str, sample: Sample
 ) -> Record:
     """One sample's record, whatever happens to it."""
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{task}/{sample.id}".encode()).digest()[:8], "big") >> 1)
+    name = f"{seed}/{task}/{sample.id}".encode("utf-8", "backslashreplace")  # ids may be any text
+    torch.manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1)
     started = time.perf_counter()
     figures: dict[str, Any] = {}
     try:

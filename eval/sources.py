@@ -114,20 +114,6 @@ class Windows:
             yield document if self.continuations else replace(document, continuations=())
 
 
-def add_window_arguments(parser: argparse.ArgumentParser, tail: int) -> None:
-    """What ``windows_of`` reads.
-
-    Args:
-        tail: Default of ``--tail``.
-    """
-    add = parser.add_argument
-    what = "[name=]place: .txt, .jsonl or .parquet, a directory or pattern of them, or a data set of the hub"
-    add("--data", action="append", required=True, metavar="D", help=what)
-    add("--context", type=int, default=8192, metavar="N", help="tokens of each document (%(default)s)")
-    add("--tail", type=int, default=tail, metavar="N", help="the last of them, which are decoded (%(default)s)")
-    add("--per-file", type=int, default=1, metavar="N", help="documents of a .txt file (%(default)s)")
-
-
 def windows_of(args: argparse.Namespace, *, continuations: bool = False) -> Windows:
     """As the arguments say, each source read once; prints how many documents of it are too short.
 

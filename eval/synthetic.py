@@ -24,10 +24,12 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
+
+from attention_predictor.predictor.errors import ConfigError
 
 Split = Literal["train", "eval"]
 Count = Callable[[str], int]
@@ -359,6 +361,15 @@ def _copies(rng: random.Random, paragraphs: list[str], document: str) -> Iterato
 
 
 # --------------------------------------------------------------------------------------------------- build
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """``ConfigError`` for a name that is no task's, or that is there twice."""
+    for name in names:
+        if name not in TASKS:
+            raise ConfigError(f"no synthetic task {name!r}: expected some of {', '.join(TASKS)}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--tasks {','.join(names)}: one of them is there twice")
 
 
 def build(

@@ -11,16 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from attention_predictor.documents import encode
 from attention_predictor.eval import synthetic
 from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.reading import read_text
 
 
 def read_texts(path: Path) -> dict[str, str]:
     """Text files by name: the ``*.txt`` of a directory, or one file."""
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    try:
-        texts = {file.name: file.read_text(encoding="utf-8") for file in files}
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read text from {path}: {error}") from error
-    texts = {name: text for name, text in texts.items() if text.strip()}
+    found = {file.name: read_text(file, "text from") for file in files}
+    texts = {name: text for name, text in found.items() if text.strip()}
     if not texts:
         raise DataError(f"no text in {path}: expected a .txt file or a directory of them")
     return texts

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.reading import parse_row, read_text
+from attention_predictor.writing import json_bytes, write_atomically, writing
 
 
 class TimingsFile:
@@ -27,8 +29,9 @@ class TimingsFile:
         if path.exists() and path.stat().st_size:
             self._read(path, settings)
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"settings": dict(settings)}) + "\n")
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json_bytes({"settings": dict(settings)}) + b"\n")
 
     def find(self, **fields: Any) -> dict[str, Any] | None:
         """The row with these values, if there is one."""
@@ -38,14 +41,15 @@ class TimingsFile:
         """Keep a row; one that was ``skipped`` is not written, so that another run tries again."""
         self.rows.append(row)
         if self.path is not None and "skipped" not in row:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            with writing(self.path), self.path.open("ab") as file:
+                file.write(json_bytes(row) + b"\n")
 
     def _read(self, path: Path, settings: Mapping[str, Any]) -> None:
-        text = path.read_text()
+        text = read_text(path)
         whole = text[: text.rfind("\n") + 1]
         try:
-            first, *self.rows = (json.loads(line) for line in whole.splitlines())
+            lines = enumerate(whole.split("\n")[:-1], 1)
+            first, *self.rows = (parse_row(line, f"{path}, line {number}") for number, line in lines)
             found = first["settings"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"--out {path} is not a file of timings: {error!r}") from error
@@ -57,4 +61,4 @@ class TimingsFile:
                     f"{wanted.get(name)!r} asked for): choose another file"
                 )
         if whole != text:
-            path.write_text(whole)
+            write_atomically(path, whole)

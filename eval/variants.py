@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from attention_predictor.eval.judge import STOCK, Rule
 from attention_predictor.eval.recovery import check_rule
+from attention_predictor.eval.rules import STOCK, Rule, check_names, check_variants
 from attention_predictor.offload.attach import attach
-from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.config import AUTO, OffloadConfig
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.policies import policy_class
-from attention_predictor.predictor.errors import ConfigError
-
-AUTO = "auto"
-_NAME = re.compile(r"[\w.=,+ -]+")  # names become directories
 
 
 @dataclass(frozen=True)
@@ -43,28 +38,17 @@ class Variant:
     config: OffloadConfig | None
 
     @classmethod
-    def of(cls, rule: Rule, budget: int, prefetch: str = "thread") -> Variant:
+    def of(cls, rule: Rule, budget: int, prefetch: str = AUTO) -> Variant:
         """Checks all settings; ``ConfigError`` or ``CheckpointError`` says what is wrong with them.
 
         Args:
-            prefetch: How its engine prefetches, unless the rule says: as in ``OffloadConfig``, or ``AUTO``, captured
-                where its policy's steps can be, by the thread elsewhere.
+            prefetch: How its engine prefetches, unless the rule says.
         """
         check_rule(rule, budget)
-        if not _NAME.fullmatch(rule.name) or rule.name.startswith("."):
-            raise ConfigError(f"rule {rule.name!r} can't name a directory: give it another name (name: policy,…)")
         policy = rule.settings["policy"]
-        selects_all = policy_class(policy).selects == "all"
-        config = None
-        if rule.settings != {"policy": STOCK}:
-            config = OffloadConfig(**({"budget": budget} | rule.settings))
-            if prefetch == AUTO:
-                prefetch = "thread" if policy_class(policy).never_captured(config) else "graph"
-            config = replace(config, **({"prefetch": prefetch} | rule.settings))
-        if selects_all:
+        config = None if rule.settings == {"policy": STOCK} else rule.config(budget, prefetch=prefetch)
+        if policy_class(policy).selects == "all":
             return cls(rule.name, policy, None, config)
-        if "budget" in rule.settings:
-            raise ConfigError(f"rule {rule.name!r}: its budget is one of --budgets, not a field")
         return cls(f"{rule.name}-{budget}", policy, budget, config)
 
     def attached(self, model: PreTrainedModel) -> AbstractContextManager[Engine | None]:
@@ -77,9 +61,9 @@ class Variant:
         return settings | {"policy": self.policy, "budget": self.budget, "stock": self.config is None}
 
 
-def make_variants(rules: Sequence[Rule], budgets: Sequence[int], prefetch: str = "thread") -> list[Variant]:
+def make_variants(rules: Sequence[Rule], budgets: Sequence[int], prefetch: str = AUTO) -> list[Variant]:
     """Every rule at every budget, in this order; once, where a rule attends to everything."""
-    if len({rule.name for rule in rules}) < len(rules):
-        raise ConfigError(f"policies must differ in name, got {', '.join(rule.name for rule in rules)}")
+    check_names(rules, "policies must differ in name")
+    check_variants(rules)
     variants = [Variant.of(rule, budget, prefetch) for rule in rules for budget in budgets]
     return list({variant.name: variant for variant in variants}.values())

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from attention_predictor.eval.block_map import codes_of
 from attention_predictor.eval.variants import Variant
+from attention_predictor.offload.config import CAPTURING
 from attention_predictor.offload.layer import TieredLayer
 from attention_predictor.offload.policies import Step, policy_class
 from attention_predictor.predictor.errors import ConfigError
@@ -84,5 +85,5 @@ def check_watchable(variant: Variant) -> None:
     """``ConfigError`` for a variant whose steps have nothing to recover, or leave the host out."""
     if variant.config is None or policy_class(variant.config.policy).selects == "all":
         raise ConfigError(f"policy {variant.policy!r} attends to everything: there is nothing to recover")
-    if variant.config.prefetch == "graph":
-        raise ConfigError(f"{variant.name}: captured steps can't be watched, prefetch is 'graph'; choose another")
+    if (prefetch := variant.config.prefetch) in CAPTURING:
+        raise ConfigError(f"{variant.name}: captured steps can't be watched, prefetch is {prefetch!r}; choose another")

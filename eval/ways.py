@@ -1,11 +1,10 @@
-"""Ways to hold the cache while a model decodes: ours, and those of transformers that it is measured against."""
+"""A cache in use, held in one of the ways (``way.py``), and how the model takes a step with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -13,46 +12,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
+from attention_predictor.eval.way import WAYS, Way, check_ways
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.errors import ConfigError
-
-FLOOR_CONTEXT = 1024  # tokens at which the floor is measured, whatever the context of the others
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """One way to hold the cache.
-
-    Attributes:
-        name: In tables and plots.
-        kind: Ours, transformers' ``DynamicCache``, or its ``StaticCache`` with the whole step compiled.
-        options: Of ``OffloadConfig`` or of the stock cache.
-        needs_gpu: Whether it is for CUDA devices alone.
-        by_default: Whether it is measured without being asked for. (On a CPU, what is compiled is not.)
-    """
-
-    name: str
-    kind: Literal["ours", "dynamic", "static"]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    needs_gpu: bool = False
-    by_default: bool = True
-
-
-FLOOR = "floor"
-WAYS = {
-    FLOOR: Way("static cache, compiled, 1K context", "static"),
-    "graph": Way("ours, graph", "ours", {"prefetch": "graph"}, needs_gpu=True),
-    "graph-compiled": Way(
-        "ours, graph, compiled layers", "ours", {"prefetch": "graph", "compile": True}, needs_gpu=True
-    ),
-    "thread": Way("ours, thread", "ours", {"prefetch": "thread"}),
-    "no-kernels": Way("ours, thread, no kernels", "ours", {"prefetch": "thread", "kernels": "none"}, by_default=False),
-    "device": Way("stock cache on the device", "dynamic"),
-    "offloaded": Way("stock cache, offloaded", "dynamic", {"offloading": True}, needs_gpu=True),
-}
+from attention_predictor.sizes import size_text
 
 
 def choose(names: str | None, device: torch.device) -> list[str]:
@@ -67,9 +33,8 @@ def choose(names: str | None, device: torch.device) -> list[str]:
             ways = {name: way for name, way in ways.items() if not way.needs_gpu and way.kind != "static"}
         return list(ways)
     asked = names.split(",")
+    check_ways(asked)
     for name in asked:
-        if name not in WAYS:
-            raise ConfigError(f"--ways {name!r} is not known: expected some of {', '.join(WAYS)}")
         if WAYS[name].needs_gpu and device.type != "cuda":
             raise ConfigError(f"--ways {name}: it needs a CUDA device, found {device}")
     return [name for name in WAYS if name in asked]
@@ -127,7 +92,7 @@ def does_not_fit(model: PreTrainedModel, way: Way, *, context: int, batch: int, 
         where = "device memory"
     if needed <= available:
         return None
-    return f"keys and values take {needed / 2**30:.2f} GiB of {where}, {available / 2**30:.2f} GiB are available"
+    return f"keys and values take {size_text(needed)} of {where}, {size_text(available)} are available"
 
 
 def _token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:

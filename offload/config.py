@@ -1,19 +1,62 @@
-"""OffloadConfig: every setting of an attached engine, validated when it is made."""
+"""OffloadConfig: every setting of an attached engine, declared once and validated when it is made.
+
+A field's declaration says which values are allowed and what they mean. Validation here, the options of the command
+line and the rules of ``attnpred eval`` (``settings.py``) all come from it.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from attention_predictor.kinds import Kind, flag, is_whole, number, one_of, sizes_in_bytes, text, whole, whole_numbers
+from attention_predictor.offload.policies import policy_names
 from attention_predictor.predictor.errors import ConfigError
 
+AUTO = "auto"
 CALIBRATIONS = ("sketch", "exact", "none")
-PREFETCHERS = ("auto", "thread", "graph", "none")
-KERNELS = ("auto", "none")
+PREFETCHERS = (AUTO, "thread", "graph", "none")
+CAPTURING = (AUTO, "graph")  # prefetchers that capture steps
+KERNELS = (AUTO, "none")
 ALLOCATIONS = ("policy", "uniform", "pyramid", "qsim", "cake", "qsim-heads", "cake-heads")
 SKETCH_BITS = (1, 2, 4, 8)
+
+
+def setting(default: Any, kind: Kind, says: str) -> Any:
+    """A field: its default, the values that are allowed, and what it means, in a line of help."""
+    return field(default=default, metadata={"kind": kind, "help": says})
+
+
+def _allocation() -> Kind:
+    def is_given(value: object) -> bool:
+        return isinstance(value, (tuple, list)) or value in ALLOCATIONS
+
+    allowed = (f"one of {', '.join(ALLOCATIONS)}, or a budget for each layer", is_given)
+    return Kind(
+        of="str",
+        read=lambda given: whole_numbers(given) if given[:1].isdigit() else given,
+        rules=lambda: [allowed],
+        metavar="A",
+    )
+
+
+def _layers() -> Kind:
+    def are_layers(value: object) -> bool:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            return False
+        return all(is_whole(layer) and layer >= 0 for layer in value)
+
+    allowed = ("layer numbers from 0 on, such as (0, 1)", are_layers)
+    return Kind(
+        of="list", read=lambda given: whole_numbers(given) if given else [], rules=lambda: [allowed], metavar="L,L"
+    )
+
+
+_SHARE = number("a share from 0 to 1", lambda share: 0 <= share <= 1, "SHARE")
+_ANY_SHARE = number("a share from 0 on, such as 0.5", lambda share: share >= 0, "SHARE")
+_POWER_OF_TWO = whole(also=("a power of two", lambda size: size > 0 and size.bit_count() == 1))
+_EVERY = whole(also=("0 (never), or n for every n-th step", lambda steps: steps >= 0))
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -60,92 +103,88 @@ class OffloadConfig:
             streams all keys through.
     """
 
-    budget: int = 1024
-    budget_allocation: str | Sequence[int | Sequence[int]] = "policy"
-    block_size: int = 16
-    sink: int = 64
-    recent: int = 64
-    history: int = 64
-    policy: str = "predictor"
-    predictor: str = "default"
-    calibration: str = "sketch"
-    calibration_interval: int = 5
-    sketch_bits: int = 2
-    late_fetch: float = 0.25
-    reserve: float = 0.5
-    prefetch: str = "auto"
-    compile: bool = False
-    kernels: str = "auto"
-    skip_layers: Sequence[int] = ()
-    slab_blocks: int = 64
-    host_memory: int | None = None
-    measure_recovery: int = 0
+    budget: int = setting(1024, whole(), "tokens a step attends to, per KV head")
+    budget_allocation: str | Sequence[int | Sequence[int]] = setting(
+        "policy", _allocation(), f"how layers share it: {', '.join(ALLOCATIONS)}, or each layer's, such as 768,1280"
+    )
+    block_size: int = setting(16, _POWER_OF_TWO, "tokens in a block, a power of two")
+    sink: int = setting(64, whole(), "first tokens, always attended to")
+    recent: int = setting(64, whole(), "last tokens, always attended to")
+    history: int = setting(64, whole(1), "prompt queries whose scores start the history")
+    policy: str = setting(
+        "predictor", one_of(policy_names), f"who selects the blocks: one of {', '.join(policy_names())}"
+    )
+    predictor: str = setting(
+        "default",
+        text("a name or a directory", "P"),
+        "default, a directory that train wrote, or a rule: last, ema, mean",
+    )
+    calibration: str = setting(
+        "sketch",
+        one_of(CALIBRATIONS),
+        f"how scores of blocks that were not attended to are learned: one of {', '.join(CALIBRATIONS)}",
+    )
+    calibration_interval: int = setting(5, whole(1), "steps from one exact calibration to the next")
+    sketch_bits: int = setting(2, one_of(SKETCH_BITS, "int"), "bits of a key element in the sketch: 1, 2, 4 or 8")
+    late_fetch: float = setting(
+        0.25, _SHARE, "share of the budget that may be fetched within a step: 0 none, 1 all that the sketch chooses"
+    )
+    reserve: float = setting(0.5, _ANY_SHARE, "blocks kept beyond the budget to choose among, as a share of it")
+    prefetch: str = setting(
+        AUTO,
+        one_of(PREFETCHERS),
+        "auto: steps captured as CUDA graphs where they can be, else thread; graph, thread, or none: within the step",
+    )
+    compile: bool = setting(
+        False, flag(), "compile the model's layers for captured steps: faster, after a minute's wait"
+    )
+    kernels: str = setting(AUTO, one_of(KERNELS), "auto: compiled kernels where they can be built; none: torch alone")
+    skip_layers: Sequence[int] = setting((), _layers(), "layers whose whole cache stays on the device, such as 0,1")
+    slab_blocks: int = setting(64, whole(1), "blocks by which host memory grows")
+    host_memory: int | None = setting(
+        None, sizes_in_bytes().or_none(), "host memory the cache may use, such as 64GiB; none: what is available"
+    )
+    measure_recovery: int = setting(
+        0, _EVERY, "measure recovery at every n-th step; 0: never (slow: it reads all keys)"
+    )
 
     def __post_init__(self) -> None:
-        # Imported here: the policies are built from a config.
-        from attention_predictor.offload.policies import policy_names
-
-        for name in ("budget", "block_size", "sink", "recent", "history", "calibration_interval", "slab_blocks"):
-            self._check(name, _is_int(getattr(self, name)), "an integer")
-        self._check("block_size", self.block_size > 0 and self.block_size.bit_count() == 1, "a power of two")
+        for one in fields(self):
+            if (expected := one.metadata["kind"].expected(getattr(self, one.name))) is not None:
+                self._refuse(one.name, expected)
         for name in ("sink", "recent"):
             value = getattr(self, name)
-            self._check(
-                name, value >= 0 and value % self.block_size == 0, f"a multiple of block_size={self.block_size}"
-            )
+            if value < 0 or value % self.block_size:
+                self._refuse(name, f"a multiple of block_size={self.block_size}")
         least = self.sink + self.recent + self.block_size
-        self._check(
-            "budget",
-            self.budget >= least,
-            f"at least sink + recent + one block = {self.sink} + {self.recent} + {self.block_size} = {least}",
-        )
-        self._check_allocation(least)
-        for name in ("history", "calibration_interval", "slab_blocks"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        self._check("policy", self.policy in policy_names(), _one_of(policy_names()))
-        self._check("predictor", isinstance(self.predictor, str) and self.predictor != "", "a name or a directory")
-        self._check("calibration", self.calibration in CALIBRATIONS, _one_of(CALIBRATIONS))
-        self._check("sketch_bits", self.sketch_bits in SKETCH_BITS, _one_of(SKETCH_BITS))
-        self._check("late_fetch", _is_number(self.late_fetch) and 0 <= self.late_fetch <= 1, "a share from 0 to 1")
-        holds = _is_number(self.reserve) and 0 <= self.reserve < math.inf
-        self._check("reserve", holds, "a share from 0 on, such as 0.5")
-        self._check("prefetch", self.prefetch in PREFETCHERS, _one_of(PREFETCHERS))
-        self._check("compile", isinstance(self.compile, bool), "True or False")
-        captures = self.prefetch in ("auto", "graph")
-        self._check("compile", not self.compile or captures, "False, but with prefetch='auto' or 'graph'")
-        self._check("kernels", self.kernels in KERNELS, _one_of(KERNELS))
-        holds = isinstance(self.skip_layers, Sequence) and all(_is_int(i) and i >= 0 for i in self.skip_layers)
-        self._check("skip_layers", holds, "layer numbers from 0 on, such as (0, 1)")
-        holds = _is_int(self.measure_recovery) and self.measure_recovery >= 0
-        self._check("measure_recovery", holds, "0 (never), or n for every n-th step")
-        self._check(
-            "host_memory",
-            self.host_memory is None or (_is_int(self.host_memory) and self.host_memory > 0),
-            "a positive number of bytes, or None",
-        )
+        if self.budget < least:
+            self._refuse(
+                "budget",
+                f"at least sink + recent + one block = {self.sink} + {self.recent} + {self.block_size} = {least}",
+            )
+        if isinstance(self.budget_allocation, (tuple, list)):
+            self._check_budgets(self.budget_allocation, least)
+        if self.compile and self.prefetch not in CAPTURING:
+            self._refuse("compile", f"False, but with prefetch={' or '.join(map(repr, CAPTURING))}")
 
-    def _check_allocation(self, least: int) -> None:
-        name, given, size = "budget_allocation", self.budget_allocation, self.block_size
-        if not isinstance(given, (tuple, list)):
-            self._check(name, given in ALLOCATIONS, f"{_one_of(ALLOCATIONS)}, or a budget for each layer")
-            return
+    def _check_budgets(self, given: Sequence[int | Sequence[int]], least: int) -> None:
+        name, size = "budget_allocation", self.block_size
         # Layers with one budget count as many heads as those that have several.
         heads = {len(layer) for layer in given if isinstance(layer, (tuple, list))} or {1}
-        self._check(name, len(heads) == 1, "as many budgets in each layer that has several")
+        if len(heads) > 1:
+            self._refuse(name, "as many budgets in each layer that has several")
         (count,) = heads
         layers = [list(layer) if isinstance(layer, (tuple, list)) else [layer] * count for layer in given]
-        budgets = [budget for layer in layers for budget in layer]
-        holds = len(budgets) > 0 and all(
-            _is_int(budget) and budget >= least and budget % size == 0 for budget in budgets
-        )
-        self._check(name, holds, f"budgets that are multiples of block_size={size} from {least} on")
+        budgets: list[Any] = [budget for layer in layers for budget in layer]
+        if not budgets or not all(is_whole(budget) and budget >= least and budget % size == 0 for budget in budgets):
+            self._refuse(name, f"budgets that are multiples of block_size={size} from {least} on")
         mean = self.budget // size * size
-        total = f"a total of {len(budgets)} × {mean} (budget={self.budget}) = {len(budgets) * mean}"
-        self._check(name, sum(budgets) == len(budgets) * mean, f"{total}, found {sum(budgets)}")
+        if sum(budgets) != len(budgets) * mean:
+            total = f"a total of {len(budgets)} × {mean} (budget={self.budget}) = {len(budgets) * mean}"
+            self._refuse(name, f"{total}, found {sum(budgets)}")
 
-    def _check(self, name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: expected {allowed}")
+    def _refuse(self, name: str, expected: str) -> None:
+        raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: expected {expected}")
 
     @property
     def needs_sketch(self) -> bool:
@@ -155,15 +194,3 @@ class OffloadConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for logs and result files."""
         return asdict(self)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _one_of(names: Sequence[object]) -> str:
-    return "one of " + ", ".join(str(name) for name in names)

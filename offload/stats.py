@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from attention_predictor.predictor.errors import IntegrityError
-
-MIB = 1 << 20
+from attention_predictor.sizes import size_text
 
 
 @dataclass
@@ -135,28 +134,27 @@ class Stats:
 
     def __str__(self) -> str:
         steps = max(self.steps, 1)
-        share = f" ({self.device_kv_bytes / self.full_kv_bytes:.1%} of the full cache)" if self.full_kv_bytes else ""
-        parts = ", ".join(f"{name} {size / MIB:.2f}" for name, size in self.device_kv_parts().items())
+        parts = ", ".join(f"{name} {size_text(size)}" for name, size in self.device_kv_parts().items())
         rows = [
             (
                 "steps",
                 f"{self.steps}, {self.captured_steps} of them captured" if self.captured_steps else str(self.steps),
             ),
-            ("KV on the device", f"{self.device_kv_bytes / MIB:.2f} MiB{share}" + (f": {parts}" if parts else "")),
-            ("KV in host memory", f"{self.host_kv_bytes / MIB:.2f} MiB"),
+            ("KV on the device", f"{size_text(self.device_kv_bytes)}{self._share()}" + (f": {parts}" if parts else "")),
+            ("KV in host memory", size_text(self.host_kv_bytes)),
             ("hit rate", _percent(self.hit_rate)),
             ("kept from the step before", _percent(self.reuse_rate)),
             (
                 "fetched per token",
-                f"{self.fetched_bytes / steps / 1024:.1f} KiB (ahead {self.ahead_bytes / steps / 1024:.1f},"
-                f" late {self.late_bytes / steps / 1024:.1f})",
+                f"{size_text(self.fetched_bytes / steps)} (ahead {size_text(self.ahead_bytes / steps)},"
+                f" late {size_text(self.late_bytes / steps)})",
             ),
             ("exposed wait per token", f"{self.exposed_wait_ms / steps:.2f} ms"),
         ]
         if len(set(self.layer_budgets.values())) > 1:
             rows.append(("budgets by layer", ", ".join(map(str, self.to_dict()["layer_budgets"]))))
         if self.streamed_bytes:
-            rows.append(("streamed per token", f"{self.streamed_bytes / steps / MIB:.2f} MiB"))
+            rows.append(("streamed per token", size_text(self.streamed_bytes / steps)))
         if self.recovery_count:
             relative = _percent(self.relative_recovery)
             rows.append(("recovery", f"{_percent(self.recovery)} ({relative} of the best selection)"))
@@ -164,6 +162,15 @@ class Stats:
             rows.append(("evicts", "by definition: what the policy drops is never attended to again"))
         rows += [(f"fallback ×{count}", message) for message, count in self.fallbacks.items()]
         return "\n".join(f"{name:<26}{value}" for name, value in rows)
+
+    def _share(self) -> str:
+        """How much of the whole cache is on the device; pool and sketch have room for more than a short context."""
+        if not self.full_kv_bytes:
+            return ""
+        if self.device_kv_bytes > self.full_kv_bytes:
+            whole = size_text(self.full_kv_bytes)
+            return f", more than the {whole} of the full cache (the context is short for this budget)"
+        return f" ({self.device_kv_bytes / self.full_kv_bytes:.1%} of the full cache)"
 
 
 KINDS = 5  # of counts, as `DeviceCounts.of_layer` lists them

@@ -9,6 +9,7 @@ state channels.
 
 from __future__ import annotations
 
+import importlib
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -16,11 +17,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attention_predictor.predictor import checkpoint
+from attention_predictor.predictor import PROMPT_ROWS, checkpoint
 from attention_predictor.predictor.errors import CheckpointError, ConfigError
 
 WEIGHTS = Path(__file__).parent / "weights"  # checkpoints shipped with the package, by name
-PROMPT_ROWS = 64  # H of the published method
 
 ARCHITECTURES: dict[str, type[AttentionPredictor]] = {}
 Class = TypeVar("Class", bound="type[AttentionPredictor]")
@@ -32,11 +32,18 @@ def register(cls: Class) -> Class:
     return cls
 
 
+def architectures() -> dict[str, type[AttentionPredictor]]:
+    """All of them by name, whichever module was imported first."""
+    importlib.import_module("attention_predictor.predictor.model")  # registers them
+    return ARCHITECTURES
+
+
 def architecture(name: str) -> type[AttentionPredictor]:
     """The class of an architecture name; ConfigError, listing the valid names, for any other."""
-    if name not in ARCHITECTURES:
-        raise ConfigError(f"arch={name!r} is not a predictor; choose from {', '.join(sorted(ARCHITECTURES))}")
-    return ARCHITECTURES[name]
+    known = architectures()
+    if name not in known:
+        raise ConfigError(f"arch={name!r} is not a predictor; choose from {', '.join(sorted(known))}")
+    return known[name]
 
 
 class AttentionPredictor(nn.Module):
@@ -105,20 +112,21 @@ class AttentionPredictor(nn.Module):
         mode and must have been trained for `block_size`. Anything wrong with the files raises
         CheckpointError with one line naming the file, what was found and what is allowed.
         """
-        named = ARCHITECTURES.get(str(name_or_path)) if isinstance(name_or_path, str) else None
+        known = architectures()
+        named = known.get(str(name_or_path)) if isinstance(name_or_path, str) else None
         if named is not None and not named.learned:
             predictor = named(block_size=block_size)
         else:
             directory = WEIGHTS / "default" if name_or_path == "default" else Path(name_or_path)
             if not directory.is_dir():
-                rules = sorted(name for name, entry in ARCHITECTURES.items() if not entry.learned)
+                rules = sorted(name for name, entry in known.items() if not entry.learned)
                 raise CheckpointError(
                     f"{directory}: no such checkpoint; allowed: a directory with "
                     f"{checkpoint.WEIGHTS_FILE} and {checkpoint.CONFIG_FILE}, 'default' (where its weights "
                     f"are installed), {', '.join(rules)}"
                 )
-            config = checkpoint.read_config(directory, ARCHITECTURES, block_size)
-            predictor = ARCHITECTURES[config["arch"]](block_size=block_size)
+            config = checkpoint.read_config(directory, known, block_size)
+            predictor = known[config["arch"]](block_size=block_size)
             checkpoint.check_rows(directory, config, predictor.rows)
             predictor.load_state_dict(checkpoint.read_tensors(directory, predictor.state_dict()))
             predictor.training_facts = dict(config.get("training") or {})
@@ -135,7 +143,7 @@ class AttentionPredictor(nn.Module):
         The file is a pickled state-dict with `conv1.weight` [16, 1, 3, 3] to `conv3.bias` [1]; nothing but tensors is
         unpickled. CheckpointError names missing and unexpected keys, or what else is wrong.
         """
-        predictor = ARCHITECTURES["paper"](block_size=block_size)
+        predictor = architecture("paper")(block_size=block_size)
         predictor.load_state_dict(checkpoint.read_upstream(Path(path), predictor.state_dict()))
         predictor.training_facts = {"upstream": Path(path).name}
         if not isinstance(predictor, cls):

@@ -1,18 +1,17 @@
 """Predictor weights on disk: `model.safetensors` beside `config.json`, and every reason to refuse them."""
 
-import json
-import os
-import tempfile
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from attention_predictor.predictor.errors import CheckpointError, one_line
+from attention_predictor.predictor.errors import CheckpointError, DataError, WriteError, one_line
+from attention_predictor.reading import read_json
+from attention_predictor.writing import json_bytes, write_together
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
@@ -21,15 +20,13 @@ CONFIG_FILE = "config.json"
 
 def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write both files, each whole or not at all; CheckpointError where that can't be done."""
+    weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    text = json_bytes({"format_version": FORMAT_VERSION, **config}, indent=2) + b"\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
-            weights, text = Path(scratch, WEIGHTS_FILE), Path(scratch, CONFIG_FILE)
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, weights)
-            text.write_text(json.dumps({"format_version": FORMAT_VERSION, **config}, indent=2) + "\n", "utf-8")
-            for path in (weights, text):
-                path.chmod(0o644)
-                os.replace(path, directory / path.name)
+        write_together({directory / WEIGHTS_FILE: weights, directory / CONFIG_FILE: text})
+    except WriteError as error:
+        raise CheckpointError(f"{directory}: can't save a predictor here: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{directory}: can't save a predictor here: {error.strerror or error}") from error
 
@@ -37,12 +34,12 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
 def read_config(directory: Path, architectures: Iterable[str], block_size: int) -> dict[str, Any]:
     """The configuration, checked as far as it can be without the weights."""
     path = directory / CONFIG_FILE
+    if not path.exists():
+        raise CheckpointError(f"{path}: file is missing; allowed: a directory written by save()")
     try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: file is missing; allowed: a directory written by save()") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({one_line(error)})") from error
+        config = read_json(path)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: found a JSON {type(config).__name__}, expected an object")
     version = config.get("format_version")
@@ -53,10 +50,21 @@ def read_config(directory: Path, architectures: Iterable[str], block_size: int) 
         )
     names = sorted(architectures)
     _expect(path, "arch", config.get("arch"), names, f"one of {', '.join(names)}")
-    _expect(path, "block_size", config.get("block_size"), [block_size], str(block_size))
+    _check_block_size(path, config.get("block_size"), block_size)
     if not isinstance(config.get("training", {}), dict):
         raise CheckpointError(f"{path}: training is {config['training']!r}, expected an object")
     return config
+
+
+def _check_block_size(path: Path, found: Any, asked: int) -> None:
+    """A predictor judges blocks of the size it was trained on."""
+    again = ""
+    if type(found) is int and found != asked:
+        again = (
+            f": this predictor was trained on blocks of {found} tokens, block_size={asked} needs one trained on blocks "
+            f"of {asked}: attnpred record --block-size {asked} … and attnpred train make it"
+        )
+    _expect(path, "block_size", found, [asked], f"{asked}{again}")
 
 
 def check_rows(directory: Path, config: Mapping[str, Any], rows: int) -> None:

@@ -34,6 +34,10 @@ class DataError(AttentionPredictorError, ValueError):
     """A data set or a recording is missing, damaged or of the wrong form."""
 
 
+class WriteError(AttentionPredictorError, OSError):
+    """A file cannot be written: the disk is full, the place read-only, or permission was lost."""
+
+
 class FetchError(AttentionPredictorError, RuntimeError):
     """Blocks could not be brought to the device; the cache must not be used further."""
 

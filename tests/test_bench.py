@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import re
 import weakref
 from collections import namedtuple
 from pathlib import Path
@@ -73,7 +74,10 @@ def test_flashinfer_is_asked_for_where_it_can_be(capsys: pytest.CaptureFixture[s
         (["gather", "--blocks", "0"], "--blocks 0: expected at least 1"),
         (["predictor", "--tokens", "16"], "--tokens 16: expected at least 144"),
         (["predictor", "--layers", "0"], "--layers 0: expected at least 1"),
-        (["decode", "--steps", "0"], "--steps and --batch must be at least 1"),
+        (["decode", "--steps", "0"], "--steps 0: expected at least 1"),
+        (["decode", "--batch", "0"], "--batch 0: expected at least 1"),
+        (["requests", "--new-tokens", "0"], "--new-tokens 0: expected at least 1"),
+        (["requests", "--ways", "ours,theirs"], "--ways theirs: expected some of ours, device"),
         (["decode", "--context", "300", "--steps", "400"], "--context 300: expected at least 409, for the 408 steps"),
         (
             ["decode", "--synthetic", "--context", "80", "--steps", "9"],
@@ -147,7 +151,7 @@ def test_a_sweep_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len(out.read_text().splitlines()) == 1 + 4
     assert "ours, thread" in text
     assert "1.00 × ours" in text
-    assert "MiB fetched" in text
+    assert re.search(r"\d (bytes|KiB|MiB) fetched", text)
 
 
 def test_what_does_not_fit_is_skipped(
@@ -160,7 +164,7 @@ def test_what_does_not_fit_is_skipped(
     assert main([*decode(*options), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["timings"]
     assert rows[0]["skipped"].startswith("the KV cache of 1 × 2048 tokens needs")
-    assert "of host memory, 0.00 GiB are available" in rows[1]["skipped"]
+    assert "of host memory, 3.00 MiB are available" in rows[1]["skipped"]
     assert len(out.read_text().splitlines()) == 1  # tried again the next time
     assert main(decode(*options)) == 0
     assert "skipped: keys and values take" in capsys.readouterr().out

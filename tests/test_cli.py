@@ -220,7 +220,8 @@ class TestRecordTrainEval:
         assert main([str(one) for one in record]) == 0  # again: nothing is recorded twice
         assert [shard.stat().st_mtime_ns for shard in sorted((histories / "shards").iterdir())] == times
         capsys.readouterr()
-        assert main(["train", "--data", str(histories), "--out", str(checkpoint), "--steps", "4", "--batch", "8"]) == 0
+        train = ["train", "--data", str(histories), "--out", str(checkpoint), "--steps", "4", "--batch", "8", "--json"]
+        assert main(train) == 0
         metrics = json.loads(capsys.readouterr().out)
         assert metrics["steps"] == 4
         assert AttentionPredictor.from_pretrained(checkpoint).training_facts["recorded_from"] == "pocket-lm"

@@ -125,10 +125,20 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     data, out = str(tmp_path / "data"), str(tmp_path / "out")
-    assert main(parser.parse_args(["--data", data, "--out", out, "--steps", "2", "--batch", "2"])) == 0
+    given = ["--data", data, "--out", out, "--steps", "2", "--batch", "2"]
+    assert main(parser.parse_args([*given, "--json"])) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["steps"] == 2
     assert AttentionPredictor.from_pretrained(printed["out"]).training_facts["options"]["batch"] == 2
+    assert main(parser.parse_args(given)) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert max(map(len, said[:-1])) < 100
+    relative = printed["validation"]["time-filters"]["relative_recovery"]
+    assert said[1].split() == ["budget", *relative]
+    assert [line.split()[0] for line in said[2:-1]] == list(printed["validation"])
+    (row,) = (line.split()[1:] for line in said if line.startswith("time-filters"))
+    assert row == [f"{100 * value:.2f}" for value in relative.values()]
+    assert said[-1] == f"after 2 of 2 steps; saved to {out}"
 
 
 REFUSED = {

@@ -513,6 +513,43 @@ def options(tiny, tmp_path, *more: object, model: str = "plain") -> list[str]:
     return [str(one) for one in (*given, "--budgets", 144, "--out", tmp_path / "out", *more)]
 
 
+@pytest.fixture
+def without_jieba(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    metrics._jieba.cache_clear()
+    yield
+    metrics._jieba.cache_clear()
+
+
+@pytest.mark.usefixtures("without_jieba")
+class TestWithoutJieba:
+    NEEDING = ("multifieldqa_zh", "dureader", "vcsum")
+
+    @pytest.mark.parametrize("task", ["qasper", "lsht", "passage_retrieval_zh"])
+    def test_other_tasks_do_without_it(self, task, tiny, tmp_path, capsys):
+        assert main(options(tiny, tmp_path, "--no-chat", "--policies", "full", "--tasks", task)) == 0
+        assert main(["score", "longbench", str(tmp_path / "out")]) == 0
+        assert "jieba" not in capsys.readouterr().out
+
+    @pytest.mark.parametrize("task", NEEDING)
+    def test_a_task_that_needs_it_is_refused_at_once(self, task, tiny, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr("attention_predictor.eval.longbench.command.main", None)
+        assert main(options(tiny, tmp_path, "--no-chat", "--tasks", f"qasper,{task}")) == 2
+        said = capsys.readouterr().err
+        assert "Chinese tasks are scored with jieba: pip install 'attention-predictor[eval]'" in said
+        assert said.count("\n") == 1
+
+    @pytest.mark.slow
+    def test_of_all_tasks_those_that_need_it_are_left_out(self, tiny, tmp_path, capsys):
+        assert main(options(tiny, tmp_path, "--no-chat", "--policies", "full", "--limit", 1)) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert said[0].startswith(
+            f"left out: {', '.join(self.NEEDING)}: Chinese tasks are scored with jieba: pip install"
+        )
+        assert not {*RunFolder(tmp_path / "out").tasks} & {*self.NEEDING}
+        assert len(RunFolder(tmp_path / "out").tasks) == len(TASKS) - len(self.NEEDING)
+
+
 class TestCommand:
     @pytest.mark.slow
     def test_all_tasks(self, tiny, tmp_path, capsys):

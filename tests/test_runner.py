@@ -18,9 +18,9 @@ import pytest
 import torch
 from tiny_models import make_tiny_model
 from tiny_text_model import make_tiny_tokenizer, save_tiny_text_model, write_longbench
-from tqdm import tqdm
 from transformers import DynamicCache
 
+from attention_predictor import progress as progress_module
 from attention_predictor.cli import main
 from attention_predictor.eval import runner as runner_module
 from attention_predictor.eval.folder import RunFolder
@@ -32,7 +32,7 @@ from attention_predictor.eval.prompts import prompt_ids
 from attention_predictor.eval.provenance import git_state
 from attention_predictor.eval.runner import Benchmark, Plan, Sample, add_run_arguments, describe, run
 from attention_predictor.eval.subject import Subject
-from attention_predictor.eval.variants import AUTO, make_variants
+from attention_predictor.eval.variants import make_variants
 from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.versions import with_cache
@@ -231,9 +231,11 @@ class TestRun:
         assert results(run(Toy(tasks=("a",), options=options), plan(*elsewhere))) != expected
 
     def test_progress_says_how_long_it_will_take(self, plan, capsys, monkeypatch):
-        monkeypatch.setattr(runner_module, "tqdm", lambda **options: tqdm(**options | {"disable": False}))
+        monkeypatch.setattr(progress_module, "SECONDS_BETWEEN_LINES", 0.0)
         run(Toy(samples=1), plan())
-        assert re.search(r"4/4 \[\d\d:\d\d<00:00", capsys.readouterr().err)
+        lines = capsys.readouterr().err.splitlines()
+        assert re.fullmatch(r"full a: 1 of 4 samples, .*, \d+ s left", lines[0])
+        assert re.fullmatch(r"predictor-144 b: 4 of 4 samples, .*, in \d+ s", lines[-1])
 
 
 class TestWhatIsRefused:
@@ -452,9 +454,10 @@ def test_variants_prefetch_as_is_fastest_or_as_their_rules_say():
     rules = [Rule(one, {"policy": one}) for one in ("full", "quest", "predictor")]
     rules.append(Rule("mine", {"policy": "predictor", "prefetch": "none"}))
     rules.append(Rule("paper", {"policy": "predictor", "calibration": "exact"}))
-    variants = make_variants(rules, [256], AUTO)
-    found = [variant.config.prefetch for variant in variants if variant.config is not None]
-    assert found == ["thread", "graph", "none", "thread"]
+    found = [one.config.prefetch for one in make_variants(rules, [256]) if one.config is not None]
+    assert found == ["auto", "auto", "none", "auto"]  # the engine knows where steps can be captured
+    found = [one.config.prefetch for one in make_variants(rules, [256], "thread") if one.config is not None]
+    assert found == ["thread", "thread", "none", "thread"]
 
 
 def test_git_state(tmp_path):

@@ -34,6 +34,36 @@ def fails(capsys, *arguments: object) -> str:
     return line
 
 
+def nested(levels: int) -> str:
+    return "[" * levels + "]" * levels
+
+
+class TestIndices:
+    @pytest.mark.parametrize("index", [None, "0", 1.0, True, [0], {"a": 0}])
+    def test_what_is_no_integer_is_refused(self, index, capsys, tmp_path):
+        write_jsonl(tmp_path / "qasper.jsonl", [prediction(index=0), *[prediction(index=index)] * 3])
+        said = fails(capsys, "longbench", tmp_path)
+        assert f"{tmp_path / 'qasper.jsonl'}, line 2: expected an integer in 'index', found {index!r}" in said
+
+    @pytest.mark.parametrize("first", [{"index": 2}, {}])
+    def test_all_lines_have_one_or_none(self, first, capsys, tmp_path):
+        other = {} if first else {"index": 1}
+        write_jsonl(tmp_path / "qasper.jsonl", [prediction(**first), prediction(**other)])
+        said = fails(capsys, "longbench", tmp_path)
+        assert "qasper.jsonl, line 2: expected 'index' in all lines or in none" in said
+
+    def test_lines_without_are_samples_each(self, capsys, tmp_path):
+        write_jsonl(tmp_path / "qasper.jsonl", [prediction()] * 3)
+        assert scored(capsys, tmp_path)["samples"] == {"qasper": 3}
+
+    @pytest.mark.parametrize("levels", [101, 900, 100_000])
+    def test_deep_json(self, levels, capsys, tmp_path):
+        line = json.dumps(prediction())
+        (tmp_path / "qasper.jsonl").write_text(f'{line}\n{line[:-1]}, "more": {nested(levels)}}}\n')
+        said = fails(capsys, "longbench", tmp_path)
+        assert f"{tmp_path / 'qasper.jsonl'}, line 2: not readable as JSON: nested more than 100 levels" in said
+
+
 class TestPredictions:
     def test_json(self, capsys, tmp_path):
         write_jsonl(tmp_path / "qasper.jsonl", [prediction(), prediction("blue sea"), prediction("")])

@@ -15,12 +15,16 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from attention_predictor import kinds
 from attention_predictor.predictor.errors import DataError, one_line
+from attention_predictor.reading import read_json
 from attention_predictor.train.shards import Record, Recording, encode, pyarrow_modules, schema, stack
+from attention_predictor.writing import json_bytes, write_atomically, writing
 
 FORMAT_VERSION = 3
 META_FILE = "meta.json"  # of the first writer; those of others beside it are meta-1.json, …
@@ -84,17 +88,19 @@ class HistoryWriter:
         partial = path.with_name(f".{name}.partial")
         count, steps, pending = 0, 0, iter(records)
         try:
-            with parquet.ParquetWriter(partial, schema(pa), compression="zstd") as writer:
-                while chunk := list(islice(pending, ROW_GROUP)):
-                    rows = [encode(document, split, record, self.meta["block_size"]) for record in chunk]
-                    writer.write_table(pa.Table.from_pylist(rows, schema=schema(pa)))
-                    count, steps = count + len(chunk), chunk[0].scores_QN.shape[0]
-            if not count:
-                raise DataError(f"document {document!r} has no records")
-            size = partial.stat().st_size
-            os.replace(partial, path)
+            with writing(path):
+                with parquet.ParquetWriter(partial, schema(pa), compression="zstd") as writer:
+                    while chunk := list(islice(pending, ROW_GROUP)):
+                        rows = [encode(document, split, record, self.meta["block_size"]) for record in chunk]
+                        writer.write_table(pa.Table.from_pylist(rows, schema=schema(pa)))
+                        count, steps = count + len(chunk), chunk[0].scores_QN.shape[0]
+                if not count:
+                    raise DataError(f"document {document!r} has no records")
+                size = partial.stat().st_size
+                os.replace(partial, path)
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
         self.meta["documents"][document] = {
             "shard": name,
             "bytes": size,
@@ -106,25 +112,25 @@ class HistoryWriter:
         self._write_meta()
 
     def _write_meta(self) -> None:
-        partial = self.directory / f".{self.file}.partial"
-        partial.write_text(json.dumps(self.meta, indent=2) + "\n", "utf-8")
-        os.replace(partial, self.directory / self.file)
+        write_atomically(self.directory / self.file, json_bytes(self.meta, indent=2) + b"\n")
 
 
 class HistoryDataset:
     """A recording, checked: DataError with one line naming the file for whatever is wrong with it.
 
+    `block_size` is what the recording must have, `None` for any.
+
     Opening it checks `meta.json` and that every shard is whole; the numbers are checked as documents are
     loaded.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, block_size: int = 16) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, block_size: int | None = 16) -> None:
         self.directory = Path(directory)
         self.meta = read_meta(self.directory)
-        if self.meta["block_size"] != block_size:
-            raise DataError(
-                f"{self.directory / META_FILE}: block_size is {self.meta['block_size']!r}, expected {block_size}"
-            )
+        found = self.meta["block_size"]
+        if found != block_size if block_size is not None else not (kinds.is_whole(found) and found > 0):
+            expected = "a positive integer" if block_size is None else block_size
+            raise DataError(f"{self.directory / META_FILE}: block_size is {found!r}, expected {expected}")
         if not self.meta["documents"]:
             raise DataError(f"{self.directory / META_FILE}: the recording has no documents")
         for entry in self.meta["documents"].values():
@@ -218,17 +224,17 @@ def is_whole(directory: Path, entry: Mapping[str, Any]) -> bool:
 
 def read_meta_file(path: Path) -> dict[str, Any]:
     """One part's, checked."""
-    try:
-        meta = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({one_line(error)})") from error
+    meta = read_json(path)
     if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
         found = meta.get("format_version") if isinstance(meta, dict) else meta
         raise DataError(f"{path}: format_version is {found!r}, this release reads {FORMAT_VERSION}")
     missing = [name for name in (*IDENTITY, "documents") if name not in meta]
     entries = meta.get("documents")
     whole = isinstance(entries, dict) and all(
-        isinstance(entry, dict) and {"shard", "bytes", "records"} <= entry.keys() for entry in entries.values()
+        isinstance(entry, dict)
+        and isinstance(entry.get("shard"), str)
+        and all(kinds.is_whole(entry.get(name)) for name in ("bytes", "records"))
+        for entry in entries.values()
     )
     if missing or not whole:
         raise DataError(f"{path}: not the meta of a recording, lacks {', '.join(missing) or 'shard entries'}")

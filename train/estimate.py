@@ -14,6 +14,7 @@ from attention_predictor.documents import Excerpt
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.predictor.errors import DataError
+from attention_predictor.sizes import size_text
 from attention_predictor.train.recorder import record
 
 PROBE = 8  # a probe has so many times fewer tokens than a document
@@ -33,10 +34,10 @@ def check_space(directory: Path, needed: int) -> str:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise DataError(
-            f"--out {directory}: the recording may take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
+            f"--out {directory}: the recording may take {size_text(needed)}, {size_text(free)} are free; "
             "take fewer --documents, --steps or --max-tokens"
         )
-    return f"at most {needed / 2**30:.2f} GiB in {directory} ({free / 2**30:.0f} GiB free)"
+    return f"at most {size_text(needed)} in {directory} ({size_text(free)} free)"
 
 
 def seconds_a_document(model: PreTrainedModel, like: Sequence[Excerpt], config: OffloadConfig) -> float:

@@ -1,14 +1,4 @@
-"""Train a predictor on recorded histories (attnpred record makes them).
-
-All documents are read and checked before the first step. Every --log-every steps the predictor is judged on held-out
-documents, and the state of the run is saved: --resume goes on from there, to the same losses. The best predictor is
-kept, by recovery over the steps that it is trained for. A card and learning curves lie beside it.
-
-examples:
-  attnpred train --data recordings/ --out my-predictor/
-  attnpred train --data recordings/ --out published/ --arch paper --loss mse --horizon 1
-  accelerate launch --multi_gpu -m attention_predictor.cli train --data recordings/ --out my-predictor/ --precision bf16
-"""
+"""``attnpred train``: a predictor fitted to recorded histories, step by step."""
 
 from __future__ import annotations
 
@@ -16,7 +6,7 @@ import argparse
 import json
 import math
 import random
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,18 +16,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
-from tqdm import tqdm
 
+from attention_predictor.commands.train import add_arguments as add_arguments
 from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor, architecture
+from attention_predictor.progress import Progress
 from attention_predictor.train.dataset import HistoryDataset
-from attention_predictor.train.objective import LOSSES, TARGETS, document_loss
-from attention_predictor.train.options import PRECISIONS, TrainOptions
-from attention_predictor.train.report import CARD_FILE, CURVES_FILE, card, draw_curves
+from attention_predictor.train.objective import document_loss
+from attention_predictor.train.options import TrainOptions
+from attention_predictor.train.report import CARD_FILE, CURVES_FILE, card, draw_curves, summary
 from attention_predictor.train.shards import Recording
 from attention_predictor.train.state import forget_state, read_state, restore, write_state
-from attention_predictor.train.tracking import TRACKERS, check_tracker, start_tracker
+from attention_predictor.train.tracking import check_tracker, start_tracker
 from attention_predictor.train.validate import Metrics, mean_ahead, validate
+from attention_predictor.writing import write_atomically
 
 DOCUMENTS = 4  # documents that one step's records come from
 CACHE_SHARE = 0.25  # of the memory that is free at the start, for recordings already read; all processes together
@@ -53,7 +45,7 @@ def fit(
     tracker: str = "none",
     resume: bool = False,
     progress: bool = False,
-    block_size: int = 16,
+    block_size: int | None = None,
 ) -> dict[str, Any]:
     """Train on the recording `data`, save the predictor to `out`, return its metrics.
 
@@ -65,14 +57,17 @@ def fit(
         device: "cpu", or "auto" for what `accelerate` finds: one GPU, several processes it launched, else the CPU.
         tracker: "none", "tensorboard" or "wandb" (offline where there is no key).
         resume: Go on from the state that an unfinished run left in `out`.
+        block_size: The recording must have it; `None` takes the recording's own.
 
     Raises:
         ConfigError, DataError, CheckpointError: One line on what is wrong, before any training.
+        WriteError: The disk is full, for one; the last state that was saved is as it was, to be resumed.
     """
     options = options if options is not None else TrainOptions()
     check_tracker(tracker)
     accelerator = start(device, options.precision, tracker, out)
     dataset = HistoryDataset(data, block_size=block_size)
+    block_size = int(dataset.meta["block_size"])
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -98,27 +93,23 @@ def fit(
     if state is not None:
         restore(out, state, predictor, optimizer)
         run = {name: state[name] for name in run}
-    quiet = None if progress and accelerator.is_main_process else True
+    quiet = not (progress and accelerator.is_main_process)
     # A damaged shard is found now, not hours into the run. Held-out documents last: they are judged by next.
-    for document in tqdm([*training, *held_out], desc="reading", unit="doc", disable=quiet):
-        cache.load(document)
+    with Progress("reading", len(dataset.documents), "documents", ends=False, quiet=quiet) as reading:
+        for document in [*training, *held_out]:
+            cache.load(document)
+            reading.update()
     if state is None and accelerator.is_main_process:
-        run["validation"] = {name: judged(architecture(name)()) for name in RULES}
+        run["validation"] = {name: judged(architecture(name)(block_size=block_size)) for name in RULES}
         if not run["validation"]["last"]["relative_recovery"]:
             raise DataError(f"{dataset.directory}: held-out documents are too short to judge a predictor by recovery")
     start_tracker(accelerator, tracker, str(out), settings)
 
     interrupted, losses = False, list[float]()
     done = run["step"]
-    bar = tqdm(
-        range(done + 1, options.steps + 1),
-        desc=f"train {options.arch}",
-        initial=done,
-        total=options.steps,
-        disable=quiet,
-    )
+    bar = Progress(f"train {options.arch}", options.steps, "steps", done=done, quiet=quiet)
     try:
-        for step in bar:
+        for step in range(done + 1, options.steps + 1):
             rng = random.Random(f"{options.seed}/{step}/{accelerator.process_index}")
             losses.append(train_step(predictor, optimizer, accelerator, options, cache, training, meta, rng, step))
             done = step
@@ -129,12 +120,16 @@ def fit(
                     state = run | {"predictor": copied(predictor), "optimizer": optimizer.state_dict()}
                     write_state(out, state | {"options": settings})
                     against = {name: f"{mean_ahead(run['validation'][name]):.4f}" for name in RULES}
-                    bar.set_postfix(loss=f"{losses[-1]:.3f}", recovery=f"{mean_ahead(now):.4f}", **against)
+                    bar.show(loss=f"{losses[-1]:.3f}", recovery=f"{mean_ahead(now):.4f}", **against)
                     accelerator.log(flat(now) | {"loss": sum(losses) / len(losses)}, step=step)
                 losses = []
                 accelerator.wait_for_everyone()
+            bar.update()
+        bar.close()
     except KeyboardInterrupt:
         interrupted = True
+    finally:
+        bar.close(finished=False)  # where that is not done yet
     accelerator.end_training()
     if not accelerator.is_main_process:
         return {}
@@ -153,7 +148,7 @@ def fit(
     predictor.save(out)
     rules = {name: mean_ahead(run["validation"][name]) for name in RULES}
     draw_curves(out / CURVES_FILE, run["curve"], rules, options.arch)
-    (out / CARD_FILE).write_text(card(predictor.training_facts, options, str(data), str(out)), encoding="utf-8")
+    write_atomically(out / CARD_FILE, card(predictor.training_facts, options, str(data), str(out)))
     if not interrupted:
         forget_state(out)
     return metrics
@@ -282,31 +277,9 @@ def copied(predictor: AttentionPredictor) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in predictor.state_dict().items()}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `attnpred train`."""
-    default = TrainOptions()
-    add = parser.add_argument
-    add("--data", required=True, metavar="DIR", help="directory that 'attnpred record' wrote")
-    add("--out", required=True, metavar="CKPT", help="directory to save the predictor to")
-    add("--arch", default=default.arch, choices=sorted(TARGETS), help="architecture (%(default)s)")
-    add("--init", metavar="CKPT", help="start from this predictor, of the same architecture")
-    add("--loss", default=default.loss, choices=LOSSES, help="cross-entropy or squared error (%(default)s)")
-    add("--horizon", type=int, default=default.horizon, help="steps whose largest mass is the target (%(default)s)")
-    add("--steps", type=int, default=default.steps, help="optimiser steps (%(default)s)")
-    add("--batch", type=int, default=default.batch, help="records (layer, KV head) a step (%(default)s)")
-    add("--lr", type=float, default=default.lr, help="largest learning rate (%(default)s)")
-    add("--seed", type=int, default=default.seed, help="random seed (%(default)s)")
-    add("--val-fraction", type=float, default=default.val_fraction, help="held out where DIR names none (%(default)s)")
-    add("--log-every", type=int, default=default.log_every, help="steps between validations (%(default)s)")
-    add("--precision", default=default.precision, choices=PRECISIONS, help="of the network (%(default)s: fp32)")
-    add("--device", default="auto", help="auto, what accelerate finds, or cpu (%(default)s)")
-    add("--tracker", default="none", choices=TRACKERS, help="where figures go besides CKPT (%(default)s)")
-    add("--resume", action="store_true", help="go on with an unfinished run in CKPT")
-
-
 def main(args: argparse.Namespace) -> int:
-    """Run `attnpred train`: metrics as JSON on stdout; 130 when interrupted (the best so far is saved)."""
-    options = TrainOptions(**{one.name: getattr(args, one.name) for one in fields(TrainOptions)})
+    """130 when interrupted (the best so far is saved)."""
+    options = TrainOptions.of(args)
     metrics = fit(
         args.data,
         args.out,
@@ -318,5 +291,8 @@ def main(args: argparse.Namespace) -> int:
     )
     if not metrics:  # a process of several, not the one that reports
         return 0
-    print(json.dumps({"out": str(args.out), **metrics}))
+    if args.json:
+        print(json.dumps({"out": str(args.out), **metrics}))
+    else:
+        print(summary(metrics, options, str(args.out)))
     return 130 if metrics["interrupted"] else 0

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from attention_predictor.predictor.model import AttentionPredictor
+from attention_predictor.train.options import TARGETS
 from attention_predictor.train.shards import Recording
 from attention_predictor.train.validate import WARM, candidates
 
-LOSSES = ("ce", "mse")
 WEIGHT_FLOOR = 0.01  # of a step in the loss, however flat its target
-# Steps of a document learned from at once. Neighbouring steps teach the same; the window network shares no work.
-TARGETS = {"paper": 2, "time-filters": 16}
 
 
 def document_loss(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import dataclass, fields
 
 from attention_predictor.predictor.errors import ConfigError
-from attention_predictor.train.objective import LOSSES, TARGETS
 
+# Architectures that can be trained, and steps of a document learned from at once. Neighbouring steps teach the same;
+# the window network shares no work.
+TARGETS = {"paper": 2, "time-filters": 16}
+LOSSES = ("ce", "mse")
 PRECISIONS = ("no", "bf16")
+TRACKERS = ("none", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,11 @@ class TrainOptions:
     val_fraction: float = 0.1
     log_every: int = 100
     precision: str = "no"
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> TrainOptions:
+        """As the options of ``attnpred train`` say."""
+        return cls(**{one.name: getattr(args, one.name) for one in fields(cls)})
 
     def __post_init__(self) -> None:
         if self.arch not in TARGETS:

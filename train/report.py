@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from attention_predictor.figures import save_figure
 from attention_predictor.predictor.errors import DataError
 from attention_predictor.train.options import TrainOptions
 
@@ -32,7 +33,24 @@ def draw_curves(path: Path, curve: list[dict[str, Any]], rules: dict[str, float]
     right.legend(loc="lower right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
+
+
+def summary(metrics: dict[str, Any], options: TrainOptions, out: str) -> str:
+    """A small table: how the predictor compares with rules, on the held-out documents."""
+    found = metrics["validation"]
+    budgets = list(found[options.arch]["relative_recovery"])
+    width = max(map(len, ("budget", *found)))
+    lines = [
+        "recovery relative to the best selection, %, one step ahead, on held-out documents:",
+        f"{'budget':{width}}" + "".join(f"{budget:>8}" for budget in budgets),
+    ]
+    for name, of in found.items():
+        percents = (100 * of["relative_recovery"][budget] for budget in budgets)
+        lines.append(f"{name:{width}}" + "".join(f"{percent:8.2f}" for percent in percents))
+    done = f"{metrics['steps']} of {options.steps} steps"
+    again = "; --resume goes on" if metrics["interrupted"] else ""
+    return "\n".join([*lines, f"after {done}{again}; saved to {out}"])
 
 
 def card(facts: dict[str, Any], options: TrainOptions, data: str, out: str) -> str:

@@ -57,11 +57,12 @@ def encode(document: str, split: str | None, record: Record, block_size: int) ->
     steps, blocks = record.scores_QN.shape
     expected = -(-(record.first_tokens + steps - 1) // block_size)
     where = f"document {document!r}, sequence {record.sequence}, layer {record.layer}, head {record.head}"
-    if record.mass_QN.shape != record.scores_QN.shape or blocks != expected or steps < 2:
-        raise DataError(
-            f"{where}: scores {list(record.scores_QN.shape)} and mass {list(record.mass_QN.shape)} must "
-            f"both have at least 2 steps and {expected} blocks"
-        )
+    if steps < 2:
+        raise DataError(f"{where}: {steps} steps of scores, expected at least 2")
+    if blocks != expected:
+        raise DataError(f"{where}: {blocks} blocks of scores, expected {expected}")
+    if record.mass_QN.shape != record.scores_QN.shape:
+        raise DataError(f"{where}: mass is {list(record.mass_QN.shape)}, expected {[steps, blocks]}, as scores are")
     row: dict[str, Any] = {"document": document, "split": split, "sequence": record.sequence}
     row |= {"layer": record.layer, "head": record.head}
     row |= {"first_tokens": record.first_tokens, "steps": steps, "blocks": blocks}

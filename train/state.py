@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from attention_predictor.predictor.errors import CheckpointError, ConfigError, one_line
+from attention_predictor.writing import write_atomically
 
 FORMAT_VERSION = 1
 STATE_FILE = "training-state.pt"
@@ -18,9 +19,9 @@ PARTS = {"step", "best", "best_mean", "validation", "curve", "predictor", "optim
 
 def write_state(directory: Path, state: dict[str, Any]) -> None:
     """Whole or not at all."""
-    partial = directory / f".{STATE_FILE}.partial"
-    torch.save({"format_version": FORMAT_VERSION, **state}, partial)
-    os.replace(partial, directory / STATE_FILE)
+    packed = io.BytesIO()  # to a file on a full disk torch.save fails with an error that does not say so
+    torch.save({"format_version": FORMAT_VERSION, **state}, packed)
+    write_atomically(directory / STATE_FILE, packed.getvalue())
 
 
 def read_state(directory: Path, options: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:

@@ -10,8 +10,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.train.options import TRACKERS
 
-TRACKERS = ("none", "tensorboard", "wandb")
 PROJECT = "attention-predictor"
 
 

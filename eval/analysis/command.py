@@ -1,47 +1,27 @@
-"""Show where a model's attention can be foreseen, by layer and head, and why.
-
-Of each document --context tokens are taken. All but the last --tail go through the model as the prompt, then those,
-with attention to everything; rows with continuations, questions with their answers for example, are followed by these.
-Measured for each layer and head: query similarity (of the prompt's last --window queries, and of the steps), how much
-of the next step's attention the predictor finds ahead of it within --budget tokens, and how much the last row
-repeated, the pattern that the attention map shows, and the RoPE frequencies that carry it.
-
-OUT/attention/<data>.jsonl has a line a document, written as it goes: an unfinished run goes on. From all of them are
-made OUT/heads.json (a row a layer and head), OUT/correlation.json (query similarity against recovery),
-OUT/heads.parquet with --parquet, and OUT/gallery.html, a page that needs nothing else.
-
-examples:
-  attnpred analyze --data texts/ --context 8192 --limit 8 --out runs/analysis
-  attnpred analyze --model Qwen/Qwen3-0.6B --data books=books/ --data asked=questions.jsonl --budget 256 --out runs/q
-"""
+"""``attnpred analyze``: documents judged, and what all of them say written and shown."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 
-from transformers import AutoConfig
-
-from attention_predictor.arguments import add_model_arguments
 from attention_predictor.eval.analysis.benchmark import VARIANT, Analysis
 from attention_predictor.eval.analysis.gallery import LEVELS, NAMES, correlation_text, gallery
 from attention_predictor.eval.analysis.patterns import CLASSES
 from attention_predictor.eval.analysis.summary import FILES, Head, Summary, summarise
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.plain_table import plain_table
-from attention_predictor.eval.predictions import write_atomically
 from attention_predictor.eval.prompts import context_length
 from attention_predictor.eval.runner import Plan, run
 from attention_predictor.eval.sources import Windows, parse_sources
-from attention_predictor.loading import load_tokenizer
+from attention_predictor.loading import load_config, load_tokenizer
 from attention_predictor.offload.cache import full_attention_layers
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.selection import Selection
 from attention_predictor.predictor.errors import AttachError, ConfigError
+from attention_predictor.writing import write_atomically
 
 # Columns of the table; short, since layers have to be seen side by side.
 SHOWN = {
@@ -55,30 +35,10 @@ SHOWN = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    add = parser.add_argument
-    what = "[name=]place: .txt, .jsonl or .parquet, a directory or pattern of them, or a data set of the hub"
-    add("--data", action="append", required=True, metavar="D", help=what)
-    add("--out", type=Path, required=True, metavar="DIR", help="results; an unfinished run in it goes on")
-    add("--context", type=int, default=4096, metavar="N", help="tokens of each document (%(default)s)")
-    add("--tail", type=int, default=128, metavar="N", help="the last of them, the steps that are judged (%(default)s)")
-    add("--tails", type=int, default=4, metavar="N", help="continuations of a row at most (%(default)s)")
-    add("--per-file", type=int, default=1, metavar="N", help="documents of a .txt file (%(default)s)")
-    add("--limit", type=int, metavar="N", help="the first N documents of each --data alone")
-    add("--window", type=int, default=32, metavar="T", help="queries that are compared with each other (%(default)s)")
-    add("--budget", type=int, default=512, metavar="N", help="tokens that may be chosen for a step (%(default)s)")
-    add("--predictor", default="default", metavar="P", help="that chooses: a name or a directory (%(default)s)")
-    add("--parquet", action="store_true", help="write heads.parquet too (needs pyarrow)")
-    add("--retry-errors", action="store_true", help="try documents once more that failed")
-
-
 def main(args: argparse.Namespace) -> int:
     args.policies, args.rule, args.budgets = None, [f"{VARIANT}: full,prefetch=none"], str(args.budget)
     args.prefetch = "none"
     plan = Plan.of(args)
-    if args.parquet and importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError("--parquet needs pyarrow: pip install 'attention-predictor[train]'")
     selection = Selection.of(OffloadConfig(budget=args.budget))
     check_model(args.model)
     context = context_length(args.model)
@@ -94,9 +54,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check_model(name: str) -> None:
-    """Refuse a model whose attention can't be seen, by its configuration; ``context_length`` says if there is none."""
-    context_length(name)
-    config = AutoConfig.from_pretrained(name)
+    """Refuse a model whose attention can't be seen, by its configuration."""
+    config = load_config(name)
     text_config = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise AttachError(f"--model {name}: {config.model_type} is not a causal language model")
@@ -113,7 +72,7 @@ def conclude(folder: RunFolder, *, parquet: bool) -> int:
         print(f"no document succeeded: {summary.failures[0] if summary.failures else 'none is done'}")
         return 1
     for name, text in (*summary.files(), (FILES.page, gallery(summary))):
-        write_atomically(folder.path / name, text.encode())
+        write_atomically(folder.path / name, text)
     if parquet:
         summary.write_parquet(folder.path / FILES.parquet)
     print(table(summary))

@@ -13,6 +13,7 @@ from attention_predictor.eval.longbench.tasks import BENCHMARK, TASKS
 from attention_predictor.eval.prompts import check_chat, fitted_ids
 from attention_predictor.eval.runner import Benchmark, Sample
 from attention_predictor.eval.subject import Subject
+from attention_predictor.reading import check_unicode
 
 
 class LongBench(Benchmark):
@@ -64,7 +65,10 @@ class LongBench(Benchmark):
 
     def samples(self, task: str) -> Iterator[Sample]:
         for number, (where, row) in enumerate(self.rows(task + SUFFIX if self.extended else task)):
-            yield make_sample(row, where, number, task, self.templates[task])
+            sample = make_sample(row, where, number, task, self.templates[task])
+            if self.answer_likelihood:
+                check_unicode(sample.record["answers"][0], f"{where}, 'answers'")
+            yield sample
 
     def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
         what = TASKS[task]

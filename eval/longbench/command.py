@@ -1,63 +1,41 @@
-"""LongBench: a table of scores, policies and budgets down, tasks across.
-
-Prompts, lengths and scores are the official ones. A prompt that is too long loses its middle; --max-length 7500, say,
-cuts where the authors cut for a model of 8K tokens. Prompts are put into the model's chat template, but for trec,
-triviaqa, samsum, lsht, lcc and repobench-p; --no-chat puts none into it, for models that are no assistants. Each
-policy sees the prompt in full and decodes the answer with its budget.
-
-A sample that fails is kept with its error, scores 0 and is counted below the table. Run the command again, and it goes
-on where it stopped.
-
-examples:
-  attnpred eval longbench --data longbench/ --no-chat --tasks qasper,trec --out runs/pocket
-  attnpred eval longbench --model meta-llama/Llama-3.1-8B-Instruct --data hub --out runs/llama \\
-      --policies full,streaming,snapkv,quest,predictor --budgets 512,1024,2048,4096
-  attnpred eval longbench --data longbench/ --no-chat --out runs/ahead --policies full \\
-      --rule "ahead: predictor,late_fetch=0" --rule "late: predictor" --budgets 256,512 --limit 20
-  accelerate launch --num_processes 4 -m attention_predictor.cli eval longbench --data hub --e --out runs/e
-"""
+"""``attnpred eval longbench``: what its options ask for, run and shown as a table."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.longbench.benchmark import LongBench
 from attention_predictor.eval.longbench.data import open_source
-from attention_predictor.eval.longbench.metrics import check_jieba
 from attention_predictor.eval.longbench.scorer import score_folder
 from attention_predictor.eval.longbench.table import folder_table
-from attention_predictor.eval.longbench.tasks import TASKS, check_names, choose_tasks
+from attention_predictor.eval.longbench.tasks import (
+    ALL,
+    TASKS,
+    check_names,
+    check_scorers,
+    choose_tasks,
+    without_unscorable,
+)
+from attention_predictor.eval.processes import Processes
 from attention_predictor.eval.prompts import context_length
-from attention_predictor.eval.runner import Plan, add_run_arguments, run
+from attention_predictor.eval.runner import Plan, run
 from attention_predictor.loading import load_tokenizer
-from attention_predictor.predictor.errors import ConfigError
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser)
-    add = parser.add_argument
-    what = (
-        "directory of <task>.jsonl (<task>_e.jsonl with --e), hub (the authors' archive), or hub:owner/name (a mirror)"
-    )
-    add("--data", required=True, metavar="D", help=what)
-    add("--tasks", default="all", metavar="T,T", help=f"all (%(default)s) or some of {','.join(TASKS)}")
-    add("--e", action="store_true", help="LongBench-E: 13 English tasks, scored by length")
-    add("--no-chat", dest="chat", action="store_false", help="don't put prompts into the chat template")
-    what = "cut longer prompts in the middle (default: what the model has positions for, less the answer's)"
-    add("--max-length", type=int, metavar="N", help=what)
-    add("--templates", type=Path, metavar="F", help="JSON of templates by task, in place of the official ones")
-    what = "also the perplexity of the reference answers: it tells small models apart where scores don't"
-    add("--answer-perplexity", action="store_true", help=what)
+from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.reading import check_unicode, read_json
 
 
 def main(args: argparse.Namespace) -> int:
     plan = Plan.of(args)
     tasks = choose_tasks(args.tasks, extended=args.e)
     _check_max_length(args.max_length, args.model, tasks)
-    if any(TASKS[task].chinese for task in tasks):
-        check_jieba()  # now, not when all is done
+    if args.tasks == ALL:
+        tasks, left_out = without_unscorable(tasks)
+        if left_out and Processes().is_main:
+            print(left_out)
+    if (done := RunFolder(plan.out)).description:
+        check_scorers([task for task in done.tasks if task in TASKS])  # their scores go into the table too
     benchmark = LongBench(
         load_tokenizer(args.model),
         open_source(args.data),
@@ -90,10 +68,12 @@ def _read_templates(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        templates = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        templates = read_json(path)
+    except DataError as error:
         raise ConfigError(f"--templates {path} can't be read as JSON: {error}") from error
     if not isinstance(templates, dict) or not all(isinstance(one, str) for one in templates.values()):
         raise ConfigError(f"--templates {path}: expected an object of texts, one for each task")
     check_names(list(templates))
+    for name, template in templates.items():
+        check_unicode(template, f"--templates {path}, {name!r}")
     return templates

@@ -11,9 +11,10 @@ from string import Formatter
 from typing import Any
 
 from attention_predictor.eval.longbench.scorer import check_prediction
-from attention_predictor.eval.predictions import Record, parse_line, read_lines
+from attention_predictor.eval.predictions import Record
 from attention_predictor.eval.runner import Sample
 from attention_predictor.predictor.errors import ConfigError, DataError, one_line
+from attention_predictor.reading import check_unicode, parse_row, read_lines
 
 HUB = "hub"
 REPOSITORY, ARCHIVE = "THUDM/LongBench", "data.zip"
@@ -55,6 +56,8 @@ def make_sample(row: Mapping[str, Any], where: str, number: int, task: str, temp
     if absent := [name for name in fields if not isinstance(row.get(name), str)]:
         found = f"{row[absent[0]]!r:.40}" if absent[0] in row else f"fields {', '.join(row)}"
         raise DataError(f"{where}: expected a text in {absent[0]!r}, which the template of {task} needs; found {found}")
+    for name in fields:
+        check_unicode(row[name], f"{where}, {name!r}")
     record = {name: row.get(name) for name in ("answers", "all_classes", "length")}
     check_prediction(record | {"pred": ""}, task, where, extended=True)
     if not record["answers"]:
@@ -80,7 +83,7 @@ def _of_archive(archive: Path, task: str) -> Iterator[tuple[str, Record]]:
     with _opened(archive, name) as file:
         for number, line in enumerate(file, 1):
             where = f"{archive.name}, {name}, line {number}"
-            yield where, parse_line(line, where)
+            yield where, parse_row(line, where)
 
 
 @contextmanager
@@ -88,7 +91,7 @@ def _opened(archive: Path, name: str) -> Iterator[io.TextIOWrapper]:
     """A file of the archive, unpacked as it is read."""
     try:
         with zipfile.ZipFile(archive) as whole, whole.open(name) as packed:
-            yield io.TextIOWrapper(packed, encoding="utf-8", newline="\n")
+            yield io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n")
     except (OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as error:
         raise DataError(f"{archive}: no {name} to be read in it: {one_line(error)}") from error
 

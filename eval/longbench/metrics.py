@@ -104,8 +104,11 @@ def cut_words(text: str) -> list[str]:
     return list(_jieba().cut(text, cut_all=False))
 
 
+NEEDING_JIEBA: tuple[Metric, ...] = (qa_f1_zh, rouge_zh)
+
+
 def check_jieba() -> None:
-    """``ConfigError`` if Chinese can't be scored here."""
+    """``ConfigError`` if what ``NEEDING_JIEBA`` scores can't be scored here."""
     _jieba()
 
 

@@ -13,8 +13,10 @@ import numpy as np
 
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.longbench.tasks import CATEGORIES, SYNTHETIC, TASKS, check_names
-from attention_predictor.eval.predictions import Record, read_lines
+from attention_predictor.eval.predictions import INDEX, Record
+from attention_predictor.kinds import is_whole
 from attention_predictor.predictor.errors import DataError
+from attention_predictor.reading import read_lines
 
 BUCKETS = {"0-4k": (0, 4000), "4-8k": (4000, 8000), "8k+": (8000, None)}  # LongBench-E: words or characters
 ENGLISH = tuple(name for name, task in TASKS.items() if not task.chinese)  # the 16 tasks that papers average
@@ -131,15 +133,24 @@ def sample_scores(task: str, records: Sequence[Record]) -> list[float]:
 
 
 def read_predictions(path: Path, task: str, *, extended: bool = False) -> list[Record]:
-    """A file of predictions, every field checked; of a sample with several lines, tried again, the last counts.
+    """A file of predictions, every field checked.
+
+    Lines have an ``index``, all or none: of several lines with one index, a sample tried again, the last counts.
 
     Raises:
         DataError: Names file, line and field.
     """
     records: dict[int, Record] = {}
+    numbered: bool | None = None
     for number, record in read_lines(path):
-        check_prediction(record, task, f"{path}, line {number}", extended=extended)
-        records[record.get("index", number)] = record
+        where = f"{path}, line {number}"
+        check_prediction(record, task, where, extended=extended)
+        if numbered is not None and (INDEX in record) is not numbered:
+            raise DataError(f"{where}: expected {INDEX!r} in all lines or in none, as in those before")
+        numbered = INDEX in record
+        if numbered and not is_whole(record[INDEX]):
+            raise DataError(f"{where}: expected an integer in {INDEX!r}, found {record[INDEX]!r:.40}")
+        records[record[INDEX] if numbered else number] = record
     if not records:
         raise DataError(f"{path}: no predictions in it")
     return [records[index] for index in sorted(records)]

@@ -15,6 +15,7 @@ from attention_predictor.eval.longbench.metrics import Metric
 from attention_predictor.predictor.errors import ConfigError
 
 BENCHMARK = "longbench"
+ALL = "all"  # as names of tasks
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ TASKS = {
 def choose_tasks(names: str, *, extended: bool = False) -> tuple[str, ...]:
     """``"qasper,trec"`` or ``"all"`` as names of tasks, in LongBench's order; ``ConfigError`` lists the valid ones."""
     valid = [name for name, task in TASKS.items() if task.extended or not extended]
-    if names == "all":
+    if names == ALL:
         return tuple(valid)
     wanted = [name.strip() for name in names.split(",")]
     check_names(wanted, valid)
@@ -238,3 +239,24 @@ def check_names(names: Sequence[str], valid: Sequence[str] = tuple(TASKS)) -> No
     for name in names:
         if name not in valid:
             raise ConfigError(f"no LongBench task {name!r}: expected some of {', '.join(valid)}")
+
+
+def needing_jieba(names: Sequence[str]) -> list[str]:
+    """Those of the tasks whose scores can't do without jieba: Chinese ones, but not all of these."""
+    return [name for name in names if TASKS[name].metric in metrics.NEEDING_JIEBA]
+
+
+def check_scorers(names: Sequence[str]) -> None:
+    """``ConfigError`` if a task can't be scored here."""
+    if needing_jieba(names):
+        metrics.check_jieba()
+
+
+def without_unscorable(names: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """Tasks that can be scored here, and a line about the others, empty if there are none."""
+    try:
+        check_scorers(names)
+    except ConfigError as error:
+        absent = needing_jieba(names)
+        return tuple(name for name in names if name not in absent), f"left out: {', '.join(absent)}: {error}"
+    return tuple(names), ""

@@ -11,14 +11,14 @@ and 0.1 for Qwen2.5-7B.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attention_predictor.predictor.errors import ConfigError, DataError, one_line
+from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.reading import read_json
 
 METRICS = {"bi": ("bi",), "qsim": ("q_similarity",), "tappa": ("bi", "q_similarity")}  # and the scores they need
 BETA = 0.3
@@ -113,10 +113,7 @@ def read_scores(paths: Sequence[Path]) -> dict[str, list[float | None]]:
 
 
 def _read(path: Path) -> dict[str, list[float | None]]:
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({one_line(error)})") from error
+    saved = read_json(path)
     names = [name for name in ("bi", "q_similarity") if isinstance(saved, dict) and name in saved]
     if not names:
         raise DataError(f"{path}: expected an object with bi, q_similarity or both")

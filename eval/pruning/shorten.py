@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from attention_predictor.predictor.errors import AttachError, ConfigError
+from attention_predictor.predictor.errors import AttachError, ConfigError, WriteError, one_line
+from attention_predictor.writing import writing
 
 # Lists of layer numbers in configurations of transformers; others with "layer" in their name that are as long as the
 # model is deep have an entry for each layer.
@@ -73,8 +75,11 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, 
             for weight in model.parameters():
                 weight.data = weight.data.to(dtype)
             model.config.dtype = dtype
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        with writing(out):
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+    except SafetensorError as error:  # of a full disk, for one
+        raise WriteError(f"{out}: can't be written: {one_line(error)}") from error
     finally:
         logging.enable_progress_bar()
         for name, weight in model.named_parameters():

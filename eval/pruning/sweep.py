@@ -21,6 +21,7 @@ from attention_predictor.eval.plain_table import plain_table
 from attention_predictor.eval.plot import COLOURS
 from attention_predictor.eval.pruning.plan import METRICS, Scores, importance, order
 from attention_predictor.eval.pruning.shorten import without_layers
+from attention_predictor.figures import save_figure
 
 RANDOM = "random"
 CHUNK = 1024  # tokens whose probabilities are held in fp32 at once
@@ -112,8 +113,7 @@ class Sweep:
         axes.set_xticks(gone)
         axes.grid(True, which="both", color="0.9")
         axes.legend()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
+        save_figure(figure, path)
         pyplot.close(figure)
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,74 +7,23 @@ Mathematical Association of America, answers from 0 to 999.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from attention_predictor.eval.predictions import Record, read_lines
+from attention_predictor.eval.predictions import Record
 from attention_predictor.eval.prompts import prompt_ids
 from attention_predictor.eval.reasoning.answers import find_answer, same_answer
-from attention_predictor.eval.reasoning.prompts import (
-    ASK,
-    END,
-    MATHEMATICS,
-    WORD_PROBLEMS,
-    as_task,
-    behind_examples,
-)
+from attention_predictor.eval.reasoning.kinds import KINDS, Kind, Sampling
+from attention_predictor.eval.reasoning.prompts import ASK, END, as_task, behind_examples
 from attention_predictor.eval.runner import Benchmark, Sample
 from attention_predictor.eval.subject import Subject
 from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.reading import check_unicode, read_lines
 
 PROBLEM_FIELDS = ("problem", "question", "prompt")
 MARK = "####"  # before the answer, in GSM8K's solutions
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What the problems of a data set have in common.
-
-    Attributes:
-        numeric: Answers are numbers.
-        max_new_tokens: Longest chain of thought, unless the command says otherwise.
-        examples: Solved problems for models without a chat template.
-    """
-
-    numeric: bool
-    max_new_tokens: int
-    examples: tuple[tuple[str, str], ...]
-
-
-KINDS = {
-    "gsm8k": Kind(True, 1024, WORD_PROBLEMS),
-    "math": Kind(False, 4096, MATHEMATICS),
-    "aime": Kind(True, 16384, MATHEMATICS),
-}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How chains of thought are decoded: greedily at a temperature of 0, else so often, each with its own seed."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    repeats: int = 1
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"--temperature {self.temperature}: expected 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top-p {self.top_p}: expected a share above 0, up to 1")
-        if self.repeats < 1:
-            raise ConfigError(f"--repeats {self.repeats}: expected at least 1")
-        if self.repeats > 1 and not self.temperature:
-            raise ConfigError(f"--repeats {self.repeats}: greedy decoding gives the same each time; set --temperature")
-
-    def options(self) -> dict[str, Any]:
-        """For ``Subject.generate``."""
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p} if self.temperature else {}
 
 
 class Reasoning(Benchmark):
@@ -194,6 +143,7 @@ def read_problem(row: Mapping[str, Any], where: str) -> tuple[str, str]:
         raise DataError(
             f"{where}: expected a text in one of {', '.join(PROBLEM_FIELDS)}; found fields {', '.join(row)}"
         )
+    check_unicode(problem, where)
     answer = row.get("answer", row.get("solution"))
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         found = f"{answer!r:.40}" if answer is not None else f"fields {', '.join(row)}"

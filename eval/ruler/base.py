@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from attention_predictor.eval.filled import Draft, Haystack
+from attention_predictor.eval.haystack import Draft, Haystack
 from attention_predictor.eval.ruler.passages import Passages
 
 WORDINGS = ("ruler", "pocket")

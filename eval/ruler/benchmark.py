@@ -9,15 +9,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from attention_predictor.eval.filled import Draft, FilledBenchmark, paragraph_end, prefixed_ids
-from attention_predictor.eval.predictions import read_lines
+from attention_predictor.eval.filled import FilledBenchmark, paragraph_end, prefixed_ids
+from attention_predictor.eval.haystack import Draft
 from attention_predictor.eval.prompts import check_chat
 from attention_predictor.eval.ruler.base import Sources
 from attention_predictor.eval.ruler.families import FAMILIES, check_family
 from attention_predictor.eval.ruler.scorer import AT, family_name
 from attention_predictor.eval.runner import Benchmark, Sample
 from attention_predictor.eval.subject import Subject
+from attention_predictor.kinds import is_number
 from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.reading import check_unicode, read_lines
 
 RULER_FILE = "validation"  # what RULER calls the samples of every task, in a directory of the task's name
 
@@ -115,9 +117,14 @@ class GivenRuler(Benchmark):
             prefix = row.get("answer_prefix") or ""
             if not isinstance(prefix, str):
                 raise DataError(f"{where}: expected a text in 'answer_prefix'; found {prefix!r:.40}")
+            length = row.get("length")
+            if length is not None and not is_number(length):
+                raise DataError(f"{where}: expected a number in 'length'; found {length!r:.40}")
+            for one in (row["input"], prefix):
+                check_unicode(one, where)
             text = row["input"].removesuffix(prefix)
             name = str(row.get("index", number - 1))
-            yield Sample(name, text, {"answers": answers, "length": row.get("length")}, {"prefix": prefix})
+            yield Sample(name, text, {"answers": answers, "length": length}, {"prefix": prefix})
 
     def check(self, task: str, limit: int | None) -> dict[str, Any]:
         """Also refuses samples longer than the model has positions for, going by the one of most characters."""

@@ -15,6 +15,7 @@ from attention_predictor.eval.ruler.retrieval import Retrieval
 from attention_predictor.eval.ruler.tracking import VariableTracking
 from attention_predictor.predictor.errors import ConfigError
 
+ALL = "all"  # as names of tasks
 FAMILIES: dict[str, Family] = {
     "niah_single_1": Retrieval("noise"),
     "niah_single_2": Retrieval("essays"),
@@ -34,7 +35,7 @@ FAMILIES: dict[str, Family] = {
 
 def choose_families(names: str) -> tuple[str, ...]:
     """``"vt,cwe"`` or ``"all"`` as names of tasks, in RULER's order; ``ConfigError`` lists the valid ones."""
-    if names == "all":
+    if names == ALL:
         return tuple(FAMILIES)
     wanted = [name.strip() for name in names.split(",")]
     for name in wanted:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attention_predictor.eval.predictions import read_lines
 from attention_predictor.predictor.errors import DataError
+from attention_predictor.reading import check_unicode, read_lines
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Passages:
             answers = _answers(row, where)
             if not isinstance(row.get("question"), str):
                 raise DataError(f"{where}: expected a text in 'question'; found fields {', '.join(row)}")
+            for text in (row["question"], *found):
+                check_unicode(text, where)
             if answers:
                 questions.append(Question(row["question"].strip(), answers, found))
         if not questions:

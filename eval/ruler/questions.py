@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attention_predictor.eval.filled import Draft
+from attention_predictor.eval.haystack import Draft
 from attention_predictor.eval.ruler.base import Family, Sources
 
 QA_OPTIONS = {"qa_1": "--squad", "qa_2": "--hotpotqa"}

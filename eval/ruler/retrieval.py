@@ -10,7 +10,7 @@ from itertools import islice
 from typing import ClassVar, Literal
 
 from attention_predictor.eval import synthetic
-from attention_predictor.eval.filled import Draft
+from attention_predictor.eval.haystack import Draft
 from attention_predictor.eval.ruler.base import Family, Sources, in_noise, spread
 from attention_predictor.eval.ruler.words import COMPOUNDS, compounds
 

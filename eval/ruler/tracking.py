@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attention_predictor.eval.filled import Draft
+from attention_predictor.eval.haystack import Draft
 from attention_predictor.eval.ruler.base import Family, Sources, distinct, in_noise
 
 _TRACK = (

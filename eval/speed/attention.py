@@ -1,17 +1,4 @@
-"""Time one token's attention over the blocks of a pool.
-
-Our kernel, which also gives block scores; the torch operations it replaces, with scores; and without scores torch's
-scaled_dot_product_attention and, where it is installed, FlashInfer's paged decode over the same keys and values. (Its
-pages hold all KV heads: one list of blocks for a sequence, where ours has one for each KV head.) At the end, for the
-memory's rate, a copy of as many bytes on the device, read and written.
-
-Milliseconds and rate are the device's own, from replayed CUDA graphs over inputs that are not in its cache; in
-parentheses what a single call from Python takes.
-
-examples:
-  attnpred bench attention
-  attnpred bench attention --batch 16 --json
-"""
+"""``attnpred bench attention``: one token over the blocks of a pool."""
 
 from __future__ import annotations
 
@@ -21,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_predictor.eval.speed.options import BLOCK, add_options, checked, show
+from attention_predictor.eval.bench import Row
+from attention_predictor.eval.speed.options import BLOCK, checked, show
 from attention_predictor.eval.speed.stopwatch import Call, input_sets, timed
 from attention_predictor.offload.dense import Terms
 from attention_predictor.offload.sparse import attend_slots
+from attention_predictor.progress import Progress
 
 WORKSPACE_BYTES = 128 << 20  # that FlashInfer asks for
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, "batch", "heads", "kv-heads", "head-dim", "budget")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -58,18 +43,22 @@ def main(args: argparse.Namespace) -> int:
         there = torch.empty_like(key), torch.empty_like(value)
         return lambda: (there[0].copy_(key), there[1].copy_(value))
 
-    rules: dict[str, Any] = {"repeats": args.repeats, "device": device}
-    rows = [
-        timed("ours, with block scores", [ours(*one, kernel=True) for one in sets], moved=moved, **rules),
-        timed("torch operations, with block scores", [ours(*one, kernel=False) for one in sets], moved=moved, **rules),
-        timed("scaled_dot_product_attention, without", [sdpa(*one) for one in sets], moved=moved, **rules),
+    paged = flashinfer_calls(sets)
+    ways: list[tuple[str, list[Call] | str, int]] = [
+        ("ours, with block scores", [ours(*one, kernel=True) for one in sets], moved),
+        ("torch operations, with block scores", [ours(*one, kernel=False) for one in sets], moved),
+        ("scaled_dot_product_attention, without", [sdpa(*one) for one in sets], moved),
+        ("FlashInfer's paged decode, without", paged, moved),
+        ("a copy on the device", [copied(*one[1:]) for one in sets], 2 * moved),
     ]
-    name, paged = "FlashInfer's paged decode, without", flashinfer_calls(sets)
-    if isinstance(paged, str):
-        rows.append({"name": name, "skipped": paged})
-    else:
-        rows.append(timed(name, paged, moved=moved, **rules))
-    rows.append(timed("a copy on the device", [copied(*one[1:]) for one in sets], moved=2 * moved, **rules))
+    rows: list[Row] = []
+    with Progress("attention", len(ways), "ways") as progress:
+        for name, calls, nbytes in ways:
+            if isinstance(calls, str):
+                rows.append({"name": name, "skipped": calls})
+            else:
+                rows.append(timed(name, calls, device, repeats=args.repeats, moved=nbytes))
+            progress.update()
     return show(args, device, dtype, rows)
 
 

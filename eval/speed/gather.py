@@ -1,17 +1,4 @@
-"""Time bringing scattered blocks from host memory to the pool, on a CPU to a buffer.
-
-On a GPU: our kernel, which reads pinned memory itself, with lists of blocks that are on the device already, one for
-all rows or one for each; the whole call with lists from the host; what it replaces; and a plain copy of as many bytes
-in one piece by the copy engine, which is the bus at its best. On a CPU: our kernel, indexing by torch, and a copy in
-one piece.
-
-Of what can be captured in a CUDA graph, milliseconds and rate are the device's own; in parentheses what a single call
-from Python takes.
-
-examples:
-  attnpred bench gather
-  attnpred bench gather --blocks 2048 --json
-"""
+"""``attnpred bench gather``: blocks from host memory to the pool, on a CPU to a buffer."""
 
 from __future__ import annotations
 
@@ -23,18 +10,15 @@ import torch
 from torch import Tensor
 
 from attention_predictor.csrc import ops
-from attention_predictor.eval.speed.options import BLOCK, add_options, checked, show
+from attention_predictor.eval.speed.options import BLOCK, checked, show
 from attention_predictor.eval.speed.stopwatch import Call, timed
 from attention_predictor.offload.block_pool import BlockPool
 from attention_predictor.offload.host_memory import HostMemory
 from attention_predictor.offload.host_store import HostStore, gather_reference
+from attention_predictor.progress import Progress
 
 CHUNK = 4096  # tokens made at once
 LISTS = 8  # of blocks, taken in turn
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, "batch", "kv-heads", "head-dim", "context", "blocks")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -55,9 +39,11 @@ def main(args: argparse.Namespace) -> int:
     lists = [(torch.randint(rows, (n,)), torch.randint(store.n_blocks, (n,))) for _ in range(LISTS)]
     ways = _to_pool(store, lists, shape, device) if device.type == "cuda" else _to_buffer(store, lists)
     found = []
-    for way in ways:
-        rules: dict[str, Any] = {"moved": way.blocks * block_bytes, "capturable": way.on_device}
-        found.append(timed(way.name, way.calls, device, repeats=args.repeats, **rules))
+    with Progress("gather", len(ways), "ways") as progress:
+        for way in ways:
+            rules: dict[str, Any] = {"moved": way.blocks * block_bytes, "capturable": way.on_device}
+            found.append(timed(way.name, way.calls, device, repeats=args.repeats, **rules))
+            progress.update()
     return show(args, device, dtype, found)
 
 

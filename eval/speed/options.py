@@ -1,4 +1,4 @@
-"""What the parts have in common: the shape of a layer, how often to measure, how rows are shown."""
+"""What the parts have in common: device and dtype of their options, how rows are shown."""
 
 from __future__ import annotations
 
@@ -14,42 +14,13 @@ from attention_predictor.predictor.errors import ConfigError
 
 BLOCK = 16
 
-# name: (default, what it counts)
-NUMBERS = {
-    "batch": (1, "sequences"),
-    "heads": (32, "query heads"),
-    "kv-heads": (8, "KV heads"),
-    "head-dim": (128, "head size"),
-    "budget": (1024, "tokens attended to"),
-    "context": (32768, "tokens in all"),
-    "blocks": (1024, "blocks gathered"),
-    "repeats": (50, "timed calls"),
-}
-
-
-def add_options(parser: argparse.ArgumentParser, *numbers: str) -> None:
-    """``--device --dtype --seed --json --repeats`` and these of ``NUMBERS``."""
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    parser.add_argument("--dtype", default="auto", choices=sorted(DTYPES), help="auto: bf16 on a GPU, else fp32")
-    for name in (*numbers, "repeats"):
-        default, line = NUMBERS[name]
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{line} (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(numbers=[name.replace("-", "_") for name in (*numbers, "repeats")])
-
 
 def checked(args: argparse.Namespace, *, needs_kernels: bool = True) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype, once all options are found to be right; seeds torch.
+    """Device and dtype; seeds torch.
 
     Raises:
-        ConfigError: A number below 1, heads that KV heads don't divide, an unknown device, no kernels.
+        ConfigError: An unknown device, no kernels.
     """
-    for name in args.numbers:
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
-    if "heads" in args.numbers and args.heads % args.kv_heads:
-        raise ConfigError(f"--heads {args.heads}: expected a multiple of --kv-heads {args.kv_heads}")
     device, dtype = find_device(args.device), DTYPES[args.dtype]
     if not isinstance(dtype, torch.dtype):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

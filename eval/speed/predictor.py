@@ -1,16 +1,4 @@
-"""Time one step of a predictor in one layer: a row observed, all candidates scored for the next token.
-
-The default predictor by its kernels, where there are some, and by torch operations; the published network streamed, by
-kernels and by torch operations, and over its whole window, for each KV head as here and for each query head as
-published. Rows and weights don't matter for time: rows are random, and so are the published network's weights.
-
-Milliseconds are the device's own, from replayed CUDA graphs; in parentheses what a single call from Python takes. Those
-of a token are for --layers layers.
-
-examples:
-  attnpred bench predictor
-  attnpred bench predictor --tokens 2048,32768 --device cpu --repeats 5
-"""
+"""``attnpred bench predictor``: a row observed, all candidates scored for the next token."""
 
 from __future__ import annotations
 
@@ -23,7 +11,7 @@ import torch
 
 from attention_predictor.arguments import whole_numbers
 from attention_predictor.eval.bench import Row, report, with_ratios
-from attention_predictor.eval.speed.options import BLOCK, add_options, checked
+from attention_predictor.eval.speed.options import BLOCK, checked
 from attention_predictor.eval.speed.stopwatch import input_sets, timed
 from attention_predictor.predictor import history, streaming
 from attention_predictor.predictor.base import AttentionPredictor
@@ -31,18 +19,9 @@ from attention_predictor.predictor.errors import ConfigError
 from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.streaming import StreamedHistory
 from attention_predictor.predictor.window import WINDOW_ROWS, WindowPredictor
+from attention_predictor.progress import Progress
 
 SINK = RECENT = 4  # blocks
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, "batch", "heads", "kv-heads")
-    parser.add_argument(
-        "--tokens", default="2048,8192,32768,131072,524288,1048576", metavar="N,…", help="contexts (%(default)s)"
-    )
-    parser.add_argument("--layers", type=int, default=32, metavar="N", help="of a whole token (%(default)s)")
-    what = "for each of the two measurements of a way; fewer repeats rather than more time (%(default)s)"
-    parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help=what)
 
 
 @dataclass(frozen=True)
@@ -63,8 +42,6 @@ def main(args: argparse.Namespace) -> int:
     least = (SINK + RECENT + 1) * BLOCK
     if min(contexts) < least:
         raise ConfigError(f"--tokens {args.tokens}: expected at least {least}")
-    if args.layers < 1:
-        raise ConfigError(f"--layers {args.layers}: expected at least 1")
     published = WindowPredictor().to(device).eval()
     default = AttentionPredictor.from_pretrained("default", device=device)
     missing, missing_streamed = history.no_kernel(default, device), streaming.no_kernel(published, device)
@@ -78,8 +55,14 @@ def main(args: argparse.Namespace) -> int:
         Way("published, over its window, each query head", kept, published, args.heads),
     )
     rows: list[Row] = []
-    for tokens in contexts:
-        rows += with_ratios([_timed(way, tokens, args, device) for way in ways], "ms")
+    with Progress("predictor", len(contexts) * len(ways), "measurements") as progress:
+        for tokens in contexts:
+            found = []
+            for way in ways:
+                progress.describe(f"{way.name}, {tokens} tokens")
+                found.append(_timed(way, tokens, args, device))
+                progress.update()
+            rows += with_ratios(found, "ms")
     settings = {name: getattr(args, name) for name in (*args.numbers, "layers")} | {"predictor": "default"}
     report(args.subcommand, device, settings, rows, line=_line, as_json=args.json)
     return 0

@@ -1,12 +1,4 @@
-"""Time what a query makes of every block of the context, by the 2-bit keys: our kernel, and the torch operations.
-
-Milliseconds and rate are the device's own, from replayed CUDA graphs over sketches that are not in its cache; in
-parentheses what a single call from Python takes.
-
-examples:
-  attnpred bench sketch --context 131072
-  attnpred bench sketch --device cpu --context 8192 --json
-"""
+"""``attnpred bench sketch``: scores of all blocks by the key sketch."""
 
 from __future__ import annotations
 
@@ -16,15 +8,12 @@ import torch
 from torch import Tensor
 
 from attention_predictor.eval.bench import Row
-from attention_predictor.eval.speed.options import BLOCK, add_options, checked, show
+from attention_predictor.eval.speed.options import BLOCK, checked, show
 from attention_predictor.eval.speed.stopwatch import Call, input_sets, timed
 from attention_predictor.predictor.sketch import KeySketch
+from attention_predictor.progress import Progress
 
 CHUNK = 4096  # tokens made at once
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, "batch", "heads", "kv-heads", "head-dim", "context")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -46,10 +35,13 @@ def main(args: argparse.Namespace) -> int:
         return lambda: keys.block_scores(query_BHD, args.head_dim**-0.5, block_size=BLOCK, kernel=kernel)
 
     rows: list[Row] = []
-    for name, kernel in (("ours", True), ("torch operations", False)):
-        if kernel and (reason := first.no_kernel(BLOCK)) is not None:
-            rows.append({"name": name, "skipped": reason})
-            continue
-        calls = [call(keys, query_BHD, kernel) for keys in sketches]
-        rows.append(timed(name, calls, device, repeats=args.repeats, moved=first.nbytes))
+    ways = (("ours", True), ("torch operations", False))
+    with Progress("sketch", len(ways), "ways") as progress:
+        for name, kernel in ways:
+            if kernel and (reason := first.no_kernel(BLOCK)) is not None:
+                rows.append({"name": name, "skipped": reason})
+            else:
+                calls = [call(keys, query_BHD, kernel) for keys in sketches]
+                rows.append(timed(name, calls, device, repeats=args.repeats, moved=first.nbytes))
+            progress.update()
     return show(args, device, dtype, rows)

@@ -1,58 +1,60 @@
-"""Selection policies by name: one short file each."""
+"""Selection policies by name: one short file each, imported when the policy is asked for."""
 
 from __future__ import annotations
 
-from attention_predictor.offload.policies.base import LayerSpec, Policy, Step
-from attention_predictor.offload.policies.cake import CAKE
-from attention_predictor.offload.policies.full import Full
-from attention_predictor.offload.policies.h2o import H2O
-from attention_predictor.offload.policies.lazy_eviction import LazyEviction
-from attention_predictor.offload.policies.oracle import Oracle
-from attention_predictor.offload.policies.predictor import Predictor
-from attention_predictor.offload.policies.pyramidkv import PyramidKV
-from attention_predictor.offload.policies.quest import Quest, QuestAhead
-from attention_predictor.offload.policies.snapkv import SnapKV
-from attention_predictor.offload.policies.streaming import Streaming
-from attention_predictor.offload.policies.tappa import TAPPA
+import importlib
+from typing import TYPE_CHECKING
+
+from attention_predictor.lazy import lazy_names
 from attention_predictor.predictor.errors import ConfigError
 
-_REGISTRY: dict[str, type[Policy]] = {}
+if TYPE_CHECKING:
+    from attention_predictor.offload.policies.base import LayerSpec as LayerSpec
+    from attention_predictor.offload.policies.base import Policy as Policy
+    from attention_predictor.offload.policies.base import Step as Step
+
+# By name: module, here, and class. The names can be listed, and settings checked, without torch.
+_BUILT_IN = {
+    "full": ("full", "Full"),
+    "streaming": ("streaming", "Streaming"),
+    "quest": ("quest", "Quest"),
+    "quest-ahead": ("quest", "QuestAhead"),
+    "predictor": ("predictor", "Predictor"),
+    "oracle": ("oracle", "Oracle"),
+    "h2o": ("h2o", "H2O"),
+    "snapkv": ("snapkv", "SnapKV"),
+    "pyramidkv": ("pyramidkv", "PyramidKV"),
+    "cake": ("cake", "CAKE"),
+    "tappa": ("tappa", "TAPPA"),
+    "lazy-eviction": ("lazy_eviction", "LazyEviction"),
+}
+_REGISTERED: dict[str, type[Policy]] = {}
+
+_OF_BASE = dict.fromkeys(("LayerSpec", "Policy", "Step"), f"{__name__}.base")
+
+__all__ = [*_OF_BASE, "policy_class", "policy_names", "register"]
+
+__getattr__, __dir__ = lazy_names(__name__, _OF_BASE)
 
 
 def register(policy: type[Policy]) -> type[Policy]:
     """Make ``policy`` available under its name."""
-    if _REGISTRY.get(policy.name, policy) is not policy:
-        raise ConfigError(f"policy name {policy.name!r} is taken by {_REGISTRY[policy.name].__name__}")
-    _REGISTRY[policy.name] = policy
+    if policy.name in policy_names() and (taken := policy_class(policy.name)) is not policy:
+        raise ConfigError(f"policy name {policy.name!r} is taken by {taken.__name__}")
+    _REGISTERED[policy.name] = policy
     return policy
 
 
 def policy_names() -> tuple[str, ...]:
     """The names ``OffloadConfig.policy`` may have."""
-    return tuple(_REGISTRY)
+    return tuple(dict.fromkeys((*_BUILT_IN, *_REGISTERED)))
 
 
 def policy_class(name: str) -> type[Policy]:
     """The policy of that name, or a ``ConfigError`` that lists the valid ones."""
-    if name not in _REGISTRY:
-        raise ConfigError(f"policy={name!r} is not allowed: expected one of {', '.join(_REGISTRY)}")
-    return _REGISTRY[name]
-
-
-for _policy in (
-    Full,
-    Streaming,
-    Quest,
-    QuestAhead,
-    Predictor,
-    Oracle,
-    H2O,
-    SnapKV,
-    PyramidKV,
-    CAKE,
-    TAPPA,
-    LazyEviction,
-):
-    register(_policy)
-
-__all__ = ["LayerSpec", "Policy", "Step", "policy_class", "policy_names", "register"]
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if name not in _BUILT_IN:
+        raise ConfigError(f"policy={name!r} is not allowed: expected one of {', '.join(policy_names())}")
+    module, policy = _BUILT_IN[name]
+    return getattr(importlib.import_module(f"{__name__}.{module}"), policy)

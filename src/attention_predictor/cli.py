@@ -1,64 +1,92 @@
-"""``attnpred``: one command, a subcommand for each thing people come for."""
+"""attnpred: long contexts on GPUs too small for their KV cache.
+
+Every command has its own help: attnpred COMMAND --help.
+
+examples:
+  attnpred generate --prompt-file report.txt --budget 1024
+  attnpred record --data texts/ --out runs/histories
+  attnpred train --data runs/histories --out runs/mine
+  attnpred eval needle --data texts/ --no-chat --out runs/needle
+  attnpred bench decode --context 8192 --budget 512
+"""
 
 from __future__ import annotations
 
-import argparse
 import importlib
+import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from attention_predictor import __version__
+from attention_predictor.commands import COMMANDS, add_commands
+from attention_predictor.parser import OptionError, Parser
 from attention_predictor.predictor.errors import AttentionPredictorError
 
-# name: (module with add_arguments(parser) and main(args), one line). Modules load only when they are asked for.
-COMMANDS = {
-    "generate": ("attention_predictor.generate", "generate text with the KV cache in host memory"),
-    "record": ("attention_predictor.train.record", "record attention-score histories of a model, to train on"),
-    "train": ("attention_predictor.train.fit", "train a predictor on recorded histories"),
-    "eval": ("attention_predictor.eval.command", "judge a model under selection policies"),
-    "analyze": ("attention_predictor.eval.analysis.command", "show where attention can be foreseen, and why"),
-    "score": ("attention_predictor.eval.score", "score predictions of a benchmark again"),
-    "report": ("attention_predictor.eval.report", "tables and a page of what eval has found"),
-    "prune": ("attention_predictor.eval.prune", "leave out the layers that matter least, and save the model"),
-    "bench": ("attention_predictor.eval.bench", "time decoding, or a part of it, against what it replaces"),
-}
+BAD_INPUT, INTERRUPTED, NO_READER = 2, 130, 141  # exit codes; the others are a command's own
+
+__all__ = ["COMMANDS", "main", "make_parser"]
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as all errors here do; argparse would print the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+def make_parser() -> Parser:
+    """All commands and their options."""
+    parser = Parser(prog="attnpred", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"attnpred {__version__}")
+    add_commands(parser, COMMANDS)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code (2 and one line on stderr for bad input)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="attnpred", description=__doc__.splitlines()[0])
-    parser.add_argument("--version", action="version", version=f"attnpred {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    named = next((word for word in arguments if not word.startswith("-")), None)
-    for name, (module, line) in COMMANDS.items():
-        command = commands.add_parser(name, help=line, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name == named:
-            try:
-                implementation = importlib.import_module(module)
-            except ModuleNotFoundError as error:  # a package that only some commands need
-                print(f"attnpred {name}: needs {error.name}: pip install 'attention-predictor[train]'", file=sys.stderr)
-                return 2
-            command.description = implementation.__doc__
-            implementation.add_arguments(command)
-            command.set_defaults(run=implementation.main)
-    args = parser.parse_args(arguments)
+    """Run a command; returns the exit code: 2, with one line on stderr, for bad input or output that can't be had."""
+    name = "attnpred"
+    with suppress(AttributeError, ValueError):  # not a stream of the system's
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        return args.run(args) or 0
+        try:
+            args = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
+            name = f"attnpred {args.command}"
+            args.check(args)
+            return _implementation(args.implementation)(args) or 0
+        finally:
+            if sys.stdout is not None:  # it may be closed
+                sys.stdout.flush()  # or what can't be written would be found out when all is over
+    except OptionError as error:
+        return _failed(" ".join(error.prog.split()[:2]), str(error), BAD_INPUT)
     except AttentionPredictorError as error:
-        print(f"attnpred {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _failed(name, str(error), BAD_INPUT)
+    except BrokenPipeError:
+        _discard_output()
+        return NO_READER
+    except OSError as error:
+        _discard_output()
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(name, f"{where}{error.strerror or error}", BAD_INPUT)
     except KeyboardInterrupt:
-        print(f"attnpred {args.command}: interrupted", file=sys.stderr)
-        return 130
+        return _failed(name, "interrupted", INTERRUPTED)
+
+
+def _implementation(module: str) -> Callable[..., int | None]:
+    try:
+        return importlib.import_module(module).main
+    except ModuleNotFoundError as error:  # a package that only some commands need
+        if error.name is None or error.name.startswith("attention_predictor"):
+            raise
+        raise AttentionPredictorError(f"needs {error.name}: pip install 'attention-predictor[train]'") from error
+
+
+def _failed(name: str, message: str, code: int) -> int:
+    with suppress(OSError):  # of a full disk, perhaps
+        print(f"{name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _discard_output() -> None:
+    """If nobody can read standard output, what is left of it must not be tried again when the process ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from attention_predictor.predictor.errors import DataError, one_line
+from attention_predictor.reading import BYTE_ORDER_MARK, check_unicode, parse_json, read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 LONGBENCH = ("context", "input")  # a LongBench sample: the document, then the question about it
@@ -109,9 +110,9 @@ def _of_files(path: Path, per_file: int, field: str) -> Iterator[Document]:
         if file.suffix not in SUFFIXES:
             raise DataError(f"{file}: expected a {', '.join(SUFFIXES)} file, or a directory of them")
         # Unique within the directory: a document of a known name is taken for recorded.
-        name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
+        name = _in_utf8(file.relative_to(path if path.is_dir() else path.parent).as_posix())
         if file.suffix == ".txt":
-            text = _read(file)
+            text = read_text(file)
             for part in range(per_file):
                 yield Document(f"{name}#{part}", name, text, part / max(per_file - 1, 1))
         else:
@@ -119,28 +120,33 @@ def _of_files(path: Path, per_file: int, field: str) -> Iterator[Document]:
             yield from _of_rows(name, rows, str(file), field)
 
 
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file}: {error}") from error
+def _in_utf8(name: str) -> str:
+    """The name of a file, which on some systems may be any bytes, as text that can be written to a file."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _jsonl(file: Path) -> Iterator[Any]:
+# A row, and where it is within its file or data set.
+Rows = Iterator[tuple[str, Any]]
+
+
+def _jsonl(file: Path) -> Rows:
     # Not splitlines: inside a JSON string other line separators, such as U+2028, may stand as they are.
-    for number, line in enumerate(_read(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{file}, line {number}: not readable as JSON: {line[:40]!r}") from error
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if line.strip().lstrip(BYTE_ORDER_MARK):
+            yield f"line {number}", parse_json(line, f"{file}, line {number}")
 
 
-def _parquet(file: Path) -> Iterator[Any]:
+def _parquet(file: Path) -> Rows:
     datasets = _datasets()
+    number = 0
     try:
-        yield from datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        for number, row in enumerate(rows, 1):  # what it is when an error comes
+            yield f"row {number}", row
+    except DataError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}, row {number + 1} or one behind it: not UTF-8 text") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: not readable as parquet ({one_line(error)})") from error
 
@@ -154,7 +160,7 @@ def _of_hub(source: str, field: str) -> Iterator[Document]:
     datasets = _datasets()
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        yield from _of_rows(source, rows, source, field)
+        yield from _of_rows(source, ((f"row {number}", row) for number, row in enumerate(rows, 1)), source, field)
     except DataError:
         raise
     except Exception as error:  # the hub's client raises many kinds
@@ -163,11 +169,13 @@ def _of_hub(source: str, field: str) -> Iterator[Document]:
         ) from error
 
 
-def _of_rows(origin: str, rows: Iterator[Any], where: str, field: str) -> Iterator[Document]:
-    for number, row in enumerate(rows, 1):
-        name, place = f"{origin}#{number}", f"{where}, row {number}"
-        text = _text(row, place, field)
-        yield Document(name, name, text, 1.0, _continuations(row, place))
+def _of_rows(origin: str, rows: Rows, source: str, field: str) -> Iterator[Document]:
+    for number, (place, row) in enumerate(rows, 1):
+        name, where = f"{origin}#{number}", f"{source}, row {number}"
+        text, continuations = _text(row, where, field), _continuations(row, where)
+        for one in (text, *continuations):
+            check_unicode(one, f"{source}, {place}")
+        yield Document(name, name, text, 1.0, continuations)
 
 
 def _text(row: Any, where: str, field: str) -> str:

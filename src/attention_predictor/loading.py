@@ -5,34 +5,50 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from attention_predictor.arguments import AUTO, DTYPE_NAMES, GGUF, check_dtype, check_model_name
 from attention_predictor.predictor.errors import CheckpointError, ConfigError, one_line
 
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, Any] = {name: name if name == AUTO else getattr(torch, name) for name in DTYPE_NAMES}
 SHOWN = 3  # names in an error of one line
 
 
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; ``CheckpointError`` if it can't be had."""
+    name = check_model_name(name)
     try:
-        return AutoTokenizer.from_pretrained(_require(name))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot load a tokenizer from {name!r}: {one_line(error)}") from error
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # whatever a foreign or damaged one makes the loader raise
+        raise CheckpointError(f"cannot load a tokenizer from {name!r}: {_reason(name, error)}") from error
+
+
+def load_config(name: str | None, what: str = "the configuration of") -> Any:
+    """The configuration of a model; ``CheckpointError`` if it can't be had, saying ``what`` was wanted of it."""
+    name = check_model_name(name)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise CheckpointError(f"cannot load {what} {name!r}: {_reason(name, error)}") from error
+
+
+def device_name(name: str) -> str:
+    """The same, but for ``auto``: what that stands for here."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == AUTO else name
 
 
 def find_device(name: str) -> torch.device:
     """The device of that name; ``ConfigError`` if it can't be used."""
     try:
-        device = torch.device(name)
+        device = torch.device(device_name(name))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={name!r} can't be used: {one_line(error)}") from error
     return device
 
 
-def load_model(name: str | None, device: str = "cpu", dtype: str = "auto") -> PreTrainedModel:
+def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreTrainedModel:
     """A causal language model, in evaluation mode, on the device.
 
     ``dtype="auto"`` takes the checkpoint's own, but float32 on a CPU, where half precisions are slow.
@@ -41,18 +57,17 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = "auto") -> Pr
         CheckpointError: It can't be loaded, or lacks weights, which transformers would make up at random.
         ConfigError: Unknown dtype or device.
     """
-    name = _require(name)
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not allowed: expected one of {', '.join(DTYPES)}")
+    name = check_model_name(name)
+    check_dtype(dtype)
     target = find_device(device)
-    wanted = torch.float32 if dtype == "auto" and target.type == "cpu" else DTYPES[dtype]
+    wanted = torch.float32 if dtype == AUTO and target.type == "cpu" else DTYPES[dtype]
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # of missing weights it prints a table, and goes on
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True)
     except Exception as error:  # whatever a foreign or damaged checkpoint makes the loader raise
-        raise CheckpointError(f"cannot load a causal language model from {name!r}: {one_line(error)}") from error
+        raise CheckpointError(f"cannot load a causal language model from {name!r}: {_reason(name, error)}") from error
     finally:
         logging.enable_progress_bar()
         logging.set_verbosity(verbosity)
@@ -64,7 +79,7 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = "auto") -> Pr
     return model.eval()
 
 
-def _require(name: str | None) -> str:
-    if name is None:
-        raise ConfigError("--model is required: no pocket model beside this installation")
-    return name
+def _reason(name: str, error: Exception) -> str:
+    """What the loader says; and what to do, where a repository of the hub seems to have GGUF files alone."""
+    hint = ": GGUF files need gguf_file=… of transformers, and to be saved anew" if GGUF[1:] in name.lower() else ""
+    return one_line(error) + hint

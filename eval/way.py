@@ -1,0 +1,60 @@
+"""The ways to hold the cache by name: ours, and those of transformers that it is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from attention_predictor.predictor.errors import ConfigError
+
+FLOOR_CONTEXT = 1024  # tokens at which the floor is measured, whatever the context of the others
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to hold the cache.
+
+    Attributes:
+        name: In tables and plots.
+        kind: Ours, transformers' ``DynamicCache``, or its ``StaticCache`` with the whole step compiled.
+        options: Of ``OffloadConfig`` or of the stock cache.
+        needs_gpu: Whether it is for CUDA devices alone.
+        by_default: Whether it is measured without being asked for. (On a CPU, what is compiled is not.)
+    """
+
+    name: str
+    kind: Literal["ours", "dynamic", "static"]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs_gpu: bool = False
+    by_default: bool = True
+
+
+FLOOR = "floor"
+WAYS = {
+    FLOOR: Way("static cache, compiled, 1K context", "static"),
+    "graph": Way("ours, graph", "ours", {"prefetch": "graph"}, needs_gpu=True),
+    "graph-compiled": Way(
+        "ours, graph, compiled layers", "ours", {"prefetch": "graph", "compile": True}, needs_gpu=True
+    ),
+    "thread": Way("ours, thread", "ours", {"prefetch": "thread"}),
+    "no-kernels": Way("ours, thread, no kernels", "ours", {"prefetch": "thread", "kernels": "none"}, by_default=False),
+    "device": Way("stock cache on the device", "dynamic"),
+    "offloaded": Way("stock cache, offloaded", "dynamic", {"offloading": True}, needs_gpu=True),
+}
+
+# Those that a prefill is timed with.
+STOCK = "device"
+PREFILLS = {
+    "ours": Way("ours", "ours"),
+    "bare": Way("ours, without sketch and history", "ours", {"policy": "streaming"}),
+    STOCK: WAYS[STOCK],
+    "offloaded": WAYS["offloaded"],
+}
+
+
+def check_ways(names: Sequence[str]) -> None:
+    """``ConfigError`` for a name that is none of ``WAYS``."""
+    for name in names:
+        if name not in WAYS:
+            raise ConfigError(f"--ways {name!r} is not known: expected some of {', '.join(WAYS)}")

@@ -1,0 +1,7 @@
+"""Time decoding, or a part of it, against what it replaces, in one process.
+
+examples:
+  attnpred bench decode --context 8192 --budget 512
+  attnpred bench prefill --context 8192 --chunk 2048
+  attnpred bench predictor --tokens 2048,32768
+"""

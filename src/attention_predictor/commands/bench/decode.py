@@ -1,0 +1,67 @@
+"""Time whole decoding steps of a model behind a long context: with its cache in host memory, and with stock caches.
+
+The tokens decoded are the same for all ways. The context is a prefill of random tokens, or with --synthetic made up:
+keys and values that the model's own queries look at as they do at real ones, the same for every way, with no prefill to
+wait for. --shape builds a model of a named shape with random weights on the device; --model loads one.
+
+Ways (--ways; those in parentheses, and on a CPU those that need a GPU, are
+not measured unless asked for):
+  floor           transformers' StaticCache, compiled, always at a context of
+                  1,024 tokens: what is to be approached
+  graph           ours, a whole step as one CUDA graph
+  graph-compiled  the same, and the model's layers compiled
+  thread          ours, with the prefetch thread
+  (no-kernels)    the same, with torch operations alone
+  device          transformers' DynamicCache on the device
+  offloaded       the same, offloaded layer by layer
+
+For each: milliseconds a token, median and 95th percentile; the ratio of the median to ours (the first of graph,
+graph-compiled, thread that was measured) and to the floor; memory; for ours also hit rate, bytes fetched, exposed wait.
+A few further steps are profiled, for milliseconds by stage and the time in which the device stood still.
+What does not fit in memory is skipped, and it is said why.
+
+examples:
+  attnpred bench decode --context 8192 --budget 512
+  attnpred bench decode --shape llama-3.1-8b --context 131072 --budget 1024 \\
+      --batch 1 --synthetic --json
+  attnpred bench decode --shape llama-3.1-8b --synthetic \\
+      --contexts 1024,8192,32768,131072 --out runs/h200.jsonl \\
+      --plot runs/h200.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from attention_predictor.arguments import add_option, whole_numbers
+from attention_predictor.commands.bench.model_options import add_shape_arguments, check_shape_arguments
+from attention_predictor.eval.plot import check_plot
+from attention_predictor.eval.way import WAYS, check_ways
+from attention_predictor.kinds import number, whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shape_arguments(parser)
+    add = parser.add_argument
+    add_option(parser, "--context", whole(), 8192, "tokens of prompt and steps")
+    add("--contexts", metavar="N,N", help="several of them, in place of --context")
+    add("--synthetic", action="store_true", help="make the context up, without a prefill")
+    add("--ways", metavar="W,W", help=f"some of {', '.join(WAYS)}")
+    add_option(parser, "--steps", whole(1), 40, "timed, between 5 and 3 more")
+    positive = number("more than 0", lambda value: value > 0, "S")
+    what = "for the timed steps of a way: then no more are taken"
+    add_option(parser, "--seconds", positive, 60.0, what)
+    size = number("more than 0", lambda value: value > 0, "GIB")
+    add_option(parser, "--memory-limit", size, None, "device memory torch may use, as if the card had no more")
+    add("--out", type=Path, metavar="F", help="JSON lines, written as rows come; a further run does what is missing")
+    add("--plot", type=Path, metavar="F", help="ms a token against context (.png, .svg, .pdf)")
+
+
+def check(args: argparse.Namespace) -> None:
+    check_shape_arguments(args)
+    if args.contexts is not None:
+        whole_numbers("--contexts", args.contexts)
+    if args.ways is not None:
+        check_ways(args.ways.split(","))
+    check_plot(args.plot)

@@ -1,0 +1,48 @@
+r"""GSM8K, MATH and AIME: share of problems solved by a chain of thought, policies and budgets down.
+
+DIR has a <task>.jsonl for each task, named gsm8k…, math… or aime…, in the forms these are published in: a problem
+(problem, question or prompt) and its answer (answer, also behind GSM8K's ####; or a solution with a \boxed one). The
+answer is found in what the model wrote, however it is formatted, and compared as a number or as LaTeX.
+
+A model with a chat template is told to think step by step; another one sees four solved problems before its own.
+
+examples:
+  attnpred eval reasoning --data reasoning/ --tasks gsm8k_test --limit 100 \
+      --model Qwen/Qwen2.5-7B-Instruct --policies full,snapkv,predictor \
+      --budgets 256,512 --out runs/gsm8k
+  attnpred eval reasoning --data reasoning/ --tasks aime24,aime25 \
+      --temperature 0.6 --top-p 0.95 --repeats 8 --max-new-tokens 32768 \
+      --model deepseek-ai/DeepSeek-R1-Distill-Llama-8B --out runs/aime
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from attention_predictor.arguments import add_option
+from attention_predictor.commands import run_options
+from attention_predictor.eval.reasoning.kinds import KINDS, Sampling
+from attention_predictor.kinds import number, whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    run_options.add_run_arguments(parser)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="directory of <task>.jsonl")
+    what = f"files of it, or all (%(default)s) named {', '.join(name + '…' for name in KINDS)}, but those for training"
+    add("--tasks", default="all", metavar="T,T", help=what)
+    add("--few-shot", action="store_true", help="solved problems in place of the chat template")
+    own = ", ".join(f"{name} {one.max_new_tokens}" for name, one in KINDS.items())
+    add_option(parser, "--max-new-tokens", whole(1), None, f"longest chain of thought (default: {own})")
+    heat = number("0 (greedy) or more", lambda value: value >= 0, "T")
+    add_option(parser, "--temperature", heat, 0.0, "of sampling; 0: greedy")
+    share = number("a share above 0, up to 1", lambda value: 0 < value <= 1, "P")
+    add_option(parser, "--top-p", share, 1.0, "with a temperature: probability that tokens are drawn from")
+    what = "with a temperature: so often each problem, for the mean"
+    add_option(parser, "--repeats", whole(1), 1, what)
+
+
+def check(args: argparse.Namespace) -> None:
+    run_options.check(args)
+    Sampling(args.temperature, args.top_p, args.repeats)

@@ -1,0 +1,50 @@
+"""Recovery by layer and head: where a policy finds the attention mass that matters, and where it doesn't.
+
+Of each document --context tokens are taken; all but the last --tail are prefilled, those are decoded one by one under
+the policy, and at every --interval-th step the true attention is computed beside it. Rows with continuations,
+questions with their answers for example, are decoded with each of these instead. Recovery is the share of the true
+mass on the blocks attended to, relative recovery its ratio to that of the best selection within the budget. A head is
+a KV head, since blocks are chosen for each of these.
+
+Every line of OUT/<variant>/<task>.jsonl has both as lists of lists, a list for each of its layers; OUT/heatmap.png
+shows the relative recovery of each variant. The first line of each has a map too: some steps' blocks, their mass,
+which of them were read and which would have been best, for the viewer of attnpred report.
+
+examples:
+  attnpred eval recovery-map --data texts/ --context 8192 --tail 128 --limit 5 \\
+      --policies streaming,quest-ahead,predictor --budgets 256,512 \\
+      --out runs/map
+  attnpred eval recovery-map --data questions.jsonl --rule predictor \\
+      --rule "ahead: predictor,late_fetch=0" --out runs/q
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from attention_predictor.arguments import add_option
+from attention_predictor.commands import run_options
+from attention_predictor.commands.window_options import add_window_arguments, check_window
+from attention_predictor.eval.heatmap import FILE, check_heatmap
+from attention_predictor.kinds import whole
+from attention_predictor.offload.config import AUTO
+from attention_predictor.predictor.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    run_options.add_run_arguments(parser)
+    add_window_arguments(parser, tail=128)
+    add_option(parser, "--interval", whole(), 4, "steps between measurements")
+    parser.add_argument("--no-plot", dest="plot", action="store_false", help=f"don't draw OUT/{FILE}")
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.policies is None and not args.rule:
+        args.policies = "predictor"  # the stock model has nothing to recover
+    if args.prefetch == AUTO:
+        args.prefetch = "thread"  # captured steps can't be watched
+    run_options.check(args)
+    check_window(args)
+    if not 1 <= args.interval <= args.tail:
+        raise ConfigError(f"--interval {args.interval}: expected 1 to --tail {args.tail}")
+    check_heatmap(args.plot)

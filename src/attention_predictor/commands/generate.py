@@ -1,0 +1,47 @@
+"""Generate text with the KV cache in host memory.
+
+The prompt comes from --prompt, from --prompt-file or from standard input. The
+text goes to standard output, figures to standard error.
+
+examples:
+  attnpred generate --prompt "Once upon a time" --max-new-tokens 40
+  attnpred generate --model meta-llama/Llama-3.1-8B-Instruct --chat \\
+      --prompt-file report.txt --budget 1024
+  cat book.txt | attnpred generate --policy quest --budget 512 --json
+  attnpred generate --prompt-file book.txt --no-offload    # the stock model
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments
+from attention_predictor.kinds import number, whole
+from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.settings import add_setting_arguments, offload_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt-file", type=Path, metavar="F", help="file with the prompt (UTF-8)")
+    source.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
+    add = parser.add_argument
+    add("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
+    add_option(parser, "--max-new-tokens", whole(1), 128, "longest answer, in tokens")
+    add_option(parser, "--temperature", number("0 or more", lambda value: value >= 0), 0.0, "of sampling; 0 is greedy")
+    add("--no-offload", action="store_true", help="run the stock model with its whole cache")
+    add("--recovery", action="store_true", help="measure recovery at every step, as --measure-recovery 1")
+    add("--json", action="store_true", help="print one JSON object: text, tokens, prompt_tokens, stats")
+    add_setting_arguments(parser)
+
+
+def check(args: argparse.Namespace) -> None:
+    check_model_arguments(args)
+    config_of(args)
+
+
+def config_of(args: argparse.Namespace) -> OffloadConfig:
+    """The settings that the options ask for."""
+    return offload_config(args, **({"measure_recovery": args.measure_recovery or 1} if args.recovery else {}))

@@ -1,0 +1,72 @@
+"""Leave out the layers of a model that matter least, and save what is left as a model like any other.
+
+Layers are scored on texts: block influence (bi), 1 - the cosine of a layer's input and output, and query similarity
+(q_similarity), the mean cosine of a head's last 32 queries. --metric says what goes first: the least bi (ShortGPT),
+the highest q_similarity (qsim), or the least of bi + beta (1 - q_similarity), both scaled to 0..1 (TAPPA).
+
+--out gets weights, configuration, tokenizer and scores.json, which has all scores, the whole order and what was
+removed. With --sweep no model is saved: perplexity on other texts without 1, 2, ... N layers, by every metric and by
+random orders, goes to sweep.json (and to a plot).
+
+examples:
+  attnpred prune --model meta-llama/Llama-3.1-8B --data texts/ --layers 4 \\
+      --metric tappa --beta 0.3 --out pruned
+  attnpred prune --model M --layers 6 --scores pruned/scores.json --out pruned-6
+  attnpred prune --plan-only --scores pruned/scores.json --metric bi
+  attnpred prune --data texts/ --layers 7 --sweep heldout/ --plot sweep.png \\
+      --out runs/sweep
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments
+from attention_predictor.eval.plot import check_plot
+from attention_predictor.eval.pruning.plan import BETA, METRICS
+from attention_predictor.kinds import number, whole
+from attention_predictor.predictor.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add_option(parser, "--layers", whole(), None, "layers to remove; with --sweep: at most")
+    add("--metric", default="tappa", metavar="NAME", help=f"one of {', '.join(METRICS)} (%(default)s)")
+    beta = number("a number from 0 on", lambda value: value >= 0, "B")
+    add_option(parser, "--beta", beta, BETA, "weight of 1 - q_similarity in tappa")
+    add("--data", metavar="D", help="texts to score by: what attnpred record takes")
+    add_option(parser, "--documents", whole(1), 16, "of each data set, at most")
+    add_option(parser, "--context", whole(), 2048, "tokens of each document")
+    what = "file with scores in place of --data, such as scores.json; twice, if bi and q_similarity are apart"
+    add("--scores", type=Path, action="append", default=[], metavar="F", help=what)
+    add("--plan-only", action="store_true", help="print the order that --scores give, and stop")
+    add("--json", action="store_true", help="print the plan as one JSON object")
+    add("--sweep", metavar="D", help="texts to judge by: perplexity without 1 to N layers, by each order")
+    add_option(parser, "--seeds", whole(1), 5, "with --sweep: random orders")
+    add("--plot", type=Path, metavar="F", help="with --sweep: .png, .svg or .pdf")
+    add("--out", type=Path, metavar="DIR", help="the pruned model and its scores, or the sweep")
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.metric not in METRICS:
+        raise ConfigError(f"--metric {args.metric}: expected one of {', '.join(METRICS)}")
+    if args.plan_only:
+        if not args.scores:
+            raise ConfigError("--plan-only needs --scores: files with bi, q_similarity or both")
+        return
+    if args.layers is None:
+        raise ConfigError("--layers is required: how many to remove")
+    if args.out is None:
+        raise ConfigError("--out is required: a directory for the result")
+    if args.data is None and not args.scores:
+        raise ConfigError("--data or --scores is required: texts to score layers by, or their scores")
+    if args.data is not None and args.scores:
+        raise ConfigError("--data and --scores: texts to score layers by, or their scores; give one")
+    if (args.out / "config.json").exists():
+        raise ConfigError(f"--out {args.out} holds a model already: choose another directory")
+    if args.plot is not None and args.sweep is None:
+        raise ConfigError("--plot draws what --sweep finds: give both")
+    check_plot(args.plot)
+    check_model_arguments(args)

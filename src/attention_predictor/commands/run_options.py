@@ -1,0 +1,54 @@
+"""Options that every benchmark of ``attnpred eval`` has."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments, whole_numbers
+from attention_predictor.eval.rules import Rule, check_names, check_variants
+from attention_predictor.kinds import one_of, whole
+from attention_predictor.offload.config import AUTO, PREFETCHERS
+
+POLICIES = "full,predictor"
+BUDGETS = "512,1024"
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--model`` and others, ``--policies --rule --budgets --prefetch --limit --out --retry-errors``."""
+    add_model_arguments(parser)
+    add = parser.add_argument
+    what = f"policies with their default settings ({POLICIES}, unless there are rules); full is the stock model"
+    add("--policies", metavar="P,P", help=what)
+    what = "[name:] policy[,field=value…]: one more policy, with other settings; may be given several times"
+    add("--rule", action="append", metavar="RULE", help=what)
+    add("--budgets", default=BUDGETS, metavar="N,N", help="tokens a step reads, each a row of the table (%(default)s)")
+    what = f"of {', '.join(PREFETCHERS)}: how engines prefetch, unless a rule says"
+    add_option(parser, "--prefetch", one_of(PREFETCHERS), AUTO, what)
+    add_option(parser, "--limit", whole(1), None, "the first N samples of each task alone")
+    add("--out", type=Path, required=True, metavar="DIR", help="results; an unfinished run in it goes on")
+    add("--retry-errors", action="store_true", help="try samples once more that failed")
+
+
+def rules_of(args: argparse.Namespace) -> list[Rule]:
+    """What ``--policies`` and ``--rule`` ask for."""
+    given = args.policies if args.policies is not None or args.rule else POLICIES
+    named = given.split(",") if given is not None else []
+    rules = [Rule(name.strip(), {"policy": name.strip()}) for name in named]
+    return rules + [Rule.parse(text) for text in args.rule or ()]
+
+
+def budgets_of(args: argparse.Namespace) -> list[int]:
+    """What ``--budgets`` asks for."""
+    return whole_numbers("--budgets", args.budgets)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be known to be wrong with these options."""
+    check_model_arguments(args)
+    rules = rules_of(args)
+    check_names(rules, "policies must differ in name")
+    for rule in rules:
+        for budget in budgets_of(args):
+            rule.config(budget, prefetch=args.prefetch)
+    check_variants(rules)

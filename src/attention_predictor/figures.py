@@ -1,0 +1,18 @@
+"""Pictures on disk."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from attention_predictor.writing import write_atomically, writing
+
+
+def save_figure(figure: Any, path: Path, dpi: int = 160) -> None:
+    """Write a figure of matplotlib, whole or not at all, in the format that the file's name ends in."""
+    packed = io.BytesIO()
+    figure.savefig(packed, format=path.suffix.removeprefix("."), dpi=dpi)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, packed.getvalue())

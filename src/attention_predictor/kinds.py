@@ -1,0 +1,151 @@
+"""Kinds of values that settings and options have: how text is read as one, and which are allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+Rule = tuple[str, Callable[[Any], bool]]  # what is allowed, in words, and whether a value is
+
+
+class UnreadableError(ValueError):
+    """Text that is no such value; the message quotes it and says what was expected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What values are allowed.
+
+    Attributes:
+        of: The type that text is read as, by name.
+        read: Text as a value; ``ValueError`` for text that is none, ``UnreadableError`` where it says more itself.
+        rules: Each must hold; a value is judged by one only where those before it hold.
+        metavar: Stands for a value in help texts.
+    """
+
+    of: str
+    read: Callable[[str], Any]
+    rules: Callable[[], Sequence[Rule]]
+    metavar: str | None = None
+
+    def expected(self, value: object) -> str | None:
+        """What would be allowed in place of this value; ``None`` if it is allowed."""
+        return next((words for words, holds in self.rules() if not holds(value)), None)
+
+    @property
+    def allowed(self) -> str:
+        """What is allowed, in words."""
+        return self.rules()[-1][0]
+
+    def or_none(self) -> Kind:
+        """The same, or ``None``, written as none."""
+        rules = self.rules
+
+        def either(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+            return lambda value: value is None or holds(value)
+
+        return Kind(
+            of=self.of,
+            read=lambda text: None if text.strip().lower() == "none" else self.read(text),
+            rules=lambda: [(f"{words}, or None", either(holds)) for words, holds in rules()],
+            metavar=self.metavar,
+        )
+
+
+def whole(least: int | None = None, most: int | None = None, also: Rule | None = None, metavar: str = "N") -> Kind:
+    """Integers from ``least`` to ``most``; ``also`` in place of bounds in words."""
+    rules: list[Rule] = [("an integer", is_whole)]
+    if also is not None:
+        rules.append(also)
+    elif least is not None and most is not None:
+        rules.append((f"{least} to {most}", lambda value: least <= value <= most))
+    elif least is not None:
+        rules.append((f"at least {least}", lambda value: value >= least))
+    return Kind(of="int", read=int, rules=lambda: rules, metavar=metavar)
+
+
+def number(words: str, holds: Callable[[float], bool], metavar: str = "X") -> Kind:
+    """Numbers, integers included, that are finite and for which ``holds`` is true."""
+    allowed = (words, lambda value: is_number(value) and math.isfinite(value) and holds(value))
+    return Kind(of="float", read=float, rules=lambda: [allowed], metavar=metavar)
+
+
+def one_of(names: Sequence[Any] | Callable[[], Sequence[Any]], of: str = "str") -> Kind:
+    """One of some names, or of some integers (``of="int"``)."""
+
+    def rules() -> list[Rule]:
+        known = names() if callable(names) else names
+        return [("one of " + ", ".join(map(str, known)), lambda value: _is_in(value, known))]
+
+    return Kind(of=of, read=int if of == "int" else str, rules=rules, metavar="N" if of == "int" else "NAME")
+
+
+def text(words: str, metavar: str) -> Kind:
+    """Any text that is not empty."""
+    allowed = (words, lambda value: isinstance(value, str) and value != "")
+    return Kind(of="str", read=str, rules=lambda: [allowed], metavar=metavar)
+
+
+def flag() -> Kind:
+    """True or False, also written yes and no, 1 and 0."""
+    return Kind(of="bool", read=_read_flag, rules=lambda: [("True or False", lambda value: isinstance(value, bool))])
+
+
+def sizes_in_bytes() -> Kind:
+    """A positive number of bytes, also written with a unit, such as 64GiB."""
+    allowed = ("a positive number of bytes", lambda value: is_whole(value) and value > 0)
+    return Kind(of="int", read=_read_bytes, rules=lambda: [allowed], metavar="BYTES")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is an integer; bools are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is an integer or a float; bools are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def whole_numbers(text: str, separators: str = ",+") -> list[int]:
+    """``"0,1"`` or, where commas mean something else, ``"0+1"``; ``UnreadableError`` for anything else."""
+    for separator in separators[1:]:
+        text = text.replace(separator, separators[0])
+    try:
+        return [int(part) for part in text.split(separators[0])]
+    except ValueError as error:
+        raise UnreadableError(f"{text!r}: expected numbers separated by commas") from error
+
+
+def _is_in(value: object, known: Sequence[Any]) -> bool:
+    return any(isinstance(value, type(one)) and not isinstance(value, bool) and value == one for one in known)
+
+
+_FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _read_flag(text: str) -> bool:
+    try:
+        return _FLAGS[text.strip().lower()]
+    except KeyError:
+        raise ValueError(f"{text!r} is neither True nor False") from None
+
+
+_UNITS = {"b": 1} | {
+    letter + "i" * binary + "b": (1024 if binary else 1000) ** (place + 1)
+    for place, letter in enumerate("kmgt")
+    for binary in (True, False)
+}
+
+
+def _read_bytes(text: str) -> int:
+    written = text.strip().lower()
+    unit = next((name for name in sorted(_UNITS, key=len, reverse=True) if written.endswith(name)), None)
+    if unit is None:
+        return int(written)
+    size = float(written.removesuffix(unit)) * _UNITS[unit]
+    if not math.isfinite(size):
+        raise ValueError(f"{text!r} is no number of bytes")
+    return round(size)

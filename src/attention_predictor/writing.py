@@ -1,0 +1,60 @@
+"""Writes files whole or not at all, and says in one line why one can't be written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from attention_predictor.predictor.errors import WriteError
+
+
+def json_bytes(value: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8.
+
+    A lone surrogate, which no UTF-8 can hold, is written as JSON's own escape: the file stays valid, and what is read
+    back is the same.
+    """
+    return json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "backslashreplace")
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader sees the old one or the new one.
+
+    Raises:
+        WriteError: Names the file and the reason; the old file is as it was.
+    """
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes | str]) -> None:
+    """The same for files that belong together: none takes its place before all are on the disk."""
+    drafts = {path: path.with_name(path.name + ".draft") for path in files}
+    try:
+        for path, data in files.items():
+            with writing(path), drafts[path].open("wb") as file:
+                file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, draft in drafts.items():
+            with writing(path):
+                draft.replace(path)
+    except BaseException:
+        for draft in drafts.values():
+            with suppress(OSError):
+                draft.unlink()
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong while this file is written becomes a ``WriteError`` that names it."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(f"{path}: can't be written: {error.strerror or error}") from error
