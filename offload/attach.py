@@ -16,7 +16,7 @@ from attention_predictor.offload.attachment import Attachment, configs_of
 from attention_predictor.offload.attention import NAME
 from attention_predictor.offload.cache import full_attention_layers
 from attention_predictor.offload.compiled import CompiledLayers
-from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.config import CAPTURING, OffloadConfig
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.forwards import Forwards
 from attention_predictor.offload.graph import CapturedSteps
@@ -24,6 +24,7 @@ from attention_predictor.offload.host_memory import HostMemory
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.predictor import Predictor
 from attention_predictor.offload.prefetch import make_prefetcher
+from attention_predictor.offload.rehearsal import rehearse
 from attention_predictor.offload.room import Room, expected_shapes
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.stats import DeviceCounts, Stats
@@ -85,6 +86,8 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -
         )
     if runtime.device.type == "cuda" and config.kernels == "auto":
         ops.prepare(runtime.device, _kernels(runtime, decoder.dtype))  # where there are none, layers say why
+    if runtime.device.type == "cuda":
+        rehearse(runtime, text_config, decoder.dtype)
     captured = None
     if runtime.room.captures or config.prefetch == "graph":
         compiled = CompiledLayers(decoder) if config.compile else None
@@ -151,7 +154,7 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig) -> Runtime:
         predictor = AttentionPredictor.from_pretrained(config.predictor, device=device, block_size=config.block_size)
     stats = Stats(evicts=policy_class(config.policy).evicts)
     memory = HostMemory(device if device.type == "cuda" else None)
-    captures = config.prefetch in ("auto", "graph") and device.type == "cuda"
+    captures = config.prefetch in CAPTURING and device.type == "cuda"
     runtime = Runtime(
         config=config,
         text_config=text_config,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attention_predictor.offload.available_memory import available_memory
 from attention_predictor.predictor.errors import HostMemoryError, IntegrityError
+from attention_predictor.sizes import size_text
 
 logger = logging.getLogger(__name__)
 # The driver pins one piece at a time, and nobody else gets through meanwhile: the thread that launches the model's
@@ -236,13 +237,13 @@ class HostMemory:
             self._drop(segment)
         if nbytes > limit:
             raise HostMemoryError(
-                f"{nbytes / 2**20:.1f} MiB more of host memory for KV blocks: the system has "
-                f"{max(limit, 0) / 2**20:.1f} MiB available, and this engine holds {self.held_bytes / 2**20:.1f} MiB"
+                f"{size_text(nbytes)} more of host memory for KV blocks: the system has {size_text(max(limit, 0))} "
+                f"available, and this engine holds {size_text(self.held_bytes)}"
             )
         try:
             segment = Segment(nbytes, self.pin_for, self._executor)
         except OSError as error:  # mmap
-            raise HostMemoryError(f"cannot allocate {nbytes / 2**20:.1f} MiB of host memory: {error}") from error
+            raise HostMemoryError(f"cannot allocate {size_text(nbytes)} of host memory: {error}") from error
         self._segments.append(segment)
         return segment
 

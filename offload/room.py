@@ -15,6 +15,7 @@ from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.host_memory import SPARE_BYTES, HostMemory
 from attention_predictor.offload.versions import layer_config
 from attention_predictor.predictor.errors import HostMemoryError
+from attention_predictor.sizes import size_text
 
 GROWTH = 4096  # tokens by which captured steps have more room than they need: then they are captured anew
 
@@ -85,8 +86,8 @@ class Room:
             self._tight = self.captures and self.bytes_for(batch, (tokens // GROWTH + 1) * GROWTH + GROWTH) > limit
         if needed > limit:
             raise HostMemoryError(
-                f"the KV cache of {batch} × {tokens} tokens needs {needed / 2**30:.2f} GiB of host memory: "
-                f"{source} {max(limit, 0) / 2**30:.2f} GiB"
+                f"the KV cache of {batch} × {tokens} tokens needs {size_text(needed)} of host memory: "
+                f"{source} {size_text(max(limit, 0))}"
             )
 
     def prepare(self, *, batch: int, tokens: int, room: int) -> None:

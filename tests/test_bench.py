@@ -24,6 +24,7 @@ from attention_predictor.eval.comparison import compare
 from attention_predictor.eval.shapes import SHAPES, random_model, shape_config
 from attention_predictor.eval.synthetic_cache import PAST, Locality, SyntheticCache
 from attention_predictor.eval.timings import TimingsFile
+from attention_predictor.offload import host_memory, room
 from attention_predictor.offload.dense import scaled_logits
 from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.errors import ConfigError, DataError
@@ -159,6 +160,8 @@ def test_what_does_not_fit_is_skipped(
 ) -> None:
     memory = namedtuple("memory", "available")(3 << 20)  # for a slab in each layer, but not for two
     monkeypatch.setattr(ways.psutil, "virtual_memory", lambda: memory)
+    for module in (host_memory, room):
+        monkeypatch.setattr(module, "SPARE_BYTES", 0)
     out = tmp_path / "rows.jsonl"
     options = ["--shape", "tiny", "--synthetic", "--context", "2048", "--out", str(out)]
     assert main([*decode(*options), "--json"]) == 0

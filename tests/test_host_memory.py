@@ -121,7 +121,9 @@ class TestLimits:
     def test_too_little_is_one_line_before_anything_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
         memory = HostMemory()
         monkeypatch.setattr(host_memory, "available_memory", lambda: host_memory.SPARE_BYTES + 10 * PAGE)
-        with pytest.raises(HostMemoryError, match=r"^2\.0 MiB more of host memory .* has 0\.0 MiB available") as caught:
+        with pytest.raises(
+            HostMemoryError, match=r"^2\.00 MiB more of host memory .* has 40\.00 KiB available"
+        ) as caught:
             memory.prepare([(2 << 20, 1)])
         assert "\n" not in str(caught.value)
         assert memory.held_bytes == 0
@@ -132,7 +134,7 @@ class TestLimits:
         monkeypatch.setattr(host_memory, "available_memory", lambda: host_memory.SPARE_BYTES + 3 * SMALL_BYTES)
         monkeypatch.setattr(host_memory.Segment, "_make", lambda self, pin_for: hold.wait(30))
         memory.prepare([(2 * SMALL_BYTES, 1)])
-        with pytest.raises(HostMemoryError, match=r"has 1\.0 MiB available"):
+        with pytest.raises(HostMemoryError, match=r"has 1\.00 MiB available"):
             memory.prepare([(2 * SMALL_BYTES, 2)])
         hold.set()
 

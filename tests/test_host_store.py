@@ -404,7 +404,7 @@ def test_no_memory_is_one_clear_error_and_loses_nothing(monkeypatch, slabs):
     store, key, _ = filled(20)
     answers = [1 << 40] * slabs + [0]
     monkeypatch.setattr(host_memory, "available_memory", lambda: answers.pop(0))
-    message = r"^0\.0 MiB more of host memory for KV blocks: the system has 0\.0 MiB available, and this engine .*$"
+    message = r"^[\d.]+ KiB more of host memory for KV blocks: the system has 0 bytes available, and this engine .*$"
     with pytest.raises(HostMemoryError, match=message):
         store.append(*random_kv(100))
     monkeypatch.undo()

@@ -14,6 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attention_predictor import AttachError, OffloadConfig, attach
 from attention_predictor.offload.forwards import Forwards
+from attention_predictor.offload.rehearsal import rehearse
+from attention_predictor.offload.stats import Stats
 from attention_predictor.offload.versions import cache_of, with_cache
 
 WHOLE = OffloadConfig(predictor="ema")  # a budget that covers the context
@@ -532,3 +534,14 @@ class TestMasksThatChange:
             with attach(model, OffloadConfig(predictor="ema", prefetch=prefetch)) as engine:
                 ours = logits(engine.new_cache())
         assert (ours - stock).abs().max() < 1e-4
+
+
+def test_a_rehearsal_leaves_nothing_behind(tiny_model, ids) -> None:
+    """What a GPU is made to load at attach is no step, no fetch, and holds no memory."""
+    for family in ("llama", "gemma3", "gpt-oss", "phi3"):
+        model = tiny_model(family)
+        with attach(model, SPARSE) as engine:
+            rehearse(engine.runtime, engine.runtime.text_config, torch.float32)
+            assert engine.stats.to_dict() == Stats().to_dict()
+            assert engine.runtime.memory.lent_bytes == 0
+            assert model.generate(ids(80), **GREEDY).shape == (1, 92)

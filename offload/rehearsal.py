@@ -1,0 +1,31 @@
+"""A rehearsal at attach: CUDA loads each kernel when it is first used, which takes some ten milliseconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedConfig
+
+from attention_predictor.offload.dense import Terms
+from attention_predictor.offload.layer import TieredLayer
+from attention_predictor.offload.prefetch import SyncPrefetcher
+from attention_predictor.offload.runtime import Runtime
+from attention_predictor.offload.stats import Stats
+from attention_predictor.offload.versions import layer_config
+
+TOKENS = 512  # of the prompt: more than one group of the sketch, and candidates between sink and recent
+
+
+@torch.no_grad()
+def rehearse(runtime: Runtime, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Take a prompt of zeros through a layer of the sizes that are expected, and forget it."""
+    number = min(runtime.tiered_layers)
+    shape, heads = runtime.room.shapes[number], getattr(layer_config(config, number), "num_attention_heads", None)
+    if shape is None or heads is None or heads % shape.kv_heads:
+        return
+    alone = replace(runtime, prefetcher=SyncPrefetcher(), stats=Stats(), open=True)
+    layer = TieredLayer(alone, number)
+    query_BHTD = torch.zeros(1, heads, TOKENS, shape.head_dim, dtype=dtype, device=runtime.device)
+    key_BGTD, value_BGTD = layer.update(*query_BHTD[:, : shape.kv_heads].expand(2, -1, -1, -1, -1).clone())
+    layer.attend(query_BHTD, key_BGTD, value_BGTD, Terms(shape.head_dim**-0.5))
