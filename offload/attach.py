@@ -152,7 +152,7 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig) -> Runtime:
     predictor = None
     if issubclass(policy_class(config.policy), Predictor):
         predictor = AttentionPredictor.from_pretrained(config.predictor, device=device, block_size=config.block_size)
-    stats = Stats(evicts=policy_class(config.policy).evicts)
+    stats = Stats(prefetch=_prefetch(config, device), evicts=policy_class(config.policy).evicts)
     memory = HostMemory(device if device.type == "cuda" else None)
     captures = config.prefetch in CAPTURING and device.type == "cuda"
     runtime = Runtime(
@@ -169,6 +169,15 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig) -> Runtime:
     )
     memory.note = runtime.note_fallback
     return runtime
+
+
+def _prefetch(config: OffloadConfig, device: torch.device) -> str:
+    """What the setting comes to."""
+    if config.prefetch in CAPTURING and device.type == "cuda":
+        return "captured steps, the thread where a step can't be captured"
+    if config.prefetch in CAPTURING:
+        return f"thread: steps are captured on a CUDA device, the model is on {device}"
+    return config.prefetch
 
 
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:

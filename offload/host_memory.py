@@ -88,9 +88,9 @@ class Segment:
         self.bytes.numpy()[:: mmap.PAGESIZE] = 0
         if pin_for is None:
             return
-        address, portable = self.bytes.data_ptr(), 1  # portable: pinned for every device
+        address = self.bytes.data_ptr()
         with _pinning:
-            code = int(torch.cuda.cudart().cudaHostRegister(address, self.nbytes, portable))
+            code = _register(address, self.nbytes)
         if code:
             self.refusal = str(torch.cuda.CudaError(code))
             return
@@ -98,6 +98,12 @@ class Segment:
         # Also for a segment that nobody closes: memory that went back to the system pinned could not be pinned again.
         self._unpin = weakref.finalize(self, _unpin, address, pin_for)
         self._unpin.atexit = False
+
+
+def _register(address: int, nbytes: int) -> int:
+    """Pin memory for every device; CUDA's code, 0 if it did."""
+    portable = 1
+    return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, portable))
 
 
 def _unpin(address: int, device: torch.device) -> None:

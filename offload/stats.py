@@ -31,6 +31,7 @@ class Stats:
         device_bytes: Device memory by layer and part at the last step.
         layer_budgets: Tokens a step may attend to, by layer or KV head, at the last step; of layers that select.
         host_bytes, full_bytes: Host memory, and what the whole cache would take on the device, by layer.
+        prefetch: How blocks are fetched ahead, as ``config.prefetch`` came out on this device, and why.
         fallbacks: What ran otherwise than asked for, by message.
         evicts: Whether the policy gives blocks up for good, by definition; the store holds them all the same.
     """
@@ -53,6 +54,7 @@ class Stats:
     layer_budgets: dict[int, int | tuple[int, ...]] = field(default_factory=dict)
     host_bytes: dict[int, int] = field(default_factory=dict)
     full_bytes: dict[int, int] = field(default_factory=dict)
+    prefetch: str = ""
     fallbacks: Counter[str] = field(default_factory=Counter)
     evicts: bool = False
 
@@ -105,15 +107,16 @@ class Stats:
 
     def reset(self) -> None:
         """Start counting anew; memory figures stay, since the memory does."""
-        kept = self.device_bytes, self.layer_budgets, self.host_bytes, self.full_bytes, self.evicts
-        self.__init__()  # type: ignore[misc]
-        self.device_bytes, self.layer_budgets, self.host_bytes, self.full_bytes, self.evicts = kept
+        stay = ("device_bytes", "layer_budgets", "host_bytes", "full_bytes", "prefetch", "evicts")
+        kept = {name: getattr(self, name) for name in stay}
+        self.__init__(**kept)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """The figures people ask for, as plain values."""
         return {
             "steps": self.steps,
             "captured_steps": self.captured_steps,
+            "prefetch": self.prefetch,
             "hit_rate": self.hit_rate,
             "reuse_rate": self.reuse_rate,
             "fetched_bytes": self.fetched_bytes,
@@ -140,6 +143,7 @@ class Stats:
                 "steps",
                 f"{self.steps}, {self.captured_steps} of them captured" if self.captured_steps else str(self.steps),
             ),
+            ("prefetch", self.prefetch or "–"),
             ("KV on the device", f"{size_text(self.device_kv_bytes)}{self._share()}" + (f": {parts}" if parts else "")),
             ("KV in host memory", size_text(self.host_kv_bytes)),
             ("hit rate", _percent(self.hit_rate)),

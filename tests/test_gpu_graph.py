@@ -8,7 +8,7 @@ from tiny_models import FAMILIES
 from torch import Tensor
 
 from attention_predictor import OffloadConfig, attach
-from attention_predictor.offload import device_step
+from attention_predictor.offload import device_step, host_memory
 from attention_predictor.offload.device_step import DeviceStep
 from attention_predictor.offload.versions import with_cache
 
@@ -206,3 +206,71 @@ def test_the_shortest_loop_gives_the_same_tokens(tiny_model, ids) -> None:
 def test_prediction_earns_its_place(earned_place) -> None:
     """100 answers a cell of the pocket model, in captured steps."""
     earned_place(answers=100, device="cuda", spare=0, ahead=0.95, prefetch="graph")
+
+
+@pytest.mark.timeout(300)
+def test_a_budget_that_kernels_cannot_hold_is_decided_before_capture(tiny_model, ids) -> None:
+    """Choosing among slots takes shared memory, of which there is so much; nothing is lost in the middle."""
+    model = tiny_model("llama", head_dim=64, max_position_embeddings=70000).to("cuda", torch.bfloat16)
+    prompt, settings = ids(60000).cuda(), {"budget": 48 * 1024, "reserve": 0.0}
+    thread, _ = decode(model, prompt, 6, prefetch="thread", **settings)
+    auto, stats = decode(model, prompt, 6, reserve=0.5, **{k: v for k, v in settings.items() if k != "reserve"})
+    assert auto.sequences.shape == thread.sequences.shape
+    (reason,) = stats["fallbacks"]
+    assert "kernels choose among" in reason
+    assert stats["captured_steps"] == 0
+    assert stats["steps"] == 5
+
+
+@pytest.mark.parametrize("refused", ["all", "some"])
+def test_host_memory_that_cannot_be_pinned_serves_all_the_same(tiny_model, ids, monkeypatch, refused: str) -> None:
+    model, prompt = tiny_model("llama").cuda(), ids(900).cuda()
+    pinned, _ = decode(model, prompt, 24, **SMALL)
+    register, calls = torch.cuda.cudart().cudaHostRegister, []
+
+    def refuse(*args: object) -> int:
+        calls.append(args)
+        return 2 if refused == "all" or len(calls) > 1 else int(register(*args))
+
+    monkeypatch.setattr(host_memory, "_register", refuse)
+    pageable, stats = decode(model, prompt, 24, slab_blocks=16, **SMALL)
+    assert calls
+    assert torch.equal(pageable.sequences, pinned.sequences)
+    assert any("host memory can't be pinned" in message for message in stats["fallbacks"])
+    assert any("they need pinned host memory" in message for message in stats["fallbacks"])
+    torch.cuda.synchronize()
+
+
+def test_defaults_are_captured_and_say_so(tiny_model, ids) -> None:
+    """By plain `generate`, and by the loop of its own; requests one after another hold no more memory."""
+    model, prompt = tiny_model("llama").cuda(), ids(900).cuda()
+    with attach(model, OffloadConfig(**SMALL)) as engine:
+        held = []
+        for _ in range(4):
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)
+            engine.generate(prompt, max_new_tokens=20, eos_token_id=[])
+            held.append(engine.runtime.memory.held_bytes)
+            assert engine.runtime.memory.lent_bytes == 0
+        assert len(set(held)) == 1
+        assert engine.stats.captured_steps == engine.stats.steps == 8 * 19
+        assert not engine.stats.fallbacks
+        assert "captured steps" in str(engine.stats)
+
+
+def test_a_mask_that_changes_is_seen(tiny_model, ids) -> None:
+    model, prompt = tiny_model("llama").cuda(), ids(300, batch=2).cuda()
+    mask = torch.ones(2, 340, dtype=torch.int64, device="cuda")
+    mask[1, :37] = 0
+    outputs = []
+    for prefetch in ("none", "auto"):
+        with attach(model, OffloadConfig(**SMALL, prefetch=prefetch)) as engine, torch.no_grad():
+            given = with_cache(model, engine.new_cache())
+            logits = [model(prompt, attention_mask=mask[:, :300], **given).logits[:, -1]]
+            for step in range(30):
+                seen = mask[:, : 301 + step].clone()
+                if 12 <= step < 15:
+                    seen[0, 60:90] = 0
+                logits.append(model(prompt[:, step : step + 1], attention_mask=seen, **given).logits[:, -1])
+            outputs.append(torch.stack(logits))
+    torch.testing.assert_close(outputs[1], outputs[0], atol=2e-3, rtol=1e-2)
+    assert engine.stats.captured_steps == 27
