@@ -44,7 +44,7 @@ def attach(model: PreTrainedModel, config: OffloadConfig | None = None) -> Engin
 
     Args:
         model: Any causal language model of transformers that uses its attention interface; of a model for images or
-            sound the language model alone is offloaded. A model of peft is attached by the model it wraps.
+            sound the language model alone is offloaded. A model that peft or ``torch.compile`` wraps is attached too.
         config: Settings; the defaults suit a context of 8K tokens and more.
 
     Raises:
@@ -52,6 +52,7 @@ def attach(model: PreTrainedModel, config: OffloadConfig | None = None) -> Engin
         ConfigError, CheckpointError: The settings, or the predictor they name, are wrong.
     """
     config = config if config is not None else OffloadConfig()
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper calls the model's own forward
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
         model = model.get_base_model()
     _check_model(model, config)

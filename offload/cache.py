@@ -29,7 +29,8 @@ class TieredCache(DynamicCache):
     @property
     def room(self) -> int:
         """Tokens for which every tiered layer has host memory."""
-        return min((layer.room for layer in self.layers if isinstance(layer, TieredLayer)), default=0)
+        rooms = [layer.room for layer in self.layers if isinstance(layer, TieredLayer)]
+        return min(rooms) if rooms else 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Leave ``get_seq_length()`` less what to remove, also where an interrupted forward left layers uneven."""

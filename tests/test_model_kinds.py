@@ -407,6 +407,19 @@ class TestOfTheModelAsAWhole:
             wrapped(ids(1), **with_cache(model, cache))
             assert engine.stats.steps == 1
 
+    def test_compiled_models(self, tiny_model, ids) -> None:
+        """Compiled before or after, and attached by the wrapper or by the model."""
+        model = tiny_model()
+        stock = model.generate(ids(80), **GREEDY)
+        before = torch.compile(model, backend="eager")
+        for target in (model, before):
+            with attach(target, WHOLE) as engine:
+                after = torch.compile(model, backend="eager")
+                for compiled in (before, after):
+                    steps = engine.stats.steps
+                    assert torch.equal(compiled.generate(ids(80), **GREEDY), stock)
+                    assert engine.stats.steps == steps + 11
+
     def test_the_base_model_is_offloaded_too(self, tiny_model, ids) -> None:
         model = tiny_model()
         with torch.no_grad():
