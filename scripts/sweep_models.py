@@ -104,6 +104,15 @@ OF_TYPE: dict[str, dict[str, Any]] = {
 }
 
 
+PREAMBLE = """# Models
+
+Every model type of transformers that has a causal language model, or one for text and images: built small and random by
+`scripts/sweep_models.py`, held attached against its stock self in fp32. *exact*: the same greedy tokens and logits with a budget that
+covers the context, and sparse steps run; *stock*: it has no layer that attends to the whole context, so nothing is offloaded, and
+`engine.stats` says so; *refused*: one line, at attach or at the first forward; *not built*: the script could not make a small one.
+"""
+
+
 class Outcome(NamedTuple):
     """What came of one type: ``exact``, ``stock`` (nothing to offload), ``refused``, ``not built``, or a fault."""
 
@@ -296,6 +305,7 @@ def as_table(outcomes: dict[str, Outcome]) -> str:
     counts = Counter(outcome.kind for outcome in outcomes.values())
     summary = ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
     rows = [
+        PREAMBLE,
         f"transformers {transformers.__version__}, torch {torch.__version__}: {summary}.",
         "",
         "| type | outcome | layers offloaded | |",
