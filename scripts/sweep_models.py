@@ -106,10 +106,13 @@ OF_TYPE: dict[str, dict[str, Any]] = {
 
 PREAMBLE = """# Models
 
-Every model type of transformers that has a causal language model, or one for text and images: built small and random by
-`scripts/sweep_models.py`, held attached against its stock self in fp32. *exact*: the same greedy tokens and logits with a budget that
-covers the context, and sparse steps run; *stock*: it has no layer that attends to the whole context, so nothing is offloaded, and
-`engine.stats` says so; *refused*: one line, at attach or at the first forward; *not built*: the script could not make a small one.
+Every model type of transformers that has a causal language model, or one for text and images: built small and random
+by `scripts/sweep_models.py`, held attached against its stock self in fp32.
+
+- *exact*: the same greedy tokens and logits with a budget that covers the context, and sparse steps run.
+- *stock*: no layer attends to the whole context, so nothing is offloaded, and `engine.stats` says so.
+- *refused*: one line, at attach or at the first forward.
+- *not built*: the script could not make a small one.
 """
 
 
