@@ -17,7 +17,7 @@ from attention_predictor.csrc import layout
 from attention_predictor.csrc.build import cpu_library
 from attention_predictor.csrc.compiler import bindings, result_of
 from attention_predictor.csrc.kernel import Kernel, load
-from attention_predictor.predictor.errors import BuildError
+from attention_predictor.errors import BuildError
 
 ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in kernels.h
 IN_CPP = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from attention_predictor.predictor.errors import BuildError
+from attention_predictor.errors import BuildError
 
 SOURCES = Path(__file__).resolve().parent
 # Sums may be reordered, so that they are vectorised; infinities keep their meaning, masks are made of them.

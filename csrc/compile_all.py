@@ -15,7 +15,7 @@ import sys
 
 from attention_predictor.csrc import compiler
 from attention_predictor.csrc.ops import every_kernel
-from attention_predictor.predictor.errors import BuildError
+from attention_predictor.errors import BuildError
 
 CAPABILITIES = ["8.0", "8.9", "9.0", "10.0"]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attention_predictor.csrc.build import SOURCES, cache_directory, find_compiler, keep, key, locked, run
-from attention_predictor.predictor.errors import BuildError
+from attention_predictor.errors import BuildError
 
 if TYPE_CHECKING:
     from attention_predictor.csrc.kernel import Kernel

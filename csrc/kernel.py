@@ -16,7 +16,7 @@ import torch
 
 from attention_predictor.csrc.compiler import bindings, compiled, result_of
 from attention_predictor.csrc.layout import assertions
-from attention_predictor.predictor.errors import BuildError
+from attention_predictor.errors import BuildError
 
 _call = functools.partial(result_of, "CUDA's driver")
 

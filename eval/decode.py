@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from attention_predictor.arguments import whole_numbers
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval.bench import machine, report
 from attention_predictor.eval.comparison import compare, describe
 from attention_predictor.eval.plot import plot_timings
@@ -21,8 +22,7 @@ from attention_predictor.eval.trial import Workload, steps_within, try_way
 from attention_predictor.eval.way import FLOOR, FLOOR_CONTEXT, WAYS
 from attention_predictor.eval.ways import choose
 from attention_predictor.loading import DTYPES, find_device, load_model
-from attention_predictor.offload.forwards import check_positions
-from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.offload.hf.forwards import check_positions
 from attention_predictor.progress import Progress
 from attention_predictor.sizes import size_text
 

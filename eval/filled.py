@@ -16,12 +16,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.documents import encode
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.haystack import Draft
 from attention_predictor.eval.haystack import Haystack as Haystack
 from attention_predictor.eval.prompts import check_chat, prompt_ids
 from attention_predictor.eval.runner import Benchmark, Sample
 from attention_predictor.eval.subject import Subject
-from attention_predictor.predictor.errors import ConfigError, DataError
 
 PROBE = 64  # pieces of filler by which the rate of tokens is first told
 LEAST_FILLED = 0.9  # of the length, where there is only so much filler

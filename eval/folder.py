@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.predictions import Record, fold, gather
-from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.reading import read_json
 from attention_predictor.writing import json_bytes, write_atomically
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from attention_predictor.predictor.errors import DataError
+from attention_predictor.errors import DataError
 
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*\s*$")
 

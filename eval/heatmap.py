@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attention_predictor.errors import ConfigError
 from attention_predictor.figures import save_figure
-from attention_predictor.predictor.errors import ConfigError
 
 FILE = "heatmap.png"
 MOST_LABELLED = 240  # cells of a panel that are small enough in number to have their values written into them

@@ -19,8 +19,8 @@ from attention_predictor.documents import Excerpt, encode, opening
 from attention_predictor.eval import synthetic
 from attention_predictor.eval.rules import STOCK as STOCK
 from attention_predictor.eval.rules import Rule as Rule
-from attention_predictor.offload.attach import attach
-from attention_predictor.offload.versions import with_cache
+from attention_predictor.offload.hf.attach import attach
+from attention_predictor.offload.hf.versions import with_cache
 
 Z95 = NormalDist().inv_cdf(0.975)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.errors import ConfigError
 
 _LLAMA_3_ROPE = {
     "rope_type": "llama3",

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.arguments import whole_numbers
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval import synthetic
 from attention_predictor.eval.filled import FilledBenchmark, paragraph_end
 from attention_predictor.eval.folder import RunFolder
@@ -25,7 +26,6 @@ from attention_predictor.eval.prompts import context_length
 from attention_predictor.eval.runner import Plan, run
 from attention_predictor.eval.tasks import read_texts
 from attention_predictor.loading import load_tokenizer
-from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.reading import check_unicode, read_lines
 
 KINDS = ("kv", "facts")  # tasks of synthetic.py that one statement is enough for

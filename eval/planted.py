@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.documents import opening
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval import synthetic
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.judge import Case
@@ -20,7 +21,6 @@ from attention_predictor.eval.subject import Subject
 from attention_predictor.eval.tails import decode_tails, new_cache, prefill
 from attention_predictor.eval.tasks import plant, read_texts
 from attention_predictor.loading import load_tokenizer
-from attention_predictor.predictor.errors import ConfigError
 
 
 class Planted(Benchmark):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attention_predictor.errors import ConfigError
 from attention_predictor.figures import save_figure
-from attention_predictor.predictor.errors import ConfigError
 
 FORMATS = (".png", ".svg", ".pdf")
 # Distinct in print and for colour-blind readers (Okabe and Ito 2008); ours are the strong ones.

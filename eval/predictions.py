@@ -10,8 +10,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from attention_predictor.errors import DataError
 from attention_predictor.kinds import is_whole
-from attention_predictor.predictor.errors import DataError
 from attention_predictor.reading import Row as Record
 from attention_predictor.reading import read_lines
 from attention_predictor.writing import json_bytes, write_atomically, writing

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from attention_predictor.errors import HostMemoryError, one_line
 from attention_predictor.eval.bench import Row, report
 from attention_predictor.eval.shapes import random_model, shape_config
 from attention_predictor.eval.way import PREFILLS, STOCK, Way
 from attention_predictor.eval.ways import does_not_fit, opened
 from attention_predictor.loading import DTYPES, find_device, load_model
-from attention_predictor.offload.forwards import check_positions
-from attention_predictor.offload.versions import with_cache
-from attention_predictor.predictor.errors import HostMemoryError, one_line
+from attention_predictor.offload.hf.forwards import check_positions
+from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.progress import Progress
 from attention_predictor.sizes import size_text
 

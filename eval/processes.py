@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from attention_predictor.predictor.errors import AttentionPredictorError, ConfigError
+from attention_predictor.errors import AttentionPredictorError, ConfigError
 
 PATIENCE = timedelta(days=7)  # of processes that are done, with those that are not
 

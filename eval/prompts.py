@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.documents import encode
+from attention_predictor.errors import ConfigError
 from attention_predictor.loading import load_config
-from attention_predictor.predictor.errors import ConfigError
 
 # Some templates put the day into the prompt; this one, Llama 3.1's own default, keeps results from changing with it.
 DATE = "26 Jul 2024"

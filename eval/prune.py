@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.documents import opening, read_documents, window
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.plain_table import plain_table
 from attention_predictor.eval.prompts import context_length
 from attention_predictor.eval.pruning.measure import measure
@@ -17,8 +18,7 @@ from attention_predictor.eval.pruning.plan import METRICS, Plan, Scores, check_d
 from attention_predictor.eval.pruning.shorten import save, without_layers
 from attention_predictor.eval.pruning.sweep import Sweep, make_orders
 from attention_predictor.loading import DTYPES, load_config, load_model, load_tokenizer
-from attention_predictor.offload.query_similarity import WINDOW
-from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.offload.policies.query_similarity import WINDOW
 from attention_predictor.progress import Progress
 from attention_predictor.writing import json_bytes, write_atomically, writing
 

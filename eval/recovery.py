@@ -9,13 +9,13 @@ from pathlib import Path
 from attention_predictor.arguments import whole_numbers
 from attention_predictor.commands.eval.recovery import TAIL_INTERVAL, rules_of
 from attention_predictor.documents import excerpt, read_documents
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.judge import Case, Cell, judge, markdown
 from attention_predictor.eval.rules import Rule
 from attention_predictor.eval.tasks import plant, read_texts
 from attention_predictor.loading import device_name, load_model, load_tokenizer
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.predictor import Predictor
-from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.progress import Progress
 from attention_predictor.reading import read_json

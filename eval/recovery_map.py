@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, ClassVar
 
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.block_map import map_record
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.heatmap import FILE, Axes, Panel, draw_heatmaps
@@ -20,7 +21,6 @@ from attention_predictor.eval.sources import Windows, windows_of
 from attention_predictor.eval.subject import Subject
 from attention_predictor.eval.tails import decode_tails, new_cache, prefill
 from attention_predictor.eval.watched import check_watchable, watch
-from attention_predictor.predictor.errors import ConfigError, DataError
 
 SEQUENCES = 8  # tails decoded at once: each has a cache of its own
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 from attention_predictor.commands.report import NAME
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval.page.html import page
 from attention_predictor.eval.sheet import make_sheets
 from attention_predictor.eval.tables import latex, markdown
-from attention_predictor.predictor.errors import ConfigError
 from attention_predictor.writing import write_atomically
 
 

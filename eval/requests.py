@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from attention_predictor.commands.bench.requests import NAMES
+from attention_predictor.errors import HostMemoryError, one_line
 from attention_predictor.eval.bench import Row, report
 from attention_predictor.eval.prefill import random_or_loaded
 from attention_predictor.loading import find_device
-from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.engine import Engine
-from attention_predictor.predictor.errors import HostMemoryError, one_line
+from attention_predictor.offload.hf.attach import attach
 from attention_predictor.progress import Progress
 from attention_predictor.sizes import size_text
 

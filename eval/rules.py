@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from attention_predictor.errors import ConfigError
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.predictor.errors import ConfigError
 from attention_predictor.settings import read_setting
 
 STOCK = "full"  # as a rule: the stock model with its whole cache

@@ -50,6 +50,7 @@ from transformers import PreTrainedModel
 
 from attention_predictor.commands import run_options
 from attention_predictor.commands.run_options import add_run_arguments as add_run_arguments
+from attention_predictor.errors import AttentionPredictorError, DataError, one_line
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.predictions import Appender, Record, part
 from attention_predictor.eval.processes import Processes
@@ -59,7 +60,6 @@ from attention_predictor.eval.subject import Subject
 from attention_predictor.eval.variants import Variant, make_variants
 from attention_predictor.loading import device_name, find_device, load_model
 from attention_predictor.offload.stats import Stats
-from attention_predictor.predictor.errors import AttentionPredictorError, DataError, one_line
 from attention_predictor.progress import Progress
 
 # Of an engine's Stats, what each record keeps.

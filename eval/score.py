@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.longbench.scorer import score_directory, score_folder
 from attention_predictor.eval.longbench.table import folder_table, scores_table
-from attention_predictor.predictor.errors import ConfigError
 
 
 def main(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from attention_predictor.errors import AttentionPredictorError, ConfigError, DataError
 from attention_predictor.eval import needle, perplexity, planted, recovery_map
 from attention_predictor.eval.bootstrap import interval, resampled_means
 from attention_predictor.eval.folder import RunFolder
@@ -26,7 +27,6 @@ from attention_predictor.eval.means import SampleScores
 from attention_predictor.eval.predictions import Record
 from attention_predictor.eval.reasoning import benchmark as reasoning
 from attention_predictor.eval.ruler import scorer as ruler
-from attention_predictor.predictor.errors import AttentionPredictorError, ConfigError, DataError
 
 SHOWN = ".2f"  # of scores
 ORACLE = "oracle"  # the policy that selects by the truth

@@ -13,10 +13,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.documents import Document, Excerpt, excerpt, read_documents
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.processes import Processes
 from attention_predictor.eval.prompts import check_context
 from attention_predictor.loading import load_tokenizer
-from attention_predictor.predictor.errors import ConfigError, DataError
 
 _NAME = re.compile(r"[\w.-]+")
 

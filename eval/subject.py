@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from attention_predictor.offload.engine import Engine
-from attention_predictor.offload.forwards import check_positions
-from attention_predictor.offload.versions import with_cache
+from attention_predictor.offload.hf.forwards import check_positions
+from attention_predictor.offload.hf.versions import with_cache
 
 
 @dataclass(frozen=True)

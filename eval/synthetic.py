@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.errors import ConfigError
 
 Split = Literal["train", "eval"]
 Count = Callable[[str], int]

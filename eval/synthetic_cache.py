@@ -27,14 +27,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from attention_predictor.offload.attach import attach
-from attention_predictor.offload.cache import TieredCache
+from attention_predictor.errors import ConfigError
+from attention_predictor.offload.attention.dense import Chunk, Terms, score_rows
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.offload.dense import Chunk, Terms, score_rows
-from attention_predictor.offload.layer import TieredLayer
-from attention_predictor.offload.query_similarity import query_similarity
-from attention_predictor.offload.versions import with_cache
-from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.offload.hf.attach import attach
+from attention_predictor.offload.hf.cache import TieredCache
+from attention_predictor.offload.hf.layer import TieredLayer
+from attention_predictor.offload.hf.versions import with_cache
+from attention_predictor.offload.policies.query_similarity import query_similarity
 
 CHUNK = 4096  # tokens made at once, a multiple of every block size
 PAST = 64  # queries before the first decoded one: those that start a history

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from attention_predictor.eval.subject import Subject
-from attention_predictor.offload.versions import with_cache
+from attention_predictor.offload.hf.versions import with_cache
 
 
 def new_cache(subject: Subject) -> Cache:

@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.documents import encode
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval import synthetic
-from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.reading import read_text
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.reading import parse_row, read_text
 from attention_predictor.writing import json_bytes, write_atomically, writing
 

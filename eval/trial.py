@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from attention_predictor.errors import HostMemoryError, one_line
 from attention_predictor.eval.breakdown import breakdown
 from attention_predictor.eval.synthetic_cache import SyntheticCache
 from attention_predictor.eval.ways import Session, Way, does_not_fit, opened
-from attention_predictor.offload.versions import with_cache
-from attention_predictor.predictor.errors import HostMemoryError, one_line
+from attention_predictor.offload.hf.versions import with_cache
 
 WARM_UP = 5  # steps: compilers compile in the first ones, graphs are captured
 PROFILED = 3  # steps behind the timed ones

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from attention_predictor.eval.recovery import check_rule
 from attention_predictor.eval.rules import STOCK, Rule, check_names, check_variants
-from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import AUTO, OffloadConfig
 from attention_predictor.offload.engine import Engine
+from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.policies import policy_class
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval.block_map import codes_of
 from attention_predictor.eval.variants import Variant
 from attention_predictor.offload.config import CAPTURING
-from attention_predictor.offload.layer import TieredLayer
+from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.policies import Step, policy_class
-from attention_predictor.predictor.errors import ConfigError
 
 TINY = 1e-12  # of mass; below it there is nothing to recover
 

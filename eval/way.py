@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.errors import ConfigError
 
 FLOOR_CONTEXT = 1024  # tokens at which the floor is measured, whatever the context of the others
 

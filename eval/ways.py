@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval.way import WAYS, Way, check_ways
-from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.engine import Engine
-from attention_predictor.offload.versions import with_cache
-from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.offload.hf.attach import attach
+from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.sizes import size_text
 
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from attention_predictor.errors import ConfigError
 from attention_predictor.kinds import Kind, flag, is_whole, number, one_of, sizes_in_bytes, text, whole, whole_numbers
 from attention_predictor.offload.policies import policy_names
-from attention_predictor.predictor.errors import ConfigError
 
 AUTO = "auto"
 CALIBRATIONS = ("sketch", "exact", "none")
@@ -72,7 +72,7 @@ class OffloadConfig:
             ``"uniform"``ly, falling as a ``"pyramid"``, by the similarity of a prompt's queries (``"qsim"``), by its
             attention (``"cake"``), or as the ``"policy"``'s paper has it; ``"qsim-heads"`` and ``"cake-heads"`` go by
             KV head. Or the budgets themselves, for each layer that is offloaded one, or one for each of its KV heads
-            (``offload/allocation.py``).
+            (``offload/policies/allocation.py``).
         block_size: Tokens in a block; a power of two.
         sink: First tokens, always attended.
         recent: Last tokens, always attended.

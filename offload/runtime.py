@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
+from attention_predictor.errors import AttachError
+from attention_predictor.offload.blocks.host_memory import HostMemory
+from attention_predictor.offload.blocks.prefetch import Prefetcher
+from attention_predictor.offload.blocks.room import Room
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.offload.host_memory import HostMemory
-from attention_predictor.offload.prefetch import Prefetcher
-from attention_predictor.offload.room import Room
-from attention_predictor.offload.selection import Budget
+from attention_predictor.offload.policies.selection import Budget
 from attention_predictor.offload.stats import DeviceCounts, Stats
-from attention_predictor.predictor.errors import AttachError
 from attention_predictor.predictor.model import AttentionPredictor
 
 logger = logging.getLogger(__name__)

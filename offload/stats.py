@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_predictor.predictor.errors import IntegrityError
+from attention_predictor.errors import IntegrityError
 from attention_predictor.sizes import size_text
 
 
@@ -19,7 +19,7 @@ class Stats:
 
     Attributes:
         steps: Decoding steps, counted in the first offloaded layer (one a token).
-        captured_steps: Those of them that were captured steps (``offload/graph.py``).
+        captured_steps: Those of them that were captured steps (``offload/step/graph.py``).
         wanted_blocks, hit_blocks: Blocks that attention read, and those of them that were resident before any late
             fetch.
         ahead_blocks, late_blocks: Blocks fetched before and during the step that used them.

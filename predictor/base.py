@@ -17,8 +17,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from attention_predictor.errors import CheckpointError, ConfigError
 from attention_predictor.predictor import PROMPT_ROWS, checkpoint
-from attention_predictor.predictor.errors import CheckpointError, ConfigError
 
 WEIGHTS = Path(__file__).parent / "weights"  # checkpoints shipped with the package, by name
 

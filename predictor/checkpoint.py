@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from attention_predictor.predictor.errors import CheckpointError, DataError, WriteError, one_line
+from attention_predictor.errors import CheckpointError, DataError, WriteError, one_line
 from attention_predictor.reading import read_json
 from attention_predictor.writing import json_bytes, write_together
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from attention_predictor.csrc import binding, ops
+from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.base import AttentionPredictor
-from attention_predictor.predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.filters import FilterPredictor, PackedFilters
 
 CHUNK_BLOCKS = 64  # capacity grows by this many blocks: doubling would waste the memory this library saves

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attention_predictor.csrc import ops
-from attention_predictor.predictor.errors import ConfigError, IntegrityError
+from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.quantise import LARGEST, SHARES, masks, pack, quantise, unpack
 from attention_predictor.predictor.scores import block_peak_and_sum
 

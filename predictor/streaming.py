@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from attention_predictor.csrc import binding, ops
 from attention_predictor.csrc.window import FEATURES, MAPS, ROWS
-from attention_predictor.predictor.errors import ConfigError, IntegrityError
+from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.window import WindowPredictor
 

@@ -26,7 +26,7 @@ from attention_predictor import OffloadConfig, attach
 from attention_predictor.arguments import add_model_arguments
 from attention_predictor.eval import synthetic
 from attention_predictor.loading import load_model, load_tokenizer
-from attention_predictor.offload.versions import with_cache
+from attention_predictor.offload.hf.versions import with_cache
 
 TEXT = Path(__file__).with_name("demo_text.txt")
 # Statement, its place in the document, a question, what the answer must say.

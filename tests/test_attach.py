@@ -22,9 +22,9 @@ from attention_predictor import (
     TieredCache,
     attach,
 )
-from attention_predictor.offload.layer import TieredLayer
+from attention_predictor.offload.hf.layer import TieredLayer
+from attention_predictor.offload.hf.versions import cache_of, with_cache
 from attention_predictor.offload.policies import Policy, policy_class, policy_names, register
-from attention_predictor.offload.versions import cache_of, with_cache
 
 CONFIG = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16)
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 from attention_predictor import AttachError
-from attention_predictor.offload import dense, fused
-from attention_predictor.offload.attention import tiered_attention, tiered_mask
-from attention_predictor.offload.dense import Chunk, Terms, attend, attend_prompt, score_rows, split
+from attention_predictor.offload.attention import dense, fused
+from attention_predictor.offload.attention.dense import Chunk, Terms, attend, attend_prompt, score_rows, split
+from attention_predictor.offload.attention.sparse import attend_slots
+from attention_predictor.offload.hf.attention import tiered_attention, tiered_mask
 from attention_predictor.offload.policies.base import Step
-from attention_predictor.offload.sparse import attend_slots
 from attention_predictor.predictor.scores import block_mass, block_scores
 
 B, G, H, D, BLOCK = 2, 2, 6, 8, 4

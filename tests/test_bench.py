@@ -18,16 +18,16 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval import synthetic_cache, trial, ways
 from attention_predictor.eval.breakdown import breakdown, covered, stage_of
 from attention_predictor.eval.comparison import compare
 from attention_predictor.eval.shapes import SHAPES, random_model, shape_config
 from attention_predictor.eval.synthetic_cache import PAST, Locality, SyntheticCache
 from attention_predictor.eval.timings import TimingsFile
-from attention_predictor.offload import host_memory, room
-from attention_predictor.offload.dense import scaled_logits
-from attention_predictor.offload.versions import with_cache
-from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.offload.attention.dense import scaled_logits
+from attention_predictor.offload.blocks import host_memory, room
+from attention_predictor.offload.hf.versions import with_cache
 
 CPU = torch.device("cpu")
 LAYER = ["--kv-heads", "2", "--heads", "4", "--repeats", "2", "--json"]

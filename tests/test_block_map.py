@@ -9,8 +9,8 @@ from tiny_models import make_tiny_model
 from attention_predictor.eval.block_map import BEST, LETTERS, LEVELS, MAP_LETTERS, MAP_STEPS, READ, codes_of, map_record
 from attention_predictor.eval.tails import decode_tails, prefill
 from attention_predictor.eval.watched import watch
-from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.hf.attach import attach
 
 
 def test_codes():

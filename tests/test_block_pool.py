@@ -11,9 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from attention_predictor.offload.block_pool import BlockPool
-from attention_predictor.offload.residency import ResidencyTable
-from attention_predictor.predictor.errors import IntegrityError
+from attention_predictor.errors import IntegrityError
+from attention_predictor.offload.blocks.block_pool import BlockPool
+from attention_predictor.offload.blocks.residency import ResidencyTable
 
 KV_HEADS, BLOCK_SIZE, HEAD_DIM, BLOCKS = 2, 4, 3, 12
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 
 from attention_predictor.cli import COMMANDS, main
+from attention_predictor.errors import CheckpointError
 from attention_predictor.loading import load_model
-from attention_predictor.predictor.errors import CheckpointError
 from attention_predictor.predictor.model import AttentionPredictor
 
 

@@ -24,7 +24,7 @@ from attention_predictor.csrc import binding, build, compiler, gather, kernel, o
 from attention_predictor.csrc.gather import Moment
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import Fields, assertions, doubles, integers, pointers
-from attention_predictor.predictor.errors import BuildError
+from attention_predictor.errors import BuildError
 
 REMEMBERED = (binding.library, compiler.chosen, build._warn_once, kernel._driver, kernel._context)
 GPU = torch.device("cuda", 1)

@@ -13,8 +13,8 @@ from tiny_models import FAMILIES, VOCABULARY, make_tiny_model
 from transformers import PreTrainedTokenizerFast, pipeline
 
 from attention_predictor import OffloadConfig, attach
+from attention_predictor.offload.hf.versions import cache_of, with_cache
 from attention_predictor.offload.policies import policy_names
-from attention_predictor.offload.versions import cache_of, with_cache
 
 POLICIES = policy_names()
 GREEDY = {"do_sample": False, "max_new_tokens": 24}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from recordings import META, make_record, make_recording
 
-from attention_predictor.predictor.errors import DataError
+from attention_predictor.errors import DataError
 from attention_predictor.train.dataset import HistoryDataset, HistoryWriter
 from attention_predictor.train.shards import Record
 

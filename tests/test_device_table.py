@@ -12,13 +12,13 @@ from torch import Tensor
 
 from attention_predictor import OffloadConfig
 from attention_predictor.csrc import ops
-from attention_predictor.offload.device_table import DeviceTable
-from attention_predictor.offload.host_memory import HostMemory
-from attention_predictor.offload.prefetch import make_prefetcher
-from attention_predictor.offload.residency import ResidencyTable
-from attention_predictor.offload.selection import Selection
+from attention_predictor.offload.blocks.host_memory import HostMemory
+from attention_predictor.offload.blocks.prefetch import make_prefetcher
+from attention_predictor.offload.blocks.residency import ResidencyTable
+from attention_predictor.offload.blocks.tiers import Tiers
+from attention_predictor.offload.policies.selection import Selection
 from attention_predictor.offload.stats import DeviceCounts, Stats
-from attention_predictor.offload.tiers import Tiers
+from attention_predictor.offload.step.device_table import DeviceTable
 
 DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 B, G, H, D = 2, 2, 4, 8

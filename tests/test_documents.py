@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from attention_predictor.documents import Document, excerpt, read_documents
-from attention_predictor.predictor.errors import DataError
+from attention_predictor.errors import DataError
 
 
 def read(source: Path | str, **settings: Any) -> list[Document]:

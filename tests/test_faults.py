@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from attention_predictor import AttachError, FetchError, IntegrityError, OffloadConfig, attach
-from attention_predictor.offload.versions import with_cache
+from attention_predictor.offload.hf.versions import with_cache
 
 CONFIG = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16)
 pytestmark = pytest.mark.timeout(60)

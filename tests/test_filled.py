@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_text_model import CHAT, make_tiny_tokenizer
 
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.filled import Draft, FilledBenchmark, Haystack, most_that_fit, prefixed_ids
-from attention_predictor.predictor.errors import ConfigError, DataError
 
 
 class Words(FilledBenchmark):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from recordings import META, make_record, make_recording
 
-from attention_predictor.predictor.errors import CheckpointError, ConfigError, DataError
+from attention_predictor.errors import CheckpointError, ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.train import fit as fit_module
 from attention_predictor.train.dataset import HistoryDataset, HistoryWriter

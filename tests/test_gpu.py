@@ -7,8 +7,8 @@ import torch
 from tiny_models import FAMILIES
 
 from attention_predictor import OffloadConfig, attach
+from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import policy_names
-from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.sketch import KeySketch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_matmul")]

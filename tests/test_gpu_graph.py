@@ -8,9 +8,10 @@ from tiny_models import FAMILIES
 from torch import Tensor
 
 from attention_predictor import OffloadConfig, attach
-from attention_predictor.offload import device_step, host_memory
-from attention_predictor.offload.device_step import DeviceStep
-from attention_predictor.offload.versions import with_cache
+from attention_predictor.offload.blocks import host_memory
+from attention_predictor.offload.hf.versions import with_cache
+from attention_predictor.offload.step import device_step
+from attention_predictor.offload.step.device_step import DeviceStep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_matmul")]
 SMALL = {"budget": 96, "sink": 32, "recent": 32}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
 
-from attention_predictor.predictor.errors import IntegrityError
+from attention_predictor.errors import IntegrityError
 from attention_predictor.predictor.history import CHUNK_BLOCKS, ScoreHistory
 from attention_predictor.predictor.model import (
     ARCHITECTURES,

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import Tensor
 
-from attention_predictor.offload import host_memory
-from attention_predictor.offload.available_memory import left_in_cgroups
-from attention_predictor.offload.host_memory import ALIGNMENT, SMALL_BYTES, HostMemory
-from attention_predictor.predictor.errors import HostMemoryError
+from attention_predictor.errors import HostMemoryError
+from attention_predictor.offload.blocks import host_memory
+from attention_predictor.offload.blocks.available_memory import left_in_cgroups
+from attention_predictor.offload.blocks.host_memory import ALIGNMENT, SMALL_BYTES, HostMemory
 
 PAGE = mmap.PAGESIZE
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
-from attention_predictor.offload import host_memory
-from attention_predictor.offload.host_memory import HostMemory
-from attention_predictor.offload.host_store import UNSETTLED_TOKENS, HostStore
-from attention_predictor.offload.transfer import SMALL_BYTES, Outbox, outbox
-from attention_predictor.predictor.errors import HostMemoryError, IntegrityError
+from attention_predictor.errors import HostMemoryError, IntegrityError
+from attention_predictor.offload.blocks import host_memory
+from attention_predictor.offload.blocks.host_memory import HostMemory
+from attention_predictor.offload.blocks.host_store import UNSETTLED_TOKENS, HostStore
+from attention_predictor.offload.blocks.transfer import SMALL_BYTES, Outbox, outbox
 
 SHAPE = {"batch": 2, "kv_heads": 3, "head_dim": 4, "dtype": torch.float32}
 

@@ -16,8 +16,8 @@ from emulated import emulated_gpu
 from torch import Tensor
 
 from attention_predictor.csrc import binding, ops
-from attention_predictor.offload.selection import Selection
-from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.errors import ConfigError
+from attention_predictor.offload.policies.selection import Selection
 from attention_predictor.predictor.history import ScoreHistory, no_kernel, row_of_logits
 from attention_predictor.predictor.model import AttentionPredictor, ExponentialAverage, FilterPredictor
 

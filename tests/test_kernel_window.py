@@ -13,7 +13,7 @@ from emulated import emulated_gpu
 from torch import Tensor
 
 from attention_predictor.csrc import ops
-from attention_predictor.predictor.errors import ConfigError, IntegrityError
+from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.streaming import StreamedHistory, no_kernel
 from attention_predictor.predictor.window import WindowPredictor

@@ -12,10 +12,10 @@ from emulated import emulated_gpu, libraries
 from torch import Tensor
 
 from attention_predictor.csrc import binding, ops
-from attention_predictor.offload.dense import Terms
-from attention_predictor.offload.host_memory import HostMemory
-from attention_predictor.offload.host_store import HostStore, gather_reference
-from attention_predictor.offload.sparse import attend_slots, score_slots
+from attention_predictor.offload.attention.dense import Terms
+from attention_predictor.offload.attention.sparse import attend_slots, score_slots
+from attention_predictor.offload.blocks.host_memory import HostMemory
+from attention_predictor.offload.blocks.host_store import HostStore, gather_reference
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
 DEVICES = ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -171,7 +171,7 @@ def test_gather_to_host(dtype: torch.dtype, count: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [0, 1, 7, 40])
 def test_gather_to_pool(dtype: torch.dtype, count: int) -> None:
-    from attention_predictor.offload.block_pool import BlockPool
+    from attention_predictor.offload.blocks.block_pool import BlockPool
 
     store, (row, block) = filled_store(dtype, HostMemory(torch.device("cuda"))), entries(count)
     shape = {"batch": 2, "kv_heads": 3, "slots": 60, "block_size": 16, "head_dim": 16, "dtype": dtype}

@@ -8,8 +8,8 @@ import pytest
 from tiny_text_model import save_tiny_text_model
 
 from attention_predictor.cli import main
+from attention_predictor.errors import CheckpointError
 from attention_predictor.loading import load_config, load_model, load_tokenizer
-from attention_predictor.predictor.errors import CheckpointError
 
 COMMANDS = [
     ("generate", "--prompt", "x"),

@@ -26,6 +26,7 @@ from tiny_text_model import (
 )
 
 from attention_predictor.cli import main
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval import runner as runner_module
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.longbench import metrics
@@ -36,7 +37,6 @@ from attention_predictor.eval.longbench.scorer import ENGLISH, sample_scores, sc
 from attention_predictor.eval.longbench.tasks import CATEGORIES, TASKS, choose_tasks
 from attention_predictor.eval.prompts import fitted_ids, prompt_ids
 from attention_predictor.eval.subject import Subject
-from attention_predictor.predictor.errors import ConfigError, DataError
 
 
 def rouge_f(precision: float, recall: float) -> float:

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention_predictor import OffloadConfig, attach
-from attention_predictor.offload.dense import Terms, scaled_logits
+from attention_predictor.offload.attention.dense import Terms, scaled_logits
+from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import LayerSpec, policy_class
 from attention_predictor.offload.policies.predictor import Predictor
 from attention_predictor.offload.policies.quest import KeyBounds, QuestAhead
-from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.scores import block_peak_and_sum
 
 SMALL = {"predictor": "ema", "budget": 96, "sink": 16, "recent": 16}

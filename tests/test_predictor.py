@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from attention_predictor.errors import CheckpointError, ConfigError
 from attention_predictor.predictor import scores
-from attention_predictor.predictor.errors import CheckpointError, ConfigError
 from attention_predictor.predictor.model import (
     ARCHITECTURES,
     AttentionPredictor,

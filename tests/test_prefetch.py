@@ -13,13 +13,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from attention_predictor.offload.prefetch import (
+from attention_predictor.errors import ConfigError, FetchError, IntegrityError
+from attention_predictor.offload.blocks.prefetch import (
     Prefetcher,
     SyncPrefetcher,
     ThreadPrefetcher,
     make_prefetcher,
 )
-from attention_predictor.predictor.errors import ConfigError, FetchError, IntegrityError
 
 pytestmark = pytest.mark.timeout(20)
 NAME = "attention-predictor-prefetch"
@@ -393,7 +393,7 @@ def test_close_from_other_threads_and_from_a_job(threaded):
 
 
 def test_close_gives_up_on_a_job_that_does_not_end(monkeypatch, threaded):
-    monkeypatch.setattr("attention_predictor.offload.prefetch.CLOSE_S", 0.1)
+    monkeypatch.setattr("attention_predictor.offload.blocks.prefetch.CLOSE_S", 0.1)
     release, ran = threading.Event(), []
     threaded.submit(lambda: release.wait(10))
     behind = threaded.submit(lambda: ran.append(1))

@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
 from attention_predictor.csrc import ops
-from attention_predictor.offload import dense, fused
-from attention_predictor.offload.block_pool import BlockPool
-from attention_predictor.offload.dense import Chunk, Terms, attend, attend_prompt
-from attention_predictor.offload.host_memory import HostMemory
-from attention_predictor.offload.host_store import HostStore
-from attention_predictor.offload.transfer import SMALL_BYTES, inward, outbox
-from attention_predictor.offload.versions import cache_of, with_cache
+from attention_predictor.offload.attention import dense, fused
+from attention_predictor.offload.attention.dense import Chunk, Terms, attend, attend_prompt
+from attention_predictor.offload.blocks.block_pool import BlockPool
+from attention_predictor.offload.blocks.host_memory import HostMemory
+from attention_predictor.offload.blocks.host_store import HostStore
+from attention_predictor.offload.blocks.transfer import SMALL_BYTES, inward, outbox
+from attention_predictor.offload.hf.versions import cache_of, with_cache
 
 CONFIG = {"predictor": "ema", "budget": 64, "sink": 16, "recent": 16}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
+from attention_predictor.errors import AttachError, ConfigError, DataError
 from attention_predictor.eval.pruning.measure import block_influence, measure
 from attention_predictor.eval.pruning.plan import Plan, importance, normalised, order, read_scores
 from attention_predictor.eval.pruning.shorten import save, without_layers
 from attention_predictor.eval.pruning.sweep import RANDOM, Sweep, bits_per_token, make_orders
-from attention_predictor.offload.query_similarity import query_similarity
-from attention_predictor.predictor.errors import AttachError, ConfigError, DataError
+from attention_predictor.offload.policies.query_similarity import query_similarity
 
 # Four layers each, so that something is left; lists by layer are as long.
 MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from attention_predictor.predictor.errors import DataError, WriteError
+from attention_predictor.errors import DataError, WriteError
 from attention_predictor.reading import check_unicode, parse_json, read_json, read_lines, read_text
 from attention_predictor.writing import json_bytes, write_atomically, write_together
 

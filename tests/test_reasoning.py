@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_text_model import CHAT, make_tiny_tokenizer, save_tiny_text_model, write_jsonl
 
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.reasoning.answers import find_answer, same_answer
 from attention_predictor.eval.reasoning.benchmark import (
@@ -24,7 +25,6 @@ from attention_predictor.eval.reasoning.benchmark import (
 )
 from attention_predictor.eval.reasoning.latex import normalise, value
 from attention_predictor.eval.reasoning.prompts import as_task, behind_examples
-from attention_predictor.predictor.errors import ConfigError, DataError
 
 # What a model wrote, and the answer in it.
 NUMERIC = [

@@ -16,9 +16,9 @@ from conftest import POCKET
 from attention_predictor import OffloadConfig
 from attention_predictor.cli import main
 from attention_predictor.documents import Excerpt
+from attention_predictor.errors import DataError
 from attention_predictor.loading import load_tokenizer
 from attention_predictor.predictor.base import PROMPT_ROWS
-from attention_predictor.predictor.errors import DataError
 from attention_predictor.train import recorder
 from attention_predictor.train.dataset import HistoryDataset
 from attention_predictor.train.estimate import check_space, in_words, largest_size, seconds_a_document

@@ -14,8 +14,8 @@ from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.recovery_map import mean_map, sample_scores
 from attention_predictor.eval.tails import decode_tails, prefill
 from attention_predictor.eval.watched import watch
-from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.hf.attach import attach
 
 
 @pytest.mark.parametrize("policy", ["predictor", "quest", "streaming", "oracle", "pyramidkv"])

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention_predictor.offload.residency import Plan, ResidencyTable
-from attention_predictor.predictor.errors import IntegrityError
+from attention_predictor.errors import IntegrityError
+from attention_predictor.offload.blocks.residency import Plan, ResidencyTable
 
 
 def want(table: ResidencyTable, *rows: list[int]) -> Plan:

@@ -13,6 +13,7 @@ from benchmark_runs import evaluate, make_text, refused, results, write_texts
 from tiny_text_model import make_tiny_tokenizer, save_tiny_text_model, write_jsonl
 from transformers import AutoTokenizer
 
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.filled import Haystack
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.ruler import command
@@ -22,7 +23,6 @@ from attention_predictor.eval.ruler.families import FAMILIES, choose_families
 from attention_predictor.eval.ruler.passages import Passages
 from attention_predictor.eval.ruler.scorer import sample_scores
 from attention_predictor.eval.ruler.words import compounds
-from attention_predictor.predictor.errors import ConfigError, DataError
 
 NIAH = [name for name in FAMILIES if name.startswith("niah")]
 NEEDLE = re.compile(r"One of the special magic (numbers|uuids) for (\S+) is: (\S+)\.(?=\s|$)")

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from attention_predictor import progress as progress_module
 from attention_predictor.cli import main
+from attention_predictor.errors import ConfigError, ContextLengthError, DataError
 from attention_predictor.eval import runner as runner_module
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.judge import Rule
@@ -33,10 +34,9 @@ from attention_predictor.eval.provenance import git_state
 from attention_predictor.eval.runner import Benchmark, Plan, Sample, add_run_arguments, describe, run
 from attention_predictor.eval.subject import Subject
 from attention_predictor.eval.variants import make_variants
-from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.offload.versions import with_cache
-from attention_predictor.predictor.errors import ConfigError, ContextLengthError, DataError
+from attention_predictor.offload.hf.attach import attach
+from attention_predictor.offload.hf.versions import with_cache
 
 ONE_THREAD = dict(os.environ) | {
     "OMP_NUM_THREADS": "1"

@@ -8,10 +8,10 @@ from dataclasses import fields
 import pytest
 
 from attention_predictor.cli import main, make_parser
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval.rules import Rule
 from attention_predictor.kinds import Kind
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.predictor.errors import ConfigError
 from attention_predictor.settings import FIELDS, add_setting_arguments, offload_config, read_setting
 
 # A value of each setting that is not its default, as text and as it is kept.

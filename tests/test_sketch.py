@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
+from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor import sketch as sketch_module
-from attention_predictor.predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.quantise import masks, pack, quantise, unpack
 from attention_predictor.predictor.sketch import CHUNK_GROUPS, RECENT_QUERIES, KeySketch
 

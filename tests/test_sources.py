@@ -6,8 +6,8 @@ import pytest
 from benchmark_runs import make_text, write_texts
 from tiny_text_model import make_tiny_tokenizer, write_jsonl
 
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.sources import Source, Windows, parse_sources
-from attention_predictor.predictor.errors import ConfigError, DataError
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from tiny_models import make_tiny_model
 
 from attention_predictor.eval.steps import MOST, StepSeries, mean_series, watched_steps
 from attention_predictor.eval.tails import decode_tails, prefill
-from attention_predictor.offload.attach import attach
 from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.hf.attach import attach
 
 
 def figures(engine) -> dict[str, int]:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_predictor.predictor.errors import IntegrityError
+from attention_predictor.errors import IntegrityError
 from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.streaming import StreamedHistory
 from attention_predictor.predictor.window import WindowPredictor

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention_predictor.predictor.errors import CheckpointError
+from attention_predictor.errors import CheckpointError
 from attention_predictor.predictor.model import AttentionPredictor, FilterPredictor
 
 SHAPES = {

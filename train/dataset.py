@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_predictor import kinds
-from attention_predictor.predictor.errors import DataError, one_line
+from attention_predictor.errors import DataError, one_line
 from attention_predictor.reading import read_json
 from attention_predictor.train.shards import Record, Recording, encode, pyarrow_modules, schema, stack
 from attention_predictor.writing import json_bytes, write_atomically, writing

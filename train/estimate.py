@@ -11,9 +11,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from attention_predictor.documents import Excerpt
+from attention_predictor.errors import DataError
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.predictor.base import PROMPT_ROWS
-from attention_predictor.predictor.errors import DataError
 from attention_predictor.sizes import size_text
 from attention_predictor.train.recorder import record
 

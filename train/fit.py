@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from attention_predictor.commands.train import add_arguments as add_arguments
-from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor, architecture
 from attention_predictor.progress import Progress
 from attention_predictor.train.dataset import HistoryDataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, fields
 
-from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.errors import ConfigError
 
 # Architectures that can be trained, and steps of a document learned from at once. Neighbouring steps teach the same;
 # the window network shares no work.

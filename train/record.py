@@ -11,11 +11,11 @@ from accelerate import PartialState
 
 from attention_predictor.arguments import whole_numbers
 from attention_predictor.documents import Document, Excerpt, excerpt, read_documents
+from attention_predictor.errors import DataError
 from attention_predictor.loading import device_name, load_model, load_tokenizer
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.offload.forwards import check_positions
+from attention_predictor.offload.hf.forwards import check_positions
 from attention_predictor.predictor.base import PROMPT_ROWS
-from attention_predictor.predictor.errors import DataError
 from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.progress import Progress
 from attention_predictor.train.dataset import HistoryWriter

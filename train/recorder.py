@@ -12,16 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_predictor.documents import Excerpt
-from attention_predictor.offload.attach import attach
+from attention_predictor.errors import ConfigError
+from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.offload.dense import ScoreRows
 from attention_predictor.offload.engine import Engine
-from attention_predictor.offload.layer import TieredLayer
+from attention_predictor.offload.hf.attach import attach
+from attention_predictor.offload.hf.layer import TieredLayer
+from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import LayerSpec, Policy, Step, register
 from attention_predictor.offload.policies.predictor import Predictor
-from attention_predictor.offload.versions import with_cache
 from attention_predictor.predictor.base import PROMPT_ROWS
-from attention_predictor.predictor.errors import ConfigError
 from attention_predictor.train.shards import Record
 
 SEQUENCES = 16  # decoded at once: a sequence's cache and rows are as large as the prompt is long

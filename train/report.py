@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from attention_predictor.errors import DataError
 from attention_predictor.figures import save_figure
-from attention_predictor.predictor.errors import DataError
 from attention_predictor.train.options import TrainOptions
 
 CURVES_FILE = "curves.png"

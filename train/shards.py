@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention_predictor.predictor.errors import DataError
+from attention_predictor.errors import DataError
 
 LARGEST = 1.01  # fp16 sums of probabilities may round above 1
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attention_predictor.predictor.errors import CheckpointError, ConfigError, one_line
+from attention_predictor.errors import CheckpointError, ConfigError, one_line
 from attention_predictor.writing import write_atomically
 
 FORMAT_VERSION = 1

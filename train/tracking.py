@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.errors import ConfigError
 from attention_predictor.train.options import TRACKERS
 
 PROJECT = "attention-predictor"

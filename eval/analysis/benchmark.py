@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from attention_predictor.documents import Excerpt
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.analysis.document import Judgement, analyse
 from attention_predictor.eval.runner import Benchmark, Sample
 from attention_predictor.eval.sources import Windows
 from attention_predictor.eval.subject import Subject
-from attention_predictor.offload.selection import Selection
+from attention_predictor.offload.policies.selection import Selection
 from attention_predictor.predictor.base import AttentionPredictor
-from attention_predictor.predictor.errors import ConfigError, DataError
 
 VARIANT = "attention"  # attends to everything, from host memory
 PREDICTORS = ("predictor", "last")  # as columns name them; the second repeats the last row

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
+from attention_predictor.errors import AttachError, ConfigError
 from attention_predictor.eval.analysis.benchmark import VARIANT, Analysis
 from attention_predictor.eval.analysis.gallery import LEVELS, NAMES, correlation_text, gallery
 from attention_predictor.eval.analysis.patterns import CLASSES
@@ -17,10 +18,9 @@ from attention_predictor.eval.prompts import context_length
 from attention_predictor.eval.runner import Plan, run
 from attention_predictor.eval.sources import Windows, parse_sources
 from attention_predictor.loading import load_config, load_tokenizer
-from attention_predictor.offload.cache import full_attention_layers
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.offload.selection import Selection
-from attention_predictor.predictor.errors import AttachError, ConfigError
+from attention_predictor.offload.hf.cache import full_attention_layers
+from attention_predictor.offload.policies.selection import Selection
 from attention_predictor.writing import write_atomically
 
 # Columns of the table; short, since layers have to be seen side by side.

@@ -21,11 +21,11 @@ from attention_predictor.eval.analysis.foresight import Foreseen, Foresight
 from attention_predictor.eval.analysis.layer_map import LayerMap, head_scorer, pooled
 from attention_predictor.eval.analysis.qsim import over_windows
 from attention_predictor.eval.analysis.watch import Attended, watching
-from attention_predictor.offload.dense import ScoreRows
+from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.engine import Engine
-from attention_predictor.offload.query_similarity import query_similarity
-from attention_predictor.offload.selection import Selection
-from attention_predictor.offload.versions import with_cache
+from attention_predictor.offload.hf.versions import with_cache
+from attention_predictor.offload.policies.query_similarity import query_similarity
+from attention_predictor.offload.policies.selection import Selection
 from attention_predictor.predictor.base import PROMPT_ROWS, AttentionPredictor
 
 DIGITS = 6

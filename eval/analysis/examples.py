@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention_predictor.predictor.errors import DataError
+from attention_predictor.errors import DataError
 
 COLUMNS = 512  # of a map of the whole context; where there are more blocks, some share one
 ZOOMED = 12  # blocks that are shown token by token

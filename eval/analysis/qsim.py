@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attention_predictor.offload.query_similarity import query_similarity
+from attention_predictor.offload.policies.query_similarity import query_similarity
 
 
 def over_windows(query_BHTD: Tensor, window: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.longbench.benchmark import LongBench
 from attention_predictor.eval.longbench.data import open_source
@@ -22,7 +23,6 @@ from attention_predictor.eval.processes import Processes
 from attention_predictor.eval.prompts import context_length
 from attention_predictor.eval.runner import Plan, run
 from attention_predictor.loading import load_tokenizer
-from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.reading import check_unicode, read_json
 
 

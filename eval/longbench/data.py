@@ -10,10 +10,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from attention_predictor.errors import ConfigError, DataError, one_line
 from attention_predictor.eval.longbench.scorer import check_prediction
 from attention_predictor.eval.predictions import Record
 from attention_predictor.eval.runner import Sample
-from attention_predictor.predictor.errors import ConfigError, DataError, one_line
 from attention_predictor.reading import check_unicode, parse_row, read_lines
 
 HUB = "hub"

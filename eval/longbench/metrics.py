@@ -15,8 +15,8 @@ from difflib import SequenceMatcher
 from functools import cache
 from types import ModuleType
 
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.longbench.rouge import rouge_l
-from attention_predictor.predictor.errors import ConfigError, DataError
 
 Metric = Callable[[str, str, Sequence[str]], float]
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from attention_predictor.errors import DataError
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.longbench.tasks import CATEGORIES, SYNTHETIC, TASKS, check_names
 from attention_predictor.eval.predictions import INDEX, Record
 from attention_predictor.kinds import is_whole
-from attention_predictor.predictor.errors import DataError
 from attention_predictor.reading import read_lines
 
 BUCKETS = {"0-4k": (0, 4000), "4-8k": (4000, 8000), "8k+": (8000, None)}  # LongBench-E: words or characters

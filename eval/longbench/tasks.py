@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval.longbench import metrics
 from attention_predictor.eval.longbench.metrics import Metric
-from attention_predictor.predictor.errors import ConfigError
 
 BENCHMARK = "longbench"
 ALL = "all"  # as names of tasks

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from attention_predictor.errors import DataError
 from attention_predictor.eval import needle, recovery_map
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.heatmap import Axes, Panel
@@ -18,7 +19,6 @@ from attention_predictor.eval.plain_table import MISSING
 from attention_predictor.eval.sheet import Column, Row, Sheet, describe
 from attention_predictor.eval.steps import mean_series
 from attention_predictor.eval.tables import budget_text, interval_text, notes, score_text, signed
-from attention_predictor.predictor.errors import DataError
 
 TITLE = "Selection policies under a budget"
 MANY = 4  # charts of tasks, above which they are folded away

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from attention_predictor.errors import AttachError
 from attention_predictor.eval.pruning.shorten import decoder_layers
-from attention_predictor.offload.attention import tiered_attention, tiered_mask
-from attention_predictor.offload.query_similarity import WINDOW, query_similarity
-from attention_predictor.predictor.errors import AttachError
+from attention_predictor.offload.hf.attention import tiered_attention, tiered_mask
+from attention_predictor.offload.policies.query_similarity import WINDOW, query_similarity
 
 NAME = "attention_predictor_watched"
 WATCHER = "_attention_predictor_watcher"  # of an attention module: who is shown its queries

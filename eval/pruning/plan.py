@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.reading import read_json
 
 METRICS = {"bi": ("bi",), "qsim": ("q_similarity",), "tappa": ("bi", "q_similarity")}  # and the scores they need

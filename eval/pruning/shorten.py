@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from attention_predictor.predictor.errors import AttachError, ConfigError, WriteError, one_line
+from attention_predictor.errors import AttachError, ConfigError, WriteError, one_line
 from attention_predictor.writing import writing
 
 # Lists of layer numbers in configurations of transformers; others with "layer" in their name that are as long as the

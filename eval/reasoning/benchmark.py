@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.predictions import Record
 from attention_predictor.eval.prompts import prompt_ids
 from attention_predictor.eval.reasoning.answers import find_answer, same_answer
@@ -19,7 +20,6 @@ from attention_predictor.eval.reasoning.kinds import KINDS, Kind, Sampling
 from attention_predictor.eval.reasoning.prompts import ASK, END, as_task, behind_examples
 from attention_predictor.eval.runner import Benchmark, Sample
 from attention_predictor.eval.subject import Subject
-from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.reading import check_unicode, read_lines
 
 PROBLEM_FIELDS = ("problem", "question", "prompt")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval.reasoning.prompts import MATHEMATICS, WORD_PROBLEMS
-from attention_predictor.predictor.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.filled import FilledBenchmark, paragraph_end, prefixed_ids
 from attention_predictor.eval.haystack import Draft
 from attention_predictor.eval.prompts import check_chat
@@ -18,7 +19,6 @@ from attention_predictor.eval.ruler.scorer import AT, family_name
 from attention_predictor.eval.runner import Benchmark, Sample
 from attention_predictor.eval.subject import Subject
 from attention_predictor.kinds import is_number
-from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.reading import check_unicode, read_lines
 
 RULER_FILE = "validation"  # what RULER calls the samples of every task, in a directory of the task's name

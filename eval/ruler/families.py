@@ -8,12 +8,12 @@ Samples that RULER itself has made can be run with ``attnpred eval ruler --data`
 
 from __future__ import annotations
 
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval.ruler.base import Family
 from attention_predictor.eval.ruler.counting import CommonWords, FrequentWords
 from attention_predictor.eval.ruler.questions import QuestionAnswering
 from attention_predictor.eval.ruler.retrieval import Retrieval
 from attention_predictor.eval.ruler.tracking import VariableTracking
-from attention_predictor.predictor.errors import ConfigError
 
 ALL = "all"  # as names of tasks
 FAMILIES: dict[str, Family] = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attention_predictor.predictor.errors import DataError
+from attention_predictor.errors import DataError
 from attention_predictor.reading import check_unicode, read_lines
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from attention_predictor.eval.bench import Row
 from attention_predictor.eval.speed.options import BLOCK, checked, show
 from attention_predictor.eval.speed.stopwatch import Call, input_sets, timed
-from attention_predictor.offload.dense import Terms
-from attention_predictor.offload.sparse import attend_slots
+from attention_predictor.offload.attention.dense import Terms
+from attention_predictor.offload.attention.sparse import attend_slots
 from attention_predictor.progress import Progress
 
 WORKSPACE_BYTES = 128 << 20  # that FlashInfer asks for

@@ -12,9 +12,9 @@ from torch import Tensor
 from attention_predictor.csrc import ops
 from attention_predictor.eval.speed.options import BLOCK, checked, show
 from attention_predictor.eval.speed.stopwatch import Call, timed
-from attention_predictor.offload.block_pool import BlockPool
-from attention_predictor.offload.host_memory import HostMemory
-from attention_predictor.offload.host_store import HostStore, gather_reference
+from attention_predictor.offload.blocks.block_pool import BlockPool
+from attention_predictor.offload.blocks.host_memory import HostMemory
+from attention_predictor.offload.blocks.host_store import HostStore, gather_reference
 from attention_predictor.progress import Progress
 
 CHUNK = 4096  # tokens made at once

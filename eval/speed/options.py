@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from attention_predictor.csrc import ops
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval.bench import Row, report, with_ratios
 from attention_predictor.loading import DTYPES, find_device
-from attention_predictor.predictor.errors import ConfigError
 
 BLOCK = 16
 

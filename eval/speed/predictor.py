@@ -10,12 +10,12 @@ from functools import partial
 import torch
 
 from attention_predictor.arguments import whole_numbers
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval.bench import Row, report, with_ratios
 from attention_predictor.eval.speed.options import BLOCK, checked
 from attention_predictor.eval.speed.stopwatch import input_sets, timed
 from attention_predictor.predictor import history, streaming
 from attention_predictor.predictor.base import AttentionPredictor
-from attention_predictor.predictor.errors import ConfigError
 from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.streaming import StreamedHistory
 from attention_predictor.predictor.window import WINDOW_ROWS, WindowPredictor

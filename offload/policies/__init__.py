@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from attention_predictor.errors import ConfigError
 from attention_predictor.lazy import lazy_names
-from attention_predictor.predictor.errors import ConfigError
 
 if TYPE_CHECKING:
     from attention_predictor.offload.policies.base import LayerSpec as LayerSpec

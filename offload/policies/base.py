@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention_predictor.offload.dense import Chunk, ScoreRows, Terms, score_rows
-from attention_predictor.offload.selection import Selection
-from attention_predictor.offload.sparse import SlotScores, SparseAttention, score_slots
-from attention_predictor.predictor.errors import IntegrityError
+from attention_predictor.errors import IntegrityError
+from attention_predictor.offload.attention.dense import Chunk, ScoreRows, Terms, score_rows
+from attention_predictor.offload.attention.sparse import SlotScores, SparseAttention, score_slots
+from attention_predictor.offload.policies.selection import Selection
 
 if TYPE_CHECKING:
     from attention_predictor.offload.config import OffloadConfig
@@ -187,7 +187,7 @@ class Policy:
     ``selects`` says when: ``"ahead"`` for the next token, so that the fetch hides behind this one; ``"now"`` with the
     current query, so that it can't; ``"all"`` attends to everything and selects nothing. ``evicts`` says that a block
     once left out is never selected again, by definition; the host store holds it all the same. ``allocation`` is how
-    its paper has layers share the budget (``offload/allocation.py``).
+    its paper has layers share the budget (``offload/policies/allocation.py``).
 
     Attributes:
         selection: The layer's budget and what goes with it; the layer sets it, anew if its budget changes.

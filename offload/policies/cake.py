@@ -3,7 +3,7 @@
 As in the paper: a key's indicator is the mean of the attention of the last 32 prompt queries plus γ = 200 times its
 variance over them, pooled over 5 tokens and averaged over the query heads of a KV head. A layer's preference is
 H^(1/τ1) · V^(1/τ2), H being the entropy of that attention (how widely it is spread) and V the sum of its variances
-(how much it shifts); layers share the total budget by it (``offload/allocation.py``). τ1 = τ2 = 1; the authors tune
+(how much it shifts); layers share the total budget by it (``policies/allocation.py``). τ1 = τ2 = 1; the authors tune
 both by model.
 
 Adapted: blocks in place of tokens, the rest as in SnapKV; the query heads of a KV head are averaged before and not

@@ -17,9 +17,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attention_predictor.offload.dense import ScoreRows
+from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.policies.base import BlockValues, LayerSpec, Policy, ReadKeys, Step, newest_first
-from attention_predictor.offload.selection import NEVER, Selection
+from attention_predictor.offload.policies.selection import NEVER, Selection
 
 
 class H2O(Policy):

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention_predictor.offload.dense import ScoreRows
+from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.policies.base import BlockValues, LayerSpec, Policy, ReadKeys, Step
-from attention_predictor.offload.selection import ALWAYS, NEVER
+from attention_predictor.offload.policies.selection import ALWAYS, NEVER
 
 
 class LazyEviction(Policy):

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attention_predictor.offload.dense import ScoreRows
+from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.policies.base import LayerSpec, Part, Policy, ReadKeys, Step
-from attention_predictor.offload.selection import Selection
+from attention_predictor.offload.policies.selection import Selection
 from attention_predictor.predictor.history import row_of_logits
 from attention_predictor.predictor.model import new_history
 from attention_predictor.predictor.sketch import KeySketch

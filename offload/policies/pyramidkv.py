@@ -4,7 +4,7 @@ As in the paper: budgets fall by the same step from layer to layer, the top laye
 within a layer the last 8 prompt queries (as in the authors' scripts) rank the keys as SnapKV's do.
 
 Adapted: what falls is the budget beyond sink, recent and one block, which every layer has, rounded to blocks; the total
-is exactly that of equal budgets (``offload/allocation.py``). The rest as in SnapKV.
+is exactly that of equal budgets (``offload/policies/allocation.py``). The rest as in SnapKV.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention_predictor.errors import IntegrityError
 from attention_predictor.offload.policies.base import LayerSpec, Policy, ReadKeys, Step, When
-from attention_predictor.predictor.errors import IntegrityError
 
 
 class KeyBounds:

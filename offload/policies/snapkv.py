@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention_predictor.offload.dense import ScoreRows
+from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.policies.base import BlockValues, LayerSpec, Policy, ReadKeys, newest_first
 
 

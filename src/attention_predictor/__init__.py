@@ -10,27 +10,27 @@ from typing import TYPE_CHECKING
 from attention_predictor.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.attach import attach as attach
-    from attention_predictor.offload.cache import TieredCache as TieredCache
+    from attention_predictor.errors import AttachError as AttachError
+    from attention_predictor.errors import AttentionPredictorError as AttentionPredictorError
+    from attention_predictor.errors import CheckpointError as CheckpointError
+    from attention_predictor.errors import ConfigError as ConfigError
+    from attention_predictor.errors import ContextLengthError as ContextLengthError
+    from attention_predictor.errors import DataError as DataError
+    from attention_predictor.errors import FetchError as FetchError
+    from attention_predictor.errors import HostMemoryError as HostMemoryError
+    from attention_predictor.errors import IntegrityError as IntegrityError
+    from attention_predictor.errors import WriteError as WriteError
     from attention_predictor.offload.config import OffloadConfig as OffloadConfig
     from attention_predictor.offload.engine import Engine as Engine
-    from attention_predictor.predictor.errors import AttachError as AttachError
-    from attention_predictor.predictor.errors import AttentionPredictorError as AttentionPredictorError
-    from attention_predictor.predictor.errors import CheckpointError as CheckpointError
-    from attention_predictor.predictor.errors import ConfigError as ConfigError
-    from attention_predictor.predictor.errors import ContextLengthError as ContextLengthError
-    from attention_predictor.predictor.errors import DataError as DataError
-    from attention_predictor.predictor.errors import FetchError as FetchError
-    from attention_predictor.predictor.errors import HostMemoryError as HostMemoryError
-    from attention_predictor.predictor.errors import IntegrityError as IntegrityError
-    from attention_predictor.predictor.errors import WriteError as WriteError
+    from attention_predictor.offload.hf.attach import attach as attach
+    from attention_predictor.offload.hf.cache import TieredCache as TieredCache
     from attention_predictor.predictor.model import AttentionPredictor as AttentionPredictor
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "attach": "offload.attach",
-    "TieredCache": "offload.cache",
+    "attach": "offload.hf.attach",
+    "TieredCache": "offload.hf.cache",
     "OffloadConfig": "offload.config",
     "Engine": "offload.engine",
     "AttentionPredictor": "predictor.model",
@@ -47,7 +47,7 @@ _MODULES = {
             "IntegrityError",
             "WriteError",
         ),
-        "predictor.errors",
+        "errors",
     ),
 }
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from attention_predictor.errors import CheckpointError, ConfigError
 from attention_predictor.kinds import Kind, UnreadableError, whole
 from attention_predictor.kinds import whole_numbers as read_whole_numbers
-from attention_predictor.predictor.errors import CheckpointError, ConfigError
 from attention_predictor.settings import reader
 
 AUTO = "auto"

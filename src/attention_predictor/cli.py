@@ -20,8 +20,8 @@ from contextlib import suppress
 
 from attention_predictor import __version__
 from attention_predictor.commands import COMMANDS, add_commands
+from attention_predictor.errors import AttentionPredictorError
 from attention_predictor.parser import OptionError, Parser
-from attention_predictor.predictor.errors import AttentionPredictorError
 
 BAD_INPUT, INTERRUPTED, NO_READER = 2, 130, 141  # exit codes; the others are a command's own
 

@@ -8,7 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attention_predictor.predictor.errors import DataError, one_line
+from attention_predictor.errors import DataError, one_line
 from attention_predictor.reading import BYTE_ORDER_MARK, check_unicode, parse_json, read_text
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from attention_predictor.commands.generate import config_of
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.loading import load_model, load_tokenizer
-from attention_predictor.offload.attach import attach
 from attention_predictor.offload.engine import Engine
-from attention_predictor.offload.forwards import check_positions
-from attention_predictor.predictor.errors import ConfigError, DataError
+from attention_predictor.offload.hf.attach import attach
+from attention_predictor.offload.hf.forwards import check_positions
 from attention_predictor.progress import Progress
 from attention_predictor.reading import check_unicode, read_standard_input, read_text
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from attention_predictor.arguments import AUTO, DTYPE_NAMES, GGUF, check_dtype, check_model_name
-from attention_predictor.predictor.errors import CheckpointError, ConfigError, one_line
+from attention_predictor.errors import CheckpointError, ConfigError, one_line
 
 DTYPES: dict[str, Any] = {name: name if name == AUTO else getattr(torch, name) for name in DTYPE_NAMES}
 SHOWN = 3  # names in an error of one line

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from attention_predictor.predictor.errors import AttentionPredictorError, ConfigError
+from attention_predictor.errors import AttentionPredictorError, ConfigError
 
 
 class OptionError(ConfigError):

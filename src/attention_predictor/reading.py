@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from attention_predictor.predictor.errors import DataError
+from attention_predictor.errors import DataError
 
 BYTE_ORDER_MARK = "\ufeff"
 SHOWN = 40  # characters of a line, in errors

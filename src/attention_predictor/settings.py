@@ -8,9 +8,9 @@ from dataclasses import Field, fields
 from difflib import get_close_matches
 from typing import Any
 
+from attention_predictor.errors import ConfigError
 from attention_predictor.kinds import Kind, UnreadableError
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.predictor.errors import ConfigError
 
 FIELDS: dict[str, Field[Any]] = {one.name: one for one in fields(OffloadConfig)}
 

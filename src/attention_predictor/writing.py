@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from attention_predictor.predictor.errors import WriteError
+from attention_predictor.errors import WriteError
 
 
 def json_bytes(value: Any, indent: int | None = None) -> bytes:

@@ -23,9 +23,9 @@ import importlib.util
 from pathlib import Path
 
 from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments
+from attention_predictor.errors import ConfigError
 from attention_predictor.kinds import whole
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.predictor.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

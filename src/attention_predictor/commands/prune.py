@@ -23,10 +23,10 @@ import argparse
 from pathlib import Path
 
 from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval.plot import check_plot
 from attention_predictor.eval.pruning.plan import BETA, METRICS
 from attention_predictor.kinds import number, whole
-from attention_predictor.predictor.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -29,9 +29,9 @@ import argparse
 from pathlib import Path
 
 from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments, whole_numbers
+from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.kinds import number, whole
 from attention_predictor.predictor import PROMPT_ROWS
-from attention_predictor.predictor.errors import ConfigError, DataError
 from attention_predictor.settings import add_setting_arguments, offload_config
 
 ROWS = ("sparse", "full")

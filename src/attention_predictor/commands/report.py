@@ -20,8 +20,8 @@ import argparse
 from pathlib import Path
 
 from attention_predictor.arguments import add_option
+from attention_predictor.errors import ConfigError
 from attention_predictor.kinds import whole
-from attention_predictor.predictor.errors import ConfigError
 
 NAME = "report"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from attention_predictor.arguments import add_option
+from attention_predictor.errors import ConfigError
 from attention_predictor.kinds import whole
-from attention_predictor.predictor.errors import ConfigError
 
 
 def add_window_arguments(parser: argparse.ArgumentParser, tail: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from attention_predictor.arguments import DTYPE_NAMES, add_device_argument, add_option
+from attention_predictor.errors import ConfigError
 from attention_predictor.kinds import whole
-from attention_predictor.predictor.errors import ConfigError
 
 # name: (default, what it counts)
 NUMBERS = {

@@ -20,8 +20,8 @@ import argparse
 
 from attention_predictor.arguments import add_option
 from attention_predictor.commands.bench.model_options import add_shape_arguments, check_shape_arguments
+from attention_predictor.errors import ConfigError
 from attention_predictor.kinds import whole
-from attention_predictor.predictor.errors import ConfigError
 
 NAMES = {"ours": "ours, default settings", "device": "stock cache on the device"}
 

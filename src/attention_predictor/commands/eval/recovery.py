@@ -24,10 +24,10 @@ import argparse
 from pathlib import Path
 
 from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments, whole_numbers
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval import synthetic
 from attention_predictor.eval.rules import Rule, check_names
 from attention_predictor.kinds import whole
-from attention_predictor.predictor.errors import ConfigError
 
 TAIL_INTERVAL = 4  # steps between measurements of recovery where nothing else is judged
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attention_predictor.csrc import ops
-from attention_predictor.offload.dense import Terms, scaled_logits
+from attention_predictor.offload.attention.dense import Terms, scaled_logits
 
 
 class SlotScores(NamedTuple):

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from attention_predictor.csrc import ops
-from attention_predictor.offload import fused
-from attention_predictor.offload.fused import Piece
+from attention_predictor.offload.attention import fused
+from attention_predictor.offload.attention.fused import Piece
 from attention_predictor.predictor.scores import block_peak_and_sum
 
 # Most tokens of a chunk. Merging a piece costs each query about as much as attention to a few hundred keys.

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from attention_predictor.csrc import ops
-from attention_predictor.offload.block_pool import BlockPool
-from attention_predictor.offload.dense import Chunk, chunk_tokens
-from attention_predictor.offload.host_store import HostStore
-from attention_predictor.offload.residency import ResidencyTable
-from attention_predictor.predictor.errors import FetchError, IntegrityError
+from attention_predictor.errors import FetchError, IntegrityError
+from attention_predictor.offload.attention.dense import Chunk, chunk_tokens
+from attention_predictor.offload.blocks.block_pool import BlockPool
+from attention_predictor.offload.blocks.host_store import HostStore
+from attention_predictor.offload.blocks.residency import ResidencyTable
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.prefetch import Ticket
+    from attention_predictor.offload.blocks.prefetch import Ticket
     from attention_predictor.offload.runtime import Runtime
 
 

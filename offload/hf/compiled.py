@@ -7,8 +7,8 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from attention_predictor.offload.versions import decoder_layers
-from attention_predictor.predictor.errors import AttachError
+from attention_predictor.errors import AttachError
+from attention_predictor.offload.hf.versions import decoder_layers
 
 
 class CompiledLayers:

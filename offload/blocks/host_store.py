@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from attention_predictor.csrc import ops
-from attention_predictor.offload.host_memory import HostMemory
-from attention_predictor.offload.transfer import Outbox, Shipment, inward, outbox
-from attention_predictor.predictor.errors import IntegrityError
+from attention_predictor.errors import IntegrityError
+from attention_predictor.offload.blocks.host_memory import HostMemory
+from attention_predictor.offload.blocks.transfer import Outbox, Shipment, inward, outbox
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.block_pool import BlockPool
+    from attention_predictor.offload.blocks.block_pool import BlockPool
 
 
 UNSETTLED_TOKENS = 64  # at the end, that may be late where nothing is read for a while

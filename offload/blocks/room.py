@@ -10,11 +10,11 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig
 
-from attention_predictor.offload.available_memory import available_memory
+from attention_predictor.errors import HostMemoryError
+from attention_predictor.offload.blocks.available_memory import available_memory
+from attention_predictor.offload.blocks.host_memory import SPARE_BYTES, HostMemory
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.offload.host_memory import SPARE_BYTES, HostMemory
-from attention_predictor.offload.versions import layer_config
-from attention_predictor.predictor.errors import HostMemoryError
+from attention_predictor.offload.hf.versions import layer_config
 from attention_predictor.sizes import size_text
 
 GROWTH = 4096  # tokens by which captured steps have more room than they need: then they are captured anew

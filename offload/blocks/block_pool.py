@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attention_predictor.predictor.errors import IntegrityError
+from attention_predictor.errors import IntegrityError
 
 
 class BlockPool:

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from attention_predictor.csrc import ops
-from attention_predictor.offload.dense import Terms
-from attention_predictor.offload.device_table import DeviceTable
+from attention_predictor.errors import AttachError
+from attention_predictor.offload.attention.dense import Terms
+from attention_predictor.offload.attention.sparse import attend_slots, score_slots
 from attention_predictor.offload.policies.predictor import Predictor
-from attention_predictor.offload.sparse import attend_slots, score_slots
-from attention_predictor.predictor.errors import AttachError
+from attention_predictor.offload.step.device_table import DeviceTable
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.layer import TieredLayer
+    from attention_predictor.offload.hf.layer import TieredLayer
 
 # Layers whose fetches for the next token may be under way before the next layer's step waits for the first of them:
 # what a step holds in the meantime takes memory, and four layers are enough to hide behind.

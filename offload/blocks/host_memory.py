@@ -19,8 +19,8 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from attention_predictor.offload.available_memory import available_memory
-from attention_predictor.predictor.errors import HostMemoryError, IntegrityError
+from attention_predictor.errors import HostMemoryError, IntegrityError
+from attention_predictor.offload.blocks.available_memory import available_memory
 from attention_predictor.sizes import size_text
 
 logger = logging.getLogger(__name__)

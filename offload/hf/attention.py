@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from attention_predictor.offload.dense import Terms, attend_prompt
-from attention_predictor.offload.layer import HANDLE, TieredLayer, as_under_autocast
-from attention_predictor.predictor.errors import AttachError
+from attention_predictor.errors import AttachError
+from attention_predictor.offload.attention.dense import Terms, attend_prompt
+from attention_predictor.offload.hf.layer import HANDLE, TieredLayer, as_under_autocast
 
 NAME = "attention_predictor"
 

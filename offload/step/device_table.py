@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from attention_predictor.csrc import ops
-from attention_predictor.offload.block_pool import BlockPool
-from attention_predictor.offload.host_store import HostStore
-from attention_predictor.offload.residency import ResidencyTable
-from attention_predictor.offload.selection import Selection, less_than
+from attention_predictor.offload.blocks.block_pool import BlockPool
+from attention_predictor.offload.blocks.host_store import HostStore
+from attention_predictor.offload.blocks.residency import ResidencyTable
+from attention_predictor.offload.policies.selection import Selection, less_than
 
 
 class DeviceTable:

@@ -29,16 +29,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attention_predictor.offload.dense import ScoreRows
+from attention_predictor.errors import ConfigError
+from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.cake import preference
-from attention_predictor.offload.query_similarity import WINDOW, query_similarity
-from attention_predictor.offload.selection import Budget
-from attention_predictor.predictor.errors import ConfigError
+from attention_predictor.offload.policies.query_similarity import WINDOW, query_similarity
+from attention_predictor.offload.policies.selection import Budget
 
 if TYPE_CHECKING:
     from attention_predictor.offload.config import OffloadConfig
-    from attention_predictor.offload.layer import TieredLayer
+    from attention_predictor.offload.hf.layer import TieredLayer
 
 PYRAMID_BETA = 20
 BY_HEAD = "-heads"

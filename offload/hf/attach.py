@@ -11,25 +11,25 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from attention_predictor.csrc import ops
 from attention_predictor.csrc.kernel import Kernel
-from attention_predictor.offload.allocation import first_budgets
-from attention_predictor.offload.attachment import Attachment, configs_of
-from attention_predictor.offload.attention import NAME
-from attention_predictor.offload.cache import full_attention_layers
-from attention_predictor.offload.compiled import CompiledLayers
+from attention_predictor.errors import AttachError, ConfigError
+from attention_predictor.offload.blocks.host_memory import HostMemory
+from attention_predictor.offload.blocks.prefetch import make_prefetcher
+from attention_predictor.offload.blocks.room import Room, expected_shapes
 from attention_predictor.offload.config import CAPTURING, OffloadConfig
 from attention_predictor.offload.engine import Engine
-from attention_predictor.offload.forwards import Forwards
-from attention_predictor.offload.graph import CapturedSteps
-from attention_predictor.offload.host_memory import HostMemory
+from attention_predictor.offload.hf.attachment import Attachment, configs_of
+from attention_predictor.offload.hf.attention import NAME
+from attention_predictor.offload.hf.cache import full_attention_layers
+from attention_predictor.offload.hf.compiled import CompiledLayers
+from attention_predictor.offload.hf.forwards import Forwards
+from attention_predictor.offload.hf.versions import decoder_layers, layer_config, makes_own_cache
 from attention_predictor.offload.policies import policy_class
+from attention_predictor.offload.policies.allocation import first_budgets
 from attention_predictor.offload.policies.predictor import Predictor
-from attention_predictor.offload.prefetch import make_prefetcher
-from attention_predictor.offload.rehearsal import rehearse
-from attention_predictor.offload.room import Room, expected_shapes
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.stats import DeviceCounts, Stats
-from attention_predictor.offload.versions import decoder_layers, layer_config, makes_own_cache
-from attention_predictor.predictor.errors import AttachError, ConfigError
+from attention_predictor.offload.step.graph import CapturedSteps
+from attention_predictor.offload.step.rehearsal import rehearse
 from attention_predictor.predictor.model import AttentionPredictor
 
 ENGINE = "_attention_predictor_engine"  # the attribute of an attached model

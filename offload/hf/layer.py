@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from attention_predictor.offload.dense import Chunk, Scorer, ScoreRows, Terms, attend, attend_prompt, no_fused
+from attention_predictor.errors import AttachError
+from attention_predictor.offload.attention.dense import Chunk, Scorer, ScoreRows, Terms, attend, attend_prompt, no_fused
+from attention_predictor.offload.attention.sparse import attend_slots, no_kernel
+from attention_predictor.offload.blocks.room import KVShape
+from attention_predictor.offload.blocks.tiers import Tiers
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
-from attention_predictor.offload.room import KVShape
-from attention_predictor.offload.selection import Budget, Selection
-from attention_predictor.offload.sparse import attend_slots, no_kernel
-from attention_predictor.offload.tiers import Tiers
-from attention_predictor.predictor.errors import AttachError
+from attention_predictor.offload.policies.selection import Budget, Selection
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.allocation import Sharing
-    from attention_predictor.offload.device_step import DeviceStep
-    from attention_predictor.offload.graph import Graphed
+    from attention_predictor.offload.policies.allocation import Sharing
     from attention_predictor.offload.runtime import Runtime
+    from attention_predictor.offload.step.device_step import DeviceStep
+    from attention_predictor.offload.step.graph import Graphed
 
 # The key that `update` returns carries its layer under this name to the attention function.
 HANDLE = "_attention_predictor_layer"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention_predictor.predictor.errors import IntegrityError
+from attention_predictor.errors import IntegrityError
 
 # A slot's last use is one number: the commit that wanted its block, and the block. Among blocks wanted last at the same
 # time the lower one goes first, whatever slots they are in: the same requests leave the same blocks resident.

@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedConfig
 
-from attention_predictor.offload.dense import Terms
-from attention_predictor.offload.layer import TieredLayer
-from attention_predictor.offload.prefetch import SyncPrefetcher
+from attention_predictor.offload.attention.dense import Terms
+from attention_predictor.offload.blocks.prefetch import SyncPrefetcher
+from attention_predictor.offload.hf.layer import TieredLayer
+from attention_predictor.offload.hf.versions import layer_config
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.stats import Stats
-from attention_predictor.offload.versions import layer_config
 
 TOKENS = 512  # of the prompt: more than one group of the sketch, and candidates between sink and recent
 

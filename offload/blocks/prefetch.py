@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from attention_predictor.predictor.errors import ConfigError, FetchError, IntegrityError
+from attention_predictor.errors import ConfigError, FetchError, IntegrityError
 
 POLL_S = 0.05  # how often a blocked caller looks whether the worker is still alive
 CLOSE_S = 5.0  # how long close() lets submitted jobs finish

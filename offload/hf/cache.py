@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from attention_predictor.offload.allocation import Sharing
-from attention_predictor.offload.layer import TieredLayer
-from attention_predictor.predictor.errors import AttachError, IntegrityError
+from attention_predictor.errors import AttachError, IntegrityError
+from attention_predictor.offload.hf.layer import TieredLayer
+from attention_predictor.offload.policies.allocation import Sharing
 
 if TYPE_CHECKING:
     from attention_predictor.offload.engine import Engine

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from attention_predictor.csrc import binding, ops
-from attention_predictor.offload.cache import TieredCache
-from attention_predictor.offload.compiled import CompiledLayers
-from attention_predictor.offload.device_step import DeviceStep, Shared
-from attention_predictor.offload.layer import TieredLayer
+from attention_predictor.offload.hf.cache import TieredCache
+from attention_predictor.offload.hf.compiled import CompiledLayers
+from attention_predictor.offload.hf.layer import TieredLayer
+from attention_predictor.offload.hf.versions import CACHE_NAMES, cache_argument, changed
 from attention_predictor.offload.runtime import Runtime
-from attention_predictor.offload.versions import CACHE_NAMES, cache_argument, changed
+from attention_predictor.offload.step.device_step import DeviceStep, Shared
 
 WORTH_IT, IN_VAIN = 8, 3  # steps that pay for capturing one; times that fewer are taken before it is given up
 EAGER_STEPS = 2  # taken before one is captured: libraries set themselves up in them

@@ -1,0 +1,1 @@
+"""Attention over all keys, and over the pool."""

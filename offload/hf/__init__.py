@@ -1,0 +1,1 @@
+"""What transformers sees: attaching, caches and layers, forwards."""
