@@ -30,7 +30,7 @@ class Runtime:
         predictor: ``None`` for policies without one.
         layers: Of the language model, tiered or not.
         first_budgets: Tokens that a step may attend to in each tiered layer, until a prompt decides otherwise.
-        stats: Without what captured steps have counted on the device since it was last read (``counts``).
+        stats: Without what steps have counted on the device since it was last read (``counts``).
         open: Until the engine is detached.
     """
 

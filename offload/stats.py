@@ -181,7 +181,7 @@ KINDS = 5  # of counts, as `DeviceCounts.of_layer` lists them
 
 
 class DeviceCounts:
-    """What steps that the host takes no part in have counted on the device, until someone asks.
+    """What steps count on the device, until someone asks.
 
     Suffixes: N layers, K kinds of counts.
 
@@ -193,29 +193,31 @@ class DeviceCounts:
     def __init__(self, device: torch.device, layers: int) -> None:
         self._all = torch.zeros(1 + KINDS * layers, dtype=torch.int64, device=device)  # together: read by one copy
         self.spent_1, self._counts_NK = _apart(self._all)
+        # Only ever read here: a step on another thread may be adding to it.
+        self._seen = torch.zeros_like(self._all, device="cpu")
         self._block_bytes: dict[int, int] = {}
 
     def of_layer(self, number: int, block_bytes: int) -> Tensor:
-        """int64: blocks chosen now, fetched late, chosen ahead, fetched ahead; tokens whose block had no slot."""
+        """int64: blocks attended to, fetched late, chosen ahead, fetched ahead; tokens whose block had no slot."""
         self._block_bytes[number] = block_bytes
         return self._counts_NK[number]
 
     def move_into(self, stats: Stats) -> None:
-        """Add all to the figures and begin anew; waits for the device.
+        """Add what is new to the figures; waits for the device.
 
         Raises:
             IntegrityError: A token's block had no slot.
         """
         if not self._block_bytes:
             return
-        spent_1, counts_NK = _apart(self._all.to("cpu", copy=True))
-        self._all.zero_()
+        now = self._all.to("cpu", copy=True)
+        spent_1, counts_NK = _apart(now - self._seen)
+        self._seen = now
         stats.exposed_wait_ms += int(spent_1) / 1e6
         for number, block_bytes in self._block_bytes.items():
-            chosen, late, planned, ahead, lost = counts_NK[number].tolist()
+            attended, late, planned, ahead, lost = counts_NK[number].tolist()
             if lost:
                 raise IntegrityError(f"layer {number}: {lost} tokens came to a block without a slot")
-            attended = chosen or planned  # where nothing is chosen late, what was chosen ahead is attended to
             stats.wanted_blocks += attended
             stats.hit_blocks += attended - late
             stats.planned_blocks += planned

@@ -253,10 +253,10 @@ def test_steps_read_and_hold_no_more_than_their_layers_budget(ids, monkeypatch, 
     for layer, budget in zip(cache.layers, budgets, strict=True):
         assert read[id(layer.policy)] <= budget // 16
         assert layer.policy.selection is layer.selection
-        assert layer.tiers.pool.slots == layer.selection.most_slots_at(312) == budget // 16 + int(0.5 * (budget // 16))
+        assert layer.blocks.pool.slots == layer.selection.most_slots_at(312) == budget // 16 + int(0.5 * (budget // 16))
         if policy not in ("streaming", "h2o", "lazy-eviction"):  # which attend to fewer
             assert read[id(layer.policy)] == budget // 16
-        assert stats.device_bytes[layer.number]["pool"] == layer.tiers.pool.nbytes
+        assert stats.device_bytes[layer.number]["pool"] == layer.blocks.pool.nbytes
 
 
 def test_full_attention_has_no_budgets(ids):
@@ -290,7 +290,7 @@ def test_a_context_that_outgrows_the_mean_budget_gives_memory_back(ids, policy):
             model,
             prompt,
             30,
-            each=lambda cache, sizes=sizes: sizes.append([layer.tiers.pool.slots for layer in cache.layers]),
+            each=lambda cache, sizes=sizes: sizes.append([layer.blocks.pool.slots for layer in cache.layers]),
             policy=policy,
             prefetch=prefetch,
             budget_allocation=[48, 80, 160],
@@ -353,7 +353,7 @@ def test_captured_steps_have_the_same_budgets(emulated, ids, allocation, tokens)
     assert sum(by_head) == 4 * 96
     assert len(set(by_head)) > 1
     assert graphs[-1]
-    slots = [layer.tiers.pool.slots for layer in graph.layers]
+    slots = [layer.blocks.pool.slots for layer in graph.layers]
     assert slots == [layer.selection.most_slots_at(300) for layer in graph.layers]
     assert not graph.layers[0].runtime.stats.fallbacks
 

@@ -206,7 +206,7 @@ class TestLayerMap:
         (_, steps) = seen(make_tiny_model("llama"), excerpt())[1]
         found = LayerMap(steps, SELECTION)
         assert found.channels_BHP is not None
-        key_BGTD = steps.layer.tiers.store.read(0, steps.length)[0]
+        key_BGTD = steps.layer.blocks.store.read(0, steps.length)[0]
         logits_BHQT = (steps.query_BHQD @ key_BGTD.repeat_interleave(2, 1).transpose(-1, -2)) * steps.terms.scaling
         prob_BHQT = found.part.cut(0, steps.probabilities(0, key_BGTD, found.total_BHQ1))
         first, end = found.part.first_token, int(found.part.end_Q[-1])

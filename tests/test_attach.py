@@ -294,7 +294,7 @@ class TestCaches:
             model(ids(80), **with_cache(model, cache))
             assert type(cache.layers[0]) is DynamicLayer
             assert cache.layers[0].keys.shape[2] == 80
-            assert cache.layers[1].tiers.store.length == 80
+            assert cache.layers[1].blocks.store.length == 80
             assert set(engine.stats.device_bytes) == {1}
 
     def test_reset_and_reuse(self, tiny_model, ids):

@@ -321,7 +321,7 @@ def test_every_cache_gets_the_same(model: PreTrainedModel, monkeypatch: pytest.M
         cache = engine.new_cache()
         made.fill(cache)
         for number, layer in enumerate(stock.layers):
-            key, value = cache.layers[number].tiers.store.read(0, 600)
+            key, value = cache.layers[number].blocks.store.read(0, 600)
             assert torch.equal(key, layer.keys)
             assert torch.equal(value, layer.values)
         assert not torch.equal(stock.layers[0].keys[0], stock.layers[0].keys[1])

@@ -249,7 +249,7 @@ def test_nothing_is_lost(tiny_model, ids):
         cache = engine.new_cache()
         model(prompt, **with_cache(model, cache))
         for layer, stock_layer in zip(cache.layers, stock.layers, strict=True):
-            key, value = layer.tiers.store.read(0, 300)
+            key, value = layer.blocks.store.read(0, 300)
             if layer.number == 0:  # above it, attention's own rounding has come in between
                 assert torch.equal(key, stock_layer.keys)
                 assert torch.equal(value, stock_layer.values)
@@ -272,7 +272,7 @@ def test_integrity_while_decoding_sparsely(tiny_model, ids, policy):
                 cache.crop(-7)
                 cache.reorder_cache(torch.tensor([1, 1]))
                 cache.check_integrity()
-        assert {layer.tiers.store.length for layer in cache.layers} == {200 + 40 - 7}
+        assert {layer.blocks.store.length for layer in cache.layers} == {200 + 40 - 7}
         if policy != "full":
             read = engine.stats.wanted_blocks / (engine.stats.steps * sum(2 * layer.kv_heads for layer in cache.layers))
             assert read <= 64 // 16

@@ -38,10 +38,10 @@ def test_a_failing_late_fetch_surfaces_in_its_step(prefilled, monkeypatch):
         patch.setattr(
             layer.policy,
             "score_now",
-            lambda step: (~layer.tiers.table.resident(step.n_blocks)).float().view(1, 2, -1) + 0.1,
+            lambda step: (~layer.blocks.table.resident(step.n_blocks)).float().view(1, 2, -1) + 0.1,
         )
         # Only on this thread, where late fetches run: the worker may still be at work for the last token.
-        patch.setattr(layer.tiers.pool, "write_blocks", _failing_on_this_thread(layer.tiers.pool.write_blocks))
+        patch.setattr(layer.blocks.pool, "write_blocks", _failing_on_this_thread(layer.blocks.pool.write_blocks))
         with pytest.raises(FetchError, match="the bus is on fire"):
             model(token, **with_cache(model, cache))
     # The fault is gone, but the cache stays unusable: its layers differ in length, and slots may be stale.
@@ -67,7 +67,7 @@ def test_a_failing_fetch_ahead_is_a_fetch_error(tiny_model, ids, monkeypatch):
     with torch.no_grad(), attach(model, config) as engine:
         cache = engine.new_cache()
         model(ids(200), **with_cache(model, cache))
-        monkeypatch.setattr(cache.layers[0].tiers.table, "plan", _raise_value_error)
+        monkeypatch.setattr(cache.layers[0].blocks.table, "plan", _raise_value_error)
         with pytest.raises(FetchError) as caught:
             for _ in range(2):  # the next layer's submit notices, or this layer's next wait
                 model(ids(1), **with_cache(model, cache))
@@ -239,7 +239,7 @@ def test_slow_fetches_change_nothing_but_the_wait(tiny_model, ids, monkeypatch):
             cache = engine.new_cache()
             model(ids(200), **with_cache(model, cache))
             for layer in cache.layers:
-                fetch = layer.tiers.fetch
+                fetch = layer.blocks.fetch
 
                 def late(wanted, fetch=fetch):
                     time.sleep(delay)

@@ -49,8 +49,8 @@ def test_integrity_while_decoding(tiny_model, ids, dtype):
     with attach(model, OffloadConfig(**SMALL)) as engine:
         cache = engine.new_cache()
         token = model(prompt, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
-        assert cache.layers[0].tiers.store.gather(torch.tensor([0]), torch.tensor([0])).device.type == "cpu"
-        assert all(slab.is_pinned() for slab in cache.layers[0].tiers.store._slabs)
+        assert cache.layers[0].blocks.store.gather(torch.tensor([0]), torch.tensor([0])).device.type == "cpu"
+        assert all(slab.is_pinned() for slab in cache.layers[0].blocks.store._slabs)
         for step in range(200):
             token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
             if step % 10 == 0:
@@ -71,7 +71,7 @@ def test_random_delays_on_both_streams_change_nothing(tiny_model, ids, monkeypat
             cache = engine.new_cache()
             out = [model(prompt, **with_cache(model, cache)).logits[:, -1:].argmax(-1)]
             for layer in cache.layers:
-                fetch, attend = layer.tiers.fetch, layer.attend
+                fetch, attend = layer.blocks.fetch, layer.attend
 
                 def delayed(call, *args):
                     if slow:

@@ -29,7 +29,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def emulated_run(self: Graphed, cache: TieredCache, kwargs: dict) -> object:
         for layer in self.layers:
-            layer.tiers.settle()  # the prefetch thread keeps to the CPU's kernels
+            layer.blocks.settle()  # the prefetch thread keeps to the CPU's kernels
         with emulated_gpu():
             return run(self, cache, kwargs)
 

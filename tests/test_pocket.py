@@ -46,7 +46,7 @@ def test_the_device_holds_a_fifth_at_most(pocket):
     # Measured on the tensors themselves, not taken from the figures they report.
     measured = 0
     for layer in cache.layers:
-        held = [layer.tiers.pool.key_BGSTD, layer.tiers.pool.value_BGSTD]
+        held = [layer.blocks.pool.key_BGSTD, layer.blocks.pool.value_BGSTD]
         for part in layer.policy.parts.values():
             held += tensors(vars(part))
         measured += sum(one.untyped_storage().nbytes() for one in held)
@@ -92,7 +92,7 @@ def test_generated_tokens_go_to_host_memory_too(tiny_model, ids):
             del layer.update
         cache.check_integrity()
     for number, layer in enumerate(cache.layers):
-        key, value = layer.tiers.store.read(8193, 10192)
+        key, value = layer.blocks.store.read(8193, 10192)
         mine = produced[number :: len(cache.layers)]
         assert torch.equal(key, torch.cat([one for one, _ in mine], 2))
         assert torch.equal(value, torch.cat([one for _, one in mine], 2))

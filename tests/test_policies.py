@@ -41,8 +41,8 @@ def test_streaming_reads_sink_and_recent_alone(tiny_model, ids):
     def check(cache):
         layer = cache.layers[0]
         layer.check_integrity()  # which waits for what the next token was promised
-        length = layer.tiers.store.length + 1
-        blocks = set(layer.tiers.table.block_of_slot_RS[layer.tiers.table.active_RS].tolist())
+        length = layer.blocks.store.length + 1
+        blocks = set(layer.blocks.table.block_of_slot_RS[layer.blocks.table.active_RS].tolist())
         assert blocks == {0} | set(range((length - 16) // 16, -(-length // 16)))
 
     stats = decode(tiny_model(), ids(300), policy="streaming", each=check)
@@ -105,9 +105,9 @@ def test_quest_ahead_selects_what_quest_would_have_a_step_before(tiny_model, ids
     def check(cache):
         (layer,) = cache.layers
         layer.check_integrity()  # which waits for what the next token was promised
-        length, table = layer.tiers.length, layer.tiers.table
+        length, table = layer.blocks.length, layer.blocks.table
         quest = policy_class("quest")(layer.policy.spec)
-        quest.bounds.extend(layer.tiers.store.read(0, length)[0])
+        quest.bounds.extend(layer.blocks.store.read(0, length)[0])
         scores = quest.bounds.bound(queries[-1])
         wanted = layer.selection.wanted(scores, length + 1, layer.padding_B, layer.kv_heads).flatten(0, 1)
         rows = zip(table.block_of_slot_RS, table.active_RS, strict=True)
@@ -217,7 +217,7 @@ def test_new_tokens_reach_the_policy_once(tiny_model):
             key, value = layer.update(torch.randn(B, G, tokens, D), torch.randn(B, G, tokens, D))
             outputs = [layer.attend(torch.ones(B, H, tokens, D), key, value, Terms(1.0)) for _ in range(2)]
             assert torch.equal(*outputs)
-            assert layer.policy.sketch.length == layer.tiers.store.length
+            assert layer.policy.sketch.length == layer.blocks.store.length
         layer.check_integrity()
 
 

@@ -361,7 +361,7 @@ def test_an_interrupted_prefill_leaves_what_was_there(ids, monkeypatch, prefetch
     with attach(model, OffloadConfig(**CONFIG, slab_blocks=4, prefetch=prefetch)) as engine:
         cache = engine.new_cache()
         in_chunks(model, prompt[:, :600], 300, cache)
-        before = [torch.stack(layer.tiers.store.read(0, 600)).clone() for layer in cache.layers]
+        before = [torch.stack(layer.blocks.store.read(0, 600)).clone() for layer in cache.layers]
         real, calls = torch.stack, []
 
         def stack(*args, **kwargs):
@@ -378,5 +378,5 @@ def test_an_interrupted_prefill_leaves_what_was_there(ids, monkeypatch, prefetch
         monkeypatch.undo()
         torch.cuda.synchronize()
         for layer, kept in zip(cache.layers, before, strict=True):
-            layer.tiers.store.check_integrity()
-            assert torch.equal(torch.stack(layer.tiers.store.read(0, 600)), kept)
+            layer.blocks.store.check_integrity()
+            assert torch.equal(torch.stack(layer.blocks.store.read(0, 600)), kept)

@@ -56,7 +56,7 @@ class LayerMap:
         kind_QN = examples.choices(foreseen.chosen_BGQN[sequence, kv_head], foreseen.best_BGQN[sequence, kv_head])
         first = examples.busiest(self.part.mass_BHQN[sequence, head].sum(0)) * layer.block_size
         end = min(first + examples.ZOOMED * layer.block_size, attended.length)
-        key_BGTD = layer.tiers.store.read(first, end)[0].to(layer.device)
+        key_BGTD = layer.blocks.store.read(first, end)[0].to(layer.device)
         near_BHQT = attended.probabilities(first, key_BGTD, self.total_BHQ1)
         return Example(
             head=dict(row),

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from attention_predictor.eval.analysis.rope import Rotation
 from attention_predictor.offload.attention.dense import LOGITS_BYTES, Chunk, Terms, scaled_logits, split
 from attention_predictor.offload.hf.layer import TieredLayer
+from attention_predictor.offload.step.step import chunks
 
 LEAST_TOKENS = 256  # of a chunk, however many queries there are
 
@@ -55,7 +56,7 @@ class Attended:
     @property
     def length(self) -> int:
         """Tokens in the cache, these included."""
-        return self.layer.tiers.length
+        return self.layer.blocks.length
 
     @cached_property
     def rotation(self) -> Rotation | None:
@@ -80,7 +81,7 @@ class Attended:
     def chunks(self) -> Iterator[Chunk]:
         """All keys, from host memory, as many at a time as these queries may have logits for."""
         most = max(LOGITS_BYTES // (4 * self.query_BHQD[..., 0].numel()), LEAST_TOKENS)
-        for chunk in self.layer.tiers.stream(self.query_BHQD):
+        for chunk in chunks(self.layer.blocks, self.query_BHQD):
             yield from split(chunk, most)
 
     def probabilities(self, start: int, key_BGTD: Tensor, total_BHQ1: Tensor) -> Tensor:

@@ -53,12 +53,11 @@ def attend_slots(
     key_BGSTD: Tensor,
     value_BGSTD: Tensor,
     block_BGS: Tensor,
-    length: int,
+    length_B: Tensor,
     real_BL: Tensor | None,
     terms: Terms,
     *,
     kernel: bool = False,
-    length_1: Tensor | None = None,
     arrived_BH: Tensor | None = None,
 ) -> SparseAttention:
     """Attend to the tokens of the blocks in the slots.
@@ -67,20 +66,19 @@ def attend_slots(
         query_BHD: The new token's queries.
         key_BGSTD, value_BGSTD: The pool.
         block_BGS: int64 block in each slot, -1 for a slot that takes no part.
-        length: Tokens of the sequence, the new one included; the last block ends there. Their most where ``length_1``,
-            int64 on the device, has them.
-        real_BL: bool, False at padding; ``None`` where there is none.
+        length_B: int64 on the device, tokens of each sequence, the new one included; the last block ends there.
+        real_BL: bool, False at padding; of all tokens there is room for. ``None`` where there is no padding.
         terms: Scaling, softcap and sinks; its mask is not used.
         kernel: By the kernel, which must be there (``no_kernel``); else by the reference.
         arrived_BH: int32 zeros for the kernel, to be kept from call to call (``ops.sparse_decode``).
     """
     if kernel:
         pool = (key_BGSTD, value_BGSTD, block_BGS)
-        out_BHD, *scores, lse_BH = _run(query_BHD, *pool, length, real_BL, terms, length_1, arrived_BH)
+        out_BHD, *scores, lse_BH = _run(query_BHD, *pool, length_B, real_BL, terms, arrived_BH)
         return SparseAttention(out_BHD, SlotScores(*scores), lse_BH)
     B, G, S, T, D = key_BGSTD.shape
     H = query_BHD.shape[1]
-    logits_BHST = slot_logits(query_BHD, key_BGSTD, block_BGS, length, real_BL, terms, length_1)
+    logits_BHST = slot_logits(query_BHD, key_BGSTD, block_BGS, length_B, real_BL, terms)
     logits = logits_BHST.view(B, G, H // G, S * T)
     lse_BGM = torch.logsumexp(logits, -1)
     if terms.sinks_H is not None:
@@ -94,35 +92,33 @@ def score_slots(
     query_BHD: Tensor,
     key_BGSTD: Tensor,
     block_BGS: Tensor,
-    length: int,
+    length_B: Tensor,
     real_BL: Tensor | None,
     terms: Terms,
     *,
     kernel: bool = False,
-    length_1: Tensor | None = None,
 ) -> SlotScores:
     """The scores alone, the same as with values; arguments as for ``attend_slots``."""
     if kernel:
-        return SlotScores(*_run(query_BHD, key_BGSTD, None, block_BGS, length, real_BL, terms, length_1)[1:3])
-    return _reduced(slot_logits(query_BHD, key_BGSTD, block_BGS, length, real_BL, terms, length_1))
+        return SlotScores(*_run(query_BHD, key_BGSTD, None, block_BGS, length_B, real_BL, terms)[1:3])
+    return _reduced(slot_logits(query_BHD, key_BGSTD, block_BGS, length_B, real_BL, terms))
 
 
 def slot_logits(
     query_BHD: Tensor,
     key_BGSTD: Tensor,
     block_BGS: Tensor,
-    length: int,
+    length_B: Tensor,
     real_BL: Tensor | None,
     terms: Terms,
-    length_1: Tensor | None = None,
 ) -> Tensor:
     """Logits of the tokens of the blocks in the slots, logits_BHST in fp32; ``-inf`` where one takes no part."""
     B, G, S, T, D = key_BGSTD.shape
     H = query_BHD.shape[1]
     token_BGST = block_BGS[..., None] * T + torch.arange(T, device=block_BGS.device)
-    takes_part = (block_BGS[..., None] >= 0) & (token_BGST < (length if length_1 is None else length_1))
+    takes_part = (block_BGS[..., None] >= 0) & (token_BGST < length_B[:, None, None, None])
     if real_BL is not None:
-        index = token_BGST.clamp(0, length - 1).view(B, -1)
+        index = token_BGST.clamp(0, real_BL.shape[1] - 1).view(B, -1)
         takes_part &= real_BL.gather(1, index).view(B, G, S, T)
     logits = scaled_logits(query_BHD[:, :, None], key_BGSTD.view(B, G, S * T, D), terms).view(B, G, H // G, S * T)
     logits = logits.masked_fill(~takes_part.view(B, G, 1, S * T), float("-inf"))
@@ -138,10 +134,9 @@ def _run(
     key_BGSTD: Tensor,
     value_BGSTD: Tensor | None,
     block_BGS: Tensor,
-    length: int,
+    length_B: Tensor,
     real_BL: Tensor | None,
     terms: Terms,
-    length_1: Tensor | None,
     arrived_BH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ops.sparse_decode(
@@ -149,11 +144,11 @@ def _run(
         key_BGSTD,
         value_BGSTD,
         block_BGS.contiguous(),
-        length,
+        MOST_TOKENS if real_BL is None else real_BL.shape[1],
         None if real_BL is None else real_BL.contiguous(),
         None if terms.sinks_H is None else terms.sinks_H.float().contiguous(),
         terms.scaling,
         terms.softcap or 0.0,
-        length_1,
+        length_B[:1],
         arrived_BH,
     )

@@ -19,7 +19,7 @@ class BlockPool:
     """Keys and values of the resident blocks of one layer.
 
     `key_BGSTD` and `value_BGSTD` are contiguous, so attention reads them as [B, G, S*T, D] without a copy.
-    Which block a slot holds is ResidencyTable's to know. Before `grow` and `index`, which replace both
+    Which block a slot holds is SlotTable's to know. Before `grow` and `index`, which replace both
     tensors, wait for outstanding fetches.
     """
 
@@ -65,18 +65,16 @@ class BlockPool:
         self.value_BGSTD.flatten(0, 2).index_copy_(0, index_n, kv_n2TD[:, 1])
 
     @torch.no_grad()
-    def write_token(self, slot_R: Tensor, offset: int, key_BG1D: Tensor, value_BG1D: Tensor) -> None:
-        """Puts one new token of every row at `offset` (tokens) of the slot that holds the row's tail block.
+    def write_token(self, slot_R: Tensor, offset_R: Tensor, key_BG1D: Tensor, value_BG1D: Tensor) -> None:
+        """Puts one new token of every row at `offset_R` (tokens) of the slot that holds the row's tail block.
 
-        Raises ValueError for a wrong shape or dtype, IndexError for a slot or offset that does not exist.
+        Raises ValueError for a wrong shape or dtype, IndexError for a slot that does not exist.
         """
         batch, kv_heads, _, block_size, head_dim = self.key_BGSTD.shape
-        if not 0 <= offset < block_size:
-            raise IndexError(f"offset must be between 0 and {block_size - 1}, got {offset}")
         self._check("key", key_BG1D, (batch, kv_heads, 1, head_dim))
         self._check("value", value_BG1D, (batch, kv_heads, 1, head_dim))
         row_R = torch.arange(batch * kv_heads, device=slot_R.device)
-        index_R = self._flat_slots(row_R, slot_R) * block_size + offset
+        index_R = self._flat_slots(row_R, slot_R) * block_size + offset_R
         self.key_BGSTD.flatten(0, 3).index_copy_(0, index_R, key_BG1D.flatten(0, 2))
         self.value_BGSTD.flatten(0, 3).index_copy_(0, index_R, value_BG1D.flatten(0, 2))
 

@@ -75,6 +75,7 @@ class HostStore:
         self._addresses_made: tuple[list[int], Tensor] | None = None  # from what, and the tensor
         self._arrivals: deque[_Arrival] = deque()
         self._settling = threading.Lock()
+        self._written_by_gpu = False  # since the last `settle`, by `advance`
 
     @property
     def n_blocks(self) -> int:
@@ -117,6 +118,10 @@ class HostStore:
     def settle(self, stop: int | None = None) -> None:
         """Returns when every token appended, or every one before `stop`, is in the slabs."""
         with self._settling:
+            if self._written_by_gpu:
+                self._written_by_gpu = False
+                if self.pinned:
+                    torch.cuda.synchronize()
             while self._arrivals and (stop is None or self._arrivals[0].start < stop):
                 arrival = self._arrivals[0]
                 arrival.shipment.wait()
@@ -143,18 +148,6 @@ class HostStore:
         elif n:
             gather_reference(self._slabs, row_n, block_n, kv_n2TD)
         return kv_n2TD
-
-    def gather_to_pool(self, row_n: Tensor, block_n: Tensor, slot_n: Tensor, pool: BlockPool) -> None:
-        """Blocks of pinned slabs into the slots of a pool on a GPU, which reads host memory itself (``ops``).
-
-        `row_n`, `block_n`, `slot_n`: int64 on the CPU. Raises IndexError for a row or block that does not exist.
-        """
-        self._check_entries(row_n, block_n)
-        if row_n.numel():
-            device = pool.key_BGSTD.device
-            index = torch.stack([row_n, block_n, slot_n]).to(device, non_blocking=True)
-            slab_s, (row_n, block_n, slot_n) = self.addresses(device), index.unbind()
-            ops.gather_to_pool(slab_s, self.slab_blocks, row_n, block_n, slot_n, pool.key_BGSTD, pool.value_BGSTD)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, stop - start, D] of a token range, on the CPU. Raises IndexError beyond."""
@@ -292,6 +285,7 @@ class HostStore:
         if self._slabs_for(self.length + tokens) > len(self._slabs):
             raise ValueError(f"no room for {tokens} tokens beyond {self.length}")
         self.length += tokens
+        self._written_by_gpu = True
 
     def addresses(self, device: torch.device) -> Tensor:
         """The slabs' addresses, int64; made anew when the slabs have changed, or for another device."""

@@ -1,11 +1,11 @@
 """TieredLayer: one layer's KV cache as transformers sees it, and the attention over it.
 
-The way of a token: ``update`` waits for what was fetched ahead and stores its key and value; ``attend`` gives the
-policy key and query, lets it correct the selection, attends to the pool, shows it what happened and submits the fetch
-for the next token. What lies where, and how it moves, is ``Tiers``'.
+The way of a token: ``update`` waits for what was fetched ahead; ``attend`` takes a decoding step over the pool
+(``step/step.py``), or attends to everything and stores it (prompts, later turns, drafts). What lies where, and how it
+moves, is ``LayerBlocks``'.
 
 Suffixes: B sequences, G KV heads, H query heads, R rows = B·G, Q queries, T tokens, L tokens of the sequence, D head
-size, S slots, N blocks, W wanted blocks.
+size, N blocks, C blocks there is room for.
 """
 
 from __future__ import annotations
@@ -15,29 +15,36 @@ import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from attention_predictor.errors import AttachError
-from attention_predictor.offload.attention.dense import Chunk, Scorer, ScoreRows, Terms, attend, attend_prompt, no_fused
-from attention_predictor.offload.attention.sparse import attend_slots, no_kernel
+from attention_predictor.offload.attention.dense import (
+    Chunk,
+    Scorer,
+    ScoreRows,
+    Terms,
+    attend,
+    attend_prompt,
+    no_fused,
+)
+from attention_predictor.offload.attention.sparse import no_kernel
+from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
 from attention_predictor.offload.blocks.room import KVShape
-from attention_predictor.offload.blocks.tiers import Tiers
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
 from attention_predictor.offload.policies.selection import Budget, Selection
+from attention_predictor.offload.step.schedule import EagerSchedule, Schedule
+from attention_predictor.offload.step.step import attend_again, chunks, decode
 
 if TYPE_CHECKING:
     from attention_predictor.offload.policies.allocation import Sharing
     from attention_predictor.offload.runtime import Runtime
-    from attention_predictor.offload.step.device_step import DeviceStep
     from attention_predictor.offload.step.graph import Graphed
 
 # The key that `update` returns carries its layer under this name to the attention function.
 HANDLE = "_attention_predictor_layer"
-
-# Slots by which the pool grows while the context is shorter than the budget.
-POOL_STEP = 16
 
 
 class Handed(NamedTuple):
@@ -74,10 +81,12 @@ class TieredLayer(CacheLayerMixin):
         self.handed: Handed | None = None
         self.is_padded = False  # whether the last mask ruled out any token
         self.selection = Selection.of(self.runtime.config, self.runtime.first_budgets[self.number])
-        # While steps run without the host (`graph.py`): who runs them, and this layer's part. Who runs them holds this
-        # layer: a reference back would keep the cache's memory until garbage is collected.
+        self.schedule: Schedule = EagerSchedule(self.runtime.prefetcher)
+        self.arrived_BH: Tensor | None = None  # made for the first captured query: it tells how many heads there are
+        self.real_BL: Tensor | None = None  # of captured steps
+        # Who captures this layer's steps, while someone does, and holds this layer: a reference back would keep the
+        # cache's memory until garbage is collected.
         self._graphed: weakref.ref[Graphed] | None = None
-        self.device_step: DeviceStep | None = None
 
     # ---- what transformers asks of a cache layer -------------------------------------------------------------------
 
@@ -92,14 +101,14 @@ class TieredLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch, self.kv_heads, self.head_dim = B, G, D
         self.padding_B = torch.zeros(B, dtype=torch.int64, device=self.device)
-        self.tiers = Tiers(
+        self.blocks = LayerBlocks(
             self.runtime, self.number, batch=B, kv_heads=G, head_dim=D, dtype=self.dtype, device=self.device
         )
         spec = LayerSpec(config, self.runtime.predictor, B, G, D, self.dtype, self.device)
         self.policy = policy_class(config.policy)(spec)
         self.policy.selection = self.selection
         wanted = config.kernels == "auto"
-        reason = no_kernel(self.tiers.pool.key_BGSTD) if wanted else None
+        reason = no_kernel(self.blocks.pool.key_BGSTD) if wanted else None
         self.kernel = wanted and reason is None
         if reason is not None:
             self.runtime.note_fallback(f"plain torch operations in place of kernels: {reason}")
@@ -108,7 +117,7 @@ class TieredLayer(CacheLayerMixin):
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the new tokens; the returned key leads the attention function to this layer."""
+        """Take the new tokens; the returned key leads the attention function to this layer, which stores them."""
         self.runtime.check_open()
         self.check_attended()
         key_states, value_states = as_under_autocast(key_states, value_states)
@@ -117,8 +126,6 @@ class TieredLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._settle()
         self.armed = True
-        if self.device_step is None:
-            self.tiers.append(key_states.detach(), value_states.detach())
         # A view of its own, so that no reference from the tensor to this layer outlives the call. The layer must
         # never hold the tensor in turn: that cycle would keep the whole prefill alive.
         key_states = key_states.view_as(key_states)
@@ -148,26 +155,45 @@ class TieredLayer(CacheLayerMixin):
             )
 
     def _settle(self) -> None:
-        """Let the host have the tiers: after fetches under way, and steps that it took no part in."""
+        """Let the host have the blocks: after fetches under way, and captured steps."""
         if self._graphed is not None and (graphed := self._graphed()) is not None:
             graphed.leave()  # but for a step that it is running itself
-        self.tiers.settle()
+        self.blocks.settle()
 
-    def hand_over(self, graphed: Graphed, step: DeviceStep) -> None:
-        """From now on ``graphed`` runs the steps, and ``step`` is this layer's part in them."""
-        self._graphed, self.device_step = weakref.ref(graphed), step
+    def advance(self) -> None:
+        """The host counts the token of the step that comes."""
+        self.blocks.advance()
+        self.policy.reserve(self.blocks.capacity)
+        self.policy.advance()
 
-    def take_back(self) -> None:
+    @property
+    def reads_all_keys(self) -> bool:
+        """Whether the step that ``advance`` has counted reads all keys from host memory, which can't be captured."""
+        return self.policy.reads_all_keys or self._is_measured()
+
+    def enter(self, graphed: Graphed, schedule: Schedule, length_B: Tensor, tokens: int) -> None:
+        """From now on ``graphed`` runs the steps, up to so many tokens, on the device alone."""
+        self.blocks.enter(length_B, tokens, self.selection.most_slots_at(self.blocks.length + 1))
+        self.policy.reserve(self.blocks.capacity)
+        self.blocks.set_padding(self.padding_B if self.is_padded else None)
+        self.real_BL = self._real_tokens(None) if self.is_padded else None
+        self._graphed, self.schedule = weakref.ref(graphed), schedule
+        self.note_memory()
+
+    def leave(self) -> None:
         """The host runs the steps again."""
-        self._graphed = self.device_step = None
+        self._graphed, self.schedule = None, EagerSchedule(self.runtime.prefetcher)
+        self.arrived_BH = self.real_BL = None
+        self.blocks.leave()
+        self.note_memory()
 
     @property
     def room(self) -> int:
         """Tokens for which there is host memory."""
-        return self.tiers.store.room if self.is_initialized else 0
+        return self.blocks.store.room if self.is_initialized else 0
 
     def get_seq_length(self) -> int:
-        return self.tiers.length if self.is_initialized else 0
+        return self.blocks.length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -178,7 +204,7 @@ class TieredLayer(CacheLayerMixin):
     def reset(self) -> None:
         if self.is_initialized:
             self._settle()
-            del self.tiers, self.policy
+            del self.blocks, self.policy
         self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -189,12 +215,12 @@ class TieredLayer(CacheLayerMixin):
             return
         self.check_attended()  # else the policy may lack tokens that are in the store
         self._settle()
-        length = max(self.tiers.length + tokens_to_remove, 0)
+        length = max(self.blocks.length + tokens_to_remove, 0)
         if length == 0:
             self.reset()
             return
-        self.tiers.truncate(length)
-        self.policy.crop(length, lambda start, stop: self.tiers.store.read(start, stop)[0])
+        self.blocks.truncate(length)
+        self.policy.crop(length, lambda start, stop: self.blocks.store.read(start, stop)[0])
         self._fetch_ahead()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -204,7 +230,7 @@ class TieredLayer(CacheLayerMixin):
         index = beam_idx.cpu()
         if len(index) == self.batch and bool((index == torch.arange(self.batch)).all()):
             return
-        self.tiers.index(index)
+        self.blocks.index(index)
         self.policy.index(index.to(self.device))
         self.padding_B = self.padding_B[index.to(self.device)]
         self.batch = len(index)
@@ -293,31 +319,81 @@ class TieredLayer(CacheLayerMixin):
 
     def attend(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
         """Attention of the tokens that ``update`` has just stored, ``key_BGTD`` and no others; ``[B, H, Q, D]``."""
-        if self.device_step is not None:
-            out_BHQD = self.device_step.attend(query_BHQD, key_BGTD, value_BGTD, terms)
-            self.armed = False
-            return out_BHQD
+        if self._graphed is not None:
+            out_BHQD = self._attend_captured(query_BHQD, key_BGTD, value_BGTD, terms)
+        else:
+            out_BHQD = self._attend_eager(query_BHQD, key_BGTD, value_BGTD, terms)
+        self.armed = False  # not before: a step that fails on its way leaves the layer unusable, as it should
+        return out_BHQD
+
+    def _attend_captured(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
+        """A step that is captured, or may be: nothing is asked of the device, and no mask is read."""
+        if query_BHQD.shape[2] != 1 or key_BGTD.shape[2] != 1:
+            raise AttachError(f"a captured step takes one token a sequence, got {key_BGTD.shape[2]}")
+        if self.arrived_BH is None:
+            self.arrived_BH = query_BHQD.new_zeros(query_BHQD.shape[:2], dtype=torch.int32)
+        if not self.armed:
+            assert self._graphed is not None
+            if (graphed := self._graphed()) is not None:
+                graphed.join()
+            return attend_again(self, query_BHQD, terms, self.real_BL)
+        watch = self._measure_recovery if self._is_measured() else None
+        return decode(self, query_BHQD, key_BGTD, value_BGTD, terms, self.real_BL, self.schedule, watch)
+
+    def _attend_eager(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
         padding_B = _left_padding(terms.mask, self.batch, self.device)
-        if self.armed:  # not where layers share keys, and attention comes back for the same ones
-            self.policy.extend(key_BGTD.detach(), query_BHQD.detach())
         # The slots hold blocks that were wanted for one more token, padded as before; all else attends to everything.
         was_padded, self.is_padded = self.is_padded, terms.mask is not None
         as_before = not (was_padded or self.is_padded) or torch.equal(padding_B, self.padding_B)
         self.padding_B = padding_B
-        if query_BHQD.shape[2] == 1 and self.tiers.pool.slots and as_before:
-            sharing, out_BHQD = None, self._attend_one(query_BHQD, terms)
-        else:
-            sharing = self._sharing_now(query_BHQD.shape[2])
-            out_BHQD = self._attend_all(query_BHQD, key_BGTD, value_BGTD, terms, sharing)
+        self.blocks.set_padding(padding_B if self.is_padded else None)
+        new = self.armed  # not where layers share keys, and attention comes back for the same ones
+        one = query_BHQD.shape[2] == 1 and self.blocks.pool.slots > 0 and as_before
+        if one and not new:
+            self.blocks.settle()
+            return attend_again(self, query_BHQD, terms, self._real_tokens(terms.mask))
+        stats = self.runtime.stats
+        if one:
+            self.advance()
+            stats.steps += self.runtime.is_first(self.number)
+            watch = self._measure_recovery if self._is_measured() else None
+            parts = (query_BHQD, key_BGTD.detach(), value_BGTD.detach(), terms)
+            out_BHQD = decode(self, *parts, self._real_tokens(terms.mask), self.schedule, watch)
+            self.note_memory()
+            return out_BHQD
+        if new:
+            self.blocks.append(key_BGTD.detach(), value_BGTD.detach())
+            self.policy.reserve(self.blocks.capacity)
+            self.policy.extend(key_BGTD.detach(), query_BHQD.detach())
+        sharing = self._sharing_now(query_BHQD.shape[2])
+        out_BHQD = self._attend_all(query_BHQD, key_BGTD, value_BGTD, terms, sharing)
         if sharing is None:
             self._fetch_ahead()
             self.note_memory()
-        self.armed = False  # not before: a step that fails on its way leaves the layer unusable, as it should
         return out_BHQD
+
+    def _real_tokens(self, mask: Tensor | None) -> Tensor | None:
+        """bool ``[B, L]`` of all tokens there is room for, False at padding: by the mask, or without one on the left.
+
+        ``None`` where nothing is padded.
+        """
+        tokens = self.blocks.capacity * self.block_size
+        if mask is None and not self.is_padded:
+            return None
+        if mask is None:
+            return (torch.arange(tokens, device=self.device) >= self.padding_B[:, None]).contiguous()
+        real_BL = _real_keys(mask)
+        assert real_BL is not None
+        return F.pad(real_BL, (0, tokens - real_BL.shape[1]), value=True)
+
+    def _is_measured(self) -> bool:
+        """Whether recovery is measured in this step."""
+        interval = self.runtime.config.measure_recovery
+        return bool(interval) and self.runtime.stats.steps % interval == 0
 
     def _sharing_now(self, queries: int) -> Sharing | None:
         """Who decides about this layer's budget once so many queries have gone through all layers, if anyone does."""
-        if self.sharing is None or not self.armed or not self.sharing.heeds(queries, self.tiers.length):
+        if self.sharing is None or not self.armed or not self.sharing.heeds(queries, self.blocks.length):
             return None
         return self.sharing
 
@@ -325,7 +401,7 @@ class TieredLayer(CacheLayerMixin):
         self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms, sharing: Sharing | None
     ) -> Tensor:
         """Prefill, later turns, verification, and every step of full attention."""
-        length, queries = self.tiers.length, query_BHQD.shape[2]
+        length, queries = self.blocks.length, query_BHQD.shape[2]
         rows = min(max(self.policy.prompt_rows, sharing.rows if sharing is not None else 0), queries)
         last_BHRD, last_terms = query_BHQD[:, :, queries - rows :], terms.queries(queries - rows, queries)
         scorer = None
@@ -337,7 +413,7 @@ class TieredLayer(CacheLayerMixin):
         if own.start == 0:
             out_BHQD = attend_prompt(query_BHQD, key_BGTD, value_BGTD, terms)
         else:
-            past = self.tiers.stream(query_BHQD, own.start)
+            past = chunks(self.blocks, query_BHQD, own.start)
             out_BHQD = attend(query_BHQD, own, terms, past if scorer is None else scorer.watch(past))
             if query_BHQD.is_cuda and (reason := no_fused(query_BHQD, key_BGTD, terms)) is not None:
                 self.runtime.note_fallback(f"plain torch operations attend to what is cached: {reason}")
@@ -353,95 +429,30 @@ class TieredLayer(CacheLayerMixin):
             self.runtime.stats.steps += 1
         return out_BHQD
 
-    def _attend_one(self, query_BHQD: Tensor, terms: Terms) -> Tensor:
-        """One token over the pool."""
-        pool, table = self.tiers.pool, self.tiers.table
-        before_RS = table.block_of_slot_RS.clone() if self.policy.chooses else table.block_of_slot_RS
-        step = Step(
-            query_BHD=query_BHQD[:, :, 0],
-            length=self.tiers.length,
-            real_BL=_real_keys(terms.mask),
-            terms=terms,
-            kv_heads=self.kv_heads,
-            block_size=self.block_size,
-            stream=self.tiers.stream,
-            pool_key_BGSTD=pool.key_BGSTD,
-            resident_RS=before_RS,
-            kernel=self.kernel,
-        )
-        if self.policy.chooses:
-            self._choose(step)
-        active_RS = table.active_RS
-        block_RS = table.block_of_slot_RS.masked_fill(~active_RS, -1)
-        step.block_BGS = block_RS.view(self.batch, self.kv_heads, -1).to(self.device, non_blocking=True)
-        step.attention = attend_slots(
-            step.query_BHD,
-            pool.key_BGSTD,
-            pool.value_BGSTD,
-            step.block_BGS,
-            step.length,
-            step.real_BL,
-            terms,
-            kernel=self.kernel,
-        )
-        stats = self.runtime.stats
-        stats.steps += self.runtime.is_first(self.number)
-        stats.wanted_blocks += int(active_RS.sum())
-        stats.hit_blocks += int((active_RS & (before_RS == block_RS)).sum())
-        interval = self.runtime.config.measure_recovery
-        if interval and stats.steps % interval == 0:
-            self._measure_recovery(step)
-        self.policy.observe(step)
-        return step.attention.out_BHD[:, :, None]
-
     # ---- choosing blocks -------------------------------------------------------------------------------------------
 
     def set_budget(self, budget: Budget) -> None:
         """Attend to so many tokens from the next step on, once all layers have told what they need."""
-        self.tiers.settle()  # where layers share keys, one may have begun to fetch
         self.selection = self.policy.selection = Selection.of(self.runtime.config, budget)
         self._fetch_ahead()
         self.note_memory()
 
     def _fetch_ahead(self) -> None:
-        """Submit the fetch of what the next token wants."""
-        if self.policy.selects == "all":
-            return
-        length = self.tiers.length + 1
-        self.policy.padding_B = self.padding_B if self.is_padded else None
-        scores_BGN = self.policy.score_next(length)
-        # More than a step may attend to, where the next one chooses among them.
-        more = self.selection.ahead_blocks if self.policy.chooses else 0
-        wanted_BGW = self.selection.wanted(scores_BGN, length, self.padding_B, self.kv_heads, more)
-        slots, most = self.selection.slots(length), self.selection.most_slots_at(length)
-        if slots > self.tiers.pool.slots:  # while the context is shorter than the budget, the pool grows with it
-            self.tiers.grow(min(slots + POOL_STEP, most))
-        elif most < self.tiers.pool.slots:  # the budget has become smaller, or has come into effect
-            self.tiers.shrink(most)
-        self.tiers.fetch_ahead(wanted_BGW)
-
-    def _choose(self, step: Step) -> None:
-        """Choose with the current query, among what is resident and, within the policy's share, what is fetched now."""
-        scores_BGN = self.policy.score_now(step)
-        if self.policy.selects != "now":
-            resident_RN = self.tiers.table.resident(step.n_blocks)
-            resident_BGN = resident_RN.view(self.batch, self.kv_heads, -1).to(self.device)
-            late_blocks = self.selection.share(self.policy.late_share)
-            scores_BGN = self.selection.within_reach(scores_BGN, resident_BGN, late_blocks)
-        self.tiers.fetch_late(self.selection.wanted(scores_BGN, step.length, self.padding_B, self.kv_heads))
+        """Choose and fetch what the next token attends to, where no step has done so."""
+        self.blocks.settle()  # where layers share keys, one may have begun to fetch
+        if self.policy.selects != "all":
+            more = self.selection.ahead_blocks if self.policy.chooses else 0
+            score_BGC = self.policy.score_next(self.blocks.extent)
+            self.blocks.fetch_ahead(self.selection, score_BGC, more, self.schedule.fetch)
 
     # ---- figures and checks ----------------------------------------------------------------------------------------
 
     def _measure_recovery(self, step: Step) -> None:
-        mass_BGN = step.exact.mass_BGQN[:, :, 0]
-        total_BG = mass_BGN.sum(-1).clamp_min(1e-12)  # below 1 where an attention sink takes its share
-        got_BG = mass_BGN.masked_fill(~step.attended_BGN, 0).sum(-1) / total_BG
-        best_BGW = self.selection.wanted(mass_BGN, step.length, self.padding_B, self.kv_heads)
-        best_BG = mass_BGN.gather(-1, best_BGW.clamp_min(0)).masked_fill(best_BGW < 0, 0).sum(-1) / total_BG
+        found = recovery(step, self.selection)
         stats = self.runtime.stats
-        stats.recovery_sum += float(got_BG.sum())
-        stats.relative_recovery_sum += float((got_BG / best_BG.clamp_min(1e-12)).sum())
-        stats.recovery_count += got_BG.numel()
+        stats.recovery_sum += float(found.share_BG.sum())
+        stats.relative_recovery_sum += float(found.relative_BG.sum())
+        stats.recovery_count += found.share_BG.numel()
 
     def note_memory(self) -> None:
         """Tell the stats what this layer holds."""
@@ -449,18 +460,17 @@ class TieredLayer(CacheLayerMixin):
         if self.policy.selects != "all":
             stats.layer_budgets[self.number] = self.selection.heads or self.selection.budget
         parts = {name: part.nbytes for name, part in self.policy.parts.items()}
-        if self.device_step is not None:
-            parts["table"] = self.device_step.table.nbytes
-        stats.device_bytes[self.number] = {"pool": self.tiers.pool.nbytes} | parts
-        stats.host_bytes[self.number] = self.tiers.store.nbytes
-        tokens = self.batch * self.kv_heads * self.tiers.length
+        parts = {"pool": self.blocks.pool.nbytes, "table": self.blocks.table.nbytes} | parts
+        stats.device_bytes[self.number] = parts if self.policy.selects != "all" else {}
+        stats.host_bytes[self.number] = self.blocks.store.nbytes
+        tokens = self.batch * self.kv_heads * self.blocks.length
         stats.full_bytes[self.number] = 2 * tokens * self.head_dim * self.dtype.itemsize
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` if the tiers or what the policy holds contradict themselves."""
         if self.is_initialized:
             self._settle()
-            self.tiers.check_integrity()
+            self.blocks.check_integrity()
             self.policy.check_integrity()
 
 

@@ -143,7 +143,7 @@ class Sharing:
             return (1 - query_similarity(last_BHTD, real_BT).unflatten(1, (parts, -1)).mean(2)).clamp_min(0)
         assert rows is not None  # the layer has been asked for them
         mass_BGQN = rows.mass_BGQN[:, :, -WINDOW:]
-        before = (layer.tiers.length - mass_BGQN.shape[2]) // layer.block_size  # whole blocks before the window
+        before = (layer.blocks.length - mass_BGQN.shape[2]) // layer.block_size  # whole blocks before the window
         if not before:
             return mass_BGQN.new_zeros(layer.batch, parts)
         return torch.stack([preference(part) for part in mass_BGQN[..., :before].chunk(parts, 1)], 1)

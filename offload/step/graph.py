@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from attention_predictor.csrc import binding, ops
+from attention_predictor.csrc import binding
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.compiled import CompiledLayers
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import CACHE_NAMES, cache_argument, changed
 from attention_predictor.offload.runtime import Runtime
-from attention_predictor.offload.step.device_step import DeviceStep, Shared
+from attention_predictor.offload.step.schedule import StreamSchedule
 
 WORTH_IT, IN_VAIN = 8, 3  # steps that pay for capturing one; times that fewer are taken before it is given up
 EAGER_STEPS = 2  # taken before one is captured: libraries set themselves up in them
@@ -82,16 +82,10 @@ def why_not(cache: TieredCache, graphed: Graphed | None) -> str | None:
             return f"they need a CUDA device, the model is on {layer.runtime.device}"
         if not layer.kernel:
             return "they need the kernels"
-        if not layer.tiers.store.pinned:
+        if not layer.blocks.store.pinned:
             return "they need pinned host memory"
-        if (reason := layer.policy.no_graph) is not None:
+        if (reason := layer.policy.not_captured(layer.runtime.config)) is not None:
             return reason
-        length = layer.tiers.length
-        slots = layer.selection.most_slots_at(length + 1)
-        most = ops.most_slots(layer.device, layer.selection.n_blocks(layer.runtime.room.captured(length)))
-        if slots > most:
-            budget = layer.selection.budget
-            return f"a budget of {budget} tokens takes {slots} slots, and kernels choose among {most} at most"
     if graphed is not None and graphed.in_vain >= IN_VAIN:
         return "something else changes the cache every few tokens, as beams do"
     return None
@@ -125,7 +119,7 @@ def keeps_padding(cache: TieredCache, mask_BL: Tensor | None) -> bool:
     if hasattr(mask_BL, LEFT_PADDING):
         return True
     token_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
-    return mask_BL.shape[1] == first.tiers.length + 1 and torch.equal(
+    return mask_BL.shape[1] == first.blocks.length + 1 and torch.equal(
         mask_BL.bool(), token_L >= first.padding_B[:, None]
     )
 
@@ -136,8 +130,8 @@ def is_ready(cache: TieredCache) -> bool:
     return bool(tiered) and all(
         layer.is_initialized
         and layer.policy.is_started
-        and layer.tiers.pool.slots
-        and layer.selection.decides(layer.tiers.length + 1)
+        and layer.blocks.pool.slots
+        and layer.selection.decides(layer.blocks.length + 1)
         for layer in tiered
     )
 
@@ -162,7 +156,6 @@ class Graphed:
         self.taken = 0  # steps since the cache was entered
         self.in_vain = 0  # times that it was left before captured steps paid
         self.eager_steps = 0  # to be taken yet
-        self.steps: list[DeviceStep] = []
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: Any = None
 
@@ -177,25 +170,26 @@ class Graphed:
         elif position.dim() == 2:
             position = position.expand_as(ids_B1)
         # Room for this token, and for the next one, whose blocks are chosen.
-        fits = self.entered and self._length() + 2 <= self.shared.capacity
+        fits = self.entered and self._length() + 2 <= self.room
         if self.entered and not (fits and self.ids_B1.shape == ids_B1.shape and self.position.shape == position.shape):
             self.leave()
         if not self.entered:
             self._enter(ids_B1, position)
         self.ids_B1.copy_(ids_B1)
         self.position.copy_(position)
-        if self.graph is None and not self.eager_steps and ids_B1.device.type == "cuda":
+        if self.graph is None and not self.eager_steps and ids_B1.device.type == "cuda" and not self._reads_all_keys():
             self._capture(cache)
+        stats = self.runtime.stats
+        stats.steps += 1
         try:
             self.running = True
-            if self.graph is None:
-                self.eager_steps = max(self.eager_steps - 1, 0)
-                output = self._step(cache)
+            for layer in self.layers:
+                layer.advance()
+            if self._reads_all_keys():
+                output = self._step(cache)  # from host memory, between captured steps
             else:
-                self.graph.replay()
-                output = self.output
-            for step in self.steps:
-                step.advance()
+                output = self._replay(cache)
+                stats.captured_steps += 1
             self.taken += 1
         except BaseException:
             for layer in self.layers:
@@ -203,10 +197,12 @@ class Graphed:
             raise
         finally:
             self.running = False
-        self.runtime.stats.steps += 1
-        self.runtime.stats.captured_steps += 1
         # With logits of its own, which the next step leaves alone.
         return changed(output, cache=cache, logits=output.logits.clone())
+
+    def join(self) -> None:
+        """The model waits for all that prepares the next token."""
+        self.schedule.join()
 
     def leave(self) -> None:
         """Hand the cache back to the host; waits for the device."""
@@ -215,44 +211,46 @@ class Graphed:
         self.entered = False
         self.in_vain = self.in_vain + 1 if self.taken < WORTH_IT else 0
         self.graph = self.output = None
-        for layer, step in zip(self.layers, self.steps, strict=True):
-            step.leave()
-            layer.take_back()
-            layer.note_memory()
-        self.steps = []
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize(self.runtime.device)
+        for layer in self.layers:
+            layer.leave()
 
     # ---- how -------------------------------------------------------------------------------------------------------
 
     def _length(self) -> int:
-        return self.layers[0].tiers.length
+        return self.layers[0].blocks.length
 
     @torch.inference_mode(False)
     def _enter(self, ids_B1: Tensor, position: Tensor) -> None:
-        length = self._length()
-        capacity = self.runtime.room.captured(length)
-        for layer in self.layers:
-            layer.tiers.settle()
-            layer.tiers.grow(layer.selection.most_slots_at(length + 1))
-            layer.tiers.store.settle()
-            layer.tiers.store.reserve(capacity)
-            layer.policy.reserve(capacity)
-        self.shared = Shared(length, capacity, self.layers[0].padding_B, self.runtime.counts.spent_1)
+        device, batch = ids_B1.device, self.layers[0].batch
+        self.room = self.runtime.room.captured(self._length())
+        self.length_B = torch.full((batch,), self._length(), device=device)
+        self.schedule = StreamSchedule(device, self.runtime.counts.spent_1)
         self.ids_B1 = torch.zeros_like(ids_B1)
         self.position = torch.zeros_like(position)
         self.eager_steps, self.taken = EAGER_STEPS, 0
-        self.steps = [DeviceStep(layer, self.shared) for layer in self.layers]
-        for layer, step in zip(self.layers, self.steps, strict=True):
-            layer.hand_over(self, step)
-            layer.note_memory()
+        for layer in self.layers:
+            layer.enter(self, self.schedule, self.length_B, self.room)
         self.entered = True
 
+    def _reads_all_keys(self) -> bool:
+        return any(layer.reads_all_keys for layer in self.layers)
+
+    def _replay(self, cache: TieredCache) -> Any:
+        if self.graph is None:
+            self.eager_steps = max(self.eager_steps - 1, 0)
+            return self._step(cache)
+        self.graph.replay()
+        return self.output
+
     def _step(self, cache: TieredCache) -> Any:
-        self.shared.length_1.add_(1)
+        self.length_B.add_(1)
         with self.compiled if self.compiled is not None else nullcontext():
             output = self.forward(
                 input_ids=self.ids_B1, position_ids=self.position, use_cache=True, **{self.cache_name: cache}
             )
-        self.shared.join()
+        self.schedule.join()
         return output
 
     def _capture(self, cache: TieredCache) -> None:

@@ -1,0 +1,342 @@
+"""LayerBlocks: one layer's blocks, all of them in host memory, those that matter in a pool on the device.
+
+Suffixes: B sequences, G KV heads, R rows = B·G, T tokens, D head size, S slots, C blocks there is room for; n: one
+entry a moved block.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attention_predictor.arithmetic import ceil_div
+from attention_predictor.csrc import binding, ops
+from attention_predictor.csrc.select import Limits
+from attention_predictor.errors import FetchError, IntegrityError
+from attention_predictor.offload.blocks.block_pool import BlockPool
+from attention_predictor.offload.blocks.extent import Extent
+from attention_predictor.offload.blocks.host_store import HostStore
+from attention_predictor.offload.blocks.slot_table import SlotTable
+
+if TYPE_CHECKING:
+    from attention_predictor.offload.attention.sparse import SlotScores
+    from attention_predictor.offload.blocks.prefetch import Ticket
+    from attention_predictor.offload.policies.base import Estimate
+    from attention_predictor.offload.policies.selection import Selection
+    from attention_predictor.offload.runtime import Runtime
+
+ROOM_BLOCKS = 64  # by which the room for blocks grows: doubling would waste the memory this library saves
+POOL_STEP = 16  # slots by which the pool grows while the context is shorter than the budget
+
+
+class LayerBlocks:
+    """``HostStore``, ``BlockPool`` and ``SlotTable`` of one layer, and every way a block takes between them.
+
+    A GPU with kernels and pinned memory moves blocks by itself; else the host reads what is to be moved, and moves it.
+    After ``fetch_ahead`` the prefetch thread may be at work on pool and table: ``settle`` comes before anything else.
+
+    Attributes:
+        capacity: Blocks that table and policy have room for.
+        extent: How far the sequences have come.
+        counts: int64 on the device, as ``DeviceCounts.of_layer``.
+
+    Raises:
+        FetchError: A fetch failed; the cache must not be used further.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        number: int,
+        *,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        config = runtime.config
+        self.runtime, self.number = runtime, number
+        self.kv_heads, self.device, self.block_size = kv_heads, device, config.block_size
+        shape = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": config.block_size}
+        kernels = config.kernels == "auto"
+        self.store = HostStore(
+            **shape, dtype=dtype, slab_blocks=config.slab_blocks, memory=runtime.memory, kernel=kernels
+        )
+        self.pool = BlockPool(**shape, dtype=dtype, slots=0, device=device)
+        self.table = SlotTable(rows=batch * kv_heads, device=device)
+        self.block_bytes = 2 * config.block_size * head_dim * dtype.itemsize  # keys and values
+        self.counts = runtime.counts.of_layer(number, self.block_bytes)
+        self.capacity = 0
+        self.ticket: Ticket | None = None
+        self._may_move = kernels and binding.on_gpu(device) and ops.missing(device) is None
+        self._slab_s: Tensor | None = None
+        self.padding_B: Tensor | None = None
+        self._length_B: Tensor | None = None  # while captured steps count for themselves
+        self.extent = self._extent()
+
+    @property
+    def length(self) -> int:
+        """Tokens stored."""
+        return self.store.length
+
+    # ---- tokens ----------------------------------------------------------------------------------------------------
+
+    def reserve(self, tokens: int) -> None:
+        """Room for so many tokens in table and, where the GPU writes to it, host memory."""
+        blocks = ceil_div(tokens, self.block_size)
+        if blocks > self.capacity:
+            self.capacity = ceil_div(blocks, ROOM_BLOCKS) * ROOM_BLOCKS
+            self.table.reserve(self.capacity)
+        if self.device_moves and tokens > self.store.room:
+            self.store.reserve(tokens)
+            self._slab_s = None
+
+    @property
+    def device_moves(self) -> bool:
+        """Whether the GPU reads and writes host memory itself."""
+        return self._length_B is not None or (self._may_move and self.store.pinned)
+
+    def append(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+        """Store the tokens of a forward that is not a decoding step."""
+        start = self.store.length
+        self.store.append(key_BGTD, value_BGTD)
+        self._slab_s = None
+        self.reserve(self.store.length)
+        self.table.drop_from(start // self.block_size)  # the tail block has grown behind the pool's back
+        self.extent = self._extent()
+
+    def advance(self) -> None:
+        """Count the token of the step that comes; the host's part of it."""
+        self.reserve(self.store.length + 2)
+        if self.device_moves:
+            self.store.advance(1)
+        self.extent = self._extent(0 if self.device_moves else 1)
+
+    def append_token(self, key_BGD: Tensor, value_BGD: Tensor) -> None:
+        """Write the step's token to its block in host memory and in the pool; ``extent`` counts it already."""
+        pool, length_B = self.pool, self.extent.length_B
+        if self.device_moves:
+            into = (pool.key_BGSTD, pool.value_BGSTD, self._slabs(), self.store.slab_blocks)
+            ops.append_token(key_BGD, value_BGD, *into, self.table.slot_RC, length_B, self.counts[4:])
+            return
+        key_BG1D, value_BG1D = key_BGD[:, :, None], value_BGD[:, :, None]
+        self.store.append(key_BG1D, value_BG1D)
+        token_B = length_B - 1
+        slot_R = self.table.slot_of(token_B // self.block_size)
+        if bool((slot_R < 0).any()):
+            raise IntegrityError(f"layer {self.number}: a token's block has no slot at {self.length} tokens")
+        offset_R = (token_B % self.block_size).repeat_interleave(self.kv_heads)
+        pool.write_token(slot_R, offset_R, key_BG1D, value_BG1D)
+
+    def stream(self, tokens: int, stop: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """First token, keys and values of those before ``stop`` (all), from host memory, about ``tokens`` at a time.
+
+        They are valid until the next are asked for.
+        """
+        stop = self.store.length if stop is None else stop
+        for start, key_BGTD, value_BGTD in self.store.stream(stop, tokens, self.device):
+            self.runtime.stats.streamed_bytes += key_BGTD.nbytes + value_BGTD.nbytes
+            yield start, key_BGTD, value_BGTD
+
+    # ---- choosing and moving blocks --------------------------------------------------------------------------------
+
+    def choose(
+        self, selection: Selection, scores: Tensor | Estimate, resident: SlotScores | None, late_blocks: int | None
+    ) -> Tensor | None:
+        """Choose what this step attends to and fetch what is missing, within the step.
+
+        Args:
+            scores: Of all blocks.
+            resident: Exact scores of the slots, which stand in place of an estimate's.
+            late_blocks: Blocks that may be fetched; ``None``: nothing is chosen, only the rest is found.
+
+        Returns:
+            fp32 ``[B, H]`` log-sum-exp of what is not attended to; ``None`` without an estimate.
+        """
+        rest_BH = self.table.choose(
+            selection.limits(self.length), self.extent, scores, resident, late_blocks, self.counts, self._kernel
+        )
+        if late_blocks is not None:
+            started = time.perf_counter()
+            try:
+                moved = self._move(self.runtime.counts.spent_1)
+            except Exception as error:
+                raise FetchError(f"layer {self.number}: a late fetch failed: {error!r}") from error
+            if moved:
+                self.runtime.stats.exposed_wait_ms += 1000 * (time.perf_counter() - started)
+        return rest_BH
+
+    def fetch_ahead(
+        self,
+        selection: Selection,
+        score_BGC: Tensor | None,
+        more: int,
+        run: Callable[[Callable[[], None]], Ticket | None],
+    ) -> None:
+        """Choose what the next token attends to, and ``more`` blocks, and fetch them; ``run`` says when."""
+        self._fit_pool(selection)
+        limits = selection.limits(self.length + 1, more)
+        self.ticket = run(partial(self._choose_ahead, limits, self.extent, score_BGC))
+
+    def _choose_ahead(self, limits: Limits, extent: Extent, score_BGC: Tensor | None) -> None:
+        self.table.choose_ahead(limits, extent, score_BGC, self.counts, self._kernel)
+        self._move(None)
+
+    def settle(self) -> None:
+        """Wait until the blocks fetched ahead are in the pool."""
+        if self.ticket is not None:
+            ticket, self.ticket = self.ticket, None
+            self.runtime.stats.exposed_wait_ms += self.runtime.prefetcher.wait(ticket)
+
+    def count_attended(self) -> None:
+        """Count the active blocks, where no choice has."""
+        self.counts[0] += (self.table.active_RS >= 0).sum()
+
+    @property
+    def active_BGS(self) -> Tensor:
+        """int64, the block in each slot that attention reads, -1 for the others."""
+        return self.table.active_RS.unflatten(0, (-1, self.kv_heads))
+
+    @property
+    def block_BGS(self) -> Tensor:
+        """int64, the block in each slot, -1 for an empty one."""
+        return self.table.block_RS.unflatten(0, (-1, self.kv_heads))
+
+    @property
+    def _kernel(self) -> bool:
+        """Whether a kernel chooses."""
+        return self.device_moves and self.pool.slots <= ops.most_slots(self.device, self.capacity)
+
+    def _move(self, spent_1: Tensor | None) -> int:
+        """Fetch what the table lists; the blocks moved, where the host knows."""
+        table, pool = self.table, self.pool
+        if self.device_moves:
+            moves = (table.move_block_RS, table.move_slot_RS, table.moves_R)
+            slabs = (self._slabs(), self.store.slab_blocks)
+            ops.move_blocks(*slabs, *moves, pool.key_BGSTD, pool.value_BGSTD, spent_1)
+            return 0
+        row_n, block_n, slot_n = table.moves()
+        if len(row_n):
+            pool.write_blocks(row_n, slot_n, self.store.gather(row_n, block_n))
+        return len(row_n)
+
+    def _slabs(self) -> Tensor:
+        """Addresses of the store's slabs; to find them anew waits for what is on its way there."""
+        if self._slab_s is None:
+            self._slab_s = self.store.addresses(self.device)
+        return self._slab_s
+
+    def _fit_pool(self, selection: Selection) -> None:
+        """Slots for the next token: more while the context is shorter than the budget, fewer once a smaller one holds.
+
+        A pool that shrinks is emptied: what is chosen next is fetched anew.
+        """
+        slots, most = selection.slots(self.length + 1), selection.most_slots_at(self.length + 1)
+        if slots > self.pool.slots:
+            self.grow(min(slots + POOL_STEP, most))
+        elif most < self.pool.slots:
+            B, G, _, T, D = self.pool.key_BGSTD.shape
+            dtype = self.pool.key_BGSTD.dtype
+            self.pool = BlockPool(
+                batch=B, kv_heads=G, slots=most, block_size=T, head_dim=D, dtype=dtype, device=self.device
+            )
+            self.table = SlotTable(rows=B * G, device=self.device)
+            self.table.grow(most)
+            self.table.reserve(self.capacity)
+
+    def grow(self, slots: int) -> None:
+        """At least so many slots a row."""
+        if slots > self.pool.slots:
+            self.pool.grow(slots)
+            self.table.grow(slots)
+
+    # ---- captured steps --------------------------------------------------------------------------------------------
+
+    def enter(self, length_B: Tensor, tokens: int, slots: int) -> None:
+        """From now on whoever takes the steps counts tokens in ``length_B``, and nothing moves up to so many tokens."""
+        self.settle()
+        self._length_B = length_B
+        self.grow(slots)
+        self.reserve(tokens)
+        self._slabs()
+        self.extent = self._extent()
+
+    def leave(self) -> None:
+        """The host counts again."""
+        self._length_B = None
+        self.extent = self._extent()
+
+    def _extent(self, coming: int = 0) -> Extent:
+        """Of the tokens stored and as many more."""
+        length_B = self._length_B
+        if length_B is None:
+            with torch.inference_mode(False):
+                length_B = torch.full((self.store.batch,), self.store.length + coming, device=self.device)
+        return Extent(length_B, self.padding_B, self.capacity, self.block_size)
+
+    def set_padding(self, padding_B: Tensor | None) -> None:
+        """Tokens of left padding of each sequence."""
+        self.padding_B = padding_B
+        self.extent = Extent(self.extent.length_B, padding_B, self.capacity, self.block_size)
+
+    # ---- sequences that shrink, and change places --------------------------------------------------------------------
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from ``length`` on."""
+        self._release()
+        self.store.truncate(length)
+        self._slab_s = None
+        self.table.drop_from(self.store.n_blocks)
+        self.extent = self._extent()
+
+    def index(self, batch_index: Tensor) -> None:
+        """Reorder, repeat or select sequences; the index is on the CPU."""
+        self._release()
+        on_device = batch_index.to(self.device)
+        self.store.index(batch_index)
+        self._slab_s = None
+        self.pool.index(on_device)
+        self.table.index(on_device, self.kv_heads)
+        self.set_padding(None if self.padding_B is None else self.padding_B[on_device])
+        self.extent = self._extent()
+
+    def _release(self) -> None:
+        """Wait until the GPU no longer reads host memory, which is about to change."""
+        if self.device.type == "cuda":
+            # ``settle`` has ordered the fetches before it, and so has ``HostStore.stream`` its copies.
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def check_integrity(self) -> None:
+        """Raise ``IntegrityError`` if anything contradicts itself: a resident block must equal its host block."""
+        self.settle()
+        self.store.check_integrity()
+        self.pool.check_integrity()
+        self.table.check_integrity()
+        block_RS = self.table.block_RS.cpu()
+        row_n, slot_n = ((block_RS >= 0) & (block_RS < self.store.n_blocks)).nonzero(as_tuple=True)
+        block_n = block_RS[row_n, slot_n]
+        host_n2TD = self.store.gather(row_n, block_n)
+        pool_n2TD = torch.stack(
+            [side.flatten(0, 1).cpu()[row_n, slot_n] for side in (self.pool.key_BGSTD, self.pool.value_BGSTD)], 1
+        )
+        token_nT = block_n[:, None] * self.block_size + torch.arange(self.block_size)
+        written = (token_nT < self.store.length)[:, None, :, None]
+        if not torch.equal(host_n2TD.masked_fill(~written, 0), pool_n2TD.masked_fill(~written, 0)):
+            raise IntegrityError(f"layer {self.number}: a resident block differs from its block in host memory")
+
+    def __deepcopy__(self, memo: dict) -> LayerBlocks:
+        """With memory of its own, but the engine's counts."""
+        self.settle()
+        memo[id(self.counts)] = self.counts
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        twin._slab_s = None
+        return twin

@@ -1,0 +1,119 @@
+"""One decoding step of one layer: the order of its parts, for every policy, on every device, eager or captured.
+
+append → estimate → choose (late) → attend → observe → predict → choose ahead → fetch
+
+Nothing here or below asks the host for a value that the device has: lengths are tensors, shapes those of the room there
+is, so that the same operations are run one by one or captured as part of a CUDA graph.
+
+Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+
+from attention_predictor.offload.attention.dense import Chunk, Terms, chunk_tokens
+from attention_predictor.offload.attention.sparse import attend_slots, score_slots
+from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
+from attention_predictor.offload.policies.base import Estimate, Policy, Step
+from attention_predictor.offload.policies.selection import Selection
+from attention_predictor.offload.step.schedule import Schedule
+
+
+class Layer(Protocol):
+    """What a step needs of a layer."""
+
+    blocks: LayerBlocks
+    policy: Policy
+    selection: Selection
+    kernel: bool
+    arrived_BH: Tensor | None
+
+
+def decode(
+    layer: Layer,
+    query_BHQD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    terms: Terms,
+    real_BL: Tensor | None,
+    schedule: Schedule,
+    watch: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """Attention of one new token a sequence, which ``layer.blocks.extent`` counts already; ``[B, H, 1, D]``.
+
+    Args:
+        query_BHQD, key_BGTD, value_BGTD: Of the new token: Q = T = 1.
+        real_BL: bool, False at padding, of all tokens there is room for; ``None`` where there is no padding.
+        watch: Shown the step once it has attended, before the policy is.
+    """
+    blocks, policy, selection = layer.blocks, layer.policy, layer.selection
+    query_BHD, key_BGD, value_BGD = (x[:, :, 0].contiguous() for x in (query_BHQD, key_BGTD, value_BGTD))
+    step = Step(
+        query_BHD=query_BHD,
+        extent=blocks.extent,
+        real_BL=real_BL,
+        terms=terms,
+        kv_heads=blocks.kv_heads,
+        kernel=layer.kernel,
+        length=blocks.length,
+        stream=partial(chunks, blocks),
+    )
+    extent, pool = step.extent, blocks.pool
+    room = (extent.length_B, real_BL, terms)
+    with schedule.estimate():
+        policy.append(key_BGD, query_BHD, extent)
+        scores = policy.score_now(step)
+    blocks.append_token(key_BGD, value_BGD)
+    resident = None
+    if policy.chooses and isinstance(scores, Estimate):
+        resident = score_slots(query_BHD, pool.key_BGSTD, blocks.block_BGS, *room, kernel=layer.kernel)
+    schedule.join_estimate()
+    if isinstance(scores, Estimate):
+        step.estimate = scores
+    if scores is not None:
+        late_blocks = selection.share(policy.late_share) if policy.chooses else None
+        step.rest_BH = blocks.choose(selection, scores, resident, late_blocks)
+    step.block_BGS = blocks.active_BGS
+    step.attention = attend_slots(
+        query_BHD,
+        pool.key_BGSTD,
+        pool.value_BGSTD,
+        step.block_BGS,
+        *room,
+        kernel=layer.kernel,
+        arrived_BH=layer.arrived_BH,
+    )
+    if watch is not None:
+        watch(step)
+    with schedule.ahead(step):
+        if not policy.chooses:
+            blocks.count_attended()
+        policy.observe(step)
+        more = selection.ahead_blocks if policy.chooses else 0
+        blocks.fetch_ahead(selection, policy.score_next(extent), more, schedule.fetch)
+    return step.attention.out_BHD[:, :, None]
+
+
+def chunks(blocks: LayerBlocks, query_BHQD: Tensor, stop: int | None = None) -> Iterator[Chunk]:
+    """Keys and values of the tokens before ``stop`` (all), from host memory, in chunks that suit the query.
+
+    A chunk is valid until the next is asked for.
+    """
+    return (Chunk(*part) for part in blocks.stream(chunk_tokens(query_BHQD), stop))
+
+
+def attend_again(layer: Layer, query_BHQD: Tensor, terms: Terms, real_BL: Tensor | None) -> Tensor:
+    """Attention over the pool by a layer that has no keys of its own and reads this one's; ``[B, H, 1, D]``.
+
+    What is fetched for the next token must be there: it is what the pool holds.
+    """
+    pool, block_BGS = layer.blocks.pool, layer.blocks.active_BGS
+    room = (layer.blocks.extent.length_B, real_BL, terms)
+    query_BHD = query_BHQD[:, :, 0].contiguous()
+    attention = attend_slots(query_BHD, pool.key_BGSTD, pool.value_BGSTD, block_BGS, *room, kernel=layer.kernel)
+    return attention.out_BHD[:, :, None]
