@@ -15,7 +15,7 @@ from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.stats import Stats
-from attention_predictor.offload.step.graph import CapturedSteps
+from attention_predictor.offload.hf.graph import CapturedSteps
 
 
 class Engine:
@@ -57,7 +57,7 @@ class Engine:
     def new_cache(self) -> TieredCache:
         """An empty cache for direct calls of the model."""
         self.runtime.check_open()
-        return TieredCache(self)
+        return TieredCache(self.runtime)
 
     def generate(
         self,

@@ -19,7 +19,7 @@ class Stats:
 
     Attributes:
         steps: Decoding steps, counted in the first offloaded layer (one a token).
-        captured_steps: Those of them that were captured steps (``offload/step/graph.py``).
+        captured_steps: Those of them that were captured steps (``offload/hf/graph.py``).
         wanted_blocks, hit_blocks: Blocks that attention read, and those of them that were resident before any late
             fetch.
         ahead_blocks, late_blocks: Blocks fetched before and during the step that used them.

@@ -16,8 +16,8 @@ from attention_predictor.errors import ConfigError
 from attention_predictor.offload.blocks import room
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.step import graph as graph_module
-from attention_predictor.offload.step.graph import Graphed
+from attention_predictor.offload.hf import graph as graph_module
+from attention_predictor.offload.hf.graph import Graphed
 
 SETTINGS = {"budget": 96, "sink": 32, "recent": 32, "slab_blocks": 4}
 
@@ -220,7 +220,7 @@ def test_what_cannot_be_captured_says_so_once(tiny_model, ids) -> None:
 
 @pytest.mark.parametrize("calibration", ["exact", "none"])
 def test_without_a_sketch_it_says_so(monkeypatch, tiny_model, ids, calibration: str) -> None:
-    monkeypatch.setattr("attention_predictor.offload.step.graph.binding.on_gpu", lambda device: True)
+    monkeypatch.setattr("attention_predictor.offload.hf.graph.binding.on_gpu", lambda device: True)
     _, stats = decode(
         tiny_model("llama"), ids(150), 4, prefetch="graph", calibration=calibration, late_fetch=0.0, kernels="none"
     )

@@ -129,7 +129,7 @@ assert attach and AttentionPredictor.from_pretrained("ema").arch == "ema"
 
 
 @pytest.mark.parametrize(
-    "module", ["predictor.base", "predictor.history", "csrc.ops", "offload.hf.layer", "offload.step.graph"]
+    "module", ["predictor.base", "predictor.history", "csrc.ops", "offload.hf.layer", "offload.hf.graph"]
 )
 def test_modules_can_be_imported_first(module: str) -> None:
     program = (

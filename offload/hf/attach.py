@@ -28,8 +28,8 @@ from attention_predictor.offload.policies.allocation import first_budgets
 from attention_predictor.offload.policies.predictor import Predictor
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.stats import DeviceCounts, Stats
-from attention_predictor.offload.step.graph import CapturedSteps
-from attention_predictor.offload.step.rehearsal import rehearse
+from attention_predictor.offload.hf.graph import CapturedSteps
+from attention_predictor.offload.hf.rehearsal import rehearse
 from attention_predictor.predictor.model import AttentionPredictor
 
 ENGINE = "_attention_predictor_engine"  # the attribute of an attached model

@@ -25,7 +25,7 @@ from attention_predictor.offload.hf.cache import TieredCache, adopt, describe_un
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import CACHE_NAMES, cache_argument
 from attention_predictor.offload.runtime import Runtime
-from attention_predictor.offload.step.graph import CapturedSteps
+from attention_predictor.offload.hf.graph import CapturedSteps
 
 Forward = Callable[..., Any]
 

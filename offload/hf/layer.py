@@ -41,7 +41,7 @@ from attention_predictor.offload.step.step import attend_again, chunks, decode
 if TYPE_CHECKING:
     from attention_predictor.offload.policies.allocation import Sharing
     from attention_predictor.offload.runtime import Runtime
-    from attention_predictor.offload.step.graph import Graphed
+    from attention_predictor.offload.hf.graph import Graphed
 
 # The key that `update` returns carries its layer under this name to the attention function.
 HANDLE = "_attention_predictor_layer"

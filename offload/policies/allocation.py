@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ from attention_predictor.offload.policies.query_similarity import WINDOW, query_
 from attention_predictor.offload.policies.selection import Budget
 
 if TYPE_CHECKING:
+    from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
     from attention_predictor.offload.config import OffloadConfig
-    from attention_predictor.offload.hf.layer import TieredLayer
 
 PYRAMID_BETA = 20
 BY_HEAD = "-heads"
@@ -86,6 +86,20 @@ def allocation_of(config: OffloadConfig) -> str | Sequence[int | Sequence[int]]:
     return policy.allocation if config.budget_allocation == "policy" else config.budget_allocation
 
 
+class Sharer(Protocol):
+    """A layer that takes part."""
+
+    number: int
+    batch: int
+    kv_heads: int
+    block_size: int
+    blocks: LayerBlocks
+
+    def set_budget(self, budget: Budget) -> None:
+        """Attend to so many tokens from the next step on."""
+        ...
+
+
 class Sharing:
     """How the layers of one cache come to budgets that their prompt decides: each tells, the last one shares.
 
@@ -99,7 +113,7 @@ class Sharing:
         self.config, self.layers = config, sorted(layers)
         self.by_queries, self.by_head = kind.startswith("qsim"), kind.endswith(BY_HEAD)
         self.rows = 0 if self.by_queries else WINDOW
-        self.told: dict[int, tuple[TieredLayer, Tensor]] = {}
+        self.told: dict[int, tuple[Sharer, Tensor]] = {}
 
     @classmethod
     def of(cls, config: OffloadConfig, layers: Sequence[int]) -> Sharing | None:
@@ -112,7 +126,7 @@ class Sharing:
         """Whether a forward of so many queries, at ``length`` tokens with them, decides about budgets."""
         return queries >= WINDOW or 1 < queries == length
 
-    def tell(self, layer: TieredLayer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None) -> None:
+    def tell(self, layer: Sharer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None) -> None:
         """What a layer shows of itself; the last one's word sets the budgets of all of them.
 
         Args:
@@ -133,7 +147,7 @@ class Sharing:
                 one.set_budget(own if self.by_head else own[0])
 
     def _preference(
-        self, layer: TieredLayer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None
+        self, layer: Sharer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None
     ) -> Tensor:
         """fp32 ``[B, 1]``, or ``[B, G]`` by KV head; NaN for a sequence that shows nothing."""
         parts = layer.kv_heads if self.by_head else 1
