@@ -15,7 +15,11 @@ from attention_predictor import OffloadConfig, attach
 from attention_predictor.errors import ConfigError
 from attention_predictor.offload.blocks import room
 from attention_predictor.offload.hf.cache import TieredCache
+from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import with_cache
+from attention_predictor.offload.policies import policy_names
+from attention_predictor.predictor.history import no_kernel
+from attention_predictor.predictor.model import WindowPredictor
 from attention_predictor.offload.hf import graph as graph_module
 from attention_predictor.offload.hf.graph import Graphed
 
@@ -30,12 +34,20 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     def emulated_run(self: Graphed, cache: TieredCache, kwargs: dict) -> object:
         for layer in self.layers:
             layer.blocks.settle()  # the prefetch thread keeps to the CPU's kernels
+            if layer.is_initialized and hasattr(layer.policy, "history"):
+                layer.policy.history.kernel = no_kernel(layer.policy.history.predictor, "cuda") is None
         with emulated_gpu():
             return run(self, cache, kwargs)
 
     monkeypatch.setattr(Graphed, "run", emulated_run)
-    monkeypatch.setattr(graph_module, "why_not", lambda cache, graphed: None)
+    monkeypatch.setattr(graph_module, "why_not", policy_reason)
     monkeypatch.setattr(room, "GROWTH", 128)
+
+
+def policy_reason(cache: TieredCache, graphed: Graphed | None) -> str | None:
+    """All of ``why_not`` that does not ask for a GPU."""
+    layer = next(layer for layer in cache.layers if isinstance(layer, TieredLayer))
+    return layer.policy.not_captured(layer.runtime.config)
 
 
 def decode(model, prompt: Tensor, steps: int, mask: Tensor | None = None, **settings: object) -> tuple[Tensor, object]:
@@ -56,6 +68,53 @@ def test_the_same_tokens_and_fetches(emulated, tiny_model, ids, family: str) -> 
     assert by_device["fallbacks"] == {}
     for name in ("steps", "ahead_bytes", "late_bytes", "hit_rate"):
         assert by_device[name] == pytest.approx(by_host[name], rel=0.05), name
+
+
+BY_THE_HOST = {"full", "oracle"}  # they read every key at every step
+VARIANTS = [
+    *({"policy": name} for name in policy_names() if name not in BY_THE_HOST),
+    *({"predictor": name} for name in ("last", "ema", "mean", "paper")),
+    {"late_fetch": 0.0},
+    {"late_fetch": 0.0, "reserve": 0.0},
+    {"late_fetch": 1.0},
+    {"calibration": "none"},
+    {"calibration": "none", "late_fetch": 0.0},
+    {"calibration": "exact", "late_fetch": 0.0, "calibration_interval": 3},
+    {"calibration": "exact", "calibration_interval": 3},
+    {"measure_recovery": 3},
+]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("settings", VARIANTS, ids=lambda given: "-".join(map(str, given.values())))
+def test_every_policy_is_captured(emulated, tiny_model, ids, tmp_path, settings: dict, padded: bool) -> None:
+    """The same tokens and fetches as with the prefetch thread, across the room's growth (128 tokens here)."""
+    model, prompt, mask = tiny_model("llama"), ids(245, batch=2), None
+    if settings.get("predictor") == "paper":
+        torch.manual_seed(0)
+        WindowPredictor().save(tmp_path)
+        settings = {"predictor": str(tmp_path)}
+    if padded:
+        mask = torch.ones_like(prompt)
+        mask[1, :37] = 0
+    thread, by_host = decode(model, prompt, 20, mask, **settings)
+    graph, by_device = decode(model, prompt, 20, mask, prefetch="graph", **settings)
+    assert torch.equal(graph, thread)
+    assert by_device["fallbacks"] == {}
+    by_host_too = 19 // 3 if {"calibration_interval", "measure_recovery"} & settings.keys() else 0
+    assert by_device["captured_steps"] == 19 - by_host_too
+    for name in ("steps", "ahead_bytes", "late_bytes", "hit_rate", "streamed_bytes", "recovery"):
+        assert by_device[name] == pytest.approx(by_host[name], rel=0.05), name
+
+
+@pytest.mark.parametrize("policy", sorted(BY_THE_HOST))
+def test_what_reads_every_key_says_so(emulated, tiny_model, ids, policy: str) -> None:
+    model, prompt = tiny_model("llama"), ids(150)
+    thread, _ = decode(model, prompt, 6, policy=policy)
+    graph, stats = decode(model, prompt, 6, policy=policy, prefetch="graph")
+    assert torch.equal(graph, thread)
+    assert stats["captured_steps"] == 0
+    assert f"policy {policy!r} reads every key at every step" in next(iter(stats["fallbacks"]))
 
 
 def test_budget_beyond_the_context_is_the_stock_model(emulated, tiny_model, ids) -> None:
@@ -202,7 +261,7 @@ def test_interrupted_steps_make_the_cache_unusable(emulated, tiny_model, ids, mo
         model(prompt, **with_cache(model, cache))
         model(prompt[:, :1], **with_cache(model, cache))
         layer = cache.layers[1]
-        monkeypatch.setattr(layer.device_step, "attend", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        monkeypatch.setattr(layer.policy, "observe", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             model(prompt[:, :1], **with_cache(model, cache))
         monkeypatch.undo()

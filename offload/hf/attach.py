@@ -89,8 +89,10 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -
         ops.prepare(runtime.device, _kernels(runtime, decoder.dtype))  # where there are none, layers say why
     if runtime.device.type == "cuda":
         rehearse(runtime, text_config, decoder.dtype)
-    captured = None
-    if runtime.room.captures or config.prefetch == "graph":
+    captured, reason = None, policy_class(config.policy).not_captured(config)
+    if reason is not None and config.prefetch == "graph":
+        runtime.note_fallback(f"the prefetch thread in place of captured steps: {reason}")
+    elif runtime.room.captures or config.prefetch == "graph":
         compiled = CompiledLayers(decoder) if config.compile else None
         captured = CapturedSteps(name, model.forward, text_config, runtime, compiled)
     engine = Engine(model, runtime, attachment, captured)
@@ -156,6 +158,7 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig) -> Runtime:
     stats = Stats(prefetch=_prefetch(config, device), evicts=policy_class(config.policy).evicts)
     memory = HostMemory(device if device.type == "cuda" else None)
     captures = config.prefetch in CAPTURING and device.type == "cuda"
+    captures = captures and policy_class(config.policy).not_captured(config) is None
     runtime = Runtime(
         config=config,
         text_config=text_config,
@@ -174,11 +177,13 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig) -> Runtime:
 
 def _prefetch(config: OffloadConfig, device: torch.device) -> str:
     """What the setting comes to."""
-    if config.prefetch in CAPTURING and device.type == "cuda":
-        return "captured steps, the thread where a step can't be captured"
-    if config.prefetch in CAPTURING:
+    if config.prefetch not in CAPTURING:
+        return config.prefetch
+    if (reason := policy_class(config.policy).not_captured(config)) is not None:
+        return f"thread: {reason}"
+    if device.type != "cuda":
         return f"thread: steps are captured on a CUDA device, the model is on {device}"
-    return config.prefetch
+    return "captured steps, the thread where a step can't be captured"
 
 
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:
