@@ -435,7 +435,7 @@ __device__ __forceinline__ void attend_slots(const SparseDecode &a) {
         }
         if (begin == 0) {
             // What is needed later comes behind what takes longest.
-            length = static_cast<int>(a.length_1 ? *a.length_1 : a.length);
+            length = static_cast<int>(a.length_B ? a.length_B[share.sequence] : a.length);
             tile.load_query(asked, D, query);
             write_inactive(a, share);
             __syncthreads();

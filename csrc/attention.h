@@ -9,7 +9,7 @@ struct SparseDecode {
     const int64_t *block;     // [B, G, S] block in each slot, -1: takes no part
     const uint8_t *real;      // [B, length] 0 at padding; null: no padding
     const float *sinks;       // [H] logit of one more column without a value; null: none
-    const int64_t *length_1;  // [1] tokens of the sequence, on the device; null: `length`
+    const int64_t *length_B;  // [B] tokens of each sequence, on the device; null: `length`
     void *out;                // [B, H, D]; this and what follows but for `peak` and `sum`: null for scores alone
     float *peak;              // [B, H, S] largest logit of a slot
     float *sum;               // [B, H, S] log-sum-exp of a slot's logits

@@ -27,7 +27,7 @@ class SparseDecode(ctypes.Structure):
     """As in attention.h."""
 
     _fields_ = [
-        *pointers("query key value block real sinks length_1 out peak sum lse partial arrived"),
+        *pointers("query key value block real sinks length_B out peak sum lse partial arrived"),
         *integers("batch kv_heads group slots tokens head_dim length splits element"),
         *doubles("scaling softcap"),
     ]
@@ -57,7 +57,7 @@ def sparse_decode(
     sinks_H: Tensor | None,
     scaling: float,
     softcap: float,
-    length_1: Tensor | None = None,
+    length_B: Tensor | None = None,
     arrived_BH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention of one new token over the tokens of the blocks in the slots.
@@ -69,11 +69,11 @@ def sparse_decode(
         query_BHD: Queries, in the dtype of the pool: fp32, fp16 or bf16.
         key_BGSTD, value_BGSTD: The pool; without values scores are found alone, the same as with them, bit by bit.
         block_BGS: int64 block in each slot, -1 for one that takes no part.
-        length: Tokens of the sequence, the new one included; their most where ``length_1`` is given.
+        length: Tokens of the sequence, the new one included; their most where ``length_B`` is given.
         real_BL: bool, False at padding, or ``None``.
         sinks_H: fp32 logit of one more softmax column without a value, or ``None``.
         scaling, softcap: Logits are softcap·tanh(scaling·q·k / softcap), or scaling·q·k for a softcap of 0.
-        length_1: int64 tokens of the sequence, on the device; ``None``: ``length``.
+        length_B: int64 tokens of each sequence, on the device; ``None``: ``length``.
         arrived_BH: int32 zeros, and zeros again afterwards, by which a GPU's thread blocks know the last of them. Who
             calls again and again keeps them, for one call at a time; ``None``: made for this call, by one more kernel.
 
@@ -87,7 +87,7 @@ def sparse_decode(
     """
     if torch.compiler.is_compiling():
         inputs = (query_BHD, key_BGSTD, value_BGSTD, block_BGS, length, real_BL, sinks_H, scaling, softcap)
-        return _operation(*inputs, length_1, arrived_BH)
+        return _operation(*inputs, length_B, arrived_BH)
     B, G, S, T, D = key_BGSTD.shape
     H, dtype, device = query_BHD.shape[1], key_BGSTD.dtype, key_BGSTD.device
     check("query_BHD", query_BHD, (B, H, D), dtype, device)
@@ -99,8 +99,8 @@ def sparse_decode(
         check("real_BL", real_BL, (B, length), torch.bool, device)
     if sinks_H is not None:
         check("sinks_H", sinks_H, (H,), torch.float32, device)
-    if length_1 is not None:
-        check("length_1", length_1, (1,), torch.int64, device)
+    if length_B is not None:
+        check("length_B", length_B, (B,), torch.int64, device)
     if arrived_BH is not None:
         check("arrived_BH", arrived_BH, (B, H), torch.int32, device)
     if H % G:
@@ -124,7 +124,7 @@ def sparse_decode(
     else:
         splits = threads(key_BGSTD.numel())
     arguments = SparseDecode(
-        *map(address, (query_BHD, key_BGSTD, value_BGSTD, block_BGS, real_BL, sinks_H, length_1)),
+        *map(address, (query_BHD, key_BGSTD, value_BGSTD, block_BGS, real_BL, sinks_H, length_B)),
         *map(address, (out_BHD, peak_BHS, sum_BHS, lse_BH, partial, arrived_BH)),
         *(B, G, H // G, S, T, D, length, splits, ELEMENTS[dtype], scaling, softcap),
     )

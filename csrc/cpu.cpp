@@ -118,7 +118,7 @@ template <typename E>
 void attend_row(const SparseDecode &a, int64_t row) {
     const int64_t b = row / a.kv_heads, kv_head = row % a.kv_heads, group = a.group;
     const int64_t D = a.head_dim, T = a.tokens, S = a.slots, first = row * group;
-    const int64_t length = a.length_1 ? *a.length_1 : a.length;
+    const int64_t length = a.length_B ? a.length_B[b] : a.length;
     const float scaling = static_cast<float>(a.scaling), softcap = static_cast<float>(a.softcap);
     // Weights of a slot are relative to the slot's own peak; what that is worth is known once all are seen.
     std::vector<float> query(group * D), weight(group * S * T), part(D), out(group * D, 0.f), dot(group);
@@ -190,9 +190,10 @@ inline void unpack(const uint8_t *codes, int64_t t, int64_t J, int64_t channels,
 }
 
 template <typename E>
-void score_row(const SketchScores &a, int64_t length, int64_t row) {
+void score_row(const SketchScores &a, int64_t row) {
     const Sketch &s = a.sketch;
     const int64_t b = row / s.kv_heads, kv_head = row % s.kv_heads, heads = a.heads / s.kv_heads;
+    const int64_t length = a.length_B ? a.length_B[b] : a.length;
     const int64_t D = s.head_dim, first = b * a.heads + kv_head * heads, groups = length / s.group;
     const int64_t narrow_channels = s.coded - s.wide_channels;
     const int64_t wide_bytes = s.group * s.wide_bits / 8, narrow_bytes = s.group * s.bits / 8;
@@ -252,10 +253,9 @@ extern "C" int sparse_decode(const SparseDecode *a, void *) {
 }
 
 extern "C" int sketch_scores(const SketchScores *a, void *) {
-    const int64_t length = a->length_1 ? *a->length_1 : a->length;
     return with_element(a->sketch.element, [&](auto number) {
         share(a->sketch.batch * a->sketch.kv_heads, a->workers,
-              [&](int64_t row) { score_row<decltype(number)>(*a, length, row); });
+              [&](int64_t row) { score_row<decltype(number)>(*a, row); });
     });
 }
 

@@ -81,7 +81,7 @@ __device__ __forceinline__ void move_blocks(const Move &a) {
 __device__ __forceinline__ void note_time(const Moment &a) { *a.spent += a.sign * nanoseconds(); }
 
 __device__ __forceinline__ void append_token(const Append &a) {
-    const int64_t row = blockIdx.x, token = a.length[0] - 1, block = token / a.tokens, offset = token % a.tokens;
+    const int64_t row = blockIdx.x, token = a.length[row / a.kv_heads] - 1, block = token / a.tokens, offset = token % a.tokens;
     const int64_t vectors = a.token_bytes / 16, half = a.tokens * vectors;
     const int64_t slot = a.slot[row * a.capacity + block];
     auto *host = reinterpret_cast<uint4 *>(host_block(a.slab, a.slab_blocks, row, block, 2 * a.tokens * a.token_bytes));

@@ -30,9 +30,9 @@ struct Append {
     void *key, *value;                // [R, S, T, D]
     const int64_t *slab;              // addresses of the slabs
     const int32_t *slot;              // [R, C] slot of each block
-    const int64_t *length;            // [1] tokens of the sequence, the new one included
+    const int64_t *length;            // [B] tokens of each sequence, the new one included
     int64_t *lost;                    // [1] counts tokens whose block has no slot: there must be none
-    int64_t rows, slab_blocks, slots, capacity, tokens, token_bytes;
+    int64_t rows, kv_heads, slab_blocks, slots, capacity, tokens, token_bytes;
 };
 
 // The time on the GPU's clock, added to or taken from a sum.

@@ -45,7 +45,7 @@ class Append(ctypes.Structure):
 
     _fields_ = [
         *pointers("new_key new_value key value slab slot length lost"),
-        *integers("rows slab_blocks slots capacity tokens token_bytes"),
+        *integers("rows kv_heads slab_blocks slots capacity tokens token_bytes"),
     ]
 
 
@@ -137,14 +137,14 @@ def append_token(
     slab_s: Tensor,
     slab_blocks: int,
     slot_RC: Tensor,
-    length_1: Tensor,
+    length_B: Tensor,
     lost_1: Tensor,
 ) -> None:
     """Write the newest token's key and value to the slot of its block and, from the GPU, to pinned host memory.
 
     Args:
         slot_RC: int32, the slot of each block, -1 for one that is absent.
-        length_1: int64, tokens of the sequence, this one included.
+        length_B: int64, tokens of each sequence, this one included.
         lost_1: int64, counts tokens whose block had no slot: any is an error, which the caller raises.
     """
     device, (B, G, S, T, D) = key_BGSTD.device, key_BGSTD.shape
@@ -153,12 +153,12 @@ def append_token(
     check("value_BGSTD", value_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, device)
     check("slab_s", slab_s, (len(slab_s),), torch.int64, device)
     check("slot_RC", slot_RC, (B * G, slot_RC.shape[1]), torch.int32, device)
-    check("length_1", length_1, (1,), torch.int64, device)
+    check("length_B", length_B, (B,), torch.int64, device)
     check("lost_1", lost_1, (1,), torch.int64, device)
     _half_bytes(key_BGSTD)
     arguments = Append(
-        *map(address, (new_key_BGD, new_value_BGD, key_BGSTD, value_BGSTD, slab_s, slot_RC, length_1, lost_1)),
-        *(B * G, slab_blocks, S, slot_RC.shape[1], T, D * key_BGSTD.element_size()),
+        *map(address, (new_key_BGD, new_value_BGD, key_BGSTD, value_BGSTD, slab_s, slot_RC, length_B, lost_1)),
+        *(B * G, G, slab_blocks, S, slot_RC.shape[1], T, D * key_BGSTD.element_size()),
     )
     APPEND.launch(device, (B * G, 1, 1), arguments)
 

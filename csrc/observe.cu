@@ -31,7 +31,7 @@ __device__ __forceinline__ void fold_row(const ObserveRow &a) {
     __shared__ int slot_of[kTile];     // −1: not attended
     __shared__ float log_score[kTile];
     const float eps = static_cast<float>(a.eps), full_scale = static_cast<float>(a.full_scale);
-    const int length = static_cast<int>(a.length_1 ? min(*a.length_1, a.length) : a.length);
+    const int length = static_cast<int>(a.length_B ? min(a.length_B[blockIdx.z], a.length) : a.length);
     const int block_size = static_cast<int>(a.block_size);
     const int first = blockIdx.x * kTile;
     const int known = min(kTile, (length + block_size - 1) / block_size - first);

@@ -9,7 +9,7 @@ struct ObserveRow {
     const float *slot_peak;   // [B, H, S] exact largest logit of each slot
     const float *total;       // [B, H] log-sum-exp of all logits
     const float *fold;        // [C] weight of the new score in each average, then how far each peak falls
-    const int64_t *length_1;  // tokens of the sequence; null: length
+    const int64_t *length_B;  // tokens of each sequence; null: length
     float *state;             // [B, G, capacity, C]
     float *row;               // [B, G, columns] takes the row; null: nobody wants it
     int64_t batch, kv_heads, heads, slots, columns, capacity, block_size, length, rows;

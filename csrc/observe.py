@@ -23,7 +23,7 @@ class ObserveRow(ctypes.Structure):
     """As in observe.h."""
 
     _fields_ = [
-        *pointers("given peak block slot_peak total fold length_1 state row"),
+        *pointers("given peak block slot_peak total fold length_B state row"),
         *integers("batch kv_heads heads slots columns capacity block_size length rows fresh"),
         *doubles("eps full_scale"),
     ]
@@ -44,7 +44,7 @@ def observe_row(
     eps: float,
     block_size: int,
     length: int,
-    length_1: Tensor | None,
+    length_B: Tensor | None,
     row_BGN: Tensor | None,
 ) -> None:
     """Make a step's row of the logits it found, and fold it into the state; on a GPU.
@@ -61,7 +61,7 @@ def observe_row(
         fold_C: fp32 weight of the new score in each average, then how far each peak falls (``FilterPredictor.packed``).
         eps: Of the logarithmic scale.
         block_size, length: Tokens of a block and of the sequence, the new one included.
-        length_1: int64 true length on the device, at most ``length``; ``None``: ``length``.
+        length_B: int64 true lengths on the device, at most ``length``; ``None``: ``length``.
         row_BGN: Takes the row, if it is wanted; fp32.
     """
     B, G, S = block_BGS.shape
@@ -77,15 +77,15 @@ def observe_row(
     for name, tensor, rows in (("peak_BHN", peak_BHN, H), ("row_BGN", row_BGN, G)):
         if tensor is not None:
             check(name, tensor, (B, rows, columns), torch.float32, device)
-    if length_1 is not None:
-        check("length_1", length_1, (1,), torch.int64, device)
+    if length_B is not None:
+        check("length_B", length_B, (B,), torch.int64, device)
     if H % G or columns < n_blocks:
         raise ValueError(
             f"expected heads a multiple of {G} and columns for the {n_blocks} blocks of {length} tokens; "
             f"found {H} heads, {columns} columns"
         )
     arguments = ObserveRow(
-        *map(address, (None, peak_BHN, block_BGS, slot_peak_BHS, total_BH, fold_C, length_1, state_BGNC, row_BGN)),
+        *map(address, (None, peak_BHN, block_BGS, slot_peak_BHS, total_BH, fold_C, length_B, state_BGNC, row_BGN)),
         *(B, G, H, S, columns, state_BGNC.shape[2], block_size, length, 1, 0, eps, math.log1p(1 / eps)),
     )
     KERNEL.launch(device, (-(-n_blocks // TILE), G, B), arguments)

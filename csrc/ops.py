@@ -12,16 +12,24 @@ from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.observe import fold_rows, observe_row
 from attention_predictor.csrc.predict import pack_convolutions, predict_blocks
 from attention_predictor.csrc.reduce import reduce_logits, reduces
-from attention_predictor.csrc.select import Limits, SlotTable, choose_ahead, choose_blocks, most_slots
+from attention_predictor.csrc.select import (
+    ChoiceBounds,
+    Estimates,
+    SlotTensors,
+    choose_by_estimates,
+    choose_by_scores,
+    most_slots,
+)
 from attention_predictor.csrc.sketch import no_sketch_kernel, sketch_append, sketch_scores, sketch_store
 from attention_predictor.csrc.window import pack_network, push_window, score_window
 
 __all__ = [
-    "Limits",
-    "SlotTable",
+    "ChoiceBounds",
+    "Estimates",
+    "SlotTensors",
     "append_token",
-    "choose_ahead",
-    "choose_blocks",
+    "choose_by_estimates",
+    "choose_by_scores",
     "every_kernel",
     "fits",
     "fold_rows",

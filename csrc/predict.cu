@@ -79,7 +79,7 @@ __device__ __forceinline__ void score_tiles(const PredictBlocks &a) {
     auto *bias = reinterpret_cast<float *>(rows + (rows_of(warps) + 2) * kStride);
 
     // Candidates of the next step, whose own token is number length + 1.
-    const int length = static_cast<int>(a.length_1 ? min(*a.length_1, a.length) : a.length);
+    const int length = static_cast<int>(a.length_B ? min(a.length_B[blockIdx.z], a.length) : a.length);
     const int recent = static_cast<int>(a.recent), block_size = static_cast<int>(a.block_size);
     const int last = min(max(length + 1 - max(recent, 1), 0) / block_size, (length + block_size - 1) / block_size);
     const int first = static_cast<int>(a.first + (a.padding ? a.padding[blockIdx.z] / a.block_size : 0));

@@ -28,7 +28,7 @@ class PredictBlocks(ctypes.Structure):
     """As in predict.h."""
 
     _fields_ = [
-        *pointers("state weight bias length_1 padding scores"),
+        *pointers("state weight bias length_B padding scores"),
         *integers("batch kv_heads capacity columns first recent block_size length"),
     ]
 
@@ -70,7 +70,7 @@ def predict_blocks(
     recent: int,
     block_size: int,
     length: int,
-    length_1: Tensor | None,
+    length_B: Tensor | None,
     padding_B: Tensor | None = None,
 ) -> Tensor:
     """Scores of the candidates for the next step: ``FilterPredictor.forward`` on their states alone; on a GPU.
@@ -84,7 +84,7 @@ def predict_blocks(
         first: First candidate, counted from the first block with a token that is no padding.
         recent: Tokens at the end that are no candidates.
         block_size, length: Tokens of a block and of the sequence, this step's included.
-        length_1: int64 true length on the device, at most ``length``; ``None``: ``length``.
+        length_B: int64 true lengths on the device, at most ``length``; ``None``: ``length``.
         padding_B: int64 tokens of left padding; ``None`` where there is none.
 
     Returns:
@@ -97,8 +97,8 @@ def predict_blocks(
     check("state_BGNC", state_BGNC, (B, G, room, CHANNELS), torch.float32, device)
     check("weight", weight, (SLICES * SLICE * HIDDEN,), torch.float16, device)
     check("bias", bias, (BIASES,), torch.float32, device)
-    if length_1 is not None:
-        check("length_1", length_1, (1,), torch.int64, device)
+    if length_B is not None:
+        check("length_B", length_B, (B,), torch.int64, device)
     if padding_B is not None:
         check("padding_B", padding_B, (B,), torch.int64, device)
     if room % 2 or room < -(-length // block_size):
@@ -110,7 +110,7 @@ def predict_blocks(
     tiles = {warps: -(-n_blocks // (32 * warps - 2 * FURTHER)) for warps in WARPS}  # by the warps of a thread block
     warps = next((warps for warps in WARPS if B * G * tiles[warps] >= multiprocessors), WARPS[-1])
     arguments = PredictBlocks(
-        *map(address, (state_BGNC, weight, bias, length_1, padding_B, scores_BGN)),
+        *map(address, (state_BGNC, weight, bias, length_B, padding_B, scores_BGN)),
         *(B, G, room, n_blocks, first, recent, block_size, length),
     )
     # Weights, then rows and one more at each end, then biases.
@@ -120,5 +120,5 @@ def predict_blocks(
 
 
 @predict_blocks.register_fake
-def _(state_BGNC, weight, bias, n_blocks, first, recent, block_size, length, length_1, padding_B=None):
+def _(state_BGNC, weight, bias, n_blocks, first, recent, block_size, length, length_B, padding_B=None):
     return state_BGNC.new_empty((*state_BGNC.shape[:2], n_blocks))

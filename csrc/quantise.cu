@@ -153,7 +153,7 @@ __device__ __forceinline__ void store_groups(const SketchStore &a) {
         int stride = static_cast<int>(a.of_token);
         const E *key = static_cast<const E *>(a.key) + row / s.kv_heads * a.of_batch + row % s.kv_heads * a.of_head;
         if (a.append) {
-            const int64_t token = (a.length_1 ? *a.length_1 : a.length) - 1;
+            const int64_t token = (a.length_B ? a.length_B[row / s.kv_heads] : a.length) - 1;
             E *tail = static_cast<E *>(s.tail) + row * kGroup * D;
             for (int d = threadIdx.x; d < D; d += blockDim.x) tail[token % kGroup * D + d] = key[d];
             if ((token + 1) % kGroup) continue;

@@ -187,57 +187,62 @@ __device__ __forceinline__ void select_blocks(const Select &a) {
     const int S = static_cast<int>(a.table.slots), capacity = static_cast<int>(a.table.capacity);
     const Rows rows(device::dynamic_shared(), S, capacity);
     const int64_t row = blockIdx.x;
-    const int kv_heads = static_cast<int>(a.kv_heads), group = static_cast<int>(a.heads) / kv_heads;
+    const Bounds &b = a.bounds;
+    const int kv_heads = static_cast<int>(b.kv_heads), group = static_cast<int>(a.heads) / kv_heads;
     int64_t *block = a.table.block + row * S, *active = a.table.active + row * S, *use = a.table.use + row * S;
     int32_t *slot = a.table.slot + row * a.table.capacity;
     uint32_t *key = a.keys_here ? rows.key : a.table.key + row * a.table.capacity;
 
     // All that must come from far away is asked for at once.
-    const int64_t stored = a.length[0], length = stored + a.ahead, padding = a.padding[blockIdx.x / kv_heads];
-    const int64_t limit = a.limit - (a.less == nullptr ? 0 : a.less[blockIdx.x % kv_heads]);
+    const int64_t sequence = blockIdx.x / kv_heads, stored = b.length[sequence], length = stored + a.ahead;
+    const int64_t padding = b.padding == nullptr ? 0 : b.padding[sequence];
+    const int64_t limit = b.limit - (b.less == nullptr ? 0 : b.less[blockIdx.x % kv_heads]);
     rows.resident.clear(capacity);
     rows.wanted.clear(capacity);
     for (int s = threadIdx.x; s < S; s += kThreads) {
         rows.held[s] = static_cast<int>(block[s]);
         rows.age[s] = use[s];
     }
-    const int shift = __ffs(static_cast<int>(a.block_size)) - 1, size = 1 << shift;  // a power of two
+    const int shift = __ffs(static_cast<int>(b.block_size)) - 1, size = 1 << shift;  // a power of two
     const int known = static_cast<int>((stored + size - 1) >> shift), n = static_cast<int>((length + size - 1) >> shift);
     const int first = static_cast<int>(padding >> shift);
-    const int recent = static_cast<int>(a.recent > 1 ? a.recent : 1);
+    const int recent = static_cast<int>(b.recent > 1 ? b.recent : 1);
     // Always chosen: from `first` to `sink_end`, and from `recent_begin` on. Never: before `first`.
     const bool everything = length <= limit;
-    const int sink_end = everything ? n : min(n, first + static_cast<int>(a.sink_blocks));
+    const int sink_end = everything ? n : min(n, first + static_cast<int>(b.sink_blocks));
     const int recent_begin = max(sink_end, static_cast<int>((length > recent ? length - recent : 0) >> shift));
     const int most = everything ? n : static_cast<int>(limit >> shift);
     const auto settled = [&](int i, uint32_t x) {
         return i < first ? kNever : i < sink_end || i >= recent_begin ? kAlways : x;
     };
     __syncthreads();
-    const bool exact = !a.ahead && a.slot_sum != nullptr;
+    const bool estimated = a.sum != nullptr, exact = a.slot_sum != nullptr;
     for (int s = threadIdx.x; s < S; s += kThreads) {
         const int i = rows.held[s];
-        if (i < 0 || i >= n) continue;
-        if (a.ahead || exact) rows.resident.add(i);
+        if (a.chooses && i >= 0 && i < n) rows.resident.add(i);
     }
     __syncthreads();
-    if (!a.ahead) shares(a, row, n, group, rows.held, rows.resident, key, shared.of_shares);
-
-    if (a.ahead || a.chooses) {
-        int chosen;
-        if (a.ahead) {
-            const float *score = a.score + row * a.table.capacity;
-            const bool wide = capacity % kFour == 0;
+    if (estimated) {
+        shares(a, row, n, group, rows.held, rows.resident, key, shared.of_shares);
+    } else {
+        const float *score = a.score + row * a.table.capacity;
+        const bool wide = a.score != nullptr && capacity % kFour == 0;
 #pragma unroll 4
-            for (int i = kFour * threadIdx.x; i < n; i += kTileBlocks) {
-                float x[kFour];
-                load_four(score, i, known, wide, x);
+        for (int i = kFour * threadIdx.x; i < n; i += kTileBlocks) {
+            float x[kFour];
+            load_four(score, i, a.score == nullptr ? 0 : known, wide, x);
 #pragma unroll
-                for (int j = 0; j < kFour; ++j)
-                    if (i + j < n) key[i + j] = settled(i + j, ordered(x[j]));
-            }
-            __syncthreads();
-            chosen = best_of(n, most, rows.best, rows.room, shared.of_best, [&](int i) { return key[i]; });
+            for (int j = 0; j < kFour; ++j)
+                if (i + j < n) key[i + j] = __float_as_uint(x[j]);
+        }
+        __syncthreads();
+    }
+
+    if (a.chooses) {
+        int chosen;
+        const auto worth = [&](int i) { return settled(i, ordered(__uint_as_float(key[i]))); };
+        if (a.late >= most) {  // whatever is absent may come
+            chosen = best_of(n, most, rows.best, rows.room, shared.of_best, worth);
             for (int w = threadIdx.x; w < chosen; w += kThreads) {
                 const int i = rows.best.index[w];
                 rows.chosen.index[w] = i;
@@ -254,7 +259,7 @@ __device__ __forceinline__ void select_blocks(const Select &a) {
             for (int i = threadIdx.x; i < S + comers; i += kThreads) {
                 const int n_i = i < S ? rows.held[i] : rows.best.index[i - S];
                 rows.entry.index[i] = n_i;
-                rows.entry.key[i] = n_i < 0 || n_i >= n ? kNever : settled(n_i, ordered(__uint_as_float(key[n_i])));
+                rows.entry.key[i] = n_i < 0 || n_i >= n ? kNever : worth(n_i);
             }
             __syncthreads();
             // What is always chosen is resident, as a rule.
@@ -337,7 +342,7 @@ __device__ __forceinline__ void select_blocks(const Select &a) {
         }
         __syncthreads();
     }
-    if (!a.ahead) {
+    if (estimated) {
         // What is not attended to: all, less what is. Where nearly all is attended, little precision is left, and none needed.
         // Warps without a head put the peaks of what was resident in their places.
         const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, idle = group < kWarps / 2 ? kWarps - group : 0;

@@ -14,23 +14,29 @@ struct Table {
     int64_t slots, capacity;
 };
 
-// What a step attends to, or the next one will, and what must move for it; the GPU's counterpart of `Selection` and
-// `ResidencyTable`. C blocks is the capacity of whatever has a place for every block.
+// What bounds a choice.
+struct Bounds {
+    const int64_t *length;   // [B] tokens of each sequence, the newest included
+    const int64_t *padding;  // [B] tokens of left padding; null: there is none
+    const int64_t *less;     // [G] tokens by which a KV head's limit is lower; null: none's is
+    int64_t kv_heads, block_size;
+    int64_t limit, sink_blocks, recent;  // tokens chosen at most; chosen always: first blocks, and last tokens
+};
+
+// What a step attends to, or the next one will, and what must move for it; the GPU's counterpart of `SlotTable`'s operations in
+// torch. C blocks is the capacity of whatever has a place for every block.
 struct Select {
     Table table;
-    const float *score;      // ahead [R, C]: predicted scores, -inf for never
-    float *peak;             // now [B, H, C]: the sketch's estimates; exact ones of resident blocks are put in their places
-    const float *sum;        // now [B, H, C]: estimates; of what is resident the exact ones count
-    const float *slot_peak;  // now [B, H, S]: exact scores of what is resident; null: the estimates count
+    Bounds bounds;
+    const float *score;      // [B, G, C] scores, -inf for never; null: what is always chosen, and no other, or by `sum`
+    float *peak;             // [B, H, C] estimates; exact ones of resident blocks are put in their places
+    const float *sum;        // [B, H, C] estimates; of what is resident the exact ones count; null: by `score`
+    const float *slot_peak;  // [B, H, S] exact scores of what is resident; null: the estimates count
     const float *slot_sum;
-    float *rest;             // now [B, H]: log-sum-exp of all blocks that are not chosen
-    int64_t *count;          // what happened, added up: chosen, chosen and resident before, fetched (by ahead), or null
-    const int64_t *length;   // [1] tokens of the sequence, the newest included
-    const int64_t *padding;  // [B] tokens of left padding
-    const int64_t *less;     // [G] tokens by which a KV head's limit is lower; null: none's is
-    int64_t kv_heads, heads, block_size;
-    int64_t limit, late, sink_blocks, recent;  // tokens chosen at most; absent blocks chosen at most; as in `Selection`
-    int64_t ahead;                             // 1: for the next token, by `score`; 0: for this one, by `sum`
-    int64_t chooses;                           // 0: `active` stays as it is, only `rest` is found
-    int64_t keys_here;                         // 1: shared memory has room for keys
+    float *rest;             // [B, H] takes the log-sum-exp of all blocks that are not chosen, by estimates; or null
+    int64_t *count;          // what happened, added up: chosen and begun, fetched
+    int64_t heads, late;     // H, or G by scores; absent blocks chosen at most
+    int64_t ahead;           // 1: for the next token; 0: for the newest
+    int64_t chooses;         // 0: `active` stays as it is, only `rest` is found
+    int64_t keys_here;       // 1: shared memory has room for keys
 };

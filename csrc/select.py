@@ -26,20 +26,27 @@ class Table(ctypes.Structure):
     _fields_ = [*pointers("block active use slot move_block move_slot moves key"), *integers("slots capacity")]
 
 
+class Bounds(ctypes.Structure):
+    """As in select.h."""
+
+    _fields_ = [*pointers("length padding less"), *integers("kv_heads block_size limit sink_blocks recent")]
+
+
 class Select(ctypes.Structure):
     """As in select.h."""
 
     _fields_ = [
         ("table", Table),
-        *pointers("score peak sum slot_peak slot_sum rest count length padding less"),
-        *integers("kv_heads heads block_size limit late sink_blocks recent ahead chooses keys_here"),
+        ("bounds", Bounds),
+        *pointers("score peak sum slot_peak slot_sum rest count"),
+        *integers("heads late ahead chooses keys_here"),
     ]
 
 
 KERNEL = Kernel("select.cu", "select_blocks", Select, threads=512, at_once=1)
 
 
-class SlotTable(NamedTuple):
+class SlotTensors(NamedTuple):
     """Which block is in which slot, and what must move for it.
 
     Attributes:
@@ -69,24 +76,52 @@ class SlotTable(NamedTuple):
         return Table(*map(address, self), S, C)
 
 
-class Limits(NamedTuple):
+class ChoiceBounds(NamedTuple):
     """What bounds a choice of blocks.
 
     Attributes:
-        length_1, padding_B: int64, tokens of the sequences, and those of left padding.
+        length_B: int64, tokens of each sequence, the newest included.
+        padding_B: int64, tokens of left padding of each; ``None`` where there is none.
         less_G: int64, tokens by which a KV head's limit is lower; ``None`` where all have the same.
         block_size: Tokens of a block, a power of two.
         limit: Tokens chosen at most.
         sink_blocks, recent: Always chosen, in blocks and tokens.
     """
 
-    length_1: Tensor
-    padding_B: Tensor
+    length_B: Tensor
+    padding_B: Tensor | None
     less_G: Tensor | None
     block_size: int
     limit: int
     sink_blocks: int
     recent: int
+
+    def checked(self, kv_heads: int, device: torch.device) -> Bounds:
+        """As the kernel reads them; ValueError where they are not what they must be."""
+        B = len(self.length_B)
+        check("length_B", self.length_B, (B,), torch.int64, device)
+        if self.padding_B is not None:
+            check("padding_B", self.padding_B, (B,), torch.int64, device)
+        if self.less_G is not None:
+            check("less_G", self.less_G, (kv_heads,), torch.int64, device)
+        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size is {self.block_size}, expected a power of two")
+        addresses = map(address, (self.length_B, self.padding_B, self.less_G))
+        return Bounds(*addresses, kv_heads, self.block_size, self.limit, self.sink_blocks, self.recent)
+
+
+class Estimates(NamedTuple):
+    """What a query is thought to make of every block, and what it does make of the slots.
+
+    Attributes:
+        peak_BHC, sum_BHC: fp32, largest logit and log-sum-exp of each block's tokens.
+        slot_peak_BHS, slot_sum_BHS: The same of each slot, exactly; ``None`` where nobody asks.
+    """
+
+    peak_BHC: Tensor
+    sum_BHC: Tensor
+    slot_peak_BHS: Tensor | None = None
+    slot_sum_BHS: Tensor | None = None
 
 
 def most_slots(device: torch.device, capacity: int) -> int:
@@ -94,88 +129,80 @@ def most_slots(device: torch.device, capacity: int) -> int:
     return (binding.most_shared(device) - STATIC_BYTES - _shared_bytes(0, capacity)) // SLOT_BYTES
 
 
-def choose_blocks(
-    table: SlotTable,
-    limits: Limits,
-    peak_BHC: Tensor,
-    sum_BHC: Tensor,
-    slot_scores: tuple[Tensor, Tensor] | None,
-    late: int,
-    count_2: Tensor,
-) -> Tensor:
-    """Choose this token's blocks with its own query, and give them slots (``Selection``, ``ResidencyTable``).
+def choose_by_scores(
+    table: SlotTensors, bounds: ChoiceBounds, score_BGC: Tensor | None, count_2: Tensor, *, ahead: bool, late: int
+) -> None:
+    """Choose blocks by their scores, and give them slots.
 
     Args:
-        peak_BHC, sum_BHC: fp32, largest logit and log-sum-exp of each block by the sketch.
-        slot_scores: The exact ones, peak_BHS and sum_BHS of each slot, which count for what is resident, and whose
-            peaks are put in place of the others. ``None``: the sketch's count, and the active blocks stay as they are.
+        bounds: Their lengths are the tokens now, also where the next token's blocks are chosen.
+        score_BGC: fp32, ``-inf`` for never; ``None``: what is always chosen, and no other.
+        count_2: int64, adds up the blocks chosen, and those of them that are to be fetched.
+        ahead: For the next token, not for the newest.
         late: Absent blocks chosen at most.
-        count_2: int64, adds up the blocks chosen, and those of them that are fetched.
+
+    Raises:
+        ValueError: An argument's shape, dtype, device or layout; more slots than ``most_slots``.
+    """
+    B, (R, C) = len(bounds.length_B), table.slot_RC.shape
+    if score_BGC is not None:
+        check("score_BGC", score_BGC, (B, R // B, C), torch.float32, table.block_RS.device)
+    scores = (score_BGC, *[None] * 5)
+    _choose(table, bounds, scores, count_2, heads=R // B, late=late, ahead=ahead, chooses=True)
+
+
+def choose_by_estimates(
+    table: SlotTensors, bounds: ChoiceBounds, estimates: Estimates, count_2: Tensor, *, late: int | None
+) -> Tensor:
+    """Choose the newest token's blocks by their shares of what its query attends to, and give them slots.
+
+    Args:
+        estimates: The exact scores of slots count for what is resident; their peaks are put in place of the others.
+        late: Absent blocks chosen at most; ``None``: the active blocks stay as they are, and only the rest is found.
 
     Returns:
         fp32 rest_BH, the log-sum-exp of all blocks that are not active.
 
     Raises:
-        ValueError: An argument's shape, dtype, device or layout; more slots than ``most_slots``.
+        ValueError: As of ``choose_by_scores``.
     """
-    (B, H, C), device = peak_BHC.shape, peak_BHC.device
-    R, S = table.block_RS.shape
-    check("peak_BHC", peak_BHC, (B, H, C), torch.float32, device)
-    check("sum_BHC", sum_BHC, (B, H, C), torch.float32, device)
-    slot_peak_BHS, slot_sum_BHS = slot_scores or (None, None)
-    for name, of_slots in (("slot_peak_BHS", slot_peak_BHS), ("slot_sum_BHS", slot_sum_BHS)):
-        if of_slots is not None:
-            check(name, of_slots, (B, H, S), torch.float32, device)
-    rest_BH = peak_BHC.new_empty(B, H)
-    scores = (None, peak_BHC, sum_BHC, slot_peak_BHS, slot_sum_BHS, rest_BH)
-    _choose(table, limits, scores, count_2, (B, R // B, H, C), late=late, ahead=False, chooses=slot_scores is not None)
+    (B, H, C), device, S = estimates.peak_BHC.shape, table.block_RS.device, table.block_RS.shape[1]
+    for name, tensor in estimates._asdict().items():
+        if tensor is not None:
+            check(name, tensor, (B, H, C if name.endswith("C") else S), torch.float32, device)
+    if late is not None and estimates.slot_sum_BHS is None:
+        raise ValueError("slot_sum_BHS is None, expected the exact scores of what is resident, to choose by")
+    rest_BH = estimates.peak_BHC.new_empty(B, H)
+    scores = (None, *estimates, rest_BH)
+    _choose(table, bounds, scores, count_2, heads=H, late=late or 0, ahead=False, chooses=late is not None)
     return rest_BH
 
 
-def choose_ahead(table: SlotTable, limits: Limits, score_BGC: Tensor, count_2: Tensor) -> None:
-    """Choose the next token's blocks by predicted scores, and give them slots; arguments as of ``choose_blocks``.
-
-    Args:
-        limits: Its ``length_1`` are the tokens now, without the next one.
-        score_BGC: fp32, ``-inf`` for never.
-    """
-    B, G, C = score_BGC.shape
-    check("score_BGC", score_BGC, (B, G, C), torch.float32, table.block_RS.device)
-    scores = (score_BGC, None, None, None, None, None)
-    _choose(table, limits, scores, count_2, (B, G, G, C), late=0, ahead=True, chooses=True)
-
-
 def _choose(
-    table: SlotTable,
-    limits: Limits,
+    table: SlotTensors,
+    bounds: ChoiceBounds,
     scores: tuple[Tensor | None, ...],
     count_2: Tensor,
-    shape: tuple[int, int, int, int],
     *,
+    heads: int,
     late: int,
     ahead: bool,
     chooses: bool,
 ) -> None:
-    (B, G, H, C), device, S = shape, table.block_RS.device, table.block_RS.shape[1]
-    checked = table.checked()
-    check("slot_RC", table.slot_RC, (B * G, C), torch.int32, device)
+    device, (R, S), C = table.block_RS.device, table.block_RS.shape, table.slot_RC.shape[1]
+    kv_heads = R // len(bounds.length_B)
     check("count_2", count_2, (2,), torch.int64, device)
-    check("length_1", limits.length_1, (1,), torch.int64, device)
-    check("padding_B", limits.padding_B, (B,), torch.int64, device)
-    if limits.less_G is not None:
-        check("less_G", limits.less_G, (G,), torch.int64, device)
-    if limits.block_size < 1 or limits.block_size & (limits.block_size - 1):
-        raise ValueError(f"block_size is {limits.block_size}, expected a power of two")
     if (most := most_slots(device, C)) < S:
         raise ValueError(f"there are {S} slots for {C} blocks, expected at most {most}")
     shared_bytes, room = _shared_bytes(S, C), binding.most_shared(device) - STATIC_BYTES
     keys_here = shared_bytes + 4 * C <= room
     arguments = Select(
-        checked,
-        *map(address, (*scores, count_2, limits.length_1, limits.padding_B, limits.less_G)),
-        *(G, H, limits.block_size, limits.limit, late, limits.sink_blocks, limits.recent, ahead, chooses, keys_here),
+        table.checked(),
+        bounds.checked(kv_heads, device),
+        *map(address, (*scores, count_2)),
+        *(heads, late, ahead, chooses, keys_here),
     )
-    KERNEL.launch(device, (B * G, 1, 1), arguments, shared_bytes=shared_bytes + 4 * C * keys_here)
+    KERNEL.launch(device, (R, 1, 1), arguments, shared_bytes=shared_bytes + 4 * C * keys_here)
 
 
 def _shared_bytes(slots: int, capacity: int) -> int:

@@ -323,7 +323,7 @@ __device__ __forceinline__ void score_groups(const SketchScores &a) {
     const uint32_t head0 = row * of_group + first_head;  // over all sequences
 
     if (blockIdx.x == 0) {
-        const int length = static_cast<int>(a.length_1 ? *a.length_1 : a.length), begin = length / kGroup * kGroup;
+        const int length = static_cast<int>(a.length_B ? a.length_B[blockIdx.z] : a.length), begin = length / kGroup * kGroup;
         if (begin == length) return;
         static_assert(sizeof(queries) >= kMostHeads * kMostDim * sizeof(float), "queries of the tail have the same room");
         multiply_tail<kMostDim>(a, reinterpret_cast<float *>(&queries), reinterpret_cast<float *>(logit_rows), length - begin,
@@ -355,7 +355,7 @@ __device__ __forceinline__ void score_groups(const SketchScores &a) {
     // Even before it is known whether there are so many.
     if (group < static_cast<int>(a.length) / kGroup) load();
     queries.template prepare<kBits, kWideBits>(a, row, head0, heads);
-    const int length = static_cast<int>(a.length_1 ? *a.length_1 : a.length), groups = length / kGroup;
+    const int length = static_cast<int>(a.length_B ? a.length_B[blockIdx.z] : a.length), groups = length / kGroup;
     __syncthreads();
 
     const uint32_t mask = lane / 4 % 2 ? 0xffffffffu : 0;

@@ -18,7 +18,7 @@ struct SketchScores {
     Sketch sketch;
     const void *query;        // [B, H, D]
     const uint8_t *real;      // [B, length] 0 at padding; null: no padding
-    const int64_t *length_1;  // tokens of the sequence; null: length
+    const int64_t *length_B;  // tokens of each sequence; null: length
     float *peak;              // [B, H, N] largest logit of a block
     float *sum;               // [B, H, N] log-sum-exp of a block's logits
     int64_t heads, length, block_size;
@@ -30,7 +30,7 @@ struct SketchScores {
 struct SketchStore {
     Sketch sketch;
     const void *key;          // [B, G, T, D]
-    const int64_t *length_1;  // tokens of the sequence, this one included; null: length
+    const int64_t *length_B;  // tokens of each sequence, this one included; null: length
     int64_t of_batch, of_head, of_token;  // elements of `key` from one to the next
     int64_t first, groups;    // groups `first` on are stored
     int64_t append;           // 1: one token, the last of the sequence

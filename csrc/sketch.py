@@ -40,7 +40,7 @@ class SketchScores(ctypes.Structure):
 
     _fields_ = [
         ("sketch", Sketch),
-        *pointers("query real length_1 peak sum"),
+        *pointers("query real length_B peak sum"),
         *integers("heads length block_size workers"),
         *doubles("scaling softcap"),
     ]
@@ -51,7 +51,7 @@ class SketchStore(ctypes.Structure):
 
     _fields_ = [
         ("sketch", Sketch),
-        *pointers("key length_1"),
+        *pointers("key length_B"),
         *integers("of_batch of_head of_token first groups append length"),
     ]
 
@@ -110,7 +110,7 @@ def sketch_scores(
     wide_BGKJC: Tensor | None,
     narrow_BGKJC: Tensor,
     length: int,
-    length_1: Tensor | None,
+    length_B: Tensor | None,
     real_BL: Tensor | None,
     block_size: int,
     scaling: float,
@@ -120,8 +120,8 @@ def sketch_scores(
 
     Args:
         query_BHD: In the dtype of the keys, channels in the model's order; query heads of one KV head lie side by side.
-        length: Tokens of the sequence, or room for them where `length_1` is given.
-        length_1: int64 on the device, tokens of the sequence; blocks behind it are left as they come.
+        length: Tokens of the sequence, or room for them where `length_B` is given.
+        length_B: int64 on the device, tokens of each sequence; blocks behind it are left as they come.
         real_BL: bool, False at padding, or ``None``.
         scaling, softcap: Logits are softcap·tanh(scaling·q·k / softcap), or scaling·q·k for a softcap of 0.
 
@@ -131,7 +131,7 @@ def sketch_scores(
     device, (B, G, D), H = order_BGD.device, order_BGD.shape, query_BHD.shape[1]
     sketch = _sketch(order_BGD, tail_BGTD, zero_BGKD, scale_BGKR, wide_BGKJC, narrow_BGKJC)
     check("query_BHD", query_BHD, (B, H, D), tail_BGTD.dtype, device)
-    _check_length(length, length_1, zero_BGKD.shape[2], tail_BGTD.shape[2], device)
+    _check_length(length, length_B, B, zero_BGKD.shape[2], tail_BGTD.shape[2], device)
     if real_BL is not None:
         check("real_BL", real_BL, (B, length), torch.bool, device)
     if H % G:
@@ -141,7 +141,7 @@ def sketch_scores(
     workers = threads(B * G * length * D)
     arguments = SketchScores(
         sketch,
-        *map(address, (query_BHD, real_BL, length_1, peak_BHN, sum_BHN)),
+        *map(address, (query_BHD, real_BL, length_B, peak_BHN, sum_BHN)),
         *(H, length, block_size, workers, scaling, softcap),
     )
     if not binding.on_gpu(device):
@@ -157,7 +157,7 @@ def sketch_scores(
 
 
 @sketch_scores.register_fake
-def _(query_BHD, order, tail, zero, scale, wide, narrow, length, length_1, real, block_size, scaling, softcap):
+def _(query_BHD, order, tail, zero, scale, wide, narrow, length, length_B, real, block_size, scaling, softcap):
     return _scores(query_BHD, length, block_size)
 
 
@@ -179,24 +179,24 @@ def sketch_append(
     wide_BGKJC: Tensor | None,
     narrow_BGKJC: Tensor,
     length: int,
-    length_1: Tensor | None,
+    length_B: Tensor | None,
 ) -> None:
     """The newest token's key goes to the tail; a group that it completes becomes codes, as by ``quantise``. On a GPU.
 
     The order of the channels must be known: the caller leaves a sequence's first group to ``KeySketch.extend``.
 
     Args:
-        length: Tokens of the sequence, this one included, or room for them where `length_1` is given.
-        length_1: int64 on the device, tokens of the sequence, this one included.
+        length: Tokens of the sequence, this one included, or room for them where `length_B` is given.
+        length_B: int64 on the device, tokens of each sequence, this one included.
     """
     device, (B, G, D) = order_BGD.device, order_BGD.shape
     sketch = _sketch(order_BGD, tail_BGTD, zero_BGKD, scale_BGKR, wide_BGKJC, narrow_BGKJC)
     check("key_BGD", key_BGD, (B, G, D), tail_BGTD.dtype, device)
-    _check_length(length, length_1, zero_BGKD.shape[2], tail_BGTD.shape[2], device)
+    _check_length(length, length_B, B, zero_BGKD.shape[2], tail_BGTD.shape[2], device)
     if length < 1:
         raise ValueError(f"length is {length}, expected at least 1, the new token")
     _check_served(tail_BGTD, None)
-    arguments = SketchStore(sketch, *map(address, (key_BGD, length_1)), G * D, D, 0, 0, 1, 1, length)
+    arguments = SketchStore(sketch, *map(address, (key_BGD, length_B)), G * D, D, 0, 0, 1, 1, length)
     store_kernel(key_BGD.dtype).launch(device, (B * G, 1, 1), arguments)
 
 
@@ -261,11 +261,11 @@ def _sketch(
     )
 
 
-def _check_length(length: int, length_1: Tensor | None, room: int, group: int, device: torch.device) -> None:
+def _check_length(length: int, length_B: Tensor | None, B: int, room: int, group: int, device: torch.device) -> None:
     if length // group > room:
         raise ValueError(f"length is {length} tokens, expected at most {room} whole groups of {group}")
-    if length_1 is not None:
-        check("length_1", length_1, (1,), torch.int64, device)
+    if length_B is not None:
+        check("length_B", length_B, (B,), torch.int64, device)
 
 
 def _check_served(tail_BGTD: Tensor, block_size: int | None) -> None:

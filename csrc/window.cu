@@ -224,13 +224,14 @@ __device__ __forceinline__ void slide_window(const WindowStep &a) {
 __device__ __forceinline__ void score_columns(const WindowStep &a) {
     __shared__ Shared s;
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
-    const int first = static_cast<int>(a.first), last = static_cast<int>(a.last);
+    const int first = static_cast<int>(a.first[blockIdx.z]), last = static_cast<int>(a.last[blockIdx.z]);
     const int end = static_cast<int>(blockIdx.x) - (static_cast<int>(gridDim.x) - 2);  // 0, 1: an end of the range
     const bool turned = end >= 0;
     const float *third = s.rest + kThird;
     float *scores = a.scores + row * a.columns;
     Sums sums;
     if (turned) {
+        if (last - first < kLines - 1) return;  // whoever asks scores so few by themselves
         // Lines are four columns, and zeros outside of the range.
         for (int l = 0; l < kLines; ++l)
             for (int p = threadIdx.x; p < kPositions + 2; p += kPositions) s.line[0][l][p] = __float2half_rn(0.f);

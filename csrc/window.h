@@ -7,9 +7,9 @@ struct WindowStep {
     void *window;         // [B, G, capacity, R] fp16, oldest first
     double *sum;          // [B, G, 32, capacity]
     const void *weight;   // fp16, of the second convolution, as `pack_network` lays it out
+    const int64_t *first, *last;  // [B] columns that are scored: first to last − 1
     const float *rest;    // [16 · 9 + 16] of the first convolution; [32] biases of the second; [32 + 1] of the third
     float *scores;        // [B, G, columns]
     int64_t batch, kv_heads, columns, capacity;
     int64_t known;        // columns whose sums are kept up
-    int64_t first, last;  // columns that are scored
 };

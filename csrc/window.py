@@ -18,15 +18,14 @@ from attention_predictor.csrc.predict import fragments
 
 ROWS, MAPS, FEATURES = 64, 16, 32  # of the network that the kernels are written for
 WEIGHTS, REST = 9 * MAPS * FEATURES, MAPS * 10 + FEATURES * 2 + 1
-FEWEST = 4  # columns that can be scored: two at each end
 
 
 class WindowStep(ctypes.Structure):
     """As in window.h."""
 
     _fields_ = [
-        *pointers("row window sum weight rest scores"),
-        *integers("batch kv_heads columns capacity known first last"),
+        *pointers("row window sum weight first last rest scores"),
+        *integers("batch kv_heads columns capacity known"),
     ]
 
 
@@ -63,7 +62,7 @@ def push_window(
     if not known <= N <= room:
         raise ValueError(f"row_BGN has {N} columns, expected at least {known} and at most {room}")
     arguments = WindowStep(
-        *map(address, (row_BGN, window_BGNR, sum_BGCN, weight, rest, None)), *(B, G, N, room, known, 0, 0)
+        *map(address, (row_BGN, window_BGNR, sum_BGCN, weight, None, None, rest, None)), *(B, G, N, room, known)
     )
     SLIDE_SUMS.launch(window_BGNR.device, (-(-known // TILE), G, B), arguments)
     SLIDE_WINDOW.launch(window_BGNR.device, (-(-N // SLID), G, B), arguments)
@@ -71,29 +70,30 @@ def push_window(
 
 @torch.library.custom_op("attention_predictor::score_window", mutates_args=())
 def score_window(
-    window_BGNR: Tensor, sum_BGCN: Tensor, weight: Tensor, rest: Tensor, n_blocks: int, first: int, last: int
+    window_BGNR: Tensor, sum_BGCN: Tensor, weight: Tensor, rest: Tensor, first_B: Tensor, last_B: Tensor
 ) -> Tensor:
-    """Scores of blocks first to last - 1, four at least: ``WindowPredictor.forward`` on their windows alone; on a GPU.
+    """Scores of blocks first to last - 1 of each sequence: ``WindowPredictor.forward`` on their windows; on a GPU.
 
-    Arguments as for ``push_window``. Returns fp32 scores_BGN of ``n_blocks`` columns, ``-inf`` for all others.
+    Args:
+        first_B, last_B: int64. Where there are fewer than four blocks, their scores are left as they come.
+        window_BGNR, sum_BGCN, weight, rest: As of ``push_window``.
+
+    Returns:
+        fp32 scores_BGN, ``-inf`` for all others.
     """
-    B, G = window_BGNR.shape[:2]
-    room = _check(window_BGNR, sum_BGCN, weight, rest, B, G)
-    if not 0 <= first <= last - FEWEST or not last <= n_blocks <= room:
-        raise ValueError(
-            f"blocks {first}..{last} of {n_blocks}: expected {FEWEST} at least, and room for no more than {room}"
-        )
-    scores_BGN = window_BGNR.new_empty((B, G, n_blocks), dtype=torch.float32)
-    arguments = WindowStep(
-        *map(address, (None, window_BGNR, sum_BGCN, weight, rest, scores_BGN)), *(B, G, n_blocks, room, 0, first, last)
-    )
-    SCORE.launch(window_BGNR.device, (-(-n_blocks // TILE) + 2, G, B), arguments)
+    (B, G, room, _), device = window_BGNR.shape, window_BGNR.device
+    _check(window_BGNR, sum_BGCN, weight, rest, B, G)
+    for name, tensor in (("first_B", first_B), ("last_B", last_B)):
+        check(name, tensor, (B,), torch.int64, device)
+    scores_BGN = window_BGNR.new_empty((B, G, room), dtype=torch.float32)
+    tensors = (None, window_BGNR, sum_BGCN, weight, first_B, last_B, rest, scores_BGN)
+    SCORE.launch(device, (-(-room // TILE) + 2, G, B), WindowStep(*map(address, tensors), B, G, room, room, 0))
     return scores_BGN
 
 
 @score_window.register_fake
-def _(window_BGNR, sum_BGCN, weight, rest, n_blocks, first, last):
-    return window_BGNR.new_empty((*window_BGNR.shape[:2], n_blocks), dtype=torch.float32)
+def _(window_BGNR, sum_BGCN, weight, rest, first_B, last_B):
+    return window_BGNR.new_empty(window_BGNR.shape[:3], dtype=torch.float32)
 
 
 def _check(window_BGNR: Tensor, sum_BGCN: Tensor, weight: Tensor, rest: Tensor, batch: int, kv_heads: int) -> int:

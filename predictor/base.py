@@ -69,8 +69,12 @@ class AttentionPredictor(nn.Module):
         """Fold one more row into the state, in place; returns the same tensor."""
         raise NotImplementedError
 
-    def forward(self, state_BGNC: Tensor) -> Tensor:
-        """The next token's scores, scores_BGN in fp32, on any scale: only their order among blocks counts."""
+    def forward(self, state_BGNC: Tensor, candidate_BN: Tensor | None = None) -> Tensor:
+        """The next token's scores, scores_BGN in fp32, on any scale: only their order among blocks counts.
+
+        `candidate_BN`, bool: the blocks, side by side, that are scored, as if there were no others; what comes out
+        elsewhere counts for nothing. `None`: all of them.
+        """
         raise NotImplementedError
 
     def unroll(self, rows_BGRN: Tensor, steps_S: Tensor) -> Tensor:

@@ -163,10 +163,14 @@ class FilterPredictor(AttentionPredictor):
         last_BGSN1 = log_BGRN[:, :, steps, :, None]
         return torch.cat([average_BGSNF, last_BGSN1, held_peaks(log_BGRN, self.drop, steps)], dim=-1)
 
-    def forward(self, state_BGNC: Tensor) -> Tensor:
+    def forward(self, state_BGNC: Tensor, candidate_BN: Tensor | None = None) -> Tensor:
         batch, kv_heads, n_blocks, channels = state_BGNC.shape
         state_XCN = state_BGNC.reshape(-1, n_blocks, channels).transpose(1, 2)
-        hidden_XHN = self.conv1(state_XCN).relu()
+        # A convolution finds zeros beside the candidates, as it does at the ends where there is nothing else.
+        mask_X1N: Tensor | float = 1.0
+        if candidate_BN is not None:
+            mask_X1N = candidate_BN.repeat_interleave(kv_heads, 0)[:, None].to(state_XCN.dtype)
+        hidden_XHN = self.conv1(state_XCN * mask_X1N).relu() * mask_X1N
         for convolution in self.spread:
-            hidden_XHN = hidden_XHN + convolution(hidden_XHN).relu()
+            hidden_XHN = hidden_XHN + convolution(hidden_XHN).relu() * mask_X1N
         return self.conv2(hidden_XHN).view(batch, kv_heads, n_blocks)

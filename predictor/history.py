@@ -1,6 +1,7 @@
 """ScoreHistory: what a predictor must remember of one layer, for a sequence that grows.
 
-Suffixes: B sequences, G KV heads, H query heads, S slots, R history rows (oldest first), N blocks, C state channels.
+Suffixes: B sequences, G KV heads, H query heads, S slots, R history rows (oldest first), N blocks, C
+blocks there is room for; of a state, whose last dimension they are, C channels.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div, scatter_or_drop
 from attention_predictor.csrc import binding, ops
 from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.base import AttentionPredictor
@@ -30,29 +33,25 @@ def no_kernel(predictor: AttentionPredictor, device: torch.device | str) -> str 
 
 
 def row_of_logits(
-    peak_BHN: Tensor | None, block_BGS: Tensor, slot_peak_BHS: Tensor, total_BH: Tensor, n_blocks: int
+    peak_BHC: Tensor | None, block_BGS: Tensor, slot_peak_BHS: Tensor, total_BH: Tensor, capacity: int
 ) -> Tensor:
-    """The row of a step, row_BGN: exp(logit − total) of each block, the largest among the heads of a KV head.
+    """The row of a step, row_BGC: exp(logit − total) of each block, the largest among the heads of a KV head.
 
     By the exact logit where a slot holds the block, else by the estimated one.
 
     Args:
-        peak_BHN: fp32 estimated largest logit of each block, at least `n_blocks`; `None`: nothing is known.
+        peak_BHC: fp32 estimated largest logit of each block; `None`: nothing is known.
         block_BGS: int64 block in each slot, none twice in a row; -1 for a slot that takes no part.
         slot_peak_BHS: fp32 exact largest logit of each slot.
         total_BH: fp32 log-sum-exp of all logits.
-        n_blocks: N.
+        capacity: C.
     """
-    B, H, _ = slot_peak_BHS.shape
-    G = block_BGS.shape[1]
-    # One more column takes what slots without a block write; it is cut off.
-    logit_BHN = slot_peak_BHS.new_full((B, H, n_blocks + 1), -torch.inf)
-    if peak_BHN is not None:
-        logit_BHN[..., :n_blocks] = peak_BHN[..., :n_blocks]
-    index_BHS = (block_BGS % (n_blocks + 1)).repeat_interleave(H // G, 1)
-    logit_BHN.scatter_(-1, index_BHS, slot_peak_BHS)
-    share_BHN = torch.exp(logit_BHN - total_BH[..., None]).masked_fill_(logit_BHN == -torch.inf, 0.0)
-    return share_BHN.unflatten(1, (G, -1)).amax(2)[..., :n_blocks]
+    (B, H, _), G = slot_peak_BHS.shape, block_BGS.shape[1]
+    if peak_BHC is None:
+        peak_BHC = slot_peak_BHS.new_full((B, H, capacity), -torch.inf)
+    logit_BHC = scatter_or_drop(peak_BHC, block_BGS.repeat_interleave(H // G, 1), slot_peak_BHS)
+    share_BHC = torch.exp(logit_BHC - total_BH[..., None]).masked_fill_(logit_BHC == -torch.inf, 0.0)
+    return share_BHC.unflatten(1, (G, -1)).amax(2)
 
 
 class ScoreHistory:
@@ -131,106 +130,93 @@ class ScoreHistory:
             self.start(row_BGN[:, :, None])
             return
         self._grow(row_BGN.shape[-1])
-        if self.kernel:
-            self._fold(row_BGN[:, :, None])
-            return
-        state_BGNC = self._state_BGNC[:, :, : self.n_blocks]
-        observed_BGNC = self.predictor.observe(state_BGNC, row_BGN)
-        if observed_BGNC.data_ptr() != state_BGNC.data_ptr():
-            state_BGNC.copy_(observed_BGNC)
+        self._push(F.pad(row_BGN, (0, self.capacity - row_BGN.shape[-1])))
 
-    @torch.inference_mode(False)
+    def _push(self, row_BGC: Tensor) -> None:
+        """A row of all blocks there is room for: a state of zeros and a score of zero make a state of zeros."""
+        if self.kernel:
+            self._fold(row_BGC[:, :, None])
+            return
+        observed_BGNC = self.predictor.observe(self._state_BGNC, row_BGC)
+        if observed_BGNC.data_ptr() != self._state_BGNC.data_ptr():
+            self._state_BGNC.copy_(observed_BGNC)
+
     @torch.no_grad()
     def push_slots(
-        self, peak_BHN: Tensor | None, block_BGS: Tensor, slot_peak_BHS: Tensor, total_BH: Tensor, n_blocks: int
+        self,
+        peak_BHC: Tensor | None,
+        block_BGS: Tensor,
+        slot_peak_BHS: Tensor,
+        total_BH: Tensor,
+        length_B: Tensor,
     ) -> None:
-        """`push` of what `row_of_logits` makes of the same arguments; the kernel does both at once."""
-        if not self.kernel or not self.started:
-            self.push(row_of_logits(peak_BHN, block_BGS, slot_peak_BHS, total_BH, n_blocks))
+        """Take what `row_of_logits` makes of these arguments, without asking the host; `advance` has counted the token.
+
+        `length_B`: int64, tokens of each sequence, the new one included.
+        """
+        assert self.started
+        size, capacity = self.predictor.block_size, self.capacity
+        if self._observes_slots:
+            packed = self.packed
+            arguments = (self._state_BGNC, packed.fold_C, packed.eps, size, capacity * size, length_B, None)
+            ops.observe_row(peak_BHC, block_BGS, slot_peak_BHS, total_BH, *arguments)
             return
-        if n_blocks < self.n_blocks:
-            raise ValueError(f"n_blocks must be at least {self.n_blocks}, got {n_blocks}")
-        self._grow(n_blocks)
-        packed = self.packed
-        arguments = (self._state_BGNC, packed.fold_C, packed.eps, 1, n_blocks, None, None)
-        ops.observe_row(peak_BHN, block_BGS, slot_peak_BHS, total_BH, *arguments)
+        row_BGC = row_of_logits(peak_BHC, block_BGS, slot_peak_BHS, total_BH, capacity)
+        block_C = torch.arange(capacity, device=length_B.device)
+        begun_B1C = block_C < ceil_div(length_B, size)[:, None, None]
+        self._push(torch.where(begun_B1C, row_BGC, 0.0))
+
+    @property
+    def _observes_slots(self) -> bool:
+        """Whether a kernel makes the row and folds it at once."""
+        return self.kernel
 
     @torch.no_grad()
-    def predict(self, first: int, last: int, padding_B: Tensor | None = None) -> Tensor:
-        """The next token's scores of blocks first to last − 1, scores_BGN in fp32 with −inf for all others.
+    def predict(self, first: int, last: int) -> Tensor:
+        """The next token's scores of blocks first to last − 1, scores_BGN in fp32 with −inf for all others."""
+        if not 0 <= first <= self.n_blocks or not 0 <= last <= self.n_blocks:
+            raise ValueError(f"blocks {first}..{last} must lie within 0..{self.n_blocks}")
+        bounds = (torch.full((len(self._state_BGNC),), end, device=self._state_BGNC.device) for end in (first, last))
+        return self._predict(*bounds)[..., : self.n_blocks]
+
+    @torch.no_grad()
+    def predict_next(self, first: int, recent: int, length_B: Tensor, padding_B: Tensor | None) -> Tensor:
+        """The next token's scores, fp32 scores_BGC, without asking the host.
 
         Sink and recent blocks are always kept: they are cut off *before* the prediction
         (AttentionPredictor, arXiv 2502.04077, section 4), so their large scores don't leak into their
-        neighbours.
+        neighbours. They have −inf.
 
-        `padding_B`, int64: whole blocks of left padding of each sequence, behind which `first` counts.
+        Args:
+            first: First candidate, counted from the first block with a token that is no padding.
+            recent: Tokens at the end, one at least, whose blocks are no candidates in the step at length + 1.
+            length_B, padding_B: int64, tokens of each sequence, and those of left padding, if there is any.
         """
-        self._check_range(first, last)
-        if padding_B is not None and not self.kernel:
-            return self._predict_padded(first, last, padding_B)
-        if self.kernel:
-            packed = self.packed
-            # As if a block were a token, the newest of which alone is recent.
-            candidates = (first, 1, 1, last, None, padding_B)
-            return ops.predict_blocks(self._state_BGNC, packed.weight, packed.bias, self.n_blocks, *candidates)
-        batch, kv_heads = self._state_BGNC.shape[:2]
-        shape, device = (batch, kv_heads, self.n_blocks), self._state_BGNC.device
-        scores_BGN = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
-        if first < last:
-            scores_BGN[:, :, first:last] = self.predictor(self._state_BGNC[:, :, first:last])
-        return scores_BGN
+        size = self.predictor.block_size
+        if self._observes_slots:
+            packed, candidates = self.packed, (first, recent, size, self.capacity * size, length_B, padding_B)
+            return ops.predict_blocks(self._state_BGNC, packed.weight, packed.bias, self.capacity, *candidates)
+        first_B = torch.full_like(length_B, first) if padding_B is None else padding_B // size + first
+        last_B = torch.minimum((length_B + 1 - max(recent, 1)).clamp_min(0) // size, ceil_div(length_B, size))
+        return self._predict(first_B, last_B)
 
-    def _predict_padded(self, first: int, last: int, padding_B: Tensor) -> Tensor:
-        """By sequences of equal padding: the predictor sees no block of padding or of a sink."""
-        B, G = self._state_BGNC.shape[:2]
-        scores_BGN = self._state_BGNC.new_full((B, G, self.n_blocks), -torch.inf, dtype=torch.float32)
-        for blocks in padding_B.unique().tolist():
-            index_b = (padding_B == blocks).nonzero()[:, 0]
-            part = copy.copy(self)
-            part.index(index_b)
-            scores_BGN[index_b] = part.predict(min(first + blocks, last), last)
-        return scores_BGN
-
-    # Steps that know their length on the device alone, where a kernel reads it (`no_graph` says if there is none).
-    # Nothing grows in them: room is reserved before, and whoever takes them says afterwards how far they came.
-
-    @property
-    def no_graph(self) -> str | None:
-        """Why such steps can't use this history; `None` if they can."""
-        return no_kernel(self.predictor, self._state_BGNC.device)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def observe_slots(
-        self, peak_BHN: Tensor | None, block_BGS: Tensor, slot_peak_BHS: Tensor, total_BH: Tensor, length_1: Tensor
-    ) -> None:
-        """As `push_slots`; int64 `length_1` are the tokens of the sequence, the new one included."""
-        packed, size = self.packed, self.predictor.block_size
-        n_blocks = self._state_BGNC.shape[2] if peak_BHN is None else min(self._state_BGNC.shape[2], peak_BHN.shape[2])
-        arguments = (self._state_BGNC, packed.fold_C, packed.eps, size, n_blocks * size, length_1, None)
-        ops.observe_row(peak_BHN, block_BGS, slot_peak_BHS, total_BH, *arguments)
-
-    @torch.no_grad()
-    def predict_ahead(
-        self, first: int, recent: int, length_1: Tensor, n_blocks: int, padding_B: Tensor | None = None
-    ) -> Tensor:
-        """As `predict`, for the step after the one at `length_1` tokens; scores_BGN with `n_blocks` columns.
-
-        Candidates go from block `first` to those of the `recent` tokens that that step attends to in any case;
-        `padding_B` are tokens.
-        """
-        packed, size = self.packed, self.predictor.block_size
-        candidates = (first, recent, size, self._state_BGNC.shape[2] * size, length_1, padding_B)
-        return ops.predict_blocks(self._state_BGNC, packed.weight, packed.bias, n_blocks, *candidates)
+    def _predict(self, first_B: Tensor, last_B: Tensor) -> Tensor:
+        """Scores of blocks first to last − 1 of each sequence, scores_BGC, −inf for all others."""
+        block_C = torch.arange(self.capacity, device=first_B.device)
+        candidate_BC = (block_C >= first_B[:, None]) & (block_C < last_B[:, None])
+        scores_BGC = self.predictor(self._state_BGNC, candidate_BC)
+        return torch.where(candidate_BC[:, None], scores_BGC.float(), -torch.inf)
 
     def advance(self, n_blocks: int) -> None:
-        """Such steps have brought the state as far as this many blocks."""
-        if not self.started or not self.n_blocks <= n_blocks <= self._state_BGNC.shape[2]:
-            raise ValueError(
-                f"n_blocks must lie within {self.n_blocks}..{self._state_BGNC.shape[2]} of a history that has started, "
-                f"got {n_blocks}"
-            )
+        """The host's count follows: the next step's row has so many blocks, for which there is room."""
+        if not self.n_blocks <= n_blocks <= self.capacity:
+            raise ValueError(f"n_blocks must lie within {self.n_blocks}..{self.capacity}, got {n_blocks}")
         self.n_blocks = n_blocks
+
+    @property
+    def capacity(self) -> int:
+        """Blocks there is room for."""
+        return self._state_BGNC.shape[2]
 
     @torch.no_grad()
     def crop(self, n_blocks: int) -> None:
@@ -241,7 +227,7 @@ class ScoreHistory:
         """
         if not 0 <= n_blocks <= self.n_blocks:
             raise ValueError(f"n_blocks must lie within 0..{self.n_blocks}, got {n_blocks}")
-        self._state_BGNC[:, :, n_blocks : self.n_blocks] = 0
+        self._state_BGNC[:, :, n_blocks:] = 0
         self.n_blocks = n_blocks
         self.started = self.started and n_blocks > 0
 
@@ -257,7 +243,7 @@ class ScoreHistory:
         """Make room for that many blocks at least, and keep what is there; the state may move."""
         batch, kv_heads, capacity, channels = self._state_BGNC.shape
         if n_blocks > capacity:
-            chunks = -(-n_blocks // CHUNK_BLOCKS)
+            chunks = ceil_div(n_blocks, CHUNK_BLOCKS)
             grown_BGNC = self._state_BGNC.new_zeros(batch, kv_heads, chunks * CHUNK_BLOCKS, channels)
             grown_BGNC[:, :, : self.n_blocks] = self._state_BGNC[:, :, : self.n_blocks]
             self._state_BGNC = grown_BGNC
@@ -309,10 +295,6 @@ class ScoreHistory:
     def _grow(self, n_blocks: int) -> None:
         self.reserve(n_blocks)
         self.n_blocks = n_blocks
-
-    def _check_range(self, first: int, last: int) -> None:
-        if not 0 <= first <= self.n_blocks or not 0 <= last <= self.n_blocks:
-            raise ValueError(f"blocks {first}..{last} must lie within 0..{self.n_blocks}")
 
     def _check(self, name: str, rows: Tensor, *, dims: int, at_least: int) -> None:
         expected = tuple(self._state_BGNC.shape[:2])

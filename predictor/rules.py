@@ -25,7 +25,7 @@ class LastRow(AttentionPredictor):
     def observe(self, state_BGNC: Tensor, row_BGN: Tensor) -> Tensor:
         return state_BGNC.copy_(row_BGN[..., None])
 
-    def forward(self, state_BGNC: Tensor) -> Tensor:
+    def forward(self, state_BGNC: Tensor, candidate_BN: Tensor | None = None) -> Tensor:
         return state_BGNC[..., 0]
 
 
@@ -49,7 +49,7 @@ class ExponentialAverage(AttentionPredictor):
     def observe(self, state_BGNC: Tensor, row_BGN: Tensor) -> Tensor:
         return state_BGNC.lerp_(row_BGN[..., None].to(state_BGNC.dtype), 1 - self.decay)
 
-    def forward(self, state_BGNC: Tensor) -> Tensor:
+    def forward(self, state_BGNC: Tensor, candidate_BN: Tensor | None = None) -> Tensor:
         return state_BGNC[..., 0]
 
 
@@ -60,5 +60,5 @@ class WindowMean(RowWindow):
     arch = "mean"
     learned = False
 
-    def forward(self, state_BGNC: Tensor) -> Tensor:
+    def forward(self, state_BGNC: Tensor, candidate_BN: Tensor | None = None) -> Tensor:
         return state_BGNC.float().mean(dim=-1)

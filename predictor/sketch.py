@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attention_predictor.csrc import ops
@@ -140,25 +141,26 @@ class KeySketch:
             new[:, :, :held] = old
             setattr(owner, name, new)
 
+    def advance(self) -> None:
+        """Count the token that `append` will take."""
+        self.length += 1
+
     @torch.inference_mode(False)
     @torch.no_grad()
-    def append(self, key_BGD: Tensor, length_1: Tensor | None = None) -> None:
-        """Take the key of one more token by one kernel, on a GPU; `length` follows when the caller calls `advance`.
+    def append(self, key_BGD: Tensor, query_BHD: Tensor, length_B: Tensor, *, kernel: bool = False) -> None:
+        """Take the key and query of one more token, which `advance` has counted.
 
-        The first group must be whole, since the order of the channels is found with it, and there must be room
-        (`reserve`). `length_1`, int64 on the device, are the sequence's tokens, this one included, where the host does
-        not know them; else they are `length` + 1.
+        With `kernel`, on a GPU where there is one, by one kernel that reads the length on the device; but for the first
+        group, with which the order of the channels is found. There must be room (`reserve`).
+
+        `length_B`: int64, tokens of each sequence, this one included.
         """
-        if self.length < self.group:
-            raise ValueError(f"append needs a whole group of {self.group} tokens before it, there are {self.length}")
-        length = self.length + 1 if length_1 is None else self.capacity
-        ops.sketch_append(key_BGD.to(self._tail_BGTD.dtype).contiguous(), *self._tensors(), length, length_1)
-
-    def advance(self, tokens: int) -> None:
-        """Count tokens that were taken by `append`."""
-        if not 0 <= tokens <= self.capacity - self.length:
-            raise ValueError(f"tokens must lie within 0..{self.capacity - self.length}, got {tokens}")
-        self.length += tokens
+        if kernel and self.length > self.group and self._no_kernel(None) is None:
+            key_BGD = key_BGD.to(self._tail_BGTD.dtype).contiguous()
+            ops.sketch_append(key_BGD, *self._tensors(), self.capacity, length_B)
+            return
+        self.length -= 1
+        self.extend(key_BGD[:, :, None], query_BHD[:, :, None], kernel=kernel)
 
     @torch.no_grad()
     def logits(self, query_BHD: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
@@ -202,26 +204,24 @@ class KeySketch:
         block_size: int,
         real_BL: Tensor | None = None,
         kernel: bool = False,
-        length: int | None = None,
-        length_1: Tensor | None = None,
+        capacity: int | None = None,
+        length_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Largest logit and log-sum-exp of each block's tokens, peak_BHN and sum_BHN in fp32.
+        """Largest logit and log-sum-exp of each block's tokens, peak_BHC and sum_BHC in fp32.
 
         `real_BL` is False at padding; a block of nothing else has ``-inf``. With `kernel`, where there is one
         (`no_kernel`), it is done in one pass that never holds the logits.
 
-        Captured steps know the sequence's tokens on the device alone: `length_1`, int64, while `length` is what there
-        is room for. N and L are that length's then, and blocks behind the sequence are left as they come.
+        Args:
+            capacity: C, blocks of the result; `None`: those of the sequence. Those behind it are left as they come.
+            length_B: int64 on the device, tokens of each sequence, if there is a capacity.
         """
-        missing = self.no_kernel(block_size) if kernel else "none was asked for"
-        if (length is None) != (length_1 is None) or (missing and length_1 is not None):
-            raise ValueError(f"length and length_1 come together, for a kernel: {missing or 'only one was given'}")
-        if missing is None:
+        if kernel and self.no_kernel(block_size) is None:
             return ops.sketch_scores(
                 query_BHD.to(self._tail_BGTD.dtype).contiguous(),
                 *self._tensors(),
-                self.length if length is None else length,
-                length_1,
+                self.length if capacity is None else capacity * block_size,
+                length_B,
                 None if real_BL is None else real_BL.contiguous(),
                 block_size,
                 scaling,
@@ -229,8 +229,10 @@ class KeySketch:
             )
         logits_BHT = self.logits(query_BHD, scaling, softcap)
         if real_BL is not None:
-            logits_BHT = logits_BHT.masked_fill(~real_BL[:, None], float("-inf"))
-        return block_peak_and_sum(logits_BHT, block_size)
+            logits_BHT = logits_BHT.masked_fill(~real_BL[:, None, : self.length], float("-inf"))
+        peak_BHN, sum_BHN = block_peak_and_sum(logits_BHT, block_size)
+        more = 0 if capacity is None else capacity - peak_BHN.shape[-1]
+        return F.pad(peak_BHN, (0, more), value=-torch.inf), F.pad(sum_BHN, (0, more), value=-torch.inf)
 
     def no_kernel(self, block_size: int) -> str | None:
         """Why no kernel scores blocks of that size by this sketch, on one line; ``None`` if one does."""

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention_predictor.arithmetic import scatter_or_drop
 from attention_predictor.csrc import binding, ops
 from attention_predictor.csrc.window import FEATURES, MAPS, ROWS
 from attention_predictor.errors import ConfigError, IntegrityError
@@ -29,6 +30,7 @@ from attention_predictor.predictor.window import WindowPredictor
 
 REACH = 2  # rows or columns to each side that two 3 × 3 convolutions look at
 STENCIL = 2 * REACH + 1
+SHORT = 2 * STENCIL  # columns of a range that is evaluated over the whole window
 TILE_COLUMNS = 1 << 14  # columns times rows of X convolved at once: their feature maps stay in a CPU's cache
 
 
@@ -91,7 +93,7 @@ def no_kernel(predictor: WindowPredictor, device: torch.device | str) -> str | N
 class StreamedHistory(ScoreHistory):
     """A ScoreHistory of the published network whose work a step does not grow with the window.
 
-    A column's sum takes blocks that are not there yet for blocks whose scores are zero, which is what they are once
+    Sums are kept for all columns there is room for. Blocks that are not there yet have scores of zero, as they have once
     they appear: sums stay true while blocks arrive. At the ends of the predicted range the network pads features, not
     scores, with zeros; the columns within reach of them, four a step, are computed over the whole window.
     A window shorter than 5 rows has no interior and is evaluated as it is.
@@ -131,45 +133,51 @@ class StreamedHistory(ScoreHistory):
         super().start(rows_BGRN)
         self._sum_up(0)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def push(self, row_BGN: Tensor) -> None:
-        if not self.started or not self.streams:
-            super().push(row_BGN)
-            return
-        known = self.n_blocks
-        if self._network is not None:
-            self._check("row_BGN", row_BGN, dims=3, at_least=known)
-            self._grow(row_BGN.shape[-1])
-            row_BGN = row_BGN.float().contiguous()
-            ops.push_window(row_BGN, self._state_BGNC, self._sum_BGCN, *self._network, known)
+    def _push(self, row_BGC: Tensor) -> None:
+        if not self.streams:
+            super()._push(row_BGC)
+        elif self._network is not None:
+            row_BGC = row_BGC.float().contiguous()
+            ops.push_window(row_BGC, self._state_BGNC, self._sum_BGCN, *self._network, self.capacity)
         else:
-            self._add(self._leaving, self._sum_BGCN, 0, known, sign=-1)
-            super().push(row_BGN)
-            self._add(self._entering, self._sum_BGCN, 0, known)
-        self._sum_up(known)
+            self._add(self._leaving, self._sum_BGCN, sign=-1)
+            super()._push(row_BGC)
+            self._add(self._entering, self._sum_BGCN)
 
-    @torch.no_grad()
-    def predict(self, first: int, last: int, padding_B: Tensor | None = None) -> Tensor:
-        self._check_range(first, last)
-        if padding_B is not None:
-            return self._predict_padded(first, last, padding_B)
-        if not self.streams or last - first <= 2 * STENCIL:
-            return super().predict(first, last)
+    @property
+    def _observes_slots(self) -> bool:
+        return False
+
+    def _predict(self, first_B: Tensor, last_B: Tensor) -> Tensor:
+        if not self.streams:
+            return super()._predict(first_B, last_B)
+        block_C = torch.arange(self.capacity, device=first_B.device)
+        candidate_BC = (block_C >= first_B[:, None]) & (block_C < last_B[:, None])
         if self._network is not None:
-            return ops.score_window(self._state_BGNC, self._sum_BGCN, *self._network, self.n_blocks, first, last)
-        scores_BGN = super().predict(first, first)  # −inf everywhere
-        network = self.predictor
-        sum_BGCN = self._sum_BGCN[..., first:last].to(network.conv3.weight.dtype)
-        for band in (self._top, self._bottom):
-            self._add(band, sum_BGCN, first, last)
-        inner_XN = network.conv3(sum_BGCN.flatten(0, 1).div_(network.channels))[:, 0]
-        scores_BGN[:, :, first:last] = inner_XN.view_as(scores_BGN[:, :, first:last])
-        left_BGN = network(self._state_BGNC[:, :, first : first + 2 * REACH])
-        right_BGN = network(self._state_BGNC[:, :, last - 2 * REACH : last])
-        scores_BGN[:, :, first : first + REACH] = left_BGN[..., :REACH]
-        scores_BGN[:, :, last - REACH : last] = right_BGN[..., REACH:]
-        return scores_BGN
+            scores_BGC = ops.score_window(self._state_BGNC, self._sum_BGCN, *self._network, first_B, last_B)
+        else:
+            network = self.predictor
+            sum_BGCN = self._sum_BGCN.to(network.conv3.weight.dtype)
+            for band in (self._top, self._bottom):
+                self._add(band, sum_BGCN)
+            inner_XN = network.conv3(sum_BGCN.flatten(0, 1).div_(network.channels))[:, 0]
+            scores_BGC = torch.where(
+                candidate_BC[:, None], inner_XN.view(*self._state_BGNC.shape[:3]).float(), -torch.inf
+            )
+        # The columns at both ends, over the whole window, as the kernel does by itself; of a short range all are.
+        short_B1 = (last_B - first_B)[:, None] <= SHORT
+        column_E = torch.arange(SHORT, device=first_B.device)
+        ends = [(first_B[:, None] + column_E, column_E < REACH)]
+        if self._network is None:
+            ends.append((last_B[:, None] - SHORT + column_E, column_E >= SHORT - REACH))
+        for column_BE, near_E in ends:
+            within_BE = (column_BE >= first_B[:, None]) & (column_BE < last_B[:, None])
+            index_BGE = column_BE.clamp(0, self.capacity - 1)[:, None].expand(-1, self._state_BGNC.shape[1], -1)
+            index_BGER = index_BGE[..., None].expand(-1, -1, -1, self._state_BGNC.shape[3])
+            end_BGE = self.predictor(self._state_BGNC.gather(2, index_BGER), within_BE).float()
+            put_BE = within_BE & (short_B1 | near_E if self._network is None else short_B1)
+            scores_BGC = scatter_or_drop(scores_BGC, torch.where(put_BE[:, None], index_BGE, -1), end_BGE)
+        return scores_BGC
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -196,9 +204,9 @@ class StreamedHistory(ScoreHistory):
             raise IntegrityError(
                 f"sums have room for {self._sum_BGCN.shape[-1]} blocks, the window for {self._state_BGNC.shape[2]}"
             )
-        held_BGCN = self._sum_BGCN[..., : self.n_blocks].clone()
+        held_BGCN = self._sum_BGCN.clone()
         self._sum_up(0)
-        error_BGCN = (self._sum_BGCN[..., : self.n_blocks] - held_BGCN).abs()
+        error_BGCN = (self._sum_BGCN - held_BGCN).abs()
         share = 1e-4 if self._network is None else 1e-3  # of what torch may do in TF32, and the kernel does not
         if self.started and self.streams and error_BGCN.max() > share * held_BGCN.abs().max() + 1e-6:
             raise IntegrityError(f"feature sums differ from those of the window by up to {error_BGCN.max():.3g}")
@@ -214,7 +222,10 @@ class StreamedHistory(ScoreHistory):
     @torch.no_grad()
     def reserve(self, n_blocks: int) -> None:
         super().reserve(n_blocks)
-        self._sum_BGCN = F.pad(self._sum_BGCN, (0, self._state_BGNC.shape[2] - self._sum_BGCN.shape[-1]))
+        known = self._sum_BGCN.shape[-1]
+        if self.capacity > known:
+            self._sum_BGCN = F.pad(self._sum_BGCN, (0, self.capacity - known))
+            self._sum_up(max(0, known - REACH))
 
     def _sum_up(self, first: int) -> None:
         """Compute the sums of the columns from `first` on from the whole window."""
@@ -223,7 +234,7 @@ class StreamedHistory(ScoreHistory):
         network, weight = self.predictor, self.predictor.conv2.weight
         if self._network is not None:  # what the kernels take off the sums must have entered them
             weight = weight.half().to(weight.dtype)
-        for low, high in self._tiles(first, self.n_blocks, rows=network.channels):
+        for low, high in self._tiles(first, self.capacity, rows=network.channels):
             maps_XCRN = F.conv2d(self._columns(low, high)[:, None], network.conv1.weight, network.conv1.bias).relu_()
             if self._network is not None:
                 maps_XCRN = maps_XCRN.half().to(maps_XCRN.dtype)
@@ -231,15 +242,15 @@ class StreamedHistory(ScoreHistory):
             sum_BGCN = self._sum_BGCN[..., low:high]
             sum_BGCN.copy_(features_XCRN.sum(2, dtype=torch.float64).view_as(sum_BGCN))
 
-    def _add(self, band: RowBand, out_BGCN: Tensor, first: int, last: int, sign: int = 1) -> None:
-        """Add the band's features of columns first to last − 1 to the first columns of `out_BGCN`."""
-        for low, high in self._tiles(first, last, rows=1):
-            part_BGCN = out_BGCN[..., low - first : high - first]
+    def _add(self, band: RowBand, out_BGCN: Tensor, sign: int = 1) -> None:
+        """Add the band's features to `out_BGCN`."""
+        for low, high in self._tiles(0, self.capacity, rows=1):
+            part_BGCN = out_BGCN[..., low:high]
             part_BGCN.add_(band(self._columns(low, high)).view_as(part_BGCN), alpha=sign)
 
     def _columns(self, first: int, last: int) -> Tensor:
         """Window_XRN of columns first − REACH to last + REACH − 1; where there are none, zeros."""
-        low, high = max(0, first - REACH), min(self.n_blocks, last + REACH)
+        low, high = max(0, first - REACH), min(self.capacity, last + REACH)
         window_XNR = self._state_BGNC[:, :, low:high].flatten(0, 1).to(self.predictor.conv1.weight.dtype)
         return F.pad(window_XNR.transpose(1, 2), (low - first + REACH, last + REACH - high))
 

@@ -52,17 +52,22 @@ class WindowPredictor(RowWindow):
         self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
         self.conv3 = nn.Conv1d(32, 1, 1)
 
-    def forward(self, state_BGNC: Tensor) -> Tensor:
+    def forward(self, state_BGNC: Tensor, candidate_BN: Tensor | None = None) -> Tensor:
         batch, kv_heads, n_blocks, rows = state_BGNC.shape
         window_XRN = state_BGNC.reshape(-1, n_blocks, rows).transpose(1, 2).to(self.conv1.weight.dtype)
+        # A convolution finds zeros beside the candidates, as it does at the ends where there is nothing else.
+        mask_X11N = window_XRN.new_ones(1, 1, 1, n_blocks)
+        if candidate_BN is not None:
+            mask_X11N = candidate_BN.repeat_interleave(kv_heads, 0)[:, None, None].to(window_XRN.dtype)
         # The feature maps are 48 times the window: never all columns of all heads at once. Two 3-wide
         # convolutions reach 2 columns to each side, so tiles with that margin give the same numbers.
         width = max(64, TILE_ELEMENTS // (rows * max(1, batch * kv_heads)))
         tiles = []
         for first in range(0, n_blocks, width):
             last, low = min(first + width, n_blocks), max(0, first - 2)
-            tile_X1RN = window_XRN[:, None, :, low : min(last + 2, n_blocks)]
-            features_XCN = self.conv2(self.conv1(tile_X1RN).relu()).relu().mean(dim=2)
+            mask = mask_X11N[..., low : min(last + 2, n_blocks)]
+            tile_X1RN = window_XRN[:, None, :, low : min(last + 2, n_blocks)] * mask
+            features_XCN = self.conv2(self.conv1(tile_X1RN).relu() * mask).relu().mean(dim=2)
             tiles.append(self.conv3(features_XCN)[:, 0, first - low : last - low])
         scores_XN = torch.cat(tiles, dim=1) if tiles else window_XRN.new_zeros(batch * kv_heads, 0)
         return scores_XN.view(batch, kv_heads, n_blocks).float()

@@ -27,7 +27,7 @@ from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.policies.selection import Selection
+from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.predictor.base import AttentionPredictor
 from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.scores import block_mass, block_scores

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attention_predictor.eval.analysis.patterns import CLASSES, MapSums, Measures, Part, most_common
-from attention_predictor.offload.policies.selection import Selection
+from attention_predictor.offload.blocks.selection import Selection
 
 STEPS, LENGTH, BLOCK = 96, 2048, 16
 SELECTION = Selection(budget=512, block_size=BLOCK, sink=64, recent=64)

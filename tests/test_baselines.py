@@ -31,7 +31,7 @@ from attention_predictor.offload.policies import LayerSpec, policy_class, policy
 from attention_predictor.offload.policies.allocation import allocation_of, first_budgets, mean_shares, share_budget
 from attention_predictor.offload.policies.base import BlockValues, newest_first
 from attention_predictor.offload.policies.cake import preference
-from attention_predictor.offload.policies.selection import NEVER, Selection
+from attention_predictor.offload.blocks.selection import NEVER, Selection
 from attention_predictor.offload.policies.snapkv import pooled
 
 BASELINES = ("h2o", "snapkv", "pyramidkv", "cake", "tappa", "lazy-eviction")

@@ -16,7 +16,7 @@ from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.prefetch import make_prefetcher
 from attention_predictor.offload.blocks.residency import ResidencyTable
 from attention_predictor.offload.blocks.tiers import Tiers
-from attention_predictor.offload.policies.selection import Selection
+from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.stats import DeviceCounts, Stats
 from attention_predictor.offload.step.device_table import DeviceTable
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attention_predictor.csrc import binding, ops
 from attention_predictor.errors import ConfigError
-from attention_predictor.offload.policies.selection import Selection
+from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.predictor.history import ScoreHistory, no_kernel, row_of_logits
 from attention_predictor.predictor.model import AttentionPredictor, ExponentialAverage, FilterPredictor
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_predictor.offload.policies.selection import NEVER, Selection, best_blocks, less_than
+from attention_predictor.offload.blocks.selection import NEVER, Selection, best_blocks, less_than
 
 
 @st.composite

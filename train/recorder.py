@@ -68,9 +68,9 @@ class SparseRecorder(Predictor):
         super().observe_rows(rows)
         self.prompt.append(rows)
 
-    def tell_history(self, step: Step) -> None:
-        row_BGN = self.row(step)
-        self.history.push(row_BGN)
+    def observe(self, step: Step) -> None:
+        super().observe(step)
+        row_BGN = self.row(step)[..., : step.blocks]
         self.told.append(row_BGN[:, :, None])
         self.queries.append(step.query_BHD[:, :, None])
         self.last = step

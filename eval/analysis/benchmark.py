@@ -11,7 +11,7 @@ from attention_predictor.eval.analysis.document import Judgement, analyse
 from attention_predictor.eval.runner import Benchmark, Sample
 from attention_predictor.eval.sources import Windows
 from attention_predictor.eval.subject import Subject
-from attention_predictor.offload.policies.selection import Selection
+from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.predictor.base import AttentionPredictor
 
 VARIANT = "attention"  # attends to everything, from host memory

@@ -25,7 +25,7 @@ from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies.query_similarity import query_similarity
-from attention_predictor.offload.policies.selection import Selection
+from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.predictor.base import PROMPT_ROWS, AttentionPredictor
 
 DIGITS = 6

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attention_predictor.offload.attention.dense import ScoreRows
-from attention_predictor.offload.policies.selection import Selection
+from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.predictor.base import AttentionPredictor
 from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.model import new_history

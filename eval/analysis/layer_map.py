@@ -19,7 +19,7 @@ from attention_predictor.eval.analysis.foresight import Foreseen
 from attention_predictor.eval.analysis.patterns import MapSums, Measures, Part
 from attention_predictor.eval.analysis.watch import Attended
 from attention_predictor.offload.attention.dense import Scorer, ScoreRows, total_of
-from attention_predictor.offload.policies.selection import Selection
+from attention_predictor.offload.blocks.selection import Selection
 
 
 class LayerMap:

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention_predictor.offload.policies.selection import Selection
+from attention_predictor.offload.blocks.selection import Selection
 
 CLASSES = ("re-access", "sequential", "seasonal", "retrieval", "unpredictable")
 FAR = 0.1  # of a head's mass beyond sink and recent, from which on that alone is judged

@@ -14,6 +14,10 @@ from attention_predictor.csrc import ops
 from attention_predictor.offload.attention.dense import Terms, scaled_logits
 
 
+# Room of a sequence for a kernel that is told of no padding: lengths are read on the device.
+MOST_TOKENS = 1 << 30
+
+
 class SlotScores(NamedTuple):
     """What a query makes of the slots, in fp32; ``-inf`` where one takes no part.
 
@@ -149,6 +153,6 @@ def _run(
         None if terms.sinks_H is None else terms.sinks_H.float().contiguous(),
         terms.scaling,
         terms.softcap or 0.0,
-        length_B[:1],
+        length_B,
         arrived_BH,
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding, ops
-from attention_predictor.csrc.select import Limits
+from attention_predictor.csrc.ops import Estimates
 from attention_predictor.errors import FetchError, IntegrityError
 from attention_predictor.offload.blocks.block_pool import BlockPool
 from attention_predictor.offload.blocks.extent import Extent
@@ -25,10 +25,8 @@ from attention_predictor.offload.blocks.host_store import HostStore
 from attention_predictor.offload.blocks.slot_table import SlotTable
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.attention.sparse import SlotScores
     from attention_predictor.offload.blocks.prefetch import Ticket
-    from attention_predictor.offload.policies.base import Estimate
-    from attention_predictor.offload.policies.selection import Selection
+    from attention_predictor.offload.blocks.selection import Limits, Selection
     from attention_predictor.offload.runtime import Runtime
 
 ROOM_BLOCKS = 64  # by which the room for blocks grows: doubling would waste the memory this library saves
@@ -124,7 +122,7 @@ class LayerBlocks:
         pool, length_B = self.pool, self.extent.length_B
         if self.device_moves:
             into = (pool.key_BGSTD, pool.value_BGSTD, self._slabs(), self.store.slab_blocks)
-            ops.append_token(key_BGD, value_BGD, *into, self.table.slot_RC, length_B, self.counts[4:])
+            ops.append_token(key_BGD, value_BGD, *into, self.table.tensors.slot_RC, length_B, self.counts[4:])
             return
         key_BG1D, value_BG1D = key_BGD[:, :, None], value_BGD[:, :, None]
         self.store.append(key_BG1D, value_BG1D)
@@ -147,22 +145,10 @@ class LayerBlocks:
 
     # ---- choosing and moving blocks --------------------------------------------------------------------------------
 
-    def choose(
-        self, selection: Selection, scores: Tensor | Estimate, resident: SlotScores | None, late_blocks: int | None
-    ) -> Tensor | None:
-        """Choose what this step attends to and fetch what is missing, within the step.
-
-        Args:
-            scores: Of all blocks.
-            resident: Exact scores of the slots, which stand in place of an estimate's.
-            late_blocks: Blocks that may be fetched; ``None``: nothing is chosen, only the rest is found.
-
-        Returns:
-            fp32 ``[B, H]`` log-sum-exp of what is not attended to; ``None`` without an estimate.
-        """
-        rest_BH = self.table.choose(
-            selection.limits(self.length), self.extent, scores, resident, late_blocks, self.counts, self._kernel
-        )
+    def choose(self, selection: Selection, scores: Tensor | Estimates, late_blocks: int | None) -> Tensor | None:
+        """Choose what this step attends to and fetch what is missing, within the step; as ``SlotTable.choose``."""
+        limits = selection.limits(self.length)
+        rest_BH = self.table.choose(limits, self.extent, scores, late_blocks, self.counts, self._kernel)
         if late_blocks is not None:
             started = time.perf_counter()
             try:
@@ -218,7 +204,7 @@ class LayerBlocks:
         """Fetch what the table lists; the blocks moved, where the host knows."""
         table, pool = self.table, self.pool
         if self.device_moves:
-            moves = (table.move_block_RS, table.move_slot_RS, table.moves_R)
+            moves = table.tensors[4:7]
             slabs = (self._slabs(), self.store.slab_blocks)
             ops.move_blocks(*slabs, *moves, pool.key_BGSTD, pool.value_BGSTD, spent_1)
             return 0

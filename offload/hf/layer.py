@@ -34,7 +34,7 @@ from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
 from attention_predictor.offload.blocks.room import KVShape
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
-from attention_predictor.offload.policies.selection import Budget, Selection
+from attention_predictor.offload.blocks.selection import Budget, Selection
 from attention_predictor.offload.step.schedule import EagerSchedule, Schedule
 from attention_predictor.offload.step.step import attend_again, chunks, decode
 

@@ -34,7 +34,7 @@ from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.cake import preference
 from attention_predictor.offload.policies.query_similarity import WINDOW, query_similarity
-from attention_predictor.offload.policies.selection import Budget
+from attention_predictor.offload.blocks.selection import Budget
 
 if TYPE_CHECKING:
     from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
@@ -146,9 +146,7 @@ class Sharing:
                 own = tuple(islice(budgets, preference_BY.shape[1]))
                 one.set_budget(own if self.by_head else own[0])
 
-    def _preference(
-        self, layer: Sharer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None
-    ) -> Tensor:
+    def _preference(self, layer: Sharer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None) -> Tensor:
         """fp32 ``[B, 1]``, or ``[B, G]`` by KV head; NaN for a sequence that shows nothing."""
         parts = layer.kv_heads if self.by_head else 1
         if self.by_queries:

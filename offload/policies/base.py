@@ -1,7 +1,11 @@
 """What a selection policy is: one layer's judgement of which blocks matter.
 
-Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, T tokens, L tokens of the sequence, D head size, N
-blocks, Q queries, S slots.
+A policy's part in a decoding step is tensor arithmetic: lengths are tensors (``Extent``), what it remembers has the
+shape of the room there is and is written in place, and no value is read by the host. So the same lines run one by one,
+beside the model, or captured in a CUDA graph.
+
+Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, T tokens, L tokens there is room for, D head size, C
+blocks there is room for, N blocks, Q queries, S slots.
 """
 
 from __future__ import annotations
@@ -12,13 +16,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div, scatter_or_drop
+from attention_predictor.csrc.ops import Estimates
 from attention_predictor.errors import IntegrityError
 from attention_predictor.offload.attention.dense import Chunk, ScoreRows, Terms, score_rows
-from attention_predictor.offload.attention.sparse import SlotScores, SparseAttention, score_slots
-from attention_predictor.offload.policies.selection import Selection
+from attention_predictor.offload.attention.sparse import SparseAttention
+from attention_predictor.offload.blocks.extent import Extent
+from attention_predictor.offload.blocks.selection import Selection
 
 if TYPE_CHECKING:
     from attention_predictor.offload.config import OffloadConfig
@@ -33,6 +39,8 @@ class Part(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    def reserve(self, capacity: int) -> None: ...
 
     def index(self, batch_index: Tensor) -> None: ...
 
@@ -56,39 +64,37 @@ class LayerSpec:
 
 
 class BlockValues:
-    """One number for each block, value_BGN on the device: what a policy remembers of a layer.
-
-    Always exchanged as a whole, never written into: tensors made under inference mode would not allow it later.
-    """
+    """One number for each block, value_BGC on the device: what a policy remembers of a layer. Written in place."""
 
     def __init__(self, spec: LayerSpec, fill: float | bool = 0.0) -> None:
         dtype = torch.bool if isinstance(fill, bool) else torch.float32
         self.fill = fill
-        self.value_BGN = torch.full((spec.batch, spec.kv_heads, 0), fill, dtype=dtype, device=spec.device)
+        with torch.inference_mode(False):  # what is made there could not be written to outside of it later
+            self.value_BGC = torch.full((spec.batch, spec.kv_heads, 0), fill, dtype=dtype, device=spec.device)
 
-    @property
-    def n_blocks(self) -> int:
-        return self.value_BGN.shape[-1]
-
-    def grow(self, n_blocks: int, fill: float | bool | None = None) -> Tensor:
-        """At least so many blocks, new ones with ``fill`` (by default the one of the first blocks); the new value."""
-        more = max(n_blocks - self.n_blocks, 0)
-        self.value_BGN = F.pad(self.value_BGN, (0, more), value=self.fill if fill is None else fill)
-        return self.value_BGN
+    @torch.inference_mode(False)
+    def reserve(self, capacity: int) -> None:
+        """Room for so many blocks."""
+        more = capacity - self.value_BGC.shape[-1]
+        if more > 0:
+            room_BGC = self.value_BGC.new_full((*self.value_BGC.shape[:2], more), self.fill)
+            self.value_BGC = torch.cat([self.value_BGC, room_BGC], -1)
 
     def crop(self, n_blocks: int) -> None:
-        self.value_BGN = self.value_BGN[..., :n_blocks]
+        """Forget the blocks from ``n_blocks`` on."""
+        self.value_BGC[..., n_blocks:] = self.fill
 
+    @torch.inference_mode(False)
     def index(self, batch_index: Tensor) -> None:
-        self.value_BGN = self.value_BGN[batch_index]
+        self.value_BGC = self.value_BGC[batch_index]
 
     @property
     def nbytes(self) -> int:
-        return self.value_BGN.nbytes
+        return self.value_BGC.nbytes
 
     def check_integrity(self) -> None:
-        if bool(self.value_BGN.isnan().any()):
-            raise IntegrityError(f"values of {self.n_blocks} blocks: some are NaN")
+        if bool(self.value_BGC.isnan().any()):
+            raise IntegrityError(f"values of {self.value_BGC.shape[-1]} blocks: some are NaN")
 
 
 @dataclass
@@ -97,87 +103,64 @@ class Step:
 
     Attributes:
         query_BHD: The new token's queries.
-        length: Tokens in the cache, the new one included.
+        extent: How far the sequences have come, the new token included.
         real_BL: bool, False at padding, or ``None``.
         terms: How logits are made.
-        stream: Gives all keys and values of the layer, chunk by chunk, from host memory.
-        pool_key_BGSTD: Keys in the pool.
-        resident_RS: Block in each slot before the step (-1: none), on the host.
-        kernel: Whether a kernel reads the pool.
+        kernel: Whether kernels read the pool.
+        length: Tokens in the cache, as the host counts them; for ``exact`` alone.
+        stream: Gives all keys and values of the layer, chunk by chunk, from host memory; for ``exact`` alone.
+        estimates: What the policy's ``score_now`` has estimated, with exact peaks where a block was resident.
+        rest_BH: fp32 log-sum-exp of all blocks not attended to, by the estimates.
         block_BGS, attention: Set once attention has run: the block in each attended slot (-1: none) and the result.
     """
 
     query_BHD: Tensor
-    length: int
+    extent: Extent
     real_BL: Tensor | None
     terms: Terms
     kv_heads: int
-    block_size: int
+    kernel: bool
+    length: int
     stream: Callable[[Tensor], Iterator[Chunk]]
-    pool_key_BGSTD: Tensor
-    resident_RS: Tensor
-    kernel: bool = False
+    estimates: Estimates | None = None
+    rest_BH: Tensor | None = None
     block_BGS: Tensor = field(init=False)
     attention: SparseAttention = field(init=False)
 
     @cached_property
     def exact(self) -> ScoreRows:
-        """The true row of this step; reads every key of the layer from host memory."""
+        """The true row of this step, N blocks; reads every key of the layer from host memory, which no capture can."""
         return self.true_rows(self.query_BHD[:, :, None])
-
-    @cached_property
-    def resident_BGS(self) -> Tensor:
-        """``resident_RS`` on the device."""
-        return self.resident_RS.view(len(self.query_BHD), self.kv_heads, -1).to(self.query_BHD.device)
-
-    @cached_property
-    def resident_scores(self) -> SlotScores:
-        """Exact scores of what is resident before the step; to be asked for before anything is fetched late."""
-        return score_slots(
-            self.query_BHD,
-            self.pool_key_BGSTD,
-            self.resident_BGS,
-            self.length,
-            self.real_BL,
-            self.terms,
-            kernel=self.kernel,
-        )
 
     def true_rows(self, query_BHQD: Tensor) -> ScoreRows:
         """The true rows of this and the steps before it, given their queries; reads every key once."""
-        terms = Terms(self.terms.scaling, self.terms.softcap, self.terms.sinks_H, self.real_BL)
-        return score_rows(
-            query_BHQD,
-            self.stream(query_BHQD),
-            self.length,
-            terms,
-            kv_heads=self.kv_heads,
-            block_size=self.block_size,
-        )
+        real_BL = None if self.real_BL is None else self.real_BL[:, : self.length]
+        terms = Terms(self.terms.scaling, self.terms.softcap, self.terms.sinks_H, real_BL)
+        chunks, size = self.stream(query_BHQD), self.extent.block_size
+        return score_rows(query_BHQD, chunks, self.length, terms, kv_heads=self.kv_heads, block_size=size)
 
     @property
-    def n_blocks(self) -> int:
-        return -(-self.length // self.block_size)
+    def blocks(self) -> int:
+        """N, the blocks that ``length`` tokens take."""
+        return ceil_div(self.length, self.extent.block_size)
 
     @property
-    def attended_BGN(self) -> Tensor:
+    def attended_BGC(self) -> Tensor:
         """bool, True for the blocks that this step attended to."""
         B, G, _ = self.block_BGS.shape
-        # Slots that took no part write to one column more, which is cut off.
-        mask = torch.zeros((B, G, self.n_blocks + 1), dtype=torch.bool, device=self.block_BGS.device)
-        return mask.scatter_(-1, self.block_BGS % (self.n_blocks + 1), True)[..., :-1]
+        nothing_BGC = torch.zeros((B, G, self.extent.capacity), dtype=torch.bool, device=self.block_BGS.device)
+        return scatter_or_drop(nothing_BGC, self.block_BGS, True)
 
     @cached_property
     def seen(self) -> ScoreRows:
-        """The row of this step over the blocks it attended to and normalised over them; zero at the others."""
+        """The row of this step over the blocks it attended to and normalised over them; zero at the others, Q = 1."""
         peak_BHS, sum_BHS = (torch.exp(part - self.attention.lse_BH[..., None]) for part in self.attention.scores)
         B, G, _ = self.block_BGS.shape
-        zeros_BG1N = sum_BHS.new_zeros((B, G, 1, self.n_blocks + 1))
-        # Slots that took no part write to one column more, which is cut off.
-        index_BG1S = (self.block_BGS % (self.n_blocks + 1))[:, :, None]
+        zeros_BG1C = sum_BHS.new_zeros((B, G, 1, self.extent.capacity))
+        block_BG1S = self.block_BGS[:, :, None]
         return ScoreRows(
-            zeros_BG1N.scatter(-1, index_BG1S, peak_BHS.unflatten(1, (G, -1)).amax(2, keepdim=True))[..., :-1],
-            zeros_BG1N.scatter(-1, index_BG1S, sum_BHS.unflatten(1, (G, -1)).mean(2, keepdim=True))[..., :-1],
+            scatter_or_drop(zeros_BG1C, block_BG1S, peak_BHS.unflatten(1, (G, -1)).amax(2, keepdim=True)),
+            scatter_or_drop(zeros_BG1C, block_BG1S, sum_BHS.unflatten(1, (G, -1)).mean(2, keepdim=True)),
         )
 
 
@@ -191,7 +174,6 @@ class Policy:
 
     Attributes:
         selection: The layer's budget and what goes with it; the layer sets it, anew if its budget changes.
-        padding_B: int64, tokens of left padding of each sequence, ``None`` where there is none; the layer sets it.
     """
 
     name: ClassVar[str]
@@ -203,7 +185,6 @@ class Policy:
     def __init__(self, spec: LayerSpec) -> None:
         self.spec = spec
         self.selection = Selection.of(spec.config)
-        self.padding_B: Tensor | None = None
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -221,39 +202,53 @@ class Policy:
         return self.late_share > 0
 
     @classmethod
-    def never_captured(cls, config: OffloadConfig) -> str | None:
-        """Why its steps can't be captured under these settings, whatever the model; ``None`` if they may be."""
-        return f"policy {cls.name!r} asks the host at every step"
+    def not_captured(cls, config: OffloadConfig) -> str | None:
+        """Why its steps can't be captured under these settings, whatever the model; ``None`` if they can."""
+        return None
 
     @property
-    def no_graph(self) -> str | None:
-        """Why its steps can't be captured; ``None`` if they can (``device_step.py``)."""
-        return self.never_captured(self.spec.config)
+    def reads_all_keys(self) -> bool:
+        """Whether the step that ``advance`` has counted asks for ``Step.exact``: it is not captured, others are."""
+        return False
 
     @property
     def is_started(self) -> bool:
         """Whether it has seen enough for a step that is captured."""
         return True
 
-    def reserve(self, tokens: int) -> None:
-        """Room for so many tokens in its parts, whose tensors then stay where they are."""
+    def reserve(self, capacity: int) -> None:
+        """Room for so many blocks in its parts."""
+        for part in self.parts.values():
+            part.reserve(capacity)
+
+    def advance(self) -> None:
+        """The host's counts follow one token on; comes before the step."""
 
     def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
-        """New tokens, about to be attended: their keys, just put into the cache, and their queries (Q = T)."""
+        """Tokens of a forward that is no decoding step, just put into the cache: their keys and queries (Q = T)."""
 
     def observe_rows(self, rows: ScoreRows) -> None:
-        """The true rows of the last ``prompt_rows`` of the queries that were just attended in full."""
+        """The true rows of the last ``prompt_rows`` of the queries that were just attended in full, N blocks."""
+
+    def append(self, key_BGD: Tensor, query_BHD: Tensor, extent: Extent) -> None:
+        """The step's new token, which ``extent`` counts already: its keys and queries."""
+
+    def score_now(self, step: Step) -> Tensor | Estimates | None:
+        """Block scores ``[B, G, C]`` with the current query, before attention: needed if it ``chooses``.
+
+        Or estimates of all blocks' logits: blocks are chosen by the share that each has, and what is not attended to
+        is known (``step.rest_BH``), also if it does not choose.
+        """
+        if self.chooses:
+            raise TypeError(f"policy {self.name!r} has late_share={self.late_share} but does not score now")
+        return None
 
     def observe(self, step: Step) -> None:
         """A step has attended; ``step.attention`` is set."""
 
-    def score_next(self, length: int) -> Tensor | None:
-        """Block scores ``[B, G, N]`` for the step at ``length`` tokens, ``None`` to keep sink and recent alone."""
+    def score_next(self, extent: Extent) -> Tensor | None:
+        """Block scores ``[B, G, C]`` for the step after the one at ``extent``; ``None``: sink and recent alone."""
         return None
-
-    def score_now(self, step: Step) -> Tensor:
-        """Block scores ``[B, G, N]`` with the current query; called before attention if it ``chooses``."""
-        raise TypeError(f"policy {self.name!r} has late_share={self.late_share} but does not score now")
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
         """Forget all tokens from ``length`` on; ``read_keys(start, stop)`` gives exact keys ``[B, G, T, D]``."""
@@ -268,11 +263,8 @@ class Policy:
             part.check_integrity()
 
 
-def newest_first(scores_BGN: Tensor, first: int) -> Tensor:
-    """The scores with the blocks from ``first`` on above all others, the newest highest."""
-    newer = max(scores_BGN.shape[-1] - first, 0)
-    if newer == 0:
-        return scores_BGN
-    top_BG1 = scores_BGN.amax(-1, keepdim=True).clamp_min(0)
-    place_N = torch.arange(1, newer + 1, device=scores_BGN.device)
-    return torch.cat([scores_BGN[..., :first], top_BG1 + place_N], -1)
+def newest_first(scores_BGC: Tensor, first_B: Tensor, extent: Extent) -> Tensor:
+    """The scores with the blocks from ``first_B`` on above all others, the newest highest."""
+    top_BG1 = scores_BGC.amax(-1, keepdim=True).clamp_min(0)
+    place_BC = extent.block_C - first_B[:, None] + 1
+    return torch.where((place_BC > 0)[:, None], top_BG1 + place_BC[:, None], scores_BGC)

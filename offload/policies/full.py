@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from attention_predictor.offload.policies.base import Policy
+
+if TYPE_CHECKING:
+    from attention_predictor.offload.config import OffloadConfig
 
 
 class Full(Policy):
@@ -10,3 +15,7 @@ class Full(Policy):
 
     name = "full"
     selects = "all"
+
+    @classmethod
+    def not_captured(cls, config: OffloadConfig) -> str | None:
+        return f"policy {cls.name!r} reads every key at every step"

@@ -7,19 +7,18 @@ Adapted: blocks in place of tokens, with the mass of their tokens; KV heads in p
 those that share one; the engine's sink is kept whatever its score. Of a prompt only the last 1,024 queries count (of
 each chunk, if its prefill is chunked): the rows of all queries would take more time and memory than a long prefill.
 
-Suffixes: B sequences, G KV heads, N blocks.
+Suffixes: B sequences, G KV heads, N blocks, C blocks there is room for.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from attention_predictor.offload.attention.dense import ScoreRows
+from attention_predictor.offload.blocks.extent import Extent
+from attention_predictor.offload.blocks.selection import NEVER
 from attention_predictor.offload.policies.base import BlockValues, LayerSpec, Policy, ReadKeys, Step, newest_first
-from attention_predictor.offload.policies.selection import NEVER, Selection
 
 
 class H2O(Policy):
@@ -40,28 +39,24 @@ class H2O(Policy):
         self.evicted = BlockValues(spec, False)
 
     @property
-    def newest(self) -> Selection:
-        """The newest tokens as recent ones: half of the budget."""
-        return replace(self.selection, recent=self.selection.least // 2)
-
-    @property
     def parts(self) -> dict[str, BlockValues]:  # type: ignore[override]
         return {"attention": self.attention, "evicted": self.evicted}
 
     @torch.no_grad()
     def observe_rows(self, rows: ScoreRows) -> None:
         mass_BGN = rows.mass_BGQN.sum(2)
-        self.attention.value_BGN = self.attention.grow(mass_BGN.shape[-1]) + mass_BGN
+        self.attention.reserve(mass_BGN.shape[-1])
+        self.attention.value_BGC[..., : mass_BGN.shape[-1]] += mass_BGN
 
     def observe(self, step: Step) -> None:
         self.observe_rows(step.seen)
-        self.evicted.value_BGN = self.evicted.grow(step.n_blocks) | ~step.attended_BGN
+        self.evicted.value_BGC |= step.extent.begun_BC[:, None] & ~step.attended_BGC
 
-    def score_next(self, length: int) -> Tensor:
-        newest = self.newest
-        n_blocks = newest.n_blocks(length)
-        scores_BGN = newest_first(self.attention.grow(n_blocks), newest.first_recent(length))
-        return scores_BGN.masked_fill(self.evicted.grow(n_blocks), NEVER)
+    def score_next(self, extent: Extent) -> Tensor:
+        newest = self.selection.least // 2  # tokens: half of the budget
+        first_B = (extent.next.length_B - newest).clamp_min(0) // extent.block_size
+        scores_BGC = newest_first(self.attention.value_BGC, first_B, extent)
+        return scores_BGC.masked_fill(self.evicted.value_BGC, NEVER)
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
         for values in self.parts.values():

@@ -14,18 +14,20 @@ recent tokens (64; the paper has 27 to 175, by model and task), and room for W t
 most half of what sink and recent leave. The last W queries of a prompt count as steps, so that a long one is evicted
 before decoding. α = 5e-4 is the paper's for Llama (1e-4 for its other models).
 
-Suffixes: B sequences, G KV heads, Q queries, N blocks.
+Suffixes: B sequences, G KV heads, Q queries, N blocks, C blocks there is room for, K blocks kept.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attention_predictor.offload.attention.dense import ScoreRows
+from attention_predictor.offload.blocks.extent import Extent
+from attention_predictor.offload.blocks.selection import ALWAYS, NEVER
 from attention_predictor.offload.policies.base import BlockValues, LayerSpec, Policy, ReadKeys, Step
-from attention_predictor.offload.policies.selection import ALWAYS, NEVER
+
+UNSEEN = -1.0  # TS of a block that no step has seen
 
 
 class LazyEviction(Policy):
@@ -39,11 +41,11 @@ class LazyEviction(Policy):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)
         self.prompt_rows = max(spec.config.recent, 1)
-        self.steps = 0
-        self.last = BlockValues(spec)
+        with torch.inference_mode(False):
+            self.steps_1 = torch.zeros(1, device=spec.device)  # so far, TS counts them
+        self.last = BlockValues(spec, UNSEEN)
         self.interval = BlockValues(spec)
         self.evicted = BlockValues(spec, False)
-        self.gone = 0  # blocks that every row has evicted
 
     @property
     def parts(self) -> dict[str, BlockValues]:  # type: ignore[override]
@@ -52,52 +54,55 @@ class LazyEviction(Policy):
     @torch.no_grad()
     def observe_rows(self, rows: ScoreRows) -> None:
         n_blocks = rows.scores_BGQN.shape[-1]
+        self.last.reserve(n_blocks)
+        self.interval.reserve(n_blocks)
         for peak_BGN in rows.scores_BGQN.unbind(2):
-            before_BGN = self.last.grow(n_blocks, fill=self.steps)
-            self.steps += 1
-            self.last.value_BGN = before_BGN.masked_fill(peak_BGN >= self.alpha, self.steps)
-            away_BGN = self.last.value_BGN - before_BGN
-            self.interval.value_BGN = torch.maximum(self.interval.grow(n_blocks), away_BGN)
+            self._observe(peak_BGN, torch.ones_like(peak_BGN, dtype=torch.bool))
 
     def observe(self, step: Step) -> None:
-        self.observe_rows(step.seen)
+        self._observe(step.seen.scores_BGQN[:, :, 0], step.extent.begun_BC[:, None])
+
+    def _observe(self, peak_BGN: Tensor, begun_BGN: Tensor) -> None:
+        """One step's largest shares of the first N blocks, of which some have begun."""
+        last_BGN, interval_BGN = (part.value_BGC[..., : peak_BGN.shape[-1]] for part in (self.last, self.interval))
+        before_BGN = torch.where((last_BGN == UNSEEN) & begun_BGN, self.steps_1, last_BGN)
+        self.steps_1 += 1
+        last_BGN.copy_(torch.where((peak_BGN >= self.alpha) & begun_BGN, self.steps_1, before_BGN))
+        interval_BGN.copy_(torch.maximum(interval_BGN, last_BGN - before_BGN))
 
     def importance(self) -> Tensor:
-        """Of each block seen, ``[B, G, N]`` from 0 to 2."""
-        away_BGN, interval_BGN = self.steps - self.last.value_BGN, self.interval.value_BGN
-        score_BGN = 2 * torch.sigmoid(-away_BGN / interval_BGN) + 2 * torch.sigmoid(1 - interval_BGN)
-        return score_BGN.masked_fill(interval_BGN == 0, 0)
+        """Of each block, ``[B, G, C]`` from 0 to 2."""
+        away_BGC, interval_BGC = self.steps_1 - self.last.value_BGC, self.interval.value_BGC
+        score_BGC = 2 * torch.sigmoid(-away_BGC / interval_BGC) + 2 * torch.sigmoid(1 - interval_BGC)
+        return score_BGC.masked_fill(interval_BGC == 0, 0)
 
-    def score_next(self, length: int) -> Tensor:
-        selection = self.selection
-        n_blocks = selection.n_blocks(length)
-        evicted_BGN = self.evicted.grow(n_blocks)
-        budget = selection.least // selection.block_size
-        if length > max(selection.least, selection.whole) and n_blocks - self.gone > budget:
-            evicted_BGN = self._evict(length)
-        return torch.zeros_like(evicted_BGN, dtype=torch.float32).masked_fill(evicted_BGN, NEVER)
+    def score_next(self, extent: Extent) -> Tensor:
+        self._evict(extent.next)
+        evicted_BGC = self.evicted.value_BGC
+        return torch.zeros_like(evicted_BGC, dtype=torch.float32).masked_fill_(evicted_BGC, NEVER)
 
-    def _evict(self, length: int) -> Tensor:
-        """Make room for W tokens, those of the block that needs it now among them; evicted_BGN, all that is gone."""
-        n_blocks, size = self.selection.n_blocks(length), self.selection.block_size
-        first, last = self.selection.candidates(length)
-        budget = self.selection.least // size
-        free = budget - (first + n_blocks - last)
-        keep = budget + 1 - max(min(self.selection.recent // size, free // 2), 1)
-        place_N = torch.arange(n_blocks, device=self.spec.device)
+    def _evict(self, extent: Extent) -> None:
+        """Where a row would hold more than its budget, make room for W tokens, those of the newest block among them."""
+        selection, size, block_C = self.selection, extent.block_size, extent.block_C
+        budget, sink_blocks = selection.least // size, selection.sink // size
+        first_B1, length_B1 = extent.first_block_B[:, None], extent.length_B[:, None]
+        real_BC = extent.begun_BC & (block_C >= first_B1)
+        held_BG = (real_BC[:, None] & ~self.evicted.value_BGC).sum(-1)
+        due_BG = (held_BG > budget) & (length_B1 > max(selection.least, selection.whole))
+        recent_B1 = (length_B1 - max(selection.recent, 1)).clamp_min(0) // size
+        free_B1 = budget - (sink_blocks + extent.n_blocks_B[:, None] - recent_B1)
+        keep_B1 = budget + 1 - (free_B1 // 2).clamp(max=selection.recent // size).clamp_min(1)
         # In fp64, so that of equals the newer ones stay and nothing else changes places.
-        rank_BGN = F.pad(self.importance().double(), (0, n_blocks - self.last.n_blocks)) + 1e-9 * place_N
+        rank_BGC = self.importance().double() + 1e-9 * block_C
         # A padded sequence's sink begins behind its padding.
-        padding_B11 = 0 if self.padding_B is None else (self.padding_B // size)[:, None, None]
-        sink_BGN = (place_N >= padding_B11) & (place_N < padding_B11 + first)
-        rank_BGN = rank_BGN.masked_fill(place_N < padding_B11, NEVER).masked_fill(sink_BGN | (place_N >= last), ALWAYS)
-        kept_BGK = rank_BGN.masked_fill(self.evicted.value_BGN, NEVER).topk(keep, dim=-1).indices
-        lost_BGN = torch.ones_like(self.evicted.value_BGN).scatter(-1, kept_BGK, False)
-        self.evicted.value_BGN = self.evicted.value_BGN | lost_BGN
-        self.gone = n_blocks - keep
-        return self.evicted.value_BGN
+        always_BC = (block_C < first_B1 + sink_blocks) | (block_C >= recent_B1)
+        rank_BGC = rank_BGC.masked_fill(always_BC[:, None], ALWAYS)
+        rank_BGC = rank_BGC.masked_fill(self.evicted.value_BGC | ~real_BC[:, None], NEVER)
+        best_BGK = rank_BGC.topk(min(budget, extent.capacity), dim=-1).values
+        kth_BG1 = (keep_B1.clamp(max=best_BGK.shape[-1]) - 1)[:, None].expand(-1, best_BGK.shape[1], -1)
+        lost_BGC = real_BC[:, None] & (rank_BGC < best_BGK.gather(-1, kth_BG1))
+        self.evicted.value_BGC |= lost_BGC & due_BG[..., None]
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
         for values in self.parts.values():
             values.crop(self.selection.n_blocks(length))
-        self.gone = int(self.evicted.value_BGN.sum(-1).min())

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
 from torch import Tensor
 
 from attention_predictor.offload.policies.base import Policy, Step
+
+if TYPE_CHECKING:
+    from attention_predictor.offload.config import OffloadConfig
 
 
 class Oracle(Policy):
@@ -13,5 +19,10 @@ class Oracle(Policy):
     name = "oracle"
     selects = "now"
 
+    @classmethod
+    def not_captured(cls, config: OffloadConfig) -> str | None:
+        return f"policy {cls.name!r} reads every key at every step"
+
     def score_now(self, step: Step) -> Tensor:
-        return step.exact.mass_BGQN[:, :, 0]
+        mass_BGN = step.exact.mass_BGQN[:, :, 0]
+        return F.pad(mass_BGN, (0, step.extent.capacity - mass_BGN.shape[-1]))

@@ -5,25 +5,22 @@ history. Blocks that a sparse step did not attend to have no score of their own;
 the *calibration*: an estimate from the 2-bit keys at every step, the truth at every few steps, or nothing.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, L tokens of the sequence, D head size, S slots,
-N blocks.
+N blocks, C blocks there is room for.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
+from attention_predictor.csrc.ops import Estimates
 from attention_predictor.offload.attention.dense import ScoreRows
+from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.policies.base import LayerSpec, Part, Policy, ReadKeys, Step
-from attention_predictor.offload.policies.selection import Selection
 from attention_predictor.predictor.history import row_of_logits
 from attention_predictor.predictor.model import new_history
 from attention_predictor.predictor.sketch import KeySketch
-
-if TYPE_CHECKING:
-    from attention_predictor.offload.config import OffloadConfig
 
 
 class Predictor(Policy):
@@ -36,13 +33,14 @@ class Predictor(Policy):
         super().__init__(spec)
         assert spec.predictor is not None  # attach loads it for this policy
         config = spec.config
+        self.kernels = config.kernels == "auto"
         self.prompt_rows = min(config.history, spec.predictor.rows)
         self.history = new_history(
             spec.predictor,
             batch=spec.batch,
             kv_heads=spec.kv_heads,
             device=spec.device,
-            kernels=config.kernels == "auto",
+            kernels=self.kernels,
         )
         self.sketch = (
             KeySketch(
@@ -56,8 +54,8 @@ class Predictor(Policy):
             if config.needs_sketch
             else None
         )
-        self.steps = 0
-        self.estimate: tuple[Step, Tensor, Tensor] | None = None  # a step and its estimated peaks and sums
+        self.length = self.steps = 0  # tokens, and decoding steps, as the host counts them
+        self.size = config.block_size
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -71,33 +69,35 @@ class Predictor(Policy):
     def chooses(self) -> bool:
         return self.sketch is not None and (self.late_share > 0 or self.spec.config.reserve > 0)
 
-    @classmethod
-    def never_captured(cls, config: OffloadConfig) -> str | None:
-        if config.calibration != "sketch":
-            return f"captured steps calibrate by the sketch, calibration is {config.calibration!r}"
-        if config.measure_recovery:
-            return "recovery is measured by reading all keys, which the host does"
-        return None
-
     @property
-    def no_graph(self) -> str | None:
-        if (reason := super().no_graph) is not None:
-            return reason
-        assert self.sketch is not None
-        return self.history.no_graph or self.sketch.no_kernel(self.spec.config.block_size)
+    def reads_all_keys(self) -> bool:
+        config = self.spec.config
+        return config.calibration == "exact" and self.steps % config.calibration_interval == 0
 
     @property
     def is_started(self) -> bool:
         return self.history.started and (self.sketch is None or self.sketch.length >= self.sketch.group)
 
-    def reserve(self, tokens: int) -> None:
-        self.history.reserve(-(-tokens // self.spec.config.block_size))
+    def reserve(self, capacity: int) -> None:
+        self.history.reserve(capacity)
         if self.sketch is not None:
-            self.sketch.reserve(tokens)
+            self.sketch.reserve(capacity * self.size)
+
+    def advance(self) -> None:
+        self.steps += 1
+        self.length += 1
+        self.history.advance(ceil_div(self.length, self.size))
+        if self.sketch is not None:
+            self.sketch.advance()
 
     def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
+        self.length += key_BGTD.shape[2]
         if self.sketch is not None:
-            self.sketch.extend(key_BGTD, query_BHQD, kernel=self.spec.config.kernels == "auto")
+            self.sketch.extend(key_BGTD, query_BHQD, kernel=self.kernels)
+
+    def append(self, key_BGD: Tensor, query_BHD: Tensor, extent: Extent) -> None:
+        if self.sketch is not None:
+            self.sketch.append(key_BGD, query_BHD, extent.length_B, kernel=self.kernels)
 
     def observe_rows(self, rows: ScoreRows) -> None:
         if self.history.started:
@@ -105,82 +105,56 @@ class Predictor(Policy):
         else:
             self.history.start(rows.scores_BGQN)
 
-    def score_now(self, step: Step) -> Tensor:
-        _, sum_BHN = self._estimated(step)
-        share_BHN = torch.exp(sum_BHN - torch.logsumexp(sum_BHN, -1, keepdim=True))
-        return share_BHN.unflatten(1, (self.spec.kv_heads, -1)).mean(2)
-
-    def observe(self, step: Step) -> None:
-        self.steps += 1
-        self.tell_history(step)
-        self.estimate = None
-
-    def tell_history(self, step: Step) -> None:
-        """Fold this step's row into the history."""
-        if self._reads_all_keys:
-            self.history.push(self.row(step))
-        else:
-            self.history.push_slots(*self._logits(step))
-
-    def row(self, step: Step) -> Tensor:
-        """What the history is told of this step, ``[B, G, N]``."""
-        return step.exact.scores_BGQN[:, :, 0] if self._reads_all_keys else row_of_logits(*self._logits(step))
-
-    @property
-    def _reads_all_keys(self) -> bool:
-        config = self.spec.config
-        return config.calibration == "exact" and self.steps % config.calibration_interval == 0
-
-    def score_next(self, length: int) -> Tensor | None:
-        first, last = Selection.of(self.spec.config).candidates(length)
-        if not self.history.started or first >= last:
-            return None  # every block is sink or recent
-        padding_B = None if self.padding_B is None else self.padding_B // self.spec.config.block_size
-        return self.history.predict(first, min(last, self.history.n_blocks), padding_B)
-
-    def _logits(self, step: Step) -> tuple[Tensor | None, Tensor, Tensor, Tensor, int]:
-        """This step's row, as ``row_of_logits`` takes it: exact where it attended, estimated or zero elsewhere."""
-        peak_BHN, total_BH = None, step.attention.lse_BH
-        if self.spec.config.calibration == "sketch":
-            peak_BHN, sum_BHN = self._estimated(step)
-            attended_BHN = step.attended_BGN.repeat_interleave(sum_BHN.shape[1] // self.spec.kv_heads, 1)
-            rest_BH = torch.logsumexp(sum_BHN.masked_fill(attended_BHN, float("-inf")), -1)
-            total_BH = torch.logaddexp(total_BH, rest_BH)
-        return peak_BHN, step.block_BGS, step.attention.scores.peak_BHS, total_BH, step.n_blocks
-
-    def _estimated(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Peak and log-sum-exp ``[B, H, N]`` of each block's logits, made once a step.
-
-        By the sketch; where it chooses, exactly for what is resident: those keys are at hand, and the sketch's noise
-        must not make it leave out a block that is there.
-        """
-        assert self.sketch is not None
-        if self.estimate is None or self.estimate[0] is not step:
-            peak_BHN, sum_BHN = self.sketch.block_scores(
+    def score_now(self, step: Step) -> Estimates | None:
+        """The sketch's: what it makes of blocks that are resident gives way to what their keys do."""
+        if self.sketch is None:
+            return None
+        return Estimates(
+            *self.sketch.block_scores(
                 step.query_BHD,
                 step.terms.scaling,
                 step.terms.softcap,
-                block_size=self.spec.config.block_size,
+                block_size=self.size,
                 real_BL=step.real_BL,
                 kernel=step.kernel,
+                capacity=step.extent.capacity,
+                length_B=step.extent.length_B,
             )
-            if self.chooses:
-                peak_BHN = _put(peak_BHN, step.resident_BGS, step.resident_scores.peak_BHS)
-                sum_BHN = _put(sum_BHN, step.resident_BGS, step.resident_scores.sum_BHS)
-            self.estimate = (step, peak_BHN, sum_BHN)
-        return self.estimate[1:]
+        )
+
+    def observe(self, step: Step) -> None:
+        if self.reads_all_keys:
+            self.history.push(self.row(step))
+            return
+        self.history.push_slots(*self._logits(step), step.extent.length_B)
+
+    def row(self, step: Step) -> Tensor:
+        """What the history is told of this step, ``[B, G, C]``; of an exact one, ``[B, G, N]``."""
+        if self.reads_all_keys:
+            return step.exact.scores_BGQN[:, :, 0]
+        return row_of_logits(*self._logits(step), step.extent.capacity)
+
+    def _logits(self, step: Step) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """This step's row, as ``row_of_logits`` takes it: exact where it attended, estimated or zero elsewhere."""
+        peak_BHC, total_BH = None, step.attention.lse_BH
+        if self.spec.config.calibration == "sketch":
+            assert step.estimates is not None
+            assert step.rest_BH is not None
+            peak_BHC, total_BH = step.estimates.peak_BHC, torch.logaddexp(total_BH, step.rest_BH)
+        return peak_BHC, step.block_BGS, step.attention.scores.peak_BHS, total_BH
+
+    def score_next(self, extent: Extent) -> Tensor | None:
+        if not self.history.started:
+            return None
+        config = self.spec.config
+        first = config.sink // config.block_size
+        score_BGC = self.history.predict_next(first, config.recent, extent.length_B, extent.padding_B)
+        return score_BGC[..., : extent.capacity]
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
         # Rows that rejected tokens added stay in the history: they cost nothing but a little of its sharpness.
-        self.history.crop(-(-length // self.spec.config.block_size))
+        self.length = length
+        self.history.crop(min(ceil_div(length, self.size), self.history.n_blocks))
         if self.sketch is not None:
             start = self.sketch.tail_start(length)
             self.sketch.crop(length, read_keys(start, length).to(self.spec.device))
-
-
-def _put(x_BHN: Tensor, block_BGS: Tensor, slot_BHS: Tensor) -> Tensor:
-    """``x_BHN`` with the values of slots in the places of their blocks."""
-    H, N = x_BHN.shape[1:]
-    # Slots that hold no block write to one column more, which is cut off.
-    index_BHS = (block_BGS % (N + 1)).repeat_interleave(H // block_BGS.shape[1], 1)
-    return torch.nn.functional.pad(x_BHN, (0, 1)).scatter(-1, index_BHS, slot_BHS)[..., :-1].contiguous()

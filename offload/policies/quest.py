@@ -5,8 +5,8 @@ every channel, the best taken with the current query. Its first two layers atten
 does that. Adapted: query heads that share a KV head share its pages, chosen by the largest of their bounds; sink and
 recent are always among them.
 
-Suffixes: B sequences, G KV heads, H query heads, M query heads of a KV head, Q queries, T tokens, D head size, N
-blocks.
+Suffixes: B sequences, G KV heads, H query heads, M query heads of a KV head, Q queries, T tokens, D head size, E =
+2·D, C blocks there is room for.
 """
 
 from __future__ import annotations
@@ -17,90 +17,84 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import IntegrityError
-from attention_predictor.offload.policies.base import LayerSpec, Policy, ReadKeys, Step, When
+from attention_predictor.offload.blocks.extent import Extent
+from attention_predictor.offload.policies.base import BlockValues, LayerSpec, Part, Policy, ReadKeys, Step, When
+
+NOTHING = -1e4  # bound of a block without keys: any key moves it, and no product with it is infinite
 
 
 class KeyBounds:
-    """Smallest and largest key element of each block and channel, on the device.
+    """Largest element of each block and channel, of the keys and of the keys negated: bound_BGCE, E = 2·D.
 
-    Written in place, in room that doubles: outside of inference mode, whose tensors could not be written to elsewhere.
+    With the query's positive elements beside those of the query negated, one product gives the bound: positive elements
+    meet the largest key, negative ones the smallest. On the device, written in place.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
         self.block_size = spec.config.block_size
-        self.length = 0
-        self._room_2BGND = torch.empty(
-            (2, spec.batch, spec.kv_heads, 0, spec.head_dim), dtype=spec.dtype, device=spec.device
-        )
+        self.length = 0  # as the host counts
+        with torch.inference_mode(False):
+            shape = (spec.batch, spec.kv_heads, 0, 2 * spec.head_dim)
+            self.bound_BGCE = torch.empty(shape, dtype=spec.dtype, device=spec.device)
 
     @property
-    def low_BGND(self) -> Tensor:
-        """The smallest elements."""
-        return self._room_2BGND[0, :, :, : self.n_blocks]
+    def capacity(self) -> int:
+        """Blocks there is room for."""
+        return self.bound_BGCE.shape[2]
 
-    @property
-    def high_BGND(self) -> Tensor:
-        """The largest elements."""
-        return self._room_2BGND[1, :, :, : self.n_blocks]
-
-    @property
-    def n_blocks(self) -> int:
-        return -(-self.length // self.block_size)
+    @torch.inference_mode(False)
+    def reserve(self, capacity: int) -> None:
+        if capacity > self.capacity:
+            self.bound_BGCE = F.pad(self.bound_BGCE, (0, 0, 0, capacity - self.capacity), value=NOTHING)
 
     @torch.no_grad()
     def extend(self, key_BGTD: Tensor) -> None:
         """Take new keys; they first fill up the last block."""
-        T, last = key_BGTD.shape[2], self.n_blocks - 1
-        free = min(-self.length % self.block_size, T)
-        self.length += T
-        self._reserve(self.n_blocks)
-        low_BGND, high_BGND = self._room_2BGND
-        if free:
-            head_BGTD = key_BGTD[:, :, :free]
-            low_BGND[:, :, last] = torch.minimum(low_BGND[:, :, last], head_BGTD.amin(2))
-            high_BGND[:, :, last] = torch.maximum(high_BGND[:, :, last], head_BGTD.amax(2))
-        whole = (T - free) // self.block_size
-        blocks_BGNTD = key_BGTD[:, :, free : free + whole * self.block_size].unflatten(2, (whole, self.block_size))
-        low_BGND[:, :, last + 1 : last + 1 + whole] = blocks_BGNTD.amin(3)
-        high_BGND[:, :, last + 1 : last + 1 + whole] = blocks_BGNTD.amax(3)
-        if free + whole * self.block_size < T:
-            tail_BGTD = key_BGTD[:, :, free + whole * self.block_size :]
-            low_BGND[:, :, last + 1 + whole] = tail_BGTD.amin(2)
-            high_BGND[:, :, last + 1 + whole] = tail_BGTD.amax(2)
+        start, self.length = self.length, self.length + key_BGTD.shape[2]
+        first, last = start // self.block_size, ceil_div(self.length, self.block_size)
+        self.reserve(last)
+        before, after = start - first * self.block_size, last * self.block_size - self.length
+        for sign, part_BGCD in zip((1, -1), self.bound_BGCE[:, :, first:last].chunk(2, -1), strict=True):
+            padded_BGTD = F.pad(sign * key_BGTD, (0, 0, before, after), value=NOTHING)
+            part_BGCD.copy_(torch.maximum(part_BGCD, padded_BGTD.unflatten(2, (-1, self.block_size)).amax(3)))
 
-    def _reserve(self, blocks: int) -> None:
-        more = max(blocks, 2 * self._room_2BGND.shape[3]) - self._room_2BGND.shape[3]
-        if blocks > self._room_2BGND.shape[3]:
-            with torch.inference_mode(False):
-                self._room_2BGND = F.pad(self._room_2BGND, (0, 0, 0, more))
+    def append(self, key_BGD: Tensor, extent: Extent) -> None:
+        """Take the newest token's key; ``extent`` counts it already."""
+        key_BG1E = torch.cat([key_BGD, -key_BGD], -1)[:, :, None]
+        block_BG1E = (extent.n_blocks_B - 1)[:, None, None, None].expand_as(key_BG1E)
+        self.bound_BGCE.scatter_(2, block_BG1E, torch.maximum(self.bound_BGCE.gather(2, block_BG1E), key_BG1E))
 
     def bound(self, query_BHD: Tensor) -> Tensor:
-        """``[B, G, N]`` largest logit any key within the bounds could have, over the query heads of a KV head."""
-        B, G, _, D = self.low_BGND.shape
-        query_BGMD = query_BHD.float().view(B, G, -1, D)
-        # The larger of q·low and q·high in each channel: positive elements meet the high bound, negative the low.
-        high = query_BGMD.clamp_min(0) @ self.high_BGND.float().transpose(-1, -2)
-        low = query_BGMD.clamp_max(0) @ self.low_BGND.float().transpose(-1, -2)
-        return (high + low).amax(2)
+        """``[B, G, C]`` largest logit any key within the bounds could have, over the query heads of a KV head.
+
+        Very low for a block that has not begun.
+        """
+        query_BHE = torch.cat([query_BHD, -query_BHD], -1).relu_().to(self.bound_BGCE.dtype)
+        query_BGME = query_BHE.unflatten(1, (self.bound_BGCE.shape[1], -1))
+        return (query_BGME @ self.bound_BGCE.transpose(-1, -2)).amax(2).float()
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
         self.length = length // self.block_size * self.block_size
+        self.bound_BGCE[:, :, self.length // self.block_size :] = NOTHING
         if length > self.length:
-            self.extend(read_keys(self.length, length).to(self.low_BGND.device))
+            self.extend(read_keys(self.length, length).to(self.bound_BGCE.device))
 
+    @torch.inference_mode(False)
     def index(self, batch_index: Tensor) -> None:
-        with torch.inference_mode(False):
-            self._room_2BGND = self._room_2BGND[:, batch_index]
+        self.bound_BGCE = self.bound_BGCE[batch_index]
 
     @property
     def nbytes(self) -> int:
-        return self._room_2BGND.nbytes
+        return self.bound_BGCE.nbytes
 
     def check_integrity(self) -> None:
-        if self._room_2BGND.shape[3] < self.n_blocks:
-            raise IntegrityError(f"room for key bounds of {self._room_2BGND.shape[3]} blocks: expected {self.n_blocks}")
-        if not bool((self.low_BGND <= self.high_BGND).all()):
+        n_blocks = ceil_div(self.length, self.block_size)
+        if self.capacity < n_blocks:
+            raise IntegrityError(f"room for key bounds of {self.capacity} blocks: expected {n_blocks}")
+        high_BGND, minus_low_BGND = self.bound_BGCE[:, :, :n_blocks].chunk(2, -1)
+        if not bool((high_BGND >= -minus_low_BGND).all()):
             raise IntegrityError("key bounds: a low bound is above its high bound")
 
 
@@ -121,6 +115,12 @@ class Quest(Policy):
     def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
         self.bounds.extend(key_BGTD)
 
+    def append(self, key_BGD: Tensor, query_BHD: Tensor, extent: Extent) -> None:
+        self.bounds.append(key_BGD, extent)
+
+    def advance(self) -> None:
+        self.bounds.length += 1
+
     def score_now(self, step: Step) -> Tensor:
         return self.bounds.bound(step.query_BHD)
 
@@ -136,15 +136,29 @@ class QuestAhead(Quest):
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)
-        self.scores_BGN: Tensor | None = None
+        self.scores = BlockValues(spec)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        return {**super().parts, "scores": self.scores}
+
+    def score_now(self, step: Step) -> None:
+        """Nothing is chosen within the step."""
+
+    def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
+        super().extend(key_BGTD, query_BHQD)
+        self._score(query_BHQD[:, :, -1])
 
     def observe(self, step: Step) -> None:
-        self.scores_BGN = self.bounds.bound(step.query_BHD)
+        self._score(step.query_BHD)
 
-    def score_next(self, length: int) -> Tensor | None:
-        return self.scores_BGN
+    def _score(self, query_BHD: Tensor) -> None:
+        self.scores.reserve(self.bounds.capacity)
+        self.scores.value_BGC.copy_(self.bounds.bound(query_BHD))
 
-    def index(self, batch_index: Tensor) -> None:
-        super().index(batch_index)
-        if self.scores_BGN is not None:
-            self.scores_BGN = self.scores_BGN[batch_index]
+    def score_next(self, extent: Extent) -> Tensor:
+        return self.scores.value_BGC
+
+    def crop(self, length: int, read_keys: ReadKeys) -> None:
+        super().crop(length, read_keys)
+        self.scores.crop(ceil_div(length, self.bounds.block_size))

@@ -9,7 +9,7 @@ of it to the blocks beside it (``pooled``). The window itself lies within the en
 every generated token besides its budget; here the budget holds for all, so that what leaves the recent tokens takes
 the place of the prompt's lowest blocks. No block of the prompt comes in again.
 
-Suffixes: B sequences, G KV heads, Q queries, N blocks.
+Suffixes: B sequences, G KV heads, Q queries, N blocks, C blocks there is room for.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention_predictor.offload.attention.dense import ScoreRows
+from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.policies.base import BlockValues, LayerSpec, Policy, ReadKeys, newest_first
 
 
@@ -36,6 +37,7 @@ class SnapKV(Policy):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)
         self.votes = BlockValues(spec)
+        self.prompt_blocks = 0  # that have been voted on; changes between steps alone
 
     @property
     def parts(self) -> dict[str, BlockValues]:  # type: ignore[override]
@@ -48,19 +50,20 @@ class SnapKV(Policy):
     @torch.no_grad()
     def observe_rows(self, rows: ScoreRows) -> None:
         new_BGN = pooled(self.indicator(rows.mass_BGQN), self.kernel, self.spec.config.block_size)
-        share = rows.mass_BGQN.shape[2] / self.prompt_rows if self.votes.n_blocks else 1.0
-        self.votes.value_BGN = torch.lerp(self.votes.grow(new_BGN.shape[-1]), new_BGN, share)
+        share = rows.mass_BGQN.shape[2] / self.prompt_rows if self.prompt_blocks else 1.0
+        self.prompt_blocks = new_BGN.shape[-1]
+        self.votes.reserve(self.prompt_blocks)
+        self.votes.value_BGC[..., : self.prompt_blocks].lerp_(new_BGN, share)
 
-    def score_next(self, length: int) -> Tensor:
-        config, prompt_blocks = self.spec.config, self.votes.n_blocks
-        n_blocks = -(-length // config.block_size)
+    def score_next(self, extent: Extent) -> Tensor:
         # The recent tokens touch one block more unless they are aligned: counted always, lest one come and go.
-        first_recent = n_blocks - 1 - config.recent // config.block_size
-        votes_BGN = F.pad(self.votes.value_BGN, (0, max(n_blocks - prompt_blocks, 0)))
-        return newest_first(votes_BGN, max(min(first_recent, prompt_blocks), 0))
+        first_recent_B = extent.next.n_blocks_B - 1 - self.spec.config.recent // extent.block_size
+        return newest_first(self.votes.value_BGC, first_recent_B.clamp(0, self.prompt_blocks), extent)
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
-        self.votes.crop(-(-length // self.spec.config.block_size))
+        n_blocks = self.selection.n_blocks(length)
+        self.prompt_blocks = min(self.prompt_blocks, n_blocks)
+        self.votes.crop(n_blocks)
 
 
 def pooled(x_BGN: Tensor, kernel: int, block_size: int) -> Tensor:

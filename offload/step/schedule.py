@@ -24,8 +24,12 @@ DEPTH = 4
 class Schedule(Protocol):
     """Where the parts of a step run."""
 
+    def begin(self) -> None:
+        """A step begins: its query, key and value are there."""
+        ...
+
     def estimate(self) -> AbstractContextManager[None]:
-        """Around what needs the query alone; its results may be used after ``join_estimate``."""
+        """Around what needs these alone; its results may be used after ``join_estimate``."""
         ...
 
     def join_estimate(self) -> None:
@@ -46,6 +50,9 @@ class EagerSchedule:
 
     def __init__(self, prefetcher: Prefetcher) -> None:
         self.prefetcher = prefetcher
+
+    def begin(self) -> None:
+        """Nothing runs beside a step."""
 
     def estimate(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -80,6 +87,10 @@ class StreamSchedule:
         )
         self._under_way: deque[tuple[Any, Any]] = deque()
 
+    def begin(self) -> None:
+        if self._estimating is not None:
+            self._estimating.wait_stream(torch.cuda.current_stream(self._estimating.device))
+
     @contextmanager
     def estimate(self) -> Iterator[None]:
         """What is made within is the stream's own memory: used again when that stream comes to the next layer, behind
@@ -87,7 +98,6 @@ class StreamSchedule:
         if self._estimating is None:
             yield
             return
-        self._estimating.wait_stream(torch.cuda.current_stream(self._estimating.device))
         with torch.cuda.stream(self._estimating):
             yield
 

@@ -16,11 +16,12 @@ from typing import Protocol
 
 from torch import Tensor
 
+from attention_predictor.csrc.ops import Estimates
 from attention_predictor.offload.attention.dense import Chunk, Terms, chunk_tokens
 from attention_predictor.offload.attention.sparse import attend_slots, score_slots
 from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
-from attention_predictor.offload.policies.base import Estimate, Policy, Step
-from attention_predictor.offload.policies.selection import Selection
+from attention_predictor.offload.policies.base import Policy, Step
+from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.step.schedule import Schedule
 
 
@@ -53,9 +54,12 @@ def decode(
     """
     blocks, policy, selection = layer.blocks, layer.policy, layer.selection
     query_BHD, key_BGD, value_BGD = (x[:, :, 0].contiguous() for x in (query_BHQD, key_BGTD, value_BGTD))
+    schedule.begin()
+    blocks.append_token(key_BGD, value_BGD)
+    extent, pool = blocks.extent, blocks.pool
     step = Step(
         query_BHD=query_BHD,
-        extent=blocks.extent,
+        extent=extent,
         real_BL=real_BL,
         terms=terms,
         kv_heads=blocks.kv_heads,
@@ -63,21 +67,19 @@ def decode(
         length=blocks.length,
         stream=partial(chunks, blocks),
     )
-    extent, pool = step.extent, blocks.pool
     room = (extent.length_B, real_BL, terms)
     with schedule.estimate():
         policy.append(key_BGD, query_BHD, extent)
         scores = policy.score_now(step)
-    blocks.append_token(key_BGD, value_BGD)
-    resident = None
-    if policy.chooses and isinstance(scores, Estimate):
-        resident = score_slots(query_BHD, pool.key_BGSTD, blocks.block_BGS, *room, kernel=layer.kernel)
+    if isinstance(scores, Estimates):
+        if policy.chooses:  # what is resident is known exactly
+            resident = score_slots(query_BHD, pool.key_BGSTD, blocks.block_BGS, *room, kernel=layer.kernel)
+            scores = scores._replace(slot_peak_BHS=resident.peak_BHS, slot_sum_BHS=resident.sum_BHS)
+        step.estimates = scores
     schedule.join_estimate()
-    if isinstance(scores, Estimate):
-        step.estimate = scores
     if scores is not None:
         late_blocks = selection.share(policy.late_share) if policy.chooses else None
-        step.rest_BH = blocks.choose(selection, scores, resident, late_blocks)
+        step.rest_BH = blocks.choose(selection, scores, late_blocks)
     step.block_BGS = blocks.active_BGS
     step.attention = attend_slots(
         query_BHD,

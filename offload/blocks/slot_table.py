@@ -1,0 +1,276 @@
+"""SlotTable: which block is in which slot, and the choice of the blocks that a step attends to.
+
+Everything lies on the compute device and has the room's shape: a step is chosen for without asking the host. By a kernel
+(``csrc/select.cu``), or by the torch operations here, which are its reference; both leave the same blocks resident and
+active for the same scores, whatever slots they are in.
+
+Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, S slots, C blocks there is room for; n: one entry a moved
+block.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attention_predictor.arithmetic import scatter_or_drop
+from attention_predictor.csrc import ops
+from attention_predictor.csrc.ops import ChoiceBounds, Estimates, SlotTensors
+from attention_predictor.errors import IntegrityError
+from attention_predictor.offload.blocks.extent import Extent
+from attention_predictor.offload.blocks.selection import ALWAYS, NEVER, Limits
+
+USE_SHIFT = 32  # a slot's age is one number: the step that wanted its block last, and the block
+
+
+class SlotTable:
+    """Block to slot and slot to block, of every row of one layer.
+
+    What is chosen and absent takes the place of what has gone unwanted the longest: empty slots first, of blocks last
+    wanted at the same time the lowest. The lists of moves say which block is to be fetched to which slot.
+    """
+
+    def __init__(self, *, rows: int, device: torch.device) -> None:
+        with torch.inference_mode(False):  # inference tensors could not be written to outside of that mode
+            slots = torch.full((3, rows, 0), -1, device=device)
+            moves = torch.zeros((2, rows, 0), dtype=torch.int32, device=device)
+            blocks = torch.full((2, rows, 0), -1, dtype=torch.int32, device=device)
+            moves_R = torch.zeros(rows, dtype=torch.int32, device=device)
+            self.tensors = SlotTensors(*slots, blocks[0], *moves, moves_R, blocks[1])
+
+    @property
+    def block_RS(self) -> Tensor:
+        """int64, the block in each slot, -1 for none."""
+        return self.tensors.block_RS
+
+    @property
+    def active_RS(self) -> Tensor:
+        """int64, the same for the slots that attention reads, -1 for all others."""
+        return self.tensors.active_RS
+
+    @property
+    def resident_RC(self) -> Tensor:
+        """bool, True for blocks that are in a slot."""
+        return self.tensors.slot_RC >= 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    # ---- choosing --------------------------------------------------------------------------------------------------
+
+    def choose(
+        self,
+        limits: Limits,
+        extent: Extent,
+        scores: Tensor | Estimates,
+        late_blocks: int | None,
+        counts: Tensor,
+        kernel: bool,
+    ) -> Tensor | None:
+        """Choose what the newest token attends to, with its own query.
+
+        Args:
+            scores: fp32 score_BGC, ``-inf`` for never; or estimates, by which blocks count as they share in what a head
+                attends to. The exact peaks of resident blocks are put into ``peak_BHC`` then.
+            late_blocks: Absent blocks chosen at most; ``None``: nothing is chosen, only the rest is found.
+            counts: int64, as ``DeviceCounts.of_layer``.
+
+        Returns:
+            fp32 rest_BH, log-sum-exp of all blocks that are not active; ``None`` without estimates.
+        """
+        if kernel:
+            bounds = self._bounds(limits, extent)
+            if isinstance(scores, Estimates):
+                return ops.choose_by_estimates(self.tensors, bounds, scores, counts[:2], late=late_blocks)
+            if late_blocks is not None:
+                scores = scores.contiguous()
+                ops.choose_by_scores(self.tensors, bounds, scores, counts[:2], ahead=False, late=late_blocks)
+            return None
+        sum_BHC, score_BGC = None, scores
+        if isinstance(scores, Estimates):
+            sum_BHC, score_BGC = self._shares(scores, extent)
+        if late_blocks is not None:
+            assert isinstance(score_BGC, Tensor)
+            resident_BGC = self.resident_RC.view_as(score_BGC)
+            absent_BGC = score_BGC.masked_fill(resident_BGC | ~extent.begun_BC[:, None], NEVER)
+            reach_BGC = best_blocks(absent_BGC, min(late_blocks, extent.capacity)) | resident_BGC
+            chosen_BGC = chosen_blocks(limits, extent, score_BGC.masked_fill(~reach_BGC, NEVER))
+            self._assign(chosen_BGC, extent, 2 * extent.length_B, counts[:2])
+        if sum_BHC is None:
+            return None
+        active_BGC = self.active_RC(extent.capacity).view(len(sum_BHC), -1, extent.capacity)
+        active_BHC = active_BGC.repeat_interleave(sum_BHC.shape[1] // active_BGC.shape[1], 1)
+        return torch.logsumexp(sum_BHC.masked_fill(active_BHC, NEVER), -1)
+
+    def choose_ahead(
+        self, limits: Limits, extent: Extent, score_BGC: Tensor | None, counts: Tensor, kernel: bool
+    ) -> None:
+        """Choose what the next token attends to; arguments as of ``choose``.
+
+        Args:
+            extent: Of the tokens now.
+            score_BGC: ``None`` keeps sink and recent alone.
+        """
+        if kernel:
+            bounds = self._bounds(limits, extent)
+            score_BGC = None if score_BGC is None else score_BGC.contiguous()
+            late = extent.capacity
+            ops.choose_by_scores(self.tensors, bounds, score_BGC, counts[2:4], ahead=True, late=late)
+            return
+        B, G = len(extent.length_B), len(self.block_RS) // len(extent.length_B)
+        if score_BGC is None:
+            score_BGC = torch.full((B, G, extent.capacity), NEVER, device=extent.length_B.device)
+        score_BGC = score_BGC.masked_fill(~extent.begun_BC[:, None], NEVER)
+        self._assign(chosen_blocks(limits, extent.next, score_BGC), extent, 2 * extent.length_B + 1, counts[2:4])
+
+    def _bounds(self, limits: Limits, extent: Extent) -> ChoiceBounds:
+        less_G = limits.less_G(self.block_RS.device)
+        numbers = (extent.block_size, limits.tokens, limits.sink_blocks, limits.recent)
+        return ChoiceBounds(extent.length_B, extent.padding_B, less_G, *numbers)
+
+    def _shares(self, estimates: Estimates, extent: Extent) -> tuple[Tensor, Tensor]:
+        """sum_BHC with exact ones for what is resident, where they are given; the shares of blocks, score_BGC."""
+        sum_BHC = estimates.sum_BHC.masked_fill(~extent.begun_BC[:, None], NEVER)
+        (B, H, _), R = sum_BHC.shape, len(self.block_RS)
+        if estimates.slot_sum_BHS is not None and estimates.slot_peak_BHS is not None:
+            block_BHS = self.block_RS.view(B, R // B, -1).repeat_interleave(H * B // R, 1)
+            sum_BHC = scatter_or_drop(sum_BHC, block_BHS, estimates.slot_sum_BHS)
+            estimates.peak_BHC.copy_(scatter_or_drop(estimates.peak_BHC, block_BHS, estimates.slot_peak_BHS))
+        total_BH1 = torch.logsumexp(sum_BHC, -1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+        return sum_BHC, torch.exp(sum_BHC - total_BH1).unflatten(1, (R // B, -1)).sum(2)
+
+    def _assign(self, chosen_BGC: Tensor, extent: Extent, use_B: Tensor, count_2: Tensor) -> None:
+        """Give every chosen block a slot; list what must be fetched, and last the block that has not begun."""
+        block_RS, active_RS, last_use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R, _ = self.tensors
+        (R, S), (B, G, _) = block_RS.shape, chosen_BGC.shape
+        chosen_RC, use_R1 = chosen_BGC.flatten(0, 1), use_B.repeat_interleave(G)[:, None]
+        begun_RC = extent.begun_BC.repeat_interleave(G, 0)
+        kept_RS = (block_RS >= 0) & chosen_RC.gather(1, block_RS.clamp_min(0))
+        absent_RC = chosen_RC & (slot_RC < 0)
+        # The absent ones in rising order: the one that may not have begun is the last.
+        place_RC = torch.where(absent_RC, absent_RC.cumsum(1) - 1, -1)
+        place_RC = place_RC.masked_fill(place_RC >= S, -1)
+        block_RC = extent.block_C.expand(R, -1)
+        missing_RS = scatter_or_drop(torch.full_like(block_RS, -1), place_RC, block_RC)
+        # Slots in the order in which they are given away: those that are kept never are.
+        age_RS = torch.where(block_RS < 0, -1, (last_use_RS << USE_SHIFT) + block_RS)
+        given_RS = age_RS.masked_fill(kept_RS, torch.iinfo(torch.int64).max).argsort(1, stable=True)
+        filled_RS = missing_RS >= 0
+        lost_RS = block_RS.gather(1, given_RS).masked_fill(~filled_RS, -1)
+        slot_RC.copy_(scatter_or_drop(slot_RC, lost_RS, -1))
+        slot_RC.copy_(scatter_or_drop(slot_RC, missing_RS, given_RS.int()))
+        to_RS = given_RS.masked_fill(~filled_RS, -1)
+        block_RS.copy_(scatter_or_drop(block_RS, to_RS, missing_RS))
+        active_RS.copy_(
+            torch.where(kept_RS, block_RS, scatter_or_drop(torch.full_like(block_RS, -1), to_RS, missing_RS))
+        )
+        last_use_RS.copy_(torch.where(active_RS >= 0, use_R1, last_use_RS))
+        move_block_RS.copy_(missing_RS)
+        move_slot_RS.copy_(given_RS)
+        moves_R.copy_((absent_RC & begun_RC).sum(1))
+        count_2 += torch.stack([(chosen_RC & begun_RC).sum(), moves_R.sum()])
+
+    # ---- what the host asks ----------------------------------------------------------------------------------------
+
+    def active_RC(self, capacity: int) -> Tensor:
+        """bool, True for the blocks that attention reads."""
+        empty_RC = torch.zeros((len(self.block_RS), capacity), dtype=torch.bool, device=self.block_RS.device)
+        return scatter_or_drop(empty_RC, self.active_RS, True)
+
+    def slot_of(self, block_B: Tensor) -> Tensor:
+        """int64 ``[R]``, the slot of one block of each sequence in every row, -1 where it is not resident."""
+        block_R1 = block_B.repeat_interleave(len(self.block_RS) // len(block_B))[:, None]
+        return self.tensors.slot_RC.gather(1, block_R1)[:, 0].long()
+
+    def moves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, blocks and slots of what is to be fetched, on the CPU; int64."""
+        move_block_RS, move_slot_RS, moves_R = (tensor.cpu() for tensor in self.tensors[4:7])
+        row_n, place_n = (torch.arange(move_block_RS.shape[1]) < moves_R[:, None]).nonzero(as_tuple=True)
+        return row_n, move_block_RS[row_n, place_n].long(), move_slot_RS[row_n, place_n].long()
+
+    @torch.inference_mode(False)
+    def grow(self, slots: int) -> None:
+        """So many slots, the further ones empty."""
+        more = slots - self.block_RS.shape[1]
+        block_RS, active_RS, use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R, key_RC = self.tensors
+        slots_of = (F.pad(x, (0, more), value=-1) for x in (block_RS, active_RS, use_RS))
+        moves = (F.pad(x, (0, more)) for x in (move_block_RS, move_slot_RS))
+        self.tensors = SlotTensors(*slots_of, slot_RC, *moves, moves_R, key_RC)
+
+    @torch.inference_mode(False)
+    def reserve(self, capacity: int) -> None:
+        """Room for so many blocks."""
+        more = capacity - self.tensors.slot_RC.shape[1]
+        if more > 0:
+            slot_RC, key_RC = (F.pad(x, (0, more), value=-1) for x in (self.tensors.slot_RC, self.tensors.key_RC))
+            self.tensors = self.tensors._replace(slot_RC=slot_RC, key_RC=key_RC)
+
+    def drop_from(self, block: int) -> None:
+        """Empty the slots of every block from number ``block`` on (the context was cropped, or a block has grown)."""
+        for tensor in (self.active_RS, self.block_RS):
+            tensor.masked_fill_(tensor >= block, -1)
+        self.tensors.slot_RC[:, block:] = -1
+
+    @torch.inference_mode(False)
+    def index(self, batch_index: Tensor, kv_heads: int) -> None:
+        """Make sequence i what sequence ``batch_index[i]`` was (beams)."""
+        picked = (x.unflatten(0, (-1, kv_heads))[batch_index].flatten(0, 1) for x in self.tensors)
+        self.tensors = SlotTensors(*picked)
+
+    def check_integrity(self) -> None:
+        """Raise ``IntegrityError``, naming what was found, unless every resident block has one slot and both maps agree."""
+        block_RS, active_RS, _, slot_RC, *_ = (tensor.cpu() for tensor in self.tensors)
+        filled, mapped = int((block_RS >= 0).sum()), int((slot_RC >= 0).sum())
+        if filled != mapped:
+            raise IntegrityError(f"{filled} slots are filled, found {mapped} blocks with a slot")
+        for row, slot in (block_RS >= 0).nonzero().tolist():
+            block = int(block_RS[row, slot])
+            if (back := int(slot_RC[row, block])) != slot:
+                raise IntegrityError(f"row {row}: slot {slot} holds block {block}, found under slot {back}")
+        if (wrong := int(((active_RS >= 0) & (active_RS != block_RS)).sum())) > 0:
+            raise IntegrityError(f"{wrong} active slots hold another block")
+
+
+def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor) -> Tensor:
+    """What a step at ``extent`` attends to, bool BGC: sink and recent, the best others up to the limit; all within it.
+
+    Blocks of padding alone are never chosen; the sink begins at the first real token.
+
+    Args:
+        score_BGC: ``-inf`` for never.
+    """
+    block_C, length_B1, first_B1 = extent.block_C, extent.length_B[:, None], extent.first_block_B[:, None]
+    real_BC = extent.begun_BC & (block_C >= first_B1)
+    recent_B1 = (length_B1 - max(limits.recent, 1)).clamp_min(0) // extent.block_size
+    always_BC = real_BC & ((block_C < first_B1 + limits.sink_blocks) | (block_C >= recent_B1))
+    less_G = limits.less_G(block_C.device)
+    limit_G = limits.tokens if less_G is None else limits.tokens - less_G
+    whole_BG1 = (length_B1 <= limit_G)[:, :, None]
+    always_BGC = always_BC[:, None] | (real_BC[:, None] & whole_BG1)
+    score_BGC = score_BGC.masked_fill(~real_BC[:, None], NEVER).masked_fill(always_BGC, ALWAYS)
+    most = min(limits.tokens // extent.block_size, extent.capacity)
+    most_G1 = None if less_G is None else (limit_G // extent.block_size)[:, None]
+    return best_blocks(score_BGC, most, most_G1) | always_BGC
+
+
+def best_blocks(score_BGC: Tensor, most: int, most_G1: Tensor | None = None) -> Tensor:
+    """The best ``most`` blocks of each row, as a mask; of equal ones the lowest, and none that is ``-inf``.
+
+    ``torch.topk`` leaves it open which of equal ones it takes.
+
+    Args:
+        most_G1: For each KV head as many at most, from 1 to ``most``; ``None``: ``most`` for all.
+    """
+    if most == 0:
+        return torch.zeros_like(score_BGC, dtype=torch.bool)
+    best_BGW = score_BGC.topk(most, dim=-1).values
+    if most_G1 is None:
+        least_BG1 = best_BGW[..., -1:]
+    else:
+        least_BG1 = best_BGW.gather(-1, (most_G1.clamp(max=most) - 1).expand(len(score_BGC), -1, -1))
+    above_BGC, level_BGC = score_BGC > least_BG1, (score_BGC == least_BG1) & (score_BGC > NEVER)
+    left_BG1 = (most if most_G1 is None else most_G1) - above_BGC.sum(-1, keepdim=True)
+    return above_BGC | (level_BGC & (level_BGC.cumsum(-1) <= left_BG1))
