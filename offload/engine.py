@@ -13,9 +13,9 @@ from attention_predictor.offload.generation import Sampling, generate
 from attention_predictor.offload.hf.attachment import Attachment
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
+from attention_predictor.offload.hf.graph import CapturedSteps
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.stats import Stats
-from attention_predictor.offload.hf.graph import CapturedSteps
 
 
 class Engine:

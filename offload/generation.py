@@ -14,8 +14,8 @@ from torch import Tensor
 
 from attention_predictor.errors import ConfigError
 from attention_predictor.offload.hf.cache import TieredCache
-from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.hf.graph import LEFT_PADDING
+from attention_predictor.offload.hf.versions import with_cache
 
 if TYPE_CHECKING:
     from attention_predictor.offload.engine import Engine

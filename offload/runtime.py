@@ -13,8 +13,8 @@ from attention_predictor.errors import AttachError
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.prefetch import Prefetcher
 from attention_predictor.offload.blocks.room import Room
-from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.blocks.selection import Budget
+from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.stats import DeviceCounts, Stats
 from attention_predictor.predictor.model import AttentionPredictor
 

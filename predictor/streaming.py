@@ -93,9 +93,9 @@ def no_kernel(predictor: WindowPredictor, device: torch.device | str) -> str | N
 class StreamedHistory(ScoreHistory):
     """A ScoreHistory of the published network whose work a step does not grow with the window.
 
-    Sums are kept for all columns there is room for. Blocks that are not there yet have scores of zero, as they have once
-    they appear: sums stay true while blocks arrive. At the ends of the predicted range the network pads features, not
-    scores, with zeros; the columns within reach of them, four a step, are computed over the whole window.
+    Sums are kept for all columns there is room for. Blocks that are not there yet have scores of zero, as they have
+    once they appear: sums stay true while blocks arrive. At the ends of the predicted range the network pads features,
+    not scores, with zeros; the columns within reach of them, four a step, are computed over the whole window.
     A window shorter than 5 rows has no interior and is evaluated as it is.
 
     With `kernel`, steps are done by kernels (`csrc/window.py`), maps and weights of the second convolution in fp16;

@@ -27,12 +27,12 @@ from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
 from attention_predictor.errors import ConfigError
 from attention_predictor.eval.judge import Rule
+from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import policy_class, policy_names
 from attention_predictor.offload.policies.allocation import Sharing, first_budgets, mean_shares, share_budget
 from attention_predictor.offload.policies.cake import preference
 from attention_predictor.offload.policies.query_similarity import query_similarity
-from attention_predictor.offload.blocks.selection import Selection
 
 SMALL = {"predictor": "ema", "budget": 96, "sink": 16, "recent": 16}
 SELECTING = tuple(name for name in policy_names() if policy_class(name).selects != "all")

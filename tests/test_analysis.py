@@ -24,10 +24,10 @@ from attention_predictor.eval.analysis.layer_map import LayerMap
 from attention_predictor.eval.analysis.rope import Rotation
 from attention_predictor.eval.analysis.watch import Attended, watching
 from attention_predictor.offload.attention.dense import ScoreRows
+from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.predictor.base import AttentionPredictor
 from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.scores import block_mass, block_scores

@@ -26,12 +26,12 @@ from test_contracts import (
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.errors import IntegrityError
 from attention_predictor.offload.attention.dense import ScoreRows
+from attention_predictor.offload.blocks.selection import NEVER, Selection
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import LayerSpec, policy_class, policy_names
 from attention_predictor.offload.policies.allocation import allocation_of, first_budgets, mean_shares, share_budget
 from attention_predictor.offload.policies.base import BlockValues, newest_first
 from attention_predictor.offload.policies.cake import preference
-from attention_predictor.offload.blocks.selection import NEVER, Selection
 from attention_predictor.offload.policies.snapkv import pooled
 
 BASELINES = ("h2o", "snapkv", "pyramidkv", "cake", "tappa", "lazy-eviction")

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_predictor.offload.blocks.tiers import Tiers
+from attention_predictor.offload.step.device_table import DeviceTable
 from emulated import emulated_gpu
 from torch import Tensor
 
@@ -15,10 +17,8 @@ from attention_predictor.csrc import ops
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.prefetch import make_prefetcher
 from attention_predictor.offload.blocks.residency import ResidencyTable
-from attention_predictor.offload.blocks.tiers import Tiers
 from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.stats import DeviceCounts, Stats
-from attention_predictor.offload.step.device_table import DeviceTable
 
 DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 B, G, H, D = 2, 2, 4, 8

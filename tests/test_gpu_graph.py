@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_predictor.offload.step.device_step import DeviceStep
 from tiny_models import FAMILIES
 from torch import Tensor
 
@@ -11,7 +12,6 @@ from attention_predictor import OffloadConfig, attach
 from attention_predictor.offload.blocks import host_memory
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.step import device_step
-from attention_predictor.offload.step.device_step import DeviceStep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_matmul")]
 SMALL = {"budget": 96, "sink": 32, "recent": 32}

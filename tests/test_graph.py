@@ -14,14 +14,14 @@ from torch import Tensor
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.errors import ConfigError
 from attention_predictor.offload.blocks import room
+from attention_predictor.offload.hf import graph as graph_module
 from attention_predictor.offload.hf.cache import TieredCache
+from attention_predictor.offload.hf.graph import Graphed
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import policy_names
 from attention_predictor.predictor.history import no_kernel
 from attention_predictor.predictor.model import WindowPredictor
-from attention_predictor.offload.hf import graph as graph_module
-from attention_predictor.offload.hf.graph import Graphed
 
 SETTINGS = {"budget": 96, "sink": 32, "recent": 32, "slab_blocks": 4}
 

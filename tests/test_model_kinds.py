@@ -14,9 +14,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attention_predictor import AttachError, OffloadConfig, attach
 from attention_predictor.offload.hf.forwards import Forwards
+from attention_predictor.offload.hf.rehearsal import rehearse
 from attention_predictor.offload.hf.versions import cache_of, with_cache
 from attention_predictor.offload.stats import Stats
-from attention_predictor.offload.hf.rehearsal import rehearse
 
 WHOLE = OffloadConfig(predictor="ema")  # a budget that covers the context
 SPARSE = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16)

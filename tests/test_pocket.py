@@ -10,8 +10,8 @@ from conftest import POCKET
 
 from attention_predictor import AttentionPredictor, OffloadConfig, attach
 from attention_predictor.offload.blocks.block_pool import BlockPool
-from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.blocks.selection import Selection
+from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.predictor.model import new_history
 from attention_predictor.predictor.sketch import KeySketch
 

@@ -18,9 +18,9 @@ from attention_predictor.eval.prompts import context_length
 from attention_predictor.eval.runner import Plan, run
 from attention_predictor.eval.sources import Windows, parse_sources
 from attention_predictor.loading import load_config, load_tokenizer
+from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.cache import full_attention_layers
-from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.writing import write_atomically
 
 # Columns of the table; short, since layers have to be seen side by side.

@@ -22,10 +22,10 @@ from attention_predictor.eval.analysis.layer_map import LayerMap, head_scorer, p
 from attention_predictor.eval.analysis.qsim import over_windows
 from attention_predictor.eval.analysis.watch import Attended, watching
 from attention_predictor.offload.attention.dense import ScoreRows
+from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies.query_similarity import query_similarity
-from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.predictor.base import PROMPT_ROWS, AttentionPredictor
 
 DIGITS = 6

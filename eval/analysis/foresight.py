@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attention_predictor.offload.attention.dense import ScoreRows
+from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import Selection
+from attention_predictor.offload.blocks.slot_table import chosen_blocks
 from attention_predictor.predictor.base import AttentionPredictor
 from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.model import new_history
-
-TINY = 1e-12  # of mass; below it there is nothing to recover
+from attention_predictor.predictor.scores import LEAST_MASS, recovery
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,7 @@ class Foresight:
             rows: True rows of the steps; columns of blocks that a step does not know are zero.
             length: Tokens at the last step.
         """
-        B, G, Q, N = rows.mass_BGQN.shape
-        device = rows.mass_BGQN.device
+        (B, _, Q, N), device = rows.mass_BGQN.shape, rows.mass_BGQN.device
         chosen: list[Tensor] = []
         best: list[Tensor] = []
         far: list[Tensor] = []
@@ -82,10 +83,12 @@ class Foresight:
             for row_BGN in rows.scores_BGQN[:, :, steps, :blocks].unbind(2):
                 states.append(self.history.state_BGNC[:, :, first:known].clone())
                 self.history.push(row_BGN)
-            unpadded_B = torch.zeros(len(tokens) * B, dtype=torch.int64, device=device)
+            length_B = torch.full((len(tokens) * B,), tokens[0], device=device)
+            extent, limits = Extent(length_B, None, blocks, selection.block_size), selection.limits(tokens[0])
             truth_BGN = rows.mass_BGQN[:, :, steps, :blocks].movedim(2, 0).flatten(0, 1)
             for found, scores_BGN in ((chosen, self._predict(torch.cat(states), first)), (best, truth_BGN)):
-                mask_BGN = _mask(selection.wanted(scores_BGN, tokens[0], unpadded_B, G), N)
+                scores_BGN = F.pad(scores_BGN, (0, blocks - scores_BGN.shape[-1]), value=-torch.inf)
+                mask_BGN = F.pad(chosen_blocks(limits, extent, scores_BGN), (0, N - blocks))
                 found.append(mask_BGN.unflatten(0, (-1, B)).movedim(0, 2))
             far_N = torch.zeros(N, dtype=torch.bool, device=device)
             far_N[first:last] = True
@@ -97,23 +100,16 @@ class Foresight:
         scores_BGN = state_BGNC.new_empty(state_BGNC.shape[:-1], dtype=torch.float32)
         if scores_BGN.shape[-1]:
             scores_BGN = self.history.predictor(state_BGNC).float()
-        return torch.nn.functional.pad(scores_BGN, (first, 0), value=-torch.inf)
+        return F.pad(scores_BGN, (first, 0), value=-torch.inf)
 
 
 def _compare(mass_BGQN: Tensor, chosen_BGQN: Tensor, best_BGQN: Tensor, far_QN: Tensor) -> Foreseen:
-    got_BGQ, most_BGQ = ((mass_BGQN * x).sum(-1) for x in (chosen_BGQN, best_BGQN))
-    total_BGQ = mass_BGQN.sum(-1).clamp_min(TINY)  # below 1 where an attention sink takes its share
+    found = recovery(mass_BGQN, chosen_BGQN, best_BGQN)
     far_got_BG, far_most_BG = ((mass_BGQN * (x & far_QN)).sum((-2, -1)) for x in (chosen_BGQN, best_BGQN))
     return Foreseen(
-        share_BG=(got_BGQ / total_BGQ).mean(-1),
-        relative_BG=(got_BGQ / most_BGQ.clamp_min(TINY)).mean(-1),
-        far_BG=far_got_BG / far_most_BG.where(far_most_BG > TINY, torch.full_like(far_most_BG, torch.nan)),
+        share_BG=found.share.mean(-1),
+        relative_BG=found.relative.mean(-1),
+        far_BG=far_got_BG / far_most_BG.where(far_most_BG > LEAST_MASS, torch.full_like(far_most_BG, torch.nan)),
         chosen_BGQN=chosen_BGQN,
         best_BGQN=best_BGQN,
     )
-
-
-def _mask(wanted_BGW: Tensor, n_blocks: int) -> Tensor:
-    """bool ``[B, G, N]``; entries of -1 write to one column more, which is cut off."""
-    mask = torch.zeros((*wanted_BGW.shape[:2], n_blocks + 1), dtype=torch.bool, device=wanted_BGW.device)
-    return mask.scatter_(-1, wanted_BGW % (n_blocks + 1), True)[..., :-1]

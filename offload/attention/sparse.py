@@ -13,7 +13,6 @@ from torch import Tensor
 from attention_predictor.csrc import ops
 from attention_predictor.offload.attention.dense import Terms, scaled_logits
 
-
 # Room of a sequence for a kernel that is told of no padding: lengths are read on the device.
 MOST_TOKENS = 1 << 30
 

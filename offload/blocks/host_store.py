@@ -22,7 +22,7 @@ from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.transfer import Outbox, Shipment, inward, outbox
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.blocks.block_pool import BlockPool
+    pass
 
 
 UNSETTLED_TOKENS = 64  # at the end, that may be late where nothing is read for a while

@@ -1,11 +1,11 @@
 """SlotTable: which block is in which slot, and the choice of the blocks that a step attends to.
 
-Everything lies on the compute device and has the room's shape: a step is chosen for without asking the host. By a kernel
-(``csrc/select.cu``), or by the torch operations here, which are its reference; both leave the same blocks resident and
+Everything lies on the compute device and has the room's shape: blocks are chosen without asking the host. By a kernel
+(``csrc/select.cu``), or by the torch operations here, which are its reference: both leave the same blocks resident and
 active for the same scores, whatever slots they are in.
 
-Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, S slots, C blocks there is room for; n: one entry a moved
-block.
+Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, S slots, C blocks there is room for; n: one entry a
+moved block.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class SlotTable:
     def _assign(self, chosen_BGC: Tensor, extent: Extent, use_B: Tensor, count_2: Tensor) -> None:
         """Give every chosen block a slot; list what must be fetched, and last the block that has not begun."""
         block_RS, active_RS, last_use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R, _ = self.tensors
-        (R, S), (B, G, _) = block_RS.shape, chosen_BGC.shape
+        (R, S), G = block_RS.shape, chosen_BGC.shape[1]
         chosen_RC, use_R1 = chosen_BGC.flatten(0, 1), use_B.repeat_interleave(G)[:, None]
         begun_RC = extent.begun_BC.repeat_interleave(G, 0)
         kept_RS = (block_RS >= 0) & chosen_RC.gather(1, block_RS.clamp_min(0))
@@ -157,7 +157,7 @@ class SlotTable:
         missing_RS = scatter_or_drop(torch.full_like(block_RS, -1), place_RC, block_RC)
         # Slots in the order in which they are given away: those that are kept never are.
         age_RS = torch.where(block_RS < 0, -1, (last_use_RS << USE_SHIFT) + block_RS)
-        given_RS = age_RS.masked_fill(kept_RS, torch.iinfo(torch.int64).max).argsort(1, stable=True)
+        given_RS = age_RS.masked_fill(kept_RS, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
         filled_RS = missing_RS >= 0
         lost_RS = block_RS.gather(1, given_RS).masked_fill(~filled_RS, -1)
         slot_RC.copy_(scatter_or_drop(slot_RC, lost_RS, -1))
@@ -221,7 +221,7 @@ class SlotTable:
         self.tensors = SlotTensors(*picked)
 
     def check_integrity(self) -> None:
-        """Raise ``IntegrityError``, naming what was found, unless every resident block has one slot and both maps agree."""
+        """Raise ``IntegrityError`` unless every resident block has one slot, and both maps agree."""
         block_RS, active_RS, _, slot_RC, *_ = (tensor.cpu() for tensor in self.tensors)
         filled, mapped = int((block_RS >= 0).sum()), int((slot_RC >= 0).sum())
         if filled != mapped:

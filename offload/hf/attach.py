@@ -22,14 +22,14 @@ from attention_predictor.offload.hf.attention import NAME
 from attention_predictor.offload.hf.cache import full_attention_layers
 from attention_predictor.offload.hf.compiled import CompiledLayers
 from attention_predictor.offload.hf.forwards import Forwards
+from attention_predictor.offload.hf.graph import CapturedSteps
+from attention_predictor.offload.hf.rehearsal import rehearse
 from attention_predictor.offload.hf.versions import decoder_layers, layer_config, makes_own_cache
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.allocation import first_budgets
 from attention_predictor.offload.policies.predictor import Predictor
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.stats import DeviceCounts, Stats
-from attention_predictor.offload.hf.graph import CapturedSteps
-from attention_predictor.offload.hf.rehearsal import rehearse
 from attention_predictor.predictor.model import AttentionPredictor
 
 ENGINE = "_attention_predictor_engine"  # the attribute of an attached model

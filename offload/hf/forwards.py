@@ -22,10 +22,10 @@ from transformers.cache_utils import Cache
 from attention_predictor.errors import AttachError, ContextLengthError
 from attention_predictor.offload.hf.attachment import Attachment
 from attention_predictor.offload.hf.cache import TieredCache, adopt, describe_unevenness, is_tiered
+from attention_predictor.offload.hf.graph import CapturedSteps
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import CACHE_NAMES, cache_argument
 from attention_predictor.offload.runtime import Runtime
-from attention_predictor.offload.hf.graph import CapturedSteps
 
 Forward = Callable[..., Any]
 

@@ -32,16 +32,17 @@ from attention_predictor.offload.attention.dense import (
 from attention_predictor.offload.attention.sparse import no_kernel
 from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
 from attention_predictor.offload.blocks.room import KVShape
+from attention_predictor.offload.blocks.selection import Budget, Selection
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
-from attention_predictor.offload.blocks.selection import Budget, Selection
+from attention_predictor.offload.step.recovery import measure
 from attention_predictor.offload.step.schedule import EagerSchedule, Schedule
 from attention_predictor.offload.step.step import attend_again, chunks, decode
 
 if TYPE_CHECKING:
+    from attention_predictor.offload.hf.graph import Graphed
     from attention_predictor.offload.policies.allocation import Sharing
     from attention_predictor.offload.runtime import Runtime
-    from attention_predictor.offload.hf.graph import Graphed
 
 # The key that `update` returns carries its layer under this name to the attention function.
 HANDLE = "_attention_predictor_layer"
@@ -448,11 +449,10 @@ class TieredLayer(CacheLayerMixin):
     # ---- figures and checks ----------------------------------------------------------------------------------------
 
     def _measure_recovery(self, step: Step) -> None:
-        found = recovery(step, self.selection)
-        stats = self.runtime.stats
-        stats.recovery_sum += float(found.share_BG.sum())
-        stats.relative_recovery_sum += float(found.relative_BG.sum())
-        stats.recovery_count += found.share_BG.numel()
+        found, stats = measure(step, self.selection).recovery, self.runtime.stats
+        stats.recovery_sum += float(found.share.sum())
+        stats.relative_recovery_sum += float(found.relative.sum())
+        stats.recovery_count += found.share.numel()
 
     def note_memory(self) -> None:
         """Tell the stats what this layer holds."""

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from attention_predictor.errors import ConfigError
 from attention_predictor.offload.attention.dense import ScoreRows
+from attention_predictor.offload.blocks.selection import Budget
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.cake import preference
 from attention_predictor.offload.policies.query_similarity import WINDOW, query_similarity
-from attention_predictor.offload.blocks.selection import Budget
 
 if TYPE_CHECKING:
     from attention_predictor.offload.blocks.layer_blocks import LayerBlocks

@@ -20,8 +20,8 @@ from attention_predictor.csrc.ops import Estimates
 from attention_predictor.offload.attention.dense import Chunk, Terms, chunk_tokens
 from attention_predictor.offload.attention.sparse import attend_slots, score_slots
 from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
-from attention_predictor.offload.policies.base import Policy, Step
 from attention_predictor.offload.blocks.selection import Selection
+from attention_predictor.offload.policies.base import Policy, Step
 from attention_predictor.offload.step.schedule import Schedule
 
 
