@@ -244,7 +244,7 @@ def test_sparse_attention_reads_exactly_its_slots(length, seed, padded, extra, d
         one.gather(2, slots.clamp_min(0)[..., None, None].expand(-1, -1, -1, BLOCK, D)).contiguous() for one in blocks
     ]
     real = (torch.arange(length) >= torch.tensor([[0], [length - 1]])) if padded else None
-    result = attend_slots(query[:, :, 0], *pool, slots, length, real, Terms(D**-0.5, **extra))
+    result = attend_slots(query[:, :, 0], *pool, slots, torch.full((B,), length), real, Terms(D**-0.5, **extra))
     wanted = (slots[..., None] == torch.arange(n_blocks)).any(2).repeat_interleave(BLOCK, -1)[..., :length]
     allowed = wanted if real is None else wanted & real[:, None]
     allowed = allowed.repeat_interleave(H // G, 1)[:, :, None]

@@ -20,6 +20,7 @@ from attention_predictor.offload.hf.graph import Graphed
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import policy_names
+from attention_predictor.offload.policies.predictor import Predictor
 from attention_predictor.predictor.history import no_kernel
 from attention_predictor.predictor.model import WindowPredictor
 
@@ -34,10 +35,15 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     def emulated_run(self: Graphed, cache: TieredCache, kwargs: dict) -> object:
         for layer in self.layers:
             layer.blocks.settle()  # the prefetch thread keeps to the CPU's kernels
-            if layer.is_initialized and hasattr(layer.policy, "history"):
-                layer.policy.history.kernel = no_kernel(layer.policy.history.predictor, "cuda") is None
+        histories = [layer.policy.history for layer in self.layers if isinstance(layer.policy, Predictor)]
         with emulated_gpu():
-            return run(self, cache, kwargs)
+            for history in histories:
+                history.kernel = no_kernel(history.predictor, "cpu") is None
+            try:
+                return run(self, cache, kwargs)
+            finally:
+                for history in histories:
+                    history.kernel = False
 
     monkeypatch.setattr(Graphed, "run", emulated_run)
     monkeypatch.setattr(graph_module, "why_not", policy_reason)
@@ -85,18 +91,19 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda given: "-".join(map(str, given.values())))
-def test_every_policy_is_captured(emulated, tiny_model, ids, tmp_path, settings: dict, padded: bool) -> None:
-    """The same tokens and fetches as with the prefetch thread, across the room's growth (128 tokens here)."""
-    model, prompt, mask = tiny_model("llama"), ids(245, batch=2), None
+def test_every_policy_is_captured(emulated, tiny_model, ids, tmp_path, settings: dict) -> None:
+    """The same tokens and fetches as with the prefetch thread, across the room's growth (128 tokens here).
+
+    One of two sequences is padded.
+    """
+    model, prompt = tiny_model("llama"), ids(245, batch=2)
+    mask = torch.ones_like(prompt)
+    mask[1, :37] = 0
     if settings.get("predictor") == "paper":
         torch.manual_seed(0)
         WindowPredictor().save(tmp_path)
         settings = {"predictor": str(tmp_path)}
-    if padded:
-        mask = torch.ones_like(prompt)
-        mask[1, :37] = 0
     thread, by_host = decode(model, prompt, 20, mask, **settings)
     graph, by_device = decode(model, prompt, 20, mask, prefetch="graph", **settings)
     assert torch.equal(graph, thread)
@@ -104,7 +111,7 @@ def test_every_policy_is_captured(emulated, tiny_model, ids, tmp_path, settings:
     by_host_too = 19 // 3 if {"calibration_interval", "measure_recovery"} & settings.keys() else 0
     assert by_device["captured_steps"] == 19 - by_host_too
     for name in ("steps", "ahead_bytes", "late_bytes", "hit_rate", "streamed_bytes", "recovery"):
-        assert by_device[name] == pytest.approx(by_host[name], rel=0.05), name
+        assert by_device[name] == by_host[name] or by_device[name] == pytest.approx(by_host[name], rel=0.05), name
 
 
 @pytest.mark.parametrize("policy", sorted(BY_THE_HOST))
