@@ -276,6 +276,7 @@ class TieredLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Nothing to do: blocks are fetched by the engine's own prefetcher."""
 
+    @torch.inference_mode(False)  # copies made under it could not be written to outside of it
     def __deepcopy__(self, memo: dict) -> TieredLayer:
         if self.is_initialized:
             self._settle()
