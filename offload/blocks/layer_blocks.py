@@ -86,8 +86,8 @@ class LayerBlocks:
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
     def reserve(self, tokens: int) -> None:
-        """Room for so many tokens in table and, where the GPU writes to it, host memory."""
-        blocks = ceil_div(tokens, self.block_size)
+        """Room for so many tokens, where the GPU writes them itself; in the table also for the one that follows them."""
+        blocks = ceil_div(tokens + 1, self.block_size)
         if blocks > self.capacity:
             self.capacity = ceil_div(blocks, ROOM_BLOCKS) * ROOM_BLOCKS
             self.table.reserve(self.capacity)
@@ -111,7 +111,7 @@ class LayerBlocks:
 
     def advance(self) -> None:
         """Count the token of the step that comes; the host's part of it."""
-        self.reserve(self.store.length + 2)
+        self.reserve(self.store.length + 1)
         if self.device_moves:
             self.store.advance(1)
         self._length_B = self._counted(0 if self.device_moves else 1)
@@ -248,11 +248,11 @@ class LayerBlocks:
     # ---- captured steps --------------------------------------------------------------------------------------------
 
     def enter(self, length_B: Tensor, tokens: int, slots: int) -> None:
-        """From now on whoever takes the steps counts tokens in ``length_B``, and nothing moves up to so many tokens."""
+        """From now on whoever takes the steps counts tokens in ``length_B``, and no tensor moves until there are so many."""
         self.settle()
         self._device_length_B = self._length_B = length_B
         self.grow(slots)
-        self.reserve(tokens)
+        self.reserve(tokens - 1)
         self._slabs()
 
     def leave(self) -> None:
