@@ -1,4 +1,4 @@
-"""Whether operations could be captured in a CUDA graph, found on a CPU: nothing is read by the host, no shape changes."""
+"""Whether operations could be captured in a CUDA graph, found on a CPU: the host reads nothing, no shape changes."""
 
 from __future__ import annotations
 

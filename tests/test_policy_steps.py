@@ -55,7 +55,7 @@ class Layer:
         # Every query looks for the keys of a few blocks, others from time to time.
         topic_BGLD = torch.roll(self.key_BGLD, 40, 2)
         noise_BHLD = torch.randn((B, H, CAPACITY * SIZE, D), generator=generator)
-        self.query_BHLD = topic_BGLD.repeat_interleave(H // G, 1) + noise_BHLD
+        self.query_BHLD = 2 * topic_BGLD.repeat_interleave(H // G, 1) + noise_BHLD
         self.padding_B = None if padding is None else torch.tensor(padding)
         self.real_BL = None
         if self.padding_B is not None:
@@ -141,7 +141,7 @@ VARIANTS = [
 @pytest.mark.parametrize("padding", [None, (0, 37)], ids=["even", "padded"])
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda given: "-".join(map(str, given.values())))
 def test_steps_can_be_captured(monkeypatch, settings, padding):
-    """The same operations on the same shapes at every length: before and within the budget, at a block's first token."""
+    """The same operations on the same shapes at every length: in and beyond the budget, at a block's first token."""
     # The sketch without kernels is the host's, which no capture holds: what a policy asks it is all the same.
     monkeypatch.setattr("attention_predictor.offload.policies.predictor.KeySketch", DeviceSketch)
     records = []
@@ -394,7 +394,7 @@ HOSTS = {
 
 
 @pytest.mark.parametrize("padding", [None, (0, 37)], ids=["even", "padded"])
-@pytest.mark.parametrize(("prompt", "recent"), [(50, 16), (97, 32), (300, 0)])
+@pytest.mark.parametrize(("prompt", "recent"), [(50, 16), (97, 32), (300, 0), (290, 16)])
 @pytest.mark.parametrize("policy", HOSTS)
 def test_the_same_blocks_at_every_length(policy, prompt, recent, padding):
     budget = 160 if recent == 32 else 96
@@ -456,7 +456,7 @@ def test_an_oracle_scores_all_blocks_by_their_mass():
 @pytest.mark.parametrize("calibration", ["sketch", "none", "exact"])
 @pytest.mark.parametrize("predictor", ["ema", "time-filters"])
 def test_the_predictor_is_told_of_every_step(predictor, calibration, padding):
-    """Its history is that of rows made on the host, and its candidates end where the next step's recent tokens begin."""
+    """Its history is that of rows made on the host; its candidates end where the next step's recent tokens begin."""
     settings = {"calibration": calibration, "calibration_interval": 4, "late_fetch": 0.0, "predictor": predictor}
     layer = Layer("predictor", 100, padding=padding, **settings)
     policy = layer.policy
