@@ -212,9 +212,9 @@ class TieredLayer(CacheLayerMixin):
         tokens_to_remove = int(tokens_to_remove)  # some versions of transformers give a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        self.check_attended()  # else the policy may lack tokens that are in the store
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        self.check_attended()  # else the policy may lack tokens that are in the store
         self._settle()
         length = max(self.blocks.length + tokens_to_remove, 0)
         if length == 0:
