@@ -49,8 +49,9 @@ __device__ __forceinline__ void load_network(Shared &s, const WindowStep &a, boo
     wait_copies<0>();
 }
 
-// Maps of the band's three inner lines at this thread's position; zero where it does not count.
-__device__ __forceinline__ void make_maps(Shared &s, int band, bool counts) {
+// Maps of the band's three inner lines at this thread's position; zero where it does not count, and on lines before `low` and
+// from `high` on.
+__device__ __forceinline__ void make_maps(Shared &s, int band, bool counts, int low = 0, int high = kPlanes) {
     const int p = threadIdx.x;
     float x[kLines][3];
 #pragma unroll
@@ -78,8 +79,9 @@ __device__ __forceinline__ void make_maps(Shared &s, int band, bool counts) {
             }
 #pragma unroll
             for (int m = 0; m < kPlanes; ++m)
-                y[m][pair] = counts ? __floats2half2_rn(fmaxf(of_two[m][0], 0.f), fmaxf(of_two[m][1], 0.f))
-                                    : __floats2half2_rn(0.f, 0.f);
+                y[m][pair] = counts && m >= low && m < high
+                                 ? __floats2half2_rn(fmaxf(of_two[m][0], 0.f), fmaxf(of_two[m][1], 0.f))
+                                 : __floats2half2_rn(0.f, 0.f);
         }
 #pragma unroll
         for (int m = 0; m < kPlanes; ++m) memcpy(&s.maps[m][p + 1][part], y[m], sizeof(uint4));
@@ -193,7 +195,7 @@ __device__ __forceinline__ void slide_sums(const WindowStep &a) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int p = position(t, i), column = base + p;
-                if (p < 1 || p > kOutputs || column >= a.known) continue;
+                if (p < 1 || p > kOutputs || column >= a.columns) continue;
                 double &sum = a.sum[(row * kFeatures + feature(w, i)) * a.capacity + column];
                 sum += static_cast<double>(change[1][t][w][i]) - static_cast<double>(change[0][t][w][i]);
             }
@@ -224,28 +226,30 @@ __device__ __forceinline__ void slide_window(const WindowStep &a) {
 __device__ __forceinline__ void score_columns(const WindowStep &a) {
     __shared__ Shared s;
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
-    const int first = static_cast<int>(a.first[blockIdx.z]), last = static_cast<int>(a.last[blockIdx.z]);
+    const auto [first, last] = range_of(a.candidates, blockIdx.z, static_cast<int>(a.columns));
     const int end = static_cast<int>(blockIdx.x) - (static_cast<int>(gridDim.x) - 2);  // 0, 1: an end of the range
     const bool turned = end >= 0;
     const float *third = s.rest + kThird;
     float *scores = a.scores + row * a.columns;
     Sums sums;
     if (turned) {
-        if (last - first < kLines - 1) return;  // whoever asks scores so few by themselves
-        // Lines are four columns, and zeros outside of the range.
+        const int among = last - first;  // columns, which may be fewer than the two at each end
+        if (among <= 0) return;
+        // Lines are four columns, and zeros outside of the range; those at the first end come behind a line of zeros.
         for (int l = 0; l < kLines; ++l)
             for (int p = threadIdx.x; p < kPositions + 2; p += kPositions) s.line[0][l][p] = __float2half_rn(0.f);
         load_network(s, a, true);
         __syncthreads();
         const int line = threadIdx.x / 8, from = threadIdx.x % 8 * 8;  // of the first 32 threads
-        if (line < kLines - 1) {
+        const int column = end ? last - (kLines - 1) + line : first + line;
+        if (line < kLines - 1 && column >= first && column < last) {
             __half x[8];
-            read_column(a, row, end ? last - (kLines - 1) + line : first + line, from, x);
+            read_column(a, row, column, from, x);
 #pragma unroll
             for (int i = 0; i < 8; ++i) s.line[0][end ? line : line + 1][from + i + 1] = x[i];
         }
         __syncthreads();
-        make_maps(s, 0, threadIdx.x < kRows);
+        make_maps(s, 0, threadIdx.x < kRows, end ? kPlanes - among : 0, end ? kPlanes : among);
         __syncthreads();
 #pragma unroll
         for (int which = 0; which < 2; ++which) {  // the middle line, then the one next to the end
@@ -274,7 +278,8 @@ __device__ __forceinline__ void score_columns(const WindowStep &a) {
             for (int w = 0; w < kWarps; ++w) total += s.total[w][which][lane];
             const float score = warp_sum(total / kRows * third[lane]) + third[kFeatures];
             const int inwards = kReach - 1 - which;
-            if (lane == 0) scores[end ? last - 1 - inwards : first + inwards] = score;
+            const int n = end ? last - 1 - inwards : first + inwards;
+            if (lane == 0 && (end ? n >= first + kReach : n < last)) scores[n] = score;
         }
         return;
     }
