@@ -218,8 +218,10 @@ class ScoreHistory:
         """
         if not self.started:
             raise ValueError("predict_ahead needs a history that has started")
-        if not 1 <= capacity <= self.capacity:
-            raise ValueError(f"capacity must lie within 1..{self.capacity}, got {capacity}")
+        if not 0 <= capacity <= self.capacity:
+            raise ValueError(f"capacity must lie within 0..{self.capacity}, got {capacity}")
+        if capacity == 0:
+            return self._state_BGNC.new_empty((*self._state_BGNC.shape[:2], 0), dtype=torch.float32)
         return self._score(capacity, (first, recent, self.predictor.block_size, length_B, padding_B))
 
     def _score(self, columns: int, bounds: tuple[int, int, int, Tensor, Tensor | None]) -> Tensor:

@@ -10,6 +10,7 @@ from itertools import combinations
 import pytest
 import torch
 import transformers
+from histories import predicted
 from tiny_models import make_tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -284,7 +285,7 @@ class TestForesight:
             tokens = length - steps + step + 1
             blocks = SELECTION.n_blocks(tokens)
             first, last = SELECTION.candidates(tokens)
-            scores_BGN = history.predict(first, min(last, history.n_blocks))
+            scores_BGN = predicted(history, first, min(last, history.n_blocks))
             truth_BGN = rows.mass_BGQN[:, :, step, :blocks]
             got, most = (
                 torch.zeros_like(truth_BGN).scatter_(
