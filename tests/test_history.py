@@ -277,6 +277,47 @@ def test_a_step_never_asks_the_host(name: str) -> None:
     assert history.state_BGNC is state_BGNC
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
+@torch.inference_mode()
+def test_a_captured_step(name: str, kernels: bool) -> None:
+    """One CUDA graph, replayed at other lengths than it was captured at, leaves what steps one by one leave."""
+    torch.manual_seed(0)
+    history = new_history(architecture(name)().cuda(), batch=2, kv_heads=KV_HEADS, device="cuda", kernels=kernels)
+    history.start(make_rows(5, 30, batch=2).cuda())
+    by_steps = copy.deepcopy(history)
+    length_B, padding_B = torch.tensor([480, 480], device="cuda"), torch.tensor([0, 70], device="cuda")
+    row_BGC, total_BH = torch.zeros(2, KV_HEADS, 64, device="cuda"), torch.full((2, KV_HEADS), 4.0, device="cuda")
+    block_BGS = torch.arange(4, device="cuda").repeat(2, KV_HEADS, 1)
+    logits = (torch.randn(2, KV_HEADS, 50, device="cuda"), block_BGS, torch.randn(2, KV_HEADS, 4, device="cuda"))
+
+    def step(one: ScoreHistory) -> Tensor:
+        one.observe_slots(*logits, total_BH, length_B, total_BH)
+        one.observe_row(row_BGC)
+        return one.predict_ahead(2, 32, length_B, padding_B, 50)
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):  # libraries are loaded before
+        step(copy.deepcopy(history))
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        score_BGC = step(history)
+    for tokens in (480, 481, 496, 497, 560):
+        length_B.copy_(torch.tensor([tokens, tokens - 100]))
+        n_blocks = -(-tokens // 16)
+        row_BGC[..., : n_blocks - 7].uniform_()  # both sequences have as many
+        logits[0].normal_()
+        for one in (history, by_steps):
+            one.advance(n_blocks)
+        graph.replay()
+        expected = step(by_steps)
+        assert torch.equal(score_BGC.isfinite(), expected.isfinite())
+        torch.testing.assert_close(score_BGC, expected, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(history.state_BGNC, by_steps.state_BGNC, atol=1e-4, rtol=1e-3)
+        history.check_integrity()
+
+
 def test_memory_grows_in_chunks() -> None:
     history = make_history(FilterPredictor())
     a_chunk = KV_HEADS * CHUNK_BLOCKS * FilterPredictor.channels * 4
