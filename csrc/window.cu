@@ -49,9 +49,8 @@ __device__ __forceinline__ void load_network(Shared &s, const WindowStep &a, boo
     wait_copies<0>();
 }
 
-// Maps of the band's three inner lines at this thread's position; zero where it does not count, and on lines before `low` and
-// from `high` on.
-__device__ __forceinline__ void make_maps(Shared &s, int band, bool counts, int low = 0, int high = kPlanes) {
+// Maps of the band's three inner lines at this thread's position; zero where it does not count.
+__device__ __forceinline__ void make_maps(Shared &s, int band, bool counts) {
     const int p = threadIdx.x;
     float x[kLines][3];
 #pragma unroll
@@ -79,9 +78,8 @@ __device__ __forceinline__ void make_maps(Shared &s, int band, bool counts, int 
             }
 #pragma unroll
             for (int m = 0; m < kPlanes; ++m)
-                y[m][pair] = counts && m >= low && m < high
-                                 ? __floats2half2_rn(fmaxf(of_two[m][0], 0.f), fmaxf(of_two[m][1], 0.f))
-                                 : __floats2half2_rn(0.f, 0.f);
+                y[m][pair] = counts ? __floats2half2_rn(fmaxf(of_two[m][0], 0.f), fmaxf(of_two[m][1], 0.f))
+                                    : __floats2half2_rn(0.f, 0.f);
         }
 #pragma unroll
         for (int m = 0; m < kPlanes; ++m) memcpy(&s.maps[m][p + 1][part], y[m], sizeof(uint4));
@@ -226,7 +224,9 @@ __device__ __forceinline__ void slide_window(const WindowStep &a) {
 __device__ __forceinline__ void score_columns(const WindowStep &a) {
     __shared__ Shared s;
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
-    const auto [first, last] = range_of(a.candidates, blockIdx.z, static_cast<int>(a.columns));
+    const Range range = range_of(a.candidates, blockIdx.z, static_cast<int>(a.columns));
+    // A shuffle keeps the compiler from carrying along what they are made of: 10 registers, and one thread block of four.
+    const int first = __shfl_sync(kAll, range.first, 0), last = __shfl_sync(kAll, range.last, 0);
     const int end = static_cast<int>(blockIdx.x) - (static_cast<int>(gridDim.x) - 2);  // 0, 1: an end of the range
     const bool turned = end >= 0;
     const float *third = s.rest + kThird;
@@ -249,7 +249,11 @@ __device__ __forceinline__ void score_columns(const WindowStep &a) {
             for (int i = 0; i < 8; ++i) s.line[0][end ? line : line + 1][from + i + 1] = x[i];
         }
         __syncthreads();
-        make_maps(s, 0, threadIdx.x < kRows, end ? kPlanes - among : 0, end ? kPlanes : among);
+        make_maps(s, 0, threadIdx.x < kRows);
+        // Where there are fewer columns than lines of maps, the network pads these.
+#pragma unroll 1
+        for (int m = among; m < kPlanes; ++m)
+            for (uint4 &part : s.maps[end ? kPlanes - 1 - m : m][threadIdx.x + 1]) part = make_uint4(0, 0, 0, 0);
         __syncthreads();
 #pragma unroll
         for (int which = 0; which < 2; ++which) {  // the middle line, then the one next to the end

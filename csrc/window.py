@@ -33,7 +33,7 @@ class WindowStep(ctypes.Structure):
 
 SLIDE_SUMS = Kernel("window.cu", "slide_sums", WindowStep, threads=128)
 SLIDE_WINDOW = Kernel("window.cu", "slide_window", WindowStep, threads=256)
-SCORE = Kernel("window.cu", "score_columns", WindowStep, threads=128)
+SCORE = Kernel("window.cu", "score_columns", WindowStep, threads=128, at_once=4)
 TILE, SLID = 126, 32  # columns of a thread block: where features are computed, and where the window moves
 
 
