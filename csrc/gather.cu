@@ -35,16 +35,6 @@ __device__ __forceinline__ char *host_block(const int64_t *slab, int64_t slab_bl
     return reinterpret_cast<char *>(slab[block / slab_blocks]) + (row * slab_blocks + block % slab_blocks) * bytes;
 }
 
-__device__ __forceinline__ void gather_blocks(const Gather &a) {
-    const int64_t vectors = a.half_bytes / 16;  // of the keys, and as many of the values
-    for (int64_t entry = blockIdx.x; entry < a.n; entry += gridDim.x) {
-        const int64_t row = a.row[entry], to = (row * a.slots + a.slot[entry]) * vectors;
-        const char *from = host_block(a.slab, a.slab_blocks, row, a.block[entry], 2 * a.half_bytes);
-        copy_block(reinterpret_cast<const uint4 *>(from), static_cast<uint4 *>(a.key) + to,
-                   static_cast<uint4 *>(a.value) + to, vectors);
-    }
-}
-
 // All moves of the rows are one list, of which thread blocks take entries in turn. Rows' numbers of moves are asked for at once.
 __device__ __forceinline__ void move_blocks(const Move &a) {
     __shared__ int count[kThreads];

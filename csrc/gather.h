@@ -1,19 +1,17 @@
 #pragma once
 #include "kernels.h"
 
-// Blocks from the slabs of a host store to a block pool (GPU) or to a staging buffer (CPU).
+// Blocks from the slabs of a host store to a buffer, on a CPU.
 struct Gather {
     const int64_t *slab;   // addresses of the slabs, each [R, slab_blocks, 2, T, D]
     const int64_t *row;    // [n]
     const int64_t *block;  // [n]
-    const int64_t *slot;   // [n], GPU alone
-    void *key;             // GPU: [R, S, T, D]; CPU: the buffer [n, 2, T, D]
-    void *value;           // GPU: [R, S, T, D]
-    int64_t n, slab_blocks, slots, half_bytes;  // half_bytes: the keys, or the values, of one block
-    int64_t workers;                            // threads of a CPU
+    void *out;             // [n, 2, T, D]
+    int64_t n, slab_blocks, block_bytes;
+    int64_t workers;       // threads
 };
 
-// The same on a GPU for lists that a GPU made (`Select`): each row has its own.
+// Blocks from pinned slabs to the slots of a pool, on a GPU, by lists that it has made (`Select`): each row has its own.
 struct Move {
     const int64_t *slab;       // addresses of the slabs, each [R, slab_blocks, 2, T, D]
     const int32_t *block;      // [R, S]

@@ -22,7 +22,7 @@ LATE_BLOCKS = 128  # where the model waits: what a step lacks is asked for at on
 class Gather(ctypes.Structure):
     """As in gather.h."""
 
-    _fields_ = [*pointers("slab row block slot key value"), *integers("n slab_blocks slots half_bytes workers")]
+    _fields_ = [*pointers("slab row block out"), *integers("n slab_blocks block_bytes workers")]
 
 
 class Move(ctypes.Structure):
@@ -49,44 +49,9 @@ class Append(ctypes.Structure):
     ]
 
 
-GATHER = Kernel("gather.cu", "gather_blocks", Gather, threads=128)
 MOVE = Kernel("gather.cu", "move_blocks", Move, threads=128)
 APPEND = Kernel("gather.cu", "append_token", Append, threads=64)
 NOTE_TIME = Kernel("gather.cu", "note_time", Moment, threads=1)
-
-
-def gather_to_pool(
-    slab_s: Tensor,
-    slab_blocks: int,
-    row_n: Tensor,
-    block_n: Tensor,
-    slot_n: Tensor,
-    key_BGSTD: Tensor,
-    value_BGSTD: Tensor,
-) -> None:
-    """Copy blocks from pinned slabs ``[B, G, slab_blocks, 2, T, D]`` into the slots of a pool on a GPU.
-
-    The GPU reads host memory itself, in the current stream; the caller keeps slabs and lists until that is done, and
-    vouches that rows, blocks and slots exist.
-
-    Args:
-        slab_s: int64 addresses of the slabs, on the pool's device.
-        row_n, block_n, slot_n: int64 on the pool's device; which row's block goes to which slot of that row.
-    """
-    device = key_BGSTD.device
-    shape = tuple(key_BGSTD.shape)
-    S = shape[2]
-    check("key_BGSTD", key_BGSTD, shape, key_BGSTD.dtype, device)
-    check("value_BGSTD", value_BGSTD, shape, key_BGSTD.dtype, device)
-    check("slab_s", slab_s, (len(slab_s),), torch.int64, device)
-    for name, entry_n in (("row_n", row_n), ("block_n", block_n), ("slot_n", slot_n)):
-        check(name, entry_n, (len(row_n),), torch.int64, device)
-    half_bytes = _half_bytes(key_BGSTD)
-    arguments = Gather(
-        *map(address, (slab_s, row_n, block_n, slot_n, key_BGSTD, value_BGSTD)),
-        *(len(row_n), slab_blocks, S, half_bytes, GATHER_BLOCKS),
-    )
-    GATHER.launch(device, (min(len(row_n), GATHER_BLOCKS), 1, 1), arguments)
 
 
 def move_blocks(
@@ -99,12 +64,15 @@ def move_blocks(
     value_BGSTD: Tensor,
     spent_1: Tensor | None,
 ) -> None:
-    """As ``gather_to_pool``, by lists that are on the GPU alone: each row's first ``moves_R`` entries.
+    """Copy blocks from pinned slabs ``[B, G, slab_blocks, 2, T, D]`` into the slots of a pool on a GPU.
+
+    The GPU reads host memory itself, in the current stream; the caller keeps the slabs until that is done, and vouches
+    that blocks and slots exist.
 
     Args:
-        slab_s: int64 addresses of the slabs.
-        block_RS, slot_RS: int32; which block goes to which slot.
-        moves_R: int32, how many.
+        slab_s: int64 addresses of the slabs, on the pool's device.
+        block_RS, slot_RS: int32, in the first ``moves_R`` entries of a row which block goes to which slot.
+        moves_R: int32.
         spent_1: int64, adds up the nanoseconds of calls that moved something, while the model waits; ``None`` if it
             goes on beside them.
     """
@@ -173,11 +141,9 @@ def gather_to_host(slab_s: Tensor, slab_blocks: int, row_n: Tensor, block_n: Ten
     check("out_n2TD", out_n2TD, (n, 2, T, D), out_n2TD.dtype, host)
     for name, entry_n in (("row_n", row_n), ("block_n", block_n)):
         check(name, entry_n, (n,), torch.int64, host)
-    half_bytes = T * D * out_n2TD.element_size()
-    arguments = Gather(
-        *map(address, (slab_s, row_n, block_n, None, out_n2TD, None)),
-        *(n, slab_blocks, 0, half_bytes, threads(out_n2TD.numel())),
-    )
+    block_bytes = 2 * T * D * out_n2TD.element_size()
+    lists = map(address, (slab_s, row_n, block_n, out_n2TD))
+    arguments = Gather(*lists, n, slab_blocks, block_bytes, threads(out_n2TD.numel()))
     call("gather_blocks", arguments)
 
 

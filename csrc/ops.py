@@ -7,7 +7,7 @@ import torch
 from attention_predictor.csrc import attention, gather, observe, predict, reduce, select, sketch, window
 from attention_predictor.csrc.attention import fits, sparse_decode
 from attention_predictor.csrc.binding import ELEMENTS, missing, prepare
-from attention_predictor.csrc.gather import append_token, gather_to_host, gather_to_pool, move_blocks, note_time
+from attention_predictor.csrc.gather import append_token, gather_to_host, move_blocks, note_time
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.observe import fold_rows, observe_row
 from attention_predictor.csrc.predict import pack_convolutions, predict_blocks
@@ -34,7 +34,6 @@ __all__ = [
     "fits",
     "fold_rows",
     "gather_to_host",
-    "gather_to_pool",
     "kernels_of",
     "missing",
     "most_slots",
@@ -63,24 +62,21 @@ OF_PREDICTOR = {
 }
 
 
-def kernels_of(
-    dtype: torch.dtype, head_dim: int, *, sketch_bits: int | None, predictor: str | None, captured: bool
-) -> list[Kernel]:
+def kernels_of(dtype: torch.dtype, head_dim: int, *, sketch_bits: int | None, predictor: str | None) -> list[Kernel]:
     """All that a GPU needs for a prompt and decoding steps, to be given to ``prepare``.
 
     Args:
         dtype, head_dim: Of the keys; kernels that none are written for are left out.
         sketch_bits: Of a sketch's codes; ``None`` where there is no sketch.
         predictor: Its architecture, if there is one.
-        captured: Steps are captured, not prefetched by the thread.
     """
     # What takes longest to compile comes first.
-    found = [select.KERNEL, gather.MOVE, gather.APPEND, gather.NOTE_TIME] if captured else []
+    found = [select.KERNEL, gather.MOVE, gather.APPEND, gather.NOTE_TIME]
     if dtype in ELEMENTS and head_dim <= attention.MOST_HEAD_DIM:
         if sketch_bits is not None:
             found += [sketch.score_kernel(sketch_bits, head_dim)[0], sketch.store_kernel(dtype)]
         found += [attention.kernel(dtype, head_dim, values) for values in (True, False)]
-    return [*found, *OF_PREDICTOR.get(predictor or "", ()), gather.GATHER, reduce.KERNEL]
+    return [*found, *OF_PREDICTOR.get(predictor or "", ()), reduce.KERNEL]
 
 
 def every_kernel() -> list[Kernel]:
@@ -91,6 +87,6 @@ def every_kernel() -> list[Kernel]:
         for head_dim in attention.WIDTHS
         for bits in sketch.WIDE_BITS
         for predictor in OF_PREDICTOR
-        for kernel in kernels_of(dtype, head_dim, sketch_bits=bits, predictor=predictor, captured=True)
+        for kernel in kernels_of(dtype, head_dim, sketch_bits=bits, predictor=predictor)
     ]
     return list({kernel.name: kernel for kernel in found}.values())

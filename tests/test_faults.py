@@ -38,7 +38,7 @@ def test_a_failing_late_fetch_surfaces_in_its_step(prefilled, monkeypatch):
         patch.setattr(
             layer.policy,
             "score_now",
-            lambda step: (~layer.blocks.table.resident(step.n_blocks)).float().view(1, 2, -1) + 0.1,
+            lambda step: (~layer.blocks.table.resident_RC).float().view(1, 2, -1) + 0.1,
         )
         # Only on this thread, where late fetches run: the worker may still be at work for the last token.
         patch.setattr(layer.blocks.pool, "write_blocks", _failing_on_this_thread(layer.blocks.pool.write_blocks))
@@ -67,7 +67,7 @@ def test_a_failing_fetch_ahead_is_a_fetch_error(tiny_model, ids, monkeypatch):
     with torch.no_grad(), attach(model, config) as engine:
         cache = engine.new_cache()
         model(ids(200), **with_cache(model, cache))
-        monkeypatch.setattr(cache.layers[0].blocks.table, "plan", _raise_value_error)
+        monkeypatch.setattr(cache.layers[0].blocks.table, "choose_ahead", _raise_value_error)
         with pytest.raises(FetchError) as caught:
             for _ in range(2):  # the next layer's submit notices, or this layer's next wait
                 model(ids(1), **with_cache(model, cache))
@@ -78,7 +78,7 @@ def test_a_failing_fetch_ahead_is_a_fetch_error(tiny_model, ids, monkeypatch):
 
 
 def _raise_value_error(*args):
-    raise ValueError("no plan")
+    raise ValueError("no choice")
 
 
 def test_a_killed_thread_surfaces_within_one_step(prefilled):
@@ -239,13 +239,13 @@ def test_slow_fetches_change_nothing_but_the_wait(tiny_model, ids, monkeypatch):
             cache = engine.new_cache()
             model(ids(200), **with_cache(model, cache))
             for layer in cache.layers:
-                fetch = layer.blocks.fetch
+                move = layer.blocks._move
 
-                def late(wanted, fetch=fetch):
+                def late(spent, move=move):
                     time.sleep(delay)
-                    return fetch(wanted)
+                    return move(spent)
 
-                monkeypatch.setattr(layer.tiers, "fetch", late)
+                monkeypatch.setattr(layer.blocks, "_move", late)
             out = [model(ids(1, seed=step), **with_cache(model, cache)).logits for step in range(8)]
             cache.check_integrity()
             return torch.cat(out), engine.stats.exposed_wait_ms

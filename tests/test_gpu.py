@@ -71,14 +71,14 @@ def test_random_delays_on_both_streams_change_nothing(tiny_model, ids, monkeypat
             cache = engine.new_cache()
             out = [model(prompt, **with_cache(model, cache)).logits[:, -1:].argmax(-1)]
             for layer in cache.layers:
-                fetch, attend = layer.blocks.fetch, layer.attend
+                move, attend = layer.blocks._move, layer.attend
 
                 def delayed(call, *args):
                     if slow:
                         torch.cuda._sleep(int(torch.randint(2_000_000, (1,), generator=generator)))
                     return call(*args)
 
-                monkeypatch.setattr(layer.tiers, "fetch", lambda *args, call=fetch: delayed(call, *args))
+                monkeypatch.setattr(layer.blocks, "_move", lambda *args, call=move: delayed(call, *args))
                 monkeypatch.setattr(layer, "attend", lambda *args, call=attend: delayed(call, *args))
             for _ in range(40):
                 out.append(model(out[-1], **with_cache(model, cache)).logits[:, -1:].argmax(-1))

@@ -14,6 +14,7 @@ from torch import Tensor
 from attention_predictor.csrc import binding, ops
 from attention_predictor.offload.attention.dense import Terms
 from attention_predictor.offload.attention.sparse import attend_slots, score_slots
+from attention_predictor.offload.blocks.block_pool import BlockPool
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.host_store import HostStore, gather_reference
 
@@ -69,7 +70,8 @@ def test_sparse_attention(device: str, dtype: torch.dtype, shape: dict[str, int]
     query, key, value, blocks, length, real = pool_case(device, dtype, **shape)
     sinks = torch.randn(query.shape[1], device=device) if extra == "sinks" else None
     terms = Terms(query.shape[-1] ** -0.5, 3.0 if extra == "softcap" else None, sinks)
-    arguments = (blocks, length, real if extra == "padded" else None, terms)
+    length_B = torch.full((len(query),), length, device=device)
+    arguments = (blocks, length_B, real if extra == "padded" else None, terms)
     exact = attend_slots(query.double(), key.double(), value.double(), *arguments)
     reference = attend_slots(query, key, value, *arguments)
     found = attend_slots(query, key, value, *arguments, kernel=True)
@@ -106,16 +108,24 @@ def test_what_takes_no_part_may_be_no_number(device: str, dtype: torch.dtype) ->
 def test_the_length_may_be_known_on_the_device_alone(device: str) -> None:
     query, key, value, blocks, length, real = pool_case(device, torch.bfloat16)
     rest = (None, 0.125, 0.0)
-    length_1, room = torch.tensor([length], device=device), length + 77
+    length_B, room = torch.full((len(query),), length, device=device), length + 77
     padded = torch.nn.functional.pad(real, (0, room - length), value=True)
     for values in (value, None):
         wanted = ops.sparse_decode(query, key, values, blocks, length, real, *rest)
-        assert same(ops.sparse_decode(query, key, values, blocks, room, padded, *rest, length_1), wanted)
-    terms = Terms(0.125)
-    wanted = attend_slots(query, key, value, blocks, length, real, terms)
-    found = attend_slots(query, key, value, blocks, room, padded, terms, length_1=length_1)
-    assert torch.equal(found.out_BHD, wanted.out_BHD)
-    assert same(score_slots(query, key, blocks, room, padded, terms, length_1=length_1), wanted.scores)
+        assert same(ops.sparse_decode(query, key, values, blocks, room, padded, *rest, length_B), wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_sequences_have_lengths_of_their_own(device: str) -> None:
+    query, key, value, blocks, length, _ = pool_case(device, torch.bfloat16)
+    length_B, terms = torch.tensor([length, length - 100], device=device), Terms(0.125)
+    for kernel in (False, True):
+        found = attend_slots(query, key, value, blocks, length_B, None, terms, kernel=kernel)
+        for b in range(2):
+            part = (x[b : b + 1] for x in (query, key, value, blocks, length_B))
+            alone = attend_slots(*part, None, terms, kernel=kernel)
+            torch.testing.assert_close(found.out_BHD[b : b + 1], alone.out_BHD)
+            torch.testing.assert_close(found.scores.sum_BHS[b : b + 1], alone.scores.sum_BHS)
 
 
 @pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
@@ -123,7 +133,8 @@ def test_the_length_may_be_known_on_the_device_alone(device: str) -> None:
 def test_slots_are_shared_out(device: str, multiprocessors: int, H: int, S: int, monkeypatch) -> None:
     """Whatever number of thread blocks shares them, the last one merges them, call after call."""
     query, key, value, blocks, length, real = pool_case(device, torch.float16, B=1, G=1, H=H, S=S, T=1, D=16)
-    arguments = (query, key, value, blocks, length, real, Terms(0.25))
+    length_B = torch.full((1,), length, device=device)
+    arguments = (query, key, value, blocks, length_B, real, Terms(0.25))
     wanted = attend_slots(*arguments)
     monkeypatch.setattr(binding, "multiprocessors", lambda _: multiprocessors)
     arrived = torch.zeros(query.shape[:2], dtype=torch.int32, device=device)
@@ -169,20 +180,22 @@ def test_gather_to_host(dtype: torch.dtype, count: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [0, 1, 7, 40])
-def test_gather_to_pool(dtype: torch.dtype, count: int) -> None:
-    from attention_predictor.offload.blocks.block_pool import BlockPool
-
-    store, (row, block) = filled_store(dtype, HostMemory(torch.device("cuda"))), entries(count)
-    shape = {"batch": 2, "kv_heads": 3, "slots": 60, "block_size": 16, "head_dim": 16, "dtype": dtype}
+def test_move_blocks(dtype: torch.dtype) -> None:
+    store = filled_store(dtype, HostMemory(torch.device("cuda")))
+    shape = {"batch": 2, "kv_heads": 3, "slots": 12, "block_size": 16, "head_dim": 16, "dtype": dtype}
     by_kernel, by_copy = (BlockPool(**shape, device="cuda") for _ in range(2))
-    slot = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:count]
-    store.gather_to_pool(row, block, slot, by_kernel)
-    by_copy.write_blocks(row, slot, store.gather(row, block))
+    generator = torch.Generator().manual_seed(1)
+    slot_RS, block_RS = (
+        torch.stack([torch.randperm(count, generator=generator)[:12] for _ in range(6)]) for count in (12, 22)
+    )
+    moves_R = torch.tensor([0, 1, 12, 7, 0, 3])
+    row_n, place_n = (torch.arange(12) < moves_R[:, None]).nonzero(as_tuple=True)
+    by_copy.write_blocks(row_n, slot_RS[row_n, place_n], store.gather(row_n, block_RS[row_n, place_n]))
+    lists = (x.int().cuda() for x in (block_RS, slot_RS, moves_R))
+    pool = (by_kernel.key_BGSTD, by_kernel.value_BGSTD)
+    ops.move_blocks(store.addresses(torch.device("cuda", 0)), store.slab_blocks, *lists, *pool, None)
     assert torch.equal(by_kernel.key_BGSTD, by_copy.key_BGSTD)
     assert torch.equal(by_kernel.value_BGSTD, by_copy.value_BGSTD)
-    with pytest.raises(IndexError, match="block must be between 0 and 21"):
-        store.gather_to_pool(torch.tensor([0]), torch.tensor([22]), torch.tensor([0]), by_kernel)
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -194,7 +207,7 @@ def test_wrong_arguments_are_named() -> None:
         "block_BGS: expected torch.int64 [2, 2, 13]": (3, blocks.int()),
         "real_BL: expected torch.bool [2, 425]": (5, real[:, :-1]),
         "sinks_H: expected torch.float32 [8]": (6, torch.zeros(4)),
-        "length_1: expected torch.int64 [1]": (9, torch.tensor(425)),
+        "length_B: expected torch.int64 [2]": (9, torch.tensor([425])),
         "arrived_BH: expected torch.int32 [2, 8]": (10, torch.zeros(2, 8)),
     }
     for message, (place, bad) in cases.items():
@@ -209,6 +222,6 @@ def test_an_emulated_device_has_every_kernel() -> None:
     of_sources = libraries()
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for head_dim in (8, 64, 80, 128, 256):
-            for one in ops.kernels_of(dtype, head_dim, sketch_bits=4, predictor="paper", captured=True):
+            for one in ops.kernels_of(dtype, head_dim, sketch_bits=4, predictor="paper"):
                 assert hasattr(of_sources[one.source], one.name)
-    assert len(ops.kernels_of(torch.float64, 512, sketch_bits=2, predictor=None, captured=False)) == 2
+    assert len(ops.kernels_of(torch.float64, 512, sketch_bits=2, predictor=None)) == 5

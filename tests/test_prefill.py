@@ -232,8 +232,14 @@ def test_the_device_reads_what_was_appended_before():
         sleep(2e8)
         store.append(key[:, :, first : first + 100], value[:, :, first : first + 100])
         with torch.cuda.stream(torch.cuda.Stream()):
-            rows, block = torch.arange(6), torch.full((6,), first // 16 + 1)
-            store.gather_to_pool(rows, block, torch.ones_like(rows), pool)
+            block_RS, slot_RS, moves_R = (
+                torch.tensor([first // 16 + 1, 1, 1], dtype=torch.int32, device="cuda")[:, None, None]
+                .expand(3, 6, 4)
+                .contiguous()
+            )
+            lists = (block_RS, slot_RS, moves_R[:, 0].contiguous())
+            slabs = (store.addresses(key.device), store.slab_blocks)
+            ops.move_blocks(*slabs, *lists, pool.key_BGSTD, pool.value_BGSTD, None)
             torch.cuda.current_stream().synchronize()
         start = (first // 16 + 1) * 16
         assert torch.equal(pool.key_BGSTD[:, :, 1], key[:, :, start : start + 16])

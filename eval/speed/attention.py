@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
 
     sets = [inputs() for _ in range(input_sets(moved, device))]
     block_BGS = torch.arange(S, device=device).expand(B, G, S).contiguous()
-    rest = (block_BGS, S * BLOCK, None, Terms(D**-0.5))
+    rest = (block_BGS, torch.full((B,), S * BLOCK, device=device), None, Terms(D**-0.5))
 
     def ours(query: Tensor, key: Tensor, value: Tensor, kernel: bool) -> Call:
         return lambda: attend_slots(query, key, value, *rest, kernel=kernel)

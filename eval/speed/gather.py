@@ -70,24 +70,15 @@ def _to_pool(
     whole = torch.empty(n, 2, BLOCK, store.head_dim, dtype=store.dtype, pin_memory=True)
     there = torch.empty_like(whole, device=device, pin_memory=False)
 
-    def by_kernel(row_n: Tensor, block_n: Tensor) -> Call:
-        entries = row_n.to(device), block_n.to(device), slot_n.to(device)
-        return lambda: ops.gather_to_pool(*slabs, *entries, *sides)
-
     def by_table(_: Tensor, block_n: Tensor) -> Call:
         block_RS = block_n.to(device, torch.int32).expand(rows, n).contiguous()
         return lambda: ops.move_blocks(*slabs, block_RS, slot_RS, moves_R, *sides, None)
-
-    def by_call(row_n: Tensor, block_n: Tensor) -> Call:
-        return lambda: store.gather_to_pool(row_n, block_n, slot_n, pool)
 
     def by_host(row_n: Tensor, block_n: Tensor) -> Call:
         return lambda: pool.write_blocks(row_n, slot_n, store.gather(row_n, block_n))
 
     return [
-        Way("ours, lists on the device", [by_kernel(*one) for one in lists], n),
-        Way("ours, lists by row, as in captured steps", [by_table(*one) for one in lists], each * rows),
-        Way("ours, lists from the host", [by_call(*one) for one in lists], n, on_device=False),
+        Way("ours", [by_table(*one) for one in lists], each * rows),
         Way("gathered on the CPU, then copied", [by_host(*one) for one in lists], n, on_device=False),
         Way("one piece by the copy engine", [lambda: there.copy_(whole, non_blocking=True)], n),
     ]

@@ -120,7 +120,6 @@ def _kernels(runtime: Runtime, dtype: torch.dtype) -> list[Kernel]:
             head_dim,
             sketch_bits=config.sketch_bits if predictor is not None and config.needs_sketch else None,
             predictor=None if predictor is None else predictor.arch,
-            captured=runtime.room.captures,
         )
         found |= {kernel.name: kernel for kernel in kernels}
     return list(found.values())
