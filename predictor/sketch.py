@@ -156,6 +156,8 @@ class KeySketch:
         `length_B`: int64, tokens of each sequence, this one included.
         """
         if kernel and self.length > self.group and self._no_kernel(None) is None:
+            if self.length > self.capacity:
+                raise ValueError(f"there is room for {self.capacity} tokens, this would be number {self.length}")
             key_BGD = key_BGD.to(self._tail_BGTD.dtype).contiguous()
             ops.sketch_append(key_BGD, *self._tensors(), self.capacity, length_B)
             return
@@ -213,8 +215,10 @@ class KeySketch:
         (`no_kernel`), it is done in one pass that never holds the logits.
 
         Args:
-            capacity: C, blocks of the result; `None`: those of the sequence. Those behind it are left as they come.
-            length_B: int64 on the device, tokens of each sequence, if there is a capacity.
+            capacity: C, blocks of the result; `None`: those of the sequence. Those that have not begun have ``-inf``,
+                or what comes where a kernel is used.
+            length_B: int64 on the device, tokens of each sequence, if there is a capacity. Without a kernel `length`
+                counts, and such a step can't be captured.
         """
         if kernel and self.no_kernel(block_size) is None:
             return ops.sketch_scores(
