@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding
 from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, call, check, threads
 from attention_predictor.csrc.kernel import Kernel
@@ -115,7 +116,7 @@ def sparse_decode(
     outputs = out_BHD, peak_BHS, sum_BHS, lse_BH = _outputs(query_BHD, key_BGSTD, value_BGSTD)
     partial = None
     if binding.on_gpu(device):
-        pieces = -(-H // (G * HEADS))
+        pieces = ceil_div(H, G * HEADS)
         splits = _splits(B * G * pieces, S, D, device)
         if value_BGSTD is not None:
             partial = torch.empty((B, H, splits, D + 4), dtype=torch.float32, device=device)
@@ -159,5 +160,5 @@ def _at_once(head_dim: int) -> int:
 
 def _splits(rows: int, slots: int, head_dim: int, device: torch.device) -> int:
     """Thread blocks for the slots of each row: as many as run at once, and a slot at least for each warp."""
-    most = min(_at_once(head_dim) * binding.multiprocessors(device) // rows, -(-slots // WARPS), MOST_SPLITS)
+    most = min(_at_once(head_dim) * binding.multiprocessors(device) // rows, ceil_div(slots, WARPS), MOST_SPLITS)
     return 1 << max(most.bit_length() - 1, 0)  # a power of two

@@ -10,6 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding
 from attention_predictor.csrc.binding import address, check
 from attention_predictor.csrc.kernel import Kernel
@@ -84,6 +85,6 @@ def reduce_logits(
         *(B, H, Q, T, N, length, first_key, first_query, block_size, scaling, softcap),
     )
     lanes = min(block_size // LEAST_BLOCK, MOST_LANES)
-    touched = -(-(first_key + T) // block_size) - first_key // block_size
-    columns = -(-touched * lanes // KERNEL.threads) if T else 0
+    touched = ceil_div(first_key + T, block_size) - first_key // block_size
+    columns = ceil_div(touched * lanes, KERNEL.threads) if T else 0
     KERNEL.launch(device, (columns, min(B * H * Q, MOST_ROWS), 1), arguments)

@@ -13,6 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding
 from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, call, check, threads
 from attention_predictor.csrc.kernel import Kernel
@@ -149,9 +150,9 @@ def sketch_scores(
         return peak_BHN, sum_BHN
     # As many thread blocks as run at once; their warps take several groups each, one after the other.
     kernel, at_once = score_kernel(sketch.bits, D)
-    pieces = -(-H // (G * HEADS))
+    pieces = ceil_div(H, G * HEADS)
     most = at_once * binding.multiprocessors(device) // (B * G * pieces) - 1
-    splits = max(1, min(-(-(length // GROUP) // WARPS), most))
+    splits = max(1, min(ceil_div(length // GROUP, WARPS), most))
     kernel.launch(device, (1 + splits, G * pieces, B), arguments)
     return peak_BHN, sum_BHN
 
@@ -162,7 +163,7 @@ def _(query_BHD, order, tail, zero, scale, wide, narrow, length, length_1, real,
 
 
 def _scores(query_BHD: Tensor, length: int, block_size: int) -> tuple[Tensor, Tensor]:
-    peak_BHN = query_BHD.new_empty((*query_BHD.shape[:2], -(-length // block_size)), dtype=torch.float32)
+    peak_BHN = query_BHD.new_empty((*query_BHD.shape[:2], ceil_div(length, block_size)), dtype=torch.float32)
     return peak_BHN, torch.empty_like(peak_BHN)
 
 

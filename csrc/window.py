@@ -10,6 +10,7 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding
 from attention_predictor.csrc.binding import address, check
 from attention_predictor.csrc.kernel import Kernel
@@ -65,8 +66,8 @@ def push_window(
     arguments = WindowStep(
         *map(address, (row_BGN, window_BGNR, sum_BGCN, weight, rest, None)), *(B, G, N, room, known, 0, 0)
     )
-    SLIDE_SUMS.launch(window_BGNR.device, (-(-known // TILE), G, B), arguments)
-    SLIDE_WINDOW.launch(window_BGNR.device, (-(-N // SLID), G, B), arguments)
+    SLIDE_SUMS.launch(window_BGNR.device, (ceil_div(known, TILE), G, B), arguments)
+    SLIDE_WINDOW.launch(window_BGNR.device, (ceil_div(N, SLID), G, B), arguments)
 
 
 @torch.library.custom_op("attention_predictor::score_window", mutates_args=())
@@ -87,7 +88,7 @@ def score_window(
     arguments = WindowStep(
         *map(address, (None, window_BGNR, sum_BGCN, weight, rest, scores_BGN)), *(B, G, n_blocks, room, 0, first, last)
     )
-    SCORE.launch(window_BGNR.device, (-(-n_blocks // TILE) + 2, G, B), arguments)
+    SCORE.launch(window_BGNR.device, (ceil_div(n_blocks, TILE) + 2, G, B), arguments)
     return scores_BGN
 
 

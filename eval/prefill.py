@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import HostMemoryError, one_line
 from attention_predictor.eval.bench import Row, report
 from attention_predictor.eval.shapes import random_model, shape_config
@@ -67,7 +68,7 @@ def timed(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, budget: 
     """Prefills of the same prompt, each into a new cache, behind a short one that warms up."""
     cuda = model.device.type == "cuda"
     weights = sum(weight.nbytes for weight in model.parameters())
-    _prefill(model, way, ids_BT[:, : min(2 * chunk, -(-ids_BT.shape[1] // 2))], chunk, budget)
+    _prefill(model, way, ids_BT[:, : min(2 * chunk, ceil_div(ids_BT.shape[1], 2))], chunk, budget)
     if cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
     times, moved = [], 0

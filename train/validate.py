@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.train.dataset import Recording
 
@@ -33,7 +34,7 @@ def candidates(tokens: int, meta: Mapping[str, Any]) -> tuple[int, int]:
 def room(tokens: int, meta: Mapping[str, Any], budget: int) -> int:
     """Candidates that a budget has room for, beside sink and recent."""
     first, last = candidates(tokens, meta)
-    return budget // meta["block_size"] - (-(-tokens // meta["block_size"]) - (last - first))
+    return budget // meta["block_size"] - (ceil_div(tokens, meta["block_size"]) - (last - first))
 
 
 def recovered(chosen_XK: Tensor, mass_XN: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:

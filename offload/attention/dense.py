@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import ops
 from attention_predictor.offload.attention import fused
 from attention_predictor.offload.attention.fused import Piece
@@ -304,7 +305,7 @@ class Scorer:
         self.kernel = kernel and not whole_mask and ops.reduces(query_BHQD.device, block_size)
         self.query_BHQD, self.first_query, self.terms = query_BHQD, length - Q, terms
         self.kv_heads, self.block_size = kv_heads, block_size
-        shape = (B, H, Q, -(-length // block_size))
+        shape = (B, H, Q, ceil_div(length, block_size))
         self.peak_BHQN = query_BHQD.new_full(shape, float("-inf"), dtype=torch.float32)
         self.sum_BHQN = torch.full_like(self.peak_BHQN, float("-inf"))
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import HostMemoryError
 from attention_predictor.offload.blocks.available_memory import available_memory
 from attention_predictor.offload.blocks.host_memory import SPARE_BYTES, HostMemory
@@ -53,7 +54,7 @@ class Room:
 
     def bytes_for(self, batch: int, tokens: int) -> int:
         """What a cache of these sequences takes, in whole slabs; of the layers whose shape is known."""
-        slabs = -(-tokens // self.slab_tokens)
+        slabs = ceil_div(tokens, self.slab_tokens)
         known = (shape for shape in self.shapes.values() if shape is not None)
         return sum(batch * slabs * self.slab_tokens * shape.token_bytes for shape in known)
 
@@ -96,7 +97,7 @@ class Room:
             return
         if self.captures:
             tokens = self.captured(tokens)
-        slabs = -(-tokens // self.slab_tokens) - room // self.slab_tokens
+        slabs = ceil_div(tokens, self.slab_tokens) - room // self.slab_tokens
         sizes = [batch * self.slab_tokens * shape.token_bytes for shape in self.shapes.values() if shape is not None]
         self.memory.prepare([(size, slabs * sizes.count(size)) for size in sorted(set(sizes), reverse=True)])
 
