@@ -1,4 +1,4 @@
-"""Arithmetic on whole numbers that many modules share; importing it imports nothing."""
+"""Arithmetic that many modules share; importing it imports nothing."""
 
 from __future__ import annotations
 
@@ -18,3 +18,18 @@ def ceil_div(length: Whole, size: int) -> Whole:
         size: At least 1.
     """
     return -(-length // size)
+
+
+def scatter_or_drop(into: Tensor, index: Tensor, values: Tensor | float | bool) -> Tensor:
+    """``into`` with ``values`` at ``index`` of the last dimension; what has the index -1 is dropped.
+
+    Out of place. It is one column more that takes what is dropped, and is cut off.
+
+    Args:
+        index: int64, from -1 to the last column; no number but -1 twice in a row.
+    """
+    columns = into.shape[-1]
+    wider = into.new_empty((*into.shape[:-1], columns + 1))
+    wider[..., :columns] = into
+    index = index % (columns + 1)
+    return wider.scatter_(-1, index, values)[..., :columns]
