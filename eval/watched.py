@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from attention_predictor.arithmetic import scatter_or_drop
 from attention_predictor.errors import ConfigError
 from attention_predictor.eval.block_map import codes_of
 from attention_predictor.eval.variants import Variant
 from attention_predictor.offload.config import CAPTURING
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.policies import Step, policy_class
-
-TINY = 1e-12  # of mass; below it there is nothing to recover
+from attention_predictor.predictor.scores import recovery
 
 
 class HeadRecovery:
@@ -56,18 +56,13 @@ class HeadRecovery:
     def _measure(self, step: Step) -> None:
         layer, mass_BGN = self.layer, step.exact.mass_BGQN[:, :, 0]
         best_BGW = layer.selection.wanted(mass_BGN, step.length, layer.padding_B, step.kv_heads)
-        best_BG = mass_BGN.gather(-1, best_BGW.clamp_min(0)).masked_fill(best_BGW < 0, 0).sum(-1)
-        got_BG = mass_BGN.masked_fill(~step.attended_BGN, 0).sum(-1)
-        total_BG = mass_BGN.sum(-1)  # below 1 where an attention sink takes its share
-        self.share_BG += got_BG / total_BG.clamp_min(TINY)
-        self.relative_BG += got_BG / best_BG.clamp_min(TINY)
+        best_BGN = scatter_or_drop(torch.zeros_like(mass_BGN, dtype=torch.bool), best_BGW, True)
+        found = recovery(mass_BGN, step.attended_BGN, best_BGN)
+        self.share_BG += found.share
+        self.relative_BG += found.relative
         self.measured += 1
         if self.mapped:
-            n_blocks = mass_BGN.shape[-1]
-            best_GN = mass_BGN.new_zeros((step.kv_heads, n_blocks + 1), dtype=torch.bool)
-            # What is no block writes to one column more, which is cut off.
-            best_GN = best_GN.scatter_(-1, best_BGW[0] % (n_blocks + 1), True)[:, :-1]
-            self.maps_GN.append(codes_of(mass_BGN[0], step.attended_BGN[0], best_GN).cpu())
+            self.maps_GN.append(codes_of(mass_BGN[0], step.attended_BGN[0], best_BGN[0]).cpu())
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:

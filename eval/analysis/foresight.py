@@ -15,13 +15,13 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import scatter_or_drop
 from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.policies.selection import Selection
 from attention_predictor.predictor.base import AttentionPredictor
 from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.model import new_history
-
-TINY = 1e-12  # of mass; below it there is nothing to recover
+from attention_predictor.predictor.scores import LEAST_MASS, recovery
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Foresight:
         chosen: list[Tensor] = []
         best: list[Tensor] = []
         far: list[Tensor] = []
+        none_BGN = torch.zeros((1, G, N), dtype=torch.bool, device=device)
         lengths = range(length - Q + 1, length + 1)
         # Steps with the same blocks to choose from, a block's worth of tokens, go together: much less work.
         alike = groupby(lengths, key=lambda tokens: (*selection.candidates(tokens), selection.n_blocks(tokens)))
@@ -85,7 +86,8 @@ class Foresight:
             unpadded_B = torch.zeros(len(tokens) * B, dtype=torch.int64, device=device)
             truth_BGN = rows.mass_BGQN[:, :, steps, :blocks].movedim(2, 0).flatten(0, 1)
             for found, scores_BGN in ((chosen, self._predict(torch.cat(states), first)), (best, truth_BGN)):
-                mask_BGN = _mask(selection.wanted(scores_BGN, tokens[0], unpadded_B, G), N)
+                wanted_BGW = selection.wanted(scores_BGN, tokens[0], unpadded_B, G)
+                mask_BGN = scatter_or_drop(none_BGN.expand(len(tokens) * B, -1, -1), wanted_BGW, True)
                 found.append(mask_BGN.unflatten(0, (-1, B)).movedim(0, 2))
             far_N = torch.zeros(N, dtype=torch.bool, device=device)
             far_N[first:last] = True
@@ -101,19 +103,12 @@ class Foresight:
 
 
 def _compare(mass_BGQN: Tensor, chosen_BGQN: Tensor, best_BGQN: Tensor, far_QN: Tensor) -> Foreseen:
-    got_BGQ, most_BGQ = ((mass_BGQN * x).sum(-1) for x in (chosen_BGQN, best_BGQN))
-    total_BGQ = mass_BGQN.sum(-1).clamp_min(TINY)  # below 1 where an attention sink takes its share
+    found = recovery(mass_BGQN, chosen_BGQN, best_BGQN)
     far_got_BG, far_most_BG = ((mass_BGQN * (x & far_QN)).sum((-2, -1)) for x in (chosen_BGQN, best_BGQN))
     return Foreseen(
-        share_BG=(got_BGQ / total_BGQ).mean(-1),
-        relative_BG=(got_BGQ / most_BGQ.clamp_min(TINY)).mean(-1),
-        far_BG=far_got_BG / far_most_BG.where(far_most_BG > TINY, torch.full_like(far_most_BG, torch.nan)),
+        share_BG=found.share.mean(-1),
+        relative_BG=found.relative.mean(-1),
+        far_BG=far_got_BG / far_most_BG.where(far_most_BG > LEAST_MASS, torch.full_like(far_most_BG, torch.nan)),
         chosen_BGQN=chosen_BGQN,
         best_BGQN=best_BGQN,
     )
-
-
-def _mask(wanted_BGW: Tensor, n_blocks: int) -> Tensor:
-    """bool ``[B, G, N]``; entries of -1 write to one column more, which is cut off."""
-    mask = torch.zeros((*wanted_BGW.shape[:2], n_blocks + 1), dtype=torch.bool, device=wanted_BGW.device)
-    return mask.scatter_(-1, wanted_BGW % (n_blocks + 1), True)[..., :-1]

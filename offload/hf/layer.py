@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from attention_predictor.arithmetic import scatter_or_drop
 from attention_predictor.errors import AttachError
 from attention_predictor.offload.attention.dense import Chunk, Scorer, ScoreRows, Terms, attend, attend_prompt, no_fused
 from attention_predictor.offload.attention.sparse import attend_slots, no_kernel
@@ -26,6 +27,7 @@ from attention_predictor.offload.blocks.tiers import Tiers
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
 from attention_predictor.offload.policies.selection import Budget, Selection
+from attention_predictor.predictor.scores import recovery
 
 if TYPE_CHECKING:
     from attention_predictor.offload.policies.allocation import Sharing
@@ -434,14 +436,12 @@ class TieredLayer(CacheLayerMixin):
 
     def _measure_recovery(self, step: Step) -> None:
         mass_BGN = step.exact.mass_BGQN[:, :, 0]
-        total_BG = mass_BGN.sum(-1).clamp_min(1e-12)  # below 1 where an attention sink takes its share
-        got_BG = mass_BGN.masked_fill(~step.attended_BGN, 0).sum(-1) / total_BG
         best_BGW = self.selection.wanted(mass_BGN, step.length, self.padding_B, self.kv_heads)
-        best_BG = mass_BGN.gather(-1, best_BGW.clamp_min(0)).masked_fill(best_BGW < 0, 0).sum(-1) / total_BG
-        stats = self.runtime.stats
-        stats.recovery_sum += float(got_BG.sum())
-        stats.relative_recovery_sum += float((got_BG / best_BG.clamp_min(1e-12)).sum())
-        stats.recovery_count += got_BG.numel()
+        best_BGN = scatter_or_drop(torch.zeros_like(mass_BGN, dtype=torch.bool), best_BGW, True)
+        found, stats = recovery(mass_BGN, step.attended_BGN, best_BGN), self.runtime.stats
+        stats.recovery_sum += float(found.share.sum())
+        stats.relative_recovery_sum += float(found.relative.sum())
+        stats.recovery_count += found.share.numel()
 
     def note_memory(self) -> None:
         """Tell the stats what this layer holds."""
