@@ -16,10 +16,10 @@ from torch import Tensor
 
 from attention_predictor.csrc import ops
 from attention_predictor.errors import FetchError, IntegrityError
-from attention_predictor.offload.attention.dense import Chunk, chunk_tokens
 from attention_predictor.offload.blocks.block_pool import BlockPool
 from attention_predictor.offload.blocks.host_store import HostStore
 from attention_predictor.offload.blocks.residency import ResidencyTable
+from attention_predictor.offload.chunk import Chunk, chunk_tokens
 
 if TYPE_CHECKING:
     from attention_predictor.offload.blocks.prefetch import Ticket

@@ -12,7 +12,6 @@ from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.policies.allocation import Sharing
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.engine import Engine
     from attention_predictor.offload.runtime import Runtime
 
 
@@ -22,9 +21,9 @@ class TieredCache(DynamicCache):
     Sliding, chunked and linear-attention layers keep their stock caches, and so do ``skip_layers``.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(config=engine.runtime.text_config)
-        adopt(self, engine.runtime)
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__(config=runtime.text_config)
+        adopt(self, runtime)
 
     @property
     def room(self) -> int:

@@ -20,10 +20,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from attention_predictor.arithmetic import scatter_or_drop
 from attention_predictor.errors import AttachError
-from attention_predictor.offload.attention.dense import Chunk, Scorer, ScoreRows, Terms, attend, attend_prompt, no_fused
+from attention_predictor.offload.attention.dense import Scorer, ScoreRows, Terms, attend, attend_prompt, no_fused
 from attention_predictor.offload.attention.sparse import attend_slots, no_kernel
 from attention_predictor.offload.blocks.room import KVShape
 from attention_predictor.offload.blocks.tiers import Tiers
+from attention_predictor.offload.chunk import Chunk
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
 from attention_predictor.offload.policies.selection import Budget, Selection

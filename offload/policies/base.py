@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention_predictor.errors import IntegrityError
-from attention_predictor.offload.attention.dense import Chunk, ScoreRows, Terms, score_rows
+from attention_predictor.offload.attention.dense import ScoreRows, Terms, score_rows
 from attention_predictor.offload.attention.sparse import SlotScores, SparseAttention, score_slots
 from attention_predictor.offload.policies.selection import Selection
 
 if TYPE_CHECKING:
+    from attention_predictor.offload.chunk import Chunk
     from attention_predictor.offload.config import OffloadConfig
     from attention_predictor.predictor.model import AttentionPredictor
 
