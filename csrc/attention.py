@@ -14,7 +14,8 @@ from torch import Tensor
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, call, check, threads
+from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, check, threads
+from attention_predictor.csrc.function import Function
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
@@ -32,6 +33,9 @@ class SparseDecode(ctypes.Structure):
         *integers("batch kv_heads group slots tokens head_dim length splits element"),
         *doubles("scaling softcap"),
     ]
+
+
+ON_CPU = Function("attention.cpp", "sparse_decode", SparseDecode)
 
 
 @functools.cache
@@ -132,7 +136,7 @@ def sparse_decode(
     if binding.on_gpu(device):
         kernel(dtype, D, value_BGSTD is not None).launch(device, (splits * pieces, G, B), arguments)
     else:
-        call("sparse_decode", arguments)
+        ON_CPU.call(arguments)
     return outputs
 
 

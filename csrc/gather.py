@@ -11,7 +11,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from attention_predictor.csrc.binding import address, call, check, threads
+from attention_predictor.csrc.binding import address, check, threads
+from attention_predictor.csrc.function import Function
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import integers, pointers
 
@@ -53,6 +54,7 @@ GATHER = Kernel("gather.cu", "gather_blocks", Gather, threads=128)
 MOVE = Kernel("gather.cu", "move_blocks", Move, threads=128)
 APPEND = Kernel("gather.cu", "append_token", Append, threads=64)
 NOTE_TIME = Kernel("gather.cu", "note_time", Moment, threads=1)
+ON_CPU = Function("gather.cpp", "gather_blocks", Gather)
 
 
 def gather_to_pool(
@@ -178,7 +180,7 @@ def gather_to_host(slab_s: Tensor, slab_blocks: int, row_n: Tensor, block_n: Ten
         *map(address, (slab_s, row_n, block_n, None, out_n2TD, None)),
         *(n, slab_blocks, 0, half_bytes, threads(out_n2TD.numel())),
     )
-    call("gather_blocks", arguments)
+    ON_CPU.call(arguments)
 
 
 def _half_bytes(key_BGSTD: Tensor) -> int:

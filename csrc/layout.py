@@ -30,6 +30,12 @@ def doubles(names: str) -> Fields:
     return [(name, ctypes.c_double) for name in names.split()]
 
 
+def takes(function: str, struct: type[ctypes.Structure]) -> str:
+    """C++ that compiles where a function takes a pointer to the struct of that name, and returns an int."""
+    expected = f"same<decltype(&{function}), int (*)(const {struct.__name__} *)>"
+    return f'static_assert({expected}, "{function} does not take {struct.__name__} alone");\n'
+
+
 def assertions(struct: type[ctypes.Structure]) -> str:
     """C++ that compiles where the struct of that name has the same fields in the same order; else it names one."""
     name, before, named, kinds = struct.__name__, "", [], []

@@ -34,10 +34,9 @@ class ReduceLogits(ctypes.Structure):
 KERNEL = Kernel("reduce.cu", "reduce_logits", ReduceLogits, threads=256)
 
 
-def reduces(device: torch.device, block_size: int) -> bool:
-    """Whether there is a kernel for blocks of that size: a power of two, at least 4."""
-    fits = block_size >= LEAST_BLOCK and block_size & (block_size - 1) == 0
-    return fits and binding.on_gpu(device) and binding.missing(device) is None
+def serves(device: torch.device, block_size: int) -> bool:
+    """Whether there is a kernel of this kind of device for blocks of that size: a power of two, at least 4."""
+    return block_size >= LEAST_BLOCK and block_size & (block_size - 1) == 0 and binding.on_gpu(device)
 
 
 @torch.library.custom_op("attention_predictor::reduce_logits", mutates_args=("peak_BHQN", "sum_BHQN"))

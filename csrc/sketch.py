@@ -15,7 +15,8 @@ from torch import Tensor
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, call, check, threads
+from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, check, threads
+from attention_predictor.csrc.function import Function
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
@@ -57,6 +58,9 @@ class SketchStore(ctypes.Structure):
     ]
 
 
+ON_CPU = Function("sketch.cpp", "sketch_scores", SketchScores)
+
+
 @functools.cache
 def score_kernel(bits: int, head_dim: int) -> tuple[Kernel, int]:
     """The GPU kernel that scores blocks by codes of ``bits``, and its thread blocks at once on a multiprocessor."""
@@ -74,18 +78,16 @@ def score_kernel(bits: int, head_dim: int) -> tuple[Kernel, int]:
 @functools.cache
 def store_kernel(dtype: torch.dtype) -> Kernel:
     """The GPU kernel that makes codes of keys of this dtype."""
-    return Kernel("quantise.cu", f"store_groups<{IN_CPP[dtype]}>", SketchStore, threads=256, at_once=3)
+    return Kernel("sketch_store.cu", f"store_groups<{IN_CPP[dtype]}>", SketchStore, threads=256, at_once=3)
 
 
-def no_sketch_kernel(
+def unserved(
     device: torch.device, dtype: torch.dtype, head_dim: int, group: int, block_size: int | None = None
 ) -> str | None:
-    """Why no kernel scores blocks of `block_size` tokens by such a sketch, on one line; ``None`` if one does.
+    """Why no kernel for this kind of device scores blocks of `block_size` tokens by such a sketch, on one line.
 
-    Without a `block_size`: why none makes codes of its keys.
+    ``None`` if one does. Without a `block_size`: why none makes codes of its keys.
     """
-    if (reason := binding.missing(device)) is not None:
-        return reason
     if dtype not in ELEMENTS:
         return f"none for a sketch of {dtype} keys"
     if not binding.on_gpu(device):
@@ -146,7 +148,7 @@ def sketch_scores(
         *(H, length, block_size, workers, scaling, softcap),
     )
     if not binding.on_gpu(device):
-        call("sketch_scores", arguments)
+        ON_CPU.call(arguments)
         return peak_BHN, sum_BHN
     # As many thread blocks as run at once; their warps take several groups each, one after the other.
     kernel, at_once = score_kernel(sketch.bits, D)
@@ -271,5 +273,5 @@ def _check_length(length: int, length_1: Tensor | None, room: int, group: int, d
 
 def _check_served(tail_BGTD: Tensor, block_size: int | None) -> None:
     _, _, group, D = tail_BGTD.shape
-    if (reason := no_sketch_kernel(tail_BGTD.device, tail_BGTD.dtype, D, group, block_size)) is not None:
+    if (reason := unserved(tail_BGTD.device, tail_BGTD.dtype, D, group, block_size)) is not None:
         raise ValueError(f"no kernel: {reason}")
