@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, check, threads
+from attention_predictor.csrc.binding import ELEMENT_TYPES, ELEMENTS, IN_CPP, address, check, threads
 from attention_predictor.csrc.function import Function
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
@@ -29,13 +29,21 @@ class SparseDecode(ctypes.Structure):
     """As in attention.h."""
 
     _fields_ = [
-        *pointers("query key value block real sinks length_1 out peak sum lse partial arrived"),
+        *pointers("query key value", "void"),
+        *pointers("block", "int64_t"),
+        *pointers("real", "uint8_t"),
+        *pointers("sinks", "float"),
+        *pointers("length_1", "int64_t"),
+        *pointers("out", "void"),
+        *pointers("peak sum lse partial", "float"),
+        *pointers("arrived", "int32_t"),
         *integers("batch kv_heads group slots tokens head_dim length splits element"),
         *doubles("scaling softcap"),
     ]
 
 
-ON_CPU = Function("attention.cpp", "sparse_decode", SparseDecode)
+ON_CPU = Function("attention.cpp", "sparse_decode", SparseDecode, ELEMENT_TYPES)
+CONSTANTS = {"kWarps": WARPS, "kHeads": HEADS, "kMaxSplits": MOST_SPLITS}
 
 
 @functools.cache
@@ -43,7 +51,7 @@ def kernel(dtype: torch.dtype, head_dim: int, values: bool) -> Kernel:
     """The GPU kernel for a pool of this dtype and head size; without ``values`` it finds scores alone."""
     width = next(width for width in WIDTHS if head_dim <= width)
     function = f"attend_slots<{IN_CPP[dtype]}, {width}, {str(values).lower()}>"
-    return Kernel("attention.cu", function, SparseDecode, 32 * WARPS, _at_once(head_dim))
+    return Kernel("attention.cu", function, SparseDecode, 32 * WARPS, _at_once(head_dim), CONSTANTS)
 
 
 def fits(key_BGSTD: Tensor) -> bool:

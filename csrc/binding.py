@@ -12,7 +12,8 @@ from torch import Tensor
 
 from attention_predictor.csrc.compiler import bindings, result_of
 
-ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in kernels.h
+ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ELEMENT_TYPES = {"kFloat32": 0, "kFloat16": 1, "kBFloat16": 2}  # the same, as in kernels.h
 IN_CPP = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
 

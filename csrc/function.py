@@ -6,11 +6,12 @@ A ``.cpp`` file holds them. Each takes one struct, which its operation's Python 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 
 from attention_predictor.csrc.build import cpu_library
-from attention_predictor.csrc.layout import assertions, takes
+from attention_predictor.csrc.layout import assertions, equal, takes
 
 
 class Function:
@@ -20,16 +21,24 @@ class Function:
         source: Its file, beside this module.
         name: How it is called; it takes a pointer to the struct, and returns 0, or 1 for an unknown type of elements.
         struct: The struct, as in the header that the file includes.
+        constants: Of the source, by name, with the values that Python counts on.
     """
 
-    def __init__(self, source: str, name: str, struct: type[ctypes.Structure]) -> None:
-        self.source, self.name, self.struct = source, name, struct
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        struct: type[ctypes.Structure],
+        constants: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        self.source, self.name, self.struct, self.constants = source, name, struct, constants
         self._loaded: Callable[[object], int] | None = None
 
     @property
     def text(self) -> str:
-        """Its program: the source, and assertions that function and struct are as Python has them."""
-        return "\n".join([f'#include "{self.source}"', assertions(self.struct), takes(self.name, self.struct)])
+        """Its program: the source, and assertions that function, struct and constants are as Python has them."""
+        checks = assertions(self.struct), takes(self.name, self.struct), equal(self.constants)
+        return "\n".join([f'#include "{self.source}"', *checks])
 
     def load(self) -> Callable[[object], int]:
         """Compile it, unless that has been done before; ``BuildError`` where it can't be."""

@@ -17,20 +17,28 @@ from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import integers, pointers
 
 GATHER_BLOCKS = 32  # thread blocks on a GPU: enough to fill the bus, few enough to leave the GPU to the model
+THREADS = 128  # of a thread block
 LATE_BLOCKS = 128  # where the model waits: what a step lacks is asked for at once
 
 
 class Gather(ctypes.Structure):
     """As in gather.h."""
 
-    _fields_ = [*pointers("slab row block slot key value"), *integers("n slab_blocks slots half_bytes workers")]
+    _fields_ = [
+        *pointers("slab row block slot", "int64_t"),
+        *pointers("key value", "void"),
+        *integers("n slab_blocks slots half_bytes workers"),
+    ]
 
 
 class Move(ctypes.Structure):
     """As in gather.h."""
 
     _fields_ = [
-        *pointers("slab block slot moves key value spent"),
+        *pointers("slab", "int64_t"),
+        *pointers("block slot moves", "int32_t"),
+        *pointers("key value", "void"),
+        *pointers("spent", "int64_t"),
         *integers("rows slab_blocks slots half_bytes"),
     ]
 
@@ -38,20 +46,24 @@ class Move(ctypes.Structure):
 class Moment(ctypes.Structure):
     """As in gather.h."""
 
-    _fields_ = [*pointers("spent"), *integers("sign")]
+    _fields_ = [*pointers("spent", "int64_t"), *integers("sign")]
 
 
 class Append(ctypes.Structure):
     """As in gather.h."""
 
     _fields_ = [
-        *pointers("new_key new_value key value slab slot length lost"),
+        *pointers("new_key new_value key value", "void"),
+        *pointers("slab", "int64_t"),
+        *pointers("slot", "int32_t"),
+        *pointers("length lost", "int64_t"),
         *integers("rows slab_blocks slots capacity tokens token_bytes"),
     ]
 
 
-GATHER = Kernel("gather.cu", "gather_blocks", Gather, threads=128)
-MOVE = Kernel("gather.cu", "move_blocks", Move, threads=128)
+CONSTANTS = {"kThreads": THREADS}
+GATHER = Kernel("gather.cu", "gather_blocks", Gather, THREADS, constants=CONSTANTS)
+MOVE = Kernel("gather.cu", "move_blocks", Move, THREADS, constants=CONSTANTS)
 APPEND = Kernel("gather.cu", "append_token", Append, threads=64)
 NOTE_TIME = Kernel("gather.cu", "note_time", Moment, threads=1)
 ON_CPU = Function("gather.cpp", "gather_blocks", Gather)

@@ -17,6 +17,7 @@ from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
 LEAST_BLOCK = 4  # tokens: those that a thread reads together
+THREADS = 256  # of a thread block
 MOST_LANES = 32  # threads that share a block
 MOST_ROWS = 65535  # of a grid
 
@@ -25,13 +26,16 @@ class ReduceLogits(ctypes.Structure):
     """As in reduce.h."""
 
     _fields_ = [
-        *pointers("product real peak sum"),
+        *pointers("product", "float"),
+        *pointers("real", "uint8_t"),
+        *pointers("peak sum", "float"),
         *integers("batch heads queries tokens blocks length first_key first_query block_size"),
         *doubles("scaling softcap"),
     ]
 
 
-KERNEL = Kernel("reduce.cu", "reduce_logits", ReduceLogits, threads=256)
+CONSTANTS = {"kThreads": THREADS, "kFour": LEAST_BLOCK, "kMostLanes": MOST_LANES}
+KERNEL = Kernel("reduce.cu", "reduce_logits", ReduceLogits, THREADS, constants=CONSTANTS)
 
 
 def serves(device: torch.device, block_size: int) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, check, threads
+from attention_predictor.csrc.binding import ELEMENT_TYPES, ELEMENTS, IN_CPP, address, check, threads
 from attention_predictor.csrc.function import Function
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
@@ -32,7 +32,10 @@ class Sketch(ctypes.Structure):
     """As in sketch.h."""
 
     _fields_ = [
-        *pointers("zero scale wide narrow tail order"),
+        *pointers("zero scale", "uint16_t"),
+        *pointers("wide narrow", "uint8_t"),
+        *pointers("tail", "void"),
+        *pointers("order", "int64_t"),
         *integers("batch kv_heads head_dim capacity group coded wide_channels wide_bits bits element"),
     ]
 
@@ -42,7 +45,10 @@ class SketchScores(ctypes.Structure):
 
     _fields_ = [
         ("sketch", Sketch),
-        *pointers("query real length_1 peak sum"),
+        *pointers("query", "void"),
+        *pointers("real", "uint8_t"),
+        *pointers("length_1", "int64_t"),
+        *pointers("peak sum", "float"),
         *integers("heads length block_size workers"),
         *doubles("scaling softcap"),
     ]
@@ -53,12 +59,13 @@ class SketchStore(ctypes.Structure):
 
     _fields_ = [
         ("sketch", Sketch),
-        *pointers("key length_1"),
+        *pointers("key", "void"),
+        *pointers("length_1", "int64_t"),
         *integers("of_batch of_head of_token first groups append length"),
     ]
 
 
-ON_CPU = Function("sketch.cpp", "sketch_scores", SketchScores)
+ON_CPU = Function("sketch.cpp", "sketch_scores", SketchScores, ELEMENT_TYPES)
 
 
 @functools.cache
@@ -72,13 +79,15 @@ def score_kernel(bits: int, head_dim: int) -> tuple[Kernel, int]:
     registers = (bits + 2) * words + (wide_bits + 2) * wide_words + 4 * size
     at_once = 5 if registers <= 40 else 3 if registers <= 80 else 2
     function = f"score_groups<{wide_bits}, {bits}, {words}>"
-    return Kernel("sketch.cu", function, SketchScores, 32 * WARPS, at_once), at_once
+    constants = {"kGroup": GROUP, "kWarps": WARPS, "kMostHeads": HEADS}
+    return Kernel("sketch.cu", function, SketchScores, 32 * WARPS, at_once, constants), at_once
 
 
 @functools.cache
 def store_kernel(dtype: torch.dtype) -> Kernel:
     """The GPU kernel that makes codes of keys of this dtype."""
-    return Kernel("sketch_store.cu", f"store_groups<{IN_CPP[dtype]}>", SketchStore, threads=256, at_once=3)
+    function, constants = f"store_groups<{IN_CPP[dtype]}>", {"kGroup": GROUP, "kWarps": 8}
+    return Kernel("sketch_store.cu", function, SketchStore, threads=256, at_once=3, constants=constants)
 
 
 def unserved(

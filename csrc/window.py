@@ -26,15 +26,28 @@ class WindowStep(ctypes.Structure):
     """As in window.h."""
 
     _fields_ = [
-        *pointers("row window sum weight rest scores"),
+        *pointers("row", "float"),
+        *pointers("window", "void"),
+        *pointers("sum", "double"),
+        *pointers("weight", "void"),
+        *pointers("rest scores", "float"),
         *integers("batch kv_heads columns capacity known first last"),
     ]
 
 
-SLIDE_SUMS = Kernel("window.cu", "slide_sums", WindowStep, threads=128)
-SLIDE_WINDOW = Kernel("window.cu", "slide_window", WindowStep, threads=256)
-SCORE = Kernel("window.cu", "score_columns", WindowStep, threads=128)
 TILE, SLID = 126, 32  # columns of a thread block: where features are computed, and where the window moves
+CONSTANTS = {
+    "kRows": ROWS,
+    "kMaps": MAPS,
+    "kFeatures": FEATURES,
+    "kTaps * kMaps * kFeatures": WEIGHTS,
+    "kRest": REST,
+    "kPositions": 128,
+    "kOutputs": TILE,
+}
+SLIDE_SUMS = Kernel("window.cu", "slide_sums", WindowStep, threads=128, constants=CONSTANTS)
+SLIDE_WINDOW = Kernel("window.cu", "slide_window", WindowStep, threads=8 * SLID, constants=CONSTANTS)
+SCORE = Kernel("window.cu", "score_columns", WindowStep, threads=128, constants=CONSTANTS)
 
 
 def pack_network(conv1: nn.Conv2d, conv2: nn.Conv2d, conv3: nn.Conv1d) -> tuple[Tensor, Tensor]:

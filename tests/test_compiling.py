@@ -24,7 +24,7 @@ from attention_predictor.csrc import attention, available, build, compiler, gath
 from attention_predictor.csrc.function import Function
 from attention_predictor.csrc.gather import Moment
 from attention_predictor.csrc.kernel import Kernel
-from attention_predictor.csrc.layout import Fields, assertions, doubles, integers, pointers
+from attention_predictor.csrc.layout import Fields, assertions, doubles, equal, integers, pointers
 from attention_predictor.errors import BuildError
 
 REMEMBERED = (compiler.chosen, build._warn_once, kernel._driver, kernel._context)
@@ -100,6 +100,8 @@ def test_without_a_compiler_torch_operations_serve_and_stats_say_so(monkeypatch,
 HEADER = """#include "kernels.h"
 struct Inner { const float *x; };
 struct Outer { Inner inner; void *y, *z; int64_t n; double a; };
+struct Typed { const int64_t *whole; float *out; const void *any; };
+constexpr int kTile = 16;
 """
 
 
@@ -140,6 +142,33 @@ def test_a_struct_that_differs_in_python_does_not_compile(name: str) -> None:
     for field, fields in WRONG.items():
         with pytest.raises(BuildError, match=rf"\b{field}\b"):
             compile_with(name, HEADER + assertions(struct("Outer", fields)))
+
+
+POINTERS = (("whole", "int64_t"), ("out", "float"), ("any", "void"))
+
+
+@pytest.mark.parametrize("name", ["c++", "nvrtc", "nvcc"])
+def test_what_a_pointer_points_to_is_compared(name: str) -> None:
+    def typed(*given: tuple[str, str]) -> str:
+        return HEADER + assertions(struct("Typed", [one for field in given for one in pointers(*field)]))
+
+    compile_with(name, typed(*POINTERS))
+    for number, wrong in enumerate(("int32_t", "double", "float")):
+        field = POINTERS[number][0]
+        with pytest.raises(BuildError, match=f"Typed.{field} is something else in Python"):
+            compile_with(name, typed(*POINTERS[:number], (field, wrong), *POINTERS[number + 1 :]))
+
+
+def test_a_typed_pointer_takes_addresses_and_none() -> None:
+    one = struct("Typed", [one for field in POINTERS for one in pointers(*field)])(2**47, None, any=7)
+    assert [getattr(one, field).value for field, _ in POINTERS] == [2**47, None, 7]
+
+
+@pytest.mark.parametrize("name", ["c++", "nvrtc", "nvcc"])
+def test_constants_are_compared(name: str) -> None:
+    compile_with(name, HEADER + equal({"kTile": 16, "2 * kTile": 32, "kBFloat16": 2}))
+    with pytest.raises(BuildError, match="kTile is not 8, as in Python"):
+        compile_with(name, HEADER + equal({"kTile": 8}))
 
 
 def test_every_program_compares_its_struct() -> None:
