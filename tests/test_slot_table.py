@@ -383,7 +383,7 @@ def test_the_kernel_leaves_the_same_blocks(kind: str, heads: tuple[int, ...], le
         ([900], 61, H, 11),  # blocks are not read by fours
         ([900, 333], 64, 3 * G, 13),
         ([900], 64, 10 * G, 11),  # more heads than a thread holds numbers of
-        ([2100 * SIZE - 3], 2112, G, 40),
+        ([2100 * SIZE - 3], 2112, 4 * G, 40),
         ([8300 * SIZE], 8320, G, 12),  # more blocks than they hold
         ([6000], 400, G, 300),  # more blocks are wanted than bounds are found for
         ([12000], 760, G, 580),  # more slots than threads
