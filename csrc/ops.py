@@ -87,7 +87,7 @@ def kernels_of(dtype: torch.dtype, head_dim: int, *, sketch_bits: int | None, pr
         predictor: Its architecture, if there is one.
     """
     # What takes longest to compile comes first.
-    found = [select.KERNEL, gather.MOVE, gather.APPEND, gather.NOTE_TIME]
+    found = [select.BY_ESTIMATES, select.BY_SCORES, gather.MOVE, gather.APPEND, gather.NOTE_TIME]
     if dtype in ELEMENTS and head_dim <= attention.MOST_HEAD_DIM:
         if sketch_bits is not None:
             found += [sketch.score_kernel(sketch_bits, head_dim)[0], sketch.store_kernel(dtype)]
