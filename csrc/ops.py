@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import torch
 
-from attention_predictor.csrc import attention, gather, observe, predict, reduce, select, sketch, window
+from attention_predictor.csrc import (
+    attention,
+    gate,
+    gather,
+    norm,
+    observe,
+    predict,
+    reduce,
+    rotary,
+    select,
+    sketch,
+    window,
+)
 from attention_predictor.csrc.attention import fits, sparse_decode
 from attention_predictor.csrc.binding import ELEMENTS, missing, prepare
+from attention_predictor.csrc.gate import Activation, gate_up
 from attention_predictor.csrc.gather import append_token, gather_to_host, gather_to_pool, move_blocks, note_time
 from attention_predictor.csrc.kernel import Kernel
+from attention_predictor.csrc.norm import Form, add_rms_norm, rms_norm
 from attention_predictor.csrc.observe import fold_rows, observe_row
 from attention_predictor.csrc.predict import pack_convolutions, predict_blocks
 from attention_predictor.csrc.reduce import reduce_logits, reduces
+from attention_predictor.csrc.rotary import rotate, rotates
 from attention_predictor.csrc.select import Limits, SlotTable, choose_ahead, choose_blocks, most_slots
 from attention_predictor.csrc.sketch import no_sketch_kernel, sketch_append, sketch_scores, sketch_store
 from attention_predictor.csrc.window import pack_network, push_window, score_window
 
 __all__ = [
+    "Activation",
+    "Form",
     "Limits",
     "SlotTable",
+    "add_rms_norm",
     "append_token",
     "choose_ahead",
     "choose_blocks",
     "every_kernel",
     "fits",
     "fold_rows",
+    "gate_up",
     "gather_to_host",
     "gather_to_pool",
     "kernels_of",
@@ -41,6 +60,9 @@ __all__ = [
     "push_window",
     "reduce_logits",
     "reduces",
+    "rms_norm",
+    "rotate",
+    "rotates",
     "score_window",
     "sketch_append",
     "sketch_scores",
@@ -56,7 +78,13 @@ OF_PREDICTOR = {
 
 
 def kernels_of(
-    dtype: torch.dtype, head_dim: int, *, sketch_bits: int | None, predictor: str | None, captured: bool
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    sketch_bits: int | None,
+    predictor: str | None,
+    captured: bool,
+    fused: bool = True,
 ) -> list[Kernel]:
     """All that a GPU needs for a prompt and decoding steps, to be given to ``prepare``.
 
@@ -65,6 +93,7 @@ def kernels_of(
         sketch_bits: Of a sketch's codes; ``None`` where there is no sketch.
         predictor: Its architecture, if there is one.
         captured: Steps are captured, not prefetched by the thread.
+        fused: Captured steps use the kernels for norms, gated MLPs and rotary embeddings.
     """
     # What takes longest to compile comes first.
     found = [select.KERNEL, gather.MOVE, gather.APPEND, gather.NOTE_TIME] if captured else []
@@ -72,7 +101,14 @@ def kernels_of(
         if sketch_bits is not None:
             found += [sketch.score_kernel(sketch_bits, head_dim)[0], sketch.store_kernel(dtype)]
         found += [attention.kernel(dtype, head_dim, values) for values in (True, False)]
+    if captured and fused and dtype in ELEMENTS:
+        found += fusing(dtype)
     return [*found, *OF_PREDICTOR.get(predictor or "", ()), gather.GATHER, reduce.KERNEL]
+
+
+def fusing(dtype: torch.dtype) -> list[Kernel]:
+    """For norms, gated MLPs and rotary embeddings of that type, one of ``ELEMENTS``."""
+    return [norm.kernel(dtype), gate.kernel(dtype), rotary.kernel(dtype)]
 
 
 def every_kernel() -> list[Kernel]:
