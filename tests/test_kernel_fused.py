@@ -101,7 +101,7 @@ class TestGate:
             assert_within_roundings(found, wanted, 2, 0.001)
         else:
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=2 * torch.finfo(dtype).eps)
-            assert (found != wanted).double().mean() < 0.05
+            assert (found != wanted)[gate > 0].sum() <= 0.01 * gate.numel()  # 1 + tanh cancels below
 
     def test_infinities_and_halves_of_one_tensor(self, device: str) -> None:
         both = random(2, 1, 2 * 24, dtype=torch.bfloat16, device=device)
