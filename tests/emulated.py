@@ -9,12 +9,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from attention_predictor.csrc import binding, build, ops
 from attention_predictor.csrc.kernel import Kernel, program_text
+from attention_predictor.offload.blocks import room
+from attention_predictor.offload.hf.cache import TieredCache
+from attention_predictor.offload.step import graph
+from attention_predictor.offload.step.graph import Graphed
 
 HEADERS = Path(__file__).parent / "emulation"
 
@@ -60,3 +66,18 @@ def emulated_gpu() -> Iterator[None]:
         mock.patch.object(binding, "most_shared", return_value=48 << 10),
     ):
         yield
+
+
+def emulate_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device steps on the CPU, by the emulated GPU's kernels; all else as on a CPU."""
+    run = Graphed.run
+
+    def emulated_run(self: Graphed, cache: TieredCache, kwargs: dict[str, Any]) -> object:
+        for layer in self.layers:
+            layer.tiers.settle()  # the prefetch thread keeps to the CPU's kernels
+        with emulated_gpu():
+            return run(self, cache, kwargs)
+
+    monkeypatch.setattr(Graphed, "run", emulated_run)
+    monkeypatch.setattr(graph, "why_not", lambda cache, graphed: None)
+    monkeypatch.setattr(room, "GROWTH", 128)

@@ -8,16 +8,12 @@ import weakref
 
 import pytest
 import torch
-from emulated import emulated_gpu
+from emulated import emulate_steps
 from torch import Tensor
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.errors import ConfigError
-from attention_predictor.offload.blocks import room
-from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.step import graph as graph_module
-from attention_predictor.offload.step.graph import Graphed
 
 SETTINGS = {"budget": 96, "sink": 32, "recent": 32, "slab_blocks": 4}
 
@@ -25,17 +21,7 @@ SETTINGS = {"budget": 96, "sink": 32, "recent": 32, "slab_blocks": 4}
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Device steps on the CPU, by the emulated GPU's kernels; all else as on a CPU."""
-    run = Graphed.run
-
-    def emulated_run(self: Graphed, cache: TieredCache, kwargs: dict) -> object:
-        for layer in self.layers:
-            layer.tiers.settle()  # the prefetch thread keeps to the CPU's kernels
-        with emulated_gpu():
-            return run(self, cache, kwargs)
-
-    monkeypatch.setattr(Graphed, "run", emulated_run)
-    monkeypatch.setattr(graph_module, "why_not", lambda cache, graphed: None)
-    monkeypatch.setattr(room, "GROWTH", 128)
+    emulate_steps(monkeypatch)
 
 
 def decode(model, prompt: Tensor, steps: int, mask: Tensor | None = None, **settings: object) -> tuple[Tensor, object]:
