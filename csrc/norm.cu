@@ -37,19 +37,10 @@ template <typename E>
 __device__ __forceinline__ void rms_norm(const RmsNorm &a) {
     constexpr int kSize = Vector<E>::kSize;
     const int width = static_cast<int>(a.width), begin = threadIdx.x * kSize, step = blockDim.x * kSize;
-    const bool wide = a.wide, adds = a.residual != nullptr;
+    const bool wide = a.wide;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * width;
     const E *const x = static_cast<const E *>(a.x) + row, *const weight = static_cast<const E *>(a.weight);
-    const auto read = [&](int at) {
-        Vector<E> read = load(x + at, wide, width - at);
-        if (adds) {
-            const Vector<E> other = load(static_cast<const E *>(a.residual) + row + at, wide, width - at);
-#pragma unroll
-            for (int i = 0; i < kSize; ++i)
-                from_float(__fadd_rn(to_float(other.element[i]), to_float(read.element[i])), &read.element[i]);
-        }
-        return read;
-    };
+    const auto read = [&](int at) { return load(x + at, wide, width - at); };
     Vector<E> own_x, own_weight;
     float total = 0.f;
     if (begin < width) {
@@ -61,7 +52,6 @@ __device__ __forceinline__ void rms_norm(const RmsNorm &a) {
     const float mean = block_sum(total) * (1.f / static_cast<float>(width));
     const float inverse = rsqrtf(__fadd_rn(mean, static_cast<float>(a.eps)));
     const auto write = [&](int at, const Vector<E> &from, const Vector<E> &weights) {
-        if (adds) store(from, static_cast<E *>(a.sum) + row + at, wide, width - at);
         Vector<E> out;
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {

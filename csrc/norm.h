@@ -4,14 +4,12 @@
 // Where a normalised element x̂, in fp32, is rounded to the elements' type, and what it is multiplied with.
 enum NormForm : int64_t { kCastFirst = 0, kOnePlus = 1, kCastLast = 2 };  // w · cast(x̂), cast((1 + w) · x̂), cast(w · x̂)
 
-// Root-mean-square normalisation of rows, and of the sums of two tensors' rows.
+// Root-mean-square normalisation of rows.
 struct RmsNorm {
-    const void *x;         // [rows, width]
-    const void *residual;  // [rows, width] added to x first; null: nothing
-    const void *weight;    // [width]
-    void *sum;             // [rows, width] takes x + residual; null without a residual
-    void *out;             // [rows, width]
+    const void *x;       // [rows, width]
+    const void *weight;  // [width]
+    void *out;           // [rows, width]
     int64_t width, form;
-    int64_t wide;          // 1: rows and addresses are multiples of 16 bytes
+    int64_t wide;        // 1: rows and addresses are multiples of 16 bytes
     double eps;
 };

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation of rows, and of the sums of two tensors' rows.
+"""Root-mean-square normalisation of rows.
 
 Suffix: W elements of a row; ``_xW`` has any dimensions before.
 """
@@ -32,7 +32,7 @@ class Form(enum.IntEnum):
 class RmsNorm(ctypes.Structure):
     """As in norm.h."""
 
-    _fields_ = [*pointers("x residual weight sum out"), *integers("width form wide"), *doubles("eps")]
+    _fields_ = [*pointers("x weight out"), *integers("width form wide"), *doubles("eps")]
 
 
 @functools.cache
@@ -55,19 +55,20 @@ def rms_norm(x_xW: Tensor, weight_W: Tensor, eps: float, form: Form) -> Tensor:
     Raises:
         ValueError: Arguments that don't go together, or a device without kernels.
     """
-    out, _ = _launch(x_xW, None, weight_W, eps, form)
+    device, dtype, width = x_xW.device, x_xW.dtype, x_xW.shape[-1]
+    if not binding.on_gpu(device):
+        raise ValueError(f"x_xW is on {device}, expected a GPU: this kernel is written for no other device")
+    if dtype not in ELEMENTS:
+        raise ValueError(f"x_xW is {dtype}, expected one of {', '.join(map(str, ELEMENTS))}")
+    check("weight_W", weight_W, (width,), dtype, device)
+    x_xW = x_xW.contiguous()
+    out = torch.empty_like(x_xW)
+    given = (x_xW, weight_W, out)
+    arguments = RmsNorm(*map(address, given), width, int(form), int(is_wide(given, width)), eps)
+    vectors = -(-width * dtype.itemsize // VECTOR_BYTES)
+    threads = min(-(-vectors // WARP) * WARP, MOST_THREADS)
+    kernel(dtype).launch(device, (x_xW.numel() // max(width, 1), 1, 1), arguments, threads=threads)
     return out
-
-
-def add_rms_norm(x_xW: Tensor, residual_xW: Tensor, weight_W: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
-    """The sum of both, rounded to their type, and its norm; arguments and errors as for ``rms_norm``.
-
-    Returns:
-        The norm, then the sum: new tensors like ``x_xW``.
-    """
-    out, total = _launch(x_xW, residual_xW, weight_W, eps, form)
-    assert total is not None
-    return out, total
 
 
 def rms_norm_by_torch(x_xW: Tensor, weight_W: Tensor, eps: float, form: Form) -> Tensor:
@@ -80,33 +81,9 @@ def rms_norm_by_torch(x_xW: Tensor, weight_W: Tensor, eps: float, form: Form) ->
     return (y_xW * weight_W).to(x_xW.dtype)
 
 
-def _launch(
-    x_xW: Tensor, residual_xW: Tensor | None, weight_W: Tensor, eps: float, form: Form
-) -> tuple[Tensor, Tensor | None]:
-    device, dtype, width = x_xW.device, x_xW.dtype, x_xW.shape[-1]
-    if not binding.on_gpu(device):
-        raise ValueError(f"x_xW is on {device}, expected a GPU: this kernel is written for no other device")
-    if dtype not in ELEMENTS:
-        raise ValueError(f"x_xW is {dtype}, expected one of {', '.join(map(str, ELEMENTS))}")
-    check("weight_W", weight_W, (width,), dtype, device)
-    x_xW = x_xW.contiguous()
-    out, total = torch.empty_like(x_xW), None
-    if residual_xW is not None:
-        residual_xW = residual_xW.contiguous()
-        check("residual_xW", residual_xW, tuple(x_xW.shape), dtype, device)
-        total = torch.empty_like(x_xW)
-    given = (x_xW, residual_xW, weight_W, total, out)
-    arguments = RmsNorm(*map(address, given), width, int(form), int(is_wide(given, width)), eps)
-    rows = x_xW.numel() // width if width else 0
-    vectors = -(-width * dtype.itemsize // VECTOR_BYTES)
-    kernel(dtype).launch(device, (rows, 1, 1), arguments, threads=min(-(-vectors // WARP) * WARP, MOST_THREADS))
-    return out, total
-
-
-def is_wide(tensors: tuple[Tensor | None, ...], *elements: int) -> bool:
+def is_wide(tensors: tuple[Tensor, ...], *elements: int) -> bool:
     """Whether all these tensors, and what is so many of their elements further on, are at multiples of 16 bytes."""
     return all(
         tensor.data_ptr() % VECTOR_BYTES == 0 and not any(n * tensor.itemsize % VECTOR_BYTES for n in elements)
         for tensor in tensors
-        if tensor is not None
     )

@@ -22,7 +22,7 @@ from attention_predictor.csrc.binding import ELEMENTS, missing, prepare
 from attention_predictor.csrc.gate import Activation, gate_up
 from attention_predictor.csrc.gather import append_token, gather_to_host, gather_to_pool, move_blocks, note_time
 from attention_predictor.csrc.kernel import Kernel
-from attention_predictor.csrc.norm import Form, add_rms_norm, rms_norm
+from attention_predictor.csrc.norm import Form, rms_norm
 from attention_predictor.csrc.observe import fold_rows, observe_row
 from attention_predictor.csrc.predict import pack_convolutions, predict_blocks
 from attention_predictor.csrc.reduce import reduce_logits, reduces
@@ -36,7 +36,6 @@ __all__ = [
     "Form",
     "Limits",
     "SlotTable",
-    "add_rms_norm",
     "append_token",
     "choose_ahead",
     "choose_blocks",
