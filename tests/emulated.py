@@ -18,8 +18,8 @@ import torch
 from attention_predictor.csrc import binding, build, ops
 from attention_predictor.csrc.kernel import Kernel, program_text
 from attention_predictor.offload.blocks import room
-from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf import graph
+from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.graph import Graphed
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.policies.predictor import Predictor
