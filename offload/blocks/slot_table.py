@@ -36,7 +36,7 @@ class SlotTable:
             slots = torch.full((3, rows, 0), -1, device=device)
             slot_RC, *moves = torch.full((3, rows, 0), -1, dtype=torch.int32, device=device)
             moves_R = torch.zeros(rows, dtype=torch.int32, device=device)
-            self.tensors = SlotTensors(*slots, slot_RC, *moves, moves_R)
+            self.tensors = SlotTensors._make([*slots, slot_RC, *moves, moves_R])
         self._less_G: dict[tuple[int, ...], Tensor] = {}  # kept: a captured step reads the same tensor again
 
     @property
@@ -89,11 +89,8 @@ class SlotTable:
                 scores = scores.contiguous()
                 ops.choose_by_scores(self.tensors, bounds, scores, counts[:2], ahead=False, late=late_blocks)
             return None
-        sum_BHC, score_BGC = None, scores
-        if isinstance(scores, Estimates):
-            sum_BHC, score_BGC = self._shares(scores, extent)
+        sum_BHC, score_BGC = self._shares(scores, extent) if isinstance(scores, Estimates) else (None, scores)
         if late_blocks is not None:
-            assert isinstance(score_BGC, Tensor)
             resident_BGC = self.resident_RC.view_as(score_BGC)
             absent_BGC = score_BGC.masked_fill(resident_BGC | ~extent.begun_BC[:, None], NEVER)
             reach_BGC = best_blocks(absent_BGC, min(late_blocks, extent.capacity)) | resident_BGC
@@ -206,7 +203,7 @@ class SlotTable:
         block_RS, active_RS, use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R = self.tensors
         slots_of = (F.pad(x, (0, more), value=-1) for x in (block_RS, active_RS, use_RS))
         moves = (F.pad(x, (0, more)) for x in (move_block_RS, move_slot_RS))
-        self.tensors = SlotTensors(*slots_of, slot_RC, *moves, moves_R)
+        self.tensors = SlotTensors._make([*slots_of, slot_RC, *moves, moves_R])
 
     @torch.inference_mode(False)
     def reserve(self, capacity: int) -> None:
@@ -225,7 +222,7 @@ class SlotTable:
     def index(self, batch_index: Tensor, kv_heads: int) -> None:
         """Make sequence i what sequence ``batch_index[i]`` was (beams)."""
         picked = (x.unflatten(0, (-1, kv_heads))[batch_index].flatten(0, 1) for x in self.tensors)
-        self.tensors = SlotTensors(*picked)
+        self.tensors = SlotTensors._make(picked)
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` unless every resident block has one slot, and both maps agree."""
@@ -255,12 +252,12 @@ def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor, less_G: Ten
     recent_B1 = (length_B1 - max(limits.recent, 1)).clamp_min(0) // extent.block_size
     always_BC = real_BC & ((block_C < first_B1 + limits.sink_blocks) | (block_C >= recent_B1))
     less_G = limits.less_G(block_C.device) if less_G is None else less_G
-    limit_G = limits.tokens if less_G is None else limits.tokens - less_G
+    limit_G: int | Tensor = limits.tokens if less_G is None else limits.tokens - less_G
     whole_BG1 = (length_B1 <= limit_G)[:, :, None]
     always_BGC = always_BC[:, None] | (real_BC[:, None] & whole_BG1)
     score_BGC = score_BGC.masked_fill(~real_BC[:, None], NEVER).masked_fill(always_BGC, ALWAYS)
     most = min(limits.tokens // extent.block_size, extent.capacity)
-    most_G1 = None if less_G is None else (limit_G // extent.block_size)[:, None]
+    most_G1 = None if less_G is None else ((limits.tokens - less_G) // extent.block_size)[:, None]
     return best_blocks(score_BGC, most, most_G1) | always_BGC
 
 
