@@ -89,7 +89,11 @@ class SlotTable:
                 scores = scores.contiguous()
                 ops.choose_by_scores(self.tensors, bounds, scores, counts[:2], ahead=False, late=late_blocks)
             return None
-        sum_BHC, score_BGC = self._shares(scores, extent) if isinstance(scores, Estimates) else (None, scores)
+        sum_BHC: Tensor | None
+        if isinstance(scores, Estimates):
+            sum_BHC, score_BGC = self._shares(scores, extent)
+        else:
+            sum_BHC, score_BGC = None, scores
         if late_blocks is not None:
             resident_BGC = self.resident_RC.view_as(score_BGC)
             absent_BGC = score_BGC.masked_fill(resident_BGC | ~extent.begun_BC[:, None], NEVER)
@@ -131,8 +135,10 @@ class SlotTable:
         return ChoiceBounds(extent.length_B, extent.padding_B, less_G, *numbers)
 
     def _less(self, limits: Limits) -> Tensor | None:
-        if (less_G := self._less_G.get(limits.less)) is None and limits.less:
-            less_G = self._less_G[limits.less] = limits.less_G(self.block_RS.device)
+        """``limits.less_G``, kept by its table."""
+        less_G = self._less_G.get(limits.less)
+        if less_G is None and (made_G := limits.less_G(self.block_RS.device)) is not None:
+            less_G = self._less_G[limits.less] = made_G
         return less_G
 
     def _shares(self, estimates: Estimates, extent: Extent) -> tuple[Tensor, Tensor]:
