@@ -6,12 +6,13 @@ import torch
 
 from attention_predictor.csrc import attention, gather, observe, predict, reduce, select, sketch, window
 from attention_predictor.csrc.attention import fits, sparse_decode
-from attention_predictor.csrc.binding import ELEMENTS, missing, prepare
+from attention_predictor.csrc.available import missing, prepare
+from attention_predictor.csrc.binding import ELEMENTS
 from attention_predictor.csrc.gather import append_token, gather_to_host, move_blocks, note_time
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.observe import fold_rows, observe_row
 from attention_predictor.csrc.predict import pack_convolutions, predict_blocks
-from attention_predictor.csrc.reduce import reduce_logits, reduces
+from attention_predictor.csrc.reduce import reduce_logits
 from attention_predictor.csrc.select import (
     ChoiceBounds,
     Estimates,
@@ -20,7 +21,7 @@ from attention_predictor.csrc.select import (
     choose_by_scores,
     most_slots,
 )
-from attention_predictor.csrc.sketch import no_sketch_kernel, sketch_append, sketch_scores, sketch_store
+from attention_predictor.csrc.sketch import sketch_append, sketch_scores, sketch_store
 from attention_predictor.csrc.window import pack_network, push_window, score_window
 
 __all__ = [
@@ -62,6 +63,21 @@ OF_PREDICTOR = {
 }
 
 
+def no_sketch_kernel(
+    device: torch.device, dtype: torch.dtype, head_dim: int, group: int, block_size: int | None = None
+) -> str | None:
+    """Why no kernel scores blocks of `block_size` tokens by such a sketch, on one line; ``None`` if one does.
+
+    Without a `block_size`: why none makes codes of its keys.
+    """
+    return missing(device) or sketch.unserved(device, dtype, head_dim, group, block_size)
+
+
+def reduces(device: torch.device, block_size: int) -> bool:
+    """Whether a kernel brings a prompt's logits down to blocks of that size."""
+    return reduce.serves(device, block_size) and missing(device) is None
+
+
 def kernels_of(dtype: torch.dtype, head_dim: int, *, sketch_bits: int | None, predictor: str | None) -> list[Kernel]:
     """All that a GPU needs for a prompt and decoding steps, to be given to ``prepare``.
 
@@ -71,7 +87,7 @@ def kernels_of(dtype: torch.dtype, head_dim: int, *, sketch_bits: int | None, pr
         predictor: Its architecture, if there is one.
     """
     # What takes longest to compile comes first.
-    found = [select.KERNEL, gather.MOVE, gather.APPEND, gather.NOTE_TIME]
+    found = [select.BY_ESTIMATES, select.BY_SCORES, gather.MOVE, gather.APPEND, gather.NOTE_TIME]
     if dtype in ELEMENTS and head_dim <= attention.MOST_HEAD_DIM:
         if sketch_bits is not None:
             found += [sketch.score_kernel(sketch_bits, head_dim)[0], sketch.store_kernel(dtype)]

@@ -10,6 +10,7 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding, candidates
 from attention_predictor.csrc.binding import address, check
 from attention_predictor.csrc.candidates import Candidates
@@ -25,16 +26,29 @@ class WindowStep(ctypes.Structure):
     """As in window.h."""
 
     _fields_ = [
-        *pointers("row window sum weight rest scores"),
+        *pointers("row", "float"),
+        *pointers("window", "void"),
+        *pointers("sum", "double"),
+        *pointers("weight", "void"),
+        *pointers("rest scores", "float"),
         ("candidates", Candidates),
         *integers("batch kv_heads columns capacity"),
     ]
 
 
-SLIDE_SUMS = Kernel("window.cu", "slide_sums", WindowStep, threads=128)
-SLIDE_WINDOW = Kernel("window.cu", "slide_window", WindowStep, threads=256)
-SCORE = Kernel("window.cu", "score_columns", WindowStep, threads=128, at_once=4)
 TILE, SLID = 126, 32  # columns of a thread block: where features are computed, and where the window moves
+CONSTANTS = {
+    "kRows": ROWS,
+    "kMaps": MAPS,
+    "kFeatures": FEATURES,
+    "kTaps * kMaps * kFeatures": WEIGHTS,
+    "kRest": REST,
+    "kPositions": 128,
+    "kOutputs": TILE,
+}
+SLIDE_SUMS = Kernel("window.cu", "slide_sums", WindowStep, threads=128, constants=CONSTANTS)
+SLIDE_WINDOW = Kernel("window.cu", "slide_window", WindowStep, threads=8 * SLID, constants=CONSTANTS)
+SCORE = Kernel("window.cu", "score_columns", WindowStep, threads=128, at_once=4, constants=CONSTANTS)
 
 
 def pack_network(conv1: nn.Conv2d, conv2: nn.Conv2d, conv3: nn.Conv1d) -> tuple[Tensor, Tensor]:
@@ -60,8 +74,8 @@ def push_window(row_BGN: Tensor, window_BGNR: Tensor, sum_BGCN: Tensor, weight: 
     check("row_BGN", row_BGN, (B, G, N), torch.float32, device)
     tensors = (row_BGN, window_BGNR, sum_BGCN, weight, rest, None)
     arguments = WindowStep(*map(address, tensors), Candidates(), *(B, G, N, N))
-    SLIDE_SUMS.launch(device, (-(-N // TILE), G, B), arguments)
-    SLIDE_WINDOW.launch(device, (-(-N // SLID), G, B), arguments)
+    SLIDE_SUMS.launch(device, (ceil_div(N, TILE), G, B), arguments)
+    SLIDE_WINDOW.launch(device, (ceil_div(N, SLID), G, B), arguments)
 
 
 @torch.library.custom_op("attention_predictor::score_window", mutates_args=())
@@ -95,7 +109,7 @@ def score_window(
     scores_BGN = window_BGNR.new_empty((B, G, columns), dtype=torch.float32)
     tensors = (None, window_BGNR, sum_BGCN, weight, rest, scores_BGN)
     arguments = WindowStep(*map(address, tensors), bounds, *(B, G, columns, room))
-    SCORE.launch(device, (-(-columns // TILE) + 2, G, B), arguments)
+    SCORE.launch(device, (ceil_div(columns, TILE) + 2, G, B), arguments)
     return scores_BGN
 
 

@@ -28,7 +28,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from attention_predictor.errors import ConfigError
-from attention_predictor.offload.attention.dense import Chunk, Terms, score_rows
+from attention_predictor.offload.attention.dense import Terms, score_rows
+from attention_predictor.offload.chunk import Chunk
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.hf.cache import TieredCache

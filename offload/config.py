@@ -12,7 +12,7 @@ from typing import Any
 
 from attention_predictor.errors import ConfigError
 from attention_predictor.kinds import Kind, flag, is_whole, number, one_of, sizes_in_bytes, text, whole, whole_numbers
-from attention_predictor.offload.policies import policy_names
+from attention_predictor.offload.policy_names import policy_names
 
 AUTO = "auto"
 CALIBRATIONS = ("sketch", "exact", "none")

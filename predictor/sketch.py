@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import ops
 from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.quantise import LARGEST, SHARES, masks, pack, quantise, unpack
@@ -134,7 +135,7 @@ class KeySketch:
         n_groups, held = tokens // self.group, self._zero_BGKD.shape[2]
         if n_groups <= held:
             return
-        wanted = -(-n_groups // CHUNK_GROUPS) * CHUNK_GROUPS
+        wanted = ceil_div(n_groups, CHUNK_GROUPS) * CHUNK_GROUPS
         for owner, name in self._grouped():
             old = getattr(owner, name)
             new = old.new_zeros(*old.shape[:2], wanted, *old.shape[3:])

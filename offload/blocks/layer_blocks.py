@@ -86,7 +86,7 @@ class LayerBlocks:
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
     def reserve(self, tokens: int) -> None:
-        """Room for so many tokens, where the GPU writes them itself; in the table also for the one that follows them."""
+        """Room for so many tokens, where the GPU writes them itself; in the table for one more."""
         blocks = ceil_div(tokens + 1, self.block_size)
         if blocks > self.capacity:
             self.capacity = ceil_div(blocks, ROOM_BLOCKS) * ROOM_BLOCKS
@@ -248,7 +248,7 @@ class LayerBlocks:
     # ---- captured steps --------------------------------------------------------------------------------------------
 
     def enter(self, length_B: Tensor, tokens: int, slots: int) -> None:
-        """From now on whoever takes the steps counts tokens in ``length_B``, and no tensor moves until there are so many."""
+        """From now on whoever takes the steps counts tokens in ``length_B``; nothing moves until there are so many."""
         self.settle()
         self._device_length_B = self._length_B = length_B
         self.grow(slots)

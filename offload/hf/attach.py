@@ -14,7 +14,7 @@ from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.errors import AttachError, ConfigError
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.prefetch import make_prefetcher
-from attention_predictor.offload.blocks.room import Room, expected_shapes
+from attention_predictor.offload.blocks.room import Room
 from attention_predictor.offload.config import CAPTURING, OffloadConfig
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.attachment import Attachment, configs_of
@@ -24,6 +24,7 @@ from attention_predictor.offload.hf.compiled import CompiledLayers
 from attention_predictor.offload.hf.forwards import Forwards
 from attention_predictor.offload.hf.graph import CapturedSteps
 from attention_predictor.offload.hf.rehearsal import rehearse
+from attention_predictor.offload.hf.shapes import expected_shapes
 from attention_predictor.offload.hf.versions import decoder_layers, layer_config, makes_own_cache
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.allocation import first_budgets

@@ -20,19 +20,12 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from attention_predictor.errors import AttachError
-from attention_predictor.offload.attention.dense import (
-    Chunk,
-    Scorer,
-    ScoreRows,
-    Terms,
-    attend,
-    attend_prompt,
-    no_fused,
-)
+from attention_predictor.offload.attention.dense import Scorer, ScoreRows, Terms, attend, attend_prompt, no_fused
 from attention_predictor.offload.attention.sparse import no_kernel
 from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
 from attention_predictor.offload.blocks.room import KVShape
 from attention_predictor.offload.blocks.selection import Budget, Selection
+from attention_predictor.offload.chunk import Chunk
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
 from attention_predictor.offload.step.recovery import measure
@@ -212,9 +205,9 @@ class TieredLayer(CacheLayerMixin):
         tokens_to_remove = int(tokens_to_remove)  # some versions of transformers give a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        self.check_attended()  # else the policy may lack tokens that are in the store
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        self.check_attended()  # else the policy may lack tokens that are in the store
         self._settle()
         length = max(self.blocks.length + tokens_to_remove, 0)
         if length == 0:

@@ -21,10 +21,11 @@ from torch import Tensor
 from attention_predictor.arithmetic import ceil_div, scatter_or_drop
 from attention_predictor.csrc.ops import Estimates
 from attention_predictor.errors import IntegrityError
-from attention_predictor.offload.attention.dense import Chunk, ScoreRows, Terms, score_rows
+from attention_predictor.offload.attention.dense import ScoreRows, Terms, score_rows
 from attention_predictor.offload.attention.sparse import SparseAttention
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import Selection
+from attention_predictor.offload.chunk import Chunk
 
 if TYPE_CHECKING:
     from attention_predictor.offload.config import OffloadConfig
