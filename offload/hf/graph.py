@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from attention_predictor.csrc import binding
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.compiled import CompiledLayers
+from attention_predictor.offload.hf.fused.modules import FusedModules
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import CACHE_NAMES, cache_argument, changed
 from attention_predictor.offload.runtime import Runtime
@@ -28,6 +29,7 @@ INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_di
 LEFT_PADDING = "_attention_predictor_left_padding"  # of a mask that is known to rule out what the prompt's did
 
 Forward = Callable[..., Any]
+Faster = CompiledLayers | FusedModules | None
 
 
 class CapturedSteps:
@@ -36,13 +38,11 @@ class CapturedSteps:
     Args:
         name: The model's, for what is noted.
         forward: The model's own.
-        compiled: Its layers, compiled; ``None`` leaves them as they are.
+        faster: Its layers compiled, or its modules fused, within steps alone; ``None`` leaves them as they are.
     """
 
-    def __init__(
-        self, name: str, forward: Forward, config: PreTrainedConfig, runtime: Runtime, compiled: CompiledLayers | None
-    ) -> None:
-        self.name, self.forward, self.config, self.runtime, self.compiled = name, forward, config, runtime, compiled
+    def __init__(self, name: str, forward: Forward, config: PreTrainedConfig, runtime: Runtime, faster: Faster) -> None:
+        self.name, self.forward, self.config, self.runtime, self.faster = name, forward, config, runtime, faster
         self._failure: str | None = None  # of a capture; the next would fail alike
         self._graphed: weakref.WeakKeyDictionary[TieredCache, Graphed] = weakref.WeakKeyDictionary()
 
@@ -57,7 +57,7 @@ class CapturedSteps:
                 reason = "the attention mask rules out more than the prompt's padding on the left, or less"
             if reason is None:
                 if graphed is None:
-                    graphed = self._graphed[cache] = Graphed(cache, self.forward, self.compiled)
+                    graphed = self._graphed[cache] = Graphed(cache, self.forward, self.faster)
                 try:
                     return graphed.run(cache, given)
                 except CaptureError as error:
@@ -146,10 +146,10 @@ class Graphed:
     The first steps run kernel by kernel, then one is captured, then replayed for every token until the room is used up.
     """
 
-    def __init__(self, cache: TieredCache, forward: Forward, compiled: CompiledLayers | None) -> None:
+    def __init__(self, cache: TieredCache, forward: Forward, faster: Faster) -> None:
         self.layers = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
         self.runtime = self.layers[0].runtime
-        self.forward, self.compiled = forward, compiled
+        self.forward, self.faster = forward, faster
         self.cache_name = cache_argument(forward) or CACHE_NAMES[0]
         self.entered = False
         self.running = False
@@ -246,7 +246,7 @@ class Graphed:
 
     def _step(self, cache: TieredCache) -> Any:
         self.length_B.add_(1)
-        with self.compiled if self.compiled is not None else nullcontext():
+        with self.faster if self.faster is not None else nullcontext():
             output = self.forward(
                 input_ids=self.ids_B1, position_ids=self.position, use_cache=True, **{self.cache_name: cache}
             )

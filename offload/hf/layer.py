@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,6 @@ from attention_predictor.offload.step.schedule import EagerSchedule, Schedule
 from attention_predictor.offload.step.step import attend_again, chunks, decode
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.hf.graph import Graphed
     from attention_predictor.offload.policies.allocation import Sharing
     from attention_predictor.offload.runtime import Runtime
 
@@ -47,6 +46,18 @@ class Handed(NamedTuple):
     tokens: int
     key: tuple[Any, ...]
     value: tuple[Any, ...]
+
+
+class Captor(Protocol):
+    """Who captures the steps of a cache (``Graphed``)."""
+
+    def join(self) -> None:
+        """The model waits for all that prepares the next token."""
+        ...
+
+    def leave(self) -> None:
+        """Hand the cache back to the host, unless it is running a step itself."""
+        ...
 
 
 class TieredLayer(CacheLayerMixin):
@@ -80,7 +91,7 @@ class TieredLayer(CacheLayerMixin):
         self.real_BL: Tensor | None = None  # of captured steps
         # Who captures this layer's steps, while someone does, and holds this layer: a reference back would keep the
         # cache's memory until garbage is collected.
-        self._graphed: weakref.ref[Graphed] | None = None
+        self._graphed: weakref.ref[Captor] | None = None
 
     # ---- what transformers asks of a cache layer -------------------------------------------------------------------
 
@@ -165,7 +176,7 @@ class TieredLayer(CacheLayerMixin):
         """Whether the step that ``advance`` has counted reads all keys from host memory, which can't be captured."""
         return self.policy.reads_all_keys or self._is_measured()
 
-    def enter(self, graphed: Graphed, schedule: Schedule, length_B: Tensor, tokens: int) -> None:
+    def enter(self, graphed: Captor, schedule: Schedule, length_B: Tensor, tokens: int) -> None:
         """From now on ``graphed`` runs the steps, up to so many tokens, on the device alone."""
         self.blocks.enter(length_B, tokens, self.selection.most_slots_at(self.blocks.length + 1))
         self.policy.reserve(self.blocks.capacity)
