@@ -149,7 +149,7 @@ class StreamedHistory(ScoreHistory):
         if self._network is not None:
             return ops.score_window(self._state_BGNC, self._sum_BGCN, *self._network, columns, *bounds)
         network, candidate_BC = self.predictor, candidates_of(columns, *bounds)
-        sum_BGCN = self._sum_BGCN[..., :columns].to(network.conv3.weight.dtype)
+        sum_BGCN = self._sum_BGCN[..., :columns].to(network.conv3.weight.dtype, copy=True)
         for band in (self._top, self._bottom):
             self._add(band, sum_BGCN)
         inner_XN = network.conv3(sum_BGCN.flatten(0, 1).div_(network.channels))[:, 0].float()
