@@ -183,7 +183,7 @@ class SyntheticCache:
         def stored() -> Iterator[Chunk]:
             for chunk in self.chunks(number):
                 layer.update(chunk.key_BGTD, chunk.value_BGTD)
-                layer.policy.extend(chunk.key_BGTD, past_BHQD)
+                layer.store(chunk.key_BGTD, chunk.value_BGTD, past_BHQD)
                 layer.armed = False  # this update is not followed by an attention call
                 yield chunk
 

@@ -84,7 +84,7 @@ def why_not(cache: TieredCache, graphed: Graphed | None) -> str | None:
             return "they need the kernels"
         if not layer.blocks.store.pinned:
             return "they need pinned host memory"
-        if (reason := layer.policy.not_captured(layer.runtime.config)) is not None:
+        if (reason := layer.policy.not_captured(layer.runtime.config) or layer.policy.lacks_kernel) is not None:
             return reason
     if graphed is not None and graphed.in_vain >= IN_VAIN:
         return "something else changes the cache every few tokens, as beams do"

@@ -368,15 +368,19 @@ class TieredLayer(CacheLayerMixin):
             self.note_memory()
             return out_BHQD
         if new:
-            self.blocks.append(key_BGTD.detach(), value_BGTD.detach())
-            self.policy.reserve(self.blocks.capacity)
-            self.policy.extend(key_BGTD.detach(), query_BHQD.detach())
+            self.store(key_BGTD.detach(), value_BGTD.detach(), query_BHQD.detach())
         sharing = self._sharing_now(query_BHQD.shape[2])
         out_BHQD = self._attend_all(query_BHQD, key_BGTD, value_BGTD, terms, sharing)
         if sharing is None:
             self._fetch_ahead()
             self.note_memory()
         return out_BHQD
+
+    def store(self, key_BGTD: Tensor, value_BGTD: Tensor, query_BHQD: Tensor) -> None:
+        """Take the tokens of a forward that is no decoding step: into the blocks, and to the policy."""
+        self.blocks.append(key_BGTD, value_BGTD)
+        self.policy.reserve(self.blocks.capacity)
+        self.policy.extend(key_BGTD, query_BHQD)
 
     def _real_tokens(self, mask: Tensor | None) -> Tensor | None:
         """bool ``[B, L]`` of all tokens there is room for, False at padding: by the mask, or without one on the left.

@@ -208,6 +208,11 @@ class Policy:
         return None
 
     @property
+    def lacks_kernel(self) -> str | None:
+        """Which part of it asks the host on this device, for want of a kernel, so that it can't be captured."""
+        return None
+
+    @property
     def reads_all_keys(self) -> bool:
         """Whether the step that ``advance`` has counted asks for ``Step.exact``: it is not captured, others are."""
         return False

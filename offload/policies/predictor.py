@@ -70,6 +70,10 @@ class Predictor(Policy):
         return self.sketch is not None and (self.late_share > 0 or self.spec.config.reserve > 0)
 
     @property
+    def lacks_kernel(self) -> str | None:
+        return None if self.sketch is None else self.sketch.no_kernel(self.size)
+
+    @property
     def reads_all_keys(self) -> bool:
         config = self.spec.config
         return config.calibration == "exact" and self.steps % config.calibration_interval == 0
