@@ -125,6 +125,9 @@ class LayerBlocks:
 
     def advance(self) -> None:
         """Count the token of the step that comes; the host's part of it."""
+        if self._device_length_B is not None:
+            self.store.advance(1)
+            return
         self.reserve(self.store.length + 1)
         if self.device_moves:
             self.store.advance(1)

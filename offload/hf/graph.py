@@ -151,6 +151,8 @@ class Graphed:
         self.runtime = self.layers[0].runtime
         self.forward, self.faster = forward, faster
         self.cache_name = cache_argument(forward) or CACHE_NAMES[0]
+        # Some policies read all keys at some steps, which are then not captured.
+        self.may_read_all_keys = any(layer.may_read_all_keys for layer in self.layers)
         self.entered = False
         self.running = False
         self.taken = 0  # steps since the cache was entered
@@ -183,13 +185,7 @@ class Graphed:
         stats.steps += 1
         try:
             self.running = True
-            for layer in self.layers:
-                layer.advance()
-            if self._reads_all_keys():
-                output = self._step(cache)  # from host memory, between captured steps
-            else:
-                output = self._replay(cache)
-                stats.captured_steps += 1
+            output = self._take(cache)
             self.taken += 1
         except BaseException:
             for layer in self.layers:
@@ -235,13 +231,23 @@ class Graphed:
         self.entered = True
 
     def _reads_all_keys(self) -> bool:
-        return any(layer.reads_all_keys for layer in self.layers)
+        return self.may_read_all_keys and any(layer.reads_all_keys for layer in self.layers)
 
-    def _replay(self, cache: TieredCache) -> Any:
+    def _take(self, cache: TieredCache) -> Any:
+        """One step, captured unless it reads all keys; and the host's counts."""
+        captured = self.graph is not None and not self.may_read_all_keys
+        if captured and self.graph is not None:  # first: the host counts beside it
+            self.graph.replay()
+        for layer in self.layers:
+            layer.advance()
+        if self._reads_all_keys():
+            return self._step(cache)  # from host memory, between captured steps
+        self.runtime.stats.captured_steps += 1
         if self.graph is None:
             self.eager_steps = max(self.eager_steps - 1, 0)
             return self._step(cache)
-        self.graph.replay()
+        if not captured:
+            self.graph.replay()
         return self.output
 
     def _step(self, cache: TieredCache) -> Any:

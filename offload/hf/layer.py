@@ -168,8 +168,14 @@ class TieredLayer(CacheLayerMixin):
     def advance(self) -> None:
         """The host counts the token of the step that comes."""
         self.blocks.advance()
-        self.policy.reserve(self.blocks.capacity)
+        if self._graphed is None:  # else there is room
+            self.policy.reserve(self.blocks.capacity)
         self.policy.advance()
+
+    @property
+    def may_read_all_keys(self) -> bool:
+        """Whether any step may."""
+        return bool(self.runtime.config.measure_recovery) or self.policy.may_read_all_keys
 
     @property
     def reads_all_keys(self) -> bool:

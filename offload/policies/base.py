@@ -218,6 +218,11 @@ class Policy:
         return False
 
     @property
+    def may_read_all_keys(self) -> bool:
+        """Whether any step does."""
+        return False
+
+    @property
     def is_started(self) -> bool:
         """Whether it has seen enough for a step that is captured."""
         return True

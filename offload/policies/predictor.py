@@ -74,9 +74,13 @@ class Predictor(Policy):
         return None if self.sketch is None else self.sketch.no_kernel(self.size)
 
     @property
+    def may_read_all_keys(self) -> bool:
+        return self.spec.config.calibration == "exact"
+
+    @property
     def reads_all_keys(self) -> bool:
         config = self.spec.config
-        return config.calibration == "exact" and self.steps % config.calibration_interval == 0
+        return self.may_read_all_keys and self.steps % config.calibration_interval == 0
 
     @property
     def is_started(self) -> bool:
