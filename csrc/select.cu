@@ -336,7 +336,7 @@ __device__ __forceinline__ void select_blocks(const Select &a) {
             if (a.count != nullptr) {
                 auto *counted = reinterpret_cast<unsigned long long *>(a.count);
                 // A block that has not begun is neither: nothing of it is there.
-                atomicAdd(&counted[0], static_cast<unsigned long long>(chosen - total[1]));
+                atomicAdd(&counted[0], static_cast<unsigned long long>(chosen - (n > known && rows.wanted.has(known))));
                 atomicAdd(&counted[1], static_cast<unsigned long long>(total[0]));
             }
         }

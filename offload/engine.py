@@ -50,7 +50,8 @@ class Engine:
 
     @property
     def stats(self) -> Stats:
-        """What happened so far; to be read anew, since captured steps count on the device."""
+        """What happened so far, fetches for the next token included; to be read anew, since steps count on the device."""
+        self.runtime.prefetcher.drain()
         self.runtime.counts.move_into(self.runtime.stats)
         return self.runtime.stats
 

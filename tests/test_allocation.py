@@ -27,7 +27,9 @@ from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
 from attention_predictor.errors import ConfigError
 from attention_predictor.eval.judge import Rule
+from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import Selection
+from attention_predictor.offload.blocks.slot_table import chosen_blocks
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import policy_class, policy_names
 from attention_predictor.offload.policies.allocation import Sharing, first_budgets, mean_shares, share_budget
@@ -177,7 +179,7 @@ def test_policies_see_the_rows_they_see_without_sharing(tiny_model, ids, allocat
     model, prompt = tiny_model(), ids(300)
     for policy in ("snapkv", "pyramidkv", "h2o"):
         votes = [
-            [layer.policy.parts["attention" if policy == "h2o" else "votes"].value_BGN for layer in cache.layers]
+            [layer.policy.parts["attention" if policy == "h2o" else "votes"].value_BGC for layer in cache.layers]
             for how in ("uniform", allocation)
             for cache in [decode(model, prompt, 0, budget_allocation=how, policy=policy)[0]]
         ]
@@ -239,7 +241,7 @@ def test_steps_read_and_hold_no_more_than_their_layers_budget(ids, monkeypatch, 
 
     def watched(self, step):
         observe(self, step)
-        read[id(self)] = max(int(step.attended_BGN.sum(-1).max()), read.get(id(self), 0))
+        read[id(self)] = max(int(step.attended_BGC.sum(-1).max()), read.get(id(self), 0))
 
     monkeypatch.setattr(kind, "observe", watched)
     model = uneven_model(4)
@@ -343,7 +345,7 @@ def test_captured_steps_have_the_same_budgets(emulated, ids, allocation, tokens)
     model, prompt, graphs = uneven_model(), ids(tokens), []
 
     def entered(cache):
-        graphs.append(cache.layers[0].device_step is not None)
+        graphs.append(cache.layers[0]._graphed is not None)
 
     thread, one = decode(model, prompt, 48, **settings)
     graph, other = decode(model, prompt, 48, each=entered, prefetch="graph", **settings)
@@ -374,12 +376,12 @@ def test_each_head_gets_its_own_best_blocks(heads, length, padding, more, seed):
     config, padding_B = OffloadConfig(**SMALL), torch.tensor([min(padding, length - 1)])
     selection = Selection.of(config, tuple(16 * blocks for blocks in heads))
     scores = torch.randn(1, len(heads), -(-length // 16), generator=torch.Generator().manual_seed(seed))
-    wanted = selection.wanted(scores, length, padding_B, len(heads), more)
+    extent = Extent(torch.tensor([length]), padding_B, scores.shape[-1], 16)
+    found = chosen_blocks(selection.limits(length, more), extent, scores)
     for g, blocks in enumerate(heads):
-        alone = Selection.of(config, 16 * blocks).wanted(scores[:, g : g + 1], length, padding_B, 1, more)
-        mine = wanted[0, g][wanted[0, g] >= 0].tolist()
-        assert sorted(mine) == sorted(alone[alone >= 0].tolist())
-        assert len(mine) <= max(blocks + more, 6)  # the mean budget is of 6 blocks: until then all are attended
+        limits = Selection.of(config, 16 * blocks).limits(length, more)
+        assert torch.equal(found[:, g], chosen_blocks(limits, extent, scores[:, g : g + 1])[:, 0])
+        assert int(found[0, g].sum()) <= max(blocks + more, 6)  # until the mean budget, 6 blocks, all are attended to
     assert selection.budget == 16 * max(heads)
     assert selection.least == 16 * min(heads)
 
@@ -412,7 +414,7 @@ def test_steps_read_no_more_than_their_heads_budget(ids, monkeypatch, policy):
 
     def watched(self, step):
         observe(self, step)
-        read.setdefault(id(self), []).append(step.attended_BGN.sum(-1).amax(0).tolist())
+        read.setdefault(id(self), []).append(step.attended_BGC.sum(-1).amax(0).tolist())
 
     monkeypatch.setattr(kind, "observe", watched)
     cache, _ = decode(uneven_model(), ids(300, batch=2), policy=policy, budget_allocation=budgets)

@@ -9,6 +9,7 @@ from itertools import combinations
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from tiny_models import make_tiny_model
 from torch import Tensor
@@ -24,7 +25,9 @@ from attention_predictor.eval.analysis.layer_map import LayerMap
 from attention_predictor.eval.analysis.rope import Rotation
 from attention_predictor.eval.analysis.watch import Attended, watching
 from attention_predictor.offload.attention.dense import ScoreRows
+from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import Selection
+from attention_predictor.offload.blocks.slot_table import chosen_blocks
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.hf.versions import with_cache
@@ -286,12 +289,10 @@ class TestForesight:
             first, last = SELECTION.candidates(tokens)
             scores_BGN = history.predict(first, min(last, history.n_blocks))
             truth_BGN = rows.mass_BGQN[:, :, step, :blocks]
+            extent = Extent(torch.full((2,), tokens), None, blocks, SELECTION.block_size)
+            scores_BGN = F.pad(scores_BGN, (0, blocks - scores_BGN.shape[-1]), value=-torch.inf)
             got, most = (
-                torch.zeros_like(truth_BGN).scatter_(
-                    -1, SELECTION.wanted(x, tokens, torch.zeros(2, dtype=torch.int64), 3), 1.0
-                )
-                * truth_BGN
-                for x in (scores_BGN, truth_BGN)
+                chosen_blocks(SELECTION.limits(tokens), extent, x) * truth_BGN for x in (scores_BGN, truth_BGN)
             )
             shares.append(got.sum(-1) / truth_BGN.sum(-1))
             relatives.append(got.sum(-1) / most.sum(-1))

@@ -155,7 +155,7 @@ class TestRefusals:
         with attach(one, CONFIG) as engine, attach(two, CONFIG), pytest.raises(AttachError, match="another engine"):
             two(ids(20), **with_cache(two, engine.new_cache()))
         with attach(one, CONFIG), pytest.raises(AttachError, match="another engine"):
-            one(ids(20), **with_cache(one, TieredCache(engine)))  # of the engine that was detached
+            one(ids(20), **with_cache(one, TieredCache(engine.runtime)))  # of the engine that was detached
 
     @torch.no_grad()
     def test_context_beyond_the_positions(self, tiny_model, ids):

@@ -12,6 +12,7 @@ from attention_predictor import AttachError
 from attention_predictor.offload.attention import dense, fused
 from attention_predictor.offload.attention.dense import Chunk, Terms, attend, attend_prompt, score_rows, split
 from attention_predictor.offload.attention.sparse import attend_slots
+from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.hf.attention import tiered_attention, tiered_mask
 from attention_predictor.offload.policies.base import Step
 from attention_predictor.predictor.scores import block_mass, block_scores
@@ -254,15 +255,13 @@ def test_sparse_attention_reads_exactly_its_slots(length, seed, padded, extra, d
 
 
 def test_a_step_knows_its_attended_blocks():
+    extent = Extent(torch.tensor([18]), None, 6, BLOCK)
     step = Step(
-        query_BHD=torch.zeros(1, 2, D), length=18, real_BL=None, terms=Terms(1.0), kv_heads=2, block_size=BLOCK,
-        stream=lambda query: iter(()), pool_key_BGSTD=torch.zeros(1, 2, 3, BLOCK, D),
-        resident_RS=torch.tensor([[0, 1, 4], [-1, 3, 2]]),
-    )  # fmt: skip
+        torch.zeros(1, 2, D), extent, None, Terms(1.0), 2, kernel=False, length=18, stream=lambda query: iter(())
+    )
     step.block_BGS = torch.tensor([[[0, -1, 4], [-1, -1, 2]]])
-    assert step.attended_BGN.tolist() == [[[True, False, False, False, True], [False, False, True, False, False]]]
-    known = step.resident_scores.sum_BHS.exp()  # all that is resident, but for tokens that are not there yet
-    assert known.round().tolist() == [[[BLOCK, BLOCK, 18 - 4 * BLOCK], [0, BLOCK, BLOCK]]]
+    assert step.blocks == 5
+    assert step.attended_BGC.int().tolist() == [[[1, 0, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0]]]
 
 
 class TestMask:

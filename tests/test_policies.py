@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.offload.attention.dense import Terms, scaled_logits
+from attention_predictor.offload.blocks.extent import Extent
+from attention_predictor.offload.blocks.slot_table import chosen_blocks
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.policies import LayerSpec, policy_class
+from attention_predictor.offload.policies import LayerSpec, Policy, policy_class, policy_names
 from attention_predictor.offload.policies.predictor import Predictor
 from attention_predictor.offload.policies.quest import KeyBounds, QuestAhead
 from attention_predictor.predictor.scores import block_peak_and_sum
@@ -42,7 +45,7 @@ def test_streaming_reads_sink_and_recent_alone(tiny_model, ids):
         layer = cache.layers[0]
         layer.check_integrity()  # which waits for what the next token was promised
         length = layer.blocks.store.length + 1
-        blocks = set(layer.blocks.table.block_of_slot_RS[layer.blocks.table.active_RS].tolist())
+        blocks = set(layer.blocks.table.active_RS.flatten().tolist()) - {-1}
         assert blocks == {0} | set(range((length - 16) // 16, -(-length // 16)))
 
     stats = decode(tiny_model(), ids(300), policy="streaming", each=check)
@@ -78,20 +81,25 @@ def test_quest_bounds_every_logit(pieces, crop, seed):
     torch.manual_seed(seed)
     keys = torch.randn(B, G, sum(pieces) + 20, D)
     bounds, length = KeyBounds(spec()), 0
+    bounds.reserve(64)
     for piece in pieces:
         bounds.extend(keys[:, :, length : length + piece])
         length += piece
     length = max(length - crop, 0)
     bounds.crop(length, lambda start, stop: keys[:, :, start:stop])
-    bounds.extend(keys[:, :, length : length + 3])
+    for token in range(length, length + 3):
+        bounds.length += 1
+        bounds.append(keys[:, :, token], Extent(torch.full((B,), token + 1), None, 64, 16))
     bounds.check_integrity()
     query = torch.randn(B, H, D)
     logits = scaled_logits(query[:, :, None], keys[:, :, : length + 3], Terms(1.0))[:, :, 0]
     peak, _ = block_peak_and_sum(logits, 16)
     true = peak.unflatten(1, (G, -1)).amax(2)
-    assert (bounds.bound(query) >= true - 1e-4).all()
+    n_blocks = true.shape[-1]
+    assert (bounds.bound(query)[..., :n_blocks] >= true - 1e-4).all()
     bounds.index(torch.tensor([1]))
-    assert (bounds.bound(query[1:]) >= true[1:] - 1e-4).all()
+    assert (bounds.bound(query[1:])[..., :n_blocks] >= true[1:] - 1e-4).all()
+    assert (bounds.bound(query[1:])[..., n_blocks:] < true.min()).all()
 
 
 def test_quest_ahead_selects_what_quest_would_have_a_step_before(tiny_model, ids, monkeypatch):
@@ -108,36 +116,33 @@ def test_quest_ahead_selects_what_quest_would_have_a_step_before(tiny_model, ids
         length, table = layer.blocks.length, layer.blocks.table
         quest = policy_class("quest")(layer.policy.spec)
         quest.bounds.extend(layer.blocks.store.read(0, length)[0])
-        scores = quest.bounds.bound(queries[-1])
-        wanted = layer.selection.wanted(scores, length + 1, layer.padding_B, layer.kv_heads).flatten(0, 1)
-        rows = zip(table.block_of_slot_RS, table.active_RS, strict=True)
-        selections.append([set(block_S[active_S].tolist()) for block_S, active_S in rows])
-        assert selections[-1] == [set(row) for row in wanted.tolist()]
+        quest.bounds.reserve(layer.blocks.capacity)
+        scores, extent = quest.bounds.bound(queries[-1]), layer.blocks.extent
+        wanted_BGC = chosen_blocks(layer.selection.limits(length + 1), extent.next, scores)
+        selections.append(table.active_RC(extent.capacity).view_as(wanted_BGC))
+        assert torch.equal(selections[-1], wanted_BGC)
 
     monkeypatch.setattr(QuestAhead, "observe", watched)
     decode(tiny_model(num_hidden_layers=1), ids(300), policy="quest-ahead", each=check)
     assert len(queries) == len(selections) == 12
-    assert any(before != after for before, after in itertools.pairwise(selections))
+    assert any(not torch.equal(*pair) for pair in itertools.pairwise(selections))
 
 
 class TestCalibration:
     @staticmethod
     def rows(tiny_model, ids, monkeypatch, **changes):
-        """Rows pushed into the history of layer 0, beside the truth and what was attended."""
-        pushed = []
+        """Rows that the history of layer 0 is told, beside the truth and what was attended."""
+        told = []
         observe = Predictor.observe
 
         def watched(policy, step):
             exact = step.exact.scores_BGQN[:, :, 0]
-            attended = step.attended_BGN
-            push = policy.history.push
-            policy.history.push = lambda row: (pushed.append((row.clone(), exact, attended)), push(row))
+            told.append((policy.row(step)[..., : step.blocks], exact, step.attended_BGC[..., : step.blocks]))
             observe(policy, step)
-            del policy.history.push
 
         monkeypatch.setattr(Predictor, "observe", watched)
         decode(tiny_model(num_hidden_layers=1), ids(300), steps=10, **changes)
-        return pushed
+        return told
 
     def test_sketch_is_close_everywhere(self, tiny_model, ids, monkeypatch):
         for row, exact, attended in self.rows(tiny_model, ids, monkeypatch, sketch_bits=8, late_fetch=0.0):
@@ -147,8 +152,8 @@ class TestCalibration:
             assert (row[~attended] > 0).any()
 
     def test_exact_comes_at_its_interval(self, tiny_model, ids, monkeypatch):
-        pushed = self.rows(tiny_model, ids, monkeypatch, calibration="exact", calibration_interval=3, late_fetch=0.0)
-        for step, (row, exact, attended) in enumerate(pushed, 1):
+        told = self.rows(tiny_model, ids, monkeypatch, calibration="exact", calibration_interval=3, late_fetch=0.0)
+        for step, (row, exact, attended) in enumerate(told, 1):
             if step % 3 == 0:
                 assert torch.equal(row, exact)
             else:
@@ -222,6 +227,28 @@ def test_new_tokens_reach_the_policy_once(tiny_model):
 
 
 def test_a_policy_that_scores_nothing_now_says_so():
-    policy = policy_class("streaming")(spec())
-    with pytest.raises(TypeError, match="streaming"):
-        policy.score_now(None)
+    class Late(Policy):
+        name, selects = "late", "now"
+
+    with pytest.raises(TypeError, match="policy 'late' has late_share=1.0 but does not score now"):
+        Late(spec()).score_now(None)
+    assert policy_class("streaming")(spec()).score_now(None) is None
+
+
+@pytest.mark.parametrize("policy", policy_names())
+def test_a_copy_made_under_inference_mode_goes_on_outside_of_it(tiny_model, ids, policy):
+    model, prompt = tiny_model(), ids(300)
+    with attach(model, OffloadConfig(**(SMALL | {"policy": policy}))) as engine:
+        with torch.inference_mode():
+            cache = engine.new_cache()
+            for tokens in (prompt, prompt[:, :1]):
+                model(tokens, **with_cache(model, cache))
+            twin = copy.deepcopy(cache)
+        with torch.no_grad():
+            outputs = []
+            for one in (cache, twin):
+                for tokens in (prompt[:, :1], prompt[:, :7], prompt[:, 1:2]):
+                    logits = model(tokens, **with_cache(model, one)).logits
+                one.check_integrity()
+                outputs.append(logits)
+        assert torch.equal(*outputs)

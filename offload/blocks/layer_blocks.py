@@ -41,7 +41,6 @@ class LayerBlocks:
 
     Attributes:
         capacity: Blocks that table and policy have room for.
-        extent: How far the sequences have come.
         counts: int64 on the device, as ``DeviceCounts.of_layer``.
 
     Raises:
@@ -75,9 +74,9 @@ class LayerBlocks:
         self.ticket: Ticket | None = None
         self._may_move = kernels and binding.on_gpu(device) and ops.missing(device) is None
         self._slab_s: Tensor | None = None
-        self.padding_B: Tensor | None = None
-        self._length_B: Tensor | None = None  # while captured steps count for themselves
-        self.extent = self._extent()
+        self.padding_B: Tensor | None = None  # int64, tokens of left padding of each sequence; None: there is none
+        self._device_length_B: Tensor | None = None  # while captured steps count for themselves
+        self._length_B = self._counted(0)
 
     @property
     def length(self) -> int:
@@ -87,8 +86,8 @@ class LayerBlocks:
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
     def reserve(self, tokens: int) -> None:
-        """Room for so many tokens in table and, where the GPU writes to it, host memory."""
-        blocks = ceil_div(tokens, self.block_size)
+        """Room for so many tokens, where the GPU writes them itself; in the table also for the one that follows them."""
+        blocks = ceil_div(tokens + 1, self.block_size)
         if blocks > self.capacity:
             self.capacity = ceil_div(blocks, ROOM_BLOCKS) * ROOM_BLOCKS
             self.table.reserve(self.capacity)
@@ -99,7 +98,7 @@ class LayerBlocks:
     @property
     def device_moves(self) -> bool:
         """Whether the GPU reads and writes host memory itself."""
-        return self._length_B is not None or (self._may_move and self.store.pinned)
+        return self._device_length_B is not None or (self._may_move and self.store.pinned)
 
     def append(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
         """Store the tokens of a forward that is not a decoding step."""
@@ -108,18 +107,18 @@ class LayerBlocks:
         self._slab_s = None
         self.reserve(self.store.length)
         self.table.drop_from(start // self.block_size)  # the tail block has grown behind the pool's back
-        self.extent = self._extent()
+        self._length_B = self._counted(0)
 
     def advance(self) -> None:
         """Count the token of the step that comes; the host's part of it."""
-        self.reserve(self.store.length + 2)
+        self.reserve(self.store.length + 1)
         if self.device_moves:
             self.store.advance(1)
-        self.extent = self._extent(0 if self.device_moves else 1)
+        self._length_B = self._counted(0 if self.device_moves else 1)
 
-    def append_token(self, key_BGD: Tensor, value_BGD: Tensor) -> None:
+    def append_token(self, key_BGD: Tensor, value_BGD: Tensor, extent: Extent) -> None:
         """Write the step's token to its block in host memory and in the pool; ``extent`` counts it already."""
-        pool, length_B = self.pool, self.extent.length_B
+        pool, length_B = self.pool, extent.length_B
         if self.device_moves:
             into = (pool.key_BGSTD, pool.value_BGSTD, self._slabs(), self.store.slab_blocks)
             ops.append_token(key_BGD, value_BGD, *into, self.table.tensors.slot_RC, length_B, self.counts[4:])
@@ -145,10 +144,12 @@ class LayerBlocks:
 
     # ---- choosing and moving blocks --------------------------------------------------------------------------------
 
-    def choose(self, selection: Selection, scores: Tensor | Estimates, late_blocks: int | None) -> Tensor | None:
+    def choose(
+        self, selection: Selection, extent: Extent, scores: Tensor | Estimates, late_blocks: int | None
+    ) -> Tensor | None:
         """Choose what this step attends to and fetch what is missing, within the step; as ``SlotTable.choose``."""
         limits = selection.limits(self.length)
-        rest_BH = self.table.choose(limits, self.extent, scores, late_blocks, self.counts, self._kernel)
+        rest_BH = self.table.choose(limits, extent, scores, late_blocks, self.counts, self._kernel)
         if late_blocks is not None:
             started = time.perf_counter()
             try:
@@ -162,6 +163,7 @@ class LayerBlocks:
     def fetch_ahead(
         self,
         selection: Selection,
+        extent: Extent,
         score_BGC: Tensor | None,
         more: int,
         run: Callable[[Callable[[], None]], Ticket | None],
@@ -169,7 +171,7 @@ class LayerBlocks:
         """Choose what the next token attends to, and ``more`` blocks, and fetch them; ``run`` says when."""
         self._fit_pool(selection)
         limits = selection.limits(self.length + 1, more)
-        self.ticket = run(partial(self._choose_ahead, limits, self.extent, score_BGC))
+        self.ticket = run(partial(self._choose_ahead, limits, extent, score_BGC))
 
     def _choose_ahead(self, limits: Limits, extent: Extent, score_BGC: Tensor | None) -> None:
         self.table.choose_ahead(limits, extent, score_BGC, self.counts, self._kernel)
@@ -246,31 +248,29 @@ class LayerBlocks:
     # ---- captured steps --------------------------------------------------------------------------------------------
 
     def enter(self, length_B: Tensor, tokens: int, slots: int) -> None:
-        """From now on whoever takes the steps counts tokens in ``length_B``, and nothing moves up to so many tokens."""
+        """From now on whoever takes the steps counts tokens in ``length_B``, and no tensor moves until there are so many."""
         self.settle()
-        self._length_B = length_B
+        self._device_length_B = self._length_B = length_B
         self.grow(slots)
-        self.reserve(tokens)
+        self.reserve(tokens - 1)
         self._slabs()
-        self.extent = self._extent()
 
     def leave(self) -> None:
         """The host counts again."""
-        self._length_B = None
-        self.extent = self._extent()
+        self._device_length_B = None
+        self._length_B = self._counted(0)
 
-    def _extent(self, coming: int = 0) -> Extent:
-        """Of the tokens stored and as many more."""
-        length_B = self._length_B
-        if length_B is None:
-            with torch.inference_mode(False):
-                length_B = torch.full((self.store.batch,), self.store.length + coming, device=self.device)
-        return Extent(length_B, self.padding_B, self.capacity, self.block_size)
+    @property
+    def extent(self) -> Extent:
+        """How far the sequences have come; one object a step, so that nothing of an earlier one is kept in a graph."""
+        return Extent(self._length_B, self.padding_B, self.capacity, self.block_size)
 
-    def set_padding(self, padding_B: Tensor | None) -> None:
-        """Tokens of left padding of each sequence."""
-        self.padding_B = padding_B
-        self.extent = Extent(self.extent.length_B, padding_B, self.capacity, self.block_size)
+    def _counted(self, coming: int) -> Tensor:
+        """The length of the sequences: of the tokens stored and as many more, by the host, or by captured steps."""
+        if self._device_length_B is not None:
+            return self._device_length_B
+        with torch.inference_mode(False):
+            return torch.full((self.store.batch,), self.store.length + coming, device=self.device)
 
     # ---- sequences that shrink, and change places --------------------------------------------------------------------
 
@@ -280,7 +280,7 @@ class LayerBlocks:
         self.store.truncate(length)
         self._slab_s = None
         self.table.drop_from(self.store.n_blocks)
-        self.extent = self._extent()
+        self._length_B = self._counted(0)
 
     def index(self, batch_index: Tensor) -> None:
         """Reorder, repeat or select sequences; the index is on the CPU."""
@@ -290,8 +290,9 @@ class LayerBlocks:
         self._slab_s = None
         self.pool.index(on_device)
         self.table.index(on_device, self.kv_heads)
-        self.set_padding(None if self.padding_B is None else self.padding_B[on_device])
-        self.extent = self._extent()
+        if self.padding_B is not None:
+            self.padding_B = self.padding_B[on_device]
+        self._length_B = self._counted(0)
 
     def _release(self) -> None:
         """Wait until the GPU no longer reads host memory, which is about to change."""

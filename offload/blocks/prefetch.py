@@ -72,6 +72,9 @@ class Prefetcher(ABC):
         device may wait. Raises FetchError, from the job's own error, when this or another job failed.
         """
 
+    def drain(self) -> None:
+        """Returns when no job is unfinished, or the worker is gone. Never raises."""
+
     @abstractmethod
     def close(self) -> None:
         """Finishes what was submitted and ends the worker. Never raises; also after a failure, or again."""
@@ -190,6 +193,10 @@ class ThreadPrefetcher(Prefetcher):
         if ticket._finished is not None:
             torch.cuda.current_stream(self.device).wait_event(ticket._finished)
         return (time.perf_counter() - start) * 1e3
+
+    def drain(self) -> None:
+        while any(not ticket.done for ticket in tuple(self._unfinished)) and self._thread and self._thread.is_alive():
+            self._unfinished[-1]._wait_briefly()
 
     def close(self) -> None:
         self._closed = True

@@ -181,6 +181,7 @@ class Forwards:
         for layer in cache.layers:
             if not isinstance(layer, TieredLayer) or layer.number >= layers:
                 continue
+            layer.check_attended()
             stored = layer.get_seq_length() - before
             if stored != new:
                 raise AttachError(
@@ -189,7 +190,6 @@ class Forwards:
                 )
             if layer.batch != batch:
                 raise AttachError(f"{name}: layer {layer.number} has stored {layer.batch} sequences of {batch}")
-            layer.check_attended()
 
 
 def check_positions(text_config: PreTrainedConfig, tokens: int) -> None:

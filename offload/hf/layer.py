@@ -176,7 +176,7 @@ class TieredLayer(CacheLayerMixin):
         """From now on ``graphed`` runs the steps, up to so many tokens, on the device alone."""
         self.blocks.enter(length_B, tokens, self.selection.most_slots_at(self.blocks.length + 1))
         self.policy.reserve(self.blocks.capacity)
-        self.blocks.set_padding(self.padding_B if self.is_padded else None)
+        self.blocks.padding_B = self.padding_B if self.is_padded else None
         self.real_BL = self._real_tokens(None) if self.is_padded else None
         self._graphed, self.schedule = weakref.ref(graphed), schedule
         self.note_memory()
@@ -276,6 +276,7 @@ class TieredLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Nothing to do: blocks are fetched by the engine's own prefetcher."""
 
+    @torch.inference_mode(False)  # copies made under it could not be written to outside of it
     def __deepcopy__(self, memo: dict) -> TieredLayer:
         if self.is_initialized:
             self._settle()
@@ -347,7 +348,7 @@ class TieredLayer(CacheLayerMixin):
         was_padded, self.is_padded = self.is_padded, terms.mask is not None
         as_before = not (was_padded or self.is_padded) or torch.equal(padding_B, self.padding_B)
         self.padding_B = padding_B
-        self.blocks.set_padding(padding_B if self.is_padded else None)
+        self.blocks.padding_B = padding_B if self.is_padded else None
         new = self.armed  # not where layers share keys, and attention comes back for the same ones
         one = query_BHQD.shape[2] == 1 and self.blocks.pool.slots > 0 and as_before
         if one and not new:
@@ -443,8 +444,9 @@ class TieredLayer(CacheLayerMixin):
         self.blocks.settle()  # where layers share keys, one may have begun to fetch
         if self.policy.selects != "all":
             more = self.selection.ahead_blocks if self.policy.chooses else 0
-            score_BGC = self.policy.score_next(self.blocks.extent)
-            self.blocks.fetch_ahead(self.selection, score_BGC, more, self.schedule.fetch)
+            extent = self.blocks.extent
+            score_BGC = self.policy.score_next(extent)
+            self.blocks.fetch_ahead(self.selection, extent, score_BGC, more, self.schedule.fetch)
 
     # ---- figures and checks ----------------------------------------------------------------------------------------
 

@@ -5,8 +5,7 @@ every channel, the best taken with the current query. Its first two layers atten
 does that. Adapted: query heads that share a KV head share its pages, chosen by the largest of their bounds; sink and
 recent are always among them.
 
-Suffixes: B sequences, G KV heads, H query heads, M query heads of a KV head, Q queries, T tokens, D head size, E =
-2·D, C blocks there is room for.
+Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, D head size, E = 2·D, C blocks there is room for.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import IntegrityError
+from attention_predictor.offload.attention.dense import Terms, scaled_logits
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.policies.base import BlockValues, LayerSpec, Part, Policy, ReadKeys, Step, When
 
@@ -67,13 +67,13 @@ class KeyBounds:
         self.bound_BGCE.scatter_(2, block_BG1E, torch.maximum(self.bound_BGCE.gather(2, block_BG1E), key_BG1E))
 
     def bound(self, query_BHD: Tensor) -> Tensor:
-        """``[B, G, C]`` largest logit any key within the bounds could have, over the query heads of a KV head.
+        """fp32 ``[B, G, C]``, largest logit any key within the bounds could have, over the query heads of a KV head.
 
         Very low for a block that has not begun.
         """
-        query_BHE = torch.cat([query_BHD, -query_BHD], -1).relu_().to(self.bound_BGCE.dtype)
-        query_BGME = query_BHE.unflatten(1, (self.bound_BGCE.shape[1], -1))
-        return (query_BGME @ self.bound_BGCE.transpose(-1, -2)).amax(2).float()
+        query_BHE = torch.cat([query_BHD, -query_BHD], -1).relu_()
+        bound_BHC = scaled_logits(query_BHE[:, :, None], self.bound_BGCE, Terms(1.0))[:, :, 0]
+        return bound_BHC.unflatten(1, (self.bound_BGCE.shape[1], -1)).amax(2)
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
         self.length = length // self.block_size * self.block_size

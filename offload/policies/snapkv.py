@@ -37,7 +37,9 @@ class SnapKV(Policy):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)
         self.votes = BlockValues(spec)
-        self.prompt_blocks = 0  # that have been voted on; changes between steps alone
+        self.has_voted = False
+        with torch.inference_mode(False):  # what is made there could not be written to outside of it
+            self.prompt_blocks_1 = torch.zeros(1, dtype=torch.int64, device=spec.device)  # that were voted on
 
     @property
     def parts(self) -> dict[str, BlockValues]:  # type: ignore[override]
@@ -50,19 +52,21 @@ class SnapKV(Policy):
     @torch.no_grad()
     def observe_rows(self, rows: ScoreRows) -> None:
         new_BGN = pooled(self.indicator(rows.mass_BGQN), self.kernel, self.spec.config.block_size)
-        share = rows.mass_BGQN.shape[2] / self.prompt_rows if self.prompt_blocks else 1.0
-        self.prompt_blocks = new_BGN.shape[-1]
-        self.votes.reserve(self.prompt_blocks)
-        self.votes.value_BGC[..., : self.prompt_blocks].lerp_(new_BGN, share)
+        share = rows.mass_BGQN.shape[2] / self.prompt_rows if self.has_voted else 1.0
+        n_blocks, self.has_voted = new_BGN.shape[-1], True
+        self.prompt_blocks_1.fill_(n_blocks)
+        self.votes.reserve(n_blocks)
+        self.votes.value_BGC[..., :n_blocks].lerp_(new_BGN, share)
 
     def score_next(self, extent: Extent) -> Tensor:
         # The recent tokens touch one block more unless they are aligned: counted always, lest one come and go.
         first_recent_B = extent.next.n_blocks_B - 1 - self.spec.config.recent // extent.block_size
-        return newest_first(self.votes.value_BGC, first_recent_B.clamp(0, self.prompt_blocks), extent)
+        first_B = torch.minimum(first_recent_B.clamp_min(0), self.prompt_blocks_1)
+        return newest_first(self.votes.value_BGC, first_B, extent)
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
         n_blocks = self.selection.n_blocks(length)
-        self.prompt_blocks = min(self.prompt_blocks, n_blocks)
+        self.prompt_blocks_1.clamp_(max=n_blocks)
         self.votes.crop(n_blocks)
 
 

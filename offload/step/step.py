@@ -55,8 +55,8 @@ def decode(
     blocks, policy, selection = layer.blocks, layer.policy, layer.selection
     query_BHD, key_BGD, value_BGD = (x[:, :, 0].contiguous() for x in (query_BHQD, key_BGTD, value_BGTD))
     schedule.begin()
-    blocks.append_token(key_BGD, value_BGD)
     extent, pool = blocks.extent, blocks.pool
+    blocks.append_token(key_BGD, value_BGD, extent)
     step = Step(
         query_BHD=query_BHD,
         extent=extent,
@@ -79,7 +79,7 @@ def decode(
     schedule.join_estimate()
     if scores is not None:
         late_blocks = selection.share(policy.late_share) if policy.chooses else None
-        step.rest_BH = blocks.choose(selection, scores, late_blocks)
+        step.rest_BH = blocks.choose(selection, extent, scores, late_blocks)
     step.block_BGS = blocks.active_BGS
     step.attention = attend_slots(
         query_BHD,
@@ -97,7 +97,7 @@ def decode(
             blocks.count_attended()
         policy.observe(step)
         more = selection.ahead_blocks if policy.chooses else 0
-        blocks.fetch_ahead(selection, policy.score_next(extent), more, schedule.fetch)
+        blocks.fetch_ahead(selection, extent, policy.score_next(extent), more, schedule.fetch)
     return step.attention.out_BHD[:, :, None]
 
 
