@@ -1,0 +1,26 @@
+"""Experts of a mixture, computed in a way that can be captured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedConfig
+
+# transformers' ways to compute experts that look at the host which tokens go where, at least in some precisions, and the
+# one that never does: it gathers the weights of the experts chosen. `generate` takes it too where it decodes on a GPU.
+ASKING, CAPTURABLE = ("eager", "grouped_mm"), "batched_mm"
+
+
+@contextmanager
+def capturable_experts(config: PreTrainedConfig) -> Iterator[None]:
+    """Within it, the experts of the model with this configuration don't ask the host."""
+    before = getattr(config, "_experts_implementation", None)
+    if before not in ASKING:
+        yield
+        return
+    config._experts_implementation = CAPTURABLE
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
