@@ -57,7 +57,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def note_launch(self, kernel: Kernel, grid: tuple[int, int, int], arguments: ctypes.Structure) -> None:
-        """A kernel with its grid and all of its arguments but addresses, of which it only matters whether there is one."""
+        """A kernel with its grid and all arguments but addresses, of which it only matters whether there is one."""
         self.calls.append(f"{kernel.name}{grid}({_fields(arguments)})")
 
 

@@ -1,7 +1,7 @@
 """Ring: the last tokens of sequences in a pool of fixed shape, written and read without a length of the host's.
 
-Token t stands at place t % P, so that block n is in slot n % S and a new block takes the oldest one's slot. With room for
-all tokens a ring never turns, and is a plain buffer.
+Token t stands at place t % P, so that block n is in slot n % S and a new block takes the oldest one's slot. With room
+for all tokens a ring never turns, and is a plain buffer.
 
 Suffixes: B sequences, G KV heads, T tokens of a block (or of what is copied), D head size, S slots, P = S·T places.
 """
@@ -80,7 +80,8 @@ class Ring:
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the tokens ``start`` to ``stop``, copied."""
         place_T = self._places(start, stop)
-        return tuple(side.flatten(2, 3).index_select(2, place_T) for side in (self.key_BGSTD, self.value_BGSTD))
+        key_BGPD, value_BGPD = self.key_BGSTD.flatten(2, 3), self.value_BGSTD.flatten(2, 3)
+        return key_BGPD.index_select(2, place_T), value_BGPD.index_select(2, place_T)
 
     def _places(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, device=self.key_BGSTD.device) % self.places

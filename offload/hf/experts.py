@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedConfig
 
-# transformers' ways to compute experts that look at the host which tokens go where, at least in some precisions, and the
-# one that never does: it gathers the weights of the experts chosen. `generate` takes it too where it decodes on a GPU.
+# transformers' ways to compute experts for which the host must know which tokens go where, at least in some precisions,
+# and one for which it need not: it gathers the weights of the experts chosen. `generate` takes it too to decode on GPUs.
 ASKING, CAPTURABLE = ("eager", "grouped_mm"), "batched_mm"
 
 

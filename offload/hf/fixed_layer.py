@@ -42,7 +42,7 @@ def why_not_fixed(layer: object, number: int) -> str | None:
         return f"layer {number} has no keys of its own"
     if getattr(layer, "record_past", False):
         return f"layer {number} records its past, as assisted decoding asks"
-    if getattr(layer, "sliding_window", 2) < 2:
+    if isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window < 2:
         return f"layer {number} has a window of {layer.sliding_window} tokens"
     return None
 
@@ -96,6 +96,8 @@ class FixedLayer(CacheLayerMixin):
         self.reach = Reach(padding_B, 0 if chunked else window, window if chunked else 0)
         self.kept = window - 1 if window else tokens  # tokens that the stock layer keeps
         size, key_BGTD, value_BGTD = runtime.config.block_size, stock.keys, stock.values
+        assert key_BGTD is not None  # as ``why_not_fixed`` has found
+        assert value_BGTD is not None
         slots = slots_for(window, size) if window else ceil_div(tokens, size)
         self.ring = Ring(key_BGTD, slots, size)
         self.ring.fill(self.length - key_BGTD.shape[2], key_BGTD, value_BGTD)
@@ -177,7 +179,7 @@ class FixedLayer(CacheLayerMixin):
 
     # ---- what transformers asks of a cache layer -------------------------------------------------------------------
 
-    def get_seq_length(self) -> int | Tensor:
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]  # as of static layers
         """Tokens stored. Within a captured step a tensor on the device, so that no graph keeps the host's number."""
         graphed = self._graphed()
         return graphed.past if graphed is not None and graphed.running else self.length
@@ -211,7 +213,7 @@ class FixedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         self._given_back().crop(tokens_to_remove)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._given_back().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -232,12 +234,20 @@ class FixedLayer(CacheLayerMixin):
             stock.activate_past_recording()
 
     @property
-    def keys(self) -> Tensor:
+    def keys(self) -> Tensor | None:
         return self._given_back().keys
 
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._given_back().keys = value
+
     @property
-    def values(self) -> Tensor:
+    def values(self) -> Tensor | None:
         return self._given_back().values
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._given_back().values = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DynamicLayer:
         return copy.deepcopy(self._given_back(), memo)

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from attention_predictor.csrc import binding
 from attention_predictor.offload.blocks.ring import RingTable
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.compiled import CompiledLayers
 from attention_predictor.offload.hf.experts import capturable_experts
-from attention_predictor.offload.hf.fixed_layer import EMPTY, FixedLayer, why_not_fixed
+from attention_predictor.offload.hf.fixed_layer import FixedLayer, why_not_fixed
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import CACHE_NAMES, cache_argument, changed
 from attention_predictor.offload.runtime import Runtime
@@ -192,8 +193,8 @@ class Graphed:
         stats.steps += 1
         try:
             self.running = True
-            for layer in (*self.layers, *self.fixed):
-                layer.advance()
+            for one in self._all_layers:
+                one.advance()
             if self._reads_all_keys():
                 output = self._step(cache)  # from host memory, between captured steps
             else:
@@ -235,6 +236,10 @@ class Graphed:
 
     # ---- how -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _all_layers(self) -> list[TieredLayer | FixedLayer]:
+        return [*self.layers, *self.fixed]
+
     def _length(self) -> int:
         return self.layers[0].blocks.length
 
@@ -252,7 +257,7 @@ class Graphed:
         self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         padding_B = self.layers[0].padding_B if self.layers[0].is_padded else None
         for number, stock in enumerate(self._layers_of_cache):
-            if not isinstance(stock, TieredLayer) and type(stock).__name__ != EMPTY:
+            if isinstance(stock, DynamicLayer):  # not a tiered one, or one of models that share keys, which has none
                 fixed = FixedLayer(stock, number, self.runtime, self, self.tables, padding_B, self.room)
                 self._layers_of_cache[number] = fixed
                 self.fixed.append(fixed)
@@ -289,8 +294,8 @@ class Graphed:
                 output = self._step(cache)
         except RuntimeError as error:
             # Nothing has run: capturing only notes what would.
-            for layer in (*self.layers, *self.fixed):
-                layer.armed = False
+            for one in self._all_layers:
+                one.armed = False
             raise CaptureError(str(error).splitlines()[0]) from error
         finally:
             self.running = False

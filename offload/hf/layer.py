@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -179,7 +179,7 @@ class TieredLayer(CacheLayerMixin):
         """Tokens for which there is host memory."""
         return self.blocks.store.room if self.is_initialized else 0
 
-    def get_seq_length(self) -> int | Tensor:
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]  # as of static layers
         """Tokens stored. Within a captured step a tensor on the device, so that no graph keeps the host's number."""
         if self._graphed is not None and (graphed := self._graphed()) is not None and graphed.running:
             return graphed.past
