@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from transformers import PreTrainedConfig
 
 # transformers' ways to compute experts for which the host must know which tokens go where, at least in some precisions,
-# and one for which it need not: it gathers the weights of the experts chosen. `generate` takes it too to decode on GPUs.
+# and one for which it need not: it gathers the weights of those chosen. `generate` takes it too to decode on GPUs.
 ASKING, CAPTURABLE = ("eager", "grouped_mm"), "batched_mm"
 
 
