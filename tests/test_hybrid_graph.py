@@ -79,17 +79,18 @@ def test_a_step_is_the_same_at_every_length(steps, tiny_model, ids, family: str)
         assert later == calls[1]
 
 
+WINDOWS = {name: "attention_chunk_size" if name == "llama4" else "sliding_window" for name in HYBRID if name != "llama"}
+STARTS = [
+    *((family, length, {}) for family in CASES for length in (90, 245)),
+    *((family, 90, {name: 97}) for family, name in WINDOWS.items()),
+]
+
+
 @torch.no_grad()
-@families
-@pytest.mark.parametrize(("length", "window"), [(90, None), (90, 97), (245, None)])
-def test_captured_steps_are_the_stock_model(
-    steps, tiny_model, ids, family: str, length: int, window: int | None
-) -> None:
+@pytest.mark.parametrize(("family", "length", "changes"), STARTS, ids=str)
+def test_captured_steps_are_the_stock_model(steps, tiny_model, ids, family: str, length: int, changes: dict) -> None:
     """From before the window is full and across its turn; across the growth of the room (128 tokens here)."""
-    changes = {"attention_chunk_size": window} if family == "llama4" else {"sliding_window": window}
-    if window is not None and (family not in HYBRID or family == "llama"):
-        return
-    model, prompt = tiny_model(family, **(changes if window is not None else {})), ids(length + 14)
+    model, prompt = tiny_model(family, **changes), ids(length + 14)
     outputs = []
     for attached in (False, True):
         engine = attach(model, OffloadConfig(**EXACT | CASES[family])) if attached else None

@@ -111,8 +111,8 @@ class FixedLayer(CacheLayerMixin):
         stock = self.stock
         stock.keys, stock.values = self.ring.read(max(self.length - self.kept, 0), self.length)
         if isinstance(stock, DynamicSlidingWindowLayer):
-            # Some versions of transformers keep a tensor, which stays where it is.
-            stock.cumulative_length += self.length - int(stock.cumulative_length)
+            # Out of place: some versions of transformers keep a tensor, perhaps one of inference mode.
+            stock.cumulative_length = stock.cumulative_length + (self.length - int(stock.cumulative_length))
         return stock
 
     def advance(self) -> None:
