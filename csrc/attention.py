@@ -12,8 +12,10 @@ import functools
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, call, check, threads
+from attention_predictor.csrc.binding import ELEMENT_TYPES, ELEMENTS, IN_CPP, address, check, threads
+from attention_predictor.csrc.function import Function
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
@@ -27,10 +29,21 @@ class SparseDecode(ctypes.Structure):
     """As in attention.h."""
 
     _fields_ = [
-        *pointers("query key value block real sinks length_B padding out peak sum lse partial arrived"),
+        *pointers("query key value", "void"),
+        *pointers("block", "int64_t"),
+        *pointers("real", "uint8_t"),
+        *pointers("sinks", "float"),
+        *pointers("length_B padding", "int64_t"),
+        *pointers("out", "void"),
+        *pointers("peak sum lse partial", "float"),
+        *pointers("arrived", "int32_t"),
         *integers("batch kv_heads group slots tokens head_dim length splits element window chunk"),
         *doubles("scaling softcap"),
     ]
+
+
+ON_CPU = Function("attention.cpp", "sparse_decode", SparseDecode, ELEMENT_TYPES)
+CONSTANTS = {"kWarps": WARPS, "kHeads": HEADS, "kMaxSplits": MOST_SPLITS}
 
 
 @functools.cache
@@ -38,7 +51,7 @@ def kernel(dtype: torch.dtype, head_dim: int, values: bool) -> Kernel:
     """The GPU kernel for a pool of this dtype and head size; without ``values`` it finds scores alone."""
     width = next(width for width in WIDTHS if head_dim <= width)
     function = f"attend_slots<{IN_CPP[dtype]}, {width}, {str(values).lower()}>"
-    return Kernel("attention.cu", function, SparseDecode, 32 * WARPS, _at_once(head_dim))
+    return Kernel("attention.cu", function, SparseDecode, 32 * WARPS, _at_once(head_dim), CONSTANTS)
 
 
 def fits(key_BGSTD: Tensor) -> bool:
@@ -125,7 +138,7 @@ def sparse_decode(
     outputs = out_BHD, peak_BHS, sum_BHS, lse_BH = _outputs(query_BHD, key_BGSTD, value_BGSTD)
     partial = None
     if binding.on_gpu(device):
-        pieces = -(-H // (G * HEADS))
+        pieces = ceil_div(H, G * HEADS)
         splits = _splits(B * G * pieces, S, D, device)
         if value_BGSTD is not None:
             partial = torch.empty((B, H, splits, D + 4), dtype=torch.float32, device=device)
@@ -142,7 +155,7 @@ def sparse_decode(
     if binding.on_gpu(device):
         kernel(dtype, D, value_BGSTD is not None).launch(device, (splits * pieces, G, B), arguments)
     else:
-        call("sparse_decode", arguments)
+        ON_CPU.call(arguments)
     return outputs
 
 
@@ -170,5 +183,5 @@ def _at_once(head_dim: int) -> int:
 
 def _splits(rows: int, slots: int, head_dim: int, device: torch.device) -> int:
     """Thread blocks for the slots of each row: as many as run at once, and a slot at least for each warp."""
-    most = min(_at_once(head_dim) * binding.multiprocessors(device) // rows, -(-slots // WARPS), MOST_SPLITS)
+    most = min(_at_once(head_dim) * binding.multiprocessors(device) // rows, ceil_div(slots, WARPS), MOST_SPLITS)
     return 1 << max(most.bit_length() - 1, 0)  # a power of two

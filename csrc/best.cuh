@@ -157,14 +157,17 @@ template <typename Key>
 __device__ __forceinline__ int best_of(int n, int wanted, List best, List room, Shared &shared, const Key &key) {
     if (wanted <= 0) return 0;
     if (wanted <= kThreads / 2) {
-        // Threads that find a maximum: a power of two, so that there are at least twice as many maxima as are wanted.
-        const int shift = min(31 - __clz(kThreads / 2 / wanted), 5), together = 1 << shift, groups = kThreads >> shift;
+        // Maxima, a power of two, are at least a quarter more than keys are wanted: with fewer, many keys would reach the bound;
+        // with many more, to rank the maxima would take longer than to rank the keys. Threads that find one together are far
+        // apart in their warp: neighbouring keys are alike.
+        const int shift = min(31 - __clz(4 * kThreads / (5 * wanted)), 5), apart = kWarp >> shift, groups = kThreads >> shift;
         uint32_t own = kNever;
 #pragma unroll 4
         for (int i = threadIdx.x; i < n; i += kThreads) own = max(own, key(i));
         uint32_t top = own;
-        for (int offset = 1; offset < together; offset *= 2) top = max(top, __shfl_xor_sync(kAll, top, offset));
-        if (!(threadIdx.x & (together - 1))) shared.top[threadIdx.x >> shift] = top;
+        for (int offset = kWarp / 2; offset >= apart; offset /= 2) top = max(top, __shfl_xor_sync(kAll, top, offset));
+        const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+        if (lane < apart) shared.top[warp * apart + lane] = top;
         if (threadIdx.x == 0) shared.found = 0, shared.bound = 1;
         __syncthreads();
         rank_all(groups, [&](int j, int i) { return before(shared.top[j], j, shared.top[i], i); },

@@ -13,20 +13,27 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from attention_predictor.csrc.build import SOURCES, cache_directory, find_compiler, keep, key, locked, run
 from attention_predictor.errors import BuildError
 
-if TYPE_CHECKING:
-    from attention_predictor.csrc.kernel import Kernel
-
 OPTIONS = ("-std=c++20",)
 DIGEST_BYTES = 32  # before the machine code in a file
 logger = logging.getLogger(__name__)
 _compiling = threading.Lock()
+
+
+class Program(Protocol):
+    """What is compiled: ``text``, which includes the file ``source``, with an entry of this ``name``."""
+
+    name: str
+    source: str
+
+    @property
+    def text(self) -> str: ...
 
 
 def bindings(module: str) -> Any:
@@ -75,7 +82,7 @@ class Nvrtc:
         if self.headers is None:
             raise BuildError(f"CUDA's headers were not found: pip install {_wheel('nvidia-cuda-runtime')}")
 
-    def compile(self, kernel: Kernel, capability: tuple[int, int]) -> bytes:
+    def compile(self, program: Program, capability: tuple[int, int]) -> bytes:
         """Machine code for that compute capability, or PTX; BuildError where it refuses, with what it said."""
         nvrtc, target = self.nvrtc, 10 * capability[0] + capability[1]
         known = result_of(self.version, nvrtc.nvrtcGetSupportedArchs())
@@ -83,14 +90,14 @@ class Nvrtc:
         if not exact:  # it is older than the device: the driver compiles the rest
             target = max(x for x in known if x < target)
         options = [*OPTIONS, f"-I{SOURCES}", f"-I{self.headers}", f"-arch={'sm' if exact else 'compute'}_{target}"]
-        program = nvrtc.nvrtcCreateProgram(kernel.text.encode(), kernel.name.encode(), 0, [], [])
-        handle = result_of(self.version, program)
+        created = nvrtc.nvrtcCreateProgram(program.text.encode(), program.name.encode(), 0, [], [])
+        handle = result_of(self.version, created)
         try:
             (code,) = nvrtc.nvrtcCompileProgram(handle, len(options), [option.encode() for option in options])
             if code:
                 log = bytearray(result_of(self.version, nvrtc.nvrtcGetProgramLogSize(handle)))
                 result_of(self.version, nvrtc.nvrtcGetProgramLog(handle, log))
-                raise BuildError(f"{self.version} refused {kernel.name}\n{bytes(log).decode(errors='replace')}")
+                raise BuildError(f"{self.version} refused {program.name}\n{bytes(log).decode(errors='replace')}")
             size, get = (
                 (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN) if exact else (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
             )
@@ -109,11 +116,11 @@ class Nvcc:
         self.path = find_compiler("nvcc", "CUDACXX", [there, "nvcc"])
         self.version = run([self.path, "--version"])
 
-    def compile(self, kernel: Kernel, capability: tuple[int, int]) -> bytes:
+    def compile(self, program: Program, capability: tuple[int, int]) -> bytes:
         """As ``Nvrtc.compile``."""
         with tempfile.TemporaryDirectory() as scratch:
-            source, binary = Path(scratch) / f"{kernel.name}.cu", Path(scratch) / "cubin"
-            source.write_text(kernel.text, "utf-8")
+            source, binary = Path(scratch) / f"{program.name}.cu", Path(scratch) / "cubin"
+            source.write_text(program.text, "utf-8")
             architecture = "-arch=sm_{}{}".format(*capability)
             run([self.path, "-cubin", *OPTIONS, f"-I{SOURCES}", architecture, str(source), "-o", str(binary)])
             return binary.read_bytes()
@@ -136,45 +143,45 @@ def chosen() -> Nvrtc | Nvcc:
 
 
 def compiled(
-    kernels: Sequence[Kernel], capability: tuple[int, int], compiler: Nvrtc | Nvcc | None = None
+    programs: Sequence[Program], capability: tuple[int, int], compiler: Nvrtc | Nvcc | None = None
 ) -> list[bytes]:
-    """Machine code of kernels: from the disk where the same was compiled before, all others compiled in parallel.
+    """Machine code of programs: from the disk where the same was compiled before, all others compiled in parallel.
 
     Raises:
         BuildError: There is no compiler, or it refuses one; with what it said.
     """
-    if not kernels:
+    if not programs:
         return []
     compiler = compiler or chosen()
     parts = (*OPTIONS, compiler.version, str(capability))
-    paths = [cache_directory() / f"{key(kernel.source, kernel.text, *parts)}.cubin" for kernel in kernels]
+    paths = [cache_directory() / f"{key(program.source, program.text, *parts)}.cubin" for program in programs]
     found = [_read(path) for path in paths]
     if None in found:
         with _compiling, locked("cuda"):
             found = [_read(path) if binary is None else binary for path, binary in zip(paths, found, strict=True)]
             missing = [number for number, binary in enumerate(found) if binary is None]
-            made = _compile([kernels[number] for number in missing], capability, compiler)
+            made = _compile([programs[number] for number in missing], capability, compiler)
             for number, binary in zip(missing, made, strict=True):
                 keep(paths[number], hashlib.sha256(binary).digest() + binary)
                 found[number] = binary
     return [binary for binary in found if binary is not None]
 
 
-def _compile(kernels: Sequence[Kernel], capability: tuple[int, int], compiler: Nvrtc | Nvcc) -> list[bytes]:
-    if not kernels:
+def _compile(programs: Sequence[Program], capability: tuple[int, int], compiler: Nvrtc | Nvcc) -> list[bytes]:
+    if not programs:
         return []
 
-    def compile_one(kernel: Kernel) -> bytes:
+    def compile_one(program: Program) -> bytes:
         begun = time.perf_counter()
-        binary = compiler.compile(kernel, capability)
-        logger.debug("%5.2f s %s", time.perf_counter() - begun, kernel.name)
+        binary = compiler.compile(program, capability)
+        logger.debug("%5.2f s %s", time.perf_counter() - begun, program.name)
         return binary
 
-    level = logging.WARNING if len(kernels) > 1 else logging.INFO  # one takes a second
-    logger.log(level, "compiling %d GPU kernels, once; this takes some seconds …", len(kernels))
+    level = logging.WARNING if len(programs) > 1 else logging.INFO  # one takes a second
+    logger.log(level, "compiling %d GPU kernels, once; this takes some seconds …", len(programs))
     started = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        binaries = list(pool.map(compile_one, kernels))
+        binaries = list(pool.map(compile_one, programs))
     logger.log(level, "… done in %.1f s", time.perf_counter() - started)
     return binaries
 

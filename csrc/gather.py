@@ -11,10 +11,12 @@ import ctypes
 import torch
 from torch import Tensor
 
-from attention_predictor.csrc.binding import address, call, check, threads
+from attention_predictor.csrc.binding import address, check, threads
+from attention_predictor.csrc.function import Function
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import integers, pointers
 
+THREADS = 128  # of a thread block
 GATHER_BLOCKS = 32  # thread blocks on a GPU: enough to fill the bus, few enough to leave the GPU to the model
 LATE_BLOCKS = 128  # where the model waits: what a step lacks is asked for at once
 
@@ -22,14 +24,21 @@ LATE_BLOCKS = 128  # where the model waits: what a step lacks is asked for at on
 class Gather(ctypes.Structure):
     """As in gather.h."""
 
-    _fields_ = [*pointers("slab row block out"), *integers("n slab_blocks block_bytes workers")]
+    _fields_ = [
+        *pointers("slab row block", "int64_t"),
+        *pointers("out", "void"),
+        *integers("n slab_blocks block_bytes workers"),
+    ]
 
 
 class Move(ctypes.Structure):
     """As in gather.h."""
 
     _fields_ = [
-        *pointers("slab block slot moves key value spent"),
+        *pointers("slab", "int64_t"),
+        *pointers("block slot moves", "int32_t"),
+        *pointers("key value", "void"),
+        *pointers("spent", "int64_t"),
         *integers("rows slab_blocks slots half_bytes"),
     ]
 
@@ -37,21 +46,25 @@ class Move(ctypes.Structure):
 class Moment(ctypes.Structure):
     """As in gather.h."""
 
-    _fields_ = [*pointers("spent"), *integers("sign")]
+    _fields_ = [*pointers("spent", "int64_t"), *integers("sign")]
 
 
 class Append(ctypes.Structure):
     """As in gather.h."""
 
     _fields_ = [
-        *pointers("new_key new_value key value slab slot length lost"),
+        *pointers("new_key new_value key value", "void"),
+        *pointers("slab", "int64_t"),
+        *pointers("slot", "int32_t"),
+        *pointers("length lost", "int64_t"),
         *integers("rows kv_heads slab_blocks slots capacity tokens token_bytes"),
     ]
 
 
-MOVE = Kernel("gather.cu", "move_blocks", Move, threads=128)
+MOVE = Kernel("gather.cu", "move_blocks", Move, THREADS, constants={"kThreads": THREADS})
 APPEND = Kernel("gather.cu", "append_token", Append, threads=64)
 NOTE_TIME = Kernel("gather.cu", "note_time", Moment, threads=1)
+ON_CPU = Function("gather.cpp", "gather_blocks", Gather)
 
 
 def move_blocks(
@@ -144,7 +157,7 @@ def gather_to_host(slab_s: Tensor, slab_blocks: int, row_n: Tensor, block_n: Ten
     block_bytes = 2 * T * D * out_n2TD.element_size()
     lists = map(address, (slab_s, row_n, block_n, out_n2TD))
     arguments = Gather(*lists, n, slab_blocks, block_bytes, threads(out_n2TD.numel()))
-    call("gather_blocks", arguments)
+    ON_CPU.call(arguments)
 
 
 def _half_bytes(key_BGSTD: Tensor) -> int:

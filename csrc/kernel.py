@@ -8,14 +8,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from attention_predictor.csrc.compiler import bindings, compiled, result_of
-from attention_predictor.csrc.layout import assertions
+from attention_predictor.csrc.layout import assertions, equal
 from attention_predictor.errors import BuildError
 
 _call = functools.partial(result_of, "CUDA's driver")
@@ -39,12 +40,19 @@ class Kernel:
         struct: The struct, as in the header that the file includes.
         threads: Of a thread block at most.
         at_once: Thread blocks that a multiprocessor must have registers for; ``None`` leaves it to the compiler.
+        constants: Of the source, by name, with the values that Python counts on.
     """
 
     def __init__(
-        self, source: str, function: str, struct: type[ctypes.Structure], threads: int, at_once: int | None = None
+        self,
+        source: str,
+        function: str,
+        struct: type[ctypes.Structure],
+        threads: int,
+        at_once: int | None = None,
+        constants: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        self.source, self.struct, self.threads = source, struct, threads
+        self.source, self.struct, self.threads, self.constants = source, struct, threads, constants
         self.name = re.sub(r"[\W_]+", "_", f"{function} kernel")
         bounds = f"({threads})" if at_once is None else f"({threads}, {at_once})"
         self.entry = f"ENTRY({self.name}, {bounds}, {struct.__name__}, {function})"
@@ -95,9 +103,9 @@ class Kernel:
 
 
 def program_text(kernels: Sequence[Kernel]) -> str:
-    """A program of kernels of one source: the source, assertions about their structs, and their entries."""
-    structs = dict.fromkeys(kernel.struct for kernel in kernels)
-    parts = [f'#include "{kernels[0].source}"', *map(assertions, structs), *(kernel.entry for kernel in kernels)]
+    """A program of kernels of one source: the source, assertions about structs and constants, and their entries."""
+    checks = dict.fromkeys(text for kernel in kernels for text in (assertions(kernel.struct), equal(kernel.constants)))
+    parts = [f'#include "{kernels[0].source}"', *checks, *(kernel.entry for kernel in kernels)]
     return "\n".join([*parts, ""])
 
 

@@ -27,3 +27,5 @@ template <typename A>
 constexpr bool is_pointer = false;
 template <typename A>
 constexpr bool is_pointer<A *> = true;
+template <typename A, typename B>
+constexpr bool points_to = same<A, B *> || same<A, const B *>;

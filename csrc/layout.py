@@ -1,9 +1,10 @@
-"""The structs that Python passes to kernels: fields declared, and compared with the header's by the compiler."""
+"""What Python and C++ both have, compared by the compiler: structs passed to kernels, functions, constants."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Fields = Sequence[tuple[str, Any]]
@@ -15,9 +16,14 @@ KINDS = {
 }
 
 
-def pointers(names: str) -> Fields:
-    """Addresses of these names."""
-    return [(name, ctypes.c_void_p) for name in names.split()]
+def pointers(names: str, of: str | None = None) -> Fields:
+    """Addresses of these names; ``of`` is the C++ type of what is there, ``None`` where it is not compared."""
+    return [(name, ctypes.c_void_p if of is None else _pointer_to(of)) for name in names.split()]
+
+
+@functools.cache
+def _pointer_to(of: str) -> type[ctypes.c_void_p]:
+    return type(f"pointer to {of}", (ctypes.c_void_p,), {"of": of})
 
 
 def integers(names: str) -> Fields:
@@ -30,14 +36,30 @@ def doubles(names: str) -> Fields:
     return [(name, ctypes.c_double) for name in names.split()]
 
 
+def takes(function: str, struct: type[ctypes.Structure]) -> str:
+    """C++ that compiles where a function takes a pointer to the struct of that name, and returns an int."""
+    expected = f"same<decltype(&{function}), int (*)(const {struct.__name__} *)>"
+    return f'static_assert({expected}, "{function} does not take {struct.__name__} alone");\n'
+
+
 def assertions(struct: type[ctypes.Structure]) -> str:
     """C++ that compiles where the struct of that name has the same fields in the same order; else it names one."""
     name, before, named, kinds = struct.__name__, "", [], []
     for field, kind in getattr(struct, "_fields_"):  # noqa: B009 (mypy knows of no such attribute)
         if issubclass(kind, ctypes.Structure):
             before += assertions(kind)
-        expected = KINDS.get(kind, f"same<{{}}, {kind.__name__}>").format(f"decltype({name}::{field})")
+        of = getattr(kind, "of", None)  # of a pointer
+        other = f"same<{{}}, {kind.__name__}>" if of is None else f"points_to<{{}}, {of}>"
+        expected = KINDS.get(kind, other).format(f"decltype({name}::{field})")
         kinds.append(f'static_assert({expected}, "{name}.{field} is something else in Python");')
         named.append(f"    .{field} = {{}},")
     whole = [f"static_assert(sizeof({name}{{", *named, f'}}) == {ctypes.sizeof(struct)}, "{name} has more fields");']
     return "\n".join([before, *whole, *kinds, ""])
+
+
+def equal(constants: Mapping[str, int]) -> str:
+    """C++ that compiles where constants of these names have these values."""
+    return "".join(
+        f'static_assert({name} == {value}, "{name} is not {value}, as in Python");\n'
+        for name, value in constants.items()
+    )

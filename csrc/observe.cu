@@ -19,11 +19,11 @@ constexpr int kVectors = kTile / 2 * kPeriod / kThreads;  // of a thread
 static_assert(kVectors * kThreads == kTile / 2 * kPeriod && kThreads >= kTile, "a thread has whole vectors and a block at most");
 
 // The logarithm of the largest share that any head of the group gives to a block, from each head's logit.
-template <typename Logit>
-__device__ __forceinline__ float largest_share(Logit logit, const float *total, int group) {
+template <typename Logit, typename Total>
+__device__ __forceinline__ float largest_share(Logit logit, Total total, int group) {
     float most = -INFINITY;
 #pragma unroll 4
-    for (int m = 0; m < group; ++m) most = fmaxf(most, logit(m) - total[m]);  // passes over −inf − −inf
+    for (int m = 0; m < group; ++m) most = fmaxf(most, logit(m) - total(m));  // passes over −inf − −inf
     return most;
 }
 
@@ -31,20 +31,19 @@ __device__ __forceinline__ void fold_row(const ObserveRow &a) {
     __shared__ int slot_of[kTile];     // −1: not attended
     __shared__ float log_score[kTile];
     const float eps = static_cast<float>(a.eps), full_scale = static_cast<float>(a.full_scale);
-    const int length = static_cast<int>(a.length_B ? min(a.length_B[blockIdx.z], a.length) : a.length);
-    const int block_size = static_cast<int>(a.block_size);
+    const int64_t length = a.length_B ? min(a.length_B[blockIdx.z], a.length) : a.length;  // not waited for yet
     const int first = blockIdx.x * kTile;
-    const int known = min(kTile, (length + block_size - 1) / block_size - first);
-    if (known <= 0) return;
     const int t = threadIdx.x;
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
 
     auto *state = reinterpret_cast<float4 *>(a.state + (row * a.capacity + first) * kChannels);
-    const int held = (known * kChannels + 3) / 4;  // vectors of known blocks; the last may reach into an unknown one
+    const int room = min(kTile, static_cast<int>(a.capacity) - first) * kChannels / 4;  // vectors; the capacity is even
     float4 vector[kVectors];
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i)
-        if (t + i * kThreads < held) vector[i] = a.fresh ? make_float4(0.f, 0.f, 0.f, 0.f) : state[t + i * kThreads];
+    for (int i = 0; i < kVectors; ++i) {
+        vector[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (t + i * kThreads < room && !a.fresh) vector[i] = state[t + i * kThreads];
+    }
 
     // Averages move to the score by a weight; peaks, the last score among them, fall by so much and never below it.
     bool averages[4];
@@ -57,21 +56,28 @@ __device__ __forceinline__ void fold_row(const ObserveRow &a) {
     }
 
     const int group = static_cast<int>(a.heads / a.kv_heads);
-    const float *total = a.total + row * group;
+    const auto total = [&](int m) {
+        const float x = a.total[row * group + m], y = a.rest ? a.rest[row * group + m] : -INFINITY, more = fmaxf(x, y);
+        return y == -INFINITY ? x : more + log1pf(expf(fminf(x, y) - more));
+    };
     const int rows = static_cast<int>(a.rows);
     const float *given = a.given + row * rows * a.columns + first + t;
+    const int64_t *block = a.block + row * a.slots;
+    const int64_t near = a.given == nullptr && t < a.slots ? block[t] : -1;
+    float share = -INFINITY;  // counts for nothing where there is no block yet
+    if (a.given == nullptr && a.peak != nullptr && t < kTile && first + t < a.columns) {
+        const float *peak = a.peak + row * group * a.columns + first + t;
+        share = largest_share([&](int m) { return peak[m * a.columns]; }, total, group);
+    }
+    const int block_size = static_cast<int>(a.block_size);
+    const int known = min(kTile, (static_cast<int>(length) + block_size - 1) / block_size - first);
+    if (known <= 0) return;
+    const int held = (known * kChannels + 3) / 4;  // vectors of known blocks; the last may reach into an unknown one
     float score = 0.f;
     if (a.given != nullptr) {
         if (t < known) score = *given;
     } else {
-        const int64_t *block = a.block + row * a.slots;
-        const int64_t near = t < a.slots ? block[t] : -1;
         if (t < kTile) slot_of[t] = -1;
-        float share = -INFINITY;
-        if (t < known && a.peak != nullptr) {
-            const float *peak = a.peak + row * group * a.columns + first + t;
-            share = largest_share([&](int m) { return peak[m * a.columns]; }, total, group);
-        }
         __syncthreads();
         for (int64_t s = t; s < a.slots; s += kThreads) {
             const int64_t place = (s == t ? near : block[s]) - first;

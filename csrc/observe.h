@@ -8,6 +8,7 @@ struct ObserveRow {
     const int64_t *block;     // [B, G, S] block in each slot, −1: takes no part
     const float *slot_peak;   // [B, H, S] exact largest logit of each slot
     const float *total;       // [B, H] log-sum-exp of all logits
+    const float *rest;        // [B, H] log-sum-exp of those that `total` lacks; null: it lacks none
     const float *fold;        // [C] weight of the new score in each average, then how far each peak falls
     const int64_t *length_B;  // tokens of each sequence; null: length
     float *state;             // [B, G, capacity, C]

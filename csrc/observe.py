@@ -23,7 +23,7 @@ class ObserveRow(ctypes.Structure):
     """As in observe.h."""
 
     _fields_ = [
-        *pointers("given peak block slot_peak total fold length_B state row"),
+        *pointers("given peak block slot_peak total rest fold length_B state row"),
         *integers("batch kv_heads heads slots columns capacity block_size length rows fresh"),
         *doubles("eps full_scale"),
     ]
@@ -39,6 +39,7 @@ def observe_row(
     block_BGS: Tensor,
     slot_peak_BHS: Tensor,
     total_BH: Tensor,
+    rest_BH: Tensor | None,
     state_BGNC: Tensor,
     fold_C: Tensor,
     eps: float,
@@ -57,6 +58,7 @@ def observe_row(
         block_BGS: int64 block in each slot, none twice in a row; -1 for a slot that takes no part.
         slot_peak_BHS: fp32 exact largest logit of each slot.
         total_BH: fp32 log-sum-exp of all logits.
+        rest_BH: fp32 log-sum-exp of those that ``total_BH`` lacks, if it lacks any.
         state_BGNC: fp32 state, with even room for blocks; those beyond the sequence are left as they are.
         fold_C: fp32 weight of the new score in each average, then how far each peak falls (``FilterPredictor.packed``).
         eps: Of the logarithmic scale.
@@ -74,6 +76,8 @@ def observe_row(
     check("block_BGS", block_BGS, (B, G, S), torch.int64, device)
     check("slot_peak_BHS", slot_peak_BHS, (B, H, S), torch.float32, device)
     check("total_BH", total_BH, (B, H), torch.float32, device)
+    if rest_BH is not None:
+        check("rest_BH", rest_BH, (B, H), torch.float32, device)
     for name, tensor, rows in (("peak_BHN", peak_BHN, H), ("row_BGN", row_BGN, G)):
         if tensor is not None:
             check(name, tensor, (B, rows, columns), torch.float32, device)
@@ -85,7 +89,8 @@ def observe_row(
             f"found {H} heads, {columns} columns"
         )
     arguments = ObserveRow(
-        *map(address, (None, peak_BHN, block_BGS, slot_peak_BHS, total_BH, fold_C, length_B, state_BGNC, row_BGN)),
+        *map(address, (None, peak_BHN, block_BGS, slot_peak_BHS, total_BH, rest_BH)),
+        *map(address, (fold_C, length_B, state_BGNC, row_BGN)),
         *(B, G, H, S, columns, state_BGNC.shape[2], block_size, length, 1, 0, eps, math.log1p(1 / eps)),
     )
     KERNEL.launch(device, (-(-n_blocks // TILE), G, B), arguments)
@@ -102,7 +107,7 @@ def fold_rows(rows_BGRN: Tensor, state_BGNC: Tensor, fold_C: Tensor, eps: float,
     _check_state(state_BGNC, fold_C, B, G, N)
     check("rows_BGRN", rows_BGRN, (B, G, R, N), torch.float32, state_BGNC.device)
     arguments = ObserveRow(
-        *map(address, (rows_BGRN, None, None, None, None, fold_C, None, state_BGNC, None)),
+        *map(address, (rows_BGRN, None, None, None, None, None, fold_C, None, state_BGNC, None)),
         *(B, G, G, 0, N, state_BGNC.shape[2], 1, N, R, int(fresh), eps, math.log1p(1 / eps)),
     )
     KERNEL.launch(state_BGNC.device, (-(-N // TILE) if R else 0, G, B), arguments)

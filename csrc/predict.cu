@@ -78,34 +78,34 @@ __device__ __forceinline__ void score_tiles(const PredictBlocks &a) {
     auto *rows = reinterpret_cast<__half *>(weight) + kSlices * kSlice;
     auto *bias = reinterpret_cast<float *>(rows + (rows_of(warps) + 2) * kStride);
 
-    // Candidates of the next step, whose own token is number length + 1.
-    const int length = static_cast<int>(a.length_B ? min(a.length_B[blockIdx.z], a.length) : a.length);
-    const int recent = static_cast<int>(a.recent), block_size = static_cast<int>(a.block_size);
-    const int last = min(max(length + 1 - max(recent, 1), 0) / block_size, (length + block_size - 1) / block_size);
-    const int first = static_cast<int>(a.first + (a.padding ? a.padding[blockIdx.z] / a.block_size : 0));
     const int outputs = outputs_of(warps), begin = blockIdx.x * outputs;
     const int end = min(begin + outputs, static_cast<int>(a.columns));
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
     float *scores = a.scores + row * a.columns;
-    if (end <= first || begin >= last) {
-        for (int n = begin + threadIdx.x; n < end; n += blockDim.x) scores[n] = -INFINITY;
-        return;
-    }
 
+    // All that comes from far away is asked for before it is known which blocks are candidates.
     for (int i = threadIdx.x; i < kSlices * kSlice / 8; i += blockDim.x)
         copy_async(weight + i, static_cast<const uint4 *>(a.weight) + i);
     commit_copies();
-    // Row i is block origin + i. What is no candidate counts as zero, for this and for every further convolution. The origin
-    // and the capacity are even: 16 bytes, which may begin in one block and end in the next, stay within a head's state.
+    // Row i is block origin + i. The origin and the capacity are even: 16 bytes, which may begin in one block and end in the
+    // next, stay within a head's state.
     const int origin = begin - kReach, held = rows_of(warps) + 2;
-    const int low = first - origin, high = last - origin;
+    const int there = min(held, static_cast<int>(a.capacity) - origin);
     const auto *state = reinterpret_cast<const float4 *>(a.state + (row * a.capacity + origin) * kChannels);
     float4 loaded[kLoads];
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-        const int v = threadIdx.x + k * blockDim.x, i = 4 * v / kChannels, j = (4 * v + 2) / kChannels;
-        loaded[k] = i < min(held, high) && j >= low ? state[v] : make_float4(0.f, 0.f, 0.f, 0.f);
+        const int v = threadIdx.x + k * blockDim.x, i = 4 * v / kChannels;
+        loaded[k] = i < there && i + origin >= 0 ? state[v] : make_float4(0.f, 0.f, 0.f, 0.f);
     }
+    const auto [first, last] = range_of(a.candidates, blockIdx.z, static_cast<int>(a.columns));
+    if (end <= first || begin >= last) {
+        for (int n = begin + threadIdx.x; n < end; n += blockDim.x) scores[n] = -INFINITY;
+        wait_copies<0>();
+        return;
+    }
+    // What is no candidate counts as zero, for this and for every further convolution.
+    const int low = first - origin, high = last - origin;
     for (int i = threadIdx.x; i < kBiases; i += blockDim.x) bias[i] = a.bias[i];
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {

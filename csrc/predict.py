@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_predictor.csrc import binding
+from attention_predictor.csrc import binding, candidates
 from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc.candidates import Candidates
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import integers, pointers
 
@@ -28,8 +29,9 @@ class PredictBlocks(ctypes.Structure):
     """As in predict.h."""
 
     _fields_ = [
-        *pointers("state weight bias length_B padding scores"),
-        *integers("batch kv_heads capacity columns first recent block_size length"),
+        *pointers("state weight bias scores"),
+        ("candidates", Candidates),
+        *integers("batch kv_heads capacity columns"),
     ]
 
 
@@ -65,27 +67,20 @@ def predict_blocks(
     state_BGNC: Tensor,
     weight: Tensor,
     bias: Tensor,
-    n_blocks: int,
+    columns: int,
     first: int,
     recent: int,
     block_size: int,
-    length: int,
-    length_B: Tensor | None,
+    length_B: Tensor,
     padding_B: Tensor | None = None,
 ) -> Tensor:
     """Scores of the candidates for the next step: ``FilterPredictor.forward`` on their states alone; on a GPU.
 
-    They end before the ``recent`` tokens (one at least) that the next step, of length + 1 tokens, attends to anyway.
-
     Args:
         state_BGNC: fp32 state, with even room for blocks.
         weight, bias: By ``pack_convolutions``.
-        n_blocks: Columns of the result.
-        first: First candidate, counted from the first block with a token that is no padding.
-        recent: Tokens at the end that are no candidates.
-        block_size, length: Tokens of a block and of the sequence, this step's included.
-        length_B: int64 true lengths on the device, at most ``length``; ``None``: ``length``.
-        padding_B: int64 tokens of left padding; ``None`` where there is none.
+        columns: Blocks of the result, for which the state has room.
+        first, recent, block_size, length_B, padding_B: As of ``candidates.checked``.
 
     Returns:
         fp32 scores_BGN, ``-inf`` where there is no candidate.
@@ -97,22 +92,14 @@ def predict_blocks(
     check("state_BGNC", state_BGNC, (B, G, room, CHANNELS), torch.float32, device)
     check("weight", weight, (SLICES * SLICE * HIDDEN,), torch.float16, device)
     check("bias", bias, (BIASES,), torch.float32, device)
-    if length_B is not None:
-        check("length_B", length_B, (B,), torch.int64, device)
-    if padding_B is not None:
-        check("padding_B", padding_B, (B,), torch.int64, device)
-    if room % 2 or room < -(-length // block_size):
-        raise ValueError(
-            f"state_BGNC has room for {room} blocks, expected an even number and at least {-(-length // block_size)}"
-        )
-    scores_BGN = state_BGNC.new_empty((B, G, n_blocks))
+    bounds = candidates.checked(first, recent, block_size, length_B, padding_B, state_BGNC)
+    if room % 2 or room < columns:
+        raise ValueError(f"state_BGNC has room for {room} blocks, expected an even number and at least {columns}")
+    scores_BGN = state_BGNC.new_empty((B, G, columns))
     multiprocessors = binding.multiprocessors(device)
-    tiles = {warps: -(-n_blocks // (32 * warps - 2 * FURTHER)) for warps in WARPS}  # by the warps of a thread block
+    tiles = {warps: -(-columns // (32 * warps - 2 * FURTHER)) for warps in WARPS}  # by the warps of a thread block
     warps = next((warps for warps in WARPS if B * G * tiles[warps] >= multiprocessors), WARPS[-1])
-    arguments = PredictBlocks(
-        *map(address, (state_BGNC, weight, bias, length_B, padding_B, scores_BGN)),
-        *(B, G, room, n_blocks, first, recent, block_size, length),
-    )
+    arguments = PredictBlocks(*map(address, (state_BGNC, weight, bias, scores_BGN)), bounds, *(B, G, room, columns))
     # Weights, then rows and one more at each end, then biases.
     shared_bytes = 2 * (SLICES * SLICE * HIDDEN + (32 * warps + 2) * STRIDE) + 4 * BIASES
     KERNEL.launch(device, (tiles[warps], G, B), arguments, threads=32 * warps, shared_bytes=shared_bytes)
@@ -120,5 +107,5 @@ def predict_blocks(
 
 
 @predict_blocks.register_fake
-def _(state_BGNC, weight, bias, n_blocks, first, recent, block_size, length, length_B, padding_B=None):
-    return state_BGNC.new_empty((*state_BGNC.shape[:2], n_blocks))
+def _(state_BGNC, weight, bias, columns, first, recent, block_size, length_B, padding_B=None):
+    return state_BGNC.new_empty((*state_BGNC.shape[:2], columns))

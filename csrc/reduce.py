@@ -10,12 +10,14 @@ import ctypes
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding
 from attention_predictor.csrc.binding import address, check
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
 LEAST_BLOCK = 4  # tokens: those that a thread reads together
+THREADS = 256  # of a thread block
 MOST_LANES = 32  # threads that share a block
 MOST_ROWS = 65535  # of a grid
 
@@ -24,19 +26,21 @@ class ReduceLogits(ctypes.Structure):
     """As in reduce.h."""
 
     _fields_ = [
-        *pointers("product real peak sum"),
+        *pointers("product", "float"),
+        *pointers("real", "uint8_t"),
+        *pointers("peak sum", "float"),
         *integers("batch heads queries tokens blocks length first_key first_query block_size"),
         *doubles("scaling softcap"),
     ]
 
 
-KERNEL = Kernel("reduce.cu", "reduce_logits", ReduceLogits, threads=256)
+CONSTANTS = {"kThreads": THREADS, "kFour": LEAST_BLOCK, "kMostLanes": MOST_LANES}
+KERNEL = Kernel("reduce.cu", "reduce_logits", ReduceLogits, THREADS, constants=CONSTANTS)
 
 
-def reduces(device: torch.device, block_size: int) -> bool:
-    """Whether there is a kernel for blocks of that size: a power of two, at least 4."""
-    fits = block_size >= LEAST_BLOCK and block_size & (block_size - 1) == 0
-    return fits and binding.on_gpu(device) and binding.missing(device) is None
+def serves(device: torch.device, block_size: int) -> bool:
+    """Whether there is a kernel of this kind of device for blocks of that size: a power of two, at least 4."""
+    return block_size >= LEAST_BLOCK and block_size & (block_size - 1) == 0 and binding.on_gpu(device)
 
 
 @torch.library.custom_op("attention_predictor::reduce_logits", mutates_args=("peak_BHQN", "sum_BHQN"))
@@ -84,6 +88,6 @@ def reduce_logits(
         *(B, H, Q, T, N, length, first_key, first_query, block_size, scaling, softcap),
     )
     lanes = min(block_size // LEAST_BLOCK, MOST_LANES)
-    touched = -(-(first_key + T) // block_size) - first_key // block_size
-    columns = -(-touched * lanes // KERNEL.threads) if T else 0
+    touched = ceil_div(first_key + T, block_size) - first_key // block_size
+    columns = ceil_div(touched * lanes, KERNEL.threads) if T else 0
     KERNEL.launch(device, (columns, min(B * H * Q, MOST_ROWS), 1), arguments)

@@ -10,7 +10,6 @@ struct Table {
     int32_t *move_block;  // [R, S] blocks to fetch
     int32_t *move_slot;   // [R, S] and where to
     int32_t *moves;       // [R] how many
-    uint32_t *key;        // [R, C] room for keys, where shared memory has none
     int64_t slots, capacity;
 };
 
@@ -35,8 +34,8 @@ struct Select {
     const float *slot_sum;
     float *rest;             // [B, H] takes the log-sum-exp of all blocks that are not chosen, by estimates; or null
     int64_t *count;          // what happened, added up: chosen and begun, fetched
+    uint32_t *key;           // [R, C] room for keys; null: shared memory has it
     int64_t heads, late;     // H, or G by scores; absent blocks chosen at most
     int64_t ahead;           // 1: for the next token; 0: for the newest
     int64_t chooses;         // 0: `active` stays as it is, only `rest` is found
-    int64_t keys_here;       // 1: shared memory has room for keys
 };

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding
 from attention_predictor.csrc.binding import address, check
 from attention_predictor.csrc.kernel import Kernel
@@ -23,7 +24,7 @@ SLOT_BYTES, LIST_BYTES = 60, 8 << 10  # of what it is given: for each slot, and 
 class Table(ctypes.Structure):
     """As in select.h."""
 
-    _fields_ = [*pointers("block active use slot move_block move_slot moves key"), *integers("slots capacity")]
+    _fields_ = [*pointers("block active use slot move_block move_slot moves"), *integers("slots capacity")]
 
 
 class Bounds(ctypes.Structure):
@@ -38,12 +39,14 @@ class Select(ctypes.Structure):
     _fields_ = [
         ("table", Table),
         ("bounds", Bounds),
-        *pointers("score peak sum slot_peak slot_sum rest count"),
-        *integers("heads late ahead chooses keys_here"),
+        *pointers("score peak sum slot_peak slot_sum rest count key"),
+        *integers("heads late ahead chooses"),
     ]
 
 
-KERNEL = Kernel("select.cu", "select_blocks", Select, threads=512, at_once=1)
+# Half a multiprocessor's registers, for the choice that runs beside the model; all of them, to hold estimates.
+BY_SCORES = Kernel("select.cu", "select_blocks<true>", Select, threads=512, at_once=2)
+BY_ESTIMATES = Kernel("select.cu", "select_blocks<false>", Select, threads=512, at_once=1)
 
 
 class SlotTensors(NamedTuple):
@@ -54,7 +57,6 @@ class SlotTensors(NamedTuple):
             was chosen last.
         slot_RC: int32, the slot of each block, -1 for one that is absent.
         move_block_RS, move_slot_RS, moves_R: int32, written: what is to be fetched where; how many of them.
-        key_RC: int32, room.
     """
 
     block_RS: Tensor
@@ -64,7 +66,6 @@ class SlotTensors(NamedTuple):
     move_block_RS: Tensor
     move_slot_RS: Tensor
     moves_R: Tensor
-    key_RC: Tensor
 
     def checked(self) -> Table:
         """As the kernel reads it; ValueError where the tensors don't fit each other."""
@@ -195,16 +196,19 @@ def _choose(
     if (most := most_slots(device, C)) < S:
         raise ValueError(f"there are {S} slots for {C} blocks, expected at most {most}")
     shared_bytes, room = _shared_bytes(S, C), binding.most_shared(device) - STATIC_BYTES
-    keys_here = shared_bytes + 4 * C <= room
+    keys_bytes = 16 * ceil_div(C, 4)
+    keys_here = shared_bytes + keys_bytes <= room
+    key_RC = None if keys_here else table.slot_RC.new_empty(R, C)
     arguments = Select(
         table.checked(),
         bounds.checked(kv_heads, device),
-        *map(address, (*scores, count_2)),
-        *(heads, late, ahead, chooses, keys_here),
+        *map(address, (*scores, count_2, key_RC)),
+        *(heads, late, ahead, chooses),
     )
-    KERNEL.launch(device, (R, 1, 1), arguments, shared_bytes=shared_bytes + 4 * C * keys_here)
+    kernel = BY_SCORES if scores[2] is None else BY_ESTIMATES
+    kernel.launch(device, (R, 1, 1), arguments, shared_bytes=shared_bytes + keys_bytes * keys_here)
 
 
 def _shared_bytes(slots: int, capacity: int) -> int:
     """Without keys of all blocks; two sets of blocks have a bit for each."""
-    return SLOT_BYTES * slots + LIST_BYTES + 8 * -(-capacity // 32)
+    return SLOT_BYTES * slots + LIST_BYTES + 8 * ceil_div(capacity, 32)

@@ -352,10 +352,11 @@ __device__ __forceinline__ void score_groups(const SketchScores &a) {
     };
     wide.skip(group, coded);
     narrow.skip(group, coded);
+    const int64_t found = a.length_B ? a.length_B[blockIdx.z] : a.length;  // not waited for yet
     // Even before it is known whether there are so many.
     if (group < static_cast<int>(a.length) / kGroup) load();
     queries.template prepare<kBits, kWideBits>(a, row, head0, heads);
-    const int length = static_cast<int>(a.length_B ? a.length_B[blockIdx.z] : a.length), groups = length / kGroup;
+    const int length = static_cast<int>(found), groups = length / kGroup;
     __syncthreads();
 
     const uint32_t mask = lane / 4 % 2 ? 0xffffffffu : 0;

@@ -13,8 +13,10 @@ import functools
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, call, check, threads
+from attention_predictor.csrc.binding import ELEMENT_TYPES, ELEMENTS, IN_CPP, address, check, threads
+from attention_predictor.csrc.function import Function
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
@@ -30,7 +32,10 @@ class Sketch(ctypes.Structure):
     """As in sketch.h."""
 
     _fields_ = [
-        *pointers("zero scale wide narrow tail order"),
+        *pointers("zero scale", "uint16_t"),
+        *pointers("wide narrow", "uint8_t"),
+        *pointers("tail", "void"),
+        *pointers("order", "int64_t"),
         *integers("batch kv_heads head_dim capacity group coded wide_channels wide_bits bits element"),
     ]
 
@@ -40,7 +45,10 @@ class SketchScores(ctypes.Structure):
 
     _fields_ = [
         ("sketch", Sketch),
-        *pointers("query real length_B peak sum"),
+        *pointers("query", "void"),
+        *pointers("real", "uint8_t"),
+        *pointers("length_B", "int64_t"),
+        *pointers("peak sum", "float"),
         *integers("heads length block_size workers"),
         *doubles("scaling softcap"),
     ]
@@ -51,9 +59,13 @@ class SketchStore(ctypes.Structure):
 
     _fields_ = [
         ("sketch", Sketch),
-        *pointers("key length_B"),
+        *pointers("key", "void"),
+        *pointers("length_B", "int64_t"),
         *integers("of_batch of_head of_token first groups append length"),
     ]
+
+
+ON_CPU = Function("sketch.cpp", "sketch_scores", SketchScores, ELEMENT_TYPES)
 
 
 @functools.cache
@@ -67,24 +79,24 @@ def score_kernel(bits: int, head_dim: int) -> tuple[Kernel, int]:
     registers = (bits + 2) * words + (wide_bits + 2) * wide_words + 4 * size
     at_once = 5 if registers <= 40 else 3 if registers <= 80 else 2
     function = f"score_groups<{wide_bits}, {bits}, {words}>"
-    return Kernel("sketch.cu", function, SketchScores, 32 * WARPS, at_once), at_once
+    constants = {"kGroup": GROUP, "kWarps": WARPS, "kMostHeads": HEADS}
+    return Kernel("sketch.cu", function, SketchScores, 32 * WARPS, at_once, constants), at_once
 
 
 @functools.cache
 def store_kernel(dtype: torch.dtype) -> Kernel:
     """The GPU kernel that makes codes of keys of this dtype."""
-    return Kernel("quantise.cu", f"store_groups<{IN_CPP[dtype]}>", SketchStore, threads=256, at_once=3)
+    function, constants = f"store_groups<{IN_CPP[dtype]}>", {"kGroup": GROUP, "kWarps": 8}
+    return Kernel("sketch_store.cu", function, SketchStore, threads=256, at_once=3, constants=constants)
 
 
-def no_sketch_kernel(
+def unserved(
     device: torch.device, dtype: torch.dtype, head_dim: int, group: int, block_size: int | None = None
 ) -> str | None:
-    """Why no kernel scores blocks of `block_size` tokens by such a sketch, on one line; ``None`` if one does.
+    """Why no kernel for this kind of device scores blocks of `block_size` tokens by such a sketch, on one line.
 
-    Without a `block_size`: why none makes codes of its keys.
+    ``None`` if one does. Without a `block_size`: why none makes codes of its keys.
     """
-    if (reason := binding.missing(device)) is not None:
-        return reason
     if dtype not in ELEMENTS:
         return f"none for a sketch of {dtype} keys"
     if not binding.on_gpu(device):
@@ -145,13 +157,13 @@ def sketch_scores(
         *(H, length, block_size, workers, scaling, softcap),
     )
     if not binding.on_gpu(device):
-        call("sketch_scores", arguments)
+        ON_CPU.call(arguments)
         return peak_BHN, sum_BHN
     # As many thread blocks as run at once; their warps take several groups each, one after the other.
     kernel, at_once = score_kernel(sketch.bits, D)
-    pieces = -(-H // (G * HEADS))
+    pieces = ceil_div(H, G * HEADS)
     most = at_once * binding.multiprocessors(device) // (B * G * pieces) - 1
-    splits = max(1, min(-(-(length // GROUP) // WARPS), most))
+    splits = max(1, min(ceil_div(length // GROUP, WARPS), most))
     kernel.launch(device, (1 + splits, G * pieces, B), arguments)
     return peak_BHN, sum_BHN
 
@@ -162,7 +174,7 @@ def _(query_BHD, order, tail, zero, scale, wide, narrow, length, length_B, real,
 
 
 def _scores(query_BHD: Tensor, length: int, block_size: int) -> tuple[Tensor, Tensor]:
-    peak_BHN = query_BHD.new_empty((*query_BHD.shape[:2], -(-length // block_size)), dtype=torch.float32)
+    peak_BHN = query_BHD.new_empty((*query_BHD.shape[:2], ceil_div(length, block_size)), dtype=torch.float32)
     return peak_BHN, torch.empty_like(peak_BHN)
 
 
@@ -270,5 +282,5 @@ def _check_length(length: int, length_B: Tensor | None, B: int, room: int, group
 
 def _check_served(tail_BGTD: Tensor, block_size: int | None) -> None:
     _, _, group, D = tail_BGTD.shape
-    if (reason := no_sketch_kernel(tail_BGTD.device, tail_BGTD.dtype, D, group, block_size)) is not None:
+    if (reason := unserved(tail_BGTD.device, tail_BGTD.dtype, D, group, block_size)) is not None:
         raise ValueError(f"no kernel: {reason}")

@@ -193,7 +193,7 @@ __device__ __forceinline__ void slide_sums(const WindowStep &a) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int p = position(t, i), column = base + p;
-                if (p < 1 || p > kOutputs || column >= a.known) continue;
+                if (p < 1 || p > kOutputs || column >= a.columns) continue;
                 double &sum = a.sum[(row * kFeatures + feature(w, i)) * a.capacity + column];
                 sum += static_cast<double>(change[1][t][w][i]) - static_cast<double>(change[0][t][w][i]);
             }
@@ -224,28 +224,36 @@ __device__ __forceinline__ void slide_window(const WindowStep &a) {
 __device__ __forceinline__ void score_columns(const WindowStep &a) {
     __shared__ Shared s;
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
-    const int first = static_cast<int>(a.first[blockIdx.z]), last = static_cast<int>(a.last[blockIdx.z]);
+    const Range range = range_of(a.candidates, blockIdx.z, static_cast<int>(a.columns));
+    // A shuffle keeps the compiler from carrying along what they are made of: 10 registers, and one thread block of four.
+    const int first = __shfl_sync(kAll, range.first, 0), last = __shfl_sync(kAll, range.last, 0);
     const int end = static_cast<int>(blockIdx.x) - (static_cast<int>(gridDim.x) - 2);  // 0, 1: an end of the range
     const bool turned = end >= 0;
     const float *third = s.rest + kThird;
     float *scores = a.scores + row * a.columns;
     Sums sums;
     if (turned) {
-        if (last - first < kLines - 1) return;  // whoever asks scores so few by themselves
-        // Lines are four columns, and zeros outside of the range.
+        const int among = last - first;  // columns, which may be fewer than the two at each end
+        if (among <= 0) return;
+        // Lines are four columns, and zeros outside of the range; those at the first end come behind a line of zeros.
         for (int l = 0; l < kLines; ++l)
             for (int p = threadIdx.x; p < kPositions + 2; p += kPositions) s.line[0][l][p] = __float2half_rn(0.f);
         load_network(s, a, true);
         __syncthreads();
         const int line = threadIdx.x / 8, from = threadIdx.x % 8 * 8;  // of the first 32 threads
-        if (line < kLines - 1) {
+        const int column = end ? last - (kLines - 1) + line : first + line;
+        if (line < kLines - 1 && column >= first && column < last) {
             __half x[8];
-            read_column(a, row, end ? last - (kLines - 1) + line : first + line, from, x);
+            read_column(a, row, column, from, x);
 #pragma unroll
             for (int i = 0; i < 8; ++i) s.line[0][end ? line : line + 1][from + i + 1] = x[i];
         }
         __syncthreads();
         make_maps(s, 0, threadIdx.x < kRows);
+        // Where there are fewer columns than lines of maps, the network pads these.
+#pragma unroll 1
+        for (int m = among; m < kPlanes; ++m)
+            for (uint4 &part : s.maps[end ? kPlanes - 1 - m : m][threadIdx.x + 1]) part = make_uint4(0, 0, 0, 0);
         __syncthreads();
 #pragma unroll
         for (int which = 0; which < 2; ++which) {  // the middle line, then the one next to the end
@@ -274,7 +282,8 @@ __device__ __forceinline__ void score_columns(const WindowStep &a) {
             for (int w = 0; w < kWarps; ++w) total += s.total[w][which][lane];
             const float score = warp_sum(total / kRows * third[lane]) + third[kFeatures];
             const int inwards = kReach - 1 - which;
-            if (lane == 0) scores[end ? last - 1 - inwards : first + inwards] = score;
+            const int n = end ? last - 1 - inwards : first + inwards;
+            if (lane == 0 && (end ? n >= first + kReach : n < last)) scores[n] = score;
         }
         return;
     }

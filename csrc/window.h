@@ -1,15 +1,14 @@
 #pragma once
-#include "kernels.h"
+#include "candidates.cuh"
 
 // A step of the published network, streamed: the window of R = 64 rows, and sums of its features over the rows between the ends.
 struct WindowStep {
-    const float *row;     // [B, G, columns] the step's scores
-    void *window;         // [B, G, capacity, R] fp16, oldest first
-    double *sum;          // [B, G, 32, capacity]
-    const void *weight;   // fp16, of the second convolution, as `pack_network` lays it out
-    const int64_t *first, *last;  // [B] columns that are scored: first to last − 1
-    const float *rest;    // [16 · 9 + 16] of the first convolution; [32] biases of the second; [32 + 1] of the third
-    float *scores;        // [B, G, columns]
+    const float *row;       // [B, G, columns] the step's scores
+    void *window;           // [B, G, capacity, R] fp16, oldest first
+    double *sum;            // [B, G, 32, capacity]
+    const void *weight;     // fp16, of the second convolution, as `pack_network` lays it out
+    const float *rest;      // [16 · 9 + 16] of the first convolution; [32] biases of the second; [32 + 1] of the third
+    float *scores;          // [B, G, columns]
+    Candidates candidates;  // which are scored
     int64_t batch, kv_heads, columns, capacity;
-    int64_t known;        // columns whose sums are kept up
 };

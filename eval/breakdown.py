@@ -17,12 +17,15 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from attention_predictor.eval.device import wait
+
 # Stage and what its kernels or operations are called; the first that fits counts. Ours come first, by their own names.
 STAGES = (
     ("sketch", r"score_groups|store_groups|sketch"),
     ("history", r"fold_row|observe_row"),
     ("predictor", r"score_tiles|predict_blocks|slide_sums|slide_window|score_columns|(push|predict)_window"),
     ("selection", r"select_blocks|choose_ahead|choose_blocks|topk|radix|bitonic|\bsort"),
+    ("fused modules", r"rms_norm|gate_up|\brotate_"),
     ("gather", r"gather_blocks|move_blocks|append_token|gather_to_host"),
     ("attention", r"attend_slots|sparse_decode|flash|fmha|efficient_attention|scaled_dot_product|sdpa"),
     ("linear layers", r"gemm|gemv|nvjet|cutlass|cublas|splitk|wgmma|linear|matmul|(\b|_)(add|b)?mm(\b|_)"),
@@ -55,8 +58,7 @@ def breakdown(steps: Callable[[], None], count: int, device: torch.device) -> di
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
         steps()
-        if gpu:
-            torch.cuda.synchronize(device)
+        wait(device)
     stages: Counter[str] = Counter()
     spans = []
     for event in profiler.events() or ():

@@ -9,7 +9,7 @@ from attention_predictor.eval.bench import Row
 from attention_predictor.eval.way import FLOOR
 from attention_predictor.sizes import size_text
 
-OURS = ("graph", "graph-compiled", "thread", "no-kernels")  # the first that was measured is ours
+OURS = ("graph", "graph-compiled", "graph-unfused", "thread", "no-kernels")  # the first that was measured is ours
 
 
 def compare(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -57,6 +57,7 @@ def _traffic(row: Row) -> list[str]:
     return [
         f"KV {size_text(stats['device_kv_bytes'])} of {size_text(stats['full_kv_bytes'])} ({parts})",
         *(f"{share:.1%} {name}" for share, name in shares if share is not None),
+        *([f"fused: {stats['fused']}"] if stats.get("fused") else []),
         f"{size_text(row['fetched_bytes_per_token'])} fetched",
         f"{waited_ms:.2f} ms waited ({waited_ms / row['median_ms']:.1%})",
         *(f"fallback ×{count}: {message}" for message, count in stats["fallbacks"].items()),

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.documents import opening
 from attention_predictor.errors import ConfigError
 from attention_predictor.eval import synthetic
@@ -53,7 +54,7 @@ class Planted(Benchmark):
             if value < 1:
                 raise ConfigError(f"{option} {value}: expected at least 1")
         self.tokenizer, self.texts, self.tasks = tokenizer, texts, tuple(tasks)
-        self.documents, self.per_document = -(-questions // per_document), per_document
+        self.documents, self.per_document = ceil_div(questions, per_document), per_document
         self.context, self.seed = context, seed
 
     def settings(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from attention_predictor.arguments import whole_numbers
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.commands.eval.recovery import TAIL_INTERVAL, rules_of
 from attention_predictor.documents import excerpt, read_documents
 from attention_predictor.errors import ConfigError, DataError
@@ -75,7 +76,7 @@ def _questions(args: argparse.Namespace) -> list[Case]:
         tokenizer,
         texts,
         tasks=args.tasks.split(","),
-        documents=-(-args.questions // args.per_document),
+        documents=ceil_div(args.questions, args.per_document),
         questions=args.per_document,
         context=args.context,
         seed=args.seed,

@@ -28,7 +28,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from attention_predictor.errors import ConfigError
-from attention_predictor.offload.attention.dense import Chunk, Terms, score_rows
+from attention_predictor.offload.attention.dense import Terms, score_rows
+from attention_predictor.offload.chunk import Chunk
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.hf.cache import TieredCache
@@ -182,7 +183,7 @@ class SyntheticCache:
         def stored() -> Iterator[Chunk]:
             for chunk in self.chunks(number):
                 layer.update(chunk.key_BGTD, chunk.value_BGTD)
-                layer.policy.extend(chunk.key_BGTD, past_BHQD)
+                layer.store(chunk.key_BGTD, chunk.value_BGTD, past_BHQD)
                 layer.armed = False  # this update is not followed by an attention call
                 yield chunk
 

@@ -34,6 +34,9 @@ FLOOR = "floor"
 WAYS = {
     FLOOR: Way("static cache, compiled, 1K context", "static"),
     "graph": Way("ours, graph", "ours", {"prefetch": "graph"}, needs_gpu=True),
+    "graph-unfused": Way(
+        "ours, graph, nothing fused", "ours", {"prefetch": "graph", "unfused": True}, needs_gpu=True, by_default=False
+    ),
     "graph-compiled": Way(
         "ours, graph, compiled layers", "ours", {"prefetch": "graph", "compile": True}, needs_gpu=True
     ),

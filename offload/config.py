@@ -12,7 +12,7 @@ from typing import Any
 
 from attention_predictor.errors import ConfigError
 from attention_predictor.kinds import Kind, flag, is_whole, number, one_of, sizes_in_bytes, text, whole, whole_numbers
-from attention_predictor.offload.policies import policy_names
+from attention_predictor.offload.policy_names import policy_names
 
 AUTO = "auto"
 CALIBRATIONS = ("sketch", "exact", "none")
@@ -94,6 +94,8 @@ class OffloadConfig:
             counts a step that is not captured as a fallback on a CPU too. ``"thread"`` captures nothing; ``"none"``
             fetches in the middle of the computation.
         compile: Captured steps are made of compiled decoder layers (``torch.compile``): faster, after a minute's wait.
+        unfused: Captured steps run the model's own norms, MLPs and rotary embeddings, operation by operation, in place
+            of kernels that compute the same; for comparisons.
         kernels: ``"auto"`` uses compiled kernels where they can be built (on a GPU by NVRTC, which torch brings; on a
             CPU by a C++ compiler), ``"none"`` plain torch operations alone.
         skip_layers: Layers left as they are, with their whole cache on the device.
@@ -137,6 +139,9 @@ class OffloadConfig:
     )
     compile: bool = setting(
         False, flag(), "compile the model's layers for captured steps: faster, after a minute's wait"
+    )
+    unfused: bool = setting(
+        False, flag(), "captured steps run the model's small operations one by one: slower, for comparisons"
     )
     kernels: str = setting(AUTO, one_of(KERNELS), "auto: compiled kernels where they can be built; none: torch alone")
     skip_layers: Sequence[int] = setting((), _layers(), "layers whose whole cache stays on the device, such as 0,1")

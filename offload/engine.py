@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attention_predictor.offload.generation import Sampling, generate
+from attention_predictor.offload.generation import Sampling, check_arguments, generate
 from attention_predictor.offload.hf.attachment import Attachment
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
@@ -50,7 +50,7 @@ class Engine:
 
     @property
     def stats(self) -> Stats:
-        """What happened so far, fetches for the next token included; to be read anew, since steps count on the device."""
+        """What happened so far, the next token's fetches included; to be read anew: steps count on the device."""
         self.runtime.prefetcher.drain()
         self.runtime.counts.move_into(self.runtime.stats)
         return self.runtime.stats
@@ -95,10 +95,14 @@ class Engine:
             ContextLengthError, HostMemoryError: What ``check_fits`` refuses.
         """
         self.runtime.check_open()
+        check_arguments(input_ids, attention_mask, max_new_tokens, prefill_chunk_size)
+        batch, tokens = input_ids.shape
+        self.check_fits(batch=batch, tokens=tokens + max_new_tokens - 1)  # the last one chosen is never read
         settings = self.model.generation_config
         return generate(
-            self,
-            input_ids,
+            self.model,
+            self.new_cache(),
+            input_ids.to(self.device),
             max_new_tokens=max_new_tokens,
             attention_mask=attention_mask,
             sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from attention_predictor.errors import ConfigError
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.graph import LEFT_PADDING
 from attention_predictor.offload.hf.versions import with_cache
-
-if TYPE_CHECKING:
-    from attention_predictor.offload.engine import Engine
 
 LOOK_EVERY = 16  # tokens, from one look at whether all sequences have ended to the next
 
@@ -66,9 +63,24 @@ class Sampling:
         return (logits_BV.softmax(-1) / draw_BV).argmax(-1, keepdim=True)
 
 
+def check_arguments(
+    ids_BT: Tensor, attention_mask: Tensor | None, max_new_tokens: int, prefill_chunk_size: int | None
+) -> None:
+    """``ConfigError`` for arguments of ``Engine.generate`` that are not allowed."""
+    if ids_BT.dim() != 2 or ids_BT.shape[1] == 0:
+        raise ConfigError(f"input_ids must be [batch, tokens] with a token at least, got {list(ids_BT.shape)}")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} is not allowed: expected at least 1")
+    if attention_mask is not None and attention_mask.shape != ids_BT.shape:
+        raise ConfigError(f"attention_mask is {list(attention_mask.shape)}, input_ids {list(ids_BT.shape)}")
+    if prefill_chunk_size is not None and prefill_chunk_size < 1:
+        raise ConfigError(f"prefill_chunk_size={prefill_chunk_size} is not allowed: expected at least 1, or None")
+
+
 @torch.no_grad()
 def generate(
-    engine: Engine,
+    model: PreTrainedModel,
+    cache: TieredCache,
     ids_BT: Tensor,
     *,
     max_new_tokens: int,
@@ -79,19 +91,8 @@ def generate(
     prefill_chunk_size: int | None,
     seed: int | None,
 ) -> Tensor:
-    """See ``Engine.generate``."""
-    if ids_BT.dim() != 2 or ids_BT.shape[1] == 0:
-        raise ConfigError(f"input_ids must be [batch, tokens] with a token at least, got {list(ids_BT.shape)}")
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} is not allowed: expected at least 1")
-    if attention_mask is not None and attention_mask.shape != ids_BT.shape:
-        raise ConfigError(f"attention_mask is {list(attention_mask.shape)}, input_ids {list(ids_BT.shape)}")
-    if prefill_chunk_size is not None and prefill_chunk_size < 1:
-        raise ConfigError(f"prefill_chunk_size={prefill_chunk_size} is not allowed: expected at least 1, or None")
-    B, T = ids_BT.shape
-    engine.check_fits(batch=B, tokens=T + max_new_tokens - 1)  # the last one chosen is never read
-    device = engine.device
-    ids_BT = ids_BT.to(device)
+    """See ``Engine.generate``, which checks the arguments, and that the cache, new and empty, will fit."""
+    (B, T), device = ids_BT.shape, ids_BT.device
     padded = attention_mask is not None and not bool(attention_mask.all())
     mask_BT = attention_mask.to(device) if padded and attention_mask is not None else None
     only_left = mask_BT is not None and bool((mask_BT.bool() == (mask_BT.cumsum(-1) > 0)).all())
@@ -99,8 +100,7 @@ def generate(
     ends = torch.tensor(_list(eos_token_id), dtype=torch.int64, device=device)
     pad = pad_token_id if pad_token_id is not None else (_list(eos_token_id) or [0])[0]
 
-    cache = engine.new_cache()
-    logits_BV = _prefill(engine, cache, ids_BT, mask_BT, prefill_chunk_size)
+    logits_BV = _prefill(model, cache, ids_BT, mask_BT, prefill_chunk_size)
     position_B1 = torch.full((B, 1), T, device=device) if mask_BT is None else mask_BT.sum(-1, keepdim=True)
     new_BT = torch.full((B, max_new_tokens), pad, dtype=torch.int64, device=device)
     ended_B1 = torch.zeros((B, 1), dtype=torch.bool, device=device)
@@ -118,22 +118,24 @@ def generate(
             if only_left:
                 setattr(mask_BT, LEFT_PADDING, True)  # so that no step waits for the device to look at it
         inputs = {"attention_mask": mask_BT, "position_ids": position_B1, "use_cache": True}
-        output = engine.model(token_B1, **inputs, **with_cache(engine.model, cache))
+        output = model(token_B1, **inputs, **with_cache(model, cache))
         logits_BV, position_B1 = output.logits[:, -1], position_B1 + 1
     return torch.cat([ids_BT, new_BT[:, : _until_all_ended(new_BT[:, : count + 1], ends)]], 1)
 
 
-def _prefill(engine: Engine, cache: TieredCache, ids_BT: Tensor, mask_BT: Tensor | None, chunk: int | None) -> Tensor:
+def _prefill(
+    model: PreTrainedModel, cache: TieredCache, ids_BT: Tensor, mask_BT: Tensor | None, chunk: int | None
+) -> Tensor:
     """Logits behind the prompt, [B, V]."""
     position_BT = None if mask_BT is None else (mask_BT.long().cumsum(-1) - 1).clamp_min(0)
     for start in range(0, ids_BT.shape[1], chunk or ids_BT.shape[1]):
         stop = min(start + (chunk or ids_BT.shape[1]), ids_BT.shape[1])
-        output = engine.model(
+        output = model(
             ids_BT[:, start:stop],
             attention_mask=None if mask_BT is None else mask_BT[:, :stop],
             position_ids=None if position_BT is None else position_BT[:, start:stop],
             use_cache=True,
-            **with_cache(engine.model, cache),
+            **with_cache(model, cache),
             logits_to_keep=1,
         )
     return output.logits[:, -1]

@@ -32,6 +32,7 @@ class Stats:
         layer_budgets: Tokens a step may attend to, by layer or KV head, at the last step; of layers that select.
         host_bytes, full_bytes: Host memory, and what the whole cache would take on the device, by layer.
         prefetch: How blocks are fetched ahead, as ``config.prefetch`` came out on this device, and why.
+        fused: Modules of the model that captured steps run as one kernel each; empty where that is not asked for.
         fallbacks: What ran otherwise than asked for, by message.
         evicts: Whether the policy gives blocks up for good, by definition; the store holds them all the same.
     """
@@ -55,6 +56,7 @@ class Stats:
     host_bytes: dict[int, int] = field(default_factory=dict)
     full_bytes: dict[int, int] = field(default_factory=dict)
     prefetch: str = ""
+    fused: str = ""
     fallbacks: Counter[str] = field(default_factory=Counter)
     evicts: bool = False
 
@@ -107,7 +109,7 @@ class Stats:
 
     def reset(self) -> None:
         """Start counting anew; memory figures stay, since the memory does."""
-        stay = ("device_bytes", "layer_budgets", "host_bytes", "full_bytes", "prefetch", "evicts")
+        stay = ("device_bytes", "layer_budgets", "host_bytes", "full_bytes", "prefetch", "fused", "evicts")
         kept = {name: getattr(self, name) for name in stay}
         self.__init__(**kept)  # type: ignore[misc]
 
@@ -117,6 +119,7 @@ class Stats:
             "steps": self.steps,
             "captured_steps": self.captured_steps,
             "prefetch": self.prefetch,
+            "fused": self.fused,
             "hit_rate": self.hit_rate,
             "reuse_rate": self.reuse_rate,
             "fetched_bytes": self.fetched_bytes,
@@ -155,6 +158,8 @@ class Stats:
             ),
             ("exposed wait per token", f"{self.exposed_wait_ms / steps:.2f} ms"),
         ]
+        if self.fused:
+            rows.append(("fused in captured steps", self.fused))
         if len(set(self.layer_budgets.values())) > 1:
             rows.append(("budgets by layer", ", ".join(map(str, self.to_dict()["layer_budgets"]))))
         if self.streamed_bytes:

@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from attention_predictor.lazy import lazy_names
+from attention_predictor.predictor.prompt_rows import PROMPT_ROWS
 
 if TYPE_CHECKING:
     from attention_predictor.predictor.model import AttentionPredictor as AttentionPredictor
     from attention_predictor.predictor.model import FilterPredictor as FilterPredictor
     from attention_predictor.predictor.model import WindowPredictor as WindowPredictor
-
-PROMPT_ROWS = 64  # rows of a prompt that start a history: H of the published method
 
 _MODULES = dict.fromkeys(("AttentionPredictor", "FilterPredictor", "WindowPredictor"), f"{__name__}.model")
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from attention_predictor.errors import CheckpointError, ConfigError
-from attention_predictor.predictor import PROMPT_ROWS, checkpoint
+from attention_predictor.predictor import checkpoint
+from attention_predictor.predictor.prompt_rows import PROMPT_ROWS
 
 WEIGHTS = Path(__file__).parent / "weights"  # checkpoints shipped with the package, by name
 

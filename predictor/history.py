@@ -54,6 +54,21 @@ def row_of_logits(
     return share_BHC.unflatten(1, (G, -1)).amax(2)
 
 
+def candidates_of(
+    columns: int, first: int, recent: int, block_size: int, length_B: Tensor, padding_B: Tensor | None
+) -> Tensor:
+    """bool ``[B, C]``: the blocks, among the first columns, that a step leaves to the predictor to judge.
+
+    Others are the sink, blocks of padding, and those of the recent tokens in the step at length + 1.
+    `csrc/candidates.cuh` has the same; arguments are those of `ScoreHistory.predict_ahead`.
+    """
+    block_C = torch.arange(columns, device=length_B.device)
+    first_B = torch.full_like(length_B, first) if padding_B is None else padding_B // block_size + first
+    before_B = (length_B + 1 - max(recent, 1)).clamp_min(0) // block_size
+    last_B = torch.minimum(before_B, ceil_div(length_B, block_size))
+    return (block_C >= first_B[:, None]) & (block_C < last_B[:, None])
+
+
 class ScoreHistory:
     """The predictor's state of every block of one layer, state_BGNC in the predictor's `state_dtype`.
 
@@ -121,19 +136,30 @@ class ScoreHistory:
         for row_BGN in rows_BGRN.unbind(dim=2):
             self.push(row_BGN)
 
+    def push(self, row_BGN: Tensor) -> None:
+        """Count the blocks of a row and take it: it covers every known block and may bring new ones."""
+        self._check("row_BGN", row_BGN, dims=3, at_least=self.n_blocks)
+        self._grow(row_BGN.shape[-1])
+        self.observe_row(F.pad(row_BGN, (0, self.capacity - row_BGN.shape[-1])))
+
+    # What follows never asks the host: lengths are the device's, shapes those of the room there is, and the state stays
+    # in its place, so that the same operations run one by one or as part of a CUDA graph. `advance` has counted the
+    # token.
+
     @torch.inference_mode(False)
     @torch.no_grad()
-    def push(self, row_BGN: Tensor) -> None:
-        """Take one decoded step's row; it covers every known block and may bring new ones."""
-        self._check("row_BGN", row_BGN, dims=3, at_least=self.n_blocks)
-        if not self.started:
-            self.start(row_BGN[:, :, None])
-            return
-        self._grow(row_BGN.shape[-1])
-        self._push(F.pad(row_BGN, (0, self.capacity - row_BGN.shape[-1])))
+    def observe_row(self, row_BGC: Tensor) -> None:
+        """Take one decoding step's row of all blocks there is room for, zero for those that have not begun.
 
-    def _push(self, row_BGC: Tensor) -> None:
-        """A row of all blocks there is room for: a state of zeros and a score of zero make a state of zeros."""
+        A score of zero leaves a state of zeros as it is, for every predictor. The first row of all starts the history.
+        """
+        self._check("row_BGC", row_BGC, dims=3, at_least=self.capacity)
+        if not self.started:
+            self.start(row_BGC[:, :, None, : self.n_blocks])
+        else:
+            self._observe(row_BGC)
+
+    def _observe(self, row_BGC: Tensor) -> None:
         if self.kernel:
             self._fold(row_BGC[:, :, None])
             return
@@ -141,74 +167,74 @@ class ScoreHistory:
         if observed_BGNC.data_ptr() != self._state_BGNC.data_ptr():
             self._state_BGNC.copy_(observed_BGNC)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def push_slots(
+    def observe_slots(
         self,
         peak_BHC: Tensor | None,
         block_BGS: Tensor,
         slot_peak_BHS: Tensor,
         total_BH: Tensor,
         length_B: Tensor,
+        rest_BH: Tensor | None = None,
     ) -> None:
-        """Take what `row_of_logits` makes of these arguments, without asking the host; `advance` has counted the token.
+        """Take the row that `row_of_logits` makes of these arguments; a kernel makes and folds it at once.
 
-        `length_B`: int64, tokens of each sequence, the new one included.
+        Args:
+            peak_BHC: fp32 estimates of C blocks, at most those there is room for and all that have begun; those of
+                others count for nothing. `None`: nothing is known.
+            block_BGS, slot_peak_BHS: As of `row_of_logits`.
+            total_BH: fp32 log-sum-exp of all logits.
+            length_B: int64 tokens of each sequence, the new one included.
+            rest_BH: fp32 log-sum-exp of the logits that `total_BH` lacks; `None`: it lacks none.
         """
-        assert self.started
-        size, capacity = self.predictor.block_size, self.capacity
-        if self._observes_slots:
+        size, columns = self.predictor.block_size, self.capacity if peak_BHC is None else peak_BHC.shape[-1]
+        if self.kernel and self.started:
             packed = self.packed
-            arguments = (self._state_BGNC, packed.fold_C, packed.eps, size, capacity * size, length_B, None)
-            ops.observe_row(peak_BHC, block_BGS, slot_peak_BHS, total_BH, *arguments)
+            arguments = (self._state_BGNC, packed.fold_C, packed.eps, size, columns * size, length_B, None)
+            ops.observe_row(peak_BHC, block_BGS, slot_peak_BHS, total_BH, rest_BH, *arguments)
             return
-        row_BGC = row_of_logits(peak_BHC, block_BGS, slot_peak_BHS, total_BH, capacity)
-        block_C = torch.arange(capacity, device=length_B.device)
-        begun_B1C = block_C < ceil_div(length_B, size)[:, None, None]
-        self._push(torch.where(begun_B1C, row_BGC, 0.0))
-
-    @property
-    def _observes_slots(self) -> bool:
-        """Whether a kernel makes the row and folds it at once."""
-        return self.kernel
+        if rest_BH is not None:
+            total_BH = torch.logaddexp(total_BH, rest_BH)
+        row_BGC = row_of_logits(peak_BHC, block_BGS, slot_peak_BHS, total_BH, columns)
+        begun_B1C = torch.arange(columns, device=length_B.device) < ceil_div(length_B, size)[:, None, None]
+        self.observe_row(F.pad(torch.where(begun_B1C, row_BGC, 0.0), (0, self.capacity - columns)))
 
     @torch.no_grad()
-    def predict(self, first: int, last: int) -> Tensor:
-        """The next token's scores of blocks first to last − 1, scores_BGN in fp32 with −inf for all others."""
-        if not 0 <= first <= self.n_blocks or not 0 <= last <= self.n_blocks:
-            raise ValueError(f"blocks {first}..{last} must lie within 0..{self.n_blocks}")
-        bounds = (torch.full((len(self._state_BGNC),), end, device=self._state_BGNC.device) for end in (first, last))
-        return self._predict(*bounds)[..., : self.n_blocks]
-
-    @torch.no_grad()
-    def predict_next(self, first: int, recent: int, length_B: Tensor, padding_B: Tensor | None) -> Tensor:
-        """The next token's scores, fp32 scores_BGC, without asking the host.
+    def predict_ahead(
+        self, first: int, recent: int, length_B: Tensor, padding_B: Tensor | None, capacity: int
+    ) -> Tensor:
+        """Scores for the step after the one at `length_B` tokens, fp32 scores_BGC of `capacity` blocks.
 
         Sink and recent blocks are always kept: they are cut off *before* the prediction
         (AttentionPredictor, arXiv 2502.04077, section 4), so their large scores don't leak into their
-        neighbours. They have −inf.
+        neighbours. They have −inf, as have blocks that have not begun.
 
         Args:
             first: First candidate, counted from the first block with a token that is no padding.
             recent: Tokens at the end, one at least, whose blocks are no candidates in the step at length + 1.
-            length_B, padding_B: int64, tokens of each sequence, and those of left padding, if there is any.
+            length_B, padding_B: int64, tokens of each sequence, and those of left padding; `None` where there is none.
+            capacity: C, at most the blocks there is room for.
         """
-        size = self.predictor.block_size
-        if self._observes_slots:
-            packed, candidates = self.packed, (first, recent, size, self.capacity * size, length_B, padding_B)
-            return ops.predict_blocks(self._state_BGNC, packed.weight, packed.bias, self.capacity, *candidates)
-        first_B = torch.full_like(length_B, first) if padding_B is None else padding_B // size + first
-        last_B = torch.minimum((length_B + 1 - max(recent, 1)).clamp_min(0) // size, ceil_div(length_B, size))
-        return self._predict(first_B, last_B)
+        if not self.started:
+            raise ValueError("predict_ahead needs a history that has started")
+        if not 0 <= capacity <= self.capacity:
+            raise ValueError(f"capacity must lie within 0..{self.capacity}, got {capacity}")
+        if capacity == 0:
+            return self._state_BGNC.new_empty((*self._state_BGNC.shape[:2], 0), dtype=torch.float32)
+        return self._score(capacity, (first, recent, self.predictor.block_size, length_B, padding_B))
 
-    def _predict(self, first_B: Tensor, last_B: Tensor) -> Tensor:
-        """Scores of blocks first to last − 1 of each sequence, scores_BGC, −inf for all others."""
-        block_C = torch.arange(self.capacity, device=first_B.device)
-        candidate_BC = (block_C >= first_B[:, None]) & (block_C < last_B[:, None])
-        scores_BGC = self.predictor(self._state_BGNC, candidate_BC)
+    def _score(self, columns: int, bounds: tuple[int, int, int, Tensor, Tensor | None]) -> Tensor:
+        """Scores of the candidates (`candidates_of`) among the first columns, scores_BGC, −inf for all others."""
+        if self.kernel:
+            packed = self.packed
+            return ops.predict_blocks(self._state_BGNC, packed.weight, packed.bias, columns, *bounds)
+        candidate_BC = candidates_of(columns, *bounds)
+        scores_BGC = self.predictor(self._state_BGNC[:, :, :columns], candidate_BC)
         return torch.where(candidate_BC[:, None], scores_BGC.float(), -torch.inf)
 
     def advance(self, n_blocks: int) -> None:
-        """The host's count follows: the next step's row has so many blocks, for which there is room."""
+        """The host's count follows, before the step that it counts: its row has so many blocks."""
         if not self.n_blocks <= n_blocks <= self.capacity:
             raise ValueError(f"n_blocks must lie within {self.n_blocks}..{self.capacity}, got {n_blocks}")
         self.n_blocks = n_blocks

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import ops
 from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.quantise import LARGEST, SHARES, masks, pack, quantise, unpack
@@ -134,7 +135,7 @@ class KeySketch:
         n_groups, held = tokens // self.group, self._zero_BGKD.shape[2]
         if n_groups <= held:
             return
-        wanted = -(-n_groups // CHUNK_GROUPS) * CHUNK_GROUPS
+        wanted = ceil_div(n_groups, CHUNK_GROUPS) * CHUNK_GROUPS
         for owner, name in self._grouped():
             old = getattr(owner, name)
             new = old.new_zeros(*old.shape[:2], wanted, *old.shape[3:])
@@ -156,6 +157,8 @@ class KeySketch:
         `length_B`: int64, tokens of each sequence, this one included.
         """
         if kernel and self.length > self.group and self._no_kernel(None) is None:
+            if self.length > self.capacity:
+                raise ValueError(f"there is room for {self.capacity} tokens, this would be number {self.length}")
             key_BGD = key_BGD.to(self._tail_BGTD.dtype).contiguous()
             ops.sketch_append(key_BGD, *self._tensors(), self.capacity, length_B)
             return
@@ -213,8 +216,10 @@ class KeySketch:
         (`no_kernel`), it is done in one pass that never holds the logits.
 
         Args:
-            capacity: C, blocks of the result; `None`: those of the sequence. Those behind it are left as they come.
-            length_B: int64 on the device, tokens of each sequence, if there is a capacity.
+            capacity: C, blocks of the result; `None`: those of the sequence. Those that have not begun have ``-inf``,
+                or what comes where a kernel is used.
+            length_B: int64 on the device, tokens of each sequence, if there is a capacity. Without a kernel `length`
+                counts, and such a step can't be captured.
         """
         if kernel and self.no_kernel(block_size) is None:
             return ops.sketch_scores(

@@ -25,12 +25,11 @@ from attention_predictor.arithmetic import scatter_or_drop
 from attention_predictor.csrc import binding, ops
 from attention_predictor.csrc.window import FEATURES, MAPS, ROWS
 from attention_predictor.errors import ConfigError, IntegrityError
-from attention_predictor.predictor.history import ScoreHistory
+from attention_predictor.predictor.history import ScoreHistory, candidates_of
 from attention_predictor.predictor.window import WindowPredictor
 
 REACH = 2  # rows or columns to each side that two 3 × 3 convolutions look at
 STENCIL = 2 * REACH + 1
-SHORT = 2 * STENCIL  # columns of a range that is evaluated over the whole window
 TILE_COLUMNS = 1 << 14  # columns times rows of X convolved at once: their feature maps stay in a CPU's cache
 
 
@@ -133,50 +132,50 @@ class StreamedHistory(ScoreHistory):
         super().start(rows_BGRN)
         self._sum_up(0)
 
-    def _push(self, row_BGC: Tensor) -> None:
+    def _observe(self, row_BGC: Tensor) -> None:
         if not self.streams:
-            super()._push(row_BGC)
+            super()._observe(row_BGC)
         elif self._network is not None:
             row_BGC = row_BGC.float().contiguous()
-            ops.push_window(row_BGC, self._state_BGNC, self._sum_BGCN, *self._network, self.capacity)
+            ops.push_window(row_BGC, self._state_BGNC, self._sum_BGCN, *self._network)
         else:
             self._add(self._leaving, self._sum_BGCN, sign=-1)
-            super()._push(row_BGC)
+            super()._observe(row_BGC)
             self._add(self._entering, self._sum_BGCN)
 
-    @property
-    def _observes_slots(self) -> bool:
-        return False
-
-    def _predict(self, first_B: Tensor, last_B: Tensor) -> Tensor:
+    def _score(self, columns: int, bounds: tuple[int, int, int, Tensor, Tensor | None]) -> Tensor:
         if not self.streams:
-            return super()._predict(first_B, last_B)
-        block_C = torch.arange(self.capacity, device=first_B.device)
-        candidate_BC = (block_C >= first_B[:, None]) & (block_C < last_B[:, None])
+            return super()._score(columns, bounds)
         if self._network is not None:
-            scores_BGC = ops.score_window(self._state_BGNC, self._sum_BGCN, *self._network, first_B, last_B)
-        else:
-            network = self.predictor
-            sum_BGCN = self._sum_BGCN.to(network.conv3.weight.dtype)
-            for band in (self._top, self._bottom):
-                self._add(band, sum_BGCN)
-            inner_XN = network.conv3(sum_BGCN.flatten(0, 1).div_(network.channels))[:, 0]
-            scores_BGC = torch.where(
-                candidate_BC[:, None], inner_XN.view(*self._state_BGNC.shape[:3]).float(), -torch.inf
-            )
-        # The columns at both ends, over the whole window, as the kernel does by itself; of a short range all are.
-        short_B1 = (last_B - first_B)[:, None] <= SHORT
-        column_E = torch.arange(SHORT, device=first_B.device)
-        ends = [(first_B[:, None] + column_E, column_E < REACH)]
-        if self._network is None:
-            ends.append((last_B[:, None] - SHORT + column_E, column_E >= SHORT - REACH))
+            return ops.score_window(self._state_BGNC, self._sum_BGCN, *self._network, columns, *bounds)
+        network, candidate_BC = self.predictor, candidates_of(columns, *bounds)
+        sum_BGCN = self._sum_BGCN[..., :columns].to(network.conv3.weight.dtype, copy=True)
+        for band in (self._top, self._bottom):
+            self._add(band, sum_BGCN)
+        inner_XN = network.conv3(sum_BGCN.flatten(0, 1).div_(network.channels))[:, 0].float()
+        scores_BGC = torch.where(candidate_BC[:, None], inner_XN.unflatten(0, self._sum_BGCN.shape[:2]), -torch.inf)
+        return self._put_ends(scores_BGC, candidate_BC)
+
+    def _put_ends(self, scores_BGC: Tensor, candidate_BC: Tensor) -> Tensor:
+        """The scores with those of the columns at both ends of the candidates, which the network pads with zeros.
+
+        They are made over the whole window of as many columns as they depend on, those of the candidates alone.
+        """
+        (_, G, columns), R = scores_BGC.shape, self._state_BGNC.shape[3]
+        among_B1 = candidate_BC.sum(1, keepdim=True)
+        first_B1 = candidate_BC.int().argmax(1, keepdim=True)
+        last_B1, place_E = first_B1 + among_B1, torch.arange(2 * REACH, device=scores_BGC.device)
+        ends = (
+            (first_B1 + place_E, place_E < REACH),
+            (last_B1 - 2 * REACH + place_E, place_E >= REACH),
+        )
         for column_BE, near_E in ends:
-            within_BE = (column_BE >= first_B[:, None]) & (column_BE < last_B[:, None])
-            index_BGE = column_BE.clamp(0, self.capacity - 1)[:, None].expand(-1, self._state_BGNC.shape[1], -1)
-            index_BGER = index_BGE[..., None].expand(-1, -1, -1, self._state_BGNC.shape[3])
-            end_BGE = self.predictor(self._state_BGNC.gather(2, index_BGER), within_BE).float()
-            put_BE = within_BE & (short_B1 | near_E if self._network is None else short_B1)
-            scores_BGC = scatter_or_drop(scores_BGC, torch.where(put_BE[:, None], index_BGE, -1), end_BGE)
+            within_BE = (column_BE >= first_B1) & (column_BE < last_B1)
+            index_BGE = column_BE.clamp(0, columns - 1)[:, None].expand(-1, G, -1)
+            window_BGER = self._state_BGNC.gather(2, index_BGE[..., None].expand(-1, -1, -1, R))
+            end_BGE = self.predictor(window_BGER, within_BE)
+            index_BGE = torch.where((within_BE & near_E)[:, None], index_BGE, -1)
+            scores_BGC = scatter_or_drop(scores_BGC, index_BGE, end_BGE)
         return scores_BGC
 
     @torch.inference_mode(False)
@@ -243,8 +242,8 @@ class StreamedHistory(ScoreHistory):
             sum_BGCN.copy_(features_XCRN.sum(2, dtype=torch.float64).view_as(sum_BGCN))
 
     def _add(self, band: RowBand, out_BGCN: Tensor, sign: int = 1) -> None:
-        """Add the band's features to `out_BGCN`."""
-        for low, high in self._tiles(0, self.capacity, rows=1):
+        """Add the band's features to `out_BGCN`, of the first columns."""
+        for low, high in self._tiles(0, out_BGCN.shape[-1], rows=1):
             part_BGCN = out_BGCN[..., low:high]
             part_BGCN.add_(band(self._columns(low, high)).view_as(part_BGCN), alpha=sign)
 

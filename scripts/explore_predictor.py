@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attention_predictor.predictor.filters import FilterPredictor, exponential_averages, held_peaks
+from attention_predictor.predictor.scores import recovery
 from attention_predictor.train.dataset import HistoryDataset
 from attention_predictor.train.fit import schedule
 from attention_predictor.train.objective import prediction_loss
 from attention_predictor.train.shards import Recording
-from attention_predictor.train.validate import BUDGETS, WARM, candidates, recovered, room
+from attention_predictor.train.validate import BUDGETS, WARM, attended, candidates, room
 
 BLOCK = 16
 COLUMNS = ("next", "ahead", "looks")
@@ -282,11 +283,13 @@ def judge(
                 choice = room(tokens, meta, budget)
                 if not 0 < choice < last - first:
                     continue
-                chosen_XK = scores_XN.topk(choice).indices
+                chosen_XN = attended(scores_XN, choice, first, mass_XAN.shape[-1])
                 for span, wanted_XN in (("next", mass_XAN[:, 0]), ("ahead", mass_XAN.amax(1))):
-                    got_X, best_X, _ = recovered(chosen_XK, wanted_XN, first, last)
-                    found[f"{kind}, {span}, {budget}"].append(got_X / best_X.clamp_min(1e-9))
-                found[f"{kind}, looks, {budget}"].append((chosen_XK == block_X1).any(-1)[looks_X].float())
+                    best_XN = attended(wanted_XN[:, first:last], choice, first, mass_XAN.shape[-1])
+                    relative_X = recovery(wanted_XN, chosen_XN, best_XN).relative
+                    found[f"{kind}, {span}, {budget}"].append(relative_X)
+                is_chosen_X = chosen_XN.gather(-1, first + block_X1)[:, 0]
+                found[f"{kind}, looks, {budget}"].append(is_chosen_X[looks_X].float())
     return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
 

@@ -32,7 +32,6 @@ ASKING = {
     "aten._grouped_mm",
     "transformers.grouped_mm_fallback",
 }
-POINTERS = (ctypes.c_void_p,)
 
 
 class Recorder(TorchDispatchMode):
@@ -84,8 +83,8 @@ def _fields(struct: ctypes.Structure) -> str:
         value = getattr(struct, name)
         if isinstance(value, ctypes.Structure):
             value = _fields(value)
-        elif kind in POINTERS:
-            value = value is not None
+        elif issubclass(kind, ctypes.c_void_p):
+            value = bool(value)
         told.append(f"{name}={value}")
     return ", ".join(told)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from histories import predicted
 from tiny_models import make_tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -287,7 +288,7 @@ class TestForesight:
             tokens = length - steps + step + 1
             blocks = SELECTION.n_blocks(tokens)
             first, last = SELECTION.candidates(tokens)
-            scores_BGN = history.predict(first, min(last, history.n_blocks))
+            scores_BGN = predicted(history, first, min(last, history.n_blocks))
             truth_BGN = rows.mass_BGQN[:, :, step, :blocks]
             extent = Extent(torch.full((2,), tokens), None, blocks, SELECTION.block_size)
             scores_BGN = F.pad(scores_BGN, (0, blocks - scores_BGN.shape[-1]), value=-torch.inf)

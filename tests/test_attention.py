@@ -10,9 +10,10 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_
 
 from attention_predictor import AttachError
 from attention_predictor.offload.attention import dense, fused
-from attention_predictor.offload.attention.dense import Chunk, Terms, attend, attend_prompt, score_rows, split
+from attention_predictor.offload.attention.dense import Terms, attend, attend_prompt, score_rows
 from attention_predictor.offload.attention.sparse import attend_slots
 from attention_predictor.offload.blocks.extent import Extent
+from attention_predictor.offload.chunk import Chunk, split
 from attention_predictor.offload.hf.attention import tiered_attention, tiered_mask
 from attention_predictor.offload.policies.base import Step
 from attention_predictor.predictor.scores import block_mass, block_scores

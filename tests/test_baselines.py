@@ -26,7 +26,9 @@ from test_contracts import (
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.errors import IntegrityError
 from attention_predictor.offload.attention.dense import ScoreRows
-from attention_predictor.offload.blocks.selection import NEVER, Selection
+from attention_predictor.offload.blocks.extent import Extent
+from attention_predictor.offload.blocks.selection import NEVER
+from attention_predictor.offload.blocks.slot_table import chosen_blocks
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import LayerSpec, policy_class, policy_names
 from attention_predictor.offload.policies.allocation import allocation_of, first_budgets, mean_shares, share_budget
@@ -37,7 +39,7 @@ from attention_predictor.offload.policies.snapkv import pooled
 BASELINES = ("h2o", "snapkv", "pyramidkv", "cake", "tappa", "lazy-eviction")
 EVICTING = ("h2o", "lazy-eviction")
 SMALL = {"budget": 96, "sink": 16, "recent": 16}
-B, G, H, D = 2, 2, 4, 8
+B, G, H, D, CAPACITY = 2, 2, 4, 8, 64
 
 
 def make(policy: str, **changes):
@@ -53,21 +55,26 @@ def rows(scores_QN: torch.Tensor) -> ScoreRows:
 
 def wanted(policy, length: int) -> set[int]:
     """The blocks that every sequence and head selects for the step at ``length`` tokens."""
-    scores_BGN = policy.score_next(length)
-    selection = Selection.of(policy.spec.config)
-    found = {
-        frozenset(row)
-        for row in selection.wanted(scores_BGN, length, torch.zeros(B, dtype=torch.int64), G).flatten(0, 1).tolist()
-    }
-    (blocks,) = found
-    return set(blocks) - {-1}
+    policy.reserve(CAPACITY)
+    extent = Extent(torch.full((B,), length - 1), None, CAPACITY, 16)
+    chosen_BGC = chosen_blocks(policy.selection.limits(length), extent.next, policy.score_next(extent))
+    assert torch.equal(chosen_BGC, chosen_BGC[:1, :1].expand_as(chosen_BGC))
+    return set(chosen_BGC[0, 0].nonzero().flatten().tolist())
 
 
 def observing(monkeypatch, policy: str) -> list:
     """Pairs of a policy and each step that it observes."""
     seen, kind = [], policy_class(policy)
     observe = kind.observe
-    monkeypatch.setattr(kind, "observe", lambda self, step: (observe(self, step), seen.append((self, step))))
+
+    def watched(self, step):
+        observe(self, step)
+        # What the slots hold now: the next step changes them in place.
+        kept = copy.copy(step)
+        kept.block_BGS = step.block_BGS.clone()
+        seen.append((self, kept))
+
+    monkeypatch.setattr(kind, "observe", watched)
     return seen
 
 
@@ -89,6 +96,11 @@ def attention_mass(model, tokens) -> list[torch.Tensor]:
         attentions = model(tokens, output_attentions=True).attentions
     blocks = (F.pad(one, (0, -one.shape[-1] % 16)).unflatten(-1, (-1, 16)).sum(-1) for one in attentions)
     return [one.unflatten(1, (G, -1)).mean(2) for one in blocks]
+
+
+def spread(x_BGN: torch.Tensor) -> torch.Tensor:
+    """The numbers of blocks with zeros behind them, as a policy that has room for more keeps them."""
+    return F.pad(x_BGN, (0, CAPACITY - x_BGN.shape[-1]))
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
@@ -127,7 +139,7 @@ def test_a_step_reads_no_more_than_its_budget(tiny_model, ids, monkeypatch, poli
     """Over both layers together, however they share it."""
     seen = observing(monkeypatch, policy)
     decode(tiny_model(), ids(300, batch=2), policy)
-    read = [int(step.attended_BGN.sum(-1).max()) for _, step in seen]
+    read = [int(step.attended_BGC.sum(-1).max()) for _, step in seen]
     assert len(read) == 2 * 40
     assert all(lower + upper <= 2 * 96 // 16 for lower, upper in zip(read[::2], read[1::2], strict=True))
 
@@ -143,12 +155,11 @@ def test_those_that_evict_say_so(tiny_model, ids):
 def test_what_is_evicted_never_comes_back(tiny_model, ids, monkeypatch, policy):
     seen = observing(monkeypatch, policy)
     decode(tiny_model(num_hidden_layers=1), ids(200, batch=2), policy, steps=150)
-    attended = [step.attended_BGN for _, step in seen]
     left = 0
-    for before, after in itertools.pairwise(attended):
-        gone = ~before
-        assert not (after[..., : before.shape[-1]] & gone).any()
-        left += int((~after[..., : before.shape[-1]] & before).sum())
+    for (_, before), (_, after) in itertools.pairwise(seen):
+        before_BGN, after_BGN = (step.attended_BGC[..., : before.blocks] for step in (before, after))
+        assert not (after_BGN & ~before_BGN).any()
+        left += int((before_BGN & ~after_BGN).sum())
     assert left > 0
 
 
@@ -163,10 +174,10 @@ def test_a_further_turn_brings_nothing_back(tiny_model, ids, monkeypatch, policy
         for turn in (prompt[:, :1], prompt[:, :20], prompt[:, :1], prompt[:, :1]):
             model(turn, **with_cache(model, cache))
             cache.check_integrity()
-    first, *later = (step.attended_BGN for _, step in seen)
+    (_, first), *later = seen
     assert len(later) == 2
-    for attended in later:
-        assert not (attended[..., : first.shape[-1]] & ~first).any()
+    for _, step in later:
+        assert not (step.attended_BGC & ~first.attended_BGC)[..., : first.blocks].any()
 
 
 def test_what_a_step_has_seen(tiny_model, ids, monkeypatch):
@@ -176,12 +187,14 @@ def test_what_a_step_has_seen(tiny_model, ids, monkeypatch):
         decode(tiny_model(num_hidden_layers=1), ids(300, batch=2), "h2o", steps=3, budget=budget)
         for _, step in seen:
             for ours, exact in zip(step.seen, step.exact, strict=True):
-                assert ours.shape == exact.shape
+                assert ours.shape == (2, G, 1, step.extent.capacity)
+                assert exact.shape == (2, G, 1, step.blocks)
+                whole = F.pad(exact, (0, step.extent.capacity - step.blocks))
                 if budget == 1024:
-                    assert (ours - exact).abs().max() < 1e-5
+                    assert (ours - whole).abs().max() < 1e-5
                 else:
-                    assert (ours[:, :, 0][~step.attended_BGN] == 0).all()
-                    assert (ours[:, :, 0][step.attended_BGN] >= exact[:, :, 0][step.attended_BGN] - 1e-6).all()
+                    assert (ours[:, :, 0][~step.attended_BGC] == 0).all()
+                    assert (ours[:, :, 0][step.attended_BGC] >= whole[:, :, 0][step.attended_BGC] - 1e-6).all()
             assert (step.seen.mass_BGQN.sum(-1) - 1).abs().max() < 1e-5
         monkeypatch.undo()
 
@@ -190,44 +203,49 @@ class TestBlockValues:
     spec = LayerSpec(OffloadConfig(), None, B, G, D, torch.float32, torch.device("cpu"))
 
     def test_follow_their_sequences(self):
-        values = BlockValues(self.spec)
-        assert values.grow(3).tolist() == [[[0.0] * 3] * G] * B
-        values.value_BGN = values.value_BGN + torch.arange(B)[:, None, None]
-        assert values.grow(5, fill=7).shape == (B, G, 5)
+        values = BlockValues(self.spec, 7.0)
+        values.reserve(3)
+        assert values.value_BGC.tolist() == [[[7.0] * 3] * G] * B
+        values.value_BGC[:] = torch.arange(B)[:, None, None]
+        values.reserve(5)
+        values.reserve(2)
         values.index(torch.tensor([1, 1, 0]))
-        assert values.value_BGN[:, 0].tolist() == [[1, 1, 1, 7, 7], [1, 1, 1, 7, 7], [0, 0, 0, 7, 7]]
+        assert values.value_BGC[:, 0].tolist() == [[1, 1, 1, 7, 7], [1, 1, 1, 7, 7], [0, 0, 0, 7, 7]]
         assert values.nbytes == 3 * G * 5 * 4
         values.crop(2)
-        assert values.n_blocks == values.grow(1).shape[-1] == 2
+        assert values.value_BGC[0, 0].tolist() == [1, 1, 7, 7, 7]
         values.check_integrity()
 
     def test_truth_values(self):
         values = BlockValues(self.spec, False)
-        assert values.grow(4).dtype == torch.bool
-        assert not values.value_BGN.any()
+        values.reserve(4)
+        assert values.value_BGC.dtype == torch.bool
+        assert not values.value_BGC.any()
         values.check_integrity()
 
     def test_nan_is_found(self):
         values = BlockValues(self.spec, math.nan)
-        values.grow(2)
+        values.reserve(2)
         with pytest.raises(IntegrityError, match="2 blocks: some are NaN"):
             values.check_integrity()
 
-    def test_copies_are_apart(self):
+    def test_written_to_within_inference_mode_and_outside_of_it(self):
         with torch.inference_mode():
             values = BlockValues(self.spec)
-            values.grow(2)
-            twin = copy.deepcopy(values)
-        twin.value_BGN = twin.grow(3) + 1
-        assert values.grow(2).sum() == 0
+            values.reserve(2)
+            values.value_BGC += 1
+        values.value_BGC += 1
+        assert values.value_BGC.tolist() == [[[2.0] * 2] * G] * B
 
 
 def test_newest_first():
-    scores = torch.tensor([[[0.5, NEVER, 3.0, 0.1, 0.2]]])
-    order = newest_first(scores, 3)[0, 0].argsort(descending=True).tolist()
-    assert order == [4, 3, 2, 0, 1]
-    assert torch.equal(newest_first(scores, 5), scores)
-    assert newest_first(torch.full((1, 1, 3), NEVER), 1)[0, 0].tolist() == [NEVER, 1.0, 2.0]
+    scores = torch.tensor([[[0.5, NEVER, 3.0, 0.1, 0.2]]]).expand(2, -1, -1)
+    extent = Extent(torch.tensor([80, 80]), None, 5, 16)
+    ordered = newest_first(scores, torch.tensor([3, 5]), extent)
+    assert ordered[0, 0].argsort(descending=True).tolist() == [4, 3, 2, 0, 1]
+    assert torch.equal(ordered[1], scores[1])
+    nothing = newest_first(torch.full((2, 1, 5), NEVER), torch.tensor([3, 4]), extent)
+    assert nothing[:, 0].tolist() == [[NEVER] * 3 + [1.0, 2.0], [NEVER] * 4 + [1.0]]
 
 
 # ---- H2O -------------------------------------------------------------------------------------------------------------
@@ -238,8 +256,8 @@ def test_h2o_accumulates_all_attention(tiny_model, ids):
     model = tiny_model()
     cache, tokens = decode(model, ids(150, batch=2), "h2o", steps=20, budget=1024)
     for layer, mass_BGQN in zip(cache.layers, attention_mass(model, tokens), strict=True):
-        assert (layer.policy.attention.value_BGN - mass_BGQN.sum(2)).abs().max() < 1e-3
-        assert not layer.policy.evicted.value_BGN.any()
+        assert (spread(mass_BGQN.sum(2)) - layer.policy.attention.value_BGC).abs().max() < 1e-3
+        assert not layer.policy.evicted.value_BGC.any()
 
 
 def test_h2o_accumulates_over_chunks(tiny_model, ids, monkeypatch):
@@ -250,7 +268,7 @@ def test_h2o_accumulates_over_chunks(tiny_model, ids, monkeypatch):
         for chunk in prompt.split(40, dim=1):
             model(chunk, **with_cache(model, cache))
     for layer, mass_BGQN in zip(cache.layers, attention_mass(model, prompt), strict=True):
-        assert (layer.policy.attention.value_BGN - mass_BGQN.sum(2)).abs().max() < 1e-3
+        assert (spread(mass_BGQN.sum(2)) - layer.policy.attention.value_BGC).abs().max() < 1e-3
 
 
 def test_h2o_keeps_the_newest_half_and_the_heavy_hitters():
@@ -291,7 +309,7 @@ def test_snapkv_votes_are_the_windows(tiny_model, ids, chunk):
             model(part, **with_cache(model, cache))
     for layer, mass_BGQN in zip(cache.layers, attention_mass(model, prompt), strict=True):
         votes_BGN = mass_BGQN[:, :, -32:].mean(2)
-        assert (layer.policy.votes.value_BGN - pooled(votes_BGN, 5, 16)).abs().max() < 1e-4
+        assert (spread(pooled(votes_BGN, 5, 16)) - layer.policy.votes.value_BGC).abs().max() < 1e-4
 
 
 def test_snapkv_a_short_last_chunk_has_its_share_of_the_window():
@@ -299,7 +317,7 @@ def test_snapkv_a_short_last_chunk_has_its_share_of_the_window():
     policy.observe_rows(rows(votes[:32]))
     policy.observe_rows(rows(votes[32:]))
     expected = 0.75 * votes[:32].mean(0) + 0.25 * votes[32:].mean(0)
-    assert (policy.votes.value_BGN - pooled(expected.expand(B, G, 20), 5, 16)).abs().max() < 1e-6
+    assert (policy.votes.value_BGC - pooled(expected.expand(B, G, 20), 5, 16)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "cake", "tappa"])
@@ -307,19 +325,19 @@ def test_static_selection(tiny_model, ids, monkeypatch, policy):
     """Decoding changes no vote; blocks of the prompt only ever leave, those with the fewest votes first."""
     seen = observing(monkeypatch, policy)
     cache, _ = decode(tiny_model(num_hidden_layers=1), ids(320), policy, steps=80, budget=160)
-    votes_GN = cache.layers[0].policy.votes.value_BGN[0]
-    assert votes_GN.shape == (G, 20)
+    votes_GC = cache.layers[0].policy.votes.value_BGC[0]
+    assert not votes_GC[:, 20:].any()
     before = [set(range(18))] * G
     for policy_object, step in seen:
-        assert torch.equal(policy_object.votes.value_BGN[0], votes_GN)
-        newest = min(step.n_blocks - 2, 20)  # recent tokens, and all that has been generated
+        assert torch.equal(policy_object.votes.value_BGC[0], votes_GC)
+        newest = min(step.blocks - 2, 20)  # recent tokens, and all that has been generated
         for head in range(G):
-            best = votes_GN[head, 1:newest].topk(10 - 1 - (step.n_blocks - newest)).indices + 1
-            kept = set(step.attended_BGN[0, head].nonzero().flatten().tolist())
-            assert kept == {0} | set(best.tolist()) | set(range(newest, step.n_blocks))
+            best = votes_GC[head, 1:newest].topk(10 - 1 - (step.blocks - newest)).indices + 1
+            kept = set(step.attended_BGC[0, head].nonzero().flatten().tolist())
+            assert kept == {0} | set(best.tolist()) | set(range(newest, step.blocks))
             assert kept & set(range(18)) <= before[head]
             before[head] = kept & set(range(18))
-    assert len(before[0]) < len(seen[0][1].attended_BGN[0, 0, :18].nonzero())
+    assert len(before[0]) < len(seen[0][1].attended_BGC[0, 0, :18].nonzero())
 
 
 # ---- PyramidKV -------------------------------------------------------------------------------------------------------
@@ -358,7 +376,7 @@ def test_pyramid_layers_attend_to_their_own_budgets(tiny_model, ids, monkeypatch
     budgets = [layer.selection.budget for layer in cache.layers]
     assert sum(budgets) == 4 * 96
     assert budgets[0] > budgets[-1]
-    assert [int(step.attended_BGN.sum(-1).max()) for _, step in seen] == [budget // 16 for budget in budgets] * 40
+    assert [int(step.attended_BGC.sum(-1).max()) for _, step in seen] == [budget // 16 for budget in budgets] * 40
 
 
 @pytest.mark.parametrize(("budget", "exact"), [(176, True), (160, False)])
@@ -401,11 +419,11 @@ def test_cake_prefers_what_is_looked_at_now_and_then():
     cake, snapkv = make("cake"), make("snapkv")
     for policy in (cake, snapkv):
         policy.observe_rows(rows(mass_QN))
-    votes = cake.votes.value_BGN[0, 0]
+    votes = cake.votes.value_BGC[0, 0, :20]
     expected = mass_QN.mean(0) + 200 * mass_QN.var(0)
     assert torch.allclose(votes, pooled(expected[None, None], 5, 16)[0, 0])
     assert votes[10] > 10 * votes[4]
-    assert torch.isclose(*snapkv.votes.value_BGN[0, 0, [4, 10]])
+    assert torch.isclose(*snapkv.votes.value_BGC[0, 0, [4, 10]])
 
 
 def test_cake_of_a_single_query_has_no_variance():
@@ -503,10 +521,10 @@ def test_lazy_eviction_lags(tiny_model, ids, monkeypatch):
     seen = observing(monkeypatch, "lazy-eviction")
     settings = {"budget": 192, "sink": 16, "recent": 32}
     decode(tiny_model(num_hidden_layers=1), ids(300), "lazy-eviction", steps=150, **settings)
-    held = [step.attended_BGN.sum(-1) for _, step in seen]
+    held = [step.attended_BGC.sum(-1) for _, step in seen]
     assert max(int(one.max()) for one in held) == 192 // 16
     left = [
-        int((before.attended_BGN & ~after.attended_BGN[..., : before.n_blocks]).sum(-1).max())
+        int((before.attended_BGC & ~after.attended_BGC).sum(-1).max())
         for (_, before), (_, after) in itertools.pairwise(seen)
     ]
     evictions = [number for number, blocks in enumerate(left) if blocks]
@@ -523,8 +541,8 @@ def test_lazy_eviction_after_a_crop(tiny_model, ids):
         policy = cache.layers[0].policy
         for length in (250, 120, 40):
             cache.crop(length - cache.get_seq_length())
-            assert policy.gone == int(policy.evicted.value_BGN.sum(-1).min())
             for token in ids(40).split(1, dim=1):
                 model(token, **with_cache(model, cache))
                 cache.check_integrity()
-                assert int((~policy.evicted.value_BGN).sum(-1).max()) <= 96 // 16
+                held_BGN = ~policy.evicted.value_BGC[..., : policy.selection.n_blocks(cache.get_seq_length() + 1)]
+                assert int(held_BGN.sum(-1).max()) <= 96 // 16

@@ -236,6 +236,9 @@ def test_stages_by_kernel_names() -> None:
         "select_blocks_kernel(Select)": "selection",
         "move_blocks_kernel(Move)": "gather",
         "append_token_kernel(Append)": "gather",
+        "rms_norm_nv_bfloat16_kernel": "fused modules",
+        "gate_up_half_kernel": "fused modules",
+        "rotate_nv_bfloat16_kernel": "fused modules",
         "attention_predictor::sparse_decode": "attention",
         "attention_predictor::gather_to_host": "gather",
         "void pytorch_flash::flash_fwd_splitkv_kernel<...>": "attention",
@@ -384,7 +387,7 @@ def test_a_way_leaves_nothing_behind(model: PreTrainedModel, monkeypatch: pytest
         SyntheticCache, "fill", lambda made, cache: (caches.append(weakref.ref(cache)), fill(made, cache))
     )
     found: list[bool] = []
-    monkeypatch.setattr(trial, "_release", lambda device: (gc.collect(), found.append(caches[-1]() is None)))
+    monkeypatch.setattr(trial, "release", lambda device: (gc.collect(), found.append(caches[-1]() is None)))
     ids = torch.arange(600)[None] % 512
     steps = trial.steps_within(1)
     made = SyntheticCache(model, ids[:, : PAST + steps], 600 - steps)

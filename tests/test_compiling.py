@@ -20,21 +20,24 @@ import pytest
 import torch
 
 from attention_predictor import OffloadConfig, attach
-from attention_predictor.csrc import binding, build, compiler, gather, kernel, ops
+from attention_predictor.csrc import attention, available, build, compiler, gather, kernel, ops
+from attention_predictor.csrc.function import Function
 from attention_predictor.csrc.gather import Moment
 from attention_predictor.csrc.kernel import Kernel
-from attention_predictor.csrc.layout import Fields, assertions, doubles, integers, pointers
+from attention_predictor.csrc.layout import Fields, assertions, doubles, equal, integers, pointers
 from attention_predictor.errors import BuildError
 
-REMEMBERED = (binding.library, compiler.chosen, build._warn_once, kernel._driver, kernel._context)
+REMEMBERED = (compiler.chosen, build._warn_once, kernel._driver, kernel._context)
 GPU = torch.device("cuda", 1)
 
 
 def forget() -> None:
     for known in REMEMBERED:
         known.cache_clear()
-    binding._reasons.clear()
+    available._reasons.clear()
     gather.NOTE_TIME._loaded.clear()
+    for function in available.FUNCTIONS:
+        function._loaded = None
 
 
 @pytest.fixture(autouse=True)
@@ -47,32 +50,34 @@ def directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
     forget()
 
 
-# The CPU's library
+# The CPU's functions
 
 
-def library_time(_: int) -> float:
-    return Path(binding.library()._name).stat().st_mtime
+def library_times(_: int) -> list[int]:
+    assert ops.missing(torch.device("cpu")) is None
+    return sorted(path.stat().st_mtime_ns for path in build.cache_directory().glob("*.so"))
 
 
 def test_processes_that_start_at_once_build_once(directory: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as processes:
-        times = processes.map(library_time, range(2))
+        times = processes.map(library_times, range(2))
     assert times[0] == times[1]
-    assert [file.suffix for file in sorted(directory.iterdir(), key=lambda file: file.suffix)] == [".lock", ".so"]
+    count = len(available.FUNCTIONS)
+    assert sorted(file.suffix for file in directory.iterdir()) == [".lock"] * count + [".so"] * count
 
 
 def test_another_text_or_flag_is_another_library() -> None:
     one, two = 'extern "C" int number() { return 1; }', 'extern "C" int number() { return 2; }'
-    first = build.cpu_library("cpu.cpp", one, ())
+    first = build.cpu_library("gather.cpp", one, ())
     assert first.number() == 1
-    assert build.cpu_library("cpu.cpp", one, ())._name == first._name
-    assert build.cpu_library("cpu.cpp", one, ("-O1",))._name != first._name
-    assert build.cpu_library("cpu.cpp", two, ()).number() == 2
+    assert build.cpu_library("gather.cpp", one, ())._name == first._name
+    assert build.cpu_library("gather.cpp", one, ("-O1",))._name != first._name
+    assert build.cpu_library("gather.cpp", two, ()).number() == 2
 
 
 def test_a_failed_build_shows_what_the_compiler_said() -> None:
     with pytest.raises(BuildError, match=r"(?s)failed with exit code 1.*nothing"):
-        build.cpu_library("cpu.cpp", "int one() { return nothing; }", ())
+        build.cpu_library("gather.cpp", "int one() { return nothing; }", ())
 
 
 def test_without_a_compiler_torch_operations_serve_and_stats_say_so(monkeypatch, tiny_model, ids, caplog) -> None:
@@ -95,6 +100,8 @@ def test_without_a_compiler_torch_operations_serve_and_stats_say_so(monkeypatch,
 HEADER = """#include "kernels.h"
 struct Inner { const float *x; };
 struct Outer { Inner inner; void *y, *z; int64_t n; double a; };
+struct Typed { const int64_t *whole; float *out; const void *any; };
+constexpr int kTile = 16;
 """
 
 
@@ -137,9 +144,46 @@ def test_a_struct_that_differs_in_python_does_not_compile(name: str) -> None:
             compile_with(name, HEADER + assertions(struct("Outer", fields)))
 
 
+POINTERS = (("whole", "int64_t"), ("out", "float"), ("any", "void"))
+
+
+@pytest.mark.parametrize("name", ["c++", "nvrtc", "nvcc"])
+def test_what_a_pointer_points_to_is_compared(name: str) -> None:
+    def typed(*given: tuple[str, str]) -> str:
+        return HEADER + assertions(struct("Typed", [one for field in given for one in pointers(*field)]))
+
+    compile_with(name, typed(*POINTERS))
+    for number, wrong in enumerate(("int32_t", "double", "float")):
+        field = POINTERS[number][0]
+        with pytest.raises(BuildError, match=f"Typed.{field} is something else in Python"):
+            compile_with(name, typed(*POINTERS[:number], (field, wrong), *POINTERS[number + 1 :]))
+
+
+def test_a_typed_pointer_takes_addresses_and_none() -> None:
+    one = struct("Typed", [one for field in POINTERS for one in pointers(*field)])(2**47, None, any=7)
+    assert [getattr(one, field).value for field, _ in POINTERS] == [2**47, None, 7]
+
+
+@pytest.mark.parametrize("name", ["c++", "nvrtc", "nvcc"])
+def test_constants_are_compared(name: str) -> None:
+    compile_with(name, HEADER + equal({"kTile": 16, "2 * kTile": 32, "kBFloat16": 2}))
+    with pytest.raises(BuildError, match="kTile is not 8, as in Python"):
+        compile_with(name, HEADER + equal({"kTile": 8}))
+
+
 def test_every_program_compares_its_struct() -> None:
-    for one in ops.every_kernel():
+    for one in (*ops.every_kernel(), *available.FUNCTIONS):
         assert f"sizeof({one.struct.__name__}{{" in one.text
+
+
+def test_a_function_takes_the_struct_that_python_gives_it() -> None:
+    with pytest.raises(BuildError, match="gather_blocks does not take Moment alone"):
+        Function("gather.cpp", "gather_blocks", Moment).load()
+
+
+def test_a_function_refuses_unknown_elements() -> None:
+    with pytest.raises(RuntimeError, match="sparse_decode on a CPU: unknown type of elements"):
+        attention.ON_CPU.call(attention.SparseDecode(element=3))
 
 
 # Programs and the disk
@@ -206,7 +250,7 @@ def test_where_nothing_can_be_kept_all_is_compiled_anew(counting: Counting, monk
         assert len(compiler.compiled(some_kernels()[:3], (9, 0), counting)) == 3
     assert len(counting.compiled()) == 6
     assert sum("can't be kept in" in line for line in caplog.messages) == 1
-    assert binding.library().error_text(1) == b"unknown type of elements"
+    assert ops.missing(torch.device("cpu")) is None
 
 
 def compile_some(counting: Counting) -> list[bytes]:
@@ -311,7 +355,7 @@ def test_a_launch(driver: mock.MagicMock) -> None:
 
 def test_what_is_prepared_is_compiled_together_and_loaded(driver: mock.MagicMock, counting: Counting, caplog) -> None:
     kernels = [Kernel("gather.cu", name, Moment, threads=1) for name in ("append_token", "move_blocks")]
-    assert binding.missing(GPU) is None
+    assert ops.missing(GPU) is None
     with caplog.at_level(logging.WARNING):
         assert ops.prepare(GPU, kernels) is None
     assert caplog.messages[0].startswith("compiling 2 GPU kernels")
@@ -322,11 +366,11 @@ def test_what_is_prepared_is_compiled_together_and_loaded(driver: mock.MagicMock
 
 
 def test_a_kernel_that_does_not_compile_is_said_once(driver: mock.MagicMock, counting: Counting, caplog) -> None:
-    assert binding.missing(GPU) is None
+    assert ops.missing(GPU) is None
     counting.compile = mock.Mock(side_effect=BuildError("one refused move_blocks\nline 3: no"))  # type: ignore[method-assign]
     for _ in range(2):
         assert ops.prepare(GPU, [Kernel("gather.cu", "move_blocks", Moment, threads=1)]) == "one refused move_blocks"
-    assert binding.missing(GPU) == "one refused move_blocks"
+    assert ops.missing(GPU) == "one refused move_blocks"
     assert sum("line 3: no" in line for line in caplog.messages) == 1
 
 
@@ -334,11 +378,11 @@ def test_a_kernel_that_does_not_compile_is_said_once(driver: mock.MagicMock, cou
 
 
 def test_reasons(driver: mock.MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert binding.missing(torch.device("meta")) == "none are written for meta"
+    assert ops.missing(torch.device("meta")) == "none are written for meta"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "capability below 8.0, this one has 7.5" in (binding.missing(GPU) or "")
+    assert "capability below 8.0, this one has 7.5" in (ops.missing(GPU) or "")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert binding.missing(torch.device("cuda", 0)) == "none are written for ROCm"
+    assert ops.missing(torch.device("cuda", 0)) == "none are written for ROCm"
 
 
 def nvrtc(**changes: object) -> dict[str, object]:
@@ -375,7 +419,7 @@ def test_without_a_cuda_compiler(monkeypatch, modules: dict, version: str, reaso
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(kernel, "bindings", lambda module: mock.MagicMock())
     monkeypatch.setenv("CUDACXX", "no-such-compiler")
-    assert (binding.missing(GPU) or "").startswith(reason)
+    assert (ops.missing(GPU) or "").startswith(reason)
     monkeypatch.setenv("CUDACXX", "c++")  # as good as nvcc here
     compiler.chosen.cache_clear()
     assert isinstance(compiler.chosen(), compiler.Nvcc)

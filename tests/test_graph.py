@@ -8,21 +8,15 @@ import weakref
 
 import pytest
 import torch
-from emulated import emulated_gpu
+from emulated import emulate_steps
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.errors import ConfigError
-from attention_predictor.offload.blocks import room
 from attention_predictor.offload.hf import graph as graph_module
-from attention_predictor.offload.hf.cache import TieredCache
-from attention_predictor.offload.hf.graph import Graphed
-from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import policy_names
-from attention_predictor.offload.policies.predictor import Predictor
-from attention_predictor.predictor.history import no_kernel
 from attention_predictor.predictor.model import WindowPredictor
 
 SETTINGS = {"budget": 96, "sink": 32, "recent": 32, "slab_blocks": 4}
@@ -31,30 +25,7 @@ SETTINGS = {"budget": 96, "sink": 32, "recent": 32, "slab_blocks": 4}
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Device steps on the CPU, by the emulated GPU's kernels; all else as on a CPU."""
-    run = Graphed.run
-
-    def emulated_run(self: Graphed, cache: TieredCache, kwargs: dict) -> object:
-        for layer in self.layers:
-            layer.blocks.settle()  # the prefetch thread keeps to the CPU's kernels
-        histories = [layer.policy.history for layer in self.layers if isinstance(layer.policy, Predictor)]
-        with emulated_gpu():
-            for history in histories:
-                history.kernel = no_kernel(history.predictor, "cpu") is None
-            try:
-                return run(self, cache, kwargs)
-            finally:
-                for history in histories:
-                    history.kernel = False
-
-    monkeypatch.setattr(Graphed, "run", emulated_run)
-    monkeypatch.setattr(graph_module, "why_not", policy_reason)
-    monkeypatch.setattr(room, "GROWTH", 128)
-
-
-def policy_reason(cache: TieredCache, graphed: Graphed | None) -> str | None:
-    """All of ``why_not`` that does not ask for a GPU."""
-    layer = next(layer for layer in cache.layers if isinstance(layer, TieredLayer))
-    return layer.policy.not_captured(layer.runtime.config)
+    emulate_steps(monkeypatch)
 
 
 def decode(model, prompt: Tensor, steps: int, mask: Tensor | None = None, **settings: object) -> tuple[Tensor, object]:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from capturable import recorded_steps
-from test_graph import emulated, policy_reason  # noqa: F401
+from emulated import emulate_steps
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -36,14 +36,17 @@ hybrid_families = pytest.mark.parametrize("family", HYBRID)
 
 
 @pytest.fixture
-def steps(emulated, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Emulated steps, where stock layers can be stood in for."""
+
+    emulate_steps(monkeypatch)
+    of_the_policy = graph_module.why_not
 
     def why_not(cache: TieredCache, graphed: Graphed | None) -> str | None:
         for number, layer in enumerate(cache.layers):
             if not isinstance(layer, TieredLayer) and (reason := why_not_fixed(layer, number)) is not None:
                 return reason
-        return policy_reason(cache, graphed)
+        return of_the_policy(cache, graphed)
 
     monkeypatch.setattr(graph_module, "why_not", why_not)
 

@@ -12,13 +12,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
+from capturable import Capturable
 from emulated import emulated_gpu
+from histories import predicted
 from torch import Tensor
 
 from attention_predictor.csrc import binding, ops
 from attention_predictor.errors import ConfigError
 from attention_predictor.offload.blocks.selection import Selection
-from attention_predictor.predictor.history import ScoreHistory, no_kernel, row_of_logits
+from attention_predictor.predictor.history import ScoreHistory, candidates_of, no_kernel, row_of_logits
 from attention_predictor.predictor.model import AttentionPredictor, ExponentialAverage, FilterPredictor
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
@@ -111,7 +114,7 @@ def test_row_and_state(device: str, shape: dict[str, int], estimated: bool, trai
     packed = copy.deepcopy(trained).to(device).packed()
     found, found_row = state_BGNC.to(device), torch.full(row_BGN.shape, torch.nan, device=device)
     on_device = [x if x is None else x.to(device) for x in logits]
-    ops.observe_row(*on_device, found, packed.fold_C, packed.eps, 16, 16 * N - 3, None, found_row)
+    ops.observe_row(*on_device, None, found, packed.fold_C, packed.eps, 16, 16 * N - 3, None, found_row)
     found, found_row = found.cpu(), found_row.cpu()
     assert torch.equal(found[:, :, N:], state_BGNC[:, :, N:])
     for one, reference, truth in ((found_row, row_BGN, exact_row), (found[:, :, :N], by_torch, exact)):
@@ -151,20 +154,37 @@ def test_many_rows_at_once(device: str, B: int, G: int, R: int, N: int, trained:
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 2047, 2049, 16 * 140])
-def test_row_up_to_a_length_on_the_device(device: str, length: int, trained: FilterPredictor) -> None:
+def test_row_up_to_lengths_on_the_device(device: str, length: int, trained: FilterPredictor) -> None:
     """The capacity sizes the grid; columns of the row may be more or fewer than the state has room for."""
-    room, columns, n_blocks = 150, 140, -(-length // 16)
-    logits = [x.to(device) for x in logits_case(1, 2, 4, 30, columns)]
-    logits[1] = logits[1].masked_fill(logits[1] >= n_blocks, -1)
+    room, columns, lengths = 150, 140, [length, 700]
     packed = copy.deepcopy(trained).to(device).packed()
-    state_BGNC = torch.rand(1, 2, room, C, device=device)
-    by_host, by_device = state_BGNC.clone(), state_BGNC.clone()
+    state_BGNC = torch.rand(2, 2, room, C, device=device)
     arguments = (packed.fold_C, packed.eps, 16)
-    ops.observe_row(*logits, by_host, *arguments, length, None, None)
-    ops.observe_row(*logits, by_device, *arguments, 16 * columns, torch.tensor([length], device=device), None)
-    assert torch.equal(by_device, by_host)
-    assert torch.equal(by_device[:, :, n_blocks:], state_BGNC[:, :, n_blocks:])
-    assert not torch.equal(by_device[:, :, n_blocks - 1], state_BGNC[:, :, n_blocks - 1])
+    logits = [x.to(device) for x in logits_case(2, 2, 4, 30, columns)]
+    for b, n_blocks in enumerate(-(-one // 16) for one in lengths):
+        logits[0][b, ..., n_blocks:] = torch.nan  # a kernel left it as it came
+        logits[1][b] = logits[1][b].masked_fill(logits[1][b] >= n_blocks, -1)
+    by_device = state_BGNC.clone()
+    ops.observe_row(*logits, None, by_device, *arguments, 16 * columns, torch.tensor(lengths, device=device), None)
+    for b, one in enumerate(lengths):
+        n_blocks, by_host = -(-one // 16), state_BGNC[b : b + 1].clone()
+        ops.observe_row(*(x[b : b + 1] for x in logits), None, by_host, *arguments, one, None, None)
+        assert torch.equal(by_device[b : b + 1], by_host)
+        assert torch.equal(by_device[b, :, n_blocks:], state_BGNC[b, :, n_blocks:])
+        assert not torch.equal(by_device[b, :, n_blocks - 1], state_BGNC[b, :, n_blocks - 1])
+
+
+def test_a_total_in_two_parts(device: str, trained: FilterPredictor) -> None:
+    """What was attended to and the rest, also where one of them is nothing."""
+    peak_BHN, block_BGS, slot_peak_BHS, total_BH = (x.to(device) for x in logits_case(2, 2, 8, 13, 130))
+    share_BH = torch.linspace(0, 1, total_BH.numel(), device=device).view_as(total_BH)  # 0 and 1 included
+    parts = (total_BH + share_BH.log(), total_BH + (1 - share_BH).log())
+    packed = copy.deepcopy(trained).to(device).packed()
+    found, wanted = torch.zeros(2, 2, 130, C, device=device), torch.zeros(2, 2, 130, C, device=device)
+    arguments = (packed.fold_C, packed.eps, 16, 16 * 130, None, None)
+    ops.observe_row(peak_BHN, block_BGS, slot_peak_BHS, *parts, found, *arguments)
+    ops.observe_row(peak_BHN, block_BGS, slot_peak_BHS, total_BH, None, wanted, *arguments)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
 
 # Predicting
@@ -207,7 +227,7 @@ def test_scores(
     history = ScoreHistory(copy.deepcopy(trained).to(device), batch=1, kv_heads=G, device=device, kernel=True)
     history.start(torch.zeros(1, G, 1, N, device=device))
     history.state_BGNC[:, :, :N] = state_BGNC
-    found = history.predict(first, last).cpu()
+    found = predicted(history, first, last).cpu()
     assert found.shape == (1, G, N)
     outside = torch.ones(N, dtype=torch.bool)
     outside[first:last] = False
@@ -227,7 +247,7 @@ def test_any_weights(device: str) -> None:
         exact = copy.deepcopy(predictor).double()(state_BGNC.double())
         in_half = copy.deepcopy(predictor).half()(state_BGNC.half())
     packed = predictor.to(device).packed()
-    arguments = (packed.weight, packed.bias, 66, 0, 1, 1, 66, None)
+    arguments = (packed.weight, packed.bias, 66, 0, 1, 1, torch.tensor([66], device=device))
     found = ops.predict_blocks(state_BGNC.to(device), *arguments).cpu()
     own = float((in_half.double() - exact).abs().max())
     assert float((found.double() - exact).abs().max()) <= 2 * own + 1e-4
@@ -236,17 +256,19 @@ def test_any_weights(device: str) -> None:
 @pytest.mark.parametrize("sink", [0, 5, 64])
 @pytest.mark.parametrize("recent", [0, 1, 16, 60])
 def test_candidates_of_the_next_step(device: str, sink: int, recent: int, trained: FilterPredictor) -> None:
-    """What `Selection` says of the next step, as far as blocks exist, up to a length known on the device alone."""
+    """What `Selection` says of the next step, as far as blocks exist, by the kernel and by `candidates_of`."""
     predictor = copy.deepcopy(trained).to(device)
     packed, selection = predictor.packed(), Selection(256, 16, sink, recent)
-    state_BGNC = torch.rand(1, 1, 20, C, device=device)
+    state_BGNC, padding_B = torch.rand(3, 1, 20, C, device=device), torch.tensor([0, 5, 40], device=device)
     for length in (1, 15, 16, 17, 75, 79, 80, 81, 160, 300):
         first, last = selection.candidates(length + 1)
-        last = max(min(last, selection.n_blocks(length)), first)
-        arguments = (packed.weight, packed.bias, 19, sink // 16, recent, 16)
-        found = ops.predict_blocks(state_BGNC, *arguments, 16 * 20, torch.tensor([length], device=device))
-        assert torch.equal(found, ops.predict_blocks(state_BGNC, *arguments, length, None))
-        assert found.isfinite().nonzero()[:, 2].tolist() == list(range(first, last))
+        last = min(last, selection.n_blocks(length))
+        length_B = torch.tensor([length, length, 300], device=device)
+        bounds = (sink // 16, recent, 16, length_B, padding_B)
+        found = ops.predict_blocks(state_BGNC, packed.weight, packed.bias, 19, *bounds)
+        assert torch.equal(found[:, 0].isfinite(), candidates_of(19, *bounds))
+        for sequence in (0, 1):
+            assert found[sequence, 0].isfinite().nonzero()[:, 0].tolist() == list(range(first, last))
 
 
 def test_the_same_blocks_are_chosen(device: str, trained: FilterPredictor) -> None:
@@ -262,7 +284,7 @@ def test_the_same_blocks_are_chosen(device: str, trained: FilterPredictor) -> No
         logits[..., 100 + 9 * step : 103 + 9 * step] += 6.0
         for history in pair:
             history.push(logits.softmax(-1).to(device))
-        by_torch, by_kernel = (history.predict(4, 495) for history in pair)
+        by_torch, by_kernel = (predicted(history, 4, 495) for history in pair)
         error = float((by_torch - by_kernel)[..., 4:495].abs().max())
         assert error < 0.02 * float(by_torch[..., 4:495].std())
         wanted, chosen = (scores.topk(64, dim=-1) for scores in (by_torch, by_kernel))
@@ -290,23 +312,31 @@ def test_a_history_by_kernels_is_the_same_history(device: str, trained: FilterPr
     def slots(n_blocks: int) -> list[Tensor]:
         return [x.to(device) for x in logits_case(2, 2, 4, 20, n_blocks)]
 
+    def lengths(n_blocks: int) -> Tensor:
+        return torch.full((2,), 16 * n_blocks - 5, device=device)
+
     operations = [
         ("start", rows(3, 62)),
         ("push", rows(1, 63)[:, :, 0]),
-        ("push_slots", *slots(65), 65),
-        ("push_slots", None, *slots(70)[1:], 70),
+        ("reserve", 100),
+        ("advance", 65),
+        ("observe_slots", *slots(65), lengths(65)),
+        ("advance", 70),
+        ("observe_slots", None, *slots(70)[1:], lengths(70), slots(70)[-1]),
+        ("observe_row", F.pad(rows(1, 70)[:, :, 0], (0, 58))),
         ("crop", 33),
         ("extend", rows(4, 34)),
         ("index", torch.tensor([1, 0])),
         ("crop", 0),
-        ("push_slots", *slots(40), 40),
+        ("advance", 40),
+        ("observe_slots", *slots(40), lengths(40)),
     ]
     for name, *arguments in operations:
         for number, history in enumerate(pair):
             with torch.inference_mode(number == 0):
                 getattr(history, name)(*arguments)
             history.check_integrity()
-            if history.n_blocks:
+            if history.started:
                 pair[number] = copy.deepcopy(history)
                 history.push(torch.ones(2, 2, history.n_blocks, device=device))
                 history.crop(0)
@@ -315,41 +345,42 @@ def test_a_history_by_kernels_is_the_same_history(device: str, trained: FilterPr
         assert by_kernel.started == by_torch.started
         torch.testing.assert_close(by_kernel.state_BGNC, by_torch.state_BGNC, atol=1e-5, rtol=1e-5)
         low, high = by_torch.n_blocks // 5, by_torch.n_blocks - 2
-        if low < high:
-            error = by_kernel.predict(low, high)[..., low:high] - by_torch.predict(low, high)[..., low:high]
+        if low < high and by_torch.started:
+            error = predicted(by_kernel, low, high)[..., low:high] - predicted(by_torch, low, high)[..., low:high]
             assert float(error.abs().max()) < 0.02
 
 
 def test_steps_without_the_host(device: str, trained: FilterPredictor) -> None:
-    """One that reads its length on the device leaves what one leaves whose length is known."""
+    """Steps over the room there is leave what rows of just the sequence's blocks leave; lengths decide no operation."""
     predictor = copy.deepcopy(trained).to(device)
     known, unknown = (ScoreHistory(predictor, batch=1, kv_heads=2, device=device, kernel=True) for _ in range(2))
     for history in (known, unknown):
-        assert history.no_graph is None
         history.start(torch.rand(1, 2, 4, 20, generator=torch.Generator().manual_seed(1)).to(device))
     unknown.reserve(100)
-    state_BGNC, packed = unknown.state_BGNC, unknown.packed
-    length_1 = torch.tensor([20 * 16], device=device)
+    state_BGNC, packed, records = unknown.state_BGNC, unknown.packed, []
+    length_B = torch.tensor([20 * 16], device=device)
     for length in range(20 * 16 - 3, 20 * 16 + 20, 5):
         n_blocks = -(-length // 16)
         peak_BHN, *slots = (x.to(device) for x in logits_case(1, 2, 4, 10, n_blocks))
-        wide_BHN = torch.nn.functional.pad(peak_BHN, (0, 90 - n_blocks), value=torch.nan)
-        length_1.fill_(length)
-        unknown.observe_slots(wide_BHN, *slots, length_1)
-        ahead_BGN = unknown.predict_ahead(2, 32, length_1, 90)
+        wide_BHN = F.pad(peak_BHN, (0, 90 - n_blocks), value=torch.nan)
+        length_B.fill_(length)
         unknown.advance(n_blocks)
-        known.push_slots(peak_BHN, *slots, n_blocks)
+        with Capturable() as capturable:
+            unknown.observe_slots(wide_BHN, *slots, length_B)
+            ahead_BGN = unknown.predict_ahead(2, 32, length_B, None, 90)
+        records.append(capturable.record)
+        known.push(row_of_logits(peak_BHN, *slots, n_blocks))
         last = Selection(128, 16, 32, 32).candidates(length + 1)[1]
-        assert torch.equal(ahead_BGN[..., :n_blocks], known.predict(2, last))
-        assert torch.equal(unknown.state_BGNC[:, :, :64], known.state_BGNC)
+        torch.testing.assert_close(unknown.state_BGNC[:, :, :64], known.state_BGNC, atol=1e-6, rtol=0)
+        torch.testing.assert_close(ahead_BGN[..., :n_blocks], predicted(known, 2, last), atol=0.01, rtol=0)
         unknown.check_integrity()
+    assert all(record == records[0] for record in records)
     assert unknown.state_BGNC is state_BGNC
     assert unknown.packed is packed
     unknown.start(torch.rand(1, 2, 4, 20).to(device))
-    with pytest.raises(ValueError, match=r"n_blocks must lie within 20\.\.128 of a history that has started, got 129"):
-        unknown.advance(129)
-    with pytest.raises(ValueError, match=r"n_blocks must lie within 20\.\.128"):
-        unknown.advance(19)
+    for n_blocks in (19, 129):
+        with pytest.raises(ValueError, match=rf"n_blocks must lie within 20\.\.128, got {n_blocks}"):
+            unknown.advance(n_blocks)
 
 
 # What is refused, and what torch.compile is told
@@ -362,57 +393,59 @@ def test_where_there_is_no_kernel(trained: FilterPredictor, monkeypatch: pytest.
         assert no_kernel(ExponentialAverage(), "cpu") == "none evaluates the predictor 'ema'"
         assert no_kernel(small, "cpu") == "none for 8 filters, 14 channels, 16 hidden ones and 3 further convolutions"
     assert no_kernel(trained, "cpu") == "the predictor's are written for GPUs, not for cpu"
-    assert ScoreHistory(trained, batch=1, kv_heads=1, device="cpu").no_graph == no_kernel(trained, "cpu")
     with pytest.raises(ConfigError, match="kernel=True, but there is no kernel: the predictor's are written for GPUs"):
         ScoreHistory(trained, batch=1, kv_heads=1, device="cpu", kernel=True)
     state_BGNC, packed = torch.zeros(1, 1, 2, C), trained.packed()
     with pytest.raises(ValueError, match="state_BGNC is on cpu, expected a GPU"):
         ops.fold_rows(torch.zeros(1, 1, 1, 2), state_BGNC, packed.fold_C, packed.eps, False)
     with pytest.raises(ValueError, match="state_BGNC is on cpu, expected a GPU"):
-        ops.predict_blocks(state_BGNC, packed.weight, packed.bias, 2, 0, 1, 1, 2, None)
+        ops.predict_blocks(state_BGNC, packed.weight, packed.bias, 2, 0, 1, 1, torch.tensor([2]))
 
 
 def test_wrong_arguments_are_named(trained: FilterPredictor) -> None:
     packed = trained.packed()
     state_BGNC = torch.zeros(2, 2, 10, C)
     logits = logits_case(2, 2, 4, 5, 9)
-    good = [*logits, state_BGNC, packed.fold_C, packed.eps, 16, 140, None, None]
+    good = [*logits, None, state_BGNC, packed.fold_C, packed.eps, 16, 140, None, None]
     cases = {
         "peak_BHN: expected torch.float32 [2, 4, 9]": (0, logits[0].half()),
         "block_BGS: expected torch.int64 [2, 2, 5]": (1, logits[1].int()),
         "slot_peak_BHS: expected torch.float32 [2, 4, 5]": (2, logits[2][:, :, :4]),
         "total_BH: expected torch.float32 [2, 4]": (3, logits[3].double()),
-        "state_BGNC: expected torch.float32 [2, 2, 10, 14]": (4, torch.zeros(2, 2, 10, 13)),
-        "state_BGNC has room for 9 blocks, expected an even number and at least 9": (4, torch.zeros(2, 2, 9, C)),
-        "fold_C: expected torch.float32 [14]": (5, packed.fold_C[1:]),
-        "length_1: expected torch.int64 [1]": (9, torch.tensor([140.0])),
-        "row_BGN: expected torch.float32 [2, 2, 9]": (10, torch.zeros(2, 2, 8)),
-        "expected heads a multiple of 2 and columns for the 10 blocks of 150 tokens; found 4 heads, 9": (8, 150),
+        "state_BGNC: expected torch.float32 [2, 2, 10, 14]": (5, torch.zeros(2, 2, 10, 13)),
+        "state_BGNC has room for 9 blocks, expected an even number and at least 9": (5, torch.zeros(2, 2, 9, C)),
+        "fold_C: expected torch.float32 [14]": (6, packed.fold_C[1:]),
+        "rest_BH: expected torch.float32 [2, 4]": (4, logits[3][:1]),
+        "length_B: expected torch.int64 [2]": (10, torch.tensor([140])),
+        "row_BGN: expected torch.float32 [2, 2, 9]": (11, torch.zeros(2, 2, 8)),
+        "expected heads a multiple of 2 and columns for the 10 blocks of 150 tokens; found 4 heads, 9": (9, 150),
     }
     with emulated_gpu():
         for message, (place, bad) in cases.items():
             with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
                 ops.observe_row(*good[:place], bad, *good[place + 1 :])
-        arguments = (10, 0, 1, 16, 160, None)
+        arguments = (10, 0, 1, 16, torch.tensor([160, 160]))
         with pytest.raises(ValueError, match=r"^weight: expected torch.float16 \[10752\]"):
             ops.predict_blocks(state_BGNC, packed.weight.float(), packed.bias, *arguments)
         with pytest.raises(
             ValueError, match="state_BGNC has room for 8 blocks, expected an even number and at least 10"
         ):
             ops.predict_blocks(state_BGNC[:, :, :8].contiguous(), packed.weight, packed.bias, *arguments)
+        with pytest.raises(ValueError, match=r"^padding_B: expected torch.int64 \[2\]"):
+            ops.predict_blocks(state_BGNC, packed.weight, packed.bias, *arguments, torch.tensor([0]))
 
 
 def test_torch_compile_knows_the_shapes(device: str, trained: FilterPredictor) -> None:
     packed = copy.deepcopy(trained).to(device).packed()
     logits = [x.to(device) for x in logits_case(1, 1, 2, 5, 9)]
-    state_BGNC, length_1 = torch.rand(1, 1, 10, C, device=device), torch.tensor([135], device=device)
+    state_BGNC, length_B = torch.rand(1, 1, 10, C, device=device), torch.tensor([135], device=device)
     tests = ("test_schema", "test_faketensor")
     for row_BGN in (None, torch.zeros(1, 1, 9, device=device)):
-        arguments = (*logits, state_BGNC, packed.fold_C, packed.eps, 16, 140, length_1, row_BGN)
+        arguments = (*logits, logits[-1], state_BGNC, packed.fold_C, packed.eps, 16, 140, length_B, row_BGN)
         torch.library.opcheck(ops.observe_row, arguments, test_utils=tests)
     arguments = (logits[0][:, None, :1], state_BGNC, packed.fold_C, packed.eps, True)
     torch.library.opcheck(ops.fold_rows, arguments, test_utils=tests)
-    arguments = (state_BGNC, packed.weight, packed.bias, 9, 1, 32, 16, 140, length_1)
+    arguments = (state_BGNC, packed.weight, packed.bias, 9, 1, 32, 16, length_B)
     torch.library.opcheck(ops.predict_blocks, arguments, test_utils=tests)
 
 

@@ -14,7 +14,8 @@ from emulated import emulated_gpu
 from torch import Tensor
 
 from attention_predictor.csrc import ops
-from attention_predictor.offload.attention.dense import Chunk, Scorer, Terms, split
+from attention_predictor.offload.attention.dense import Scorer, Terms
+from attention_predictor.offload.chunk import Chunk, split
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
 

@@ -5,12 +5,14 @@ Suffixes: B sequences, G KV heads, H query heads, T tokens, K groups of tokens, 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
 import torch
+from capturable import Capturable
 from emulated import emulated_gpu
 from torch import Tensor
 
@@ -156,19 +158,41 @@ def test_scores_of_any_magnitude(device: str, bits: int, of_keys: float, of_quer
 
 @pytest.mark.parametrize("device", ["cpu", *GPUS], indirect=True)
 @pytest.mark.parametrize("tokens", [GROUP, 2 * GROUP + 17, 3 * GROUP + 1])
-def test_length_on_the_device(device: str, tokens: int) -> None:
-    """The same as with the length known to the host, whatever there is room for."""
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "torch"])
+def test_room_for_more_blocks(device: str, tokens: int, kernel: bool) -> None:
+    """The same as of the sequence's blocks alone, whatever there is room for."""
     key_BGTD, query_BHTD = keys_and_queries(tokens, dtype=torch.bfloat16, device=device)
-    sketch, query_BHD, room = filled(key_BGTD, query_BHTD), query_BHTD[:, :, -1], 700
+    sketch, query_BHD, room = filled(key_BGTD, query_BHTD), query_BHTD[:, :, -1], 704
     sketch.reserve(room)
     real_BL = torch.arange(room, device=device) >= torch.tensor([0, 40], device=device)[:, None]
-    options = {"block_size": 16, "kernel": True}
+    options = {"block_size": 16, "kernel": kernel}
     wanted = sketch.block_scores(query_BHD, 0.2, **options, real_BL=real_BL[:, :tokens])
-    length_1 = torch.tensor([tokens], device=device)
-    found = sketch.block_scores(query_BHD, 0.2, **options, real_BL=real_BL, length=room, length_1=length_1)
+    length_B = torch.tensor([tokens, tokens], device=device)
+    found = sketch.block_scores(query_BHD, 0.2, **options, real_BL=real_BL, capacity=room // 16, length_B=length_B)
     for one, other in zip(found, wanted, strict=True):
-        assert one.shape == (2, 6, -(-room // 16))
+        assert one.shape == (2, 6, room // 16)
         assert torch.equal(one[..., : other.shape[2]], other)
+        assert kernel or (one[..., other.shape[2] :] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", *GPUS], indirect=True)
+def test_scores_of_unlike_lengths(device: str) -> None:
+    """Each sequence of a batch has the blocks of its own length; operations are those of any other lengths."""
+    key_BGTD, query_BHTD = keys_and_queries(3 * GROUP, dtype=torch.bfloat16, device=device)
+    sketch, query_BHD, records = filled(key_BGTD, query_BHTD), query_BHTD[:, :, -1], []
+    sketch.reserve(800)
+    options = {"block_size": 16, "kernel": True}
+    for lengths in ([3 * GROUP, 2 * GROUP], [GROUP, 3 * GROUP]):
+        length_B = torch.tensor(lengths, device=device)
+        with Capturable() as capturable:
+            found = sketch.block_scores(query_BHD, 0.2, **options, capacity=50, length_B=length_B)
+        records.append(capturable.record)
+        for b, length in enumerate(lengths):
+            alone = copy.deepcopy(sketch)
+            alone.crop(length)
+            for one, other in zip(found, alone.block_scores(query_BHD, 0.2, **options), strict=True):
+                assert torch.equal(one[b, :, : length // 16], other[b])
+    assert records[0] == records[1]
 
 
 @pytest.mark.parametrize("device", ["emulated"], indirect=True)
@@ -185,12 +209,6 @@ def test_what_no_kernel_reads_is_named_and_left_to_torch(device: str) -> None:
         wanted = sketch.block_scores(query_BHD, 0.2, block_size=block_size)
         found = sketch.block_scores(query_BHD, 0.2, block_size=block_size, kernel=True)
         assert all(map(torch.equal, found, wanted))
-        with pytest.raises(ValueError, match=re.escape(reason)):
-            sketch.block_scores(
-                query_BHD, 0.2, block_size=block_size, kernel=True, length=200, length_1=torch.tensor([200])
-            )
-    with pytest.raises(ValueError, match="come together, for a kernel: none was asked for"):
-        sketch.block_scores(query_BHD, 0.2, block_size=16, length=200, length_1=torch.tensor([200]))
 
 
 # Keys that become codes
@@ -256,18 +274,40 @@ def test_token_by_token(device: str, on_device: bool, bits: int) -> None:
     wanted.extend(key_BGTD[:, :, prompt:], query_BHTD[:, :, prompt:])
     found.reserve(tokens)
     held = [getattr(owner, name).data_ptr() for owner, name in found._held()]
-    length_1 = torch.tensor([prompt], device=device)
+    length_B, records = torch.tensor([prompt, prompt], device=device), []
     for token in range(prompt, tokens):
         if on_device:
-            length_1 += 1
-            found.append(key_BGTD[:, :, token], length_1)
+            length_B += 1
+            found.advance()
+            key_BGD, query_BHD = key_BGTD[:, :, token], query_BHTD[:, :, token]
+            with Capturable() as capturable:
+                found.append(key_BGD, query_BHD, length_B, kernel=True)
+            records.append(capturable.record)
         else:
             found.extend(key_BGTD[:, :, token : token + 1], query_BHTD[:, :, token : token + 1], kernel=True)
-    if on_device:
-        assert found.length == prompt
-        found.advance(tokens - prompt)
+    assert all(record == records[0] for record in records)
     assert held == [getattr(owner, name).data_ptr() for owner, name in found._held()]
     check_alike(found, wanted, key_BGTD)
+
+
+@pytest.mark.parametrize("device", GPUS, indirect=True)
+def test_tokens_of_unlike_lengths(device: str) -> None:
+    """Each sequence's token goes where its own length says; it alone completes a group."""
+    key_BGTD, query_BHTD = keys_and_queries(2 * GROUP, dtype=torch.float32, device=device)
+    sketch = filled(key_BGTD, query_BHTD)
+    sketch.reserve(3 * GROUP)
+    before = copy.deepcopy(sketch)
+    sketch.advance()
+    length_B = torch.tensor([2 * GROUP + 5, 3 * GROUP], device=device)
+    sketch.append(key_BGTD[:, :, 7], query_BHTD[:, :, 7], length_B, kernel=True)
+    wanted_BGTD = before._tail_BGTD.clone()
+    wanted_BGTD[0, :, 4], wanted_BGTD[1, :, GROUP - 1] = key_BGTD[0, :, 7], key_BGTD[1, :, 7]
+    assert torch.equal(sketch._tail_BGTD, wanted_BGTD)
+    for (owner, name), (old, _) in zip(sketch._grouped(), before._grouped(), strict=True):
+        new, old = getattr(owner, name), getattr(old, name)
+        assert torch.equal(new[0], old[0])
+        assert torch.equal(new[1, :, :2], old[1, :, :2])
+        assert new[1, :, 2].any()
 
 
 @pytest.mark.parametrize("device", ["emulated"], indirect=True)
@@ -275,17 +315,17 @@ def test_room_for_more(device: str) -> None:
     key_BGTD, query_BHTD = keys_and_queries(GROUP, dtype=torch.float32, device=device)
     sketch = filled(key_BGTD[:, :, :-1], query_BHTD[:, :, :-1])
     assert sketch.capacity == GROUP - 1
-    with pytest.raises(ValueError, match="append needs a whole group of 64 tokens before it, there are 63"):
-        sketch.append(key_BGTD[:, :, -1])
-    sketch.extend(key_BGTD[:, :, -1:], query_BHTD[:, :, -1:], kernel=True)
+    sketch.advance()  # the first group, with which the order of the channels is found, is not the kernel's
+    sketch.append(key_BGTD[:, :, -1], query_BHTD[:, :, -1], torch.tensor([GROUP, GROUP]), kernel=True)
+    check_alike(sketch, filled(key_BGTD, query_BHTD), key_BGTD)
     assert sketch.capacity == (CHUNK_GROUPS + 1) * GROUP - 1
-    with pytest.raises(ValueError, match=r"tokens must lie within 0\.\.1023, got 1024"):
-        sketch.advance(1024)
-    sketch.append(key_BGTD[:, :, 0])
-    sketch.advance(sketch.capacity - sketch.length)
-    with pytest.raises(ValueError, match="length is 1088 tokens, expected at most 16 whole groups of 64"):
-        sketch.append(key_BGTD[:, :, 0])
-    sketch.extend(key_BGTD[:, :, :1], query_BHTD[:, :, :1], kernel=True)
+    more = sketch.capacity - GROUP
+    sketch.extend(key_BGTD[:, :, :1].repeat(1, 1, more, 1), query_BHTD[:, :, :1].repeat(1, 1, more, 1), kernel=True)
+    sketch.advance()
+    with pytest.raises(ValueError, match="there is room for 1087 tokens, this would be number 1088"):
+        sketch.append(key_BGTD[:, :, 0], query_BHTD[:, :, 0], torch.tensor([1088, 1088]), kernel=True)
+    sketch.reserve(1088)
+    sketch.append(key_BGTD[:, :, 0], query_BHTD[:, :, 0], torch.tensor([1088, 1088]), kernel=True)
     sketch.check_integrity()
     assert sketch.capacity == (2 * CHUNK_GROUPS + 1) * GROUP - 1
 
@@ -318,8 +358,9 @@ def test_wrong_arguments_are_named() -> None:
     for message, (query, length) in wrong.items():
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             ops.sketch_scores(query, *tensors, length, None, *rest)
-    with pytest.raises(ValueError, match=r"^length_1: expected torch.int64 \[1\] on cpu"):
-        ops.sketch_scores(query_BHD, *tensors, 131, torch.tensor([131], dtype=torch.int32), *rest)
+    for length_B in (torch.tensor([131, 131], dtype=torch.int32), torch.tensor([131])):
+        with pytest.raises(ValueError, match=r"^length_B: expected torch.int64 \[2\] on cpu"):
+            ops.sketch_scores(query_BHD, *tensors, 131, length_B, *rest)
     with pytest.raises(ValueError, match=r"^real_BL: expected torch.bool \[2, 131\]"):
         ops.sketch_scores(query_BHD, *tensors, 131, None, torch.ones(2, 130, dtype=torch.bool), *rest[1:])
     # The tail may have any dtype, the query must have it too.

@@ -9,7 +9,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from capturable import Capturable
 from emulated import emulated_gpu
+from histories import predicted
 from torch import Tensor
 
 from attention_predictor.csrc import ops
@@ -52,9 +54,9 @@ def compare(network: WindowPredictor, windowed: ScoreHistory, streamed: Streamed
     with torch.no_grad():
         exact = copy.deepcopy(network).double()(window_BGNC)  # the scores come out in fp32
         in_half = copy.deepcopy(network).half()(window_BGNC)
-    found = streamed.predict(first, last).cpu()
+    found = predicted(streamed, first, last).cpu()
     assert found.shape[2] == windowed.n_blocks
-    assert torch.equal(found.isinf(), windowed.predict(first, last).cpu().isinf())
+    assert torch.equal(found.isinf(), predicted(windowed, first, last).cpu().isinf())
     own = float((in_half - exact).abs().max())
     assert float((found[..., first:last] - exact).abs().max()) <= 2 * own + 2e-5
 
@@ -99,7 +101,10 @@ def test_many_steps_with_blocks_arriving(device: str, start: int, steps: int, ne
         (128, 100, 127),
         (260, 124, 254),
         (260, 0, 260),
-        (30, 4, 14),  # so few that they are computed over the window
+        (30, 4, 14),
+        (30, 4, 8),
+        *((30, 4, 4 + count) for count in (1, 2, 3)),  # fewer than lie at the ends
+        (3, 0, 3),
     ],
 )
 def test_tiles_and_ends(device: str, blocks: int, first: int, last: int, network: WindowPredictor) -> None:
@@ -111,6 +116,43 @@ def test_tiles_and_ends(device: str, blocks: int, first: int, last: int, network
         history.push(rows_of(1, blocks - 1, batch=2, seed=1)[:, :, 0].to(device))
         history.push(rows_of(1, blocks, batch=2, seed=2)[:, :, 0].to(device))  # one more block
     compare(network, windowed, streamed, first, last)
+
+
+@pytest.mark.parametrize("lengths", [[470, 200], [2060, 90], [64, 1], [112, 95]])
+def test_sequences_of_unlike_length_and_padding(device: str, lengths: list[int], network: WindowPredictor) -> None:
+    """Each has its own candidates; the operations are the same whatever the lengths."""
+    on_device, capacity = copy.deepcopy(network).to(device), 130
+    history = StreamedHistory(on_device, batch=2, kv_heads=1, device=device, kernel=True)
+    rows_BGRN = rows_of(70, capacity, batch=2)
+    for b, length in enumerate(lengths):
+        rows_BGRN[b, ..., -(-length // 16) :] = 0
+    history.start(rows_BGRN[:, :, :-1].to(device))
+    history.reserve(150)
+    row_BGC = torch.nn.functional.pad(rows_BGRN[:, :, -1], (0, history.capacity - capacity)).to(device)
+    state_BGNC, records = history.state_BGNC, []
+    for length_B in (torch.tensor([2080, 2080], device=device), torch.tensor(lengths, device=device)):
+        padding_B = length_B // 5
+        twin = copy.deepcopy(history)
+        with Capturable() as capturable:
+            twin.observe_row(row_BGC)
+            found = twin.predict_ahead(2, 32, length_B, padding_B, capacity)
+        records.append(capturable.record)
+    assert records[0] == records[1]
+    twin.check_integrity()
+    assert history.state_BGNC is state_BGNC
+    found = found.cpu()
+    window_BGNC = twin.state_BGNC.cpu()
+    for b, length in enumerate(lengths):
+        first, last = length // 5 // 16 + 2, max(0, length + 1 - 32) // 16
+        inside = torch.zeros(capacity, dtype=torch.bool)
+        if first < last:
+            inside[first:last] = True
+            part_BGNC = window_BGNC[b : b + 1, :, first:last]
+            with torch.no_grad():
+                exact = copy.deepcopy(network).double()(part_BGNC)[0]
+                own = float((copy.deepcopy(network).half()(part_BGNC)[0] - exact).abs().max())
+            assert float((found[b, :, first:last] - exact).abs().max()) <= 2 * own + 2e-5
+        assert torch.equal(found[b, 0].isfinite(), inside)
 
 
 def test_sums_lose_what_they_took(device: str, network: WindowPredictor) -> None:
@@ -136,22 +178,19 @@ def test_where_there_is_no_kernel(network: WindowPredictor) -> None:
     assert no_kernel(network, "cpu") == "the predictor's are written for GPUs, not for cpu"
     with pytest.raises(ConfigError, match="kernel=True, but there is no kernel: the predictor's are written for GPUs"):
         StreamedHistory(network, batch=1, kv_heads=1, device="cpu", kernel=True)
-    reason = "none evaluates the predictor 'paper'"
-    assert StreamedHistory(network, batch=1, kv_heads=1, device="cpu").no_graph == reason
 
 
 def test_wrong_arguments_are_named(network: WindowPredictor) -> None:
     packed = [x.detach() for x in ops.pack_network(network.conv1, network.conv2, network.conv3)]
     window_BGNR = torch.zeros(1, 2, 20, 64, dtype=torch.float16)
     sum_BGCN = torch.zeros(1, 2, 32, 20, dtype=torch.float64)
-    good = [torch.zeros(1, 2, 18), window_BGNR, sum_BGCN, *packed, 17]
+    good = [torch.zeros(1, 2, 20), window_BGNR, sum_BGCN, *packed]
     cases = {
-        "row_BGN: expected torch.float32 [1, 2, 18]": (0, torch.zeros(1, 2, 18).half()),
+        "row_BGN: expected torch.float32 [1, 2, 20]": (0, torch.zeros(1, 2, 18)),
         "window_BGNR: expected torch.float16 [1, 2, 20, 64]": (1, window_BGNR.float()),
         "sum_BGCN: expected torch.float64 [1, 2, 32, 20]": (2, sum_BGCN[..., :19]),
         "weight: expected torch.float16 [4608]": (3, packed[0].float()),
         "rest: expected torch.float32 [225]": (4, packed[1][1:]),
-        "row_BGN has 18 columns, expected at least 19 and at most 20": (5, 19),
     }
     with pytest.raises(ValueError, match="window_BGNR is on cpu, expected a GPU"):
         ops.push_window(*good)
@@ -159,9 +198,16 @@ def test_wrong_arguments_are_named(network: WindowPredictor) -> None:
         for message, (place, bad) in cases.items():
             with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
                 ops.push_window(*good[:place], bad, *good[place + 1 :])
-        for n_blocks, first, last in ((18, 3, 6), (18, 3, 19), (21, 0, 21), (18, -1, 9)):
-            with pytest.raises(ValueError, match=rf"^blocks {first}\.\.{last} of {n_blocks}: expected 4 at least"):
-                ops.score_window(window_BGNR, sum_BGCN, *packed, n_blocks, first, last)
+        good, length_B = [20, 0, 16, 16, torch.tensor([300]), None], torch.tensor([300])
+        cases = {
+            "window_BGNR has room for 20 blocks, expected at least 21": (0, 21),
+            "first is -1 and block_size 16": (1, -1),
+            "length_B: expected torch.int64 [1]": (4, length_B.int()),
+            "padding_B: expected torch.int64 [1]": (5, length_B.repeat(2)),
+        }
+        for message, (place, bad) in cases.items():
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+                ops.score_window(window_BGNR, sum_BGCN, *packed, *good[:place], bad, *good[place + 1 :])
 
 
 def test_torch_compile_knows_the_shapes(device: str, network: WindowPredictor) -> None:
@@ -169,6 +215,7 @@ def test_torch_compile_knows_the_shapes(device: str, network: WindowPredictor) -
     window_BGNR = torch.rand(1, 1, 20, 64, device=device).half()
     sum_BGCN = torch.rand(1, 1, 32, 20, device=device, dtype=torch.float64)
     tests = ("test_schema", "test_faketensor")
-    arguments = (torch.rand(1, 1, 18, device=device), window_BGNR, sum_BGCN, *packed, 18)
+    arguments = (torch.rand(1, 1, 20, device=device), window_BGNR, sum_BGCN, *packed)
     torch.library.opcheck(ops.push_window, arguments, test_utils=tests)
-    torch.library.opcheck(ops.score_window, (window_BGNR, sum_BGCN, *packed, 18, 2, 15), test_utils=tests)
+    arguments = (window_BGNR, sum_BGCN, *packed, 18, 2, 32, 16, torch.tensor([290], device=device))
+    torch.library.opcheck(ops.score_window, arguments, test_utils=tests)

@@ -46,13 +46,13 @@ def test_the_device_holds_a_fifth_at_most(pocket):
     # Measured on the tensors themselves, not taken from the figures they report.
     measured = 0
     for layer in cache.layers:
-        held = [layer.blocks.pool.key_BGSTD, layer.blocks.pool.value_BGSTD]
+        held = [layer.blocks.pool.key_BGSTD, layer.blocks.pool.value_BGSTD, *layer.blocks.table.tensors]
         for part in layer.policy.parts.values():
             held += tensors(vars(part))
         measured += sum(one.untyped_storage().nbytes() for one in held)
     assert measured == pytest.approx(stats.device_kv_bytes, rel=0.01)
     assert measured <= stats.full_kv_bytes / 5
-    assert set(stats.device_kv_parts()) == {"pool", "sketch", "history"}
+    assert set(stats.device_kv_parts()) == {"pool", "table", "sketch", "history"}
 
 
 def test_a_fifth_holds_in_half_precision_too():

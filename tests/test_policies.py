@@ -230,7 +230,7 @@ def test_a_policy_that_scores_nothing_now_says_so():
     class Late(Policy):
         name, selects = "late", "now"
 
-    with pytest.raises(TypeError, match="policy 'late' has late_share=1.0 but does not score now"):
+    with pytest.raises(TypeError, match=r"policy 'late' has late_share=1\.0 but does not score now"):
         Late(spec()).score_now(None)
     assert policy_class("streaming")(spec()).score_now(None) is None
 

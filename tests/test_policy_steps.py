@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capturable import Capturable, NotCapturable
+from histories import predicted
 from torch import Tensor
 
 from attention_predictor import OffloadConfig
@@ -487,7 +488,7 @@ def test_the_predictor_is_told_of_every_step(predictor, calibration, padding):
         first, last = layer.selection.candidates(layer.length + 1)
         for b in range(B):
             start = first if padding is None else first + padding[b] // SIZE
-            expected_GN = host.predict(min(start, n_blocks), max(min(last, n_blocks), 0))[b]
+            expected_GN = predicted(host, min(start, n_blocks), max(min(last, n_blocks), 0))[b]
             found_GC = layer.score_BGC[b]
             assert torch.allclose(found_GC[:, start:last], expected_GN[:, start:last], atol=1e-3)
             assert (found_GC[:, :start] == NEVER).all()

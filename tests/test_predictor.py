@@ -55,6 +55,17 @@ def literal_paper_scores(predictor: WindowPredictor, rows_RN: Tensor) -> Tensor:
 # What a row is
 
 
+def test_recovery_is_a_share_of_the_mass_there_is() -> None:
+    mass_XN = torch.tensor([[0.4, 0.1, 0.2, 0.1], [0.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    chosen_XN = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1]]).bool()
+    best_XN = torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]]).bool()
+    found = scores.recovery(mass_XN, chosen_XN, best_XN)
+    assert found.share.tolist() == pytest.approx([0.5 / 0.8, 0.0, 0.0])  # a sink took the rest of the first
+    assert found.relative.tolist() == pytest.approx([0.5 / 0.6, 0.0, 0.0])
+    most = scores.recovery(mass_XN, torch.ones_like(best_XN), torch.ones_like(best_XN))
+    assert most.share.tolist() == most.relative.tolist() == pytest.approx([1.0, 0.0, 1.0])
+
+
 def test_scores_and_mass_of_blocks() -> None:
     prob_BHQT = torch.rand(2, 6, 4, 37).softmax(-1)
     scores_BGQN = scores.block_scores(prob_BHQT, kv_heads=3, block_size=16)

@@ -17,11 +17,12 @@ from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
 from attention_predictor.csrc import ops
 from attention_predictor.offload.attention import dense, fused
-from attention_predictor.offload.attention.dense import Chunk, Terms, attend, attend_prompt
+from attention_predictor.offload.attention.dense import Terms, attend, attend_prompt
 from attention_predictor.offload.blocks.block_pool import BlockPool
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.host_store import HostStore
 from attention_predictor.offload.blocks.transfer import SMALL_BYTES, inward, outbox
+from attention_predictor.offload.chunk import Chunk, split
 from attention_predictor.offload.hf.versions import cache_of, with_cache
 
 CONFIG = {"predictor": "ema", "budget": 64, "sink": 16, "recent": 16}
@@ -50,7 +51,7 @@ def in_chunks(model, prompt, chunk, cache=None, mask=None):
 def test_chunks_change_nothing(ids, monkeypatch, family, chunk, kernels, device):
     """Causal, capped logits, sinks; padded and not; by fused kernels for however few keys, and by plain operations."""
     monkeypatch.setattr(dense, "FUSED_TOKENS", 1 if kernels else 10**9)
-    monkeypatch.setattr(dense, "CHUNK_TOKENS", 32)
+    monkeypatch.setattr("attention_predictor.offload.chunk.CHUNK_TOKENS", 32)
     model, prompt = make_tiny_model(family).to(device), ids(300, batch=2).to(device)
     mask = (torch.arange(300) >= torch.tensor([[0], [70]])).long().to(device)
     for padding in (None, mask):
@@ -107,7 +108,7 @@ def test_no_matrix_of_queries_by_keys(monkeypatch, extra, padded, past):
     terms, whole = Terms(0.3, mask=mask, **extra), Chunk(0, key, value)
     with Largest() as largest:
         if past:
-            attend(query[:, :, past:], whole.tokens(past, length), terms, dense.split(whole.tokens(0, past), 512))
+            attend(query[:, :, past:], whole.tokens(past, length), terms, split(whole.tokens(0, past), 512))
         else:
             attend_prompt(query, key, value, terms)
     assert largest.numel <= B * H * length * 2 * D  # nothing longer than queries and keys are
@@ -135,7 +136,8 @@ class TestBench:
         again = 0 if not options else 1  # 100 + 200 of 300 tokens are read back
         batch = 1 + again
         assert rows["ours, without sketch and history"]["moved_bytes"] >= batch * kv_bytes * (1 + again)
-        assert rows["ours"]["moved_bytes"] < batch * kv_bytes * (2 + again)
+        # And whole blocks of it fetched for the next token, within a budget that covers all.
+        assert rows["ours"]["moved_bytes"] <= batch * kv_bytes * (1 + again + 304 / 300)
         if device == "cuda":
             left = 1 + 2 / 3 + 1 / 3 if again else 1  # after each chunk, all there is
             assert rows["stock cache, offloaded"]["moved_bytes"] == int(batch * kv_bytes * (left + again))

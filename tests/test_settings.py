@@ -31,6 +31,7 @@ GIVEN = {
     "reserve": ("0", 0.0),
     "prefetch": ("graph", "graph"),
     "compile": ("True", True),
+    "unfused": ("True", True),
     "kernels": ("none", "none"),
     "skip_layers": ("0+1", [0, 1]),
     "slab_blocks": ("8", 8),

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from histories import predicted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +35,9 @@ def make_row(blocks: int, generator: torch.Generator, batch: int = 1, kv_heads: 
 
 
 def agree(windowed: ScoreHistory, streamed: StreamedHistory, first: int, last: int) -> None:
-    expected, found = windowed.predict(first, last), streamed.predict(first, last)
+    if windowed.n_blocks == 0:
+        return
+    expected, found = predicted(windowed, first, last), predicted(streamed, first, last)
     assert torch.equal(expected.isinf(), found.isinf())
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 

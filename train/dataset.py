@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_predictor import kinds
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import DataError, one_line
 from attention_predictor.reading import read_json
 from attention_predictor.train.shards import Record, Recording, encode, pyarrow_modules, schema, stack
@@ -177,7 +178,7 @@ class HistoryDataset:
         if len(shapes) != 1:
             raise DataError(f"{path}: records differ in tokens, steps or blocks: {sorted(shapes)}")
         first_tokens, steps, blocks = shapes.pop()
-        if steps < 2 or blocks != -(-(first_tokens + steps - 1) // self.meta["block_size"]):
+        if steps < 2 or blocks != ceil_div(first_tokens + steps - 1, self.meta["block_size"]):
             raise DataError(f"{path}: {steps} steps from {first_tokens} tokens on do not make {blocks} blocks")
         return Recording(
             document=document,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.documents import Excerpt
 from attention_predictor.errors import DataError
 from attention_predictor.offload.config import OffloadConfig
@@ -25,7 +26,7 @@ def largest_size(model: PreTrainedModel, sequences: int, max_tokens: int, steps:
     """Bytes that a recording may take on disk: scores and mass in fp16, before they are compressed."""
     config = model.config.get_text_config(decoder=True)
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * 2 * sequences * config.num_hidden_layers * kv_heads * steps * -(-max_tokens // block_size)
+    return 2 * 2 * sequences * config.num_hidden_layers * kv_heads * steps * ceil_div(max_tokens, block_size)
 
 
 def check_space(directory: Path, needed: int) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import DataError
 
 LARGEST = 1.01  # fp16 sums of probabilities may round above 1
@@ -55,7 +56,7 @@ class Recording:
 def encode(document: str, split: str | None, record: Record, block_size: int) -> dict[str, Any]:
     """One table row; DataError where the record's shapes or numbers can't be right."""
     steps, blocks = record.scores_QN.shape
-    expected = -(-(record.first_tokens + steps - 1) // block_size)
+    expected = ceil_div(record.first_tokens + steps - 1, block_size)
     where = f"document {document!r}, sequence {record.sequence}, layer {record.layer}, head {record.head}"
     if steps < 2:
         raise DataError(f"{where}: {steps} steps of scores, expected at least 2")

@@ -1,7 +1,6 @@
 """How good a predictor is on recorded histories: the attention mass that its choice of blocks would hold.
 
-Suffixes: X records (sequences × layers × KV heads), Q steps, S chosen steps, N blocks, K chosen blocks, C state
-channels.
+Suffixes: X records (sequences × layers × KV heads), Q steps, S chosen steps, N blocks, M candidates, C state channels.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.predictor.model import AttentionPredictor
+from attention_predictor.predictor.scores import recovery
 from attention_predictor.train.dataset import Recording
 
 BUDGETS = (256, 512, 1024)  # tokens per KV head, sink and recent included
@@ -33,18 +34,21 @@ def candidates(tokens: int, meta: Mapping[str, Any]) -> tuple[int, int]:
 def room(tokens: int, meta: Mapping[str, Any], budget: int) -> int:
     """Candidates that a budget has room for, beside sink and recent."""
     first, last = candidates(tokens, meta)
-    return budget // meta["block_size"] - (-(-tokens // meta["block_size"]) - (last - first))
+    return budget // meta["block_size"] - (ceil_div(tokens, meta["block_size"]) - (last - first))
 
 
-def recovered(chosen_XK: Tensor, mass_XN: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass on sink, recent and the chosen of the candidates first to last − 1; at best; and the best choice, [X, K].
+def attended(scores_XM: Tensor, choice: int, first: int, n_blocks: int) -> Tensor:
+    """bool [X, N], the blocks of a step: sink, recent, and of the candidates those with the highest scores.
 
-    `chosen_XK` counts from `first`; `mass_XN` is that of all blocks.
+    Args:
+        scores_XM: Of the candidates.
+        choice: How many of these are chosen.
+        first: Number of the first candidate.
+        n_blocks: N.
     """
-    choice_XN = mass_XN[:, first:last]
-    kept_X = mass_XN.sum(-1) - choice_XN.sum(-1)
-    best = choice_XN.topk(chosen_XK.shape[-1])
-    return kept_X + choice_XN.gather(-1, chosen_XK).sum(-1), kept_X + best.values.sum(-1), best.indices
+    chosen_XM = torch.zeros_like(scores_XM, dtype=torch.bool).scatter_(-1, scores_XM.topk(choice).indices, True)
+    last = first + scores_XM.shape[-1]
+    return torch.nn.functional.pad(chosen_XM, (first, n_blocks - last), value=True)
 
 
 @torch.no_grad()
@@ -59,7 +63,8 @@ def validate(
 
     Judged ahead: state after row t, mass of row t + 1.
 
-    - recovery: mass on sink, recent and chosen blocks. relative_recovery: its ratio to the best choice of that size.
+    - recovery: share of the mass on sink, recent and chosen blocks. relative_recovery: its ratio to the best choice of
+      that size.
     - relative_recovery_ahead: the same ratio where each block counts with the largest mass of its next `horizon` steps.
     - overlap: share of the best choice's blocks that were chosen.
     - mse: squared error of the predicted share of the candidates' mass, a block. Scores that are no logits are
@@ -79,30 +84,33 @@ def validate(
             first, last = candidates(tokens, meta)
             if first >= last:
                 continue
-            scores_XN = predictor(state_XSNC[None, :, index, first:last])[0]
+            scores_XM = predictor(state_XSNC[None, :, index, first:last])[0]
             mass_XN = mass_XQN[:, step + 1]
             ahead_XN = mass_XQN[:, step + 1 : step + 1 + horizon].amax(1)
-            share_XN = scores_XN.softmax(-1) if predictor.gives_logits else _normalised(scores_XN.clamp_min(0))
-            found["mse", "share"].append((share_XN - _normalised(mass_XN[:, first:last])).square().mean(-1))
+            share_XM = scores_XM.softmax(-1) if predictor.gives_logits else _normalised(scores_XM.clamp_min(0))
+            found["mse", "share"].append((share_XM - _normalised(mass_XN[:, first:last])).square().mean(-1))
             for budget in BUDGETS:
                 choice = room(tokens, meta, budget)
                 if 0 < choice < last - first:
-                    chosen_XK = scores_XN.topk(choice).indices
-                    recovered_X, possible_X, best_XK = recovered(chosen_XK, mass_XN, first, last)
-                    ahead_X, possible_ahead_X, _ = recovered(chosen_XK, ahead_XN, first, last)
-                    chosen_XN = torch.zeros_like(scores_XN).scatter_(-1, chosen_XK, 1)
-                    found["recovery", str(budget)].append(recovered_X)
-                    found["relative_recovery", str(budget)].append(recovered_X / possible_X.clamp_min(1e-9))
-                    found["relative_recovery_ahead", str(budget)].append(ahead_X / possible_ahead_X.clamp_min(1e-9))
-                    found["overlap", str(budget)].append(chosen_XN.gather(-1, best_XK).mean(-1))
+                    chosen_XN, best_XN, best_ahead_XN = (
+                        attended(x_XM, choice, first, mass_XN.shape[-1])
+                        for x_XM in (scores_XM, mass_XN[:, first:last], ahead_XN[:, first:last])
+                    )
+                    now = recovery(mass_XN, chosen_XN, best_XN)
+                    found["recovery", str(budget)].append(now.share)
+                    found["relative_recovery", str(budget)].append(now.relative)
+                    ahead = recovery(ahead_XN, chosen_XN, best_ahead_XN)
+                    found["relative_recovery_ahead", str(budget)].append(ahead.relative)
+                    both_XM = (chosen_XN & best_XN)[:, first:last]
+                    found["overlap", str(budget)].append(both_XM.sum(-1) / choice)
     metrics: Metrics = {name: {} for name in METRICS}
     for (metric, column), values in found.items():
         metrics[metric][column] = float(torch.cat(values).mean())
     return metrics
 
 
-def _normalised(x_XN: Tensor) -> Tensor:
-    return x_XN / x_XN.sum(-1, keepdim=True).clamp_min(1e-9)
+def _normalised(x_XM: Tensor) -> Tensor:
+    return x_XM / x_XM.sum(-1, keepdim=True).clamp_min(1e-9)
 
 
 def mean_ahead(metrics: Metrics) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import DataError
 
 COLUMNS = 512  # of a map of the whole context; where there are more blocks, some share one
@@ -80,7 +81,7 @@ def grey(prob: Tensor) -> Tensor:
 
 def pooled(x_QN: Tensor) -> tuple[Tensor, int]:
     """The largest of neighbouring columns, so that there are at most ``COLUMNS``; and how many became one."""
-    each = -(-x_QN.shape[-1] // COLUMNS)
+    each = ceil_div(x_QN.shape[-1], COLUMNS)
     padded = torch.nn.functional.pad(x_QN, (0, -x_QN.shape[-1] % each))
     return padded.unflatten(-1, (-1, each)).amax(-1), each
 

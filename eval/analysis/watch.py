@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from attention_predictor.eval.analysis.rope import Rotation
-from attention_predictor.offload.attention.dense import LOGITS_BYTES, Chunk, Terms, scaled_logits, split
+from attention_predictor.offload.attention.dense import LOGITS_BYTES, Terms, scaled_logits
+from attention_predictor.offload.chunk import Chunk, split
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.step.step import chunks
 

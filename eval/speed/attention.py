@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.eval.bench import Row
 from attention_predictor.eval.speed.options import BLOCK, checked, show
 from attention_predictor.eval.speed.stopwatch import Call, input_sets, timed
@@ -20,7 +21,7 @@ WORKSPACE_BYTES = 128 << 20  # that FlashInfer asks for
 
 def main(args: argparse.Namespace) -> int:
     device, dtype = checked(args)
-    B, H, G, S, D = args.batch, args.heads, args.kv_heads, -(-args.budget // BLOCK), args.head_dim
+    B, H, G, S, D = args.batch, args.heads, args.kv_heads, ceil_div(args.budget, BLOCK), args.head_dim
     made: dict[str, Any] = {"device": device, "dtype": dtype}
     moved = 2 * B * G * S * BLOCK * D * dtype.itemsize
 

@@ -1,4 +1,4 @@
-"""``attnpred bench predictor``: a row observed, all candidates scored for the next token."""
+"""``attnpred bench predictor``: a step's logits observed, all candidates scored for the next token."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from attention_predictor.predictor.window import WINDOW_ROWS, WindowPredictor
 from attention_predictor.progress import Progress
 
 SINK = RECENT = 4  # blocks
+ATTENDED = 64  # of a step
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Way:
     name: str
     history: Callable[..., ScoreHistory]
     predictor: AttentionPredictor
+    heads: int
     kv_heads: int
     kernel: bool = False
     missing: str | None = None
@@ -45,14 +47,14 @@ def main(args: argparse.Namespace) -> int:
     published = WindowPredictor().to(device).eval()
     default = AttentionPredictor.from_pretrained("default", device=device)
     missing, missing_streamed = history.no_kernel(default, device), streaming.no_kernel(published, device)
-    kept, streamed, G = ScoreHistory, StreamedHistory, args.kv_heads
+    kept, streamed, shape = ScoreHistory, StreamedHistory, (args.heads, args.kv_heads)
     ways = (
-        Way("ours, kernels", kept, default, G, kernel=True, missing=missing),
-        Way("ours, torch operations", kept, default, G),
-        Way("published, streamed, kernels", streamed, published, G, kernel=True, missing=missing_streamed),
-        Way("published, streamed", streamed, published, G),
-        Way("published, over its window", kept, published, G),
-        Way("published, over its window, each query head", kept, published, args.heads),
+        Way("ours, kernels", kept, default, *shape, kernel=True, missing=missing),
+        Way("ours, torch operations", kept, default, *shape),
+        Way("published, streamed, kernels", streamed, published, *shape, kernel=True, missing=missing_streamed),
+        Way("published, streamed", streamed, published, *shape),
+        Way("published, over its window", kept, published, *shape),
+        Way("published, over its window, each query head", kept, published, args.heads, args.heads),
     )
     rows: list[Row] = []
     with Progress("predictor", len(contexts) * len(ways), "measurements") as progress:
@@ -79,9 +81,15 @@ def _timed(way: Way, tokens: int, args: argparse.Namespace, device: torch.device
         state.start(rows_BGRN)
         return state
 
+    # As decoding calls it: logits of the attended blocks, estimates of all, the length on the device.
+    B, H, G, S = args.batch, way.heads, way.kv_heads, min(ATTENDED, n_blocks)
+    peak_BHN, total_BH = torch.randn(B, H, n_blocks, device=device), torch.full((B, H), 8.0, device=device)
+    block_BGS, slot_peak_BHS = torch.arange(S, device=device).repeat(B, G, 1), torch.randn(B, H, S, device=device)
+    length_B = torch.full((B,), tokens, device=device)
+
     def step(state: ScoreHistory) -> None:
-        state.push(rows_BGRN[:, :, 0])
-        state.predict(SINK, n_blocks - RECENT)
+        state.observe_slots(peak_BHN, block_BGS, slot_peak_BHS, total_BH, length_B)
+        state.predict_ahead(SINK, RECENT * BLOCK, length_B, None, n_blocks)
 
     first = started()
     layers = min(input_sets(first.nbytes, device), args.layers)  # in turn, as those of a model

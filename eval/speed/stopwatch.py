@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from attention_predictor.arithmetic import ceil_div
+
 WARM_UP = 3  # calls
 LEAST_LAUNCHES = 20  # in one captured graph: their mean is free of what starting a graph takes
 LEAST_REPLAYS = 5
@@ -75,7 +77,7 @@ def _one_by_one(calls: Sequence[Call], gpu: bool, repeats: int, seconds: float) 
 
 
 def _by_graph(calls: Sequence[Call], repeats: int, seconds: float) -> float:
-    launches = -(-LEAST_LAUNCHES // len(calls)) * len(calls)
+    launches = ceil_div(LEAST_LAUNCHES, len(calls)) * len(calls)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -18,40 +18,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import ops
 from attention_predictor.offload.attention import fused
 from attention_predictor.offload.attention.fused import Piece
+from attention_predictor.offload.chunk import LOGITS_TOKENS, Chunk, split
 from attention_predictor.predictor.scores import block_peak_and_sum
 
-# Most tokens of a chunk. Merging a piece costs each query about as much as attention to a few hundred keys.
-CHUNK_TOKENS = 16384
-# Of what the plain operations hold at once: bytes of fp32 logits, and tokens.
+# Of what the plain operations hold at once: bytes of fp32 logits; and at most ``LOGITS_TOKENS`` tokens.
 LOGITS_BYTES = 1 << 27
-LOGITS_TOKENS = 4096
 # Elements that a mask of queries by keys may have. Longer prompts are attended sequence by sequence, or plainly.
 MASK_ELEMENTS = 1 << 24
 # Fewer keys are not worth a kernel, and some kernels do not take so few.
 FUSED_TOKENS = 64
 # Log-sum-exp of no key at all. Finite, so that differences of two of them are.
 NOTHING = -1e30
-
-
-class Chunk(NamedTuple):
-    """Keys and values of tokens ``start`` to ``start + T``."""
-
-    start: int
-    key_BGTD: Tensor
-    value_BGTD: Tensor
-
-    @property
-    def end(self) -> int:
-        return self.start + self.key_BGTD.shape[2]
-
-    def tokens(self, start: int, end: int) -> Chunk:
-        """The tokens that lie within these numbers, which count from the first of the sequence."""
-        start = min(max(start, self.start), self.end)
-        part = slice(start - self.start, max(end, start) - self.start)
-        return Chunk(start, self.key_BGTD[:, :, part], self.value_BGTD[:, :, part])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +64,6 @@ class ScoreRows(NamedTuple):
 
     scores_BGQN: Tensor
     mass_BGQN: Tensor
-
-
-def chunk_tokens(query_BHQD: Tensor) -> int:
-    """Tokens that a chunk from host memory should have: many where many queries make merging dear."""
-    return min(max(query_BHQD.shape[2], LOGITS_TOKENS), CHUNK_TOKENS)
-
-
-def split(chunk: Chunk, tokens: int) -> Iterator[Chunk]:
-    """The same in chunks that end where a multiple of so many tokens does."""
-    start = chunk.start
-    while start < chunk.end:
-        end = min((start // tokens + 1) * tokens, chunk.end)
-        yield chunk.tokens(start, end)
-        start = end
 
 
 # ---- attention ---------------------------------------------------------------------------------------------------
@@ -304,7 +271,7 @@ class Scorer:
         self.kernel = kernel and not whole_mask and ops.reduces(query_BHQD.device, block_size)
         self.query_BHQD, self.first_query, self.terms = query_BHQD, length - Q, terms
         self.kv_heads, self.block_size = kv_heads, block_size
-        shape = (B, H, Q, -(-length // block_size))
+        shape = (B, H, Q, ceil_div(length, block_size))
         self.peak_BHQN = query_BHQD.new_full(shape, float("-inf"), dtype=torch.float32)
         self.sum_BHQN = torch.full_like(self.peak_BHQN, float("-inf"))
 

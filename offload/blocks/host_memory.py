@@ -19,6 +19,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import HostMemoryError, IntegrityError
 from attention_predictor.offload.blocks.available_memory import available_memory
 from attention_predictor.sizes import size_text
@@ -199,7 +200,7 @@ class HostMemory:
                         counted.append(segment)
                         count -= taken
                 # As many segments as there are workers, within what is worth one.
-                size = min(max(-(-count * room // WORKERS), SMALL_BYTES), SEGMENT_BYTES)
+                size = min(max(ceil_div(count * room, WORKERS), SMALL_BYTES), SEGMENT_BYTES)
                 each = max(size // room, 1)
                 while count > 0:
                     counted.append(self._add(min(each, count) * room, keep=counted))
@@ -283,4 +284,4 @@ class HostMemory:
 
 
 def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return ceil_div(nbytes, ALIGNMENT) * ALIGNMENT

@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -25,12 +25,26 @@ from attention_predictor.offload.blocks.host_store import HostStore
 from attention_predictor.offload.blocks.slot_table import SlotTable
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.blocks.prefetch import Ticket
+    from attention_predictor.offload.blocks.host_memory import HostMemory
+    from attention_predictor.offload.blocks.prefetch import Prefetcher, Ticket
     from attention_predictor.offload.blocks.selection import Limits, Selection
-    from attention_predictor.offload.runtime import Runtime
+    from attention_predictor.offload.config import OffloadConfig
+    from attention_predictor.offload.stats import DeviceCounts, Stats
 
 ROOM_BLOCKS = 64  # by which the room for blocks grows: doubling would waste the memory this library saves
 POOL_STEP = 16  # slots by which the pool grows while the context is shorter than the budget
+
+
+class Common(Protocol):
+    """What the blocks of all layers have in common (``Runtime``)."""
+
+    config: OffloadConfig
+    stats: Stats
+    counts: DeviceCounts
+    prefetcher: Prefetcher
+
+    @property
+    def memory(self) -> HostMemory: ...
 
 
 class LayerBlocks:
@@ -49,7 +63,7 @@ class LayerBlocks:
 
     def __init__(
         self,
-        runtime: Runtime,
+        runtime: Common,
         number: int,
         *,
         batch: int,
@@ -86,7 +100,7 @@ class LayerBlocks:
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
     def reserve(self, tokens: int) -> None:
-        """Room for so many tokens, where the GPU writes them itself; in the table also for the one that follows them."""
+        """Room for so many tokens, where the GPU writes them itself; in the table for one more."""
         blocks = ceil_div(tokens + 1, self.block_size)
         if blocks > self.capacity:
             self.capacity = ceil_div(blocks, ROOM_BLOCKS) * ROOM_BLOCKS
@@ -248,7 +262,7 @@ class LayerBlocks:
     # ---- captured steps --------------------------------------------------------------------------------------------
 
     def enter(self, length_B: Tensor, tokens: int, slots: int) -> None:
-        """From now on whoever takes the steps counts tokens in ``length_B``, and no tensor moves until there are so many."""
+        """From now on whoever takes the steps counts tokens in ``length_B``; nothing moves until there are so many."""
         self.settle()
         self._device_length_B = self._length_B = length_B
         self.grow(slots)

@@ -72,6 +72,7 @@ class Prefetcher(ABC):
         device may wait. Raises FetchError, from the job's own error, when this or another job failed.
         """
 
+    @abstractmethod
     def drain(self) -> None:
         """Returns when no job is unfinished, or the worker is gone. Never raises."""
 
@@ -122,6 +123,9 @@ class SyncPrefetcher(Prefetcher):
         self._check()
         waited_ms, ticket._wait_ms = ticket._wait_ms, 0.0
         return waited_ms
+
+    def drain(self) -> None:
+        """Nothing is ever outstanding."""
 
     def close(self) -> None:
         self._closed = True

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import nn
-from transformers import PreTrainedConfig
-
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import HostMemoryError
 from attention_predictor.offload.blocks.available_memory import available_memory
 from attention_predictor.offload.blocks.host_memory import SPARE_BYTES, HostMemory
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.offload.hf.versions import layer_config
 from attention_predictor.sizes import size_text
 
 GROWTH = 4096  # tokens by which captured steps have more room than they need: then they are captured anew
@@ -53,7 +50,7 @@ class Room:
 
     def bytes_for(self, batch: int, tokens: int) -> int:
         """What a cache of these sequences takes, in whole slabs; of the layers whose shape is known."""
-        slabs = -(-tokens // self.slab_tokens)
+        slabs = ceil_div(tokens, self.slab_tokens)
         known = (shape for shape in self.shapes.values() if shape is not None)
         return sum(batch * slabs * self.slab_tokens * shape.token_bytes for shape in known)
 
@@ -96,33 +93,6 @@ class Room:
             return
         if self.captures:
             tokens = self.captured(tokens)
-        slabs = -(-tokens // self.slab_tokens) - room // self.slab_tokens
+        slabs = ceil_div(tokens, self.slab_tokens) - room // self.slab_tokens
         sizes = [batch * self.slab_tokens * shape.token_bytes for shape in self.shapes.values() if shape is not None]
         self.memory.prepare([(size, slabs * sizes.count(size)) for size in sorted(set(sizes), reverse=True)])
-
-
-def expected_shapes(
-    model: nn.Module, config: PreTrainedConfig, layers: list[int], itemsize: int
-) -> dict[int, KVShape | None]:
-    """The shapes of layers before any tensor is there, by their attention modules and the model's settings."""
-    modules: dict[int, nn.Module] = {}
-    for module in model.modules():
-        number = getattr(module, "layer_idx", None)
-        if isinstance(number, int) and isinstance(getattr(module, "head_dim", None), int):
-            modules.setdefault(number, module)
-    return {number: _expected(modules.get(number), config, number, itemsize) for number in layers}
-
-
-def _expected(module: nn.Module | None, config: PreTrainedConfig, number: int, itemsize: int) -> KVShape | None:
-    own = layer_config(config, number)
-    heads = getattr(own, "num_attention_heads", None)
-    kv_heads = getattr(own, "num_key_value_heads", None) or heads
-    head_dim = getattr(module, "head_dim", None) or getattr(own, "head_dim", None)
-    if head_dim is None and heads and getattr(own, "hidden_size", None):
-        head_dim = own.hidden_size // heads
-    projection = getattr(module, "k_proj", None)
-    if head_dim and isinstance(projection, nn.Linear) and projection.out_features % head_dim == 0:
-        kv_heads = projection.out_features // head_dim
-    if not isinstance(kv_heads, int) or not isinstance(head_dim, int):
-        return None
-    return KVShape(kv_heads, head_dim, itemsize)

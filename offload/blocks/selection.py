@@ -6,7 +6,6 @@ Suffixes: G KV heads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -35,9 +34,15 @@ class Limits(NamedTuple):
     sink_blocks: int
     recent: int
 
+    @property
+    def less(self) -> tuple[int, ...]:
+        """Tokens by which each KV head has less; ``()`` where none has."""
+        return tuple(self.tokens - own for own in self.heads)
+
+    @torch.inference_mode(False)
     def less_G(self, device: torch.device) -> Tensor | None:
-        """int64, tokens by which each KV head has less; ``None`` where none has."""
-        return less_than(self.tokens, self.heads, device)
+        """The same as a tensor, int64; ``None`` where none has less."""
+        return torch.tensor(self.less, device=device) if self.heads else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +131,3 @@ class Selection:
         else:
             tokens, heads = tokens + extra, tuple(own + extra for own in heads)
         return Limits(tokens, heads, self.sink // self.block_size, self.recent)
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def less_than(budget: int, heads: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """Tokens by which the budget of each KV head is below the layer's, int64 ``[G]``; ``None`` where all have it."""
-    return torch.tensor([budget - own for own in heads], device=device) if heads else None

@@ -34,10 +34,10 @@ class SlotTable:
     def __init__(self, *, rows: int, device: torch.device) -> None:
         with torch.inference_mode(False):  # inference tensors could not be written to outside of that mode
             slots = torch.full((3, rows, 0), -1, device=device)
-            moves = torch.zeros((2, rows, 0), dtype=torch.int32, device=device)
-            blocks = torch.full((2, rows, 0), -1, dtype=torch.int32, device=device)
+            slot_RC, *moves = torch.full((3, rows, 0), -1, dtype=torch.int32, device=device)
             moves_R = torch.zeros(rows, dtype=torch.int32, device=device)
-            self.tensors = SlotTensors(*slots, blocks[0], *moves, moves_R, blocks[1])
+            self.tensors = SlotTensors._make([*slots, slot_RC, *moves, moves_R])
+        self._less_G: dict[tuple[int, ...], Tensor] = {}  # kept: a captured step reads the same tensor again
 
     @property
     def block_RS(self) -> Tensor:
@@ -89,15 +89,17 @@ class SlotTable:
                 scores = scores.contiguous()
                 ops.choose_by_scores(self.tensors, bounds, scores, counts[:2], ahead=False, late=late_blocks)
             return None
-        sum_BHC, score_BGC = None, scores
+        sum_BHC: Tensor | None
         if isinstance(scores, Estimates):
             sum_BHC, score_BGC = self._shares(scores, extent)
+        else:
+            sum_BHC, score_BGC = None, scores
         if late_blocks is not None:
-            assert isinstance(score_BGC, Tensor)
             resident_BGC = self.resident_RC.view_as(score_BGC)
             absent_BGC = score_BGC.masked_fill(resident_BGC | ~extent.begun_BC[:, None], NEVER)
             reach_BGC = best_blocks(absent_BGC, min(late_blocks, extent.capacity)) | resident_BGC
-            chosen_BGC = chosen_blocks(limits, extent, score_BGC.masked_fill(~reach_BGC, NEVER))
+            score_BGC = score_BGC.masked_fill(~reach_BGC, NEVER)
+            chosen_BGC = chosen_blocks(limits, extent, score_BGC, self._less(limits))
             self._assign(chosen_BGC, extent, 2 * extent.length_B, counts[:2])
         if sum_BHC is None:
             return None
@@ -124,12 +126,20 @@ class SlotTable:
         if score_BGC is None:
             score_BGC = torch.full((B, G, extent.capacity), NEVER, device=extent.length_B.device)
         score_BGC = score_BGC.masked_fill(~extent.begun_BC[:, None], NEVER)
-        self._assign(chosen_blocks(limits, extent.next, score_BGC), extent, 2 * extent.length_B + 1, counts[2:4])
+        chosen_BGC = chosen_blocks(limits, extent.next, score_BGC, self._less(limits))
+        self._assign(chosen_BGC, extent, 2 * extent.length_B + 1, counts[2:4])
 
     def _bounds(self, limits: Limits, extent: Extent) -> ChoiceBounds:
-        less_G = limits.less_G(self.block_RS.device)
+        less_G = self._less(limits)
         numbers = (extent.block_size, limits.tokens, limits.sink_blocks, limits.recent)
         return ChoiceBounds(extent.length_B, extent.padding_B, less_G, *numbers)
+
+    def _less(self, limits: Limits) -> Tensor | None:
+        """``limits.less_G``, kept by its table."""
+        less_G = self._less_G.get(limits.less)
+        if less_G is None and (made_G := limits.less_G(self.block_RS.device)) is not None:
+            less_G = self._less_G[limits.less] = made_G
+        return less_G
 
     def _shares(self, estimates: Estimates, extent: Extent) -> tuple[Tensor, Tensor]:
         """sum_BHC with exact ones for what is resident, where they are given; the shares of blocks, score_BGC."""
@@ -144,7 +154,7 @@ class SlotTable:
 
     def _assign(self, chosen_BGC: Tensor, extent: Extent, use_B: Tensor, count_2: Tensor) -> None:
         """Give every chosen block a slot; list what must be fetched, and last the block that has not begun."""
-        block_RS, active_RS, last_use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R, _ = self.tensors
+        block_RS, active_RS, last_use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R = self.tensors
         (R, S), G = block_RS.shape, chosen_BGC.shape[1]
         chosen_RC, use_R1 = chosen_BGC.flatten(0, 1), use_B.repeat_interleave(G)[:, None]
         begun_RC = extent.begun_BC.repeat_interleave(G, 0)
@@ -194,19 +204,19 @@ class SlotTable:
     @torch.inference_mode(False)
     def grow(self, slots: int) -> None:
         """So many slots, the further ones empty."""
-        more = slots - self.block_RS.shape[1]
-        block_RS, active_RS, use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R, key_RC = self.tensors
+        if (more := slots - self.block_RS.shape[1]) < 0:
+            raise ValueError(f"slots must be at least {self.block_RS.shape[1]}, got {slots}")
+        block_RS, active_RS, use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R = self.tensors
         slots_of = (F.pad(x, (0, more), value=-1) for x in (block_RS, active_RS, use_RS))
         moves = (F.pad(x, (0, more)) for x in (move_block_RS, move_slot_RS))
-        self.tensors = SlotTensors(*slots_of, slot_RC, *moves, moves_R, key_RC)
+        self.tensors = SlotTensors._make([*slots_of, slot_RC, *moves, moves_R])
 
     @torch.inference_mode(False)
     def reserve(self, capacity: int) -> None:
         """Room for so many blocks."""
         more = capacity - self.tensors.slot_RC.shape[1]
         if more > 0:
-            slot_RC, key_RC = (F.pad(x, (0, more), value=-1) for x in (self.tensors.slot_RC, self.tensors.key_RC))
-            self.tensors = self.tensors._replace(slot_RC=slot_RC, key_RC=key_RC)
+            self.tensors = self.tensors._replace(slot_RC=F.pad(self.tensors.slot_RC, (0, more), value=-1))
 
     def drop_from(self, block: int) -> None:
         """Empty the slots of every block from number ``block`` on (the context was cropped, or a block has grown)."""
@@ -218,7 +228,7 @@ class SlotTable:
     def index(self, batch_index: Tensor, kv_heads: int) -> None:
         """Make sequence i what sequence ``batch_index[i]`` was (beams)."""
         picked = (x.unflatten(0, (-1, kv_heads))[batch_index].flatten(0, 1) for x in self.tensors)
-        self.tensors = SlotTensors(*picked)
+        self.tensors = SlotTensors._make(picked)
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` unless every resident block has one slot, and both maps agree."""
@@ -234,25 +244,26 @@ class SlotTable:
             raise IntegrityError(f"{wrong} active slots hold another block")
 
 
-def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor) -> Tensor:
+def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor, less_G: Tensor | None = None) -> Tensor:
     """What a step at ``extent`` attends to, bool BGC: sink and recent, the best others up to the limit; all within it.
 
     Blocks of padding alone are never chosen; the sink begins at the first real token.
 
     Args:
         score_BGC: ``-inf`` for never.
+        less_G: ``limits.less_G``, from whoever keeps it; ``None``: made here.
     """
     block_C, length_B1, first_B1 = extent.block_C, extent.length_B[:, None], extent.first_block_B[:, None]
     real_BC = extent.begun_BC & (block_C >= first_B1)
     recent_B1 = (length_B1 - max(limits.recent, 1)).clamp_min(0) // extent.block_size
     always_BC = real_BC & ((block_C < first_B1 + limits.sink_blocks) | (block_C >= recent_B1))
-    less_G = limits.less_G(block_C.device)
-    limit_G = limits.tokens if less_G is None else limits.tokens - less_G
+    less_G = limits.less_G(block_C.device) if less_G is None else less_G
+    limit_G: int | Tensor = limits.tokens if less_G is None else limits.tokens - less_G
     whole_BG1 = (length_B1 <= limit_G)[:, :, None]
     always_BGC = always_BC[:, None] | (real_BC[:, None] & whole_BG1)
     score_BGC = score_BGC.masked_fill(~real_BC[:, None], NEVER).masked_fill(always_BGC, ALWAYS)
     most = min(limits.tokens // extent.block_size, extent.capacity)
-    most_G1 = None if less_G is None else (limit_G // extent.block_size)[:, None]
+    most_G1 = None if less_G is None else ((limits.tokens - less_G) // extent.block_size)[:, None]
     return best_blocks(score_BGC, most, most_G1) | always_BGC
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from attention_predictor.csrc import ops
+from attention_predictor.csrc import binding, ops
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.errors import AttachError, ConfigError
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.prefetch import make_prefetcher
-from attention_predictor.offload.blocks.room import Room, expected_shapes
+from attention_predictor.offload.blocks.room import Room
 from attention_predictor.offload.config import CAPTURING, OffloadConfig
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.attachment import Attachment, configs_of
@@ -22,8 +22,10 @@ from attention_predictor.offload.hf.attention import NAME
 from attention_predictor.offload.hf.cache import full_attention_layers
 from attention_predictor.offload.hf.compiled import CompiledLayers
 from attention_predictor.offload.hf.forwards import Forwards
+from attention_predictor.offload.hf.fused.modules import FusedModules
 from attention_predictor.offload.hf.graph import CapturedSteps
 from attention_predictor.offload.hf.rehearsal import rehearse
+from attention_predictor.offload.hf.shapes import expected_shapes
 from attention_predictor.offload.hf.versions import decoder_layers, layer_config, makes_own_cache
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.allocation import first_budgets
@@ -93,8 +95,7 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -
     if reason is not None and config.prefetch == "graph":
         runtime.note_fallback(f"the prefetch thread in place of captured steps: {reason}")
     elif runtime.room.captures or config.prefetch == "graph":
-        compiled = CompiledLayers(decoder) if config.compile else None
-        captured = CapturedSteps(name, model.forward, text_config, runtime, compiled)
+        captured = CapturedSteps(name, model.forward, text_config, runtime, _faster(decoder, runtime))
     engine = Engine(model, runtime, attachment, captured)
     Forwards(model, decoder, runtime, attachment, captured).install()
     attachment.attribute(model, ENGINE, engine)
@@ -110,6 +111,18 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -
     return engine
 
 
+def _faster(decoder: PreTrainedModel, runtime: Runtime) -> CompiledLayers | FusedModules | None:
+    """What makes captured steps out of fewer launches, as the settings and the device have it."""
+    config, device = runtime.config, runtime.device
+    if config.compile:
+        return CompiledLayers(decoder)
+    if config.unfused or config.kernels == "none" or not binding.on_gpu(device) or ops.missing(device) is not None:
+        return None
+    modules = FusedModules(decoder)
+    runtime.stats.fused = str(modules)
+    return modules if modules.found else None
+
+
 def _kernels(runtime: Runtime, dtype: torch.dtype) -> list[Kernel]:
     """All that prompts and steps will need, to be compiled at once, in parallel."""
     config, predictor = runtime.config, runtime.predictor
@@ -120,6 +133,7 @@ def _kernels(runtime: Runtime, dtype: torch.dtype) -> list[Kernel]:
             head_dim,
             sketch_bits=config.sketch_bits if predictor is not None and config.needs_sketch else None,
             predictor=None if predictor is None else predictor.arch,
+            fused=runtime.room.captures and not (config.compile or config.unfused),
         )
         found |= {kernel.name: kernel for kernel in kernels}
     return list(found.values())

@@ -25,7 +25,7 @@ from attention_predictor.offload.hf.handed import Handed, hand_over
 from attention_predictor.offload.hf.versions import layer_config
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.hf.graph import Graphed
+    from attention_predictor.offload.hf.layer import Captor
     from attention_predictor.offload.runtime import Runtime
 
 EMPTY = "DummyLayer"  # transformers' layer without a cache, of models that share keys between layers
@@ -76,7 +76,7 @@ class FixedLayer(CacheLayerMixin):
         stock: DynamicLayer,
         number: int,
         runtime: Runtime,
-        graphed: Graphed,
+        graphed: Captor,
         tables: dict[tuple[int, int], RingTable],
         padding_B: Tensor | None,
         tokens: int,

@@ -21,6 +21,7 @@ from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.compiled import CompiledLayers
 from attention_predictor.offload.hf.experts import capturable_experts
 from attention_predictor.offload.hf.fixed_layer import FixedLayer, why_not_fixed
+from attention_predictor.offload.hf.fused.modules import FusedModules
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import CACHE_NAMES, cache_argument, changed
 from attention_predictor.offload.runtime import Runtime
@@ -32,6 +33,7 @@ INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_di
 LEFT_PADDING = "_attention_predictor_left_padding"  # of a mask that is known to rule out what the prompt's did
 
 Forward = Callable[..., Any]
+Faster = CompiledLayers | FusedModules | None
 
 
 class CapturedSteps:
@@ -40,13 +42,11 @@ class CapturedSteps:
     Args:
         name: The model's, for what is noted.
         forward: The model's own.
-        compiled: Its layers, compiled; ``None`` leaves them as they are.
+        faster: Its layers compiled, or its modules fused, within steps alone; ``None`` leaves them as they are.
     """
 
-    def __init__(
-        self, name: str, forward: Forward, config: PreTrainedConfig, runtime: Runtime, compiled: CompiledLayers | None
-    ) -> None:
-        self.name, self.forward, self.config, self.runtime, self.compiled = name, forward, config, runtime, compiled
+    def __init__(self, name: str, forward: Forward, config: PreTrainedConfig, runtime: Runtime, faster: Faster) -> None:
+        self.name, self.forward, self.config, self.runtime, self.faster = name, forward, config, runtime, faster
         self._failure: str | None = None  # of a capture; the next would fail alike
         self._graphed: weakref.WeakKeyDictionary[TieredCache, Graphed] = weakref.WeakKeyDictionary()
 
@@ -61,7 +61,7 @@ class CapturedSteps:
                 reason = "the attention mask rules out more than the prompt's padding on the left, or less"
             if reason is None:
                 if graphed is None:
-                    graphed = self._graphed[cache] = Graphed(cache, self.forward, self.compiled)
+                    graphed = self._graphed[cache] = Graphed(cache, self.forward, self.faster)
                 try:
                     return graphed.run(cache, given)
                 except CaptureError as error:
@@ -90,7 +90,7 @@ def why_not(cache: TieredCache, graphed: Graphed | None) -> str | None:
             return "they need the kernels"
         if not layer.blocks.store.pinned:
             return "they need pinned host memory"
-        if (reason := layer.policy.not_captured(layer.runtime.config)) is not None:
+        if (reason := layer.policy.not_captured(layer.runtime.config) or layer.policy.lacks_kernel) is not None:
             return reason
     if graphed is not None and graphed.in_vain >= IN_VAIN:
         return "something else changes the cache every few tokens, as beams do"
@@ -152,14 +152,14 @@ class Graphed:
     The first steps run kernel by kernel, then one is captured, then replayed for every token until the room is used up.
     """
 
-    def __init__(self, cache: TieredCache, forward: Forward, compiled: CompiledLayers | None) -> None:
+    def __init__(self, cache: TieredCache, forward: Forward, faster: Faster) -> None:
         self.layers = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
         # Not the cache, which owns this and must not be kept alive by it.
         self._layers_of_cache = cache.layers
         self.fixed: list[FixedLayer] = []  # while steps are captured, in the places of transformers' own layers
         self.tables: dict[tuple[int, int], RingTable] = {}
         self.runtime = self.layers[0].runtime
-        self.forward, self.compiled = forward, compiled
+        self.forward, self.faster = forward, faster
         self.cache_name = cache_argument(forward) or CACHE_NAMES[0]
         self.entered = False
         self.running = False
@@ -278,8 +278,8 @@ class Graphed:
         for table in self.tables.values():
             table.update(self.length_B)
         given = {"input_ids": self.ids_B1, "position_ids": self.position, "use_cache": True, self.cache_name: cache}
-        compiled = self.compiled if self.compiled is not None else nullcontext()
-        with compiled, capturable_experts(self.runtime.text_config):
+        faster = self.faster if self.faster is not None else nullcontext()
+        with faster, capturable_experts(self.runtime.text_config):
             # A mask of four dimensions is taken as it is, so that none is made for the host's lengths. None is read:
             # what each layer sees follows from lengths and padding on the device.
             output = self.forward(attention_mask=self.mask, **given)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +20,12 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from attention_predictor.errors import AttachError
-from attention_predictor.offload.attention.dense import (
-    Chunk,
-    Scorer,
-    ScoreRows,
-    Terms,
-    attend,
-    attend_prompt,
-    no_fused,
-)
+from attention_predictor.offload.attention.dense import Scorer, ScoreRows, Terms, attend, attend_prompt, no_fused
 from attention_predictor.offload.attention.sparse import no_kernel
 from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
 from attention_predictor.offload.blocks.room import KVShape
 from attention_predictor.offload.blocks.selection import Budget, Selection
+from attention_predictor.offload.chunk import Chunk
 from attention_predictor.offload.hf.handed import Handed, hand_over
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
@@ -41,9 +34,33 @@ from attention_predictor.offload.step.schedule import EagerSchedule, Schedule
 from attention_predictor.offload.step.step import attend_again, chunks, decode
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.hf.graph import Graphed
     from attention_predictor.offload.policies.allocation import Sharing
     from attention_predictor.offload.runtime import Runtime
+
+
+class Captor(Protocol):
+    """Who captures the steps of a cache (``Graphed``).
+
+    Attributes:
+        running: Whether a step is in progress.
+        length_B: int64 on the device, tokens of each sequence, the one in progress included.
+    """
+
+    running: bool
+    length_B: Tensor
+
+    @property
+    def past(self) -> Tensor:
+        """int64 without dimensions, on the device: tokens before the step in progress."""
+        ...
+
+    def join(self) -> None:
+        """The model waits for all that prepares the next token."""
+        ...
+
+    def leave(self) -> None:
+        """Hand the cache back to the host, unless it is running a step itself."""
+        ...
 
 
 class TieredLayer(CacheLayerMixin):
@@ -77,7 +94,7 @@ class TieredLayer(CacheLayerMixin):
         self.real_BL: Tensor | None = None  # of captured steps
         # Who captures this layer's steps, while someone does, and holds this layer: a reference back would keep the
         # cache's memory until garbage is collected.
-        self._graphed: weakref.ref[Graphed] | None = None
+        self._graphed: weakref.ref[Captor] | None = None
 
     # ---- what transformers asks of a cache layer -------------------------------------------------------------------
 
@@ -158,7 +175,7 @@ class TieredLayer(CacheLayerMixin):
         """Whether the step that ``advance`` has counted reads all keys from host memory, which can't be captured."""
         return self.policy.reads_all_keys or self._is_measured()
 
-    def enter(self, graphed: Graphed, schedule: Schedule, length_B: Tensor, tokens: int) -> None:
+    def enter(self, graphed: Captor, schedule: Schedule, length_B: Tensor, tokens: int) -> None:
         """From now on ``graphed`` runs the steps, up to so many tokens, on the device alone."""
         self.blocks.enter(length_B, tokens, self.selection.most_slots_at(self.blocks.length + 1))
         self.policy.reserve(self.blocks.capacity)
@@ -201,9 +218,9 @@ class TieredLayer(CacheLayerMixin):
         tokens_to_remove = int(tokens_to_remove)  # some versions of transformers give a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        self.check_attended()  # else the policy may lack tokens that are in the store
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        self.check_attended()  # else the policy may lack tokens that are in the store
         self._settle()
         length = max(self.blocks.length + tokens_to_remove, 0)
         if length == 0:
@@ -345,15 +362,19 @@ class TieredLayer(CacheLayerMixin):
             self.note_memory()
             return out_BHQD
         if new:
-            self.blocks.append(key_BGTD.detach(), value_BGTD.detach())
-            self.policy.reserve(self.blocks.capacity)
-            self.policy.extend(key_BGTD.detach(), query_BHQD.detach())
+            self.store(key_BGTD.detach(), value_BGTD.detach(), query_BHQD.detach())
         sharing = self._sharing_now(query_BHQD.shape[2])
         out_BHQD = self._attend_all(query_BHQD, key_BGTD, value_BGTD, terms, sharing)
         if sharing is None:
             self._fetch_ahead()
             self.note_memory()
         return out_BHQD
+
+    def store(self, key_BGTD: Tensor, value_BGTD: Tensor, query_BHQD: Tensor) -> None:
+        """Take the tokens of a forward that is no decoding step: into the blocks, and to the policy."""
+        self.blocks.append(key_BGTD, value_BGTD)
+        self.policy.reserve(self.blocks.capacity)
+        self.policy.extend(key_BGTD, query_BHQD)
 
     def _real_tokens(self, mask: Tensor | None) -> Tensor | None:
         """bool ``[B, L]`` of all tokens there is room for, False at padding: by the mask, or without one on the left.

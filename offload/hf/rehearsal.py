@@ -12,7 +12,7 @@ from attention_predictor.offload.blocks.prefetch import SyncPrefetcher
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import layer_config
 from attention_predictor.offload.runtime import Runtime
-from attention_predictor.offload.stats import Stats
+from attention_predictor.offload.stats import DeviceCounts, Stats
 
 TOKENS = 512  # of the prompt: more than one group of the sketch, and candidates between sink and recent
 
@@ -24,7 +24,8 @@ def rehearse(runtime: Runtime, config: PreTrainedConfig, dtype: torch.dtype) -> 
     shape, heads = runtime.room.shapes[number], getattr(layer_config(config, number), "num_attention_heads", None)
     if shape is None or heads is None or heads % shape.kv_heads:
         return
-    alone = replace(runtime, prefetcher=SyncPrefetcher(), stats=Stats(), open=True)
+    counts = DeviceCounts(runtime.device, number + 1)
+    alone = replace(runtime, prefetcher=SyncPrefetcher(), stats=Stats(), counts=counts, open=True)
     layer = TieredLayer(alone, number)
     query_BHTD = torch.zeros(1, heads, TOKENS, shape.head_dim, dtype=dtype, device=runtime.device)
     key_BGTD, value_BGTD = layer.update(*query_BHTD[:, : shape.kv_heads].expand(2, -1, -1, -1, -1).clone())

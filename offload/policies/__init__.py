@@ -7,27 +7,13 @@ from typing import TYPE_CHECKING
 
 from attention_predictor.errors import ConfigError
 from attention_predictor.lazy import lazy_names
+from attention_predictor.offload.policy_names import BUILT_IN, add_policy_name, policy_names
 
 if TYPE_CHECKING:
     from attention_predictor.offload.policies.base import LayerSpec as LayerSpec
     from attention_predictor.offload.policies.base import Policy as Policy
     from attention_predictor.offload.policies.base import Step as Step
 
-# By name: module, here, and class. The names can be listed, and settings checked, without torch.
-_BUILT_IN = {
-    "full": ("full", "Full"),
-    "streaming": ("streaming", "Streaming"),
-    "quest": ("quest", "Quest"),
-    "quest-ahead": ("quest", "QuestAhead"),
-    "predictor": ("predictor", "Predictor"),
-    "oracle": ("oracle", "Oracle"),
-    "h2o": ("h2o", "H2O"),
-    "snapkv": ("snapkv", "SnapKV"),
-    "pyramidkv": ("pyramidkv", "PyramidKV"),
-    "cake": ("cake", "CAKE"),
-    "tappa": ("tappa", "TAPPA"),
-    "lazy-eviction": ("lazy_eviction", "LazyEviction"),
-}
 _REGISTERED: dict[str, type[Policy]] = {}
 
 _OF_BASE = dict.fromkeys(("LayerSpec", "Policy", "Step"), f"{__name__}.base")
@@ -42,19 +28,15 @@ def register(policy: type[Policy]) -> type[Policy]:
     if policy.name in policy_names() and (taken := policy_class(policy.name)) is not policy:
         raise ConfigError(f"policy name {policy.name!r} is taken by {taken.__name__}")
     _REGISTERED[policy.name] = policy
+    add_policy_name(policy.name)
     return policy
-
-
-def policy_names() -> tuple[str, ...]:
-    """The names ``OffloadConfig.policy`` may have."""
-    return tuple(dict.fromkeys((*_BUILT_IN, *_REGISTERED)))
 
 
 def policy_class(name: str) -> type[Policy]:
     """The policy of that name, or a ``ConfigError`` that lists the valid ones."""
     if name in _REGISTERED:
         return _REGISTERED[name]
-    if name not in _BUILT_IN:
+    if name not in BUILT_IN:
         raise ConfigError(f"policy={name!r} is not allowed: expected one of {', '.join(policy_names())}")
-    module, policy = _BUILT_IN[name]
+    module, policy = BUILT_IN[name]
     return getattr(importlib.import_module(f"{__name__}.{module}"), policy)

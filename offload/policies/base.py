@@ -21,10 +21,11 @@ from torch import Tensor
 from attention_predictor.arithmetic import ceil_div, scatter_or_drop
 from attention_predictor.csrc.ops import Estimates
 from attention_predictor.errors import IntegrityError
-from attention_predictor.offload.attention.dense import Chunk, ScoreRows, Terms, score_rows
+from attention_predictor.offload.attention.dense import ScoreRows, Terms, score_rows
 from attention_predictor.offload.attention.sparse import SparseAttention
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import Selection
+from attention_predictor.offload.chunk import Chunk
 
 if TYPE_CHECKING:
     from attention_predictor.offload.config import OffloadConfig
@@ -204,6 +205,11 @@ class Policy:
     @classmethod
     def not_captured(cls, config: OffloadConfig) -> str | None:
         """Why its steps can't be captured under these settings, whatever the model; ``None`` if they can."""
+        return None
+
+    @property
+    def lacks_kernel(self) -> str | None:
+        """Which part of it asks the host on this device, for want of a kernel, so that it can't be captured."""
         return None
 
     @property

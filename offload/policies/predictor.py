@@ -70,6 +70,10 @@ class Predictor(Policy):
         return self.sketch is not None and (self.late_share > 0 or self.spec.config.reserve > 0)
 
     @property
+    def lacks_kernel(self) -> str | None:
+        return None if self.sketch is None else self.sketch.no_kernel(self.size)
+
+    @property
     def reads_all_keys(self) -> bool:
         config = self.spec.config
         return config.calibration == "exact" and self.steps % config.calibration_interval == 0
@@ -126,30 +130,36 @@ class Predictor(Policy):
         if self.reads_all_keys:
             self.history.push(self.row(step))
             return
-        self.history.push_slots(*self._logits(step), step.extent.length_B)
+        peak_BHC, rest_BH = self._estimates(step)
+        self.history.observe_slots(peak_BHC, *self._attended(step), step.extent.length_B, rest_BH)
 
     def row(self, step: Step) -> Tensor:
         """What the history is told of this step, ``[B, G, C]``; of an exact one, ``[B, G, N]``."""
         if self.reads_all_keys:
             return step.exact.scores_BGQN[:, :, 0]
-        return row_of_logits(*self._logits(step), step.extent.capacity)
+        (peak_BHC, rest_BH), (block_BGS, slot_peak_BHS, total_BH) = self._estimates(step), self._attended(step)
+        if rest_BH is not None:
+            total_BH = torch.logaddexp(total_BH, rest_BH)
+        return row_of_logits(peak_BHC, block_BGS, slot_peak_BHS, total_BH, step.extent.capacity)
 
-    def _logits(self, step: Step) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """This step's row, as ``row_of_logits`` takes it: exact where it attended, estimated or zero elsewhere."""
-        peak_BHC, total_BH = None, step.attention.lse_BH
-        if self.spec.config.calibration == "sketch":
-            assert step.estimates is not None
-            assert step.rest_BH is not None
-            peak_BHC, total_BH = step.estimates.peak_BHC, torch.logaddexp(total_BH, step.rest_BH)
-        return peak_BHC, step.block_BGS, step.attention.scores.peak_BHS, total_BH
+    def _estimates(self, step: Step) -> tuple[Tensor | None, Tensor | None]:
+        """What is said of blocks that the step did not attend to: their peaks and log-sum-exp, or nothing."""
+        if self.spec.config.calibration != "sketch":
+            return None, None
+        assert step.estimates is not None
+        return step.estimates.peak_BHC, step.rest_BH
+
+    @staticmethod
+    def _attended(step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """The blocks that the step attended to, their peaks, and the log-sum-exp of all of them."""
+        return step.block_BGS, step.attention.scores.peak_BHS, step.attention.lse_BH
 
     def score_next(self, extent: Extent) -> Tensor | None:
         if not self.history.started:
             return None
         config = self.spec.config
         first = config.sink // config.block_size
-        score_BGC = self.history.predict_next(first, config.recent, extent.length_B, extent.padding_B)
-        return score_BGC[..., : extent.capacity]
+        return self.history.predict_ahead(first, config.recent, extent.length_B, extent.padding_B, extent.capacity)
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
         # Rows that rejected tokens added stay in the history: they cost nothing but a little of its sharpness.

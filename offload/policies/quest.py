@@ -109,7 +109,7 @@ class Quest(Policy):
         self.bounds = KeyBounds(spec)
 
     @property
-    def parts(self) -> dict[str, KeyBounds]:  # type: ignore[override]
+    def parts(self) -> dict[str, Part]:
         return {"bounds": self.bounds}
 
     def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
@@ -121,7 +121,7 @@ class Quest(Policy):
     def advance(self) -> None:
         self.bounds.length += 1
 
-    def score_now(self, step: Step) -> Tensor:
+    def score_now(self, step: Step) -> Tensor | None:
         return self.bounds.bound(step.query_BHD)
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:

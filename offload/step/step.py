@@ -17,10 +17,11 @@ from typing import Protocol
 from torch import Tensor
 
 from attention_predictor.csrc.ops import Estimates
-from attention_predictor.offload.attention.dense import Chunk, Terms, chunk_tokens
+from attention_predictor.offload.attention.dense import Terms
 from attention_predictor.offload.attention.sparse import attend_slots, score_slots
 from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
 from attention_predictor.offload.blocks.selection import Selection
+from attention_predictor.offload.chunk import Chunk, chunk_tokens
 from attention_predictor.offload.policies.base import Policy, Step
 from attention_predictor.offload.step.schedule import Schedule
 

@@ -8,7 +8,10 @@ Ways (--ways; those in parentheses, and on a CPU those that need a GPU, are
 not measured unless asked for):
   floor           transformers' StaticCache, compiled, always at a context of
                   1,024 tokens: what is to be approached
-  graph           ours, a whole step as one CUDA graph
+  graph           ours, a whole step as one CUDA graph, in which norms,
+                  gated MLPs and rotary embeddings are a kernel each
+  (graph-unfused) the same without these kernels, the model's operations one
+                  by one
   graph-compiled  the same, and the model's layers compiled
   thread          ours, with the prefetch thread
   (no-kernels)    the same, with torch operations alone
@@ -16,7 +19,8 @@ not measured unless asked for):
   offloaded       the same, offloaded layer by layer
 
 For each: milliseconds a token, median and 95th percentile; the ratio of the median to ours (the first of graph,
-graph-compiled, thread that was measured) and to the floor; memory; for ours also hit rate, bytes fetched, exposed wait.
+graph-compiled, graph-unfused, thread that was measured) and to the floor; memory; for ours also hit rate, bytes
+fetched, exposed wait.
 A few further steps are profiled, for milliseconds by stage and the time in which the device stood still.
 What does not fit in memory is skipped, and it is said why.
 
@@ -24,6 +28,8 @@ examples:
   attnpred bench decode --context 8192 --budget 512
   attnpred bench decode --shape llama-3.1-8b --context 131072 --budget 1024 \\
       --batch 1 --synthetic --json
+  attnpred bench decode --shape llama-3.1-8b --context 131072 --synthetic \\
+      --ways graph,graph-unfused,graph-compiled    # what fusing gains
   attnpred bench decode --shape llama-3.1-8b --synthetic \\
       --contexts 1024,8192,32768,131072 --out runs/h200.jsonl \\
       --plot runs/h200.png

@@ -1,0 +1,61 @@
+"""Why a device has no kernels, if it has none; and their compilation before they are needed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from attention_predictor.csrc import attention, function, gather, kernel, sketch
+from attention_predictor.csrc.kernel import Kernel
+from attention_predictor.errors import BuildError
+
+FUNCTIONS = (attention.ON_CPU, gather.ON_CPU, sketch.ON_CPU)  # all that a CPU has
+LEAST_CAPABILITY = (8, 0)
+logger = logging.getLogger(__name__)
+_reasons: dict[torch.device, str | None] = {}
+
+
+def missing(device: torch.device) -> str | None:
+    """Why there are no kernels for this device, on one line; what a compiler said goes to the log, once."""
+    if device in _reasons:
+        return _reasons[device]
+    return prepare(device, [gather.NOTE_TIME])  # the smallest: it shows whether any can be compiled and loaded
+
+
+def prepare(device: torch.device, kernels: Sequence[Kernel]) -> str | None:
+    """Compile and load kernels before they are needed; those that are not kept on disk in parallel.
+
+    On a CPU all there are, whatever ``kernels``.
+
+    Returns:
+        ``None``, or on one line why that fails: ``missing`` says the same from then on, and nothing is tried again.
+    """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if (reason := _reasons.get(device)) is None:
+        try:
+            if device.type == "cpu":
+                function.load(FUNCTIONS)
+            else:
+                reason = _unfit(device)
+                if reason is None:
+                    kernel.load(kernels, device)
+        except BuildError as error:
+            reason, *output = str(error).splitlines()
+            if output:
+                logger.warning("kernels for %s: %s", device, error)
+    _reasons[device] = reason
+    return reason
+
+
+def _unfit(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"none are written for {device.type}"
+    if torch.version.cuda is None:
+        return "none are written for ROCm"
+    if (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+        least, found = (".".join(map(str, one)) for one in (LEAST_CAPABILITY, capability))
+        return f"none are written for GPUs of a compute capability below {least}, this one has {found}"
+    return None

@@ -1,0 +1,1 @@
+"""A model's small operations by one kernel each, within captured steps."""
