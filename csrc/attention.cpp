@@ -15,7 +15,10 @@ template <typename E>
 void attend_row(const SparseDecode &a, int64_t row) {
     const int64_t b = row / a.kv_heads, kv_head = row % a.kv_heads, group = a.group;
     const int64_t D = a.head_dim, T = a.tokens, S = a.slots, first = row * group;
-    const int64_t length = a.length_B ? a.length_B[b] : a.length;
+    const int64_t length = a.length_B ? a.length_B[b] : a.length, padding = a.padding ? a.padding[b] : 0;
+    int64_t visible = padding;
+    if (a.window) visible = std::max(visible, length - a.window);
+    if (a.chunk) visible = std::max(visible, padding + (length - 1 - padding) / a.chunk * a.chunk);
     const float scaling = static_cast<float>(a.scaling), softcap = static_cast<float>(a.softcap);
     // Weights of a slot are relative to the slot's own peak; what that is worth is known once all are seen.
     std::vector<float> query(group * D), weight(group * S * T), part(D), out(group * D, 0.f), dot(group);
@@ -26,7 +29,7 @@ void attend_row(const SparseDecode &a, int64_t row) {
         for (int64_t t = 0; t < T; ++t) {
             const int64_t token = block * T + t;
             const bool seen =
-                block >= 0 && token < length && (a.real == nullptr || a.real[b * a.length + token]);
+                block >= 0 && token >= visible && token < length && (a.real == nullptr || a.real[b * a.length + token]);
             if (!seen) {
                 for (int64_t m = 0; m < group; ++m) weight[(m * S + s) * T + t] = kNever;
                 continue;

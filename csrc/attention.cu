@@ -288,10 +288,25 @@ __device__ __forceinline__ int list_slots(const SparseDecode &a, const Share &sh
     return (active - share.rank + share.ranks - 1) >> shift;
 }
 
-// Whether this lane's token, of the first 16 lanes, is there and no padding.
-__device__ __forceinline__ uint8_t is_real(const SparseDecode &a, const Share &share, int length, int block, int part) {
+// Tokens that the newest one may see: from `first` to before `end`.
+struct Visible {
+    int first = 0, end = 0;
+
+    Visible() = default;
+    __device__ __forceinline__ Visible(const SparseDecode &a, int sequence) {
+        end = static_cast<int>(a.length_B ? a.length_B[sequence] : a.length);
+        const int padding = a.padding ? static_cast<int>(a.padding[sequence]) : 0;
+        const int window = static_cast<int>(a.window), chunk = static_cast<int>(a.chunk);
+        first = padding;
+        if (window) first = max(first, end - window);
+        if (chunk) first = max(first, padding + (end - 1 - padding) / chunk * chunk);  // chunks begin behind the padding
+    }
+};
+
+// Whether this lane's token, of the first 16 lanes, is visible and no padding.
+__device__ __forceinline__ uint8_t is_real(const SparseDecode &a, const Share &share, Visible visible, int block, int part) {
     const int offset = part * kTile + threadIdx.x % kWarp, token = block * share.tokens + offset;
-    if (offset >= min(share.tokens, (part + 1) * kTile) || token >= length) return 0;
+    if (offset >= min(share.tokens, (part + 1) * kTile) || token < visible.first || token >= visible.end) return 0;
     return a.real ? a.real[share.sequence * a.length + token] : 1;
 }
 
@@ -423,7 +438,7 @@ __device__ __forceinline__ void attend_slots(const SparseDecode &a) {
 
     Tile<E, kWidth> tile;
     Sums<kWidth> sums = {};
-    int length = 0;
+    Visible visible;
     float top = -INFINITY, total = 0.f;  // of this lane's head: largest logit so far, and weights relative to it
     for (int begin = 0; begin < share.slots; begin += kListed) {
         const int count = list_slots(a, share, begin, list);
@@ -435,12 +450,12 @@ __device__ __forceinline__ void attend_slots(const SparseDecode &a) {
         }
         if (begin == 0) {
             // What is needed later comes behind what takes longest.
-            length = static_cast<int>(a.length_B ? a.length_B[share.sequence] : a.length);
+            visible = Visible(a, share.sequence);
             tile.load_query(asked, D, query);
             write_inactive(a, share);
             __syncthreads();
         }
-        uint8_t real = count > 0 ? is_real(a, share, length, list[0].block, 0) : 0;
+        uint8_t real = count > 0 ? is_real(a, share, visible, list[0].block, 0) : 0;
         float slot_peak = -INFINITY, slot_sum = 0.f;
         for (int entry = 0, part = 0; entry < count;) {
             const bool first = part == 0, last = part == parts - 1;
@@ -451,7 +466,7 @@ __device__ __forceinline__ void attend_slots(const SparseDecode &a) {
             entry += last;
             if (entry < count) {
                 tile.load_key(keys + offset(entry, part), rows(part), D);
-                real = is_real(a, share, length, list[entry].block, part);
+                real = is_real(a, share, visible, list[entry].block, part);
             }
 
             // Multiplications are never fused with what follows: a slot's scores are the same with values and without.

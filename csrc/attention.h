@@ -10,6 +10,7 @@ struct SparseDecode {
     const uint8_t *real;      // [B, length] 0 at padding; null: no padding
     const float *sinks;       // [H] logit of one more column without a value; null: none
     const int64_t *length_B;  // [B] tokens of each sequence, on the device; null: `length`
+    const int64_t *padding;   // [B] tokens of left padding of each sequence; null: none
     void *out;                // [B, H, D]; this and what follows but for `peak` and `sum`: null for scores alone
     float *peak;              // [B, H, S] largest logit of a slot
     float *sum;               // [B, H, S] log-sum-exp of a slot's logits
@@ -17,5 +18,6 @@ struct SparseDecode {
     float *partial;           // [B, H, splits, D + 4] room for the GPU's partial results
     int32_t *arrived;         // [B, H] zeros, and zeros again afterwards: splits that are done
     int64_t batch, kv_heads, group, slots, tokens, head_dim, length, splits, element;  // H = kv_heads · group
+    int64_t window, chunk;    // visible: so many of the last tokens; those of the newest token's chunk; 0: all
     double scaling, softcap;  // logits are softcap · tanh(scaling · q·k / softcap); softcap 0: scaling · q·k
 };

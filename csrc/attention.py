@@ -33,11 +33,11 @@ class SparseDecode(ctypes.Structure):
         *pointers("block", "int64_t"),
         *pointers("real", "uint8_t"),
         *pointers("sinks", "float"),
-        *pointers("length_B", "int64_t"),
+        *pointers("length_B padding", "int64_t"),
         *pointers("out", "void"),
         *pointers("peak sum lse partial", "float"),
         *pointers("arrived", "int32_t"),
-        *integers("batch kv_heads group slots tokens head_dim length splits element"),
+        *integers("batch kv_heads group slots tokens head_dim length splits element window chunk"),
         *doubles("scaling softcap"),
     ]
 
@@ -72,6 +72,9 @@ def sparse_decode(
     softcap: float,
     length_B: Tensor | None = None,
     arrived_BH: Tensor | None = None,
+    padding_B: Tensor | None = None,
+    window: int = 0,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention of one new token over the tokens of the blocks in the slots.
 
@@ -89,6 +92,9 @@ def sparse_decode(
         length_B: int64 tokens of each sequence, on the device; ``None``: ``length``.
         arrived_BH: int32 zeros, and zeros again afterwards, by which a GPU's thread blocks know the last of them. Who
             calls again and again keeps them, for one call at a time; ``None``: made for this call, by one more kernel.
+        padding_B: int64 tokens of left padding of each sequence, which are not visible; ``None``: none.
+        window: Only so many of the last tokens are visible; 0: all.
+        chunk: Behind the padding tokens form chunks of so many, and only the newest one's is visible; 0: all.
 
     Returns:
         out_BHD in the dtype of the query; fp32 peak_BHS and sum_BHS, largest logit and log-sum-exp of each slot,
@@ -100,7 +106,7 @@ def sparse_decode(
     """
     if torch.compiler.is_compiling():
         inputs = (query_BHD, key_BGSTD, value_BGSTD, block_BGS, length, real_BL, sinks_H, scaling, softcap)
-        return _operation(*inputs, length_B, arrived_BH)
+        return _operation(*inputs, length_B, arrived_BH, padding_B, window, chunk)
     B, G, S, T, D = key_BGSTD.shape
     H, dtype, device = query_BHD.shape[1], key_BGSTD.dtype, key_BGSTD.device
     check("query_BHD", query_BHD, (B, H, D), dtype, device)
@@ -116,6 +122,10 @@ def sparse_decode(
         check("length_B", length_B, (B,), torch.int64, device)
     if arrived_BH is not None:
         check("arrived_BH", arrived_BH, (B, H), torch.int32, device)
+    if padding_B is not None:
+        check("padding_B", padding_B, (B,), torch.int64, device)
+    if window < 0 or chunk < 0:
+        raise ValueError(f"window and chunk: expected tokens, or 0 for all, got {window} and {chunk}")
     if H % G:
         raise ValueError(f"query_BHD has {H} heads, expected a multiple of the pool's {G} KV heads")
     if not fits(key_BGSTD):
@@ -138,8 +148,9 @@ def sparse_decode(
         splits = threads(key_BGSTD.numel())
     arguments = SparseDecode(
         *map(address, (query_BHD, key_BGSTD, value_BGSTD, block_BGS, real_BL, sinks_H, length_B)),
-        *map(address, (out_BHD, peak_BHS, sum_BHS, lse_BH, partial, arrived_BH)),
-        *(B, G, H // G, S, T, D, length, splits, ELEMENTS[dtype], scaling, softcap),
+        *map(address, (padding_B, out_BHD, peak_BHS, sum_BHS, lse_BH, partial, arrived_BH)),
+        *(B, G, H // G, S, T, D, length, splits, ELEMENTS[dtype]),
+        *(window, chunk, scaling, softcap),
     )
     if binding.on_gpu(device):
         kernel(dtype, D, value_BGSTD is not None).launch(device, (splits * pieces, G, B), arguments)

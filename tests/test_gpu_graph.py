@@ -39,7 +39,7 @@ def captured(stats: dict) -> bool:
     if not stats["fallbacks"]:
         return True
     (reason,) = stats["fallbacks"]
-    assert "keeps a" in reason or "can't be captured" in reason or "head size" in reason or "nothing is" in reason
+    assert "head size" in reason or "nothing is" in reason
     return False
 
 
@@ -58,6 +58,45 @@ def test_exact_when_the_budget_covers_the_context(tiny_model, ids, family: str) 
     captured(stats)
     assert torch.equal(ours.sequences, stock.sequences)
     assert max((a - b).abs().max() for a, b in zip(ours.logits, stock.logits, strict=True)) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt-oss", "ministral", "qwen3-moe", "mixtral", "llama4"])
+def test_layers_and_experts_of_several_kinds(tiny_model, ids, family: str, dtype: torch.dtype) -> None:
+    """300 tokens with one sequence padded: windows turn, the room grows, the host looks at everything, steps go on."""
+    model, prompt = tiny_model(family).to("cuda", dtype), ids(300, batch=2).cuda()
+    mask = torch.ones(2, 600, dtype=torch.int64, device="cuda")
+    mask[1, :37] = 0
+    found = []
+    for prefetch in ("graph", "none"):
+        with attach(model, OffloadConfig(prefetch=prefetch, budget=1024)) as engine:
+            given = with_cache(model, engine.new_cache())
+            position = (mask.cumsum(-1) - 1).clamp_min(0)
+            logits = [
+                model(prompt, attention_mask=mask[:, :300], position_ids=position[:, :300], **given).logits[:, -1]
+            ]
+            for step in range(300, 600):
+                # The tokens of the captured steps in both: rounding may turn one.
+                token = (logits if prefetch == "graph" else found[0])[step - 300].argmax(-1, keepdim=True)
+                step_mask, step_position = mask[:, : step + 1], position[:, step : step + 1]
+                logits.append(model(token, attention_mask=step_mask, position_ids=step_position, **given).logits[:, -1])
+                if step % 100 == 50:
+                    next(iter(given.values())).check_integrity()
+            assert not engine.stats.fallbacks
+            assert engine.stats.captured_steps == (300 if prefetch == "graph" else 0)
+        found.append(torch.stack(logits))
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1 * float(found[1].abs().max())
+    torch.testing.assert_close(*found, atol=tolerance, rtol=tolerance)
+
+
+def test_skipped_layers_are_captured(tiny_model, ids) -> None:
+    model, prompt = tiny_model("llama").cuda(), ids(300, batch=2).cuda()
+    (graph, stats), (thread, _) = (
+        decode(model, prompt, 60, prefetch=way, skip_layers=(0,), **SMALL) for way in ("graph", "thread")
+    )
+    assert captured(stats)
+    assert torch.equal(graph.sequences, thread.sequences)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

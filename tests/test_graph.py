@@ -10,9 +10,11 @@ import pytest
 import torch
 from emulated import emulate_steps
 from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.errors import ConfigError
+from attention_predictor.offload.hf import graph as graph_module
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import policy_names
 from attention_predictor.predictor.model import WindowPredictor
@@ -265,12 +267,21 @@ def test_without_a_sketch_it_says_so(monkeypatch, tiny_model, ids, calibration: 
 
 
 def test_a_layer_that_keeps_a_stock_cache_is_named(tiny_model, ids) -> None:
+    """One that nothing of fixed shape can stand in for; a window's is no such layer."""
+
+    class OtherLayer(DynamicSlidingWindowLayer):
+        pass
+
     model, prompt = tiny_model("gemma2"), ids(150)
-    thread, _ = decode(model, prompt, 6)
-    graph, stats = decode(model, prompt, 6, prefetch="graph")
-    assert torch.equal(graph, thread)
-    (reason,) = stats["fallbacks"]
-    assert "layer 0 keeps a DynamicSlidingWindowLayer of transformers" in reason
+    with attach(model, OffloadConfig(**SETTINGS, prefetch="graph")) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        given = with_cache(model, cache)
+        model(prompt, **given)
+        assert graph_module.why_not(cache, None).startswith("they need a CUDA device")
+        cache.layers[0].__class__ = OtherLayer
+        model(prompt[:, :1], **given)
+        (reason,) = engine.stats.fallbacks
+    assert "layer 0 keeps a OtherLayer of transformers" in reason
 
 
 def test_detaching_gives_the_forward_back(tiny_model, ids) -> None:

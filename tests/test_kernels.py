@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attention_predictor.csrc import binding, ops
 from attention_predictor.offload.attention.dense import Terms
-from attention_predictor.offload.attention.sparse import attend_slots, score_slots
+from attention_predictor.offload.attention.sparse import Reach, attend_slots, score_slots
 from attention_predictor.offload.blocks.block_pool import BlockPool
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.host_store import HostStore, gather_reference
@@ -128,6 +128,31 @@ def test_sequences_have_lengths_of_their_own(device: str) -> None:
             torch.testing.assert_close(found.scores.sum_BHS[b : b + 1], alone.scores.sum_BHS)
 
 
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("limits", [{"window": 100}, {"window": 3}, {"window": 7000}, {"chunk": 48}, {"chunk": 50}, {}])
+@pytest.mark.parametrize("padded", [False, True])
+def test_how_far_back_the_newest_token_sees(device: str, dtype: torch.dtype, limits: dict, padded: bool) -> None:
+    """As if what it does not see were ruled out token by token; lengths and padding differ between sequences."""
+    query, key, value, blocks, length, _ = pool_case(device, dtype, S=27)
+    blocks[..., 1:] = torch.arange(2 * 27 - 26, 2 * 27, device=device)  # all of the last ones
+    lengths, paddings = [length, length - 41], [0, 19] if padded else [0, 0]
+    length_B = torch.tensor(lengths, device=device)
+    seen_BL = torch.zeros(2, length, dtype=torch.bool)
+    for b, (end, padding) in enumerate(zip(lengths, paddings, strict=True)):
+        first = max(padding, end - limits.get("window", end))
+        if chunk := limits.get("chunk"):
+            first = end - 1 - (end - 1 - padding) % chunk
+        seen_BL[b, first:end] = True
+    reach = Reach(torch.tensor(paddings, device=device) if padded else None, **limits)
+    pool, terms = (query, key, value, blocks, length_B), Terms(0.125)
+    wanted = attend_slots(*pool, seen_BL.to(device), terms)
+    for kernel, tolerance in ((False, 0.0), (True, 2e-5 if dtype == torch.float32 else 2e-2)):
+        found = attend_slots(*pool, None, terms, kernel=kernel, reach=reach)
+        torch.testing.assert_close(found.out_BHD, wanted.out_BHD, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(found.lse_BH, wanted.lse_BH, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
 @pytest.mark.parametrize(("multiprocessors", "H", "S"), [(1, 1, 523), (3, 9, 70), (500, 9, 70)])
 def test_slots_are_shared_out(device: str, multiprocessors: int, H: int, S: int, monkeypatch) -> None:
@@ -200,7 +225,7 @@ def test_move_blocks(dtype: torch.dtype) -> None:
 
 def test_wrong_arguments_are_named() -> None:
     query, key, value, blocks, length, real = pool_case("cpu", torch.float32)
-    good = [query, key, value, blocks, length, real, None, 0.125, 0.0, None, None]
+    good = [query, key, value, blocks, length, real, None, 0.125, 0.0, None, None, None, 0, 0]
     cases = {
         "query_BHD: expected torch.float32 [2, 8, 64] on cpu, contiguous; found torch.float16": (0, query.half()),
         "value_BGSTD: expected": (2, value[..., :32]),
@@ -209,6 +234,8 @@ def test_wrong_arguments_are_named() -> None:
         "sinks_H: expected torch.float32 [8]": (6, torch.zeros(4)),
         "length_B: expected torch.int64 [2]": (9, torch.tensor([425])),
         "arrived_BH: expected torch.int32 [2, 8]": (10, torch.zeros(2, 8)),
+        "padding_B: expected torch.int64 [2]": (11, torch.zeros(2)),
+        "window and chunk: expected tokens, or 0 for all, got -1 and 0": (12, -1),
     }
     for message, (place, bad) in cases.items():
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):

@@ -64,9 +64,26 @@ ROTATING: dict[str, tuple[str, dict]] = {
     "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
 }
 
+# Of layers and experts of several kinds.
+MIXED: dict[str, tuple[str, dict]] = {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 48,
+            "attention_chunk_size": 32,
+            "no_rope_layers": [1, 0],
+            "layer_types": ["chunked_attention", "full_attention"],
+            "floor_scale": 64,
+            "attn_scale": 0.5,
+        },
+    ),
+}
+
 
 def make_tiny_model(family: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
-    name, extra = (FAMILIES | ROTATING)[family]
+    name, extra = (FAMILIES | ROTATING | MIXED)[family]
     config = getattr(transformers, name)(**(_COMMON | extra | changes))
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")

@@ -17,6 +17,34 @@ from attention_predictor.offload.attention.dense import Terms, scaled_logits
 MOST_TOKENS = 1 << 30
 
 
+class Reach(NamedTuple):
+    """Which of a sequence's tokens the newest one sees, apart from those ruled out one by one.
+
+    Attributes:
+        padding_B: int64, tokens of left padding of each sequence; ``None`` where there is none.
+        window: Only so many of the last tokens, itself included; 0: all.
+        chunk: Tokens form chunks of so many, from the first behind the padding on; only those of its own. 0: all.
+    """
+
+    padding_B: Tensor | None = None
+    window: int = 0
+    chunk: int = 0
+
+    def first_B(self, length_B: Tensor) -> Tensor:
+        """int64, the first token that is seen, in sequences of so many tokens."""
+        padding_B = torch.zeros_like(length_B) if self.padding_B is None else self.padding_B
+        first_B = padding_B
+        if self.window:
+            first_B = torch.maximum(first_B, length_B - self.window)
+        if self.chunk:
+            in_chunk_B = (length_B - 1 - padding_B) % self.chunk
+            first_B = torch.maximum(first_B, length_B - 1 - in_chunk_B)
+        return first_B
+
+
+WHOLE = Reach()
+
+
 class SlotScores(NamedTuple):
     """What a query makes of the slots, in fp32; ``-inf`` where one takes no part.
 
@@ -62,6 +90,7 @@ def attend_slots(
     *,
     kernel: bool = False,
     arrived_BH: Tensor | None = None,
+    reach: Reach = WHOLE,
 ) -> SparseAttention:
     """Attend to the tokens of the blocks in the slots.
 
@@ -74,14 +103,15 @@ def attend_slots(
         terms: Scaling, softcap and sinks; its mask is not used.
         kernel: By the kernel, which must be there (``no_kernel``); else by the reference.
         arrived_BH: int32 zeros for the kernel, to be kept from call to call (``ops.sparse_decode``).
+        reach: How far back the new token sees.
     """
     if kernel:
         pool = (key_BGSTD, value_BGSTD, block_BGS)
-        out_BHD, *scores, lse_BH = _run(query_BHD, *pool, length_B, real_BL, terms, arrived_BH)
+        out_BHD, *scores, lse_BH = _run(query_BHD, *pool, length_B, real_BL, terms, arrived_BH, reach)
         return SparseAttention(out_BHD, SlotScores(*scores), lse_BH)
     B, G, S, T, D = key_BGSTD.shape
     H = query_BHD.shape[1]
-    logits_BHST = slot_logits(query_BHD, key_BGSTD, block_BGS, length_B, real_BL, terms)
+    logits_BHST = slot_logits(query_BHD, key_BGSTD, block_BGS, length_B, real_BL, terms, reach)
     logits = logits_BHST.view(B, G, H // G, S * T)
     lse_BGM = torch.logsumexp(logits, -1)
     if terms.sinks_H is not None:
@@ -114,12 +144,15 @@ def slot_logits(
     length_B: Tensor,
     real_BL: Tensor | None,
     terms: Terms,
+    reach: Reach = WHOLE,
 ) -> Tensor:
     """Logits of the tokens of the blocks in the slots, logits_BHST in fp32; ``-inf`` where one takes no part."""
     B, G, S, T, D = key_BGSTD.shape
     H = query_BHD.shape[1]
     token_BGST = block_BGS[..., None] * T + torch.arange(T, device=block_BGS.device)
     takes_part = (block_BGS[..., None] >= 0) & (token_BGST < length_B[:, None, None, None])
+    if reach is not WHOLE:
+        takes_part &= token_BGST >= reach.first_B(length_B)[:, None, None, None]
     if real_BL is not None:
         index = token_BGST.clamp(0, real_BL.shape[1] - 1).view(B, -1)
         takes_part &= real_BL.gather(1, index).view(B, G, S, T)
@@ -141,6 +174,7 @@ def _run(
     real_BL: Tensor | None,
     terms: Terms,
     arrived_BH: Tensor | None = None,
+    reach: Reach = WHOLE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ops.sparse_decode(
         query_BHD.contiguous(),
@@ -154,4 +188,5 @@ def _run(
         terms.softcap or 0.0,
         length_B,
         arrived_BH,
+        *reach,
     )

@@ -14,7 +14,9 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from attention_predictor.errors import AttachError
 from attention_predictor.offload.attention.dense import Terms, attend_prompt
-from attention_predictor.offload.hf.layer import HANDLE, TieredLayer, as_under_autocast
+from attention_predictor.offload.hf.fixed_layer import FixedLayer
+from attention_predictor.offload.hf.handed import HANDLE
+from attention_predictor.offload.hf.layer import TieredLayer, as_under_autocast
 
 NAME = "attention_predictor"
 
@@ -50,7 +52,7 @@ def tiered_attention(
         AttachError: The model asks for what tiered attention can't do; a tiered layer's keys, values or mask are not
             those that the cache and ``tiered_mask`` gave it.
     """
-    layer: TieredLayer | None = getattr(key, HANDLE, None)
+    layer: TieredLayer | FixedLayer | None = getattr(key, HANDLE, None)
     if biases := sorted(name for name, given in kwargs.items() if "bias" in name and given is not None):
         raise AttachError(f"{type(module).__name__} adds {', '.join(biases)} to its logits: not supported")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from attention_predictor.csrc import binding
+from attention_predictor.offload.blocks.ring import RingTable
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.compiled import CompiledLayers
+from attention_predictor.offload.hf.experts import capturable_experts
+from attention_predictor.offload.hf.fixed_layer import FixedLayer, why_not_fixed
 from attention_predictor.offload.hf.fused.modules import FusedModules
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import CACHE_NAMES, cache_argument, changed
@@ -77,7 +81,9 @@ def why_not(cache: TieredCache, graphed: Graphed | None) -> str | None:
     """Why steps over this cache can't be captured; ``None`` if they can."""
     for number, layer in enumerate(cache.layers):
         if not isinstance(layer, TieredLayer):
-            return f"layer {number} keeps a {type(layer).__name__} of transformers, whose tensors move as it grows"
+            if (reason := why_not_fixed(layer, number)) is not None:
+                return reason
+            continue
         if not binding.on_gpu(layer.runtime.device):
             return f"they need a CUDA device, the model is on {layer.runtime.device}"
         if not layer.kernel:
@@ -148,6 +154,10 @@ class Graphed:
 
     def __init__(self, cache: TieredCache, forward: Forward, faster: Faster) -> None:
         self.layers = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
+        # Not the cache, which owns this and must not be kept alive by it.
+        self._layers_of_cache = cache.layers
+        self.fixed: list[FixedLayer] = []  # while steps are captured, in the places of transformers' own layers
+        self.tables: dict[tuple[int, int], RingTable] = {}
         self.runtime = self.layers[0].runtime
         self.forward, self.faster = forward, faster
         self.cache_name = cache_argument(forward) or CACHE_NAMES[0]
@@ -200,6 +210,11 @@ class Graphed:
         """The model waits for all that prepares the next token."""
         self.schedule.join()
 
+    @property
+    def past(self) -> Tensor:
+        """int64 without dimensions, on the device: tokens before the step in progress."""
+        return self.length_B[0] - 1
+
     def leave(self) -> None:
         """Hand the cache back to the host; waits for the device."""
         if not self.entered or self.running:
@@ -211,8 +226,15 @@ class Graphed:
             torch.cuda.synchronize(self.runtime.device)
         for layer in self.layers:
             layer.leave()
+        for fixed in self.fixed:
+            self._layers_of_cache[fixed.number] = fixed.leave()
+        self.fixed, self.tables = [], {}
 
     # ---- how -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _all_layers(self) -> list[TieredLayer | FixedLayer]:
+        return [*self.layers, *self.fixed]
 
     def _length(self) -> int:
         return self.layers[0].blocks.length
@@ -228,6 +250,13 @@ class Graphed:
         self.eager_steps, self.taken = EAGER_STEPS, 0
         for layer in self.layers:
             layer.enter(self, self.schedule, self.length_B, self.room)
+        self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        padding_B = self.layers[0].padding_B if self.layers[0].is_padded else None
+        for number, stock in enumerate(self._layers_of_cache):
+            if isinstance(stock, DynamicLayer):  # not a tiered one, or one of models that share keys, which has none
+                fixed = FixedLayer(stock, number, self.runtime, self, self.tables, padding_B, self.room)
+                self._layers_of_cache[number] = fixed
+                self.fixed.append(fixed)
         self.entered = True
 
     def _reads_all_keys(self) -> bool:
@@ -238,8 +267,8 @@ class Graphed:
         captured = self.graph is not None and not self.may_read_all_keys
         if captured and self.graph is not None:  # first: the host counts beside it
             self.graph.replay()
-        for layer in self.layers:
-            layer.advance()
+        for one in self._all_layers:
+            one.advance()
         if self._reads_all_keys():
             return self._step(cache)  # from host memory, between captured steps
         self.runtime.stats.captured_steps += 1
@@ -252,10 +281,14 @@ class Graphed:
 
     def _step(self, cache: TieredCache) -> Any:
         self.length_B.add_(1)
-        with self.faster if self.faster is not None else nullcontext():
-            output = self.forward(
-                input_ids=self.ids_B1, position_ids=self.position, use_cache=True, **{self.cache_name: cache}
-            )
+        for table in self.tables.values():
+            table.update(self.length_B)
+        given = {"input_ids": self.ids_B1, "position_ids": self.position, "use_cache": True, self.cache_name: cache}
+        faster = self.faster if self.faster is not None else nullcontext()
+        with faster, capturable_experts(self.runtime.text_config):
+            # A mask of four dimensions is taken as it is, so that none is made for the host's lengths. None is read:
+            # what each layer sees follows from lengths and padding on the device.
+            output = self.forward(attention_mask=self.mask, **given)
         self.schedule.join()
         return output
 
@@ -267,8 +300,8 @@ class Graphed:
                 output = self._step(cache)
         except RuntimeError as error:
             # Nothing has run: capturing only notes what would.
-            for layer in self.layers:
-                layer.armed = False
+            for one in self._all_layers:
+                one.armed = False
             raise CaptureError(str(error).splitlines()[0]) from error
         finally:
             self.running = False

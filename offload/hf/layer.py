@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
 from attention_predictor.offload.blocks.room import KVShape
 from attention_predictor.offload.blocks.selection import Budget, Selection
 from attention_predictor.offload.chunk import Chunk
+from attention_predictor.offload.hf.handed import Handed, hand_over
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
 from attention_predictor.offload.step.recovery import measure
@@ -36,20 +37,22 @@ if TYPE_CHECKING:
     from attention_predictor.offload.policies.allocation import Sharing
     from attention_predictor.offload.runtime import Runtime
 
-# The key that `update` returns carries its layer under this name to the attention function.
-HANDLE = "_attention_predictor_layer"
-
-
-class Handed(NamedTuple):
-    """What ``update`` has handed to the model, to be recognised in the attention function; none of the tensors."""
-
-    tokens: int
-    key: tuple[Any, ...]
-    value: tuple[Any, ...]
-
 
 class Captor(Protocol):
-    """Who captures the steps of a cache (``Graphed``)."""
+    """Who captures the steps of a cache (``Graphed``).
+
+    Attributes:
+        running: Whether a step is in progress.
+        length_B: int64 on the device, tokens of each sequence, the one in progress included.
+    """
+
+    running: bool
+    length_B: Tensor
+
+    @property
+    def past(self) -> Tensor:
+        """int64 without dimensions, on the device: tokens before the step in progress."""
+        ...
 
     def join(self) -> None:
         """The model waits for all that prepares the next token."""
@@ -131,11 +134,7 @@ class TieredLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._settle()
         self.armed = True
-        # A view of its own, so that no reference from the tensor to this layer outlives the call. The layer must
-        # never hold the tensor in turn: that cycle would keep the whole prefill alive.
-        key_states = key_states.view_as(key_states)
-        setattr(key_states, HANDLE, self)
-        self.handed = Handed(key_states.shape[2], _identity(key_states), _identity(value_states))
+        key_states, self.handed = hand_over(self, key_states, value_states)
         return key_states, value_states
 
     def _check_states(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -203,11 +202,14 @@ class TieredLayer(CacheLayerMixin):
         """Tokens for which there is host memory."""
         return self.blocks.store.room if self.is_initialized else 0
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]  # as of static layers
+        """Tokens stored. Within a captured step a tensor on the device, so that no graph keeps the host's number."""
+        if self._graphed is not None and (graphed := self._graphed()) is not None and graphed.running:
+            return graphed.past
         return self.blocks.length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        return (self.blocks.length if self.is_initialized else 0) + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
@@ -301,15 +303,7 @@ class TieredLayer(CacheLayerMixin):
         """Raise ``AttachError`` unless attention is asked for with what ``update`` returned, for those tokens."""
         if self.handed is None or not self.armed:  # of layers that share keys, another one has attended to them
             return
-        for what, found, handed in (("keys", key, self.handed.key), ("values", value, self.handed.value)):
-            if _identity(found) != handed:
-                raise AttachError(
-                    f"layer {self.number}: the model changes {what} between its cache and attention: not supported"
-                )
-        if query_BHQD.shape[2] != self.handed.tokens:
-            raise AttachError(
-                f"layer {self.number}: {query_BHQD.shape[2]} queries for {self.handed.tokens} new tokens: not supported"
-            )
+        self.handed.check(self.number, key, value, query_BHQD)
 
     def check_terms(self, terms: Terms, causal: bool, dropout: float) -> None:
         """Raise ``AttachError`` where attention is asked for that steps over the pool could not do."""
@@ -497,12 +491,6 @@ def as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(tensor.to(dtype) if tensor.dtype == torch.float32 else tensor for tensor in tensors)
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """What tells a tensor from others, and from itself once it has been written to."""
-    version = None if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version
 
 
 def _plain(value: object) -> str:

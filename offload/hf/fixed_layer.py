@@ -1,0 +1,253 @@
+"""FixedLayer: what a layer that is not tiered keeps while steps are captured.
+
+transformers' own layers grow by concatenation: their tensors move at every token, which no CUDA graph can follow.
+
+Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from attention_predictor.arithmetic import ceil_div
+from attention_predictor.errors import AttachError
+from attention_predictor.offload.attention.dense import Terms
+from attention_predictor.offload.attention.sparse import Reach, attend_slots, no_kernel
+from attention_predictor.offload.blocks.ring import Ring, RingTable, slots_for
+from attention_predictor.offload.hf.handed import Handed, hand_over
+from attention_predictor.offload.hf.versions import layer_config
+
+if TYPE_CHECKING:
+    from attention_predictor.offload.hf.layer import Captor
+    from attention_predictor.offload.runtime import Runtime
+
+EMPTY = "DummyLayer"  # transformers' layer without a cache, of models that share keys between layers
+
+
+def why_not_fixed(layer: object, number: int) -> str | None:
+    """Why no ``FixedLayer`` can stand in for a layer of transformers; ``None`` if one can, or none needs to."""
+    name = type(layer).__name__
+    if name == EMPTY or isinstance(layer, FixedLayer):
+        return None
+    if not isinstance(layer, DynamicLayer) or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        return f"layer {number} keeps a {name} of transformers, whose tensors move as it grows"
+    if not layer.is_initialized or layer.keys is None or layer.keys.dim() != 4:
+        return f"layer {number} has no keys of its own"
+    if getattr(layer, "record_past", False):
+        return f"layer {number} records its past, as assisted decoding asks"
+    if isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window < 2:
+        return f"layer {number} has a window of {layer.sliding_window} tokens"
+    return None
+
+
+def is_chunked(config: PreTrainedConfig, number: int) -> bool:
+    """Whether the window of a layer moves by whole chunks (Llama 4), not token by token."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return bool(types[number] == "chunked_attention")
+    return getattr(layer_config(config, number), "sliding_window", None) is None
+
+
+class FixedLayer(CacheLayerMixin):
+    """Stands in a cache's list of layers for ``stock``, with the same tokens in a ring, until ``leave``.
+
+    Whatever but a captured step asks for the cache gets the stock layer, as it would be after the same tokens.
+
+    Args:
+        graphed: Who captures the steps.
+        tables: Of the rings of one cache, by shape; the one that this layer needs is added.
+        tokens: So many there must be room for.
+
+    Raises:
+        AttachError: The model asks of a captured step what it does not give.
+    """
+
+    is_croppable = True
+
+    def __init__(
+        self,
+        stock: DynamicLayer,
+        number: int,
+        runtime: Runtime,
+        graphed: Captor,
+        tables: dict[tuple[int, int], RingTable],
+        padding_B: Tensor | None,
+        tokens: int,
+    ) -> None:
+        # Not the base class's: it would empty what the properties below lead to.
+        self.stock, self.number, self.runtime = stock, number, runtime
+        self.is_initialized = True
+        self.is_sliding = stock.is_sliding
+        self.armed = False  # between `update` and `attend`
+        self.handed: Handed | None = None
+        self.arrived_BH: Tensor | None = None  # made for the first query: it tells how many heads there are
+        # Weakly, as this layer is held by whom it refers to.
+        self._graphed = weakref.ref(graphed)
+        self.length = int(stock.get_seq_length())
+        window = stock.sliding_window if isinstance(stock, DynamicSlidingWindowLayer) else 0
+        chunked = bool(window) and is_chunked(runtime.text_config, number)
+        self.reach = Reach(padding_B, 0 if chunked else window, window if chunked else 0)
+        self.kept = window - 1 if window else tokens  # tokens that the stock layer keeps
+        size, key_BGTD, value_BGTD = runtime.config.block_size, stock.keys, stock.values
+        assert key_BGTD is not None  # as ``why_not_fixed`` has found
+        assert value_BGTD is not None
+        slots = slots_for(window, size) if window else ceil_div(tokens, size)
+        self.ring = Ring(key_BGTD, slots, size)
+        self.ring.fill(self.length - key_BGTD.shape[2], key_BGTD, value_BGTD)
+        stock.keys, stock.values = (x.new_empty(0) for x in (key_BGTD, value_BGTD))  # memory of a whole context
+        self.kernel = runtime.config.kernels == "auto" and no_kernel(self.ring.key_BGSTD) is None
+        shape = (key_BGTD.shape[1], slots)
+        self.table = tables.setdefault(shape, RingTable(*shape, size, key_BGTD.device))
+
+    def leave(self) -> DynamicLayer:
+        """The stock layer, as it would be after these tokens."""
+        stock = self.stock
+        stock.keys, stock.values = self.ring.read(max(self.length - self.kept, 0), self.length)
+        if isinstance(stock, DynamicSlidingWindowLayer):
+            # Out of place: some versions of transformers keep a tensor, perhaps one of inference mode.
+            stock.cumulative_length = stock.cumulative_length + (self.length - int(stock.cumulative_length))
+        return stock
+
+    def advance(self) -> None:
+        """The host counts the token of the step that comes."""
+        self.length += 1
+
+    # ---- captured steps ----------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the new token; the returned key leads the attention function to this layer."""
+        if not self._running:
+            return self._given_back().update(key_states, value_states, *args, **kwargs)
+        key_BGSTD = self.ring.key_BGSTD
+        B, G, _, _, D = key_BGSTD.shape
+        for what, found in (("keys", key_states), ("values", value_states)):
+            if found.shape != (B, G, 1, D) or found.dtype != key_BGSTD.dtype:
+                raise AttachError(
+                    f"layer {self.number}: a captured step takes {what} {[B, G, 1, D]} of {key_BGSTD.dtype}, got "
+                    f"{list(found.shape)} of {found.dtype}"
+                )
+        self.ring.write(self.table.place_B, key_states, value_states)
+        self.armed = True
+        key_states, self.handed = hand_over(self, key_states, value_states)
+        return key_states, value_states
+
+    def check_arrived(self, key: Tensor, value: Tensor, query_BHQD: Tensor) -> None:
+        """Raise ``AttachError`` unless attention is asked for with what ``update`` returned."""
+        if self.handed is not None and self.armed:  # of layers that share keys, another one has attended to them
+            self.handed.check(self.number, key, value, query_BHQD)
+
+    def check_terms(self, terms: Terms, causal: bool, dropout: float) -> None:
+        """Note what is left out; the mask is not read, for what is visible is known on the device."""
+        if dropout:
+            self.runtime.note_fallback(f"attention dropout of {dropout:g} is left out of a model in training mode")
+
+    def attend(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
+        """Attention of the newest token over the ring, ``[B, H, 1, D]``; or of another layer that shares its keys."""
+        ring, table, dtype = self.ring, self.table, query_BHQD.dtype
+        query_BHD = query_BHQD[:, :, 0].to(ring.key_BGSTD.dtype).contiguous()
+        if self.arrived_BH is None:
+            self.arrived_BH = query_BHD.new_zeros(query_BHD.shape[:2], dtype=torch.int32)
+        graphed = self._graphed()
+        assert graphed is not None  # who runs this step
+        attention = attend_slots(
+            query_BHD,
+            ring.key_BGSTD,
+            ring.value_BGSTD,
+            table.block_BGS,
+            graphed.length_B,
+            None,
+            terms,
+            kernel=self.kernel,
+            arrived_BH=self.arrived_BH,
+            reach=self.reach,
+        )
+        self.armed = False
+        return attention.out_BHD[:, :, None].to(dtype)
+
+    @property
+    def _running(self) -> bool:
+        graphed = self._graphed()
+        return graphed is not None and graphed.running
+
+    # ---- what transformers asks of a cache layer -------------------------------------------------------------------
+
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]  # as of static layers
+        """Tokens stored. Within a captured step a tensor on the device, so that no graph keeps the host's number."""
+        graphed = self._graphed()
+        return graphed.past if graphed is not None and graphed.running else self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Within a captured step a size that stays: no mask is read there."""
+        if self._running:
+            return self.ring.places, 0
+        return self._given_back().get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        return int(self.stock.get_max_length())
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: only a layer that has tokens is stood in for."""
+
+    def _given_back(self) -> DynamicLayer:
+        """The stock layer, back in its place."""
+        if self._running:
+            raise AttachError(
+                f"layer {self.number}: the model reads or changes its cache itself in a captured step: not supported; "
+                'attach with prefetch="thread"'
+            )
+        if (graphed := self._graphed()) is not None:
+            graphed.leave()
+        return self.stock
+
+    def reset(self) -> None:
+        self._given_back().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self._given_back().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._given_back().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._given_back().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._given_back().batch_select_indices(indices)
+
+    def offload(self) -> None:
+        self._given_back().offload()
+
+    def prefetch(self) -> None:
+        self._given_back().prefetch()
+
+    def activate_past_recording(self) -> None:
+        """Of sliding layers, for assisted decoding."""
+        if hasattr(stock := self._given_back(), "activate_past_recording"):
+            stock.activate_past_recording()
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self._given_back().keys
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._given_back().keys = value
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._given_back().values
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._given_back().values = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DynamicLayer:
+        return copy.deepcopy(self._given_back(), memo)
