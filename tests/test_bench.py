@@ -193,7 +193,7 @@ def test_every_way_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     rows = json.loads(capsys.readouterr().out)["timings"]
-    assert {one["way"] for one in rows} == set(ways.WAYS) - {"no-kernels"}
+    assert {one["way"] for one in rows} == set(ways.WAYS) - {"no-kernels", "graph-unfused"}
     for one in rows:
         assert one["median_ms"] > 0
         assert one["breakdown"]["idle_ms"] >= 0

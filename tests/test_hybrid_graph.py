@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from capturable import recorded_steps
+from recorded_steps import recorded_steps
 from emulated import emulate_steps
 from torch import Tensor
 from transformers import DynamicCache

@@ -146,6 +146,13 @@ class CaptureError(Exception):
     """The model asks the host within its forward."""
 
 
+def _end_capture_of_random_numbers(device: torch.device) -> None:
+    """A capture that has failed leaves torch's generator as if it were still captured: it would refuse to work."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
 class Graphed:
     """The steps of one cache. ``run`` takes one; ``leave`` gives the cache back to the host, as if it had kept it.
 
@@ -302,6 +309,7 @@ class Graphed:
             # Nothing has run: capturing only notes what would.
             for one in self._all_layers:
                 one.armed = False
+            _end_capture_of_random_numbers(self.runtime.device)
             raise CaptureError(str(error).splitlines()[0]) from error
         finally:
             self.running = False
