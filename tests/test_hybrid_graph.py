@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from recorded_steps import recorded_steps
 from emulated import emulate_steps
+from recorded_steps import recorded_steps
 from torch import Tensor
 from transformers import DynamicCache
 

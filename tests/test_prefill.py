@@ -136,7 +136,7 @@ class TestBench:
         again = 0 if not options else 1  # 100 + 200 of 300 tokens are read back
         batch = 1 + again
         assert rows["ours, without sketch and history"]["moved_bytes"] >= batch * kv_bytes * (1 + again)
-        # And whole blocks of it fetched for the next token, within a budget that covers all; of a chunk the last one anew.
+        # And whole blocks of it, fetched for the next token; the last one of a chunk anew.
         assert rows["ours"]["moved_bytes"] <= batch * kv_bytes * (1 + again + (19 + 2 * again) * 16 / 300)
         if device == "cuda":
             left = 1 + 2 / 3 + 1 / 3 if again else 1  # after each chunk, all there is
