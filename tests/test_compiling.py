@@ -211,7 +211,7 @@ def counting(tmp_path: Path) -> Counting:
 
 
 def some_kernels() -> list[Kernel]:
-    return ops.kernels_of(torch.bfloat16, 128, sketch_bits=2, predictor="time-filters", captured=True)
+    return ops.kernels_of(torch.bfloat16, 128, sketch_bits=2, predictor="time-filters")
 
 
 def test_programs_are_compiled_once_per_compiler_and_capability(counting: Counting, directory: Path, caplog) -> None:
