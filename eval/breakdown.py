@@ -17,6 +17,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from attention_predictor.eval.device import wait
+
 # Stage and what its kernels or operations are called; the first that fits counts. Ours come first, by their own names.
 STAGES = (
     ("sketch", r"score_groups|store_groups|sketch"),
@@ -55,8 +57,7 @@ def breakdown(steps: Callable[[], None], count: int, device: torch.device) -> di
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
         steps()
-        if gpu:
-            torch.cuda.synchronize(device)
+        wait(device)
     stages: Counter[str] = Counter()
     spans = []
     for event in profiler.events() or ():

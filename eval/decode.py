@@ -15,14 +15,13 @@ from attention_predictor.errors import ConfigError
 from attention_predictor.eval.bench import machine, report
 from attention_predictor.eval.comparison import compare, describe
 from attention_predictor.eval.plot import plot_timings
-from attention_predictor.eval.shapes import random_model, shape_config
+from attention_predictor.eval.shapes import random_or_loaded
 from attention_predictor.eval.synthetic_cache import PAST, Locality, SyntheticCache
 from attention_predictor.eval.timings import TimingsFile
 from attention_predictor.eval.trial import Workload, steps_within, try_way
 from attention_predictor.eval.way import FLOOR, FLOOR_CONTEXT, WAYS
 from attention_predictor.eval.ways import choose
-from attention_predictor.loading import DTYPES, find_device, load_model
-from attention_predictor.offload.hf.forwards import check_positions
+from attention_predictor.loading import find_device
 from attention_predictor.progress import Progress
 from attention_predictor.sizes import size_text
 
@@ -48,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     plan += [(context, way) for context in contexts for way in ways if way != FLOOR]
     todo = [(context, way) for context, way in plan if timings.find(context=context, way=way) is None]
     if todo:
-        _sweep(_model(args, device, max(contexts)), todo, args, limit_bytes, timings)
+        _sweep(random_or_loaded(args, device, max(contexts)), todo, args, limit_bytes, timings)
     rows = compare([row for context, way in plan if (row := timings.find(context=context, way=way)) is not None])
     report("decode", device, settings, rows, line=describe, as_json=args.json)
     if args.plot is not None:
@@ -67,17 +66,6 @@ def _limit(gib: float | None, device: torch.device) -> int | None:
         raise ConfigError(f"--memory-limit {gib}: expected more than 0 and at most {size_text(total)}")
     torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total, device.index)
     return int(gib * 2**30)
-
-
-def _model(args: argparse.Namespace, device: torch.device, positions: int) -> PreTrainedModel:
-    if args.shape is None:
-        model = load_model(args.model, args.device, args.dtype)
-        check_positions(model.config.get_text_config(decoder=True), positions)
-        return model
-    dtype = DTYPES[args.dtype]
-    if not isinstance(dtype, torch.dtype):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return random_model(shape_config(args.shape, positions), device, dtype, args.seed)
 
 
 def _sweep(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import time
 from typing import Any
@@ -15,11 +14,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from attention_predictor.errors import HostMemoryError, one_line
 from attention_predictor.eval.bench import Row, report
-from attention_predictor.eval.shapes import random_model, shape_config
+from attention_predictor.eval.device import release, wait
+from attention_predictor.eval.shapes import random_or_loaded
 from attention_predictor.eval.way import PREFILLS, STOCK, Way
 from attention_predictor.eval.ways import does_not_fit, opened
-from attention_predictor.loading import DTYPES, find_device, load_model
-from attention_predictor.offload.hf.forwards import check_positions
+from attention_predictor.loading import find_device
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.progress import Progress
 from attention_predictor.sizes import size_text
@@ -60,7 +59,7 @@ def _tried(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, args: a
     except (torch.OutOfMemoryError, HostMemoryError) as error:
         return {"skipped": one_line(error, 200)}
     finally:
-        _release(model.device)
+        release(model.device)
 
 
 def timed(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, budget: int, repeats: int) -> dict[str, Any]:
@@ -87,11 +86,11 @@ def _prefill(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, budge
     """Seconds until everything is where it belongs, and bytes that passed between host and device."""
     B, T = ids_BT.shape
     with opened(model, way, context=T, batch=B, budget=budget) as session:
-        _wait(model.device)
+        wait(model.device)
         begun = time.perf_counter()
         for part_BT in ids_BT.split(chunk, dim=1):
             model(part_BT, **with_cache(model, session.cache), logits_to_keep=1)
-        _wait(model.device)
+        wait(model.device)
         seconds = time.perf_counter() - begun
         if session.engine is not None:
             stats = session.engine.stats
@@ -107,18 +106,6 @@ def _moved_by_offloading(cache: Cache, length: int, chunk: int) -> int:
     return token_bytes * (sum(lengths) + sum(lengths[:-1]))
 
 
-def random_or_loaded(args: argparse.Namespace, device: torch.device, tokens: int) -> PreTrainedModel:
-    """A random model of ``--shape``, or ``--model``, with positions for so many tokens."""
-    if args.shape is None:
-        model = load_model(args.model, args.device, args.dtype)
-        check_positions(model.config.get_text_config(decoder=True), tokens)
-        return model
-    dtype = DTYPES[args.dtype]
-    if not isinstance(dtype, torch.dtype):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return random_model(shape_config(args.shape, tokens), device, dtype, args.seed)
-
-
 def _prompt(model: PreTrainedModel, args: argparse.Namespace) -> Tensor:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(args.seed)
@@ -130,15 +117,3 @@ def _describe(row: Row) -> str:
     peak = "" if row["peak_bytes"] is None else f", peak {size_text(row['peak_bytes'])} on top of the weights"
     times = f"{row['seconds']:9.3f} s (at first {row['first_s']:.3f}) {ratio}"
     return f"{row['name']:<36}{times}{peak}, {size_text(row['moved_bytes'])} moved"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _release(device: torch.device) -> None:
-    """Give back what the last way held."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

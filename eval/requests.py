@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import subprocess
@@ -21,7 +20,8 @@ from transformers.generation.streamers import BaseStreamer
 from attention_predictor.commands.bench.requests import NAMES
 from attention_predictor.errors import HostMemoryError, one_line
 from attention_predictor.eval.bench import Row, report
-from attention_predictor.eval.prefill import random_or_loaded
+from attention_predictor.eval.device import release, wait
+from attention_predictor.eval.shapes import random_or_loaded
 from attention_predictor.loading import find_device
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.engine import Engine
@@ -42,14 +42,10 @@ def main(args: argparse.Namespace) -> int:
         except (torch.OutOfMemoryError, HostMemoryError) as error:
             row["skipped"] = one_line(error, 200)
         rows.append(row)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(device)
     del model
     if args.fresh:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the next process needs the room
+        release(device)  # the next process needs the room
         for row in rows:
             row["fresh_s"] = _fresh(row["way"])
     add_ratios(rows)
@@ -95,8 +91,7 @@ class _Clock(BaseStreamer):
 def _request(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> tuple[float, float | None]:
     """Seconds to the first token, milliseconds for each further one (without the first eight, which set things up)."""
     clock = _Clock()
-    if ids_BT.is_cuda:
-        torch.cuda.synchronize(ids_BT.device)
+    wait(ids_BT.device)
     begun = time.perf_counter()
     model.generate(  # type: ignore[operator]  # mixed in by a class that mypy does not see
         ids_BT,

@@ -11,6 +11,7 @@ Suffixes: V ids, E hidden size.
 
 from __future__ import annotations
 
+import argparse
 import math
 
 import torch
@@ -20,6 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from attention_predictor.eval.named_shapes import SHAPES
+from attention_predictor.loading import DTYPES, load_model
+from attention_predictor.offload.hf.forwards import check_positions
 
 # Shares of an embedding's variance; the rest is the token's own.
 COMMON, DRIFTING = 0.5, 0.3
@@ -34,6 +37,18 @@ def shape_config(name: str, positions: int) -> PreTrainedConfig:
     config_class = getattr(transformers, kind)
     more = {"max_position_embeddings": max(positions, fields["max_position_embeddings"])}
     return config_class(**(fields | more), bos_token_id=None, eos_token_id=None, pad_token_id=None)
+
+
+def random_or_loaded(args: argparse.Namespace, device: torch.device, tokens: int) -> PreTrainedModel:
+    """A random model of ``--shape``, or ``--model``, with positions for so many tokens."""
+    if args.shape is None:
+        model = load_model(args.model, args.device, args.dtype)
+        check_positions(model.config.get_text_config(decoder=True), tokens)
+        return model
+    dtype = DTYPES[args.dtype]
+    if not isinstance(dtype, torch.dtype):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return random_model(shape_config(args.shape, tokens), device, dtype, args.seed)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from attention_predictor.errors import HostMemoryError, one_line
 from attention_predictor.eval.breakdown import breakdown
+from attention_predictor.eval.device import release, wait
 from attention_predictor.eval.synthetic_cache import SyntheticCache
 from attention_predictor.eval.ways import Session, Way, does_not_fit, opened
 from attention_predictor.offload.hf.versions import with_cache
@@ -71,7 +71,7 @@ def try_way(model: PreTrainedModel, way: Way, work: Workload) -> dict[str, Any]:
     except (torch.OutOfMemoryError, HostMemoryError) as error:
         return row | {"skipped": one_line(error, 200)}
     finally:
-        _release(model.device)
+        release(model.device)
 
 
 def _tried(model: PreTrainedModel, way: Way, work: Workload) -> dict[str, Any]:
@@ -90,12 +90,12 @@ def _figures(model: PreTrainedModel, session: Session, work: Workload) -> dict[s
         model(
             work.ids_1T[:, : work.prompt].expand(work.batch, -1), **with_cache(model, session.cache), logits_to_keep=1
         )
-    _wait(device)
+    wait(device)
     filled_s += time.perf_counter()
     tokens = iter(work.ids_1T[:, work.prompt :].expand(work.batch, -1).contiguous().split(1, dim=1))
     for _ in range(WARM_UP):
         session.step(next(tokens))
-    _wait(device)
+    wait(device)
     if engine is not None:
         engine.stats.reset()
     if device.type == "cuda":
@@ -118,7 +118,7 @@ def _figures(model: PreTrainedModel, session: Session, work: Workload) -> dict[s
     def profiled() -> None:
         for _ in range(PROFILED):
             session.step(next(tokens))
-            _wait(device)
+            wait(device)
 
     found["breakdown"] = breakdown(profiled, PROFILED, device)
     return found
@@ -131,21 +131,6 @@ def _timed(session: Session, tokens: Iterator[Tensor], work: Workload, device: t
         token_B1 = next(tokens)
         begun = time.perf_counter()
         session.step(token_B1)
-        _wait(device)
+        wait(device)
         times.append(1000 * (time.perf_counter() - begun))
     return times
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _release(device: torch.device) -> None:
-    """Give back what the last way held, pinned memory included: the next one needs it."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        torch._C._host_emptyCache()  # older versions of torch have no public name for it
-        torch.cuda.reset_peak_memory_stats(device)

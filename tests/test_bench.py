@@ -384,7 +384,7 @@ def test_a_way_leaves_nothing_behind(model: PreTrainedModel, monkeypatch: pytest
         SyntheticCache, "fill", lambda made, cache: (caches.append(weakref.ref(cache)), fill(made, cache))
     )
     found: list[bool] = []
-    monkeypatch.setattr(trial, "_release", lambda device: (gc.collect(), found.append(caches[-1]() is None)))
+    monkeypatch.setattr(trial, "release", lambda device: (gc.collect(), found.append(caches[-1]() is None)))
     ids = torch.arange(600)[None] % 512
     steps = trial.steps_within(1)
     made = SyntheticCache(model, ids[:, : PAST + steps], 600 - steps)

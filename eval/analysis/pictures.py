@@ -6,7 +6,6 @@ Suffixes: Q steps, C columns.
 from __future__ import annotations
 
 import base64
-import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,8 @@ import numpy as np
 from attention_predictor.eval.analysis.examples import BOTH, LEAST, MISSED, NEEDLESS, NEITHER, Example
 from attention_predictor.eval.analysis.patterns import CLASSES
 from attention_predictor.eval.heatmap import MOST_LABELLED, Axes
-from attention_predictor.eval.page.charts import nice_ticks
-from attention_predictor.eval.page.grids import RAMP
+from attention_predictor.eval.page.charts import nice_ticks, tick_text
+from attention_predictor.eval.page.grids import RAMP, axis_texts, row_text
 from attention_predictor.eval.page.svg import CHARACTER, svg
 
 # What a block is to a step, in the colours that reports have for it; where there is more attention it is lighter.
@@ -95,7 +94,7 @@ def class_map(patterns: Sequence[Sequence[str]], tips: Sequence[Sequence[str]], 
     parts = []
     for row, names in enumerate(patterns):
         y = row * tall
-        parts.append(f'<text x="{left - 6}" y="{y + tall / 2}" dy=".35em" text-anchor="end">{axes.rows[row]}</text>')
+        parts.append(row_text(axes.rows[row], left, y + tall / 2))
         for column, name in enumerate(names):
             where = f'x="{left + column * wide}" y="{y}" width="{wide - 1}" height="{tall - 1}"'
             tip = f"<title>{escape(tips[row][column])}</title>"
@@ -103,14 +102,8 @@ def class_map(patterns: Sequence[Sequence[str]], tips: Sequence[Sequence[str]], 
             if labelled:
                 place = f'x="{left + (column + 0.5) * wide}" y="{y + tall / 2}" dy=".35em" text-anchor="middle"'
                 parts.append(f'<text class="in" {place}>{LETTERS[name]}</text>')
-    for column in range(0, len(axes.columns), 1 if labelled else 2):
-        place = f'x="{left + (column + 0.5) * wide}" y="{bottom + 16}" text-anchor="middle"'
-        parts.append(f"<text {place}>{axes.columns[column]}</text>")
-    width = left + max(wide * len(axes.columns), CHARACTER * len(axes.column_title))
-    middle = (left + width) / 2
-    parts.append(f'<text x="{middle}" y="{bottom + 36}" text-anchor="middle">{escape(axes.column_title)}</text>')
-    turned = f'transform="translate(12 {bottom / 2}) rotate(-90)" text-anchor="middle"'
-    parts.append(f"<text {turned}>{escape(axes.row_title)}</text>")
+    texts, width = axis_texts(axes, left, bottom, wide, every=1 if labelled else 2)
+    parts += texts
     return svg(width + 4, bottom + 44, "patterns by layer and head", parts, fixed=True)
 
 
@@ -131,10 +124,10 @@ def scatter(
     for tick in y_ticks:
         level = f"{up(tick):.1f}"
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{level}" y2="{level}"/>')
-        parts.append(f'<text x="{left - 6}" y="{level}" dy=".35em" text-anchor="end">{_number(tick, y_ticks)}</text>')
+        parts.append(f'<text x="{left - 6}" y="{level}" dy=".35em" text-anchor="end">{tick_text(tick, y_ticks)}</text>')
     for tick in x_ticks:
         place = f'x="{across(tick):.1f}" y="{height - bottom + 17}" text-anchor="middle"'
-        parts.append(f"<text {place}>{_number(tick, x_ticks)}</text>")
+        parts.append(f"<text {place}>{tick_text(tick, x_ticks)}</text>")
     for x, y, name, tip in points:
         place = f'cx="{across(x):.1f}" cy="{up(y):.1f}" r="4.5"'
         parts.append(f'<circle class="dot c{CLASSES.index(name)}" {place}><title>{escape(tip)}</title></circle>')
@@ -163,7 +156,7 @@ def channel_bars(parts_of_score: Sequence[float], wavelengths: Sequence[float], 
     for tick in ticks:
         level, kind = f"{up(tick):.1f}", "zero" if tick == 0 else "grid"
         drawn.append(f'<line class="{kind}" x1="{left}" x2="{width - right}" y1="{level}" y2="{level}"/>')
-        drawn.append(f'<text x="{left - 6}" y="{level}" dy=".35em" text-anchor="end">{_number(tick, ticks)}</text>')
+        drawn.append(f'<text x="{left - 6}" y="{level}" dy=".35em" text-anchor="end">{tick_text(tick, ticks)}</text>')
     for place, value in enumerate(bars):
         what = f"wavelength {_tokens(wavelengths[order[place]])}" if place < len(order) else "channels that don't turn"
         y, tall = min(up(value), up(0.0)), abs(up(value) - up(0.0))
@@ -228,11 +221,3 @@ def _short(wavelength: float) -> str:
     if wavelength < 1000:
         return f"{wavelength:.0f}"
     return f"{wavelength / 1000:.0f}K" if wavelength < 1e6 else f"{wavelength / 1e6:.0f}M"
-
-
-def _number(tick: float, ticks: Sequence[float]) -> str:
-    step = ticks[1] - ticks[0]
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    if step * 10**decimals % 1 > 1e-6:  # steps of 2.5
-        decimals += 1
-    return f"{tick:.{decimals}f}".replace("-", "−")

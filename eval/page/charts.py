@@ -89,7 +89,7 @@ class _Scale:
         for tick in self.ticks:
             y = f"{self.up(tick):.1f}"
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
-            figure = _number(tick, self.ticks)
+            figure = tick_text(tick, self.ticks)
             parts.append(f'<text x="{_LEFT - 6}" y="{y}" dy=".35em" text-anchor="end">{figure}</text>')
         for x, label in labels.items():
             place = f'x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 17}"'
@@ -150,7 +150,8 @@ def _marker(number: int, x: float, y: float) -> str:
     return f'<path class="marker" d="{shapes[number % len(shapes)]}"/>'
 
 
-def _number(tick: float, ticks: Sequence[float]) -> str:
+def tick_text(tick: float, ticks: Sequence[float]) -> str:
+    """A tick with as many decimals as their distance has."""
     step = ticks[1] - ticks[0]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     if step * 10**decimals % 1 > 1e-6:  # steps of 2.5

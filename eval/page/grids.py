@@ -21,7 +21,7 @@ def heat_map(panel: Panel, axes: Axes, low: float, high: float) -> str:
     parts = []
     for row, (name, values) in enumerate(zip(axes.rows, panel.cells, strict=True)):
         y = row * tall
-        parts.append(f'<text x="{left - 6}" y="{y + tall / 2}" dy=".35em" text-anchor="end">{escape(name)}</text>')
+        parts.append(row_text(name, left, y + tall / 2))
         for column, value in enumerate(values):
             place = f'x="{left + column * wide}" y="{y}" width="{wide - 1}" height="{tall - 1}"'
             where = f"{axes.row_title} {name}, {axes.column_title} {axes.columns[column]}"
@@ -36,7 +36,28 @@ def heat_map(panel: Panel, axes: Axes, low: float, high: float) -> str:
                 ink = "#fff" if 0.299 * red + 0.587 * green + 0.114 * blue < 128 else "#000"
                 place = f'x="{left + (column + 0.5) * wide}" y="{y + tall / 2}" dy=".35em"'
                 parts.append(f'<text {place} text-anchor="middle" style="fill:{ink}">{value:.2f}</text>')
-    every = 1 if labelled else math.ceil(30 / wide)
+    texts, width = axis_texts(axes, left, bottom, wide, every=1 if labelled else math.ceil(30 / wide))
+    parts += texts
+    height = bottom + 44
+    # A long title of the rows sticks out where there are few of them.
+    above = max(0.0, (CHARACTER * len(axes.row_title) - bottom) / 2)
+    label = f"{panel.title}: {axes.row_title} down, {axes.column_title} across"
+    return svg(width + 4, height + above, label, parts, top=-above, fixed=True)
+
+
+def row_text(name: str, left: float, y: float) -> str:
+    """The name of a row of cells that begins at ``left``, whose middle is at ``y``."""
+    return f'<text x="{left - 6}" y="{y}" dy=".35em" text-anchor="end">{escape(name)}</text>'
+
+
+def axis_texts(axes: Axes, left: float, bottom: float, wide: float, *, every: int) -> tuple[list[str], float]:
+    """Names of every so many columns, the titles of both axes, and the width of all.
+
+    Args:
+        left, bottom: Where the cells begin, and end.
+        wide: Width of a cell.
+    """
+    parts = []
     for column in range(0, len(axes.columns), every):
         place = f'x="{left + (column + 0.5) * wide}" y="{bottom + 16}"'
         parts.append(f'<text {place} text-anchor="middle">{escape(axes.columns[column])}</text>')
@@ -45,11 +66,7 @@ def heat_map(panel: Panel, axes: Axes, low: float, high: float) -> str:
     parts.append(f'<text x="{middle}" y="{bottom + 36}" text-anchor="middle">{escape(axes.column_title)}</text>')
     turned = f'transform="translate(12 {bottom / 2}) rotate(-90)"'
     parts.append(f'<text {turned} text-anchor="middle">{escape(axes.row_title)}</text>')
-    height = bottom + 44
-    # A long title of the rows sticks out where there are few of them.
-    above = max(0.0, (CHARACTER * len(axes.row_title) - bottom) / 2)
-    label = f"{panel.title}: {axes.row_title} down, {axes.column_title} across"
-    return svg(width + 4, height + above, label, parts, top=-above, fixed=True)
+    return parts, width
 
 
 def colour_bar(low: float, high: float) -> str:
