@@ -20,8 +20,8 @@ from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval import synthetic_cache, trial, ways
-from attention_predictor.eval.breakdown import breakdown, covered, stage_of
-from attention_predictor.eval.comparison import compare
+from attention_predictor.eval.breakdown import STAGES, SUMS, breakdown, covered, short_name, stage_of, summed
+from attention_predictor.eval.comparison import compare, where_time_goes
 from attention_predictor.eval.shapes import SHAPES, random_model, shape_config
 from attention_predictor.eval.synthetic_cache import PAST, Locality, SyntheticCache
 from attention_predictor.eval.timings import TimingsFile
@@ -37,6 +37,7 @@ PARTS = {
     "gather": ["--head-dim", "32", "--context", "600", "--blocks", "20"],
     "predictor": ["--tokens", "512,1024", "--layers", "3"],
 }
+NORMS = "norms and activations"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -193,7 +194,7 @@ def test_every_way_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     rows = json.loads(capsys.readouterr().out)["timings"]
-    assert {one["way"] for one in rows} == set(ways.WAYS) - {"no-kernels"}
+    assert {one["way"] for one in rows} == {name for name, way in ways.WAYS.items() if way.by_default}
     for one in rows:
         assert one["median_ms"] > 0
         assert one["breakdown"]["idle_ms"] >= 0
@@ -214,6 +215,10 @@ def test_rows_are_compared_at_their_context() -> None:
     assert found[2] == rows[2]
     assert (found[1]["to_ours"], found[1]["to_floor"]) == (1.0, 2.0)
     assert (found[4]["to_ours"], found[4]["to_floor"]) == (4.0, 10.0)
+    assert not any("to_static" in row for row in found)
+    found = compare([*rows, {"way": "static", "context": 1024, "median_ms": 4.0}])
+    assert (found[4]["to_floor"], found[4]["to_static"]) == (10.0, 5.0)
+    assert found[5].keys() == {"way", "context", "median_ms"}
 
 
 @pytest.mark.parametrize("text", ["times\n", "[1]\n", '{"settings": {}}\nx\n'])
@@ -243,13 +248,48 @@ def test_stages_by_kernel_names() -> None:
         "void gemvNSP_kernel<__nv_bfloat16>": "linear layers",
         "triton_tem_fused_mm_3": "linear layers",
         "aten::addmm": "linear layers",
-        "void at::native::sbtopk::gatherTopK<float>": "selection",
         "Memcpy HtoD (Pinned -> Device)": "copies",
-        "aten::searchsorted": "other",
-        "triton_red_fused_add_mean_mul_pow_rsqrt_1": "other",
-        "void at::native::vectorized_elementwise_kernel<4>": "other",
+        "triton_red_fused_add_mean_mul_pow_rsqrt_1": "compiled layers",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::(anonymous namespace)::silu_kernel(…)>": NORMS,
     }
     assert {name: stage_of(name) for name in names} == names
+    assert {stage for stage, _ in STAGES} == {part for parts in SUMS.values() for part in parts}
+
+
+def test_what_is_of_no_stage_stands_under_its_own_name() -> None:
+    add = "at::native::CUDAFunctor_add<c10::BFloat16>, std::array<char*, 3ul>"
+    multiply = "at::native::BinaryFunctor<float, float, float, at::native::binary_internal::MulFunctor<float> >"
+    mean = "at::native::ReduceOp<float, at::native::MeanOps<float, float>, unsigned int, float, 4>"
+    names = {
+        f"void at::native::vectorized_elementwise_kernel<4, {add} >(int, {add})": (
+            "vectorized_elementwise_kernel CUDAFunctor_add"
+        ),
+        f"void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<{multiply} >(…)>(int)": (
+            "elementwise_kernel MulFunctor"
+        ),
+        f"void at::native::reduce_kernel<512, 1, {mean} >({mean})": "reduce_kernel MeanOps",
+        "void at::native::(anonymous namespace)::CatArrayBatchedCopy_vectorized<float, 2>(…)": (
+            "CatArrayBatchedCopy_vectorized"
+        ),
+        "void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>(…)": "sbtopk::gatherTopK",
+        "aten::searchsorted": "aten::searchsorted",
+        "reduce_logits_kernel(ReduceLogits)": "reduce_logits_kernel",
+    }
+    assert {name: stage_of(name) or short_name(name) for name in names} == names
+    found = summed({"score_groups(…)": 2.0, "fold_row(…)": 1.0, "gemv": 4.0, "aten::mul": 0.5, "Memset (Device)": 0.25})
+    assert found["sums_ms"] == {
+        "selection, sketch, history, prediction": 3.0,
+        "gather": 0.0,
+        "copies": 0.25,
+        "attention": 0.0,
+        "the model's own": 4.0,
+        "of no stage": 0.5,
+    }
+    assert list(found["stages_ms"]) == ["linear layers", "sketch", "history", "aten::mul", "copies"]
+    shown = where_time_goes(found | {"idle_ms": 0.125})
+    assert shown[0].endswith("the model's own 4.00; of no stage 0.50; nothing 0.12")
+    assert shown[1] == "ms in detail: linear layers 4.00; sketch 2.00; history 1.00; aten::mul 0.50; copies 0.25"
+    assert where_time_goes(summed({"gemv": 99.5, "aten::mul": 0.5}))[1].endswith("linear layers 99.50; 1 more 0.50")
 
 
 def test_covered() -> None:
@@ -266,9 +306,10 @@ def test_breakdown_on_a_cpu() -> None:
 
     found = breakdown(steps, 2, CPU)
     assert found is not None
-    assert found.keys() == {"stages_ms"}
-    assert found["stages_ms"]["linear layers"] > 0
-    assert found["stages_ms"]["selection"] > 0
+    assert found.keys() == {"stages_ms", "sums_ms"}
+    assert found["stages_ms"]["linear layers"] == found["sums_ms"]["the model's own"] > 0
+    assert found["stages_ms"]["aten::topk"] > 0
+    assert sum(found["stages_ms"].values()) == pytest.approx(sum(found["sums_ms"].values()))
     assert breakdown(lambda: None, 1, CPU) is None
 
 
@@ -277,7 +318,14 @@ def test_breakdown_on_a_cpu() -> None:
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("llama-3.1-8b", 8_030_261_248), ("llama-3.2-1b", 1_235_814_400), ("qwen2.5-7b", 7_615_616_512)],
+    [
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("gemma-3-4b", 3_880_263_168),  # the language models of Gemma 3, without what sees images
+        ("gemma-3-12b", 11_766_034_176),
+        ("gpt-oss-20b", 20_914_757_184),
+    ],
 )
 def test_published_shapes(name: str, parameters: int) -> None:
     from transformers import AutoModelForCausalLM
@@ -370,8 +418,9 @@ def test_attention_is_as_asked_for(model: PreTrainedModel) -> None:
 
 def test_synthetic_refuses_what_it_cannot_fill(tiny_model) -> None:
     ids = torch.zeros(1, PAST + 6, dtype=torch.long)
-    with pytest.raises(ConfigError, match="has layers that don't attend to the whole context"):
-        SyntheticCache(tiny_model("gemma3"), ids, 600)
+    linear = tiny_model("qwen3-next") if "qwen3-next" in FAMILIES else None
+    with pytest.raises(ConfigError, match="layer 0 of Qwen3NextForCausalLM keeps a .*: contexts are made up for"):
+        SyntheticCache(linear, ids, 600)
     with pytest.raises(ConfigError, match="at least 64 tokens, found 60"):
         SyntheticCache(tiny_model("llama"), ids, 60)
 

@@ -43,6 +43,9 @@ EVAL = {
 }
 BENCH = {
     "decode": Command("whole steps of a model, against the stock caches", "eval.decode"),
+    "policies": Command("a decoding step under every selection policy", "eval.policies"),
+    "generate": Command("model.generate against engine.generate", "eval.loops"),
+    "perplexity": Command("a token of eval perplexity under every policy", "eval.perplexity_time"),
     "prefill": Command("the prefill of a long prompt, against the stock caches", "eval.prefill"),
     "requests": Command("requests one after another: first token, memory", "eval.requests"),
     "attention": Command("one token over the blocks of a pool", "eval.speed.attention"),
