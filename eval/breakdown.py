@@ -11,9 +11,10 @@ or ours can't be told by its name.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -103,10 +104,10 @@ def breakdown(steps: Callable[[], None], count: int, device: torch.device) -> di
 
 def summed(times: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """``stages_ms``, largest first, and ``sums_ms`` of times by kernel name; together the sums are all there is."""
-    stages: Counter[str] = Counter()
+    stages: defaultdict[str, float] = defaultdict(float)
     sums = dict.fromkeys((*SUMS, UNKNOWN), 0.0)
     for name, ms in times.items():
         stage = stage_of(name)
         stages[short_name(name) if stage is None else stage] += ms
         sums[next((title for title, parts in SUMS.items() if stage in parts), UNKNOWN)] += ms
-    return {"sums_ms": sums, "stages_ms": dict(stages.most_common())}
+    return {"sums_ms": sums, "stages_ms": dict(sorted(stages.items(), key=itemgetter(1), reverse=True))}

@@ -44,9 +44,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def timed(
-    model: PreTrainedModel, variant: Variant, context: int, tail: int, repeats: int, seed: int
-) -> dict[str, Any]:
+def timed(model: PreTrainedModel, variant: Variant, context: int, tail: int, repeats: int, seed: int) -> dict[str, Any]:
     """A policy's row: medians over samples, after one that warms up."""
     samples, stats = [], None
     for number in range(1 + repeats):
@@ -86,7 +84,10 @@ def _sample(
 
 def _describe(row: Row) -> str:
     taken = "the stock model" if "engine" not in row else how_taken(row["name"], row["engine"])
-    return (
-        f"{row['name']:<16}{row['token_ms']:9.2f} ms a token, {row['ratio']:6.2f} × the first; without the first "
-        f"{SKIPPED}: {row['later_token_ms']:9.2f}; attaching {row['attach_ms']:.0f}, prompt {row['prompt_ms']:.0f}; {taken}"
-    )
+    parts = [
+        f"{row['name']:<16}{row['token_ms']:9.2f} ms a token, {row['ratio']:6.2f} × the first",
+        f"without the first {SKIPPED}: {row['later_token_ms']:9.2f}",
+        f"attaching {row['attach_ms']:.0f}, prompt {row['prompt_ms']:.0f}",
+        taken,
+    ]
+    return "; ".join(parts)

@@ -38,7 +38,8 @@ def main(args: argparse.Namespace) -> int:
                     row["not_captured"] = why_not_captured(name, row["engine"])
                 timings.add(row)
                 progress.update()
-    rows = with_ratios([row for name in names if (row := timings.find(policy=name)) is not None], "median_ms")
+    found = [timings.find(policy=name) for name in names]
+    rows = with_ratios([one for one in found if one is not None], "median_ms")
     report("policies", device, settings, rows, line=_describe, as_json=args.json)
     return 0
 

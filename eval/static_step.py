@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
 from attention_predictor.errors import AttentionPredictorError
 from attention_predictor.offload.hf.versions import with_cache
@@ -20,13 +20,16 @@ class StockModelError(AttentionPredictorError):
 
 
 def plain_static_cache(model: PreTrainedModel, context: int) -> StaticCache:
-    """A static cache in which every layer has room for the whole context.
+    """A static cache in which layers with a window have room for the whole context too.
 
     A full static layer with a window makes a tensor from a number of the host's at every step, which no capture can.
     The masks of ``StaticStep`` keep the windows.
     """
     cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=context)
-    cache.layers = [StaticLayer(max_cache_len=context) for _ in cache.layers]
+    cache.layers = [
+        StaticLayer(max_cache_len=context) if isinstance(layer, StaticSlidingWindowLayer) else layer
+        for layer in cache.layers
+    ]
     return cache
 
 
@@ -36,16 +39,19 @@ class StaticStep:
     Masks are made here, from the position on the device: transformers' own read numbers of the host's.
 
     Raises:
-        StockModelError: The model asks the host within its forward.
+        StockModelError: The model asks the host within its forward, or attends in chunks.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, context: int, batch: int) -> None:
         self.model, self.cache, device = model, cache, model.device
         config = model.config.get_text_config(decoder=True)
-        # As transformers sees this model's layers, which tells the windows, and whether it wants a mask for each kind.
+        # As transformers sees this model's layers, which tells whether it wants a mask for each kind.
         stock = StaticCache(config=config, max_cache_len=context).layers
-        self.window = config.sliding_window if any(layer.is_sliding for layer in stock) else None
-        self.both_kinds = self.window is not None and not all(layer.is_sliding for layer in stock)
+        sliding = [isinstance(layer, StaticSlidingWindowLayer) for layer in stock]
+        self.window: int | None = getattr(config, "sliding_window", None) if any(sliding) else None
+        if any(sliding) and self.window is None:
+            raise StockModelError("the stock model attends in chunks, whose masks are not made here")
+        self.both_kinds = any(sliding) and not all(sliding)
         self.as_bool = config._attn_implementation == "sdpa"  # all others add masks to their logits
         self.batch, self.token_C = batch, torch.arange(context, device=device)
         self.ids_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from attention_predictor.errors import ConfigError
 from attention_predictor.offload.attention.dense import Chunk, ScoreRows, Terms, score_rows
@@ -203,8 +203,12 @@ class SyntheticCache:
             else:
                 self._fill_window(layer, number)
 
-    def _fill_window(self, layer: CacheLayerMixin, number: int) -> None:
-        """Leave a layer with a window as a prefill does: full of the last tokens, and having counted all of them."""
+    def _fill_window(self, layer: Any, number: int) -> None:
+        """Leave a layer with a window as a prefill does: full of the last tokens, and having counted all of them.
+
+        Args:
+            layer: One of transformers', with a window, or static and with room for the whole context.
+        """
         G, D = self._heads[number]
         kept = min(self.length, self.windows[number])
         made = self._random(number)

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from attention_predictor.eval.device import wait
 
@@ -19,7 +20,7 @@ class TokenClock:
     host may run ahead as far as the loop lets it. Leaving it waits once more.
     """
 
-    def __init__(self, model: nn.Module, marks: Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, marks: Sequence[int]) -> None:
         self._model, self._marks = model, frozenset(marks)
         self._times: dict[int, float] = {}
         self.steps = 0

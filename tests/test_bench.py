@@ -22,12 +22,16 @@ from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval import synthetic_cache, trial, ways
 from attention_predictor.eval.breakdown import STAGES, SUMS, breakdown, covered, short_name, stage_of, summed
 from attention_predictor.eval.comparison import compare, where_time_goes
+from attention_predictor.eval.perplexity_time import FIGURES
 from attention_predictor.eval.shapes import SHAPES, random_model, shape_config
+from attention_predictor.eval.static_step import StaticStep, plain_static_cache
+from attention_predictor.eval.steps_taken import how_taken, why_not_captured
 from attention_predictor.eval.synthetic_cache import PAST, Locality, SyntheticCache
 from attention_predictor.eval.timings import TimingsFile
 from attention_predictor.offload.attention.dense import scaled_logits
 from attention_predictor.offload.blocks import host_memory, room
 from attention_predictor.offload.hf.versions import with_cache
+from attention_predictor.offload.policies import policy_names
 
 CPU = torch.device("cpu")
 LAYER = ["--kv-heads", "2", "--heads", "4", "--repeats", "2", "--json"]
@@ -78,6 +82,11 @@ def test_flashinfer_is_asked_for_where_it_can_be(capsys: pytest.CaptureFixture[s
         (["predictor", "--layers", "0"], "--layers 0: expected at least 1"),
         (["decode", "--steps", "0"], "--steps 0: expected at least 1"),
         (["decode", "--batch", "0"], "--batch 0: expected at least 1"),
+        (["policies", "--policies", "predictor,best"], "policy='best' is not allowed: expected one of full, "),
+        (["policies", "--context", "100", "--shape", "tiny"], "--context 100: expected at least 112, for steps and 64"),
+        (["perplexity", "--tail", "10"], "--tail 10: expected at least 11"),
+        (["perplexity", "--context", "64"], "--tail 64: expected less than --context 64"),
+        (["generate", "--new-tokens", "9"], "--new-tokens 9: expected at least 10"),
         (["requests", "--new-tokens", "0"], "--new-tokens 0: expected at least 1"),
         (["requests", "--ways", "ours,theirs"], "--ways theirs: expected some of ours, device"),
         (["decode", "--context", "300", "--steps", "400"], "--context 300: expected at least 409, for the 408 steps"),
@@ -86,7 +95,7 @@ def test_flashinfer_is_asked_for_where_it_can_be(capsys: pytest.CaptureFixture[s
             "--context 80: expected at least 81, for the 17",
         ),
         (["decode", "--shape", "llama"], "--shape 'llama' is not known: expected one of llama-3.1-8b, "),
-        (["decode", "--ways", "thread,fast"], "--ways 'fast' is not known: expected some of floor, graph, "),
+        (["decode", "--ways", "thread,fast"], "--ways 'fast' is not known: expected some of floor, static, "),
         (["decode", "--ways", "offloaded"], "--ways offloaded: it needs a CUDA device, found cpu"),
         (["decode", "--budget", "20"], "budget=20 is not allowed"),
         (["decode", "--memory-limit", "24"], "--memory-limit 24.0: for CUDA devices, found cpu"),
@@ -268,9 +277,7 @@ def test_what_is_of_no_stage_stands_under_its_own_name() -> None:
             "elementwise_kernel MulFunctor"
         ),
         f"void at::native::reduce_kernel<512, 1, {mean} >({mean})": "reduce_kernel MeanOps",
-        "void at::native::(anonymous namespace)::CatArrayBatchedCopy_vectorized<float, 2>(…)": (
-            "CatArrayBatchedCopy_vectorized"
-        ),
+        "void at::native::(anonymous namespace)::indexSelectLargeIndex<float, long>(…)": "indexSelectLargeIndex",
         "void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>(…)": "sbtopk::gatherTopK",
         "aten::searchsorted": "aten::searchsorted",
         "reduce_logits_kernel(ReduceLogits)": "reduce_logits_kernel",
@@ -418,9 +425,8 @@ def test_attention_is_as_asked_for(model: PreTrainedModel) -> None:
 
 def test_synthetic_refuses_what_it_cannot_fill(tiny_model) -> None:
     ids = torch.zeros(1, PAST + 6, dtype=torch.long)
-    linear = tiny_model("qwen3-next") if "qwen3-next" in FAMILIES else None
-    with pytest.raises(ConfigError, match="layer 0 of Qwen3NextForCausalLM keeps a .*: contexts are made up for"):
-        SyntheticCache(linear, ids, 600)
+    with pytest.raises(ConfigError, match="MistralForCausalLM has no layer that attends to the whole context"):
+        SyntheticCache(tiny_model("mistral-sliding"), ids, 600)
     with pytest.raises(ConfigError, match="at least 64 tokens, found 60"):
         SyntheticCache(tiny_model("llama"), ids, 60)
 
@@ -442,3 +448,208 @@ def test_a_way_leaves_nothing_behind(model: PreTrainedModel, monkeypatch: pytest
         assert trial.try_way(model, ways.WAYS[way], work)["median_ms"] > 0
     assert found == [True, True]
     assert getattr(model, "_attention_predictor_engine", None) is None
+
+
+# Layers with a window
+
+
+HYBRIDS = ["tiny-gemma-3", "tiny-gpt-oss"]
+
+
+@pytest.fixture(scope="module", params=HYBRIDS)
+def hybrid(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return random_model(shape_config(request.param, 8192), CPU, torch.float32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [100, 400])  # before the window of 128 is full, and after
+def test_hybrid_caches_get_the_same(hybrid: PreTrainedModel, length: int) -> None:
+    made, ids = made_up(hybrid, length, batch=2)
+    assert sorted([*made.queries, *made.windows]) == list(range(hybrid.config.num_hidden_layers))
+    stock, static = DynamicCache(config=hybrid.config), plain_static_cache(hybrid, 512)
+    made.fill(stock)
+    made.fill(static)
+    with attach(hybrid, OffloadConfig(budget=1024)) as engine:
+        cache = engine.new_cache()
+        made.fill(cache)
+        cache.check_integrity()
+        assert all(layer.get_seq_length() == length for layer in (*cache.layers, *stock.layers, *static.layers))
+        for number, window in made.windows.items():
+            assert cache.layers[number].keys.shape[2] == min(window - 1, length)
+            assert torch.equal(cache.layers[number].values, stock.layers[number].values)
+        tokens = [ids[:, i : i + 1].expand(2, 1) for i in range(6)]
+        ours = [hybrid(token, **with_cache(hybrid, cache)).logits for token in tokens]
+    wanted = torch.cat([hybrid(token, **with_cache(hybrid, stock)).logits for token in tokens])
+    step = StaticStep(hybrid, static, 512, batch=2)
+    torch.testing.assert_close(torch.cat(ours), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat([step(token) for token in tokens]), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_static_steps_of_a_model_of_one_kind(tiny_model) -> None:
+    """A mask is a tensor for these, whether they slide or not; behind a prefill."""
+    ids = torch.randint(3, 90, (1, 60), generator=torch.Generator().manual_seed(0))
+    for family in ("llama", "mistral-sliding", "gemma2"):
+        one = tiny_model(family)
+        cache = plain_static_cache(one, 64)
+        with torch.no_grad():
+            one(ids[:, :50], **with_cache(one, cache))
+            wanted = one(ids).logits[:, 50:]
+        step = StaticStep(one, cache, 64, batch=1)
+        found = torch.cat([step(token) for token in ids[:, 50:].split(1, 1)], 1)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_every_policy_is_told_of_a_made_up_prompt(hybrid: PreTrainedModel) -> None:
+    """As a prompt tells it: what it remembers has the prompt's blocks, and budgets of the prompt's are shared."""
+    made, ids = made_up(hybrid, 600)
+    for name in policy_names():
+        with attach(hybrid, OffloadConfig(budget=192, policy=name)) as engine, torch.no_grad():
+            cache = engine.new_cache()
+            made.fill(cache)
+            cache.check_integrity()
+            tiered = [cache.layers[number] for number in made.queries]
+            for i in range(3):
+                hybrid(ids[:, i : i + 1], **with_cache(hybrid, cache))
+            cache.check_integrity()
+            selecting = name != "full"
+            assert all(bool(layer.tiers.pool.slots) == selecting for layer in tiered)
+            assert engine.stats.steps == 3
+            budgets = engine.stats.to_dict()["layer_budgets"]
+            assert sum(budgets) == 192 * len(tiered) * selecting, (name, budgets)
+            if (policy := tiered[0].policy).prompt_rows:
+                for part in ("attention", "votes", "last", "history"):
+                    if part in policy.parts:
+                        assert policy.parts[part].n_blocks >= 600 // 16, (name, part)
+
+
+@pytest.mark.parametrize("shape", HYBRIDS)
+def test_decode_of_a_hybrid_against_its_floor(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--shape", shape, "--synthetic", "--context", "1100", "--ways", "ours,static"]
+    assert main([*decode(*options), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert [(one["way"], one["context"]) for one in rows] == [("static", 1024), ("ours", 1100)]
+    assert rows[1]["to_static"] == rows[1]["median_ms"] / rows[0]["median_ms"]
+    assert rows[1]["to_ours"] == 1
+    assert rows[1]["engine"]["steps"] == 2
+
+
+def test_a_stock_model_that_cannot_be_compiled_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no such operation")
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compiled(call, backend=refuse))
+    options = ["--shape", "tiny", "--synthetic", "--context", "512", "--ways", "floor,device", "--json"]
+    assert main(decode(*options)) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert rows[0]["skipped"].startswith("the stock model can't be compiled: ")
+    assert "to_floor" not in rows[1]
+
+
+# Policies, loops, evaluations
+
+
+def test_policies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = ["bench", "policies", "--device", "cpu", "--shape", "tiny", "--budget", "160", "--context", "640"]
+    command += ["--steps", "2", "--out", str(out)]
+    assert main([*command, "--policies", "predictor,full"]) == 0
+    capsys.readouterr()
+    before = out.read_text()
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert out.read_text().startswith(before)
+    rows = found["timings"]
+    assert {row["policy"] for row in rows} == set(policy_names())
+    assert (rows[0]["policy"], rows[0]["ratio"]) == ("predictor", 1)
+    assert all(row["median_ms"] > 0 and row["ratio"] == row["median_ms"] / rows[0]["median_ms"] for row in rows)
+    reasons = {row["policy"]: row["not_captured"] for row in rows}
+    assert reasons.pop("full") == "it attends to everything"
+    assert set(reasons.values()) == {"thread: steps are captured on a CUDA device, the model is on cpu"}
+    assert main(command) == 0  # nothing left to do
+    text = capsys.readouterr().out
+    assert text.count(" × the first, not captured: ") == len(rows)
+    assert text.count("ms in sum: ") == len(rows)
+
+
+def test_how_steps_were_taken() -> None:
+    stats = {"steps": 4, "captured_steps": 4, "fallbacks": {}, "prefetch": "captured steps, …"}
+    assert how_taken("predictor", stats) == "captured"
+    stats |= {"captured_steps": 3, "fallbacks": {"no room": 1, "no kernel": 1}}
+    assert how_taken("quest", stats) == "3 of 4 captured: no room; no kernel"
+    assert why_not_captured("full", stats) == "it attends to everything"
+
+
+def test_loops_side_by_side(tiny_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = list(range(40, 97))  # which would end both at once
+    model.save_pretrained(tmp_path)
+    command = ["bench", "generate", "--device", "cpu", "--budget", "160", "--context", "300", "--new-tokens", "12"]
+    assert main([*command, "--model", str(tmp_path), "--repeats", "2", "--batch", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = found["timings"]
+    assert [row["name"] for row in rows] == ["engine.generate", "model.generate"]
+    assert [row["engine"]["steps"] for row in rows] == [11, 11]
+    assert all(len(row["all_ms"]) == 2 and row["ms"] > 0 for row in rows)
+    assert rows[1]["ratio"] == rows[1]["ms"] / rows[0]["ms"]
+    assert main([*command, "--shape", "tiny", "--repeats", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "same_tokens True" in text
+    assert text.count("× engine.generate, not captured: thread") == 2
+
+
+def test_a_token_of_perplexity(tiny_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model("gemma3").save_pretrained(tmp_path)
+    command = ["bench", "perplexity", "--device", "cpu", "--model", str(tmp_path), "--context", "300", "--tail", "12"]
+    command += ["--budget", "160", "--repeats", "1"]
+    assert main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert {row["name"] for row in rows} == set(policy_names())
+    for row in rows:
+        assert all(row[figure] > 0 for figure in FIGURES)
+        assert row["sample_ms"] > row["attach_ms"] + row["prompt_ms"] + 11 * row["token_ms"] * 0.99
+        assert ("engine" in row) == (row["name"] != "full")
+    assert all(row["engine"]["steps"] == 11 for row in rows if "engine" in row)
+    assert main([*command, "--policies", "streaming,full"]) == 0
+    assert "the stock model" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["tiny", *HYBRIDS])
+@torch.no_grad()
+def test_static_steps_are_captured_on_a_gpu(shape: str) -> None:
+    """Replayed ones say what a stock cache says; in bf16, in which experts are asked without the host."""
+    model = random_model(shape_config(shape, 8192), torch.device("cuda"), torch.bfloat16)
+    made, ids = made_up(model, 400, batch=2)
+    stock, static = DynamicCache(config=model.config), plain_static_cache(model, 512)
+    made.fill(stock)
+    made.fill(static)
+    step = StaticStep(model, static, 512, batch=2)
+    for i in range(6):
+        token = ids[:, i : i + 1].expand(2, 1).cuda()
+        wanted, found = model(token, **with_cache(model, stock)).logits, step(token)
+        assert (step.graph is not None) == (i >= 2)
+        torch.testing.assert_close(found, wanted, atol=0.03 * float(wanted.abs().max()), rtol=0.03)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["tiny", *HYBRIDS])
+def test_policies_and_loops_on_a_gpu(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cuda", "--shape", shape, "--budget", "256", "--json"]
+    assert main(["bench", "policies", "--context", "2048", "--steps", "6", *options]) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert {row["policy"] for row in rows} == set(policy_names())
+    assert all(row["ratio"] > 0 and row["breakdown"]["sums_ms"]["the model's own"] > 0 for row in rows)
+    assert main(["bench", "generate", "--context", "2048", "--new-tokens", "32", "--repeats", "1", *options]) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert all(row["engine"]["steps"] == 31 for row in rows)
+
+
+@pytest.mark.gpu
+def test_a_token_of_perplexity_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "perplexity", "--device", "cuda", "--context", "1024", "--repeats", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert {row["name"] for row in rows} == set(policy_names())
+    assert all(row["token_ms"] > 0 for row in rows)

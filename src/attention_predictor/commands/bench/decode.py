@@ -19,10 +19,11 @@ not measured unless asked for):
   offloaded       the same, offloaded layer by layer
 
 For each: milliseconds a token, median and 95th percentile; the ratio of the median to ours (the first of graph, ours,
-graph-compiled, thread that was measured), to the floor and to static; memory; for ours also hit rate, bytes fetched, exposed wait.
-A few further steps are profiled, for milliseconds by stage, sums of these, and the time in which the device stood still;
-a kernel that belongs to no stage stands under its own name.
-What does not fit in memory is skipped, and it is said why; so is the stock model where it can't be compiled or captured.
+graph-compiled, thread that was measured), to the floor and to static; memory; for ours also hit rate, bytes fetched,
+exposed wait. A few further steps are profiled, for milliseconds by stage, sums of these, and the time in which the
+device stood still; a kernel that belongs to no stage stands under its own name.
+What does not fit in memory is skipped, and it is said why; so is the stock model where it can't be compiled or
+captured.
 
 examples:
   attnpred bench decode --context 8192 --budget 512

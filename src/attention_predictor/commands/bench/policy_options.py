@@ -13,7 +13,10 @@ def add_policies(parser: argparse.ArgumentParser) -> None:
     """``--policies``, all of them by default."""
     names = [BASE, *(name for name in policy_names() if name != BASE)]
     parser.add_argument(
-        "--policies", default=",".join(names), metavar="P,P", help="who takes part; the first is what ratios are to (all)"
+        "--policies",
+        default=",".join(names),
+        metavar="P,P",
+        help="who takes part; the first is what ratios are to (all)",
     )
 
 
