@@ -40,6 +40,7 @@ EVAL = {
     "synthetic": Command("the pocket model's own tasks: answers found in long documents", "eval.planted"),
     "recovery": Command("answers found and attention mass recovered", "eval.recovery"),
     "recovery-map": Command("attention mass recovered, by layer and head", "eval.recovery_map"),
+    "several": Command("several of these in one process, the model loaded once", "eval.several"),
 }
 BENCH = {
     "decode": Command("whole steps of a model, against the stock caches", "eval.decode"),
