@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from attention_predictor.commands.bench.perplexity import SKIPPED
 from attention_predictor.commands.bench.policy_options import policies_of
+from attention_predictor.eval.attached import Attached
 from attention_predictor.eval.bench import Row, report, with_ratios
 from attention_predictor.eval.device import wait
 from attention_predictor.eval.rules import Rule
@@ -24,7 +25,7 @@ from attention_predictor.loading import find_device, load_model
 from attention_predictor.offload.hf.forwards import check_positions
 from attention_predictor.progress import Progress
 
-FIGURES = ("token_ms", "later_token_ms", "attach_ms", "prompt_ms", "sample_ms")
+FIGURES = ("token_ms", "later_token_ms", "prompt_ms", "sample_ms")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -45,29 +46,29 @@ def main(args: argparse.Namespace) -> int:
 
 
 def timed(model: PreTrainedModel, variant: Variant, context: int, tail: int, repeats: int, seed: int) -> dict[str, Any]:
-    """A policy's row: medians over samples, after one that warms up."""
+    """A policy's row: medians over samples, after one for which it is attached and which warms up."""
     samples, stats = [], None
-    for number in range(1 + repeats):
-        sample, stats = _sample(model, variant, context, tail, seed + number)
-        samples.append(sample)
+    with Attached(model, variant) as attached:
+        for number in range(1 + repeats):
+            sample, stats = _sample(attached, context, tail, seed + number)
+            samples.append(sample)
     row: dict[str, Any] = {"name": variant.policy}
     row |= {figure: statistics.median(sample[figure] for sample in samples[1:]) for figure in FIGURES}
-    row["first_sample_ms"] = samples[0]["sample_ms"]
+    row |= {"attach_ms": samples[0]["attach_ms"], "first_sample_ms": samples[0]["sample_ms"]}
     if stats is not None:
         row |= {"engine": stats, "not_captured": why_not_captured(variant.policy, stats)}
     return row
 
 
-def _sample(
-    model: PreTrainedModel, variant: Variant, context: int, tail: int, seed: int
-) -> tuple[dict[str, float], dict[str, Any] | None]:
+def _sample(attached: Attached, context: int, tail: int, seed: int) -> tuple[dict[str, float], dict[str, Any] | None]:
     """Times of one sample, attached and watched as the runner does, and what its engine counted."""
+    model = attached.model
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (context,), generator=torch.Generator().manual_seed(seed)).tolist()
     stats = None
     wait(model.device)
     begun = time.perf_counter()
-    with variant.attached(model) as engine, watched_steps(model, engine):
+    with attached.sample() as engine, watched_steps(model, engine):
         attach_ms = 1000 * (time.perf_counter() - begun)
         with TokenClock(model, [0, SKIPPED]) as clock:
             Subject(model, engine).log_likelihoods(ids[: context - tail], ids[context - tail :])

@@ -37,7 +37,7 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby, islice, product
@@ -69,6 +69,7 @@ STATS = (
     *("device_kv_bytes", "full_kv_bytes", "recovery", "relative_recovery"),
 )
 ERROR_CHARACTERS = 300
+KEPT_SAMPLES = 256  # of all tasks: so many are kept in memory, where each variant would make them anew
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ class _Work:
     processes: Processes
     total: int
     left: Sequence[tuple[Variant, str, int]]
+    kept: dict[str, list[Sample]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -254,7 +256,7 @@ class _Work:
     def _do_task(self, attached: Attached, task: str, mine: Iterator[tuple[int, int]], progress: Progress) -> None:
         """Samples by number, for the progress, which counts those of all processes, and index, in their order."""
         path = self.folder.results(attached.variant.name, task)
-        samples = enumerate(self.benchmark.samples(task))
+        samples = enumerate(self._samples(task))
         with Appender(part(path, self.processes.rank) if self.processes.count > 1 else path) as results:
             for number, index in mine:
                 sample = next(sample for place, sample in samples if place == index)
@@ -265,6 +267,16 @@ class _Work:
                     raise AttentionPredictorError(
                         f"the device is of no use after {record['error']}; run the command again, with --retry-errors"
                     )
+
+    def _samples(self, task: str) -> Iterable[Sample]:
+        """A task's samples; of few tasks and samples made once for all variants."""
+        asked = {(task, index) for _, task, index in self.left}
+        if len(asked) > KEPT_SAMPLES:
+            return self.benchmark.samples(task)
+        if task not in self.kept:
+            last = max(index for name, index in asked if name == task)
+            self.kept[task] = list(islice(self.benchmark.samples(task), last + 1))
+        return self.kept[task]
 
 
 def _attempt(benchmark: Benchmark, seed: int, attached: Attached, task: str, sample: Sample) -> Record:

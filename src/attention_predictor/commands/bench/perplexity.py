@@ -1,10 +1,10 @@
 """Time one token of eval perplexity under every policy, in one process: what evaluations pay.
 
-As in an evaluation, the model is attached for each sample anew, its prompt is prefilled in full and every token of its
-tail decoded and looked at. The samples are random tokens; full is the stock model with its whole cache.
+As in an evaluation, the model is attached once for a policy; of each sample the prompt is prefilled in full, and every
+token of the tail decoded and looked at. The samples are random tokens; full is the stock model with its whole cache.
 
 For each: milliseconds a token, the mean of a tail with the first tokens, in which steps are captured, and without the
-first 8; the ratio of the mean to the first policy's; milliseconds of attaching and of the prompt; whether steps were
+first 8; the ratio of the mean to the first policy's; milliseconds of attaching and of a prompt; whether steps were
 captured, and why not. Medians of --repeats samples.
 
 examples:
