@@ -163,7 +163,8 @@ class Plan:
         variants = make_variants(run_options.rules_of(args), run_options.budgets_of(args), args.prefetch)
         # The same model by another path is the same model.
         model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
-        return cls(model, name, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants, args.load)
+        load = vars(args).get("load")  # of `eval several`
+        return cls(model, name, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants, load)
 
     def settings(self) -> dict[str, Any]:
         """What decides results for all variants."""

@@ -28,7 +28,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--limit", whole(1), None, "the first N samples of each task alone")
     add("--out", type=Path, required=True, metavar="DIR", help="results; an unfinished run in it goes on")
     add("--retry-errors", action="store_true", help="try samples once more that failed")
-    parser.set_defaults(load=None)
 
 
 def rules_of(args: argparse.Namespace) -> list[Rule]:
