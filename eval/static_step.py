@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLaye
 
 from attention_predictor.errors import AttentionPredictorError
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.step.graph import EAGER_STEPS
+
+EAGER_STEPS = 2  # taken before one is captured, as of ours: libraries set themselves up in them
 
 
 class StockModelError(AttentionPredictorError):
