@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from attention_predictor.eval.bench import Row
-from attention_predictor.eval.way import FLOOR
+from attention_predictor.eval.way import AT_FLOOR_CONTEXT, FLOOR, STATIC
 from attention_predictor.sizes import size_text
 
-OURS = ("graph", "graph-compiled", "graph-unfused", "thread", "no-kernels")  # the first that was measured is ours
+WORTH_SHOWING = 0.01  # of a step's time: stages and kernels that take less are summed up
+# The first that was measured is ours.
+OURS = ("graph", "ours", "graph-compiled", "graph-unfused", "thread", "no-kernels")
 
 
 def compare(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows with ``to_ours``, at the same context, and ``to_floor``; those without ``median_ms`` stay as they are."""
-    floor_ms = next((row["median_ms"] for row in rows if row["way"] == FLOOR and "median_ms" in row), None)
+    """Rows with ``to_ours``, at the same context, ``to_floor`` and ``to_static``; skipped ones stay as they are."""
+    floors_ms = {row["way"]: row["median_ms"] for row in rows if row["way"] in AT_FLOOR_CONTEXT and "median_ms" in row}
     compared = []
     for row in rows:
         bases: dict[str, float | None] = {}
-        if row["way"] != FLOOR and "median_ms" in row:
-            bases = {"to_ours": _ours_ms(rows, row["context"]), "to_floor": floor_ms}
+        if row["way"] not in AT_FLOOR_CONTEXT and "median_ms" in row:
+            bases = {"to_ours": _ours_ms(rows, row["context"])}
+            bases |= {"to_floor": floors_ms.get(FLOOR), "to_static": floors_ms.get(STATIC)}
         compared.append({**row, **{name: row["median_ms"] / base for name, base in bases.items() if base}})
     return compared
 
@@ -32,7 +35,8 @@ def _ours_ms(rows: Sequence[Row], context: int) -> float | None:
 def describe(row: Row) -> str:
     """A timed row: its times, then memory and traffic, then milliseconds by stage."""
     times = f"{row['median_ms']:9.2f} ms a token, 95%: {row['p95_ms']:9.2f}"
-    ratios = [f"{row[key]:7.2f} × {name}" for key, name in (("to_ours", "ours"), ("to_floor", "floor")) if key in row]
+    bases = (("to_ours", "ours"), ("to_floor", "floor"), ("to_static", "static"))
+    ratios = [f"{row[key]:7.2f} × {name}" for key, name in bases if key in row]
     lines = ["  ".join([f"{row['context']:>8} tokens", f"{row['name']:<34}", times, *ratios])]
     facts = []
     if row["peak_device_bytes"] is not None:
@@ -43,11 +47,21 @@ def describe(row: Row) -> str:
     if facts:
         lines.append("; ".join(facts))
     if row["breakdown"] is not None:
-        stages = [f"{name} {ms:.2f}" for name, ms in row["breakdown"]["stages_ms"].items()]
-        if "idle_ms" in row["breakdown"]:
-            stages.append(f"nothing {row['breakdown']['idle_ms']:.2f}")
-        lines.append("ms in " + ", ".join(stages))
+        lines += where_time_goes(row["breakdown"])
     return "\n              ".join(lines)
+
+
+def where_time_goes(found: Row) -> list[str]:
+    """A line of sums; one of stages and kernels, without those that take next to nothing, which are summed up."""
+    nothing = {"nothing": found["idle_ms"]} if "idle_ms" in found else {}
+    least_ms = WORTH_SHOWING * sum(found["stages_ms"].values())
+    shown = {name: ms for name, ms in found["stages_ms"].items() if ms >= least_ms}
+    small = [ms for ms in found["stages_ms"].values() if ms < least_ms]
+    rest = {f"{len(small)} more": sum(small)} if small else {}
+    return [
+        f"ms in {title}: " + "; ".join(f"{name} {ms:.2f}" for name, ms in parts.items())
+        for title, parts in (("sum", found["sums_ms"] | nothing), ("detail", shown | rest))
+    ]
 
 
 def _traffic(row: Row) -> list[str]:

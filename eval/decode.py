@@ -16,10 +16,10 @@ from attention_predictor.eval.bench import machine, report
 from attention_predictor.eval.comparison import compare, describe
 from attention_predictor.eval.plot import plot_timings
 from attention_predictor.eval.shapes import random_or_loaded
-from attention_predictor.eval.synthetic_cache import PAST, Locality, SyntheticCache
+from attention_predictor.eval.synthetic_cache import PAST, Locality
 from attention_predictor.eval.timings import TimingsFile
 from attention_predictor.eval.trial import Workload, steps_within, try_way
-from attention_predictor.eval.way import FLOOR, FLOOR_CONTEXT, WAYS
+from attention_predictor.eval.way import AT_FLOOR_CONTEXT, FLOOR, FLOOR_CONTEXT, STATIC, WAYS
 from attention_predictor.eval.ways import choose
 from attention_predictor.loading import find_device
 from attention_predictor.progress import Progress
@@ -35,7 +35,8 @@ def main(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     limit_bytes = _limit(args.memory_limit, device)
     ways = choose(args.ways, device)
-    if FLOOR in ways and least > FLOOR_CONTEXT:
+    floors = [way for way in ways if way in AT_FLOOR_CONTEXT]
+    if floors and least > FLOOR_CONTEXT:
         raise ConfigError(f"--steps {args.steps}: too many for the floor's context of {FLOOR_CONTEXT} tokens")
     settings = {name: getattr(args, name) for name in ("budget", "batch", "steps", "synthetic", "seed", "memory_limit")}
     settings |= {"model": args.shape or str(args.model), "dtype": args.dtype}
@@ -43,8 +44,8 @@ def main(args: argparse.Namespace) -> int:
         settings["locality"] = asdict(Locality())
     timings = TimingsFile(args.out, settings | {"machine": machine(device)})
 
-    plan = [(FLOOR_CONTEXT, FLOOR)] if FLOOR in ways else []
-    plan += [(context, way) for context in contexts for way in ways if way != FLOOR]
+    plan = [(FLOOR_CONTEXT, way) for way in floors]
+    plan += [(context, way) for context in contexts for way in ways if way not in floors]
     todo = [(context, way) for context, way in plan if timings.find(context=context, way=way) is None]
     if todo:
         _sweep(random_or_loaded(args, device, max(contexts)), todo, args, limit_bytes, timings)
@@ -52,7 +53,8 @@ def main(args: argparse.Namespace) -> int:
     report("decode", device, settings, rows, line=describe, as_json=args.json)
     if args.plot is not None:
         title = f"Decoding, {settings['model']}, budget {args.budget}, batch {args.batch}\n{machine(device)}"
-        plot_timings(rows, args.plot, title, floor=WAYS[FLOOR].name)
+        drawn = [row for row in rows if row["way"] != STATIC or FLOOR not in floors]  # one level
+        plot_timings(drawn, args.plot, title, floor=WAYS[FLOOR if FLOOR in floors else STATIC].name)
     return 0
 
 
@@ -78,30 +80,9 @@ def _sweep(
     """Try ways at contexts; what is made up for a context serves all of its ways."""
     with Progress("decoding", len(todo), "measurements") as progress:
         for context, group in groupby(todo, key=itemgetter(0)):
-            work = _workload(model, context, args, limit_bytes)
+            work = Workload.of(model, context, args, limit_bytes)
             similarity = {} if work.synthetic is None else {"query_similarity": work.synthetic.query_similarity()}
             for _, way in group:
                 progress.describe(f"{WAYS[way].name}, {context} tokens")
                 timings.add({"way": way} | try_way(model, WAYS[way], work) | similarity)
                 progress.update()
-
-
-def _workload(model: PreTrainedModel, context: int, args: argparse.Namespace, limit_bytes: int | None) -> Workload:
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    if args.shape is None:
-        ids_T = torch.randint(vocabulary, (context,), generator=torch.Generator().manual_seed(args.seed))
-    else:
-        ids_T = torch.arange(context) % vocabulary  # similar, where ids follow each other (``shapes``)
-    ids_1T = ids_T[None].to(model.device)
-    synthetic, prompt = None, context - steps_within(args.steps)
-    if args.synthetic:
-        synthetic = SyntheticCache(model, ids_1T[:, prompt - PAST :], prompt, batch=args.batch, seed=args.seed)
-    return Workload(
-        ids_1T=ids_1T,
-        steps=args.steps,
-        batch=args.batch,
-        budget=args.budget,
-        seconds=args.seconds,
-        synthetic=synthetic,
-        limit_bytes=limit_bytes,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from attention_predictor.errors import AttentionPredictorError, ConfigError
 
+_TIMES = itertools.count()  # that this process has joined the others: each time under names of its own
 PATIENCE = timedelta(days=7)  # of processes that are done, with those that are not
 
 
@@ -55,7 +57,8 @@ class Processes:
 
     def __enter__(self) -> Processes:
         if self.count > 1:
-            self._store, rank, count = next(dist.rendezvous("env://"))
+            store, rank, count = next(dist.rendezvous("env://"))
+            self._store = dist.PrefixStore(f"run{next(_TIMES)}", store)
             dist.init_process_group("gloo", store=dist.PrefixStore("group", self._store), rank=rank, world_size=count)
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         return self

@@ -37,7 +37,7 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby, islice, product
@@ -51,6 +51,7 @@ from transformers import PreTrainedModel
 from attention_predictor.commands import run_options
 from attention_predictor.commands.run_options import add_run_arguments as add_run_arguments
 from attention_predictor.errors import AttentionPredictorError, DataError, one_line
+from attention_predictor.eval.attached import Attached
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.predictions import Appender, Record, part
 from attention_predictor.eval.processes import Processes
@@ -68,6 +69,7 @@ STATS = (
     *("device_kv_bytes", "full_kv_bytes", "recovery", "relative_recovery"),
 )
 ERROR_CHARACTERS = 300
+KEPT_SAMPLES = 256  # of all tasks: so many are kept in memory, where each variant would make them anew
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,11 @@ class Benchmark(ABC):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run besides the benchmark itself."""
+    """What is run besides the benchmark itself.
+
+    Attributes:
+        load: Gives the model, by name, device and dtype; ``None`` for one that nobody else uses.
+    """
 
     model: str
     device: str
@@ -146,6 +152,7 @@ class Plan:
     out: Path
     retry_errors: bool
     variants: Sequence[Variant]
+    load: Callable[[str, str, str], PreTrainedModel] | None = None
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Plan:
@@ -156,7 +163,8 @@ class Plan:
         variants = make_variants(run_options.rules_of(args), run_options.budgets_of(args), args.prefetch)
         # The same model by another path is the same model.
         model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
-        return cls(model, name, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants)
+        load = vars(args).get("load")  # of `eval several`
+        return cls(model, name, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants, load)
 
     def settings(self) -> dict[str, Any]:
         """What decides results for all variants."""
@@ -196,7 +204,7 @@ def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
             device = torch.device(processes.device(plan.device))
             if device.type == "cuda" and device.index is not None:
                 torch.cuda.set_device(device)  # what names no number, such as a stream, means this one
-            work.do(load_model(plan.model, str(device), plan.dtype))
+            work.do((plan.load or load_model)(plan.model, str(device), plan.dtype))
         processes.wait()
         if not processes.is_main:
             return None
@@ -214,6 +222,7 @@ class _Work:
     processes: Processes
     total: int
     left: Sequence[tuple[Variant, str, int]]
+    kept: dict[str, list[Sample]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -239,20 +248,20 @@ class _Work:
         done = self.total - len(self.left)
         with Progress(self.benchmark.name, self.total, "samples", done=done, quiet=quiet) as progress:
             mine = ((number, *self.left[number]) for number in self.processes.numbers(len(self.left)))
-            for (variant, task), samples in groupby(mine, key=itemgetter(1, 2)):
-                progress.describe(f"{variant.name} {task}")
-                self._do_task(model, variant, task, ((number, index) for number, _, _, index in samples), progress)
+            for variant, tasks in groupby(mine, key=itemgetter(1)):
+                with Attached(model, variant) as attached:
+                    for task, samples in groupby(tasks, key=itemgetter(2)):
+                        progress.describe(f"{variant.name} {task}")
+                        self._do_task(attached, task, ((number, index) for number, _, _, index in samples), progress)
 
-    def _do_task(
-        self, model: PreTrainedModel, variant: Variant, task: str, mine: Iterator[tuple[int, int]], progress: Progress
-    ) -> None:
+    def _do_task(self, attached: Attached, task: str, mine: Iterator[tuple[int, int]], progress: Progress) -> None:
         """Samples by number, for the progress, which counts those of all processes, and index, in their order."""
-        path = self.folder.results(variant.name, task)
-        samples = enumerate(self.benchmark.samples(task))
+        path = self.folder.results(attached.variant.name, task)
+        samples = enumerate(self._samples(task))
         with Appender(part(path, self.processes.rank) if self.processes.count > 1 else path) as results:
             for number, index in mine:
                 sample = next(sample for place, sample in samples if place == index)
-                record = _attempt(self.benchmark, self.plan.seed, model, variant, task, sample)
+                record = _attempt(self.benchmark, self.plan.seed, attached, task, sample)
                 results.append({"index": index} | record)
                 progress.reach(self.total - len(self.left) + number + 1)
                 if record.get("error", "").startswith(torch.AcceleratorError.__name__):
@@ -260,19 +269,26 @@ class _Work:
                         f"the device is of no use after {record['error']}; run the command again, with --retry-errors"
                     )
 
+    def _samples(self, task: str) -> Iterable[Sample]:
+        """A task's samples; of few tasks and samples made once for all variants."""
+        asked = {(task, index) for _, task, index in self.left}
+        if len(asked) > KEPT_SAMPLES:
+            return self.benchmark.samples(task)
+        if task not in self.kept:
+            last = max(index for name, index in asked if name == task)
+            self.kept[task] = list(islice(self.benchmark.samples(task), last + 1))
+        return self.kept[task]
 
-def _attempt(
-    benchmark: Benchmark, seed: int, model: PreTrainedModel, variant: Variant, task: str, sample: Sample
-) -> Record:
+
+def _attempt(benchmark: Benchmark, seed: int, attached: Attached, task: str, sample: Sample) -> Record:
     """One sample's record, whatever happens to it."""
     name = f"{seed}/{task}/{sample.id}".encode("utf-8", "backslashreplace")  # ids may be any text
     torch.manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1)
     started = time.perf_counter()
     figures: dict[str, Any] = {}
     try:
-        # Attached anew for each: figures are of this sample, and a failed fetch ends with it.
-        with variant.attached(model) as engine, watched_steps(model, engine) as series:
-            found = benchmark.predict(Subject(model, engine), task, sample)
+        with attached.sample() as engine, watched_steps(attached.model, engine) as series:
+            found = benchmark.predict(Subject(attached.model, engine), task, sample)
             if engine is not None:
                 figures = _figures(engine.stats) | ({"over_steps": series.record()} if series.steps else {})
     except Exception as error:  # recorded, and counted in the table: whatever it is, the other samples go on

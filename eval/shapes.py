@@ -64,8 +64,8 @@ def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dt
         logging.set_verbosity(verbosity)
     _relate(model.get_input_embeddings().weight)
     quiet = BRANCH_SCALE / math.sqrt(2 * config.num_hidden_layers)
-    for name, weight in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+    for name, weight in model.named_parameters():  # Gemma 3 norms what its branches add: of variance 1 beside the width
+        if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
             weight.mul_(quiet)
     return model.eval()
 

@@ -8,6 +8,8 @@ look like this: a few places hold most of a head's attention and stay liked for 
 arXiv 2601.21709). What comes of it is measured and reported, not assumed: similarity of the queries, hit rate, reuse,
 bytes fetched.
 
+A layer that looks back a window of tokens alone gets noise, as much of it as its own cache keeps.
+
 The same seed gives the same keys and values for every kind of cache, chunk by chunk: a long context never stands on the
 device as a whole unless the cache puts it there.
 
@@ -25,14 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from attention_predictor.errors import ConfigError
-from attention_predictor.offload.attention.dense import Terms, score_rows
+from attention_predictor.offload.attention.dense import ScoreRows, Terms, score_rows
 from attention_predictor.offload.chunk import Chunk
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
-from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies.query_similarity import query_similarity
@@ -75,17 +76,26 @@ class QueryTap(TieredLayer):
 
 
 @torch.no_grad()
-def tap_queries(model: PreTrainedModel, ids_1Q: Tensor, first: int) -> list[QueryTap]:
+def tap_queries(model: PreTrainedModel, ids_1Q: Tensor, first: int) -> list[QueryTap | DynamicSlidingWindowLayer]:
     """The layers of a cache after these tokens at the positions from ``first`` on, with nothing before them.
 
     Raises:
-        ConfigError: Not every layer attends to the whole context.
+        ConfigError: A layer neither attends to the whole context nor slides a window over it.
     """
     with attach(model, OffloadConfig(policy="full")) as engine:
-        cache = engine.new_cache()
-        if len(engine.tiered_layers) < len(cache.layers):
-            raise ConfigError(f"--synthetic: {type(model).__name__} has layers that don't attend to the whole context")
-        taps = [QueryTap(engine.runtime, number) for number in range(len(cache.layers))]
+        cache, taps = engine.new_cache(), list[QueryTap | DynamicSlidingWindowLayer]()
+        for number, layer in enumerate(cache.layers):
+            if number in engine.tiered_layers:
+                taps.append(QueryTap(engine.runtime, number))
+            elif isinstance(layer, DynamicSlidingWindowLayer):
+                taps.append(layer)
+            else:
+                raise ConfigError(
+                    f"--synthetic: layer {number} of {type(model).__name__} keeps a {type(layer).__name__}: "
+                    "contexts are made up for layers that attend to the whole of it, or to a window"
+                )
+        if not engine.tiered_layers:
+            raise ConfigError(f"--synthetic: {type(model).__name__} has no layer that attends to the whole context")
         cache.layers = list(taps)
         position_1Q = torch.arange(first, first + ids_1Q.shape[1], device=ids_1Q.device)[None]
         model(ids_1Q, **with_cache(model, cache), position_ids=position_1Q, logits_to_keep=1)
@@ -96,13 +106,17 @@ class SyntheticCache:
     """Keys and values of ``length`` tokens in each layer of a model.
 
     Args:
-        model: All of its layers attend to the whole context.
+        model: Its layers attend to the whole context, or to a window of it.
         ids_1Q: The ``PAST`` last tokens of the prompt, then those that will be decoded.
         length: Tokens of the prompt.
         batch: Sequences, each with keys and values of its own.
 
     Raises:
         ConfigError: The model has other layers, or the prompt is shorter than ``PAST`` tokens.
+
+    Attributes:
+        queries: query_1HQD of each layer that attends to the whole context, by its number.
+        windows: Tokens that each other layer looks back, by its number.
     """
 
     def __init__(
@@ -121,20 +135,29 @@ class SyntheticCache:
         self.locality = locality or Locality()
         self.device, self.dtype = model.device, model.dtype
         taps = tap_queries(model, ids_1Q, length - PAST)
-        self.kv_heads = taps[0].kv_heads
-        self.queries = [tap.query_BHQD.cpu() for tap in taps]  # query_1HQD of each layer
-        self.terms = [Terms(tap.terms.scaling, tap.terms.softcap, tap.terms.sinks_H) for tap in taps]
+        self.queries: dict[int, Tensor] = {}
+        self.terms: dict[int, Terms] = {}
+        self.windows: dict[int, int] = {}
+        self._heads: dict[int, tuple[int, int]] = {}  # KV heads and head size
+        for number, tap in enumerate(taps):
+            if isinstance(tap, QueryTap):
+                self.queries[number] = tap.query_BHQD.cpu()
+                self.terms[number] = Terms(tap.terms.scaling, tap.terms.softcap, tap.terms.sinks_H)
+                self._heads[number] = tap.kv_heads, tap.head_dim
+            else:
+                assert tap.keys is not None  # the run has filled it
+                self.windows[number] = tap.sliding_window
+                self._heads[number] = tap.keys.shape[1], tap.keys.shape[3]
 
     def query_similarity(self) -> float:
         """Mean cosine of the queries of any two steps, over heads and layers (q-similarity, arXiv 2601.21709)."""
-        return float(torch.stack([query_similarity(query_1HQD) for query_1HQD in self.queries]).mean())
+        return float(torch.stack([query_similarity(query_1HQD) for query_1HQD in self.queries.values()]).mean())
 
     def chunks(self, number: int) -> Iterator[Chunk]:
-        """Keys and values of one layer, on the device; the same at every call."""
-        query_GhQD = self.queries[number][0].to(self.device).float().unflatten(0, (self.kv_heads, -1))
-        G, _, _, D = query_GhQD.shape
-        generator = torch.Generator(self.device).manual_seed(self.seed << 16 | number)
-        made: dict[str, Any] = {"generator": generator, "device": self.device}
+        """Keys and values of a layer that attends to the whole context, on the device; the same at every call."""
+        G, D = self._heads[number]
+        query_GhQD = self.queries[number][0].to(self.device).float().unflatten(0, (G, -1))
+        made = self._random(number)
         scaling = self.terms[number].scaling
         token_BGST, key_BGSD = self._spans(query_GhQD, scaling, made)
         noise_G11 = (self.locality.noise / (scaling * query_GhQD.norm(dim=-1).mean((1, 2))))[:, None, None]
@@ -144,6 +167,11 @@ class SyntheticCache:
             b, g, s, t = ((token_BGST >= start) & (token_BGST < start + shape[2])).nonzero(as_tuple=True)
             key_BGTD[b, g, token_BGST[b, g, s, t] - start] += key_BGSD[b, g, s]
             yield Chunk(start, key_BGTD.to(self.dtype), torch.randn(shape, **made).to(self.dtype))
+
+    def _random(self, number: int) -> dict[str, Any]:
+        """How random numbers of a layer are made: the same at every call."""
+        generator = torch.Generator(self.device).manual_seed(self.seed << 16 | number)
+        return {"generator": generator, "device": self.device}
 
     def _spans(self, query_GhQD: Tensor, scaling: float, made: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The tokens of the spans, best first, no token in two of one KV head; and what is added to their keys."""
@@ -167,17 +195,39 @@ class SyntheticCache:
     @torch.no_grad()
     def fill(self, cache: Cache) -> None:
         """Put all tokens into an empty cache: ours, or a stock one."""
-        for number in range(len(self.queries)):
-            if isinstance(cache, TieredCache):
-                layer = cache.layers[number]
-                assert isinstance(layer, TieredLayer)  # `tap_queries` has refused all others
+        for number, layer in enumerate(cache.layers[: len(self._heads)]):
+            if isinstance(layer, TieredLayer):
                 self._fill_tiered(layer, number)
-            else:
+            elif number in self.queries:
                 _, keys, values = zip(*self.chunks(number), strict=True)
                 cache.update(torch.cat(keys, 2), torch.cat(values, 2), number)
+            else:
+                self._fill_window(layer, number)
+
+    def _fill_window(self, layer: Any, number: int) -> None:
+        """Leave a layer with a window as a prefill does: full of the last tokens, and having counted all of them.
+
+        Args:
+            layer: One of transformers', with a window, or static and with room for the whole context.
+        """
+        G, D = self._heads[number]
+        kept = min(self.length, self.windows[number])
+        made = self._random(number)
+        key_BGTD, value_BGTD = (torch.randn((self.batch, G, kept, D), **made).to(self.dtype) for _ in range(2))
+        if not layer.is_sliding:  # has room for all, of which no step looks at what is before the window
+            earlier = (0, 0, self.length - kept, 0)
+            key_BGTD, value_BGTD = (torch.nn.functional.pad(part, earlier) for part in (key_BGTD, value_BGTD))
+        layer.update(key_BGTD, value_BGTD)
+        if layer.is_sliding:  # a static one counts on the host under a name of its own
+            count = "cumulative_length_int" if hasattr(layer, "cumulative_length_int") else "cumulative_length"
+            setattr(layer, count, self.length)
 
     def _fill_tiered(self, layer: TieredLayer, number: int) -> None:
-        """Leave the layer as a prefill does: store and sketch filled, history started, the first fetch under way."""
+        """Leave the layer as a prefill does: stored, its policy told, the first fetch under way.
+
+        A policy that wants to see more than ``PAST`` rows of the prompt (``prompt_rows``) sees so many: what it
+        remembers is as large, and steps take as long.
+        """
         past_BHQD = self.queries[number][:, :, :PAST].to(self.device).expand(self.batch, -1, -1, -1)
 
         def stored() -> Iterator[Chunk]:
@@ -187,8 +237,12 @@ class SyntheticCache:
                 layer.armed = False  # this update is not followed by an attention call
                 yield chunk
 
-        shape = {"kv_heads": self.kv_heads, "block_size": layer.block_size}
+        shape = {"kv_heads": self._heads[number][0], "block_size": layer.block_size}
         rows = score_rows(past_BHQD, stored(), self.length, self.terms[number], **shape)
-        layer.policy.observe_rows(rows)
-        layer._fetch_ahead()
-        layer.note_memory()
+        if wanted := layer.policy.prompt_rows:
+            layer.policy.observe_rows(ScoreRows(*(rows_BGQN[:, :, -wanted:] for rows_BGQN in rows)))
+        if layer.sharing is not None and layer.sharing.heeds(PAST, self.length):
+            layer.sharing.tell(layer, past_BHQD, rows, None)  # the last layer sets all budgets, and has them fetch
+        else:
+            layer._fetch_ahead()
+            layer.note_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 import time
@@ -16,7 +17,8 @@ from transformers import PreTrainedModel
 from attention_predictor.errors import HostMemoryError, one_line
 from attention_predictor.eval.breakdown import breakdown
 from attention_predictor.eval.device import release, wait
-from attention_predictor.eval.synthetic_cache import SyntheticCache
+from attention_predictor.eval.static_step import StockModelError
+from attention_predictor.eval.synthetic_cache import PAST, SyntheticCache
 from attention_predictor.eval.ways import Session, Way, does_not_fit, opened
 from attention_predictor.offload.hf.versions import with_cache
 
@@ -45,6 +47,30 @@ class Workload:
     synthetic: SyntheticCache | None
     limit_bytes: int | None = None
 
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, context: int, args: argparse.Namespace, limit_bytes: int | None = None
+    ) -> Workload:
+        """As ``--steps --batch --budget --seconds --seed`` say, and ``--synthetic``; ids that suit ``--shape``."""
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        if args.shape is None:
+            ids_T = torch.randint(vocabulary, (context,), generator=torch.Generator().manual_seed(args.seed))
+        else:
+            ids_T = torch.arange(context) % vocabulary  # similar, where ids follow each other (``shapes``)
+        ids_1T = ids_T[None].to(model.device)
+        synthetic, prompt = None, context - steps_within(args.steps)
+        if args.synthetic:
+            synthetic = SyntheticCache(model, ids_1T[:, prompt - PAST :], prompt, batch=args.batch, seed=args.seed)
+        return cls(
+            ids_1T=ids_1T,
+            steps=args.steps,
+            batch=args.batch,
+            budget=args.budget,
+            seconds=args.seconds,
+            synthetic=synthetic,
+            limit_bytes=limit_bytes,
+        )
+
     @property
     def context(self) -> int:
         """Tokens of prompt and steps."""
@@ -62,13 +88,13 @@ def steps_within(timed: int) -> int:
 
 
 def try_way(model: PreTrainedModel, way: Way, work: Workload) -> dict[str, Any]:
-    """What came of it, or why it was ``skipped``: for lack of memory, and for no other reason."""
+    """What came of it, or why it was ``skipped``: for lack of memory, or as the stock model can't be run so."""
     row: dict[str, Any] = {"name": way.name, "context": work.context, "batch": work.batch}
     if reason := does_not_fit(model, way, context=work.context, batch=work.batch, limit_bytes=work.limit_bytes):
         return row | {"skipped": reason}
     try:
         return row | _tried(model, way, work)
-    except (torch.OutOfMemoryError, HostMemoryError) as error:
+    except (torch.OutOfMemoryError, HostMemoryError, StockModelError) as error:
         return row | {"skipped": one_line(error, 200)}
     finally:
         release(model.device)

@@ -17,8 +17,8 @@ class Way:
 
     Attributes:
         name: In tables and plots.
-        kind: Ours, transformers' ``DynamicCache``, or its ``StaticCache`` with the whole step compiled.
-        options: Of ``OffloadConfig`` or of the stock cache.
+        kind: Ours, transformers' ``DynamicCache``, or its ``StaticCache`` with the whole step captured.
+        options: Of ``OffloadConfig`` or of the stock cache; ``compile`` of a static one compiles the whole model.
         needs_gpu: Whether it is for CUDA devices alone.
         by_default: Whether it is measured without being asked for. (On a CPU, what is compiled is not.)
     """
@@ -30,9 +30,12 @@ class Way:
     by_default: bool = True
 
 
-FLOOR = "floor"
+FLOOR, STATIC = "floor", "static"
+AT_FLOOR_CONTEXT = (FLOOR, STATIC)
 WAYS = {
-    FLOOR: Way("static cache, compiled, 1K context", "static"),
+    FLOOR: Way("static cache, compiled, 1K context", "static", {"compile": True}),
+    STATIC: Way("static cache, captured, 1K context", "static"),
+    "ours": Way("ours, default settings", "ours", by_default=False),
     "graph": Way("ours, graph", "ours", {"prefetch": "graph"}, needs_gpu=True),
     "graph-unfused": Way(
         "ours, graph, nothing fused", "ours", {"prefetch": "graph", "unfused": True}, needs_gpu=True, by_default=False

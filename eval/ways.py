@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from attention_predictor.errors import ConfigError
+from attention_predictor.errors import ConfigError, one_line
+from attention_predictor.eval.static_step import StaticStep, StockModelError, plain_static_cache
 from attention_predictor.eval.way import WAYS, Way, check_ways
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.engine import Engine
@@ -54,7 +55,7 @@ def opened(model: PreTrainedModel, way: Way, *, context: int, batch: int, budget
     """An empty cache for so many tokens; the model is attached, or compiled, for as long as it is in use."""
     config = model.config.get_text_config(decoder=True)
     with ExitStack() as stack:
-        if way.kind == "static" or way.options.get("compile"):
+        if way.options.get("compile"):
             stack.callback(torch.compiler.reset)  # with what was compiled goes the memory that its graphs hold
         if way.kind == "ours":
             engine = stack.enter_context(attach(model, OffloadConfig(budget=budget, **way.options)))
@@ -64,13 +65,19 @@ def opened(model: PreTrainedModel, way: Way, *, context: int, batch: int, budget
         elif way.kind == "dynamic":
             cache = DynamicCache(config=config, **way.options)
             yield Session(cache, lambda token_B1: model(token_B1, **with_cache(model, cache)))
+        elif not way.options.get("compile"):
+            cache = plain_static_cache(model, context)
+            yield Session(cache, StaticStep(model, cache, context, batch))
         else:
-            cache = StaticCache(config=config, max_cache_len=context, **way.options)
+            cache = StaticCache(config=config, max_cache_len=context)
             forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
 
             def step(token_B1: Tensor) -> object:
                 torch.compiler.cudagraph_mark_step_begin()  # the last step's logits may be overwritten
-                return forward(token_B1, **with_cache(model, cache))
+                try:
+                    return forward(token_B1, **with_cache(model, cache))
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    raise StockModelError(f"the stock model can't be compiled: {one_line(error, 200)}") from error
 
             yield Session(cache, step)
 

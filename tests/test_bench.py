@@ -20,14 +20,18 @@ from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval import synthetic_cache, trial, ways
-from attention_predictor.eval.breakdown import breakdown, covered, stage_of
-from attention_predictor.eval.comparison import compare
+from attention_predictor.eval.breakdown import STAGES, SUMS, breakdown, covered, short_name, stage_of, summed
+from attention_predictor.eval.comparison import compare, where_time_goes
+from attention_predictor.eval.perplexity_time import FIGURES
 from attention_predictor.eval.shapes import SHAPES, random_model, shape_config
+from attention_predictor.eval.static_step import StaticStep, plain_static_cache
+from attention_predictor.eval.steps_taken import how_taken, why_not_captured
 from attention_predictor.eval.synthetic_cache import PAST, Locality, SyntheticCache
 from attention_predictor.eval.timings import TimingsFile
 from attention_predictor.offload.attention.dense import scaled_logits
 from attention_predictor.offload.blocks import host_memory, room
 from attention_predictor.offload.hf.versions import with_cache
+from attention_predictor.offload.policies import policy_names
 
 CPU = torch.device("cpu")
 LAYER = ["--kv-heads", "2", "--heads", "4", "--repeats", "2", "--json"]
@@ -37,6 +41,7 @@ PARTS = {
     "gather": ["--head-dim", "32", "--context", "600", "--blocks", "20"],
     "predictor": ["--tokens", "512,1024", "--layers", "3"],
 }
+NORMS = "norms and activations"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -77,6 +82,11 @@ def test_flashinfer_is_asked_for_where_it_can_be(capsys: pytest.CaptureFixture[s
         (["predictor", "--layers", "0"], "--layers 0: expected at least 1"),
         (["decode", "--steps", "0"], "--steps 0: expected at least 1"),
         (["decode", "--batch", "0"], "--batch 0: expected at least 1"),
+        (["policies", "--policies", "predictor,best"], "policy='best' is not allowed: expected one of full, "),
+        (["policies", "--context", "100", "--shape", "tiny"], "--context 100: expected at least 112, for steps and 64"),
+        (["perplexity", "--tail", "10"], "--tail 10: expected at least 11"),
+        (["perplexity", "--context", "64"], "--tail 64: expected less than --context 64"),
+        (["generate", "--new-tokens", "9"], "--new-tokens 9: expected at least 10"),
         (["requests", "--new-tokens", "0"], "--new-tokens 0: expected at least 1"),
         (["requests", "--ways", "ours,theirs"], "--ways theirs: expected some of ours, device"),
         (["decode", "--context", "300", "--steps", "400"], "--context 300: expected at least 409, for the 408 steps"),
@@ -85,7 +95,7 @@ def test_flashinfer_is_asked_for_where_it_can_be(capsys: pytest.CaptureFixture[s
             "--context 80: expected at least 81, for the 17",
         ),
         (["decode", "--shape", "llama"], "--shape 'llama' is not known: expected one of llama-3.1-8b, "),
-        (["decode", "--ways", "thread,fast"], "--ways 'fast' is not known: expected some of floor, graph, "),
+        (["decode", "--ways", "thread,fast"], "--ways 'fast' is not known: expected some of floor, static, "),
         (["decode", "--ways", "offloaded"], "--ways offloaded: it needs a CUDA device, found cpu"),
         (["decode", "--budget", "20"], "budget=20 is not allowed"),
         (["decode", "--memory-limit", "24"], "--memory-limit 24.0: for CUDA devices, found cpu"),
@@ -124,7 +134,7 @@ def test_decode_behind_a_prefill(tiny_model, tmp_path: Path, capsys: pytest.Capt
     assert ours["to_ours"] == 1
     assert ours["engine"]["steps"] == 2  # the timed ones alone
     assert ours["engine"]["fallbacks"] == {}
-    assert ours["engine"]["device_kv_parts"].keys() == {"pool", "sketch", "history"}
+    assert ours["engine"]["device_kv_parts"].keys() == {"pool", "table", "sketch", "history"}
     assert "engine" not in stock
     assert found["settings"]["synthetic"] is False
 
@@ -193,7 +203,7 @@ def test_every_way_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     rows = json.loads(capsys.readouterr().out)["timings"]
-    assert {one["way"] for one in rows} == set(ways.WAYS) - {"no-kernels", "graph-unfused"}
+    assert {one["way"] for one in rows} == {name for name, way in ways.WAYS.items() if way.by_default}
     for one in rows:
         assert one["median_ms"] > 0
         assert one["breakdown"]["idle_ms"] >= 0
@@ -214,6 +224,10 @@ def test_rows_are_compared_at_their_context() -> None:
     assert found[2] == rows[2]
     assert (found[1]["to_ours"], found[1]["to_floor"]) == (1.0, 2.0)
     assert (found[4]["to_ours"], found[4]["to_floor"]) == (4.0, 10.0)
+    assert not any("to_static" in row for row in found)
+    found = compare([*rows, {"way": "static", "context": 1024, "median_ms": 4.0}])
+    assert (found[4]["to_floor"], found[4]["to_static"]) == (10.0, 5.0)
+    assert found[5].keys() == {"way", "context", "median_ms"}
 
 
 @pytest.mark.parametrize("text", ["times\n", "[1]\n", '{"settings": {}}\nx\n'])
@@ -246,13 +260,46 @@ def test_stages_by_kernel_names() -> None:
         "void gemvNSP_kernel<__nv_bfloat16>": "linear layers",
         "triton_tem_fused_mm_3": "linear layers",
         "aten::addmm": "linear layers",
-        "void at::native::sbtopk::gatherTopK<float>": "selection",
         "Memcpy HtoD (Pinned -> Device)": "copies",
-        "aten::searchsorted": "other",
-        "triton_red_fused_add_mean_mul_pow_rsqrt_1": "other",
-        "void at::native::vectorized_elementwise_kernel<4>": "other",
+        "triton_red_fused_add_mean_mul_pow_rsqrt_1": "compiled layers",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::(anonymous namespace)::silu_kernel(…)>": NORMS,
     }
     assert {name: stage_of(name) for name in names} == names
+    assert {stage for stage, _ in STAGES} == {part for parts in SUMS.values() for part in parts}
+
+
+def test_what_is_of_no_stage_stands_under_its_own_name() -> None:
+    add = "at::native::CUDAFunctor_add<c10::BFloat16>, std::array<char*, 3ul>"
+    multiply = "at::native::BinaryFunctor<float, float, float, at::native::binary_internal::MulFunctor<float> >"
+    mean = "at::native::ReduceOp<float, at::native::MeanOps<float, float>, unsigned int, float, 4>"
+    names = {
+        f"void at::native::vectorized_elementwise_kernel<4, {add} >(int, {add})": (
+            "vectorized_elementwise_kernel CUDAFunctor_add"
+        ),
+        f"void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<{multiply} >(…)>(int)": (
+            "elementwise_kernel MulFunctor"
+        ),
+        f"void at::native::reduce_kernel<512, 1, {mean} >({mean})": "reduce_kernel MeanOps",
+        "void at::native::(anonymous namespace)::indexSelectLargeIndex<float, long>(…)": "indexSelectLargeIndex",
+        "void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>(…)": "sbtopk::gatherTopK",
+        "aten::searchsorted": "aten::searchsorted",
+        "reduce_logits_kernel(ReduceLogits)": "reduce_logits_kernel",
+    }
+    assert {name: stage_of(name) or short_name(name) for name in names} == names
+    found = summed({"score_groups(…)": 2.0, "fold_row(…)": 1.0, "gemv": 4.0, "aten::mul": 0.5, "Memset (Device)": 0.25})
+    assert found["sums_ms"] == {
+        "selection, sketch, history, prediction": 3.0,
+        "gather": 0.0,
+        "copies": 0.25,
+        "attention": 0.0,
+        "the model's own": 4.0,
+        "of no stage": 0.5,
+    }
+    assert list(found["stages_ms"]) == ["linear layers", "sketch", "history", "aten::mul", "copies"]
+    shown = where_time_goes(found | {"idle_ms": 0.125})
+    assert shown[0].endswith("the model's own 4.00; of no stage 0.50; nothing 0.12")
+    assert shown[1] == "ms in detail: linear layers 4.00; sketch 2.00; history 1.00; aten::mul 0.50; copies 0.25"
+    assert where_time_goes(summed({"gemv": 99.5, "aten::mul": 0.5}))[1].endswith("linear layers 99.50; 1 more 0.50")
 
 
 def test_covered() -> None:
@@ -269,9 +316,10 @@ def test_breakdown_on_a_cpu() -> None:
 
     found = breakdown(steps, 2, CPU)
     assert found is not None
-    assert found.keys() == {"stages_ms"}
-    assert found["stages_ms"]["linear layers"] > 0
-    assert found["stages_ms"]["selection"] > 0
+    assert found.keys() == {"stages_ms", "sums_ms"}
+    assert found["stages_ms"]["linear layers"] == found["sums_ms"]["the model's own"] > 0
+    assert found["stages_ms"]["aten::topk"] > 0
+    assert sum(found["stages_ms"].values()) == pytest.approx(sum(found["sums_ms"].values()))
     assert breakdown(lambda: None, 1, CPU) is None
 
 
@@ -280,7 +328,14 @@ def test_breakdown_on_a_cpu() -> None:
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("llama-3.1-8b", 8_030_261_248), ("llama-3.2-1b", 1_235_814_400), ("qwen2.5-7b", 7_615_616_512)],
+    [
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("gemma-3-4b", 3_880_263_168),  # the language models of Gemma 3, without what sees images
+        ("gemma-3-12b", 11_766_034_176),
+        ("gpt-oss-20b", 20_914_757_184),
+    ],
 )
 def test_published_shapes(name: str, parameters: int) -> None:
     from transformers import AutoModelForCausalLM
@@ -373,8 +428,8 @@ def test_attention_is_as_asked_for(model: PreTrainedModel) -> None:
 
 def test_synthetic_refuses_what_it_cannot_fill(tiny_model) -> None:
     ids = torch.zeros(1, PAST + 6, dtype=torch.long)
-    with pytest.raises(ConfigError, match="has layers that don't attend to the whole context"):
-        SyntheticCache(tiny_model("gemma3"), ids, 600)
+    with pytest.raises(ConfigError, match="MistralForCausalLM has no layer that attends to the whole context"):
+        SyntheticCache(tiny_model("mistral-sliding"), ids, 600)
     with pytest.raises(ConfigError, match="at least 64 tokens, found 60"):
         SyntheticCache(tiny_model("llama"), ids, 60)
 
@@ -396,3 +451,209 @@ def test_a_way_leaves_nothing_behind(model: PreTrainedModel, monkeypatch: pytest
         assert trial.try_way(model, ways.WAYS[way], work)["median_ms"] > 0
     assert found == [True, True]
     assert getattr(model, "_attention_predictor_engine", None) is None
+
+
+# Layers with a window
+
+
+HYBRIDS = ["tiny-gemma-3", "tiny-gpt-oss"]
+
+
+@pytest.fixture(scope="module", params=HYBRIDS)
+def hybrid(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return random_model(shape_config(request.param, 8192), CPU, torch.float32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [100, 400])  # before the window of 128 is full, and after
+def test_hybrid_caches_get_the_same(hybrid: PreTrainedModel, length: int) -> None:
+    made, ids = made_up(hybrid, length, batch=2)
+    assert sorted([*made.queries, *made.windows]) == list(range(hybrid.config.num_hidden_layers))
+    stock, static = DynamicCache(config=hybrid.config), plain_static_cache(hybrid, 512)
+    made.fill(stock)
+    made.fill(static)
+    with attach(hybrid, OffloadConfig(budget=1024)) as engine:
+        cache = engine.new_cache()
+        made.fill(cache)
+        cache.check_integrity()
+        assert all(layer.get_seq_length() == length for layer in (*cache.layers, *stock.layers, *static.layers))
+        for number, window in made.windows.items():
+            assert cache.layers[number].keys.shape[2] == min(window - 1, length)
+            assert torch.equal(cache.layers[number].values, stock.layers[number].values)
+        tokens = [ids[:, i : i + 1].expand(2, 1) for i in range(6)]
+        ours = [hybrid(token, **with_cache(hybrid, cache)).logits for token in tokens]
+    wanted = torch.cat([hybrid(token, **with_cache(hybrid, stock)).logits for token in tokens])
+    step = StaticStep(hybrid, static, 512, batch=2)
+    torch.testing.assert_close(torch.cat(ours), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat([step(token) for token in tokens]), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_static_steps_of_a_model_of_one_kind(tiny_model) -> None:
+    """A mask is a tensor for these, whether they slide or not; behind a prefill."""
+    ids = torch.randint(3, 90, (1, 60), generator=torch.Generator().manual_seed(0))
+    for family in ("llama", "mistral-sliding", "gemma2"):
+        one = tiny_model(family)
+        cache = plain_static_cache(one, 64)
+        with torch.no_grad():
+            one(ids[:, :50], **with_cache(one, cache))
+            wanted = one(ids).logits[:, 50:]
+        step = StaticStep(one, cache, 64, batch=1)
+        found = torch.cat([step(token) for token in ids[:, 50:].split(1, 1)], 1)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_every_policy_is_told_of_a_made_up_prompt(hybrid: PreTrainedModel) -> None:
+    """As a prompt tells it: what it remembers has the prompt's blocks, and budgets of the prompt's are shared."""
+    made, ids = made_up(hybrid, 600)
+    for name in policy_names():
+        with attach(hybrid, OffloadConfig(budget=192, policy=name)) as engine, torch.no_grad():
+            cache = engine.new_cache()
+            made.fill(cache)
+            cache.check_integrity()
+            tiered = [cache.layers[number] for number in made.queries]
+            for i in range(3):
+                hybrid(ids[:, i : i + 1], **with_cache(hybrid, cache))
+            cache.check_integrity()
+            selecting = name != "full"
+            assert all(bool(layer.tiers.pool.slots) == selecting for layer in tiered)
+            assert engine.stats.steps == 3
+            budgets = engine.stats.to_dict()["layer_budgets"]
+            assert sum(budgets) == 192 * len(tiered) * selecting, (name, budgets)
+            if (policy := tiered[0].policy).prompt_rows:
+                for part in ("attention", "votes", "last", "history"):
+                    if part in policy.parts:
+                        assert policy.parts[part].n_blocks >= 600 // 16, (name, part)
+
+
+@pytest.mark.parametrize("shape", HYBRIDS)
+def test_decode_of_a_hybrid_against_its_floor(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--shape", shape, "--synthetic", "--context", "1100", "--ways", "ours,static"]
+    assert main([*decode(*options), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert [(one["way"], one["context"]) for one in rows] == [("static", 1024), ("ours", 1100)]
+    assert rows[1]["to_static"] == rows[1]["median_ms"] / rows[0]["median_ms"]
+    assert rows[1]["to_ours"] == 1
+    assert rows[1]["engine"]["steps"] == 2
+
+
+def test_a_stock_model_that_cannot_be_compiled_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no such operation")
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compiled(call, backend=refuse))
+    options = ["--shape", "tiny", "--synthetic", "--context", "512", "--ways", "floor,device", "--json"]
+    assert main(decode(*options)) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert rows[0]["skipped"].startswith("the stock model can't be compiled: ")
+    assert "to_floor" not in rows[1]
+
+
+# Policies, loops, evaluations
+
+
+def test_policies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = ["bench", "policies", "--device", "cpu", "--shape", "tiny", "--budget", "160", "--context", "640"]
+    command += ["--steps", "2", "--out", str(out)]
+    assert main([*command, "--policies", "predictor,full"]) == 0
+    capsys.readouterr()
+    before = out.read_text()
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert out.read_text().startswith(before)
+    rows = found["timings"]
+    assert {row["policy"] for row in rows} == set(policy_names())
+    assert (rows[0]["policy"], rows[0]["ratio"]) == ("predictor", 1)
+    assert all(row["median_ms"] > 0 and row["ratio"] == row["median_ms"] / rows[0]["median_ms"] for row in rows)
+    reasons = {row["policy"]: row["not_captured"] for row in rows}
+    assert reasons.pop("full") == "it attends to everything"
+    assert set(reasons.values()) == {"thread: steps are captured on a CUDA device, the model is on cpu"}
+    assert main(command) == 0  # nothing left to do
+    text = capsys.readouterr().out
+    assert text.count(" × the first, not captured: ") == len(rows)
+    assert text.count("ms in sum: ") == len(rows)
+
+
+def test_how_steps_were_taken() -> None:
+    stats = {"steps": 4, "captured_steps": 4, "fallbacks": {}, "prefetch": "captured steps, …"}
+    assert how_taken("predictor", stats) == "captured"
+    stats |= {"captured_steps": 3, "fallbacks": {"no room": 1, "no kernel": 1}}
+    assert how_taken("quest", stats) == "3 of 4 captured: no room; no kernel"
+    assert why_not_captured("full", stats) == "it attends to everything"
+
+
+def test_loops_side_by_side(tiny_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = list(range(40, 97))  # which would end both at once
+    model.save_pretrained(tmp_path)
+    command = ["bench", "generate", "--device", "cpu", "--budget", "160", "--context", "300", "--new-tokens", "12"]
+    assert main([*command, "--model", str(tmp_path), "--repeats", "2", "--batch", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = found["timings"]
+    assert [row["name"] for row in rows] == ["engine.generate", "model.generate"]
+    assert [row["engine"]["steps"] for row in rows] == [11, 11]
+    assert all(len(row["all_ms"]) == 2 and row["ms"] > 0 for row in rows)
+    assert rows[1]["ratio"] == rows[1]["ms"] / rows[0]["ms"]
+    assert main([*command, "--shape", "tiny", "--repeats", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "same_tokens True" in text
+    assert text.count("× engine.generate, not captured: thread") == 2
+
+
+def test_a_token_of_perplexity(tiny_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model("gemma3").save_pretrained(tmp_path)
+    command = ["bench", "perplexity", "--device", "cpu", "--model", str(tmp_path), "--context", "300", "--tail", "12"]
+    command += ["--budget", "160", "--repeats", "1"]
+    assert main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert {row["name"] for row in rows} == set(policy_names())
+    for row in rows:
+        assert all(row[figure] > 0 for figure in FIGURES)
+        assert row["sample_ms"] > row["prompt_ms"] + 11 * row["token_ms"] * 0.99
+        assert row["first_sample_ms"] > row["attach_ms"] >= 0
+        assert ("engine" in row) == (row["name"] != "full")
+    assert all(row["engine"]["steps"] == 11 for row in rows if "engine" in row)
+    assert main([*command, "--policies", "streaming,full"]) == 0
+    assert "the stock model" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["tiny", *HYBRIDS])
+@torch.no_grad()
+def test_static_steps_are_captured_on_a_gpu(shape: str) -> None:
+    """Replayed ones say what a stock cache says; in bf16, in which experts are asked without the host."""
+    model = random_model(shape_config(shape, 8192), torch.device("cuda"), torch.bfloat16)
+    made, ids = made_up(model, 400, batch=2)
+    stock, static = DynamicCache(config=model.config), plain_static_cache(model, 512)
+    made.fill(stock)
+    made.fill(static)
+    step = StaticStep(model, static, 512, batch=2)
+    for i in range(6):
+        token = ids[:, i : i + 1].expand(2, 1).cuda()
+        wanted, found = model(token, **with_cache(model, stock)).logits, step(token)
+        assert (step.graph is not None) == (i >= 2)
+        torch.testing.assert_close(found, wanted, atol=0.03 * float(wanted.abs().max()), rtol=0.03)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["tiny", *HYBRIDS])
+def test_policies_and_loops_on_a_gpu(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cuda", "--shape", shape, "--budget", "256", "--json"]
+    assert main(["bench", "policies", "--context", "2048", "--steps", "6", *options]) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert {row["policy"] for row in rows} == set(policy_names())
+    assert all(row["ratio"] > 0 and row["breakdown"]["sums_ms"]["the model's own"] > 0 for row in rows)
+    assert main(["bench", "generate", "--context", "2048", "--new-tokens", "32", "--repeats", "1", *options]) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert all(row["engine"]["steps"] == 31 for row in rows)
+
+
+@pytest.mark.gpu
+def test_a_token_of_perplexity_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "perplexity", "--device", "cuda", "--context", "1024", "--repeats", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert {row["name"] for row in rows} == set(policy_names())
+    assert all(row["token_ms"] > 0 for row in rows)

@@ -15,6 +15,7 @@ from recordings import make_recording
 from tiny_text_model import save_tiny_text_model, write_longbench
 
 from attention_predictor.eval.folder import RunFolder
+from attention_predictor.offload.policies import policy_names
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -38,16 +39,16 @@ def test_explore_predictor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # several commands, each of which loads all libraries
-@pytest.mark.parametrize("together", ["no", "yes"])
-def test_reproduce_pocket(tmp_path: Path, together: str) -> None:
-    """From data to report with a tiny model, by two processes; one benchmark after the other, and both at once."""
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_reproduce_pocket(tmp_path: Path, processes: str) -> None:
+    """From data to report with a tiny model under every policy, and again with nothing left to do."""
     data, out = tmp_path / "data", tmp_path / "out"
     write_longbench(data / "longbench", ["trec", "lcc"])
     for name in ("books", "code"):
         (write_texts(data / "texts") / "a.txt").rename(data / "texts" / f"{name}__a.txt")
     (data / "texts" / "b.txt").unlink()
-    settings = {"PYTHON": sys.executable, "PARTS": "map,longbench", "PROCESSES": "2", "OMP_NUM_THREADS": "1"}
-    settings |= {"POLICIES": "full,streaming", "BUDGETS": "144", "TOGETHER": together}
+    settings = {"PYTHON": sys.executable, "PARTS": "map,longbench", "OMP_NUM_THREADS": "1", "BUDGETS": "144"}
+    settings |= {"PROCESSES": processes} | ({} if processes == "1" else {"POLICIES": "full,streaming"})
     command = ["bash", SCRIPTS / "reproduce_pocket.sh", data, out, "cpu"]
     command += ["--model", save_tiny_text_model(tmp_path / "model")]
     done = subprocess.run(
@@ -56,14 +57,22 @@ def test_reproduce_pocket(tmp_path: Path, together: str) -> None:
     assert done.returncode == 0, done.stderr
     both = [RunFolder.finished(out / name) for name in ("map", "longbench")]
     assert [set(folder.tasks) for folder in both] == [{"books", "code"}, {"trec", "lcc"}]
-    chosen = ("streaming-144", "predictor-ahead-144")
-    assert [folder.variants for folder in both] == [chosen, ("full", *chosen)]
+    policies = policy_names() if processes == "1" else ("full", "streaming")
+    chosen = {f"{name}-144" for name in (*policies, "predictor-ahead") if name != "full"}
+    assert [set(folder.variants) for folder in both] == [chosen, chosen | {"full"}]
     report = (out / "report" / "report.md").read_text()
     assert all(f"## {title}" in report for title in ("Recovery", "LongBench", "LongBench's answers"))
     assert "not finished" not in report
     titles = [line for line in done.stdout.splitlines() if line.startswith(("recovery, %", "perplexity of the answer"))]
     assert len(titles) == 2
-    assert (out / "longbench.log").exists() == (together == "yes")
+    minutes = [line for line in done.stdout.splitlines() if line.endswith(" so far")]
+    assert [line.split(":")[0] for line in minutes] == ["recovery-map", "longbench"]
+    lines = {path: path.read_text() for path in out.glob("*/*/*.jsonl")}
+    done = subprocess.run(
+        [str(word) for word in command], env=os.environ | settings, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path: path.read_text() for path in out.glob("*/*/*.jsonl")} == lines
 
 
 def test_reproduce_pocket_says_what_is_missing(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from attention_predictor.documents import encode
 from attention_predictor.eval.longbench.data import SUFFIX, Rows, make_sample, template_fields
 from attention_predictor.eval.longbench.tasks import BENCHMARK, TASKS
 from attention_predictor.eval.prompts import check_chat, fitted_ids
-from attention_predictor.eval.runner import Benchmark, Sample
+from attention_predictor.eval.runner import KEPT_SAMPLES, Benchmark, Sample
 from attention_predictor.eval.subject import Subject
 from attention_predictor.reading import check_unicode
 
@@ -50,6 +50,7 @@ class LongBench(Benchmark):
         self.extended, self.chat, self.max_length = extended, chat, max_length
         self.templates = {task: (templates or {}).get(task, TASKS[task].template) for task in tasks}
         self.answer_likelihood = answer_likelihood
+        self._kept: dict[tuple[str, str, bool, int | None], tuple[list[int], bool]] = {}
         for template in self.templates.values():
             template_fields(template)
         if needing := [task for task in tasks if chat and TASKS[task].chat]:
@@ -74,7 +75,7 @@ class LongBench(Benchmark):
         what = TASKS[task]
         chat = self.chat and what.chat
         room = None if subject.context is None else subject.context - what.max_new_tokens
-        prompt, cut = fitted_ids(self.tokenizer, sample.prompt, chat=chat, longest=self.max_length, room=room)
+        prompt, cut = self._fitted(task, sample, chat, room)
         options: dict[str, Any] = {}
         if what.stops_at_newline:
             options = {"stop": encode(self.tokenizer, "\n")[-1:], "min_new_tokens": 1}
@@ -86,6 +87,16 @@ class LongBench(Benchmark):
             "truncated": cut,
         }
         return found | (self._likelihood(subject, task, sample, prompt, chat) if self.answer_likelihood else {})
+
+    def _fitted(self, task: str, sample: Sample, chat: bool, room: int | None) -> tuple[list[int], bool]:
+        """``fitted_ids`` of the prompt; of few samples the same for all variants, since a book takes a while."""
+        key = (task, sample.id, chat, room)
+        if (known := self._kept.get(key)) is not None:
+            return known
+        found = fitted_ids(self.tokenizer, sample.prompt, chat=chat, longest=self.max_length, room=room)
+        if len(self._kept) < KEPT_SAMPLES:
+            self._kept[key] = found
+        return found
 
     def _likelihood(self, subject: Subject, task: str, sample: Sample, prompt: list[int], chat: bool) -> dict[str, Any]:
         """Of the first reference answer, no more of it than the model may generate."""

@@ -40,9 +40,13 @@ EVAL = {
     "synthetic": Command("the pocket model's own tasks: answers found in long documents", "eval.planted"),
     "recovery": Command("answers found and attention mass recovered", "eval.recovery"),
     "recovery-map": Command("attention mass recovered, by layer and head", "eval.recovery_map"),
+    "several": Command("several of these in one process, the model loaded once", "eval.several"),
 }
 BENCH = {
     "decode": Command("whole steps of a model, against the stock caches", "eval.decode"),
+    "policies": Command("a decoding step under every selection policy", "eval.policies"),
+    "generate": Command("model.generate against engine.generate", "eval.loops"),
+    "perplexity": Command("a token of eval perplexity under every policy", "eval.perplexity_time"),
     "prefill": Command("the prefill of a long prompt, against the stock caches", "eval.prefill"),
     "requests": Command("requests one after another: first token, memory", "eval.requests"),
     "attention": Command("one token over the blocks of a pool", "eval.speed.attention"),

@@ -8,6 +8,9 @@ Ways (--ways; those in parentheses, and on a CPU those that need a GPU, are
 not measured unless asked for):
   floor           transformers' StaticCache, compiled, always at a context of
                   1,024 tokens: what is to be approached
+  static          transformers' StaticCache, a whole step as one CUDA graph,
+                  always at 1,024 tokens: what is to be approached uncompiled
+  (ours)          ours, default settings
   graph           ours, a whole step as one CUDA graph, in which norms,
                   gated MLPs and rotary embeddings are a kernel each
   (graph-unfused) the same without these kernels, the model's operations one
@@ -18,11 +21,12 @@ not measured unless asked for):
   device          transformers' DynamicCache on the device
   offloaded       the same, offloaded layer by layer
 
-For each: milliseconds a token, median and 95th percentile; the ratio of the median to ours (the first of graph,
-graph-compiled, graph-unfused, thread that was measured) and to the floor; memory; for ours also hit rate, bytes
-fetched, exposed wait.
-A few further steps are profiled, for milliseconds by stage and the time in which the device stood still.
-What does not fit in memory is skipped, and it is said why.
+For each: milliseconds a token, median and 95th percentile; the ratio of the median to ours (the first of graph, ours,
+graph-compiled, graph-unfused, thread that was measured), to the floor and to static; memory; for ours also hit rate,
+bytes fetched, exposed wait. A few further steps are profiled, for milliseconds by stage, sums of these, and the time in
+which the device stood still; a kernel that belongs to no stage stands under its own name.
+What does not fit in memory is skipped, and it is said why; so is the stock model where it can't be compiled or
+captured.
 
 examples:
   attnpred bench decode --context 8192 --budget 512
@@ -30,6 +34,8 @@ examples:
       --batch 1 --synthetic --json
   attnpred bench decode --shape llama-3.1-8b --context 131072 --synthetic \\
       --ways graph,graph-unfused,graph-compiled    # what fusing gains
+  attnpred bench decode --shape gpt-oss-20b --context 131072 --synthetic \\
+      --ways floor,static,graph,graph-compiled
   attnpred bench decode --shape llama-3.1-8b --synthetic \\
       --contexts 1024,8192,32768,131072 --out runs/h200.jsonl \\
       --plot runs/h200.png

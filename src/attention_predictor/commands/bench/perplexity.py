@@ -1,0 +1,44 @@
+"""Time one token of eval perplexity under every policy, in one process: what evaluations pay.
+
+As in an evaluation, the model is attached once for a policy; of each sample the prompt is prefilled in full, and every
+token of the tail decoded and looked at. The samples are random tokens; full is the stock model with its whole cache.
+
+For each: milliseconds a token, the mean of a tail with the first tokens, in which steps are captured, and without the
+first 8; the ratio of the mean to the first policy's; milliseconds of attaching and of a prompt; whether steps were
+captured, and why not. Medians of --repeats samples.
+
+examples:
+  attnpred bench perplexity
+  attnpred bench perplexity --context 4096 --budget 256 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments
+from attention_predictor.commands.bench.policy_options import add_policies, check_policies, policies_of
+from attention_predictor.errors import ConfigError
+from attention_predictor.kinds import whole
+from attention_predictor.offload.config import OffloadConfig
+
+SKIPPED = 8  # steps
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    add_option(parser, "--context", whole(), 4096, "tokens of a sample")
+    add_option(parser, "--tail", whole(SKIPPED + 3), 64, "the last of them, which are decoded")
+    add_option(parser, "--budget", whole(), 512, "tokens a step attends to")
+    add_policies(parser)
+    add_option(parser, "--repeats", whole(1), 3, "samples of a policy, behind one more that warms up")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def check(args: argparse.Namespace) -> None:
+    check_model_arguments(args)
+    check_policies(args.policies)
+    if args.tail >= args.context:
+        raise ConfigError(f"--tail {args.tail}: expected less than --context {args.context}")
+    for policy in policies_of(args.policies):
+        OffloadConfig(budget=args.budget, policy=policy)

@@ -1,0 +1,31 @@
+"""``--policies`` of timings: which take part, and in what order."""
+
+from __future__ import annotations
+
+import argparse
+
+from attention_predictor.offload.policies import policy_class, policy_names
+
+BASE = "predictor"
+
+
+def add_policies(parser: argparse.ArgumentParser) -> None:
+    """``--policies``, all of them by default."""
+    names = [BASE, *(name for name in policy_names() if name != BASE)]
+    parser.add_argument(
+        "--policies",
+        default=",".join(names),
+        metavar="P,P",
+        help="who takes part; the first is what ratios are to (all)",
+    )
+
+
+def policies_of(text: str) -> list[str]:
+    """Names in their order, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def check_policies(text: str) -> None:
+    """``ConfigError`` for a name that is no policy's."""
+    for name in policies_of(text):
+        policy_class(name)

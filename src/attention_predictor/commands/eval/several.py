@@ -1,0 +1,54 @@
+"""Run several benchmarks one after another, in one process that loads the model once.
+
+Each is given as to attnpred eval, its options included, and they are set apart by the word "then". Each has an --out of
+its own and goes on where it was stopped, as it does by itself; all options are looked at before the first one begins.
+How many minutes each has taken is printed.
+
+examples:
+  attnpred eval several needle --data texts/ --no-chat --out runs/needle \\
+      then perplexity --data texts/ --out runs/perplexity
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from attention_predictor.commands import EVAL, add_commands
+from attention_predictor.errors import ConfigError
+from attention_predictor.parser import Parser
+
+THEN = "then"
+NOT_AMONG = ("several", "recovery")  # the second is no benchmark of the runner: it keeps nothing to go on from
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = "a benchmark with its options, then another one, …"
+    parser.add_argument("given", nargs=argparse.REMAINDER, metavar="BENCHMARK …", help=what)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Reads what is given into ``args.benchmarks``, and refuses what each of them refuses."""
+    parser = Parser(prog="attnpred eval")
+    add_commands(parser, {name: one for name, one in EVAL.items() if name not in NOT_AMONG}, ("eval",))
+    args.benchmarks = []
+    for words in split(args.given):
+        one = parser.parse_args(words)
+        one.check(one)
+        args.benchmarks.append(one)
+    outs = [one.out.resolve() for one in args.benchmarks]
+    for out in outs:
+        if outs.count(out) > 1:
+            raise ConfigError(f"--out {out} is given twice: each benchmark needs its own")
+
+
+def split(words: list[str]) -> list[list[str]]:
+    """The words of each benchmark; ``ConfigError`` where there are none."""
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == THEN:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    if not all(parts):
+        raise ConfigError(f"expected a benchmark with its options before and behind every {THEN!r}")
+    return parts
