@@ -43,7 +43,7 @@ SUMS = {
     "gather": ("gather",),
     "copies": ("copies",),
     "attention": ("attention",),
-    "the model's own": ("linear layers", "compiled layers", "norms and activations"),
+    "the model's own": ("linear layers", "compiled layers", "norms and activations", "fused modules"),
 }
 UNKNOWN = "of no stage"
 
