@@ -23,7 +23,7 @@ OF_THE_CODE = (AssertionError, AttributeError, IndexError, KeyError, RuntimeErro
 class Fusible:
     """A module that a kernel serves, as it was found."""
 
-    what: ClassVar[str]  # it is, in the plural
+    what: ClassVar[str]  # it is, in the plural, which ends in s
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

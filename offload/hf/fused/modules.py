@@ -38,7 +38,7 @@ class FusedModules:
 
     def __str__(self) -> str:
         counts = Counter(one.what for one in self.found)
-        parts = [f"{count} {what}" for what, count in counts.items()]
+        parts = [f"{count} {what if count > 1 else what[:-1]}" for what, count in counts.items()]
         return ", ".join(parts) or "nothing: no norm, gated MLP or rotary embedding has a form that a kernel has"
 
     def __enter__(self) -> None:
