@@ -354,7 +354,7 @@ def model() -> PreTrainedModel:
 
 def made_up(model: PreTrainedModel, length: int, **settings: Any) -> tuple[SyntheticCache, Tensor]:
     """A cache's contents, and the ids of 6 steps behind it."""
-    ids = torch.arange(PAST + 6)[None]
+    ids = torch.arange(PAST + 6, device=model.device)[None]
     return SyntheticCache(model, ids, length, **settings), ids[:, PAST:]
 
 
