@@ -31,13 +31,14 @@ from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.blocks.slot_table import chosen_blocks
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.policies import policy_class, policy_names
+from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.allocation import Sharing, first_budgets, mean_shares, share_budget
 from attention_predictor.offload.policies.cake import preference
 from attention_predictor.offload.policies.query_similarity import query_similarity
+from attention_predictor.offload.policy_names import BUILT_IN
 
 SMALL = {"predictor": "ema", "budget": 96, "sink": 16, "recent": 16}
-SELECTING = tuple(name for name in policy_names() if policy_class(name).selects != "all")
+SELECTING = tuple(name for name in BUILT_IN if policy_class(name).selects != "all")
 
 
 @torch.no_grad()

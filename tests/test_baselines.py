@@ -30,11 +30,12 @@ from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import NEVER
 from attention_predictor.offload.blocks.slot_table import chosen_blocks
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.policies import LayerSpec, policy_class, policy_names
+from attention_predictor.offload.policies import LayerSpec, policy_class
 from attention_predictor.offload.policies.allocation import allocation_of, first_budgets, mean_shares, share_budget
 from attention_predictor.offload.policies.base import BlockValues, newest_first
 from attention_predictor.offload.policies.cake import preference
 from attention_predictor.offload.policies.snapkv import pooled
+from attention_predictor.offload.policy_names import BUILT_IN
 
 BASELINES = ("h2o", "snapkv", "pyramidkv", "cake", "tappa", "lazy-eviction")
 EVICTING = ("h2o", "lazy-eviction")
@@ -145,7 +146,7 @@ def test_a_step_reads_no_more_than_its_budget(tiny_model, ids, monkeypatch, poli
 
 
 def test_those_that_evict_say_so(tiny_model, ids):
-    assert {name for name in policy_names() if policy_class(name).evicts} == set(EVICTING)
+    assert {name for name in BUILT_IN if policy_class(name).evicts} == set(EVICTING)
     for policy in EVICTING:
         cache, _ = decode(tiny_model(), ids(100), policy, steps=2)
         assert "evicted" in cache.layers[0].runtime.stats.device_kv_parts()
@@ -392,7 +393,7 @@ def test_pyramid_is_exact_up_to_the_mean_budget(tiny_model, ids, budget, exact):
 
 def test_how_layers_share_by_default():
     others = {"pyramidkv": "pyramid", "cake": "cake", "tappa": "qsim"}
-    for name in policy_names():
+    for name in BUILT_IN:
         config = OffloadConfig(budget=512, policy=name)
         assert allocation_of(config) == others.get(name, "uniform")
         if name != "pyramidkv":

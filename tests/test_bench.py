@@ -31,7 +31,7 @@ from attention_predictor.eval.timings import TimingsFile
 from attention_predictor.offload.attention.dense import scaled_logits
 from attention_predictor.offload.blocks import host_memory, room
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.policies import policy_names
+from attention_predictor.offload.policy_names import BUILT_IN
 
 CPU = torch.device("cpu")
 LAYER = ["--kv-heads", "2", "--heads", "4", "--repeats", "2", "--json"]
@@ -505,7 +505,7 @@ def test_static_steps_of_a_model_of_one_kind(tiny_model) -> None:
 def test_every_policy_is_told_of_a_made_up_prompt(hybrid: PreTrainedModel) -> None:
     """As a prompt tells it: what it remembers has the prompt's blocks, and budgets of the prompt's are shared."""
     made, ids = made_up(hybrid, 600)
-    for name in policy_names():
+    for name in BUILT_IN:
         with attach(hybrid, OffloadConfig(budget=192, policy=name)) as engine, torch.no_grad():
             cache = engine.new_cache()
             made.fill(cache)
@@ -565,7 +565,7 @@ def test_policies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
     found = json.loads(capsys.readouterr().out)
     assert out.read_text().startswith(before)
     rows = found["timings"]
-    assert {row["policy"] for row in rows} == set(policy_names())
+    assert {row["policy"] for row in rows} == set(BUILT_IN)
     assert (rows[0]["policy"], rows[0]["ratio"]) == ("predictor", 1)
     assert all(row["median_ms"] > 0 and row["ratio"] == row["median_ms"] / rows[0]["median_ms"] for row in rows)
     reasons = {row["policy"]: row["not_captured"] for row in rows}
@@ -609,7 +609,7 @@ def test_a_token_of_perplexity(tiny_model, tmp_path: Path, capsys: pytest.Captur
     command += ["--budget", "160", "--repeats", "1"]
     assert main([*command, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["timings"]
-    assert {row["name"] for row in rows} == set(policy_names())
+    assert {row["name"] for row in rows} == set(BUILT_IN)
     for row in rows:
         assert all(row[figure] > 0 for figure in FIGURES)
         assert row["sample_ms"] > row["prompt_ms"] + 11 * row["token_ms"] * 0.99
@@ -644,7 +644,7 @@ def test_policies_and_loops_on_a_gpu(shape: str, capsys: pytest.CaptureFixture[s
     options = ["--device", "cuda", "--shape", shape, "--budget", "256", "--json"]
     assert main(["bench", "policies", "--context", "2048", "--steps", "6", *options]) == 0
     rows = json.loads(capsys.readouterr().out)["timings"]
-    assert {row["policy"] for row in rows} == set(policy_names())
+    assert {row["policy"] for row in rows} == set(BUILT_IN)
     assert all(row["ratio"] > 0 and row["breakdown"]["sums_ms"]["the model's own"] > 0 for row in rows)
     assert main(["bench", "generate", "--context", "2048", "--new-tokens", "32", "--repeats", "1", *options]) == 0
     rows = json.loads(capsys.readouterr().out)["timings"]
@@ -655,5 +655,5 @@ def test_policies_and_loops_on_a_gpu(shape: str, capsys: pytest.CaptureFixture[s
 def test_a_token_of_perplexity_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "perplexity", "--device", "cuda", "--context", "1024", "--repeats", "1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["timings"]
-    assert {row["name"] for row in rows} == set(policy_names())
+    assert {row["name"] for row in rows} == set(BUILT_IN)
     assert all(row["token_ms"] > 0 for row in rows)

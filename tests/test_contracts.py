@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.offload.hf.versions import cache_of, with_cache
-from attention_predictor.offload.policies import policy_names
+from attention_predictor.offload.policy_names import BUILT_IN
 
-POLICIES = policy_names()
+POLICIES = tuple(BUILT_IN)
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
 

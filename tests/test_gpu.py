@@ -8,7 +8,7 @@ from tiny_models import FAMILIES
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.policies import policy_names
+from attention_predictor.offload.policy_names import BUILT_IN
 from attention_predictor.predictor.sketch import KeySketch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_matmul")]
@@ -31,7 +31,7 @@ def test_exact_when_the_budget_covers_the_context(tiny_model, ids, family):
     assert max((a - b).abs().max() for a, b in zip(ours.logits, stock.logits, strict=True)) < 1e-4
 
 
-@pytest.mark.parametrize("policy", policy_names())
+@pytest.mark.parametrize("policy", BUILT_IN)
 def test_threaded_and_synchronous_give_the_same_tokens(tiny_model, ids, policy):
     model, prompt = tiny_model("llama").cuda(), ids(300, batch=3).cuda()
     outputs = []

@@ -11,7 +11,7 @@ from attention_predictor import OffloadConfig, attach
 from attention_predictor.offload.blocks import host_memory
 from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.policies import policy_names
+from attention_predictor.offload.policy_names import BUILT_IN
 from attention_predictor.offload.step.schedule import StreamSchedule
 from attention_predictor.predictor.model import WindowPredictor
 
@@ -113,7 +113,7 @@ def test_captured_threaded_and_synchronous_give_the_same_tokens(tiny_model, ids,
 
 
 VARIANTS = [
-    *({"policy": name} for name in policy_names() if name not in ("full", "oracle")),
+    *({"policy": name} for name in BUILT_IN if name not in ("full", "oracle")),
     *({"predictor": name} for name in ("last", "ema", "mean", "paper")),
     {"late_fetch": 0.0, "reserve": 0.0},
     {"calibration": "none"},

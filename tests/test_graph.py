@@ -16,7 +16,7 @@ from attention_predictor import OffloadConfig, attach
 from attention_predictor.errors import ConfigError
 from attention_predictor.offload.hf import graph as graph_module
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.policies import policy_names
+from attention_predictor.offload.policy_names import BUILT_IN
 from attention_predictor.predictor.model import WindowPredictor
 
 SETTINGS = {"budget": 96, "sink": 32, "recent": 32, "slab_blocks": 4}
@@ -50,7 +50,7 @@ def test_the_same_tokens_and_fetches(emulated, tiny_model, ids, family: str) -> 
 
 BY_THE_HOST = {"full", "oracle"}  # they read every key at every step
 VARIANTS = [
-    *({"policy": name} for name in policy_names() if name not in BY_THE_HOST),
+    *({"policy": name} for name in BUILT_IN if name not in BY_THE_HOST),
     *({"predictor": name} for name in ("last", "ema", "mean", "paper")),
     {"late_fetch": 0.0},
     {"late_fetch": 0.0, "reserve": 0.0},

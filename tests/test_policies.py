@@ -15,9 +15,10 @@ from attention_predictor.offload.attention.dense import Terms, scaled_logits
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.slot_table import chosen_blocks
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.policies import LayerSpec, Policy, policy_class, policy_names
+from attention_predictor.offload.policies import LayerSpec, Policy, policy_class
 from attention_predictor.offload.policies.predictor import Predictor
 from attention_predictor.offload.policies.quest import KeyBounds, QuestAhead
+from attention_predictor.offload.policy_names import BUILT_IN
 from attention_predictor.predictor.scores import block_peak_and_sum
 
 SMALL = {"predictor": "ema", "budget": 96, "sink": 16, "recent": 16}
@@ -235,7 +236,7 @@ def test_a_policy_that_scores_nothing_now_says_so():
     assert policy_class("streaming")(spec()).score_now(None) is None
 
 
-@pytest.mark.parametrize("policy", policy_names())
+@pytest.mark.parametrize("policy", BUILT_IN)
 def test_a_copy_made_under_inference_mode_goes_on_outside_of_it(tiny_model, ids, policy):
     model, prompt = tiny_model(), ids(300)
     with attach(model, OffloadConfig(**(SMALL | {"policy": policy}))) as engine:

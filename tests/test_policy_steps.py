@@ -20,9 +20,10 @@ from attention_predictor.offload.attention.sparse import attend_slots, score_slo
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import ALWAYS, NEVER, Selection
 from attention_predictor.offload.blocks.slot_table import chosen_blocks
-from attention_predictor.offload.policies import LayerSpec, policy_class, policy_names
+from attention_predictor.offload.policies import LayerSpec, policy_class
 from attention_predictor.offload.policies.base import Policy, Step
 from attention_predictor.offload.policies.snapkv import pooled
+from attention_predictor.offload.policy_names import BUILT_IN
 from attention_predictor.predictor.base import AttentionPredictor
 from attention_predictor.predictor.history import ScoreHistory, row_of_logits
 from attention_predictor.predictor.model import WindowPredictor, architecture
@@ -30,7 +31,7 @@ from attention_predictor.predictor.scores import block_peak_and_sum
 
 B, G, H, D, SIZE, CAPACITY = 2, 2, 4, 8, 16, 64
 SMALL = {"budget": 96, "sink": 16, "recent": 16, "kernels": "none"}
-CAPTURED = [name for name in policy_names() if name not in ("full", "oracle")]
+CAPTURED = [name for name in BUILT_IN if name not in ("full", "oracle")]
 TERMS = Terms(1.0)
 
 
@@ -242,7 +243,7 @@ def test_a_length_in_a_shape_is_found():
     assert records[0] != records[1]
 
 
-@pytest.mark.parametrize("policy", policy_names())
+@pytest.mark.parametrize("policy", BUILT_IN)
 def test_only_what_reads_every_key_is_never_captured(policy):
     reason = policy_class(policy).not_captured(OffloadConfig(policy=policy))
     assert (reason is None) == (policy in CAPTURED)

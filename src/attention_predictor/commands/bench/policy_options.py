@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from attention_predictor.offload.policies import policy_class, policy_names
+from attention_predictor.offload.policies import policy_class
+from attention_predictor.offload.policy_names import BUILT_IN
 
 BASE = "predictor"
 
 
 def add_policies(parser: argparse.ArgumentParser) -> None:
     """``--policies``, all of them by default."""
-    names = [BASE, *(name for name in policy_names() if name != BASE)]
+    names = [BASE, *(name for name in BUILT_IN if name != BASE)]
     parser.add_argument(
         "--policies",
         default=",".join(names),
