@@ -11,7 +11,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,6 @@ from attention_predictor.csrc import ops
 from attention_predictor.errors import IntegrityError
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.transfer import Outbox, Shipment, inward, outbox
-
-if TYPE_CHECKING:
-    pass
-
 
 UNSETTLED_TOKENS = 64  # at the end, that may be late where nothing is read for a while
 
