@@ -31,7 +31,7 @@ from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.base import LayerSpec, Step
 from attention_predictor.offload.step.recovery import measure
 from attention_predictor.offload.step.schedule import EagerSchedule, Schedule
-from attention_predictor.offload.step.step import attend_again, chunks, decode
+from attention_predictor.offload.step.step import attend_again, chunks, decode, fetch_ahead
 
 if TYPE_CHECKING:
     from attention_predictor.offload.policies.allocation import Sharing
@@ -451,10 +451,7 @@ class TieredLayer(CacheLayerMixin):
         """Choose and fetch what the next token attends to, where no step has done so."""
         self.blocks.settle()  # where layers share keys, one may have begun to fetch
         if self.policy.selects != "all":
-            more = self.selection.ahead_blocks if self.policy.chooses else 0
-            extent = self.blocks.extent
-            score_BGC = self.policy.score_next(extent)
-            self.blocks.fetch_ahead(self.selection, extent, score_BGC, more, self.schedule.fetch)
+            fetch_ahead(self, self.blocks.extent, self.schedule)
 
     # ---- figures and checks ----------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from attention_predictor.csrc.ops import Estimates
 from attention_predictor.offload.attention.dense import Terms
 from attention_predictor.offload.attention.sparse import attend_slots, score_slots
+from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
 from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.chunk import Chunk, chunk_tokens
@@ -97,9 +98,15 @@ def decode(
         if not policy.chooses:
             blocks.count_attended()
         policy.observe(step)
-        more = selection.ahead_blocks if policy.chooses else 0
-        blocks.fetch_ahead(selection, extent, policy.score_next(extent), more, schedule.fetch)
+        fetch_ahead(layer, extent, schedule)
     return step.attention.out_BHD[:, :, None]
+
+
+def fetch_ahead(layer: Layer, extent: Extent, schedule: Schedule) -> None:
+    """Choose and fetch what the next token attends to, behind the tokens that ``extent`` counts."""
+    more = layer.selection.ahead_blocks if layer.policy.chooses else 0
+    score_BGC = layer.policy.score_next(extent)
+    layer.blocks.fetch_ahead(layer.selection, extent, score_BGC, more, schedule.fetch)
 
 
 def chunks(blocks: LayerBlocks, query_BHQD: Tensor, stop: int | None = None) -> Iterator[Chunk]:
