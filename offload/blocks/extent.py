@@ -45,6 +45,10 @@ class Extent:
         """First block that is not padding alone."""
         return torch.zeros_like(self.length_B) if self.padding_B is None else self.padding_B // self.block_size
 
+    def first_recent_B(self, tokens: int) -> Tensor:
+        """The block in which the last ``tokens`` begin; the newest token is always one of them."""
+        return (self.length_B - max(tokens, 1)).clamp_min(0) // self.block_size
+
     @cached_property
     def begun_BC(self) -> Tensor:
         """bool, True for blocks that hold a token."""

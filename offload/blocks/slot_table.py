@@ -255,7 +255,7 @@ def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor, less_G: Ten
     """
     block_C, length_B1, first_B1 = extent.block_C, extent.length_B[:, None], extent.first_block_B[:, None]
     real_BC = extent.begun_BC & (block_C >= first_B1)
-    recent_B1 = (length_B1 - max(limits.recent, 1)).clamp_min(0) // extent.block_size
+    recent_B1 = extent.first_recent_B(limits.recent)[:, None]
     always_BC = real_BC & ((block_C < first_B1 + limits.sink_blocks) | (block_C >= recent_B1))
     less_G = limits.less_G(block_C.device) if less_G is None else less_G
     limit_G: int | Tensor = limits.tokens if less_G is None else limits.tokens - less_G

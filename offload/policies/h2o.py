@@ -54,7 +54,7 @@ class H2O(Policy):
 
     def score_next(self, extent: Extent) -> Tensor:
         newest = self.selection.least // 2  # tokens: half of the budget
-        first_B = (extent.next.length_B - newest).clamp_min(0) // extent.block_size
+        first_B = extent.next.first_recent_B(newest)
         scores_BGC = newest_first(self.attention.value_BGC, first_B, extent)
         return scores_BGC.masked_fill(self.evicted.value_BGC, NEVER)
 

@@ -89,7 +89,7 @@ class LazyEviction(Policy):
         real_BC = extent.begun_BC & (block_C >= first_B1)
         held_BG = (real_BC[:, None] & ~self.evicted.value_BGC).sum(-1)
         due_BG = (held_BG > budget) & (length_B1 > max(selection.least, selection.whole))
-        recent_B1 = (length_B1 - max(selection.recent, 1)).clamp_min(0) // size
+        recent_B1 = extent.first_recent_B(selection.recent)[:, None]
         free_B1 = budget - (sink_blocks + extent.n_blocks_B[:, None] - recent_B1)
         keep_B1 = budget + 1 - (free_B1 // 2).clamp(max=selection.recent // size).clamp_min(1)
         # In fp64, so that of equals the newer ones stay and nothing else changes places.
