@@ -271,9 +271,9 @@ class Graphed:
 
     def _take(self, cache: TieredCache) -> Any:
         """One step, captured unless it reads all keys; and the host's counts."""
-        captured = self.graph is not None and not self.may_read_all_keys
-        if captured and self.graph is not None:  # first: the host counts beside it
-            self.graph.replay()
+        at_once = None if self.may_read_all_keys else self.graph
+        if at_once is not None:  # the host counts beside it
+            at_once.replay()
         for one in self._all_layers:
             one.advance()
         if self._reads_all_keys():
@@ -282,7 +282,7 @@ class Graphed:
         if self.graph is None:
             self.eager_steps = max(self.eager_steps - 1, 0)
             return self._step(cache)
-        if not captured:
+        if at_once is None:
             self.graph.replay()
         return self.output
 
