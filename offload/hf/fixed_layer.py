@@ -139,16 +139,6 @@ class FixedLayer(CacheLayerMixin):
         key_states, self.handed = hand_over(self, key_states, value_states)
         return key_states, value_states
 
-    def check_arrived(self, key: Tensor, value: Tensor, query_BHQD: Tensor) -> None:
-        """Raise ``AttachError`` unless attention is asked for with what ``update`` returned."""
-        if self.handed is not None and self.armed:  # of layers that share keys, another one has attended to them
-            self.handed.check(self.number, key, value, query_BHQD)
-
-    def check_terms(self, terms: Terms, causal: bool, dropout: float) -> None:
-        """Note what is left out; the mask is not read, for what is visible is known on the device."""
-        if dropout:
-            self.runtime.note_fallback(f"attention dropout of {dropout:g} is left out of a model in training mode")
-
     def attend(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
         """Attention of the newest token over the ring, ``[B, H, 1, D]``; or of another layer that shares its keys."""
         ring, table, dtype = self.ring, self.table, query_BHQD.dtype

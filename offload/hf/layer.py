@@ -299,19 +299,11 @@ class TieredLayer(CacheLayerMixin):
 
     # ---- attention -------------------------------------------------------------------------------------------------
 
-    def check_arrived(self, key: Tensor, value: Tensor, query_BHQD: Tensor) -> None:
-        """Raise ``AttachError`` unless attention is asked for with what ``update`` returned, for those tokens."""
-        if self.handed is None or not self.armed:  # of layers that share keys, another one has attended to them
-            return
-        self.handed.check(self.number, key, value, query_BHQD)
-
-    def check_terms(self, terms: Terms, causal: bool, dropout: float) -> None:
+    def check_terms(self, terms: Terms, causal: bool) -> None:
         """Raise ``AttachError`` where attention is asked for that steps over the pool could not do."""
         mask = terms.mask
         if not causal and self.handed is not None and self.handed.tokens > 1 and (mask is None or mask.dim() == 2):
             raise AttachError(f"layer {self.number}: its attention is not causal: not supported")
-        if dropout:
-            self.runtime.note_fallback(f"attention dropout of {dropout:g} is left out of a model in training mode")
         if mask is None or mask.dim() == 2 or (mask.dtype == torch.bool and mask.shape[1] == 1):
             return
         if mask.dtype != torch.bool:
