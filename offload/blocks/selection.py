@@ -52,7 +52,6 @@ class Selection:
     Up to ``whole`` tokens, the mean budget of all layers, a step attends to everything: also in a layer that has less.
     Where its KV heads have budgets of their own, ``heads``, the layer's is the largest of them: a pool has as many
     slots for each head, and shares of the budget (reserve, late fetches) are the same for all.
-
     """
 
     budget: int
