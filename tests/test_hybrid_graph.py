@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 from emulated import emulate_steps
 from recorded_steps import recorded_steps
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
-from attention_predictor import OffloadConfig, attach
+from attention_predictor import Engine, OffloadConfig, attach
 from attention_predictor.offload.hf import graph as graph_module
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.fixed_layer import FixedLayer, why_not_fixed
@@ -64,6 +66,13 @@ def close(ours: list[Tensor], stock: list[Tensor]) -> None:
         assert torch.equal(mine.argmax(-1), its.argmax(-1))
 
 
+def sides(model: PreTrainedModel, family: str) -> Iterator[tuple[Engine | None, Cache]]:
+    """The stock model with a cache of its own; then the same, attached, with one of the engine's."""
+    yield None, DynamicCache(config=model.config)
+    with attach(model, OffloadConfig(**EXACT | CASES[family])) as engine:
+        yield engine, engine.new_cache()
+
+
 @torch.no_grad()
 @families
 def test_a_step_is_the_same_at_every_length(steps, tiny_model, ids, family: str) -> None:
@@ -95,9 +104,7 @@ def test_captured_steps_are_the_stock_model(steps, tiny_model, ids, family: str,
     """From before the window is full and across its turn; across the growth of the room (128 tokens here)."""
     model, prompt = tiny_model(family, **changes), ids(length + 14)
     outputs = []
-    for attached in (False, True):
-        engine = attach(model, OffloadConfig(**EXACT | CASES[family])) if attached else None
-        cache = engine.new_cache() if engine is not None else DynamicCache(config=model.config)
+    for engine, cache in sides(model, family):
         logits = [forward(model, cache, prompt[:, :length])]
         for token in range(length, length + 14):
             logits.append(forward(model, cache, prompt[:, token : token + 1]))
@@ -106,7 +113,6 @@ def test_captured_steps_are_the_stock_model(steps, tiny_model, ids, family: str,
             assert engine.stats.fallbacks == {}
             assert engine.stats.captured_steps == 14
             cache.check_integrity()
-            engine.detach()
     close(outputs[1], outputs[0])
 
 
@@ -117,16 +123,13 @@ def test_left_padding(steps, tiny_model, ids, family: str) -> None:
     mask = torch.ones_like(prompt)
     mask[1, :37] = 0
     outputs = []
-    for attached in (False, True):
-        engine = attach(model, OffloadConfig(**EXACT | CASES[family])) if attached else None
-        cache = engine.new_cache() if engine is not None else DynamicCache(config=model.config)
+    for engine, cache in sides(model, family):
         logits = [forward(model, cache, prompt[:, :120], mask[:, :120])]
         for token in range(120, 136):
             logits.append(forward(model, cache, prompt[:, token : token + 1], mask[:, : token + 1]))
         outputs.append(logits)
         if engine is not None:
             assert engine.stats.captured_steps == 16
-            engine.detach()
     close(outputs[1], outputs[0])
 
 
@@ -136,9 +139,7 @@ def test_the_host_gets_back_what_it_would_have(steps, tiny_model, ids, family: s
     """Layer by layer the stock cache's tensors; then a copy, beams' reordering, a further turn, and steps again."""
     model, prompt = tiny_model(family), ids(200, batch=2)
     found = []
-    for attached in (False, True):
-        engine = attach(model, OffloadConfig(**EXACT | CASES[family])) if attached else None
-        cache = engine.new_cache() if engine is not None else DynamicCache(config=model.config)
+    for engine, cache in sides(model, family):
         logits = [forward(model, cache, prompt[:, :150])]
 
         def decode(cache, start: int, logits=logits) -> None:
@@ -164,7 +165,6 @@ def test_the_host_gets_back_what_it_would_have(steps, tiny_model, ids, family: s
             assert engine.stats.fallbacks == {}
             cache.check_integrity()
             twin.check_integrity()
-            engine.detach()
         found.append((logits, stocks))
     close(found[1][0], found[0][0])
     for (key, value, length), (its_key, its_value, its_length) in zip(found[1][1], found[0][1], strict=True):
@@ -179,9 +179,7 @@ def test_crop_between_steps(steps, tiny_model, ids, family: str, length: int) ->
     """A full layer at any length, a window as long as it is not full."""
     model, prompt = tiny_model(family, **({"sliding_window": 200} if family == "gemma3" else {})), ids(length + 40)
     outputs = []
-    for attached in (False, True):
-        engine = attach(model, OffloadConfig(**EXACT | CASES[family])) if attached else None
-        cache = engine.new_cache() if engine is not None else DynamicCache(config=model.config)
+    for engine, cache in sides(model, family):
         logits = [forward(model, cache, prompt[:, :length])]
         for _ in range(2):
             start = int(cache.get_seq_length())
@@ -191,7 +189,6 @@ def test_crop_between_steps(steps, tiny_model, ids, family: str, length: int) ->
         outputs.append(logits)
         if engine is not None:
             assert engine.stats.captured_steps == 12
-            engine.detach()
     close(outputs[1], outputs[0])
 
 
