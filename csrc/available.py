@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 _reasons: dict[torch.device, str | None] = {}
 
 
-def missing(device: torch.device) -> str | None:
+def why_no_kernels(device: torch.device) -> str | None:
     """Why there are no kernels for this device, on one line; what a compiler said goes to the log, once."""
     if device in _reasons:
         return _reasons[device]
@@ -30,7 +30,8 @@ def prepare(device: torch.device, kernels: Sequence[Kernel]) -> str | None:
     On a CPU all there are, whatever ``kernels``.
 
     Returns:
-        ``None``, or on one line why that fails: ``missing`` says the same from then on, and nothing is tried again.
+        ``None``, or one line that says why it failed. ``why_no_kernels`` returns the same line from then on: a
+        failure is not tried again.
     """
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -39,7 +40,7 @@ def prepare(device: torch.device, kernels: Sequence[Kernel]) -> str | None:
             if device.type == "cpu":
                 function.load(FUNCTIONS)
             else:
-                reason = _unfit(device)
+                reason = _why_unsupported(device)
                 if reason is None:
                     kernel.load(kernels, device)
         except BuildError as error:
@@ -50,7 +51,7 @@ def prepare(device: torch.device, kernels: Sequence[Kernel]) -> str | None:
     return reason
 
 
-def _unfit(device: torch.device) -> str | None:
+def _why_unsupported(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"none are written for {device.type}"
     if torch.version.cuda is None:

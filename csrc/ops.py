@@ -18,7 +18,7 @@ from attention_predictor.csrc import (
     window,
 )
 from attention_predictor.csrc.attention import fits, sparse_decode
-from attention_predictor.csrc.available import missing, prepare
+from attention_predictor.csrc.available import prepare, why_no_kernels
 from attention_predictor.csrc.binding import ELEMENTS
 from attention_predictor.csrc.gate import Activation, gate_up
 from attention_predictor.csrc.gather import append_token, gather_to_host, move_blocks, note_time
@@ -54,10 +54,8 @@ __all__ = [
     "gate_up",
     "gather_to_host",
     "kernels_of",
-    "missing",
     "most_slots",
     "move_blocks",
-    "no_sketch_kernel",
     "note_time",
     "observe_row",
     "pack_convolutions",
@@ -75,6 +73,8 @@ __all__ = [
     "sketch_scores",
     "sketch_store",
     "sparse_decode",
+    "why_no_kernels",
+    "why_no_sketch_kernel",
 ]
 
 # By the architecture of the predictor (`AttentionPredictor.arch`).
@@ -84,19 +84,19 @@ OF_PREDICTOR = {
 }
 
 
-def no_sketch_kernel(
+def why_no_sketch_kernel(
     device: torch.device, dtype: torch.dtype, head_dim: int, group: int, block_size: int | None = None
 ) -> str | None:
     """Why no kernel scores blocks of `block_size` tokens by such a sketch, on one line; ``None`` if one does.
 
     Without a `block_size`: why none makes codes of its keys.
     """
-    return missing(device) or sketch.unserved(device, dtype, head_dim, group, block_size)
+    return why_no_kernels(device) or sketch.why_unsupported(device, dtype, head_dim, group, block_size)
 
 
 def reduces(device: torch.device, block_size: int) -> bool:
     """Whether a kernel brings a prompt's logits down to blocks of that size."""
-    return reduce.serves(device, block_size) and missing(device) is None
+    return reduce.serves(device, block_size) and why_no_kernels(device) is None
 
 
 def kernels_of(

@@ -90,7 +90,7 @@ def store_kernel(dtype: torch.dtype) -> Kernel:
     return Kernel("sketch_store.cu", function, SketchStore, threads=256, at_once=3, constants=constants)
 
 
-def unserved(
+def why_unsupported(
     device: torch.device, dtype: torch.dtype, head_dim: int, group: int, block_size: int | None = None
 ) -> str | None:
     """Why no kernel for this kind of device scores blocks of `block_size` tokens by such a sketch, on one line.
@@ -282,5 +282,5 @@ def _check_length(length: int, length_B: Tensor | None, B: int, room: int, group
 
 def _check_served(tail_BGTD: Tensor, block_size: int | None) -> None:
     _, _, group, D = tail_BGTD.shape
-    if (reason := unserved(tail_BGTD.device, tail_BGTD.dtype, D, group, block_size)) is not None:
+    if (reason := why_unsupported(tail_BGTD.device, tail_BGTD.dtype, D, group, block_size)) is not None:
         raise ValueError(f"no kernel: {reason}")

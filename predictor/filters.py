@@ -111,8 +111,7 @@ class FilterPredictor(AttentionPredictor):
         self.register_buffer("drop", torch.tensor(self.drops))
         self._packed: tuple[list[tuple[int, int]], PackedFilters] | None = None
 
-    @property
-    def no_kernel(self) -> str | None:
+    def why_no_kernel(self) -> str | None:
         """Why the kernels don't compute this predictor; `None` if they do."""
         found = (self.filters, self.channels, self.hidden, self.further)
         expected = (FILTERS, CHANNELS, HIDDEN, FURTHER)

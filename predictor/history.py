@@ -22,14 +22,14 @@ from attention_predictor.predictor.filters import FilterPredictor, PackedFilters
 CHUNK_BLOCKS = 64  # capacity grows by this many blocks: doubling would waste the memory this library saves
 
 
-def no_kernel(predictor: AttentionPredictor, device: torch.device | str) -> str | None:
+def why_no_kernel(predictor: AttentionPredictor, device: torch.device | str) -> str | None:
     """Why no kernel keeps this predictor's history on that device; `None` if one does."""
     device = torch.device(device)
     if not isinstance(predictor, FilterPredictor):
         return f"none evaluates the predictor {predictor.arch!r}"
     if not binding.on_gpu(device):
         return f"the predictor's are written for GPUs, not for {device.type}"
-    return predictor.no_kernel or ops.missing(device)
+    return predictor.why_no_kernel() or ops.why_no_kernels(device)
 
 
 def row_of_logits(
@@ -76,7 +76,7 @@ class ScoreHistory:
     Copies made by `copy.deepcopy` own their state and share the predictor.
 
     With `kernel`, decoded steps are observed and predicted by kernels (`csrc/observe.py`, `csrc/predict.py`), else by
-    the predictor's own operations; ConfigError where there is none (`no_kernel`).
+    the predictor's own operations; ConfigError where there is none (`why_no_kernel`).
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ScoreHistory:
         device: torch.device | str,
         kernel: bool = False,
     ) -> None:
-        if kernel and (reason := no_kernel(predictor, device)) is not None:
+        if kernel and (reason := why_no_kernel(predictor, device)) is not None:
             raise ConfigError(f"kernel=True, but there is no kernel: {reason}")
         self.predictor = predictor
         self.kernel = kernel

@@ -5,7 +5,7 @@ import torch
 from attention_predictor.predictor import streaming
 from attention_predictor.predictor.base import ARCHITECTURES, AttentionPredictor, architecture
 from attention_predictor.predictor.filters import FilterPredictor
-from attention_predictor.predictor.history import ScoreHistory, no_kernel
+from attention_predictor.predictor.history import ScoreHistory, why_no_kernel
 from attention_predictor.predictor.rules import ExponentialAverage, LastRow, WindowMean
 from attention_predictor.predictor.window import WindowPredictor
 
@@ -16,9 +16,9 @@ def new_history(
     """What the predictor must remember of one layer, of the kind that evaluates it fastest; by kernels if allowed."""
     shape = {"batch": batch, "kv_heads": kv_heads}
     if isinstance(predictor, WindowPredictor):
-        kernel = kernels and streaming.no_kernel(predictor, device) is None
+        kernel = kernels and streaming.why_no_kernel(predictor, device) is None
         return streaming.StreamedHistory(predictor, **shape, device=device, kernel=kernel)
-    kernel = kernels and no_kernel(predictor, device) is None
+    kernel = kernels and why_no_kernel(predictor, device) is None
     return ScoreHistory(predictor, **shape, device=device, kernel=kernel)
 
 

@@ -156,7 +156,7 @@ class KeySketch:
 
         `length_B`: int64, tokens of each sequence, this one included.
         """
-        if kernel and self.length > self.group and self._no_kernel(None) is None:
+        if kernel and self.length > self.group and self._why_no_kernel(None) is None:
             if self.length > self.capacity:
                 raise ValueError(f"there is room for {self.capacity} tokens, this would be number {self.length}")
             key_BGD = key_BGD.to(self._tail_BGTD.dtype).contiguous()
@@ -213,7 +213,7 @@ class KeySketch:
         """Largest logit and log-sum-exp of each block's tokens, peak_BHC and sum_BHC in fp32.
 
         `real_BL` is False at padding; a block of nothing else has ``-inf``. With `kernel`, where there is one
-        (`no_kernel`), it is done in one pass that never holds the logits.
+        (`why_no_kernel`), it is done in one pass that never holds the logits.
 
         Args:
             capacity: C, blocks of the result; `None`: those of the sequence. Those that have not begun have ``-inf``,
@@ -221,7 +221,7 @@ class KeySketch:
             length_B: int64 on the device, tokens of each sequence, if there is a capacity. Without a kernel `length`
                 counts, and such a step can't be captured.
         """
-        if kernel and self.no_kernel(block_size) is None:
+        if kernel and self.why_no_kernel(block_size) is None:
             return ops.sketch_scores(
                 query_BHD.to(self._tail_BGTD.dtype).contiguous(),
                 *self._tensors(),
@@ -239,9 +239,9 @@ class KeySketch:
         more = 0 if capacity is None else capacity - peak_BHN.shape[-1]
         return F.pad(peak_BHN, (0, more), value=-torch.inf), F.pad(sum_BHN, (0, more), value=-torch.inf)
 
-    def no_kernel(self, block_size: int) -> str | None:
+    def why_no_kernel(self, block_size: int) -> str | None:
         """Why no kernel scores blocks of that size by this sketch, on one line; ``None`` if one does."""
-        return self._no_kernel(block_size)
+        return self._why_no_kernel(block_size)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -318,9 +318,9 @@ class KeySketch:
         if not torch.isfinite(self._tail_BGTD[:, :, :tail]).all():
             raise IntegrityError("exact keys of the sketch hold NaN or infinity")
 
-    def _no_kernel(self, block_size: int | None) -> str | None:
+    def _why_no_kernel(self, block_size: int | None) -> str | None:
         tail_BGTD = self._tail_BGTD
-        return ops.no_sketch_kernel(tail_BGTD.device, tail_BGTD.dtype, tail_BGTD.shape[3], self.group, block_size)
+        return ops.why_no_sketch_kernel(tail_BGTD.device, tail_BGTD.dtype, tail_BGTD.shape[3], self.group, block_size)
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         """What kernels work on, as they want it."""
@@ -353,7 +353,7 @@ class KeySketch:
 
     def _store(self, first: int, key_BGTD: Tensor, kernel: bool) -> None:
         """Write whole groups of keys as codes from group `first` on."""
-        if kernel and self._no_kernel(None) is None:
+        if kernel and self._why_no_kernel(None) is None:
             ops.sketch_store(key_BGTD.to(self._tail_BGTD.dtype), *self._tensors(), first)
             return
         for low, high in self._chunks(key_BGTD.shape[2] // self.group, 8 * self._widest):  # copies in quantise

@@ -78,7 +78,7 @@ def _banded(conv: nn.Conv2d, rows_in: int, rows_out: int, padded: int) -> tuple[
     return weight.flatten(2, 3).flatten(0, 1), conv.bias.repeat(rows_out)
 
 
-def no_kernel(predictor: WindowPredictor, device: torch.device | str) -> str | None:
+def why_no_kernel(predictor: WindowPredictor, device: torch.device | str) -> str | None:
     """Why no kernel streams this network on that device; `None` if one does."""
     device, rows = torch.device(device), predictor.channels
     if not binding.on_gpu(device):
@@ -86,7 +86,7 @@ def no_kernel(predictor: WindowPredictor, device: torch.device | str) -> str | N
     maps, features = predictor.conv1.out_channels, predictor.conv2.out_channels
     if (rows, maps, features) != (ROWS, MAPS, FEATURES):
         return f"none for a window of {rows} rows, {maps} maps and {features} features"
-    return ops.missing(device)
+    return ops.why_no_kernels(device)
 
 
 class StreamedHistory(ScoreHistory):
@@ -98,7 +98,7 @@ class StreamedHistory(ScoreHistory):
     A window shorter than 5 rows has no interior and is evaluated as it is.
 
     With `kernel`, steps are done by kernels (`csrc/window.py`), maps and weights of the second convolution in fp16;
-    ConfigError where there is none (`no_kernel`).
+    ConfigError where there is none (`why_no_kernel`).
     """
 
     predictor: WindowPredictor
@@ -113,7 +113,7 @@ class StreamedHistory(ScoreHistory):
         device: torch.device | str,
         kernel: bool = False,
     ) -> None:
-        if kernel and (reason := no_kernel(predictor, device)) is not None:
+        if kernel and (reason := why_no_kernel(predictor, device)) is not None:
             raise ConfigError(f"kernel=True, but there is no kernel: {reason}")
         super().__init__(predictor, batch=batch, kv_heads=kv_heads, device=device)
         self.streams = predictor.channels >= STENCIL

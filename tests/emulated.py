@@ -23,7 +23,7 @@ from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.graph import Graphed
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.policies.predictor import Predictor
-from attention_predictor.predictor.history import no_kernel
+from attention_predictor.predictor.history import why_no_kernel
 
 HEADERS = Path(__file__).parent / "emulation"
 
@@ -81,7 +81,7 @@ def emulate_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         histories = [layer.policy.history for layer in self.layers if isinstance(layer.policy, Predictor)]
         with emulated_gpu():
             for history in histories:
-                history.kernel = no_kernel(history.predictor, "cpu") is None
+                history.kernel = why_no_kernel(history.predictor, "cpu") is None
             try:
                 return run(self, cache, kwargs)
             finally:
@@ -90,8 +90,8 @@ def emulate_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def of_the_policy(cache: TieredCache, graphed: Graphed | None) -> str | None:
         layer = next(layer for layer in cache.layers if isinstance(layer, TieredLayer))
-        return layer.policy.not_captured(layer.runtime.config)
+        return layer.policy.why_never_captured(layer.runtime.config)
 
     monkeypatch.setattr(Graphed, "run", emulated_run)
-    monkeypatch.setattr(graph, "why_not", of_the_policy)
+    monkeypatch.setattr(graph, "why_not_captured", of_the_policy)
     monkeypatch.setattr(room, "GROWTH", 128)

@@ -54,7 +54,7 @@ def directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
 
 
 def library_times(_: int) -> list[int]:
-    assert ops.missing(torch.device("cpu")) is None
+    assert ops.why_no_kernels(torch.device("cpu")) is None
     return sorted(path.stat().st_mtime_ns for path in build.cache_directory().glob("*.so"))
 
 
@@ -250,7 +250,7 @@ def test_where_nothing_can_be_kept_all_is_compiled_anew(counting: Counting, monk
         assert len(compiler.compiled(some_kernels()[:3], (9, 0), counting)) == 3
     assert len(counting.compiled()) == 6
     assert sum("can't be kept in" in line for line in caplog.messages) == 1
-    assert ops.missing(torch.device("cpu")) is None
+    assert ops.why_no_kernels(torch.device("cpu")) is None
 
 
 def compile_some(counting: Counting) -> list[bytes]:
@@ -355,7 +355,7 @@ def test_a_launch(driver: mock.MagicMock) -> None:
 
 def test_what_is_prepared_is_compiled_together_and_loaded(driver: mock.MagicMock, counting: Counting, caplog) -> None:
     kernels = [Kernel("gather.cu", name, Moment, threads=1) for name in ("append_token", "move_blocks")]
-    assert ops.missing(GPU) is None
+    assert ops.why_no_kernels(GPU) is None
     with caplog.at_level(logging.WARNING):
         assert ops.prepare(GPU, kernels) is None
     assert caplog.messages[0].startswith("compiling 2 GPU kernels")
@@ -366,11 +366,11 @@ def test_what_is_prepared_is_compiled_together_and_loaded(driver: mock.MagicMock
 
 
 def test_a_kernel_that_does_not_compile_is_said_once(driver: mock.MagicMock, counting: Counting, caplog) -> None:
-    assert ops.missing(GPU) is None
+    assert ops.why_no_kernels(GPU) is None
     counting.compile = mock.Mock(side_effect=BuildError("one refused move_blocks\nline 3: no"))  # type: ignore[method-assign]
     for _ in range(2):
         assert ops.prepare(GPU, [Kernel("gather.cu", "move_blocks", Moment, threads=1)]) == "one refused move_blocks"
-    assert ops.missing(GPU) == "one refused move_blocks"
+    assert ops.why_no_kernels(GPU) == "one refused move_blocks"
     assert sum("line 3: no" in line for line in caplog.messages) == 1
 
 
@@ -378,11 +378,11 @@ def test_a_kernel_that_does_not_compile_is_said_once(driver: mock.MagicMock, cou
 
 
 def test_reasons(driver: mock.MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ops.missing(torch.device("meta")) == "none are written for meta"
+    assert ops.why_no_kernels(torch.device("meta")) == "none are written for meta"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "capability below 8.0, this one has 7.5" in (ops.missing(GPU) or "")
+    assert "capability below 8.0, this one has 7.5" in (ops.why_no_kernels(GPU) or "")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert ops.missing(torch.device("cuda", 0)) == "none are written for ROCm"
+    assert ops.why_no_kernels(torch.device("cuda", 0)) == "none are written for ROCm"
 
 
 def nvrtc(**changes: object) -> dict[str, object]:
@@ -419,7 +419,7 @@ def test_without_a_cuda_compiler(monkeypatch, modules: dict, version: str, reaso
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(kernel, "bindings", lambda module: mock.MagicMock())
     monkeypatch.setenv("CUDACXX", "no-such-compiler")
-    assert (ops.missing(GPU) or "").startswith(reason)
+    assert (ops.why_no_kernels(GPU) or "").startswith(reason)
     monkeypatch.setenv("CUDACXX", "c++")  # as good as nvcc here
     compiler.chosen.cache_clear()
     assert isinstance(compiler.chosen(), compiler.Nvcc)

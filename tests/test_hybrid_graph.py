@@ -42,15 +42,15 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Emulated steps, where stock layers can be stood in for."""
 
     emulate_steps(monkeypatch)
-    of_the_policy = graph_module.why_not
+    of_the_policy = graph_module.why_not_captured
 
-    def why_not(cache: TieredCache, graphed: Graphed | None) -> str | None:
+    def why_not_captured(cache: TieredCache, graphed: Graphed | None) -> str | None:
         for number, layer in enumerate(cache.layers):
             if not isinstance(layer, TieredLayer) and (reason := why_not_fixed(layer, number)) is not None:
                 return reason
         return of_the_policy(cache, graphed)
 
-    monkeypatch.setattr(graph_module, "why_not", why_not)
+    monkeypatch.setattr(graph_module, "why_not_captured", why_not_captured)
 
 
 def forward(model, cache, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

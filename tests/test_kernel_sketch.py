@@ -205,7 +205,7 @@ def test_what_no_kernel_reads_is_named_and_left_to_torch(device: str) -> None:
     for reason, (shape, group, block_size) in cases.items():
         key_BGTD, query_BHTD = keys_and_queries(200, **shape, dtype=torch.float32, device=device)
         sketch, query_BHD = filled(key_BGTD, query_BHTD, group=group), query_BHTD[:, :, -1]
-        assert reason in (sketch.no_kernel(block_size) or "")
+        assert reason in (sketch.why_no_kernel(block_size) or "")
         wanted = sketch.block_scores(query_BHD, 0.2, block_size=block_size)
         found = sketch.block_scores(query_BHD, 0.2, block_size=block_size, kernel=True)
         assert all(map(torch.equal, found, wanted))
@@ -339,7 +339,7 @@ def test_torch_compile_knows_the_shapes(device: str) -> None:
     sketch = filled(key_BGTD, query_BHTD)
     scores = (query_BHTD[:, :, -1].contiguous(), *sketch._tensors(), sketch.length, None, None, 16, 0.2, 0.0)
     torch.library.opcheck(ops.sketch_scores, scores, test_utils=("test_schema", "test_faketensor"))
-    if sketch._no_kernel(None) is None:
+    if sketch._why_no_kernel(None) is None:
         append = (key_BGTD[:, :, 0].contiguous(), *sketch._tensors(), sketch.length + 1, None)
         torch.library.opcheck(ops.sketch_append, append, test_utils=("test_schema", "test_faketensor"))
         store = (key_BGTD[:, :, :GROUP], *sketch._tensors(), 0)

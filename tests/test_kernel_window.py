@@ -17,7 +17,7 @@ from torch import Tensor
 from attention_predictor.csrc import ops
 from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.history import ScoreHistory
-from attention_predictor.predictor.streaming import StreamedHistory, no_kernel
+from attention_predictor.predictor.streaming import StreamedHistory, why_no_kernel
 from attention_predictor.predictor.window import WindowPredictor
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
@@ -173,9 +173,9 @@ def test_sums_lose_what_they_took(device: str, network: WindowPredictor) -> None
 def test_where_there_is_no_kernel(network: WindowPredictor) -> None:
     short = type("Short", (WindowPredictor,), {"channels": 24, "rows": 24})()
     with emulated_gpu():
-        assert no_kernel(network, "cpu") is None
-        assert no_kernel(short, "cpu") == "none for a window of 24 rows, 16 maps and 32 features"
-    assert no_kernel(network, "cpu") == "the predictor's are written for GPUs, not for cpu"
+        assert why_no_kernel(network, "cpu") is None
+        assert why_no_kernel(short, "cpu") == "none for a window of 24 rows, 16 maps and 32 features"
+    assert why_no_kernel(network, "cpu") == "the predictor's are written for GPUs, not for cpu"
     with pytest.raises(ConfigError, match="kernel=True, but there is no kernel: the predictor's are written for GPUs"):
         StreamedHistory(network, batch=1, kv_heads=1, device="cpu", kernel=True)
 

@@ -245,7 +245,7 @@ def test_a_length_in_a_shape_is_found():
 
 @pytest.mark.parametrize("policy", BUILT_IN)
 def test_only_what_reads_every_key_is_never_captured(policy):
-    reason = policy_class(policy).not_captured(OffloadConfig(policy=policy))
+    reason = policy_class(policy).why_never_captured(OffloadConfig(policy=policy))
     assert (reason is None) == (policy in CAPTURED)
     assert reason is None or policy in reason
 

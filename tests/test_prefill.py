@@ -226,7 +226,7 @@ def test_append_waits_for_nobody(tokens):
 def test_the_device_reads_what_was_appended_before():
     """The gather of another stream begins with the bits of an append that was late."""
     store = HostStore(**SHAPE, slab_blocks=4, memory=HostMemory(torch.device("cuda")))
-    if (reason := ops.missing(torch.device("cuda", 0))) is not None:
+    if (reason := ops.why_no_kernels(torch.device("cuda", 0))) is not None:
         pytest.skip(reason)
     key, value = on_gpu(200, 0)
     pool = BlockPool(batch=2, kv_heads=3, slots=4, block_size=16, head_dim=64, dtype=torch.bfloat16, device="cuda")

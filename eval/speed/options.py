@@ -24,7 +24,7 @@ def checked(args: argparse.Namespace, *, needs_kernels: bool = True) -> tuple[to
     device, dtype = find_device(args.device), DTYPES[args.dtype]
     if not isinstance(dtype, torch.dtype):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if needs_kernels and (reason := ops.missing(device)) is not None:
+    if needs_kernels and (reason := ops.why_no_kernels(device)) is not None:
         raise ConfigError(f"there are no kernels to time: {reason}")
     torch.manual_seed(args.seed)
     return device, dtype

@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--tokens {args.tokens}: expected at least {least}")
     published = WindowPredictor().to(device).eval()
     default = AttentionPredictor.from_pretrained("default", device=device)
-    missing, missing_streamed = history.no_kernel(default, device), streaming.no_kernel(published, device)
+    missing, missing_streamed = history.why_no_kernel(default, device), streaming.why_no_kernel(published, device)
     kept, streamed, shape = ScoreHistory, StreamedHistory, (args.heads, args.kv_heads)
     ways = (
         Way("ours, kernels", kept, default, *shape, kernel=True, missing=missing),

@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
     ways = (("ours", True), ("torch operations", False))
     with Progress("sketch", len(ways), "ways") as progress:
         for name, kernel in ways:
-            if kernel and (reason := first.no_kernel(BLOCK)) is not None:
+            if kernel and (reason := first.why_no_kernel(BLOCK)) is not None:
                 rows.append({"name": name, "skipped": reason})
             else:
                 calls = [call(keys, query_BHD, kernel) for keys in sketches]

@@ -114,7 +114,7 @@ def attend(query_BHQD: Tensor, own: Chunk, terms: Terms, past: Iterable[Chunk] =
         ``[B, H, Q, D]`` in the dtype of the query; a query that may see no key gives zeros.
     """
     first_query = own.end - query_BHQD.shape[2]
-    unpadded = _unpadded(terms.mask) if no_fused(query_BHQD, own.key_BGTD, terms) is None else None
+    unpadded = _unpadded(terms.mask) if why_not_fused(query_BHQD, own.key_BGTD, terms) is None else None
     parts = unpadded or [_Part(slice(None), 0)]
     for chunk in chain(past, (own.tokens(own.start, first_query), own.tokens(first_query, own.end))):
         for part in parts if chunk.end > chunk.start else ():
@@ -126,11 +126,11 @@ def attend(query_BHQD: Tensor, own: Chunk, terms: Terms, past: Iterable[Chunk] =
     return _joined(query_BHQD, parts, first_query, terms.sinks_H)
 
 
-def no_fused(query_BHQD: Tensor, key_BGTD: Tensor, terms: Terms) -> str | None:
+def why_not_fused(query_BHQD: Tensor, key_BGTD: Tensor, terms: Terms) -> str | None:
     """Why ``attend`` has to use plain operations, or ``None`` (padding that is not on the left is found only there)."""
     if terms.mask is not None and terms.mask.dim() == 4:
         return "the model gives a mask of its own"
-    return fused.missing(query_BHQD, key_BGTD, terms.softcap)
+    return fused.why_no_kernel(query_BHQD, key_BGTD, terms.softcap)
 
 
 def merge(one: Piece | None, other: Piece | None) -> Piece | None:

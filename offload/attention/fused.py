@@ -30,7 +30,7 @@ class Piece(NamedTuple):
     lse_BHQ: Tensor
 
 
-def missing(query_BHQD: Tensor, key_BGTD: Tensor, softcap: float | None) -> str | None:
+def why_no_kernel(query_BHQD: Tensor, key_BGTD: Tensor, softcap: float | None) -> str | None:
     """Why no kernel can do it, or ``None`` where one can."""
     if torch.is_grad_enabled() and query_BHQD.requires_grad:
         return "gradients are recorded (torch.no_grad() prevents it)"
@@ -49,7 +49,7 @@ def attend_piece(
 ) -> Piece | None:
     """Attention of all queries to all keys or, if ``causal`` (Q = T), of each to its own and those before.
 
-    ``missing`` must have found nothing in the way; ``None`` where torch has no kernel for just these sizes.
+    ``why_no_kernel`` must have returned ``None``; ``None`` where torch has no kernel for just these sizes.
     """
     if (kernel := flash_attn(query_BHQD, softcap)) is not None:
         capped = {} if softcap is None else {"softcap": softcap}

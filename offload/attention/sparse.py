@@ -71,9 +71,9 @@ class SparseAttention(NamedTuple):
     lse_BH: Tensor
 
 
-def no_kernel(key_BGSTD: Tensor) -> str | None:
+def why_no_kernel(key_BGSTD: Tensor) -> str | None:
     """Why no kernel reads such a pool; ``None`` if one does."""
-    if (reason := ops.missing(key_BGSTD.device)) is not None:
+    if (reason := ops.why_no_kernels(key_BGSTD.device)) is not None:
         return reason
     T, D = key_BGSTD.shape[3:]
     return None if ops.fits(key_BGSTD) else f"none for {key_BGSTD.dtype}, blocks of {T} tokens and a head size of {D}"
@@ -101,7 +101,7 @@ def attend_slots(
         length_B: int64 on the device, tokens of each sequence, the new one included; the last block ends there.
         real_BL: bool, False at padding; of all tokens there is room for. ``None`` where there is no padding.
         terms: Scaling, softcap and sinks; its mask is not used.
-        kernel: By the kernel, which must be there (``no_kernel``); else by the reference.
+        kernel: By the kernel, which must be there (``why_no_kernel``); else by the reference.
         arrived_BH: int32 zeros for the kernel, to be kept from call to call (``ops.sparse_decode``).
         reach: How far back the new token sees.
     """

@@ -138,7 +138,7 @@ class HostStore:
         if kv_n2TD.shape != (expected := (n, 2, self.block_size, self.head_dim)):
             raise ValueError(f"size mismatch for out: expected {list(expected)}, got {list(kv_n2TD.shape)}")
         host = kv_n2TD.device
-        if n and self.kernel and ops.missing(host) is None:
+        if n and self.kernel and ops.why_no_kernels(host) is None:
             slab_s = self.addresses(host)
             ops.gather_to_host(slab_s, self.slab_blocks, row_n.contiguous(), block_n.contiguous(), kv_n2TD)
         elif n:

@@ -86,7 +86,7 @@ class LayerBlocks:
         self.counts = runtime.counts.of_layer(number, self.block_bytes)
         self.capacity = 0
         self.ticket: Ticket | None = None
-        self._may_move = kernels and binding.on_gpu(device) and ops.missing(device) is None
+        self._may_move = kernels and binding.on_gpu(device) and ops.why_no_kernels(device) is None
         self._slab_s: Tensor | None = None
         self.padding_B: Tensor | None = None  # int64, tokens of left padding of each sequence; None: there is none
         self._device_length_B: Tensor | None = None  # while captured steps count for themselves

@@ -91,7 +91,7 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -
         ops.prepare(runtime.device, _kernels(runtime, decoder.dtype))  # where there are none, layers say why
     if runtime.device.type == "cuda":
         rehearse(runtime, text_config, decoder.dtype)
-    captured, reason = None, policy_class(config.policy).not_captured(config)
+    captured, reason = None, policy_class(config.policy).why_never_captured(config)
     if reason is not None and config.prefetch == "graph":
         runtime.note_fallback(f"the prefetch thread in place of captured steps: {reason}")
     elif runtime.room.captures or config.prefetch == "graph":
@@ -116,7 +116,12 @@ def _faster(decoder: PreTrainedModel, runtime: Runtime) -> CompiledLayers | Fuse
     config, device = runtime.config, runtime.device
     if config.compile:
         return CompiledLayers(decoder)
-    if config.unfused or config.kernels == "none" or not binding.on_gpu(device) or ops.missing(device) is not None:
+    if (
+        config.unfused
+        or config.kernels == "none"
+        or not binding.on_gpu(device)
+        or ops.why_no_kernels(device) is not None
+    ):
         return None
     modules = FusedModules(decoder)
     runtime.stats.fused = str(modules)
@@ -171,7 +176,7 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig) -> Runtime:
     stats = Stats(prefetch=_prefetch(config, device), evicts=policy_class(config.policy).evicts)
     memory = HostMemory(device if device.type == "cuda" else None)
     captures = config.prefetch in CAPTURING and device.type == "cuda"
-    captures = captures and policy_class(config.policy).not_captured(config) is None
+    captures = captures and policy_class(config.policy).why_never_captured(config) is None
     runtime = Runtime(
         config=config,
         text_config=text_config,
@@ -192,7 +197,7 @@ def _prefetch(config: OffloadConfig, device: torch.device) -> str:
     """What the setting comes to."""
     if config.prefetch not in CAPTURING:
         return config.prefetch
-    if (reason := policy_class(config.policy).not_captured(config)) is not None:
+    if (reason := policy_class(config.policy).why_never_captured(config)) is not None:
         return f"thread: {reason}"
     if device.type != "cuda":
         return f"thread: steps are captured on a CUDA device, the model is on {device}"

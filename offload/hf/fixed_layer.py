@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import AttachError
 from attention_predictor.offload.attention.dense import Terms
-from attention_predictor.offload.attention.sparse import Reach, attend_slots, no_kernel
+from attention_predictor.offload.attention.sparse import Reach, attend_slots, why_no_kernel
 from attention_predictor.offload.blocks.ring import Ring, RingTable, slots_for
 from attention_predictor.offload.hf.handed import Handed, hand_over
 from attention_predictor.offload.hf.versions import layer_config
@@ -102,7 +102,7 @@ class FixedLayer(CacheLayerMixin):
         self.ring = Ring(key_BGTD, slots, size)
         self.ring.fill(self.length - key_BGTD.shape[2], key_BGTD, value_BGTD)
         stock.keys, stock.values = (x.new_empty(0) for x in (key_BGTD, value_BGTD))  # memory of a whole context
-        self.kernel = runtime.config.kernels == "auto" and no_kernel(self.ring.key_BGSTD) is None
+        self.kernel = runtime.config.kernels == "auto" and why_no_kernel(self.ring.key_BGSTD) is None
         shape = (key_BGTD.shape[1], slots)
         self.table = tables.setdefault(shape, RingTable(*shape, size, key_BGTD.device))
 

@@ -54,9 +54,9 @@ class CapturedSteps:
         """The model's output, where this forward is a step that can be captured; else ``None``, and the host has it."""
         graphed = self._graphed.get(cache)
         if is_one_token(given) and is_ready(cache):
-            reason = self._failure or odd_argument(given, self.config)
+            reason = self._failure or why_unsupported_call(given, self.config)
             if reason is None and (graphed is None or not graphed.entered):
-                reason = why_not(cache, graphed)
+                reason = why_not_captured(cache, graphed)
             if reason is None and not keeps_padding(cache, given.get("attention_mask")):
                 reason = "the attention mask rules out more than the prompt's padding on the left, or less"
             if reason is None:
@@ -77,7 +77,7 @@ class CapturedSteps:
             graphed.leave()
 
 
-def why_not(cache: TieredCache, graphed: Graphed | None) -> str | None:
+def why_not_captured(cache: TieredCache, graphed: Graphed | None) -> str | None:
     """Why steps over this cache can't be captured; ``None`` if they can."""
     for number, layer in enumerate(cache.layers):
         if not isinstance(layer, TieredLayer):
@@ -90,7 +90,9 @@ def why_not(cache: TieredCache, graphed: Graphed | None) -> str | None:
             return "they need the kernels"
         if not layer.blocks.store.pinned:
             return "they need pinned host memory"
-        if (reason := layer.policy.not_captured(layer.runtime.config) or layer.policy.lacks_kernel) is not None:
+        if (
+            reason := layer.policy.why_never_captured(layer.runtime.config) or layer.policy.why_no_kernel()
+        ) is not None:
             return reason
     if graphed is not None and graphed.in_vain >= IN_VAIN:
         return "something else changes the cache every few tokens, as beams do"
@@ -103,7 +105,7 @@ def is_one_token(given: dict[str, Any]) -> bool:
     return ids is not None and ids.shape[1] == 1 and not torch.is_grad_enabled()
 
 
-def odd_argument(given: dict[str, Any], config: PreTrainedConfig) -> str | None:
+def why_unsupported_call(given: dict[str, Any], config: PreTrainedConfig) -> str | None:
     """What a step is asked for that a captured one does not give; ``None`` where it is nothing."""
     # What is absent, or False, asks for nothing.
     odd = sorted({name for name, value in given.items() if value is not None and value is not False} - INPUTS)

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from attention_predictor.errors import AttachError
-from attention_predictor.offload.attention.dense import Scorer, ScoreRows, Terms, attend, attend_prompt, no_fused
-from attention_predictor.offload.attention.sparse import no_kernel
+from attention_predictor.offload.attention.dense import Scorer, ScoreRows, Terms, attend, attend_prompt, why_not_fused
+from attention_predictor.offload.attention.sparse import why_no_kernel
 from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
 from attention_predictor.offload.blocks.room import KVShape
 from attention_predictor.offload.blocks.selection import Budget, Selection
@@ -116,7 +116,7 @@ class TieredLayer(CacheLayerMixin):
         self.policy = policy_class(config.policy)(spec)
         self.policy.selection = self.selection
         wanted = config.kernels == "auto"
-        reason = no_kernel(self.blocks.pool.key_BGSTD) if wanted else None
+        reason = why_no_kernel(self.blocks.pool.key_BGSTD) if wanted else None
         self.kernel = wanted and reason is None
         if reason is not None:
             self.runtime.note_fallback(f"plain torch operations in place of kernels: {reason}")
@@ -417,7 +417,7 @@ class TieredLayer(CacheLayerMixin):
         else:
             past = chunks(self.blocks, query_BHQD, own.start)
             out_BHQD = attend(query_BHQD, own, terms, past if scorer is None else scorer.watch(past))
-            if query_BHQD.is_cuda and (reason := no_fused(query_BHQD, key_BGTD, terms)) is not None:
+            if query_BHQD.is_cuda and (reason := why_not_fused(query_BHQD, key_BGTD, terms)) is not None:
                 self.runtime.note_fallback(f"plain torch operations attend to what is cached: {reason}")
         found: ScoreRows | None = None
         if scorer is not None:

@@ -203,12 +203,11 @@ class Policy:
         return self.late_share > 0
 
     @classmethod
-    def not_captured(cls, config: OffloadConfig) -> str | None:
+    def why_never_captured(cls, config: OffloadConfig) -> str | None:
         """Why its steps can't be captured under these settings, whatever the model; ``None`` if they can."""
         return None
 
-    @property
-    def lacks_kernel(self) -> str | None:
+    def why_no_kernel(self) -> str | None:
         """Which part of it asks the host on this device, for want of a kernel, so that it can't be captured."""
         return None
 

@@ -69,9 +69,8 @@ class Predictor(Policy):
     def chooses(self) -> bool:
         return self.sketch is not None and (self.late_share > 0 or self.spec.config.reserve > 0)
 
-    @property
-    def lacks_kernel(self) -> str | None:
-        return None if self.sketch is None else self.sketch.no_kernel(self.size)
+    def why_no_kernel(self) -> str | None:
+        return None if self.sketch is None else self.sketch.why_no_kernel(self.size)
 
     @property
     def may_read_all_keys(self) -> bool:
