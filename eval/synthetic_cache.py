@@ -241,8 +241,9 @@ class SyntheticCache:
         rows = score_rows(past_BHQD, stored(), self.length, self.terms[number], **shape)
         if wanted := layer.policy.prompt_rows:
             layer.policy.observe_rows(ScoreRows(*(rows_BGQN[:, :, -wanted:] for rows_BGQN in rows)))
-        if layer.sharing is not None and layer.sharing.heeds(PAST, self.length):
-            layer.sharing.tell(layer, past_BHQD, rows, None)  # the last layer sets all budgets, and has them fetch
+        allocation = layer.prompt_allocation
+        if allocation is not None and allocation.applies_to(PAST, self.length):
+            allocation.record(layer, past_BHQD, rows, None)  # the last layer's call sets all budgets and starts fetches
         else:
             layer._fetch_ahead()
             layer.note_memory()

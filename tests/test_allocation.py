@@ -32,7 +32,7 @@ from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.blocks.slot_table import chosen_blocks
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import policy_class
-from attention_predictor.offload.policies.allocation import Sharing, first_budgets, mean_shares, share_budget
+from attention_predictor.offload.policies.allocation import PromptAllocation, first_budgets, mean_shares, share_budget
 from attention_predictor.offload.policies.cake import preference
 from attention_predictor.offload.policies.query_similarity import query_similarity
 from attention_predictor.offload.policy_names import BUILT_IN
@@ -118,13 +118,13 @@ def test_similarity_leaves_padding_out():
 
 def heard(monkeypatch) -> list:
     """What layers have told: queries, rows, and the preference that came of them."""
-    told, tell = [], Sharing._preference
+    told, tell = [], PromptAllocation._preference
 
     def listening(self, layer, query_BHQD, rows, real_BL):
         told.append((layer, query_BHQD, rows, tell(self, layer, query_BHQD, rows, real_BL)))
         return told[-1][-1]
 
-    monkeypatch.setattr(Sharing, "_preference", listening)
+    monkeypatch.setattr(PromptAllocation, "_preference", listening)
     return told
 
 
@@ -264,7 +264,7 @@ def test_steps_read_and_hold_no_more_than_their_layers_budget(ids, monkeypatch, 
 
 def test_full_attention_has_no_budgets(ids):
     cache, _ = decode(uneven_model(), ids(100), 2, policy="full", budget_allocation="qsim")
-    assert cache.layers[0].sharing is None
+    assert cache.layers[0].prompt_allocation is None
     assert cache.layers[0].runtime.stats.to_dict()["layer_budgets"] == []
 
 
@@ -390,14 +390,14 @@ def test_each_head_gets_its_own_best_blocks(heads, length, padding, more, seed):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_qsim_by_head_follows_its_definition(tiny_model, ids, family):
     model, prompt, seen = tiny_model(family), ids(300), {}
-    query_of, tell = query_similarity, Sharing.tell
+    query_of, tell = query_similarity, PromptAllocation.record
 
     def listen(self, layer, query_BHQD, rows, real_BL):
         seen[layer.number] = query_BHQD
         tell(self, layer, query_BHQD, rows, real_BL)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sharing, "tell", listen)
+        patch.setattr(PromptAllocation, "record", listen)
         cache, _ = decode(model, prompt, budget_allocation="qsim-heads", budget=4096)
     turned = [1 - query_of(seen[n][:, :, -32:])[0].unflatten(0, (2, -1)).mean(1) for n in sorted(seen)]
     weights = torch.cat(turned).clamp_min(0)

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from attention_predictor.errors import AttachError, IntegrityError
 from attention_predictor.offload.hf.layer import TieredLayer
-from attention_predictor.offload.policies.allocation import Sharing
+from attention_predictor.offload.policies.allocation import PromptAllocation
 
 if TYPE_CHECKING:
     from attention_predictor.offload.runtime import Runtime
@@ -60,9 +60,9 @@ def adopt(cache: Cache, runtime: Runtime) -> None:
             "start from an empty one, or from engine.new_cache()"
         )
     tiered = runtime.tiered_layers
-    sharing = Sharing.of(runtime.config, [number for number in range(len(layers)) if number in tiered])
+    allocation = PromptAllocation.of(runtime.config, [number for number in range(len(layers)) if number in tiered])
     cache.layers = [
-        TieredLayer(runtime, number, sharing) if number in tiered else layer
+        TieredLayer(runtime, number, allocation) if number in tiered else layer
         for number, layer in enumerate(layers[: runtime.layers])  # some configurations count an encoder's
     ]
     cache.layer_class_to_replicate = None

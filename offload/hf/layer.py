@@ -34,7 +34,7 @@ from attention_predictor.offload.step.schedule import EagerSchedule, Schedule
 from attention_predictor.offload.step.step import attend_again, chunks, decode, fetch_ahead
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.policies.allocation import Sharing
+    from attention_predictor.offload.policies.allocation import PromptAllocation
     from attention_predictor.offload.runtime import Runtime
 
 
@@ -74,12 +74,12 @@ class TieredLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, runtime: Runtime, number: int, sharing: Sharing | None = None) -> None:
+    def __init__(self, runtime: Runtime, number: int, allocation: PromptAllocation | None = None) -> None:
         # Before the base class, which empties what transformers' own layers hold.
         self.runtime = runtime
         self.number = number
         super().__init__()
-        self.sharing = sharing  # of the budget, with the other layers of the cache; None if it is fixed
+        self.prompt_allocation = allocation  # shared by the layers of the cache; None if budgets are fixed
         self.block_size = runtime.config.block_size
         self._clear()
 
@@ -361,9 +361,9 @@ class TieredLayer(CacheLayerMixin):
             return out_BHQD
         if new:
             self.store(key_BGTD.detach(), value_BGTD.detach(), query_BHQD.detach())
-        sharing = self._sharing_now(query_BHQD.shape[2])
-        out_BHQD = self._attend_all(query_BHQD, key_BGTD, value_BGTD, terms, sharing)
-        if sharing is None:
+        allocation = self._allocation_for(query_BHQD.shape[2])
+        out_BHQD = self._attend_all(query_BHQD, key_BGTD, value_BGTD, terms, allocation)
+        if allocation is None:
             self._fetch_ahead()
             self.note_memory()
         return out_BHQD
@@ -393,18 +393,24 @@ class TieredLayer(CacheLayerMixin):
         interval = self.runtime.config.measure_recovery
         return bool(interval) and self.runtime.stats.steps % interval == 0
 
-    def _sharing_now(self, queries: int) -> Sharing | None:
+    def _allocation_for(self, queries: int) -> PromptAllocation | None:
         """Who decides about this layer's budget once so many queries have gone through all layers, if anyone does."""
-        if self.sharing is None or not self.armed or not self.sharing.heeds(queries, self.blocks.length):
+        allocation = self.prompt_allocation
+        if allocation is None or not self.armed or not allocation.applies_to(queries, self.blocks.length):
             return None
-        return self.sharing
+        return allocation
 
     def _attend_all(
-        self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms, sharing: Sharing | None
+        self,
+        query_BHQD: Tensor,
+        key_BGTD: Tensor,
+        value_BGTD: Tensor,
+        terms: Terms,
+        allocation: PromptAllocation | None,
     ) -> Tensor:
         """Prefill, later turns, verification, and every step of full attention."""
         length, queries = self.blocks.length, query_BHQD.shape[2]
-        rows = min(max(self.policy.prompt_rows, sharing.rows if sharing is not None else 0), queries)
+        rows = min(max(self.policy.prompt_rows, allocation.rows if allocation is not None else 0), queries)
         last_BHRD, last_terms = query_BHQD[:, :, queries - rows :], terms.queries(queries - rows, queries)
         scorer = None
         if rows:
@@ -425,8 +431,8 @@ class TieredLayer(CacheLayerMixin):
             found = scorer.rows()
             if own_rows := self.policy.prompt_rows:
                 self.policy.observe_rows(ScoreRows(*(rows_BGQN[:, :, -own_rows:] for rows_BGQN in found)))
-        if sharing is not None:
-            sharing.tell(self, query_BHQD.detach(), found, _real_keys(terms.mask))
+        if allocation is not None:
+            allocation.record(self, query_BHQD.detach(), found, _real_keys(terms.mask))
         if queries == 1 and self.runtime.is_first(self.number):
             self.runtime.stats.steps += 1
         return out_BHQD
