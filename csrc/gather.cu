@@ -64,11 +64,11 @@ __device__ __forceinline__ void move_blocks(const Move &a) {
         __syncthreads();
     }
     // The first thread block has as much to do as any.
-    if (blockIdx.x == 0 && threadIdx.x == 0 && a.spent != nullptr && any) *a.spent += nanoseconds() - started;
+    if (blockIdx.x == 0 && threadIdx.x == 0 && a.stall_ns != nullptr && any) *a.stall_ns += nanoseconds() - started;
 }
 
 // A moment, so that what lies between two of them can be told: added or taken off.
-__device__ __forceinline__ void note_time(const Moment &a) { *a.spent += a.sign * nanoseconds(); }
+__device__ __forceinline__ void note_time(const Timestamp &a) { *a.stall_ns += a.sign * nanoseconds(); }
 
 __device__ __forceinline__ void append_token(const Append &a) {
     const int64_t row = blockIdx.x, token = a.length[row / a.kv_heads] - 1, block = token / a.tokens, offset = token % a.tokens;

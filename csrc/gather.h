@@ -18,7 +18,7 @@ struct Move {
     const int32_t *slot;       // [R, S]
     const int32_t *moves;      // [R] how many of them
     void *key, *value;         // [R, S, T, D]
-    int64_t *spent;            // [1] adds up the nanoseconds of launches that moved something; null: nobody asks
+    int64_t *stall_ns;        // [1] adds up the nanoseconds of launches that moved something; null: nobody asks
     int64_t rows, slab_blocks, slots, half_bytes;
 };
 
@@ -34,7 +34,7 @@ struct Append {
 };
 
 // The time on the GPU's clock, added to or taken from a sum.
-struct Moment {
-    int64_t *spent;  // [1] nanoseconds
+struct Timestamp {
+    int64_t *stall_ns;  // [1] nanoseconds
     int64_t sign;
 };

@@ -38,15 +38,15 @@ class Move(ctypes.Structure):
         *pointers("slab", "int64_t"),
         *pointers("block slot moves", "int32_t"),
         *pointers("key value", "void"),
-        *pointers("spent", "int64_t"),
+        *pointers("stall_ns", "int64_t"),
         *integers("rows slab_blocks slots half_bytes"),
     ]
 
 
-class Moment(ctypes.Structure):
+class Timestamp(ctypes.Structure):
     """As in gather.h."""
 
-    _fields_ = [*pointers("spent", "int64_t"), *integers("sign")]
+    _fields_ = [*pointers("stall_ns", "int64_t"), *integers("sign")]
 
 
 class Append(ctypes.Structure):
@@ -63,7 +63,7 @@ class Append(ctypes.Structure):
 
 MOVE = Kernel("gather.cu", "move_blocks", Move, THREADS, constants={"kThreads": THREADS})
 APPEND = Kernel("gather.cu", "append_token", Append, threads=64)
-NOTE_TIME = Kernel("gather.cu", "note_time", Moment, threads=1)
+NOTE_TIME = Kernel("gather.cu", "note_time", Timestamp, threads=1)
 ON_CPU = Function("gather.cpp", "gather_blocks", Gather)
 
 
@@ -75,7 +75,7 @@ def move_blocks(
     moves_R: Tensor,
     key_BGSTD: Tensor,
     value_BGSTD: Tensor,
-    spent_1: Tensor | None,
+    stall_ns_1: Tensor | None,
 ) -> None:
     """Copy blocks from pinned slabs ``[B, G, slab_blocks, 2, T, D]`` into the slots of a pool on a GPU.
 
@@ -86,7 +86,7 @@ def move_blocks(
         slab_s: int64 addresses of the slabs, on the pool's device.
         block_RS, slot_RS: int32, in the first ``moves_R`` entries of a row which block goes to which slot.
         moves_R: int32.
-        spent_1: int64, adds up the nanoseconds of calls that moved something, while the model waits; ``None`` if it
+        stall_ns_1: int64, adds up the nanoseconds of calls that moved something, while the model waits; ``None`` if it
             goes on beside them.
     """
     device, (B, G, S, T, D) = key_BGSTD.device, key_BGSTD.shape
@@ -95,19 +95,19 @@ def move_blocks(
     check("block_RS", block_RS, (B * G, S), torch.int32, device)
     check("slot_RS", slot_RS, (B * G, S), torch.int32, device)
     check("moves_R", moves_R, (B * G,), torch.int32, device)
-    if spent_1 is not None:
-        check("spent_1", spent_1, (1,), torch.int64, device)
+    if stall_ns_1 is not None:
+        check("stall_ns_1", stall_ns_1, (1,), torch.int64, device)
     arguments = Move(
-        *map(address, (slab_s, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, spent_1)),
+        *map(address, (slab_s, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, stall_ns_1)),
         *(B * G, slab_blocks, S, _half_bytes(key_BGSTD)),
     )
-    MOVE.launch(device, (GATHER_BLOCKS if spent_1 is None else LATE_BLOCKS, 1, 1), arguments)
+    MOVE.launch(device, (GATHER_BLOCKS if stall_ns_1 is None else LATE_BLOCKS, 1, 1), arguments)
 
 
-def note_time(spent_1: Tensor, sign: int) -> None:
-    """Add the time on the GPU's clock, in nanoseconds, to ``spent_1`` (int64), or take it off where ``sign`` is -1."""
-    check("spent_1", spent_1, (1,), torch.int64, spent_1.device)
-    NOTE_TIME.launch(spent_1.device, (1, 1, 1), Moment(spent_1.data_ptr(), sign))
+def note_time(stall_ns_1: Tensor, sign: int) -> None:
+    """Add ``sign`` (1 or -1) times the GPU clock's nanoseconds to ``stall_ns_1`` (int64)."""
+    check("stall_ns_1", stall_ns_1, (1,), torch.int64, stall_ns_1.device)
+    NOTE_TIME.launch(stall_ns_1.device, (1, 1, 1), Timestamp(stall_ns_1.data_ptr(), sign))
 
 
 def append_token(

@@ -170,10 +170,10 @@ __device__ __forceinline__ void store_groups(const SketchStore &a) {
         const int64_t *order = s.order + row * D;
         const int first = threadIdx.x / kWarp * kChannels;  // of this warp's
 #pragma unroll 1
-        for (int tier = 0; tier < 2; ++tier) {
-            const int begin = tier ? wide : 0, end = tier ? coded : wide, channels = end - begin;
-            const int bits = static_cast<int>(tier ? s.bits : s.wide_bits);
-            uint8_t *codes = (tier ? s.narrow : s.wide) + at * (kGroup / 8 * bits * channels);
+        for (int narrow = 0; narrow < 2; ++narrow) {
+            const int begin = narrow ? wide : 0, end = narrow ? coded : wide, channels = end - begin;
+            const int bits = static_cast<int>(narrow ? s.bits : s.wide_bits);
+            uint8_t *codes = (narrow ? s.narrow : s.wide) + at * (kGroup / 8 * bits * channels);
             for (int i = first; i < channels; i += kWarps * kChannels) {
                 const int wanted = i + threadIdx.x % kWarp / 4, own = min(wanted, channels - 1), c = begin + own;
                 const E *from = key + order[c];

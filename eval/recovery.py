@@ -16,7 +16,7 @@ from attention_predictor.eval.rules import Rule
 from attention_predictor.eval.tasks import plant, read_texts
 from attention_predictor.loading import device_name, load_model, load_tokenizer
 from attention_predictor.offload.policies import policy_class
-from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.offload.policies.predictor import PredictorPolicy
 from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.progress import Progress
 from attention_predictor.reading import read_json
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
 def check_rule(rule: Rule, budget: int) -> None:
     """Refuse bad settings, and a predictor that can't be had, before anything runs."""
     config = rule.config(budget)
-    if issubclass(policy_class(config.policy), Predictor):
+    if issubclass(policy_class(config.policy), PredictorPolicy):
         AttentionPredictor.from_pretrained(config.predictor, block_size=config.block_size)
 
 

@@ -234,7 +234,7 @@ class SyntheticCache:
             for chunk in self.chunks(number):
                 layer.update(chunk.key_BGTD, chunk.value_BGTD)
                 layer.store(chunk.key_BGTD, chunk.value_BGTD, past_BHQD)
-                layer.armed = False  # this update is not followed by an attention call
+                layer.awaits_attention = False  # this update is not followed by an attention call
                 yield chunk
 
         shape = {"kv_heads": self._heads[number][0], "block_size": layer.block_size}

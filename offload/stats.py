@@ -191,13 +191,13 @@ class DeviceCounts:
     Suffixes: N layers, K kinds of counts.
 
     Attributes:
-        spent_1: int64 nanoseconds for which steps stood still.
+        stall_ns_1: int64 nanoseconds for which steps stood still.
     """
 
     @torch.inference_mode(False)  # whoever attaches in it, steps are taken outside of it too
     def __init__(self, device: torch.device, layers: int) -> None:
         self._all = torch.zeros(1 + KINDS * layers, dtype=torch.int64, device=device)  # together: read by one copy
-        self.spent_1, self._counts_NK = _apart(self._all)
+        self.stall_ns_1, self._counts_NK = _apart(self._all)
         # Only ever read here: a step on another thread may be adding to it.
         self._seen = torch.zeros_like(self._all, device="cpu")
         self._block_bytes: dict[int, int] = {}
@@ -216,9 +216,9 @@ class DeviceCounts:
         if not self._block_bytes:
             return
         now = self._all.to("cpu", copy=True)
-        spent_1, counts_NK = _apart(now - self._seen)
+        stall_ns_1, counts_NK = _apart(now - self._seen)
         self._seen = now
-        stats.exposed_wait_ms += int(spent_1) / 1e6
+        stats.exposed_wait_ms += int(stall_ns_1) / 1e6
         for number, block_bytes in self._block_bytes.items():
             attended, late, planned, ahead, lost = counts_NK[number].tolist()
             if lost:

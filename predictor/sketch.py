@@ -30,7 +30,7 @@ SCRATCH_ELEMENTS_GPU = 1 << 24
 
 
 @dataclass
-class Tier:
+class CodedChannels:
     """Channels with codes of one width: their ranks by importance, and the codes."""
 
     bits: int
@@ -75,13 +75,13 @@ class KeySketch:
         coded = head_dim - wide
         # Not under inference mode: what is made there could not be updated outside of it later.
         with torch.inference_mode(False):
-            self._tiers = []
+            self._coded = []
             for width, ranks in ((2 * bits, slice(0, wide)), (bits, slice(wide, coded))):
                 if ranks.stop > ranks.start:
                     shape = (batch, kv_heads, 0, group * width // 8, ranks.stop - ranks.start)
                     codes_BGKJC = torch.zeros(shape, dtype=torch.uint8, device=device)
-                    self._tiers.append(Tier(width, ranks, codes_BGKJC, *masks(width, device)))
-            self._widest = max(tier.ranks.stop - tier.ranks.start for tier in self._tiers)
+                    self._coded.append(CodedChannels(width, ranks, codes_BGKJC, *masks(width, device)))
+            self._widest = max(channels.ranks.stop - channels.ranks.start for channels in self._coded)
             self._scale_BGKR = torch.zeros(batch, kv_heads, 0, coded, dtype=torch.float16, device=device)
             self._zero_BGKD = torch.zeros(batch, kv_heads, 0, head_dim, dtype=torch.float16, device=device)
             self._tail_BGTD = torch.zeros(batch, kv_heads, group, head_dim, dtype=dtype, device=device)
@@ -183,11 +183,13 @@ class KeySketch:
             zero_BGKD = self._zero_BGKD[:, :, first:last].float()
             offset_BGhK = ranked_BGhD @ zero_BGKD.transpose(-1, -2)
             part_BGKhT = offset_BGhK.transpose(2, 3)[..., None]
-            for tier in self._tiers:
-                scale_BGK1C = self._scale_BGKR[:, :, first:last, None, tier.ranks].float()
-                code_BGKTC = unpack(tier.codes_BGKJC[:, :, first:last], tier.mask_P11)
-                product_BGKhT = (ranked_BGhD[:, :, None, :, tier.ranks] * scale_BGK1C) @ code_BGKTC.transpose(-1, -2)
-                product_BGKhT.unflatten(-1, (len(tier.factor_P), -1)).mul_(tier.factor_P[:, None])
+            for channels in self._coded:
+                scale_BGK1C = self._scale_BGKR[:, :, first:last, None, channels.ranks].float()
+                code_BGKTC = unpack(channels.codes_BGKJC[:, :, first:last], channels.mask_P11)
+                product_BGKhT = (ranked_BGhD[:, :, None, :, channels.ranks] * scale_BGK1C) @ code_BGKTC.transpose(
+                    -1, -2
+                )
+                product_BGKhT.unflatten(-1, (len(channels.factor_P), -1)).mul_(channels.factor_P[:, None])
                 part_BGKhT = product_BGKhT.add_(part_BGKhT)  # begins as the zeros' share, one number a group
             block_BGhT = logits_BGhT[..., first * self.group : last * self.group]
             block_BGhT.unflatten(-1, (last - first, self.group)).copy_(part_BGKhT.transpose(2, 3))
@@ -276,11 +278,11 @@ class KeySketch:
         for first, last in self._chunks(self.length // self.group, head_dim):
             zero_BGK1D = self._zero_BGKD[:, :, first:last, None].float()
             restored_BGKTD = zero_BGK1D.repeat(1, 1, 1, self.group, 1)
-            for tier in self._tiers:
-                scale_BGK1C = self._scale_BGKR[:, :, first:last, None, tier.ranks].float()
-                code_BGKTC = unpack(tier.codes_BGKJC[:, :, first:last], tier.mask_P11)
-                code_BGKTC.unflatten(-2, (len(tier.factor_P), -1)).mul_(tier.factor_P[:, None, None])
-                restored_BGKTD[..., tier.ranks] += scale_BGK1C * code_BGKTC
+            for channels in self._coded:
+                scale_BGK1C = self._scale_BGKR[:, :, first:last, None, channels.ranks].float()
+                code_BGKTC = unpack(channels.codes_BGKJC[:, :, first:last], channels.mask_P11)
+                code_BGKTC.unflatten(-2, (len(channels.factor_P), -1)).mul_(channels.factor_P[:, None, None])
+                restored_BGKTD[..., channels.ranks] += scale_BGK1C * code_BGKTC
             restored_BGTD = restored_BGKTD.flatten(2, 3)
             restored_BGTD = restored_BGTD.gather(-1, rank_BGD[:, :, None].expand_as(restored_BGTD))
             key_BGTD[:, :, first * self.group : last * self.group] = restored_BGTD
@@ -324,13 +326,13 @@ class KeySketch:
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         """What kernels work on, as they want it."""
-        *wide, narrow = (tier.codes_BGKJC for tier in self._tiers)
+        *wide, narrow = (channels.codes_BGKJC for channels in self._coded)
         exact_and_coded = (self._order_BGD, self._tail_BGTD, self._zero_BGKD, self._scale_BGKR)
         return *exact_and_coded, wide[0] if wide else None, narrow
 
     def _grouped(self) -> list[tuple[object, str]]:
         """Owner and name of the tensors that grow with the groups."""
-        return [(self, "_scale_BGKR"), (self, "_zero_BGKD"), *((tier, "codes_BGKJC") for tier in self._tiers)]
+        return [(self, "_scale_BGKR"), (self, "_zero_BGKD"), *((channels, "codes_BGKJC") for channels in self._coded)]
 
     def _held(self) -> list[tuple[object, str]]:
         """Owner and name of all tensors, one entry a sequence each."""
@@ -361,11 +363,11 @@ class KeySketch:
             part_BGTD = key_BGTD[:, :, low * self.group : high * self.group]
             part_BGTD = part_BGTD.gather(-1, self._order_BGD[:, :, None].expand_as(part_BGTD))
             part_BGKTD = part_BGTD.unflatten(2, (-1, self.group))
-            for tier in self._tiers:
-                code_BGKTC, scale_BGKC, zero_BGKC = quantise(part_BGKTD[..., tier.ranks], tier.bits)
-                tier.codes_BGKJC[:, :, groups] = pack(code_BGKTC, tier.bits)
-                self._scale_BGKR[:, :, groups, tier.ranks] = scale_BGKC
-                self._zero_BGKD[:, :, groups, tier.ranks] = zero_BGKC
+            for channels in self._coded:
+                code_BGKTC, scale_BGKC, zero_BGKC = quantise(part_BGKTD[..., channels.ranks], channels.bits)
+                channels.codes_BGKJC[:, :, groups] = pack(code_BGKTC, channels.bits)
+                self._scale_BGKR[:, :, groups, channels.ranks] = scale_BGKC
+                self._zero_BGKD[:, :, groups, channels.ranks] = zero_BGKC
             coded = self._scale_BGKR.shape[3]
             mean_BGKC = part_BGKTD[..., coded:].float().clamp(-LARGEST, LARGEST).mean(3)
             self._zero_BGKD[:, :, groups, coded:] = mean_BGKC

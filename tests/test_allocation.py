@@ -346,7 +346,7 @@ def test_captured_steps_have_the_same_budgets(emulated, ids, allocation, tokens)
     model, prompt, graphs = uneven_model(), ids(tokens), []
 
     def entered(cache):
-        graphs.append(cache.layers[0]._graphed is not None)
+        graphs.append(cache.layers[0]._cache_graph is not None)
 
     thread, one = decode(model, prompt, 48, **settings)
     graph, other = decode(model, prompt, 48, each=entered, prefetch="graph", **settings)

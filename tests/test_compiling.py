@@ -22,7 +22,7 @@ import torch
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.csrc import attention, available, build, compiler, gather, kernel, ops
 from attention_predictor.csrc.function import Function
-from attention_predictor.csrc.gather import Moment
+from attention_predictor.csrc.gather import Timestamp
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import Fields, assertions, doubles, equal, integers, pointers
 from attention_predictor.errors import BuildError
@@ -177,8 +177,8 @@ def test_every_program_compares_its_struct() -> None:
 
 
 def test_a_function_takes_the_struct_that_python_gives_it() -> None:
-    with pytest.raises(BuildError, match="gather_blocks does not take Moment alone"):
-        Function("gather.cpp", "gather_blocks", Moment).load()
+    with pytest.raises(BuildError, match="gather_blocks does not take Timestamp alone"):
+        Function("gather.cpp", "gather_blocks", Timestamp).load()
 
 
 def test_a_function_refuses_unknown_elements() -> None:
@@ -330,7 +330,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, counting: Counting) -> mock.MagicMoc
 
 
 def test_a_launch(driver: mock.MagicMock) -> None:
-    one, arguments = Kernel("gather.cu", "note_time", Moment, threads=64), Moment(0xABC, -1)
+    one, arguments = Kernel("gather.cu", "note_time", Timestamp, threads=64), Timestamp(0xABC, -1)
     one.launch(GPU, (5, 4, 3), arguments)
     one.launch(GPU, (1, 1, 1), arguments, threads=32, shared_bytes=100)
     one.launch(GPU, (2, 1, 1), arguments, shared_bytes=50)
@@ -354,13 +354,13 @@ def test_a_launch(driver: mock.MagicMock) -> None:
 
 
 def test_what_is_prepared_is_compiled_together_and_loaded(driver: mock.MagicMock, counting: Counting, caplog) -> None:
-    kernels = [Kernel("gather.cu", name, Moment, threads=1) for name in ("append_token", "move_blocks")]
+    kernels = [Kernel("gather.cu", name, Timestamp, threads=1) for name in ("append_token", "move_blocks")]
     assert ops.why_no_kernels(GPU) is None
     with caplog.at_level(logging.WARNING):
         assert ops.prepare(GPU, kernels) is None
     assert caplog.messages[0].startswith("compiling 2 GPU kernels")
     before = len(counting.compiled())
-    kernels[0].launch(GPU, (1, 1, 1), Moment())
+    kernels[0].launch(GPU, (1, 1, 1), Timestamp())
     assert len(counting.compiled()) == before
     assert len(driver.launched) == 1
 
@@ -369,7 +369,7 @@ def test_a_kernel_that_does_not_compile_is_said_once(driver: mock.MagicMock, cou
     assert ops.why_no_kernels(GPU) is None
     counting.compile = mock.Mock(side_effect=BuildError("one refused move_blocks\nline 3: no"))  # type: ignore[method-assign]
     for _ in range(2):
-        assert ops.prepare(GPU, [Kernel("gather.cu", "move_blocks", Moment, threads=1)]) == "one refused move_blocks"
+        assert ops.prepare(GPU, [Kernel("gather.cu", "move_blocks", Timestamp, threads=1)]) == "one refused move_blocks"
     assert ops.why_no_kernels(GPU) == "one refused move_blocks"
     assert sum("line 3: no" in line for line in caplog.messages) == 1
 

@@ -61,10 +61,10 @@ def exact_scores(
     """What the codes say, in fp64."""
     whole = sketch.length // sketch.group
     key_BGKTD = sketch._zero_BGKD[:, :, :whole, None].double().repeat(1, 1, 1, sketch.group, 1)
-    for tier in sketch._tiers:
-        code_BGKTC = unpack(tier.codes_BGKJC[:, :, :whole], tier.mask_P11).double()
-        code_BGKTC.unflatten(-2, (len(tier.factor_P), -1)).mul_(tier.factor_P[:, None, None].double())
-        key_BGKTD[..., tier.ranks] += code_BGKTC * sketch._scale_BGKR[:, :, :whole, None, tier.ranks].double()
+    for channels in sketch._coded:
+        code_BGKTC = unpack(channels.codes_BGKJC[:, :, :whole], channels.mask_P11).double()
+        code_BGKTC.unflatten(-2, (len(channels.factor_P), -1)).mul_(channels.factor_P[:, None, None].double())
+        key_BGKTD[..., channels.ranks] += code_BGKTC * sketch._scale_BGKR[:, :, :whole, None, channels.ranks].double()
     key_BGTD = key_BGKTD.flatten(2, 3)
     key_BGTD = key_BGTD.gather(-1, sketch._order_BGD.argsort(-1)[:, :, None].expand_as(key_BGTD))
     key_BGTD = torch.cat([key_BGTD, sketch._tail_BGTD[:, :, : sketch.length % sketch.group].double()], 2)
@@ -226,7 +226,7 @@ def check_alike(found: KeySketch, wanted: KeySketch, key_BGTD: Tensor) -> None:
         # Of two widths that err alike either may be taken; all else differs in the last bit, and seldom.
         assert (~torch.isclose(one, other, atol=2**-24, rtol=2**-10)).float().mean() < 0.01
         assert (one != other).float().mean() < 0.02
-    for one, other in zip(found._tiers, wanted._tiers, strict=True):
+    for one, other in zip(found._coded, wanted._coded, strict=True):
         assert (one.codes_BGKJC[:, :, :whole] != other.codes_BGKJC[:, :, :whole]).float().mean() < 0.01
     error, own = ((sketch.dequantise().double() - key_BGTD.double()).square().mean() for sketch in (found, wanted))
     assert error <= 1.001 * own + 1e-12

@@ -16,7 +16,7 @@ from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.slot_table import chosen_blocks
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import LayerSpec, Policy, policy_class
-from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.offload.policies.predictor import PredictorPolicy
 from attention_predictor.offload.policies.quest import KeyBounds, QuestAhead
 from attention_predictor.offload.policy_names import BUILT_IN
 from attention_predictor.predictor.scores import block_peak_and_sum
@@ -134,14 +134,14 @@ class TestCalibration:
     def rows(tiny_model, ids, monkeypatch, **changes):
         """Rows that the history of layer 0 is told, beside the truth and what was attended."""
         told = []
-        observe = Predictor.observe
+        observe = PredictorPolicy.observe
 
         def watched(policy, step):
             exact = step.exact.scores_BGQN[:, :, 0]
             told.append((policy.row(step)[..., : step.blocks], exact, step.attended_BGC[..., : step.blocks]))
             observe(policy, step)
 
-        monkeypatch.setattr(Predictor, "observe", watched)
+        monkeypatch.setattr(PredictorPolicy, "observe", watched)
         decode(tiny_model(num_hidden_layers=1), ids(300), steps=10, **changes)
         return told
 

@@ -21,7 +21,7 @@ from attention_predictor.offload.attention.dense import Terms, attend, attend_pr
 from attention_predictor.offload.blocks.block_pool import BlockPool
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.host_store import HostStore
-from attention_predictor.offload.blocks.transfer import SMALL_BYTES, inward, outbox
+from attention_predictor.offload.blocks.transfer import SMALL_BYTES, host_copier, upload_stream
 from attention_predictor.offload.chunk import Chunk, split
 from attention_predictor.offload.hf.versions import cache_of, with_cache
 
@@ -179,7 +179,7 @@ def test_appended_bits_survive_delays_and_reuse_of_memory(seed):
     """Keys and values are freed, and their memory written to, as soon as ``append`` has returned."""
     generator = torch.Generator().manual_seed(seed)
     side, store = (
-        outbox(torch.device("cuda", 0))._stream,
+        host_copier(torch.device("cuda", 0))._stream,
         HostStore(**SHAPE, slab_blocks=4, memory=HostMemory(torch.device("cuda"))),
     )
     expected = []
@@ -252,7 +252,7 @@ def test_the_device_reads_what_was_appended_before():
 @pytest.mark.parametrize("seed", range(3))
 def test_streamed_bits_survive_delays(seed):
     generator = torch.Generator().manual_seed(seed)
-    device, side = torch.device("cuda", 0), inward(torch.device("cuda", 0))
+    device, side = torch.device("cuda", 0), upload_stream(torch.device("cuda", 0))
     store = HostStore(**SHAPE, slab_blocks=4, memory=HostMemory(torch.device("cuda")))
     kept = torch.stack(on_gpu(1000, seed))
     store.append(*kept)

@@ -20,7 +20,7 @@ from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import LayerSpec, Policy, Step, register
-from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.offload.policies.predictor import PredictorPolicy
 from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.train.shards import Record
 
@@ -51,7 +51,7 @@ class FullRecorder(Policy):
 
 
 @register
-class SparseRecorder(Predictor):
+class SparseRecorder(PredictorPolicy):
     """Decodes as the predictor policy does; keeps the rows its history is told and, beside them, the true mass."""
 
     name = "record-sparse"

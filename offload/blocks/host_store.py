@@ -19,7 +19,7 @@ from torch import Tensor
 from attention_predictor.csrc import ops
 from attention_predictor.errors import IntegrityError
 from attention_predictor.offload.blocks.host_memory import HostMemory
-from attention_predictor.offload.blocks.transfer import Outbox, Shipment, inward, outbox
+from attention_predictor.offload.blocks.transfer import HostCopier, PendingCopy, host_copier, upload_stream
 
 UNSETTLED_TOKENS = 64  # at the end, that may be late where nothing is read for a while
 
@@ -27,7 +27,7 @@ UNSETTLED_TOKENS = 64  # at the end, that may be late where nothing is read for 
 class _Arrival(NamedTuple):
     """Appended tokens that are on their way: the copies, the first token, and what has to be put in its place then."""
 
-    shipment: Shipment
+    pending_copy: PendingCopy
     start: int
     staged: list[tuple[int, Tensor]]  # first token, and a run of tokens as `_target` is shaped
 
@@ -120,7 +120,7 @@ class HostStore:
                     torch.cuda.synchronize()
             while self._arrivals and (stop is None or self._arrivals[0].start < stop):
                 arrival = self._arrivals[0]
-                arrival.shipment.wait()
+                arrival.pending_copy.wait()
                 for start, kv in arrival.staged:
                     self._put(start, kv)
                 self._arrivals.popleft()  # last: after an interrupt the same is done again
@@ -176,7 +176,7 @@ class HostStore:
         n_slabs = self._slabs_for(stop)
         S = min(max(tokens // slab_tokens, 1), n_slabs)  # in whole slabs, which are contiguous
         chunks = range(0, n_slabs, max(S, 1))
-        streams, side = torch.get_device_module(device), inward(device)
+        streams, side = torch.get_device_module(device), upload_stream(device)
         current = streams.current_stream(device)
         shape = (2, self.batch, self.kv_heads, S, self.slab_blocks, self.block_size, self.head_dim)
         like: dict[str, Any] = {"dtype": self.dtype, "device": device}
@@ -306,9 +306,9 @@ class HostStore:
         missing = self._slabs_for(tokens) - len(self._slabs)
         self._slabs += [self._new_slab(self.batch) for _ in range(missing)]
 
-    def _way(self, device: torch.device) -> Outbox | None:
+    def _way(self, device: torch.device) -> HostCopier | None:
         """What copies from there beside the computation; None where `append` copies itself."""
-        return outbox(device) if self.pinned and device.type == "cuda" else None
+        return host_copier(device) if self.pinned and device.type == "cuda" else None
 
     def _write(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
         self.settle()  # what is on its way may be of the same block
@@ -316,7 +316,7 @@ class HostStore:
             # Stacked where the tokens are: one transfer carries both keys and values.
             self._put(start, torch.stack(parts, dim=-3))
 
-    def _send(self, way: Outbox, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+    def _send(self, way: HostCopier, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
         self.settle(self.length - UNSETTLED_TOKENS)  # long there, but someone has to put them in their places
         # What is sent is kept until it has been read; a view would keep all it is a view of, such as the queries.
         whole = [kv if kv.untyped_storage().nbytes() == kv.nbytes else kv.clone() for kv in (key_BGTD, value_BGTD)]
@@ -331,7 +331,7 @@ class HostStore:
         if pieces:
             self._arrivals.append(_Arrival(way.send(pieces), self.length, staged))
 
-    def _undo(self, length: int, slabs: int, way: Outbox | None) -> None:
+    def _undo(self, length: int, slabs: int, way: HostCopier | None) -> None:
         """Makes the store what it was before an `append` that failed."""
         if way is not None:
             way.drain()  # else it would go on writing to slabs that are freed or written to otherwise

@@ -35,7 +35,7 @@ ROOM_BLOCKS = 64  # by which the room for blocks grows: doubling would waste the
 POOL_STEP = 16  # slots by which the pool grows while the context is shorter than the budget
 
 
-class Common(Protocol):
+class BlockRuntime(Protocol):
     """What the blocks of all layers have in common (``Runtime``)."""
 
     config: OffloadConfig
@@ -63,7 +63,7 @@ class LayerBlocks:
 
     def __init__(
         self,
-        runtime: Common,
+        runtime: BlockRuntime,
         number: int,
         *,
         batch: int,
@@ -170,7 +170,7 @@ class LayerBlocks:
         if late_blocks is not None:
             started = time.perf_counter()
             try:
-                moved = self._move(self.runtime.counts.spent_1)
+                moved = self._move(self.runtime.counts.stall_ns_1)
             except Exception as error:
                 raise FetchError(f"layer {self.number}: a late fetch failed: {error!r}") from error
             if moved:
@@ -219,13 +219,13 @@ class LayerBlocks:
         """Whether a kernel chooses."""
         return self.device_moves and self.pool.slots <= ops.most_slots(self.device, self.capacity)
 
-    def _move(self, spent_1: Tensor | None) -> int:
+    def _move(self, stall_ns_1: Tensor | None) -> int:
         """Fetch what the table lists; the blocks moved, where the host knows."""
         table, pool = self.table, self.pool
         if self.device_moves:
             moves = table.tensors[4:7]
             slabs = (self._slabs(), self.store.slab_blocks)
-            ops.move_blocks(*slabs, *moves, pool.key_BGSTD, pool.value_BGSTD, spent_1)
+            ops.move_blocks(*slabs, *moves, pool.key_BGSTD, pool.value_BGSTD, stall_ns_1)
             return 0
         row_n, block_n, slot_n = table.moves()
         if len(row_n):

@@ -18,8 +18,8 @@ from torch import Tensor
 SMALL_BYTES = 1 << 20
 
 
-class Shipment:
-    """What one `Outbox.send` copies. It keeps the tensors that are read, until they have been."""
+class PendingCopy:
+    """What one `HostCopier.send` copies. It keeps the tensors that are read, until they have been."""
 
     def __init__(self, read: Any, held: tuple[Tensor, ...]) -> None:
         self._read, self._held = read, held  # an event behind the last copy
@@ -30,7 +30,7 @@ class Shipment:
         self._held = ()
 
 
-class Outbox:
+class HostCopier:
     """Copies from one device to pinned memory. Several threads may send.
 
     The host may be far ahead of the device, and what is sent lives until it has been read. So `send` first waits for
@@ -41,12 +41,12 @@ class Outbox:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._streams = torch.get_device_module(device)
-        self._stream = side_stream(device)
-        # Weak: what belongs to a cache must not outlive it, so its `HostStore` holds the shipments.
-        self._last: Callable[[], Shipment | None] = lambda: None
+        self._stream = copy_stream(device)
+        # Weak: what belongs to a cache must not outlive it, so its `HostStore` holds the pending copies.
+        self._last: Callable[[], PendingCopy | None] = lambda: None
         self._sending = threading.Lock()
 
-    def send(self, pieces: Sequence[tuple[Tensor, tuple[Tensor, Tensor]]]) -> Shipment:
+    def send(self, pieces: Sequence[tuple[Tensor, tuple[Tensor, Tensor]]]) -> PendingCopy:
         """Copies, for each (target, (keys, values)), the two, stacked in dimension −3, to the contiguous target.
 
         If it raises, pieces may be under way: `drain` before their targets are used for anything else.
@@ -64,10 +64,10 @@ class Outbox:
                 for target, parts in pieces:
                     # A piece at a time: the stream's own memory, where they are stacked, is that of one piece.
                     target.copy_(torch.stack(parts, dim=-3), non_blocking=True)
-            shipment = Shipment(self._event(stream), tuple(held.values()) if beside else ())
+            pending_copy = PendingCopy(self._event(stream), tuple(held.values()) if beside else ())
             if beside:
-                self._last = weakref.ref(shipment)
-        return shipment
+                self._last = weakref.ref(pending_copy)
+        return pending_copy
 
     def drain(self) -> None:
         """Returns when no copy is under way, and the caller's stream has done all it was given."""
@@ -81,17 +81,17 @@ class Outbox:
 
 
 @functools.cache
-def outbox(device: torch.device) -> Outbox:
-    """The one outbox of a device."""
-    return Outbox(device)
+def host_copier(device: torch.device) -> HostCopier:
+    """The one host_copier of a device."""
+    return HostCopier(device)
 
 
 @functools.cache
-def inward(device: torch.device) -> Any:
+def upload_stream(device: torch.device) -> Any:
     """The one stream of a device for copies from host memory."""
-    return side_stream(device)
+    return copy_stream(device)
 
 
-def side_stream(device: torch.device) -> Any:
+def copy_stream(device: torch.device) -> Any:
     """A stream whose few small kernels go before those of the model."""
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else torch.cpu.Stream()

@@ -24,12 +24,12 @@ from attention_predictor.offload.hf.compiled import CompiledLayers
 from attention_predictor.offload.hf.forwards import Forwards
 from attention_predictor.offload.hf.fused.modules import FusedModules
 from attention_predictor.offload.hf.graph import CapturedSteps
-from attention_predictor.offload.hf.rehearsal import rehearse
 from attention_predictor.offload.hf.shapes import expected_shapes
 from attention_predictor.offload.hf.versions import decoder_layers, layer_config, makes_own_cache
+from attention_predictor.offload.hf.warm_up import warm_up
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.allocation import first_budgets
-from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.offload.policies.predictor import PredictorPolicy
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.stats import DeviceCounts, Stats
 from attention_predictor.predictor.model import AttentionPredictor
@@ -90,12 +90,12 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -
     if runtime.device.type == "cuda" and config.kernels == "auto":
         ops.prepare(runtime.device, _kernels(runtime, decoder.dtype))  # where there are none, layers say why
     if runtime.device.type == "cuda":
-        rehearse(runtime, text_config, decoder.dtype)
+        warm_up(runtime, text_config, decoder.dtype)
     captured, reason = None, policy_class(config.policy).why_never_captured(config)
     if reason is not None and config.prefetch == "graph":
         runtime.note_fallback(f"the prefetch thread in place of captured steps: {reason}")
     elif runtime.room.captures or config.prefetch == "graph":
-        captured = CapturedSteps(name, model.forward, text_config, runtime, _faster(decoder, runtime))
+        captured = CapturedSteps(name, model.forward, text_config, runtime, _step_modules(decoder, runtime))
     engine = Engine(model, runtime, attachment, captured)
     Forwards(model, decoder, runtime, attachment, captured).install()
     attachment.attribute(model, ENGINE, engine)
@@ -111,7 +111,7 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -
     return engine
 
 
-def _faster(decoder: PreTrainedModel, runtime: Runtime) -> CompiledLayers | FusedModules | None:
+def _step_modules(decoder: PreTrainedModel, runtime: Runtime) -> CompiledLayers | FusedModules | None:
     """What makes captured steps out of fewer launches, as the settings and the device have it."""
     config, device = runtime.config, runtime.device
     if config.compile:
@@ -171,7 +171,7 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig) -> Runtime:
     heads = {shape.kv_heads for shape in shapes.values() if shape is not None}
     budgets = first_budgets(config, len(layers), heads.pop() if len(heads) == 1 else None)
     predictor = None
-    if issubclass(policy_class(config.policy), Predictor):
+    if issubclass(policy_class(config.policy), PredictorPolicy):
         predictor = AttentionPredictor.from_pretrained(config.predictor, device=device, block_size=config.block_size)
     stats = Stats(prefetch=_prefetch(config, device), evicts=policy_class(config.policy).evicts)
     memory = HostMemory(device if device.type == "cuda" else None)

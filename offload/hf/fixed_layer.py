@@ -25,7 +25,7 @@ from attention_predictor.offload.hf.handed import Handed, hand_over
 from attention_predictor.offload.hf.versions import layer_config
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.hf.layer import Captor
+    from attention_predictor.offload.hf.layer import StepGraph
     from attention_predictor.offload.runtime import Runtime
 
 EMPTY = "DummyLayer"  # transformers' layer without a cache, of models that share keys between layers
@@ -61,7 +61,7 @@ class FixedLayer(CacheLayerMixin):
     Whatever but a captured step asks for the cache gets the stock layer, as it would be after the same tokens.
 
     Args:
-        graphed: Who captures the steps.
+        cache_graph: Who captures the steps.
         tables: Of the rings of one cache, by shape; the one that this layer needs is added.
         tokens: So many there must be room for.
 
@@ -76,7 +76,7 @@ class FixedLayer(CacheLayerMixin):
         stock: DynamicLayer,
         number: int,
         runtime: Runtime,
-        graphed: Captor,
+        cache_graph: StepGraph,
         tables: dict[tuple[int, int], RingTable],
         padding_B: Tensor | None,
         tokens: int,
@@ -85,11 +85,11 @@ class FixedLayer(CacheLayerMixin):
         self.stock, self.number, self.runtime = stock, number, runtime
         self.is_initialized = True
         self.is_sliding = stock.is_sliding
-        self.armed = False  # between `update` and `attend`
+        self.awaits_attention = False  # between `update` and `attend`
         self.handed: Handed | None = None
         self.arrived_BH: Tensor | None = None  # made for the first query: it tells how many heads there are
         # Weakly, as this layer is held by whom it refers to.
-        self._graphed = weakref.ref(graphed)
+        self._cache_graph = weakref.ref(cache_graph)
         self.length = int(stock.get_seq_length())
         window = stock.sliding_window if isinstance(stock, DynamicSlidingWindowLayer) else 0
         chunked = bool(window) and is_chunked(runtime.text_config, number)
@@ -135,7 +135,7 @@ class FixedLayer(CacheLayerMixin):
                     f"{list(found.shape)} of {found.dtype}"
                 )
         self.ring.write(self.table.place_B, key_states, value_states)
-        self.armed = True
+        self.awaits_attention = True
         key_states, self.handed = hand_over(self, key_states, value_states)
         return key_states, value_states
 
@@ -145,34 +145,34 @@ class FixedLayer(CacheLayerMixin):
         query_BHD = query_BHQD[:, :, 0].to(ring.key_BGSTD.dtype).contiguous()
         if self.arrived_BH is None:
             self.arrived_BH = query_BHD.new_zeros(query_BHD.shape[:2], dtype=torch.int32)
-        graphed = self._graphed()
-        assert graphed is not None  # who runs this step
+        cache_graph = self._cache_graph()
+        assert cache_graph is not None  # who runs this step
         attention = attend_slots(
             query_BHD,
             ring.key_BGSTD,
             ring.value_BGSTD,
             table.block_BGS,
-            graphed.length_B,
+            cache_graph.length_B,
             None,
             terms,
             kernel=self.kernel,
             arrived_BH=self.arrived_BH,
             reach=self.reach,
         )
-        self.armed = False
+        self.awaits_attention = False
         return attention.out_BHD[:, :, None].to(dtype)
 
     @property
     def _running(self) -> bool:
-        graphed = self._graphed()
-        return graphed is not None and graphed.running
+        cache_graph = self._cache_graph()
+        return cache_graph is not None and cache_graph.running
 
     # ---- what transformers asks of a cache layer -------------------------------------------------------------------
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override]  # as of static layers
         """Tokens stored. Within a captured step a tensor on the device, so that no graph keeps the host's number."""
-        graphed = self._graphed()
-        return graphed.past if graphed is not None and graphed.running else self.length
+        cache_graph = self._cache_graph()
+        return cache_graph.past if cache_graph is not None and cache_graph.running else self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Within a captured step a size that stays: no mask is read there."""
@@ -193,8 +193,8 @@ class FixedLayer(CacheLayerMixin):
                 f"layer {self.number}: the model reads or changes its cache itself in a captured step: not supported; "
                 'attach with prefetch="thread"'
             )
-        if (graphed := self._graphed()) is not None:
-            graphed.leave()
+        if (cache_graph := self._cache_graph()) is not None:
+            cache_graph.leave()
         return self.stock
 
     def reset(self) -> None:

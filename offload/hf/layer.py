@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from attention_predictor.offload.runtime import Runtime
 
 
-class Captor(Protocol):
-    """Who captures the steps of a cache (``Graphed``).
+class StepGraph(Protocol):
+    """Who captures the steps of a cache (``CacheGraph``).
 
     Attributes:
         running: Whether a step is in progress.
@@ -54,7 +54,7 @@ class Captor(Protocol):
         """int64 without dimensions, on the device: tokens before the step in progress."""
         ...
 
-    def join(self) -> None:
+    def join_prefetch(self) -> None:
         """The model waits for all that prepares the next token."""
         ...
 
@@ -85,7 +85,7 @@ class TieredLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.is_initialized = False
-        self.armed = False  # between `update` and `attend`
+        self.awaits_attention = False  # between `update` and `attend`
         self.handed: Handed | None = None
         self.is_padded = False  # whether the last mask ruled out any token
         self.selection = Selection.of(self.runtime.config, self.runtime.first_budgets[self.number])
@@ -94,7 +94,7 @@ class TieredLayer(CacheLayerMixin):
         self.real_BL: Tensor | None = None  # of captured steps
         # Who captures this layer's steps, while someone does, and holds this layer: a reference back would keep the
         # cache's memory until garbage is collected.
-        self._graphed: weakref.ref[Captor] | None = None
+        self._cache_graph: weakref.ref[StepGraph] | None = None
 
     # ---- what transformers asks of a cache layer -------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class TieredLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._settle()
-        self.armed = True
+        self.awaits_attention = True
         key_states, self.handed = hand_over(self, key_states, value_states)
         return key_states, value_states
 
@@ -152,7 +152,7 @@ class TieredLayer(CacheLayerMixin):
 
     def check_attended(self) -> None:
         """Raise ``AttachError`` if the last step ended between ``update`` and the end of ``attend``."""
-        if self.armed:
+        if self.awaits_attention:
             raise AttachError(
                 f"layer {self.number}: its last step did not reach the attention function; either the step was "
                 "interrupted (use a new cache) or the model ignores the attention interface (unsupported)"
@@ -160,14 +160,14 @@ class TieredLayer(CacheLayerMixin):
 
     def _settle(self) -> None:
         """Let the host have the blocks: after fetches under way, and captured steps."""
-        if self._graphed is not None and (graphed := self._graphed()) is not None:
-            graphed.leave()  # but for a step that it is running itself
+        if self._cache_graph is not None and (cache_graph := self._cache_graph()) is not None:
+            cache_graph.leave()  # but for a step that it is running itself
         self.blocks.settle()
 
     def advance(self) -> None:
         """The host counts the token of the step that comes."""
         self.blocks.advance()
-        if self._graphed is None:  # else there is room
+        if self._cache_graph is None:  # else there is room
             self.policy.reserve(self.blocks.capacity)
         self.policy.advance()
 
@@ -181,18 +181,18 @@ class TieredLayer(CacheLayerMixin):
         """Whether the step that ``advance`` has counted reads all keys from host memory, which can't be captured."""
         return self.policy.reads_all_keys or self._is_measured()
 
-    def enter(self, graphed: Captor, schedule: Schedule, length_B: Tensor, tokens: int) -> None:
-        """From now on ``graphed`` runs the steps, up to so many tokens, on the device alone."""
+    def enter(self, cache_graph: StepGraph, schedule: Schedule, length_B: Tensor, tokens: int) -> None:
+        """From now on ``cache_graph`` runs the steps, up to so many tokens, on the device alone."""
         self.blocks.enter(length_B, tokens, self.selection.most_slots_at(self.blocks.length + 1))
         self.policy.reserve(self.blocks.capacity)
         self.blocks.padding_B = self.padding_B if self.is_padded else None
         self.real_BL = self._real_tokens(None) if self.is_padded else None
-        self._graphed, self.schedule = weakref.ref(graphed), schedule
+        self._cache_graph, self.schedule = weakref.ref(cache_graph), schedule
         self.note_memory()
 
     def leave(self) -> None:
         """The host runs the steps again."""
-        self._graphed, self.schedule = None, EagerSchedule(self.runtime.prefetcher)
+        self._cache_graph, self.schedule = None, EagerSchedule(self.runtime.prefetcher)
         self.arrived_BH = self.real_BL = None
         self.blocks.leave()
         self.note_memory()
@@ -204,8 +204,8 @@ class TieredLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override]  # as of static layers
         """Tokens stored. Within a captured step a tensor on the device, so that no graph keeps the host's number."""
-        if self._graphed is not None and (graphed := self._graphed()) is not None and graphed.running:
-            return graphed.past
+        if self._cache_graph is not None and (cache_graph := self._cache_graph()) is not None and cache_graph.running:
+            return cache_graph.past
         return self.blocks.length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -317,11 +317,13 @@ class TieredLayer(CacheLayerMixin):
 
     def attend(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
         """Attention of the tokens that ``update`` has just stored, ``key_BGTD`` and no others; ``[B, H, Q, D]``."""
-        if self._graphed is not None:
+        if self._cache_graph is not None:
             out_BHQD = self._attend_captured(query_BHQD, key_BGTD, value_BGTD, terms)
         else:
             out_BHQD = self._attend_eager(query_BHQD, key_BGTD, value_BGTD, terms)
-        self.armed = False  # not before: a step that fails on its way leaves the layer unusable, as it should
+        self.awaits_attention = (
+            False  # not before: a step that fails on its way leaves the layer unusable, as it should
+        )
         return out_BHQD
 
     def _attend_captured(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
@@ -330,10 +332,10 @@ class TieredLayer(CacheLayerMixin):
             raise AttachError(f"a captured step takes one token a sequence, got {key_BGTD.shape[2]}")
         if self.arrived_BH is None:
             self.arrived_BH = query_BHQD.new_zeros(query_BHQD.shape[:2], dtype=torch.int32)
-        if not self.armed:
-            assert self._graphed is not None
-            if (graphed := self._graphed()) is not None:
-                graphed.join()
+        if not self.awaits_attention:
+            assert self._cache_graph is not None
+            if (cache_graph := self._cache_graph()) is not None:
+                cache_graph.join_prefetch()
             return attend_again(self, query_BHQD, terms, self.real_BL)
         watch = self._measure_recovery if self._is_measured() else None
         return decode(self, query_BHQD, key_BGTD, value_BGTD, terms, self.real_BL, self.schedule, watch)
@@ -345,7 +347,7 @@ class TieredLayer(CacheLayerMixin):
         as_before = not (was_padded or self.is_padded) or torch.equal(padding_B, self.padding_B)
         self.padding_B = padding_B
         self.blocks.padding_B = padding_B if self.is_padded else None
-        new = self.armed  # not where layers share keys, and attention comes back for the same ones
+        new = self.awaits_attention  # not where layers share keys, and attention comes back for the same ones
         one = query_BHQD.shape[2] == 1 and self.blocks.pool.slots > 0 and as_before
         if one and not new:
             self.blocks.settle()
@@ -396,7 +398,7 @@ class TieredLayer(CacheLayerMixin):
     def _allocation_for(self, queries: int) -> PromptAllocation | None:
         """Who decides about this layer's budget once so many queries have gone through all layers, if anyone does."""
         allocation = self.prompt_allocation
-        if allocation is None or not self.armed or not allocation.applies_to(queries, self.blocks.length):
+        if allocation is None or not self.awaits_attention or not allocation.applies_to(queries, self.blocks.length):
             return None
         return allocation
 

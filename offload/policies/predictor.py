@@ -23,7 +23,7 @@ from attention_predictor.predictor.model import new_history
 from attention_predictor.predictor.sketch import KeySketch
 
 
-class Predictor(Policy):
+class PredictorPolicy(Policy):
     """Predicted block scores for the next token; the sketch's estimate for a bounded late fetch."""
 
     name = "predictor"

@@ -70,7 +70,7 @@ def decode(
         stream=partial(chunks, blocks),
     )
     room = (extent.length_B, real_BL, terms)
-    with schedule.estimate():
+    with schedule.on_sketch_stream():
         policy.append(key_BGD, query_BHD, extent)
         scores = policy.score_now(step)
     if isinstance(scores, Estimates):
@@ -78,7 +78,7 @@ def decode(
             resident = score_slots(query_BHD, pool.key_BGSTD, blocks.block_BGS, *room, kernel=layer.kernel)
             scores = scores._replace(slot_peak_BHS=resident.peak_BHS, slot_sum_BHS=resident.sum_BHS)
         step.estimates = scores
-    schedule.join_estimate()
+    schedule.join_sketch()
     if scores is not None:
         late_blocks = selection.share(policy.late_share) if policy.chooses else None
         step.rest_BH = blocks.choose(selection, extent, scores, late_blocks)
@@ -94,7 +94,7 @@ def decode(
     )
     if watch is not None:
         watch(step)
-    with schedule.ahead(step):
+    with schedule.on_prefetch_stream(step):
         if not policy.chooses:
             blocks.count_attended()
         policy.observe(step)

@@ -1,4 +1,4 @@
-"""A rehearsal at attach: CUDA loads each kernel when it is first used, which takes some ten milliseconds."""
+"""Warm-up at attach: CUDA loads each kernel at its first use, which takes some ten milliseconds."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from attention_predictor.offload.hf.versions import layer_config
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.stats import DeviceCounts, Stats
 
-TOKENS = 512  # of the prompt: more than one group of the sketch, and candidates between sink and recent
+TOKENS = 512  # enough for more than one group of the sketch, and for candidates between sink and recent
 
 
 @torch.no_grad()
-def rehearse(runtime: Runtime, config: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """Take a prompt of zeros through a layer of the sizes that are expected, and forget it."""
+def warm_up(runtime: Runtime, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Run a prompt of zeros through a temporary layer of the expected sizes, so that CUDA loads the kernels."""
     number = min(runtime.tiered_layers)
     shape, heads = runtime.room.shapes[number], getattr(layer_config(config, number), "num_attention_heads", None)
     if shape is None or heads is None or heads % shape.kv_heads:
