@@ -20,9 +20,9 @@ from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
 WIDTHS = (64, 128, 256)  # head sizes that the GPU's kernel has room for
-MOST_HEAD_DIM = WIDTHS[-1]
+MAX_HEAD_DIM = WIDTHS[-1]
 WARPS, HEADS = 4, 8  # of a thread block: warps, and query heads of a KV head
-MOST_SPLITS = 64  # thread blocks that share a row's slots
+MAX_SPLITS = 64  # thread blocks that share a row's slots
 
 
 class SparseDecode(ctypes.Structure):
@@ -43,7 +43,7 @@ class SparseDecode(ctypes.Structure):
 
 
 ON_CPU = Function("attention.cpp", "sparse_decode", SparseDecode, ELEMENT_TYPES)
-CONSTANTS = {"kWarps": WARPS, "kHeads": HEADS, "kMaxSplits": MOST_SPLITS}
+CONSTANTS = {"kWarps": WARPS, "kHeads": HEADS, "kMaxSplits": MAX_SPLITS}
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def kernel(dtype: torch.dtype, head_dim: int, values: bool) -> Kernel:
 def fits(key_BGSTD: Tensor) -> bool:
     """Whether `sparse_decode` can read such a pool."""
     D = key_BGSTD.shape[4]
-    return key_BGSTD.dtype in ELEMENTS and D <= MOST_HEAD_DIM and D % 8 == 0
+    return key_BGSTD.dtype in ELEMENTS and D <= MAX_HEAD_DIM and D % 8 == 0
 
 
 def sparse_decode(
@@ -131,7 +131,7 @@ def sparse_decode(
     if not fits(key_BGSTD):
         raise ValueError(
             f"key_BGSTD is {dtype} with a head size of {D}, expected fp32, fp16 or bf16, and a multiple of 8 up to "
-            f"{MOST_HEAD_DIM}"
+            f"{MAX_HEAD_DIM}"
         )
     if any(read is not None and read.data_ptr() % 16 for read in (query_BHD, key_BGSTD, value_BGSTD)):
         raise ValueError("query_BHD, key_BGSTD, value_BGSTD: expected addresses that are multiples of 16")
@@ -183,5 +183,5 @@ def _at_once(head_dim: int) -> int:
 
 def _splits(rows: int, slots: int, head_dim: int, device: torch.device) -> int:
     """Thread blocks for the slots of each row: as many as run at once, and a slot at least for each warp."""
-    most = min(_at_once(head_dim) * binding.multiprocessors(device) // rows, ceil_div(slots, WARPS), MOST_SPLITS)
+    most = min(_at_once(head_dim) * binding.multiprocessors(device) // rows, ceil_div(slots, WARPS), MAX_SPLITS)
     return 1 << max(most.bit_length() - 1, 0)  # a power of two

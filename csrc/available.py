@@ -12,7 +12,7 @@ from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.errors import BuildError
 
 FUNCTIONS = (attention.ON_CPU, gather.ON_CPU, sketch.ON_CPU)  # all that a CPU has
-LEAST_CAPABILITY = (8, 0)
+MIN_CAPABILITY = (8, 0)
 logger = logging.getLogger(__name__)
 _reasons: dict[torch.device, str | None] = {}
 
@@ -56,7 +56,7 @@ def _why_unsupported(device: torch.device) -> str | None:
         return f"none are written for {device.type}"
     if torch.version.cuda is None:
         return "none are written for ROCm"
-    if (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
-        least, found = (".".join(map(str, one)) for one in (LEAST_CAPABILITY, capability))
+    if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+        least, found = (".".join(map(str, one)) for one in (MIN_CAPABILITY, capability))
         return f"none are written for GPUs of a compute capability below {least}, this one has {found}"
     return None

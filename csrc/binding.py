@@ -48,7 +48,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def most_shared(device: torch.device) -> int:
+def max_shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a thread block of a GPU may have."""
     driver = bindings("driver")
     most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN

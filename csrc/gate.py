@@ -20,7 +20,7 @@ from attention_predictor.csrc.layout import integers, pointers
 from attention_predictor.csrc.norm import VECTOR_BYTES, is_wide
 
 THREADS = 64
-MOST_ROWS = 65535  # of a grid
+MAX_ROWS = 65535  # of a grid
 
 
 class Activation(enum.IntEnum):
@@ -73,7 +73,7 @@ def gate_up(gate_xW: Tensor, up_xW: Tensor, activation: Activation) -> Tensor:
     wide = is_wide(given, width, *strides)
     arguments = Gate(*map(address, given), rows, width, *strides, int(activation), int(wide))
     columns = -(-width * dtype.itemsize // (VECTOR_BYTES * THREADS))
-    kernel(dtype).launch(device, (columns, min(rows, MOST_ROWS), 1), arguments)
+    kernel(dtype).launch(device, (columns, min(rows, MAX_ROWS), 1), arguments)
     return out
 
 

@@ -17,7 +17,7 @@ from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, check
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
-MOST_THREADS, WARP = 1024, 32
+MAX_THREADS, WARP = 1024, 32
 VECTOR_BYTES = 16  # that a thread reads at once
 
 
@@ -38,7 +38,7 @@ class RmsNorm(ctypes.Structure):
 @functools.cache
 def kernel(dtype: torch.dtype) -> Kernel:
     """For elements of that type, one of ``ELEMENTS``."""
-    return Kernel("norm.cu", f"rms_norm<{IN_CPP[dtype]}>", RmsNorm, threads=MOST_THREADS)
+    return Kernel("norm.cu", f"rms_norm<{IN_CPP[dtype]}>", RmsNorm, threads=MAX_THREADS)
 
 
 def rms_norm(x_xW: Tensor, weight_W: Tensor, eps: float, form: Form) -> Tensor:
@@ -66,7 +66,7 @@ def rms_norm(x_xW: Tensor, weight_W: Tensor, eps: float, form: Form) -> Tensor:
     given = (x_xW, weight_W, out)
     arguments = RmsNorm(*map(address, given), width, int(form), int(is_wide(given, width)), eps)
     vectors = -(-width * dtype.itemsize // VECTOR_BYTES)
-    threads = min(-(-vectors // WARP) * WARP, MOST_THREADS)
+    threads = min(-(-vectors // WARP) * WARP, MAX_THREADS)
     kernel(dtype).launch(device, (x_xW.numel() // max(width, 1), 1, 1), arguments, threads=threads)
     return out
 

@@ -34,7 +34,7 @@ from attention_predictor.csrc.select import (
     SlotTensors,
     choose_by_estimates,
     choose_by_scores,
-    most_slots,
+    max_slots,
 )
 from attention_predictor.csrc.sketch import sketch_append, sketch_scores, sketch_store
 from attention_predictor.csrc.window import pack_network, push_window, score_window
@@ -54,7 +54,7 @@ __all__ = [
     "gate_up",
     "gather_to_host",
     "kernels_of",
-    "most_slots",
+    "max_slots",
     "move_blocks",
     "note_time",
     "observe_row",
@@ -112,7 +112,7 @@ def kernels_of(
     """
     # What takes longest to compile comes first.
     found = [select.BY_ESTIMATES, select.BY_SCORES, gather.MOVE, gather.APPEND, gather.NOTE_TIME]
-    if dtype in ELEMENTS and head_dim <= attention.MOST_HEAD_DIM:
+    if dtype in ELEMENTS and head_dim <= attention.MAX_HEAD_DIM:
         if sketch_bits is not None:
             found += [sketch.score_kernel(sketch_bits, head_dim)[0], sketch.store_kernel(dtype)]
         found += [attention.kernel(dtype, head_dim, values) for values in (True, False)]

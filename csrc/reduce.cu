@@ -12,10 +12,10 @@ using device::kAll;
 
 constexpr int kThreads = 256;
 constexpr int kFour = 4;
-constexpr int kMostLanes = 32;
+constexpr int kMaxLanes = 32;
 
 __device__ __forceinline__ void reduce_logits(const ReduceLogits &a) {
-    const int size = static_cast<int>(a.block_size), lanes = min(size / kFour, kMostLanes), tokens = static_cast<int>(a.tokens);
+    const int size = static_cast<int>(a.block_size), lanes = min(size / kFour, kMaxLanes), tokens = static_cast<int>(a.tokens);
     const int first_key = static_cast<int>(a.first_key), first_block = first_key / size;
     const int touched = (first_key + tokens + size - 1) / size - first_block;
     const int place = blockIdx.x * kThreads + threadIdx.x, lane = place % lanes, block = place / lanes;

@@ -18,7 +18,7 @@ from attention_predictor.csrc.layout import integers, pointers
 from attention_predictor.csrc.norm import VECTOR_BYTES, is_wide
 
 THREADS = 128
-MOST_ROWS = 65535  # of a grid
+MAX_ROWS = 65535  # of a grid
 
 
 class Rotary(ctypes.Structure):
@@ -89,7 +89,7 @@ def rotate(query_BHTD: Tensor, key_BGTD: Tensor, cosine_BTE: Tensor, sine_BTE: T
     arguments = Rotary(*map(address, tensors), B, H, G, T, D, E, *strides, int(wide))
     size = VECTOR_BYTES // query_BHTD.itemsize if wide else 1
     lanes = (D - E // 2) // size
-    kernel(query_BHTD.dtype).launch(device, (-(-(H + G) * lanes // THREADS), min(B * T, MOST_ROWS), 1), arguments)
+    kernel(query_BHTD.dtype).launch(device, (-(-(H + G) * lanes // THREADS), min(B * T, MAX_ROWS), 1), arguments)
     return query_out, key_out
 
 

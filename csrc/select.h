@@ -17,7 +17,7 @@ struct Table {
 struct Bounds {
     const int64_t *length;   // [B] tokens of each sequence, the newest included
     const int64_t *padding;  // [B] tokens of left padding; null: there is none
-    const int64_t *less;     // [G] tokens by which a KV head's limit is lower; null: none's is
+    const int64_t *deficit;     // [G] tokens by which a KV head's limit is lower; null: none's is
     int64_t kv_heads, block_size;
     int64_t limit, sink_blocks, recent;  // tokens chosen at most; chosen always: first blocks, and last tokens
 };

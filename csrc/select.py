@@ -30,7 +30,7 @@ class Table(ctypes.Structure):
 class Bounds(ctypes.Structure):
     """As in select.h."""
 
-    _fields_ = [*pointers("length padding less"), *integers("kv_heads block_size limit sink_blocks recent")]
+    _fields_ = [*pointers("length padding deficit"), *integers("kv_heads block_size limit sink_blocks recent")]
 
 
 class Select(ctypes.Structure):
@@ -83,7 +83,7 @@ class ChoiceBounds(NamedTuple):
     Attributes:
         length_B: int64, tokens of each sequence, the newest included.
         padding_B: int64, tokens of left padding of each; ``None`` where there is none.
-        less_G: int64, tokens by which a KV head's limit is lower; ``None`` where all have the same.
+        deficit_G: int64, tokens by which a KV head's limit is lower; ``None`` where all have the same.
         block_size: Tokens of a block, a power of two.
         limit: Tokens chosen at most.
         sink_blocks, recent: Always chosen, in blocks and tokens.
@@ -91,7 +91,7 @@ class ChoiceBounds(NamedTuple):
 
     length_B: Tensor
     padding_B: Tensor | None
-    less_G: Tensor | None
+    deficit_G: Tensor | None
     block_size: int
     limit: int
     sink_blocks: int
@@ -103,11 +103,11 @@ class ChoiceBounds(NamedTuple):
         check("length_B", self.length_B, (B,), torch.int64, device)
         if self.padding_B is not None:
             check("padding_B", self.padding_B, (B,), torch.int64, device)
-        if self.less_G is not None:
-            check("less_G", self.less_G, (kv_heads,), torch.int64, device)
+        if self.deficit_G is not None:
+            check("deficit_G", self.deficit_G, (kv_heads,), torch.int64, device)
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size is {self.block_size}, expected a power of two")
-        addresses = map(address, (self.length_B, self.padding_B, self.less_G))
+        addresses = map(address, (self.length_B, self.padding_B, self.deficit_G))
         return Bounds(*addresses, kv_heads, self.block_size, self.limit, self.sink_blocks, self.recent)
 
 
@@ -125,9 +125,9 @@ class Estimates(NamedTuple):
     slot_sum_BHS: Tensor | None = None
 
 
-def most_slots(device: torch.device, capacity: int) -> int:
+def max_slots(device: torch.device, capacity: int) -> int:
     """Slots of a row that the kernel has room for, where a sequence has up to ``capacity`` blocks."""
-    return (binding.most_shared(device) - STATIC_BYTES - _shared_bytes(0, capacity)) // SLOT_BYTES
+    return (binding.max_shared_memory(device) - STATIC_BYTES - _shared_bytes(0, capacity)) // SLOT_BYTES
 
 
 def choose_by_scores(
@@ -143,7 +143,7 @@ def choose_by_scores(
         late: Absent blocks chosen at most.
 
     Raises:
-        ValueError: An argument's shape, dtype, device or layout; more slots than ``most_slots``.
+        ValueError: An argument's shape, dtype, device or layout; more slots than ``max_slots``.
     """
     B, (R, C) = len(bounds.length_B), table.slot_RC.shape
     if score_BGC is not None:
@@ -193,9 +193,9 @@ def _choose(
     device, (R, S), C = table.block_RS.device, table.block_RS.shape, table.slot_RC.shape[1]
     kv_heads = R // len(bounds.length_B)
     check("count_2", count_2, (2,), torch.int64, device)
-    if (most := most_slots(device, C)) < S:
+    if (most := max_slots(device, C)) < S:
         raise ValueError(f"there are {S} slots for {C} blocks, expected at most {most}")
-    shared_bytes, room = _shared_bytes(S, C), binding.most_shared(device) - STATIC_BYTES
+    shared_bytes, room = _shared_bytes(S, C), binding.max_shared_memory(device) - STATIC_BYTES
     keys_bytes = 16 * ceil_div(C, 4)
     keys_here = shared_bytes + keys_bytes <= room
     key_RC = None if keys_here else table.slot_RC.new_empty(R, C)

@@ -20,7 +20,7 @@ constexpr int kGroup = 64;      // tokens
 constexpr int kTiles = 4;       // of 16 tokens in a group
 constexpr int kOcts = 8;        // of 8 tokens in a group, two a tile
 constexpr int kTogether = 4;    // heads of one product
-constexpr int kMostHeads = 8;   // of a KV head in one thread block
+constexpr int kMaxHeads = 8;   // of a KV head in one thread block
 constexpr int kWarps = 4;       // of a thread block
 constexpr int kSubnormal = 24;  // the integer n, as bits of a half-precision number, is n · 2^-24
 constexpr int kLogitRow = kGroup + 8;
@@ -161,18 +161,18 @@ __device__ __forceinline__ void load_eight(const void *from, int64_t index, int6
 }
 
 // The queries of one thread block's heads, channels in the sketch's order; zeros where there is no head or channel.
-template <int kWideWords, int kWords, int kMostDim>
+template <int kWideWords, int kWords, int kMaxDim>
 struct Queries {
     // For products with codes: relative to a power of two above the head's largest, each the sum of two half-precision numbers.
     // For a word of codes and each of a head's two columns, what each of the four lanes of a row needs: the upper ones of
     // channels 0, 2, 1, 3, then the lower ones, which the first column leaves out.
-    uint4 pairs[kMostHeads][kWideWords + kWords][2][4];
-    float4 ranked[kMostHeads / kTogether][kMostDim / 4][kTogether];  // for products with zeros: times the scaling
-    float unit[kMostHeads];                                          // what a sum over codes must be multiplied with
+    uint4 pairs[kMaxHeads][kWideWords + kWords][2][4];
+    float4 ranked[kMaxHeads / kTogether][kMaxDim / 4][kTogether];  // for products with zeros: times the scaling
+    float unit[kMaxHeads];                                          // what a sum over codes must be multiplied with
 
     template <int kBits, int kWideBits>
     __device__ void prepare(const SketchScores &a, int64_t row, uint32_t head0, int heads) {
-        constexpr int kParts = (kMostDim + kWarp - 1) / kWarp;
+        constexpr int kParts = (kMaxDim + kWarp - 1) / kWarp;
         const int lane = threadIdx.x % kWarp, D = static_cast<int>(a.sketch.head_dim);
         const int wide = static_cast<int>(a.sketch.wide_channels), coded = static_cast<int>(a.sketch.coded);
         const int64_t *order = a.sketch.order + row * D;
@@ -192,7 +192,7 @@ struct Queries {
 #pragma unroll
             for (int i = 0; i < kParts; ++i) {
                 const int c = lane + i * kWarp;
-                if (c >= kMostDim) continue;
+                if (c >= kMaxDim) continue;
                 auto *quad = reinterpret_cast<float *>(&ranked[m / kTogether][c / 4][m % kTogether]);
                 quad[c % 4] = x[i] * static_cast<float>(a.scaling);
                 if (c >= coded) continue;
@@ -263,10 +263,10 @@ __device__ __forceinline__ void score_blocks(const SketchScores &a, float *logit
 
 // Logits of the exact keys behind the last whole group, and -inf for the rest of theirs: a warp takes 16 tokens, four lanes two
 // of these. Everything is asked for at once; `query` is room for the heads' numbers.
-template <int kMostDim>
+template <int kMaxDim>
 __device__ void multiply_tail(const SketchScores &a, float *query, float *logits, int tokens, int64_t row, uint32_t head0,
                               int heads) {
-    constexpr int kParts = kMostDim / 32;  // of 8 channels, in a lane
+    constexpr int kParts = kMaxDim / 32;  // of 8 channels, in a lane
     const int lane = threadIdx.x % kWarp, D = static_cast<int>(a.sketch.head_dim);
     const int first = threadIdx.x / kWarp * 16 + lane / 4, channel = lane % 4 * 8;
     float key[2][kParts][8];
@@ -303,30 +303,30 @@ __device__ void multiply_tail(const SketchScores &a, float *query, float *logits
     }
 }
 
-// For heads up to a size of kMostDim: a lane holds kWords of each row of narrow codes, and half as many of wide ones. The first
+// For heads up to a size of kMaxDim: a lane holds kWords of each row of narrow codes, and half as many of wide ones. The first
 // thread block of a row takes its tail, the others share its groups.
 template <int kWideBits, int kBits, int kWords>
 __device__ __forceinline__ void score_groups(const SketchScores &a) {
     constexpr int kWideWords = kWideBits ? kWords / 2 : 0;
-    constexpr int kMostDim = kWideBits ? 32 * kWords : 16 * kWords;
-    constexpr int kZeros = kMostDim / 32;  // of 4 channels, in a lane
-    __shared__ Queries<kWideWords, kWords, kMostDim> queries;
+    constexpr int kMaxDim = kWideBits ? 32 * kWords : 16 * kWords;
+    constexpr int kZeros = kMaxDim / 32;  // of 4 channels, in a lane
+    __shared__ Queries<kWideWords, kWords, kMaxDim> queries;
     __shared__ float4 logit_rows[kWarps][kTogether * kLogitRow / 4];
 
     const Sketch &s = a.sketch;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int D = static_cast<int>(s.head_dim), of_group = static_cast<int>(a.heads / s.kv_heads);
-    const int pieces = (of_group + kMostHeads - 1) / kMostHeads;
-    const int kv_head = blockIdx.y / pieces, first_head = blockIdx.y % pieces * kMostHeads;
-    const int heads = min(kMostHeads, of_group - first_head);
+    const int pieces = (of_group + kMaxHeads - 1) / kMaxHeads;
+    const int kv_head = blockIdx.y / pieces, first_head = blockIdx.y % pieces * kMaxHeads;
+    const int heads = min(kMaxHeads, of_group - first_head);
     const int64_t row = blockIdx.z * s.kv_heads + kv_head;
     const uint32_t head0 = row * of_group + first_head;  // over all sequences
 
     if (blockIdx.x == 0) {
         const int length = static_cast<int>(a.length_B ? a.length_B[blockIdx.z] : a.length), begin = length / kGroup * kGroup;
         if (begin == length) return;
-        static_assert(sizeof(queries) >= kMostHeads * kMostDim * sizeof(float), "queries of the tail have the same room");
-        multiply_tail<kMostDim>(a, reinterpret_cast<float *>(&queries), reinterpret_cast<float *>(logit_rows), length - begin,
+        static_assert(sizeof(queries) >= kMaxHeads * kMaxDim * sizeof(float), "queries of the tail have the same room");
+        multiply_tail<kMaxDim>(a, reinterpret_cast<float *>(&queries), reinterpret_cast<float *>(logit_rows), length - begin,
                                    row, head0, heads);
         __syncthreads();
         const int m = warp * kTogether;

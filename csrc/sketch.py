@@ -20,10 +20,10 @@ from attention_predictor.csrc.function import Function
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
-MOST_BLOCKS = 2**31 - 1  # of a grid
+MAX_BLOCKS = 2**31 - 1  # of a grid
 GROUP = 64  # tokens of a group that the GPU's kernels are made for
 BLOCK_SIZES = (8, 16, 32, 64)  # tokens of a block, likewise
-MOST_HEAD_DIM = 256
+MAX_HEAD_DIM = 256
 WIDE_BITS = {1: 2, 2: 4, 4: 8, 8: 0}  # of the channels that weigh most, by those of the others; 0: there are none
 WARPS, HEADS = 4, 8  # of a thread block: warps, and query heads of a KV head
 
@@ -79,7 +79,7 @@ def score_kernel(bits: int, head_dim: int) -> tuple[Kernel, int]:
     registers = (bits + 2) * words + (wide_bits + 2) * wide_words + 4 * size
     at_once = 5 if registers <= 40 else 3 if registers <= 80 else 2
     function = f"score_groups<{wide_bits}, {bits}, {words}>"
-    constants = {"kGroup": GROUP, "kWarps": WARPS, "kMostHeads": HEADS}
+    constants = {"kGroup": GROUP, "kWarps": WARPS, "kMaxHeads": HEADS}
     return Kernel("sketch.cu", function, SketchScores, 32 * WARPS, at_once, constants), at_once
 
 
@@ -103,8 +103,8 @@ def why_unsupported(
         return "none on a CPU that makes codes of a sketch's keys" if block_size is None else None
     if group != GROUP:
         return f"none for a sketch in groups of {group} tokens, only of {GROUP}"
-    if head_dim % 8 or head_dim > MOST_HEAD_DIM:
-        return f"none for a sketch with a head size of {head_dim}, only for multiples of 8 up to {MOST_HEAD_DIM}"
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        return f"none for a sketch with a head size of {head_dim}, only for multiples of 8 up to {MAX_HEAD_DIM}"
     if block_size is not None and block_size not in BLOCK_SIZES:
         return (
             f"none for a sketch's scores of blocks of {block_size} tokens, only of {', '.join(map(str, BLOCK_SIZES))}"
@@ -244,7 +244,7 @@ def sketch_store(
         raise ValueError(f"groups {first} to {first + T // group} are to be stored, there is room for {K}")
     _check_served(tail_BGTD, None)
     arguments = SketchStore(sketch, address(key_BGTD), None, *key_BGTD.stride()[:3], first, T // group, 0, 0)
-    store_kernel(key_BGTD.dtype).launch(device, (min(B * G * (T // group), MOST_BLOCKS), 1, 1), arguments)
+    store_kernel(key_BGTD.dtype).launch(device, (min(B * G * (T // group), MAX_BLOCKS), 1, 1), arguments)
 
 
 def _sketch(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAST_MASS = 1e-12  # below it there is nothing to recover
+MIN_MASS = 1e-12  # below it there is nothing to recover
 
 
 class Recovery(NamedTuple):
@@ -28,7 +28,7 @@ def recovery(mass_N: Tensor, chosen_N: Tensor, best_N: Tensor) -> Recovery:
     """Recovery of the chosen blocks, and relative to the best ones: bool masks ``[..., N]`` as the mass."""
     got, most = (mass_N.masked_fill(~mask_N, 0).sum(-1) for mask_N in (chosen_N, best_N))
     total = mass_N.sum(-1)  # below 1 where an attention sink takes its share
-    return Recovery(got / total.clamp_min(LEAST_MASS), got / most.clamp_min(LEAST_MASS))
+    return Recovery(got / total.clamp_min(MIN_MASS), got / most.clamp_min(MIN_MASS))
 
 
 def block_scores(prob_BHQT: Tensor, kv_heads: int, block_size: int) -> Tensor:

@@ -186,9 +186,8 @@ class KeySketch:
             for channels in self._coded:
                 scale_BGK1C = self._scale_BGKR[:, :, first:last, None, channels.ranks].float()
                 code_BGKTC = unpack(channels.codes_BGKJC[:, :, first:last], channels.mask_P11)
-                product_BGKhT = (ranked_BGhD[:, :, None, :, channels.ranks] * scale_BGK1C) @ code_BGKTC.transpose(
-                    -1, -2
-                )
+                query_BG1hC = ranked_BGhD[:, :, None, :, channels.ranks]
+                product_BGKhT = (query_BG1hC * scale_BGK1C) @ code_BGKTC.transpose(-1, -2)
                 product_BGKhT.unflatten(-1, (len(channels.factor_P), -1)).mul_(channels.factor_P[:, None])
                 part_BGKhT = product_BGKhT.add_(part_BGKhT)  # begins as the zeros' share, one number a group
             block_BGhT = logits_BGhT[..., first * self.group : last * self.group]

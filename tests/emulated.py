@@ -66,7 +66,7 @@ def emulated_gpu() -> Iterator[None]:
         mock.patch.object(Kernel, "launch", launch),
         mock.patch.object(binding, "on_gpu", return_value=True),
         mock.patch.object(binding, "multiprocessors", return_value=4),
-        mock.patch.object(binding, "most_shared", return_value=48 << 10),
+        mock.patch.object(binding, "max_shared_memory", return_value=48 << 10),
     ):
         yield
 

@@ -256,7 +256,7 @@ def test_steps_read_and_hold_no_more_than_their_layers_budget(ids, monkeypatch, 
     for layer, budget in zip(cache.layers, budgets, strict=True):
         assert read[id(layer.policy)] <= budget // 16
         assert layer.policy.selection is layer.selection
-        assert layer.blocks.pool.slots == layer.selection.most_slots_at(312) == budget // 16 + int(0.5 * (budget // 16))
+        assert layer.blocks.pool.slots == layer.selection.max_slots_at(312) == budget // 16 + int(0.5 * (budget // 16))
         if policy not in ("streaming", "h2o", "lazy-eviction"):  # which attend to fewer
             assert read[id(layer.policy)] == budget // 16
         assert stats.device_bytes[layer.number]["pool"] == layer.blocks.pool.nbytes
@@ -357,7 +357,7 @@ def test_captured_steps_have_the_same_budgets(emulated, ids, allocation, tokens)
     assert len(set(by_head)) > 1
     assert graphs[-1]
     slots = [layer.blocks.pool.slots for layer in graph.layers]
-    assert slots == [layer.selection.most_slots_at(300) for layer in graph.layers]
+    assert slots == [layer.selection.max_slots_at(300) for layer in graph.layers]
     assert not graph.layers[0].runtime.stats.fallbacks
 
 
@@ -384,7 +384,7 @@ def test_each_head_gets_its_own_best_blocks(heads, length, padding, more, seed):
         assert torch.equal(found[:, g], chosen_blocks(limits, extent, scores[:, g : g + 1])[:, 0])
         assert int(found[0, g].sum()) <= max(blocks + more, 6)  # until the mean budget, 6 blocks, all are attended to
     assert selection.budget == 16 * max(heads)
-    assert selection.least == 16 * min(heads)
+    assert selection.min_budget == 16 * min(heads)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -262,7 +262,7 @@ def wanted(selection: Selection, score_BGN: Tensor | None, length: int, padding_
         recent = max(length - max(selection.recent, 1), 0) // SIZE
         always = set(range(first, first + selection.sink // SIZE)) | set(range(max(recent, first), n_blocks))
         for g in range(G):
-            if length <= max(selection.budget, selection.whole):
+            if length <= max(selection.budget, selection.dense_tokens):
                 wanted_BGN[b, g, first:] = True
                 continue
             row = [] if score_BGN is None else score_BGN[b, g].tolist()
@@ -349,7 +349,7 @@ class HostLazyEviction:
             rank_BGN[b, :, first : first + sink] = rank_BGN[b, :, recent:] = ALWAYS
             for g in range(G):
                 held = [n for n in range(first, n_blocks) if not self.evicted_BGN[b, g, n]]
-                if length > max(selection.budget, selection.whole) and len(held) > budget:
+                if length > max(selection.budget, selection.dense_tokens) and len(held) > budget:
                     for n in sorted(held, key=lambda n: float(rank_BGN[b, g, n]))[: len(held) - keep]:
                         self.evicted_BGN[b, g, n] = True
         return torch.zeros(self.evicted_BGN.shape).masked_fill(self.evicted_BGN, NEVER)

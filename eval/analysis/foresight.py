@@ -23,7 +23,7 @@ from attention_predictor.offload.blocks.slot_table import chosen_blocks
 from attention_predictor.predictor.base import AttentionPredictor
 from attention_predictor.predictor.history import ScoreHistory
 from attention_predictor.predictor.model import new_history
-from attention_predictor.predictor.scores import LEAST_MASS, recovery
+from attention_predictor.predictor.scores import MIN_MASS, recovery
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _compare(mass_BGQN: Tensor, chosen_BGQN: Tensor, best_BGQN: Tensor, far_QN: 
     return Foreseen(
         share_BG=found.share.mean(-1),
         relative_BG=found.relative.mean(-1),
-        far_BG=far_got_BG / far_most_BG.where(far_most_BG > LEAST_MASS, torch.full_like(far_most_BG, torch.nan)),
+        far_BG=far_got_BG / far_most_BG.where(far_most_BG > MIN_MASS, torch.full_like(far_most_BG, torch.nan)),
         chosen_BGQN=chosen_BGQN,
         best_BGQN=best_BGQN,
     )

@@ -14,7 +14,7 @@ from attention_predictor.csrc import ops
 from attention_predictor.offload.attention.dense import Terms, scaled_logits
 
 # Room of a sequence for a kernel that is told of no padding: lengths are read on the device.
-MOST_TOKENS = 1 << 30
+MAX_TOKENS = 1 << 30
 
 
 class Reach(NamedTuple):
@@ -181,7 +181,7 @@ def _run(
         key_BGSTD,
         value_BGSTD,
         block_BGS.contiguous(),
-        MOST_TOKENS if real_BL is None else real_BL.shape[1],
+        MAX_TOKENS if real_BL is None else real_BL.shape[1],
         None if real_BL is None else real_BL.contiguous(),
         None if terms.sinks_H is None else terms.sinks_H.float().contiguous(),
         terms.scaling,

@@ -217,7 +217,7 @@ class LayerBlocks:
     @property
     def _kernel(self) -> bool:
         """Whether a kernel chooses."""
-        return self.device_moves and self.pool.slots <= ops.most_slots(self.device, self.capacity)
+        return self.device_moves and self.pool.slots <= ops.max_slots(self.device, self.capacity)
 
     def _move(self, stall_ns_1: Tensor | None) -> int:
         """Fetch what the table lists; the blocks moved, where the host knows."""
@@ -243,7 +243,7 @@ class LayerBlocks:
 
         A pool that shrinks is emptied: what is chosen next is fetched anew.
         """
-        slots, most = selection.slots(self.length + 1), selection.most_slots_at(self.length + 1)
+        slots, most = selection.slots(self.length + 1), selection.max_slots_at(self.length + 1)
         if slots > self.pool.slots:
             self.grow(min(slots + POOL_STEP, most))
         elif most < self.pool.slots:

@@ -58,9 +58,8 @@ def tiered_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     terms = Terms(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux, attention_mask)
     if layer is not None:
-        if (
-            layer.handed is not None and layer.awaits_attention
-        ):  # of layers that share keys, another one may have attended to them
+        # If layers share keys, the other layer may have attended to them already.
+        if layer.handed is not None and layer.awaits_attention:
             layer.handed.check(layer.number, key, value, query)
         if dropout:
             layer.runtime.note_fallback(f"attention dropout of {dropout:g} is left out of a model in training mode")

@@ -144,7 +144,7 @@ def is_ready(cache: TieredCache) -> bool:
         layer.is_initialized
         and layer.policy.is_started
         and layer.blocks.pool.slots
-        and layer.selection.decides(layer.blocks.length + 1)
+        and layer.selection.is_sparse_at(layer.blocks.length + 1)
         for layer in tiered
     )
 
@@ -204,12 +204,8 @@ class CacheGraph:
             self._enter(ids_B1, position)
         self.ids_B1.copy_(ids_B1)
         self.position.copy_(position)
-        if (
-            self.graph is None
-            and not self.eager_steps_left
-            and ids_B1.device.type == "cuda"
-            and not self._reads_all_keys()
-        ):
+        may_capture = self.graph is None and not self.eager_steps_left and ids_B1.device.type == "cuda"
+        if may_capture and not self._reads_all_keys():
             self._capture(cache)
         stats = self.runtime.stats
         stats.steps += 1

@@ -183,7 +183,7 @@ class TieredLayer(CacheLayerMixin):
 
     def enter(self, cache_graph: StepGraph, schedule: Schedule, length_B: Tensor, tokens: int) -> None:
         """From now on ``cache_graph`` runs the steps, up to so many tokens, on the device alone."""
-        self.blocks.enter(length_B, tokens, self.selection.most_slots_at(self.blocks.length + 1))
+        self.blocks.enter(length_B, tokens, self.selection.max_slots_at(self.blocks.length + 1))
         self.policy.reserve(self.blocks.capacity)
         self.blocks.padding_B = self.padding_B if self.is_padded else None
         self.real_BL = self._real_tokens(None) if self.is_padded else None
@@ -321,9 +321,7 @@ class TieredLayer(CacheLayerMixin):
             out_BHQD = self._attend_captured(query_BHQD, key_BGTD, value_BGTD, terms)
         else:
             out_BHQD = self._attend_eager(query_BHQD, key_BGTD, value_BGTD, terms)
-        self.awaits_attention = (
-            False  # not before: a step that fails on its way leaves the layer unusable, as it should
-        )
+        self.awaits_attention = False  # only here: a step that failed half way must leave the layer unusable
         return out_BHQD
 
     def _attend_captured(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:

@@ -53,7 +53,7 @@ class H2O(Policy):
         self.evicted.value_BGC |= step.extent.begun_BC[:, None] & ~step.attended_BGC
 
     def score_next(self, extent: Extent) -> Tensor:
-        newest = self.selection.least // 2  # tokens: half of the budget
+        newest = self.selection.min_budget // 2  # tokens: half of the budget
         first_B = extent.next.first_recent_B(newest)
         scores_BGC = newest_first(self.attention.value_BGC, first_B, extent)
         return scores_BGC.masked_fill(self.evicted.value_BGC, NEVER)

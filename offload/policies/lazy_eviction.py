@@ -84,11 +84,11 @@ class LazyEviction(Policy):
     def _evict(self, extent: Extent) -> None:
         """Where a row would hold more than its budget, make room for W tokens, those of the newest block among them."""
         selection, size, block_C = self.selection, extent.block_size, extent.block_C
-        budget, sink_blocks = selection.least // size, selection.sink // size
+        budget, sink_blocks = selection.min_budget // size, selection.sink // size
         first_B1, length_B1 = extent.first_block_B[:, None], extent.length_B[:, None]
         real_BC = extent.begun_BC & (block_C >= first_B1)
         held_BG = (real_BC[:, None] & ~self.evicted.value_BGC).sum(-1)
-        due_BG = (held_BG > budget) & (length_B1 > max(selection.least, selection.whole))
+        due_BG = (held_BG > budget) & (length_B1 > max(selection.min_budget, selection.dense_tokens))
         recent_B1 = extent.first_recent_B(selection.recent)[:, None]
         free_B1 = budget - (sink_blocks + extent.n_blocks_B[:, None] - recent_B1)
         keep_B1 = budget + 1 - (free_B1 // 2).clamp(max=selection.recent // size).clamp_min(1)
