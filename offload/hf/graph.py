@@ -258,7 +258,7 @@ class CacheGraph:
     @torch.inference_mode(False)
     def _enter(self, ids_B1: Tensor, position: Tensor) -> None:
         device, batch = ids_B1.device, self.layers[0].batch
-        self.room = self.runtime.room.captured(self._length())
+        self.room = self.runtime.room.captured_tokens(self._length())
         self.length_B = torch.full((batch,), self._length(), device=device)
         self.schedule = StreamSchedule(device, self.runtime.counts.stall_ns_1)
         self.ids_B1 = torch.zeros_like(ids_B1)

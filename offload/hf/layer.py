@@ -120,7 +120,7 @@ class TieredLayer(CacheLayerMixin):
         self.kernel = wanted and reason is None
         if reason is not None:
             self.runtime.note_fallback(f"plain torch operations in place of kernels: {reason}")
-        self.runtime.room.learn(self.number, KVShape(G, D, self.dtype.itemsize))
+        self.runtime.room.set_shape(self.number, KVShape(G, D, self.dtype.itemsize))
         self.is_initialized = True
 
     @torch.compiler.disable
