@@ -264,7 +264,7 @@ class LayerBlocks:
     # ---- captured steps --------------------------------------------------------------------------------------------
 
     def enter(self, length_B: Tensor, tokens: int, slots: int) -> None:
-        """Switch to captured steps, which count tokens in ``length_B``. Tensors keep their addresses up to ``tokens``."""
+        """Switch to captured steps, which count tokens in ``length_B``. No tensor is reallocated up to ``tokens``."""
         self.settle()
         self._device_length_B = self._length_B = length_B
         self.grow(slots)

@@ -1,7 +1,7 @@
 """Ring: the last tokens of sequences in a buffer of fixed shape. It needs no lengths on the host.
 
-Token t is at place t % P, so block n is in slot n % S, and a new block overwrites the oldest one. A ring with places for
-all tokens never wraps, and is a plain buffer.
+Token t is at place t % P, so block n is in slot n % S, and a new block overwrites the oldest one. A ring with places
+for all tokens never wraps, and is a plain buffer.
 
 Suffixes: B sequences, G KV heads, T tokens of a block (or of what is copied), D head size, S slots, P = S·T places.
 """

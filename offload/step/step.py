@@ -2,8 +2,8 @@
 
 append → estimate → choose (late) → attend → observe → predict → choose ahead → fetch
 
-No operation here or below reads a device value on the host: lengths are tensors, and shapes follow from the capacity. So
-the same operations run one by one or as part of a CUDA graph.
+No operation here or below reads a device value on the host: lengths are tensors, and shapes follow from the capacity.
+So the same operations run one by one or as part of a CUDA graph.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, D head size.
 """
