@@ -80,6 +80,6 @@ void attend_row(const SparseDecode &a, int64_t row) {
 // `splits` is the number of threads here.
 extern "C" int sparse_decode(const SparseDecode *a) {
     return with_element(a->element, [&](auto number) {
-        share(a->batch * a->kv_heads, a->splits, [&](int64_t row) { attend_row<decltype(number)>(*a, row); });
+        parallel_for(a->batch * a->kv_heads, a->splits, [&](int64_t row) { attend_row<decltype(number)>(*a, row); });
     });
 }

@@ -49,7 +49,7 @@ int with_element(int64_t element, const Run &run) {
 
 // Calls work(0) to work(count - 1), on several threads.
 template <typename Work>
-void share(int64_t count, int64_t workers, const Work &work) {
+void parallel_for(int64_t count, int64_t workers, const Work &work) {
     workers = std::min(workers, count);
     std::atomic<int64_t> next{0};
     const auto loop = [&] {

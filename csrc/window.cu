@@ -27,7 +27,7 @@ constexpr int kReach = 2;  // columns to each side that a score depends on
 
 using Sums = float[kTall][kWide][4];
 
-struct Shared {
+struct SharedMemory {
     uint4 weight[kTaps * kMaps * kFeatures / 8];
     uint4 maps[kPlanes][kPositions + 2][kStride / 8];
     __half line[2][kLines][kPositions + 2];  // of two bands, with a position before the first and one behind the last
@@ -36,7 +36,7 @@ struct Shared {
 };
 
 // The network; filters turned where lines are columns.
-__device__ __forceinline__ void load_network(Shared &s, const WindowStep &a, bool turned) {
+__device__ __forceinline__ void load_network(SharedMemory &s, const WindowStep &a, bool turned) {
     for (int i = threadIdx.x; i < kTaps * kMaps * kFeatures / 8; i += kPositions)
         copy_async(s.weight + i, static_cast<const uint4 *>(a.weight) + i);
     commit_copies();
@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_network(Shared &s, const WindowStep &a, boo
 }
 
 // Maps of the band's three inner lines at this thread's position; zero where it does not count.
-__device__ __forceinline__ void make_maps(Shared &s, int band, bool counts) {
+__device__ __forceinline__ void make_maps(SharedMemory &s, int band, bool counts) {
     const int p = threadIdx.x;
     float x[kLines][3];
 #pragma unroll
@@ -89,7 +89,7 @@ __device__ __forceinline__ void make_maps(Shared &s, int band, bool counts) {
 // Features of the warp's positions on the middle line; kShift: of the line before (1) or behind it (−1), beyond which the band
 // ends.
 template <int kShift>
-__device__ __forceinline__ void make_features(Sums &sums, const Shared &s, bool turned) {
+__device__ __forceinline__ void make_features(Sums &sums, const SharedMemory &s, bool turned) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int w = 0; w < kWide; ++w)
@@ -153,7 +153,7 @@ __device__ __forceinline__ void read_column(const WindowStep &a, int64_t row, in
 
 // The first rows of the window, from line kLow of one band on, and its last ones, up to line kHigh of the other.
 template <int kLow, int kHigh>
-__device__ __forceinline__ void load_lines(Shared &s, const WindowStep &a, int64_t row, int base) {
+__device__ __forceinline__ void load_lines(SharedMemory &s, const WindowStep &a, int64_t row, int base) {
     for (int p = static_cast<int>(threadIdx.x) - 1; p <= kPositions; p += kPositions) {
         __half first[8], last[8];
         read_column(a, row, base + p, 0, first);
@@ -168,7 +168,7 @@ __device__ __forceinline__ void load_lines(Shared &s, const WindowStep &a, int64
 
 // Takes the features of the row that leaves the interior off the sums, and adds those of the row that enters it.
 __device__ __forceinline__ void slide_sums(const WindowStep &a) {
-    __shared__ Shared s;
+    __shared__ SharedMemory s;
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
     const int base = static_cast<int>(blockIdx.x) * kOutputs - 1;  // column of position 0
     load_lines<0, kLines - 1>(s, a, row, base);
@@ -222,7 +222,7 @@ __device__ __forceinline__ void slide_window(const WindowStep &a) {
 // Scores from the sums and the two rows of features at each end of the window; those of the two columns at each end of the
 // range, where features and not scores are padded, over the whole window, by two more thread blocks.
 __device__ __forceinline__ void score_columns(const WindowStep &a) {
-    __shared__ Shared s;
+    __shared__ SharedMemory s;
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
     const Range range = range_of(a.candidates, blockIdx.z, static_cast<int>(a.columns));
     // A shuffle keeps the compiler from carrying along what they are made of: 10 registers, and one thread block of four.
