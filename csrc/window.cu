@@ -1,12 +1,12 @@
-// The published network, streamed (predictor/streaming.py says which rows of features a step needs), without a feature map in
-// memory.
+// The published network, evaluated incrementally (predictor/incremental.py says which rows of features a step needs), without
+// feature maps in memory.
 //
-// What is computed is always the same: two 3 × 3 convolutions of a band of five lines, over as many positions as a thread block
-// has threads. Lines are rows of the window and positions its columns; at the ends of the predicted range, whose columns are
-// computed over the whole window, lines are columns and positions rows, and the filters are turned. The first convolution is
-// done in fp32, a thread a position, three lines of maps at once. The second is done on the tensor cores: 16 maps of one tap
-// are a slice of its sum, and a tap is the maps of another line or position. Sums leave exactly what entered them: the same
-// instructions on the same numbers.
+// Every thread block computes two 3 × 3 convolutions of a band of five lines, over one position per thread. Lines are rows of
+// the window and positions its columns. At the ends of the predicted range, whose columns are computed over the whole window,
+// lines are columns, positions are rows, and the filters are transposed. The first convolution is in fp32, one thread per
+// position, three lines of maps at once. The second uses the tensor cores: the 16 maps of one tap are one slice of the sum, and
+// a tap is the maps of another line or position. Sums subtract exactly what they added: the same instructions on the same
+// numbers.
 
 #include "device.cuh"
 #include "window.h"

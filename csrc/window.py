@@ -1,4 +1,4 @@
-"""A step of the published network, streamed, as torch operations.
+"""An incremental step of the published network, as torch operations.
 
 Suffixes: B sequences, G KV heads, R window rows (oldest first), N blocks, C feature maps.
 """

@@ -50,7 +50,7 @@ class Engine:
 
     @property
     def stats(self) -> Stats:
-        """The statistics so far, the next token's fetches included. Steps count on the device: read it anew each time."""
+        """The statistics so far, the next token's fetches included. Steps count on the device: read it anew."""
         self.runtime.prefetcher.drain()
         self.runtime.counts.move_into(self.runtime.stats)
         return self.runtime.stats

@@ -14,10 +14,10 @@ from attention_predictor.errors import ConfigError
 from attention_predictor.eval.bench import Row, report, with_ratios
 from attention_predictor.eval.speed.options import BLOCK, checked
 from attention_predictor.eval.speed.stopwatch import input_sets, timed
-from attention_predictor.predictor import history, streaming
+from attention_predictor.predictor import history, incremental
 from attention_predictor.predictor.base import AttentionPredictor
 from attention_predictor.predictor.history import ScoreHistory
-from attention_predictor.predictor.streaming import StreamedHistory
+from attention_predictor.predictor.incremental import IncrementalHistory
 from attention_predictor.predictor.window import WINDOW_ROWS, WindowPredictor
 from attention_predictor.progress import Progress
 
@@ -46,8 +46,8 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--tokens {args.tokens}: expected at least {least}")
     published = WindowPredictor().to(device).eval()
     default = AttentionPredictor.from_pretrained("default", device=device)
-    missing, missing_streamed = history.why_no_kernel(default, device), streaming.why_no_kernel(published, device)
-    kept, streamed, shape = ScoreHistory, StreamedHistory, (args.heads, args.kv_heads)
+    missing, missing_streamed = history.why_no_kernel(default, device), incremental.why_no_kernel(published, device)
+    kept, streamed, shape = ScoreHistory, IncrementalHistory, (args.heads, args.kv_heads)
     ways = (
         Way("ours, kernels", kept, default, *shape, kernel=True, missing=missing),
         Way("ours, torch operations", kept, default, *shape),

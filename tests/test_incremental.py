@@ -1,4 +1,4 @@
-"""The streamed network against the network over its whole window, on the same rows."""
+"""The incremental evaluation of the published network against the network over its whole window, on the same rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from attention_predictor.errors import IntegrityError
 from attention_predictor.predictor.history import ScoreHistory
-from attention_predictor.predictor.streaming import StreamedHistory
+from attention_predictor.predictor.incremental import IncrementalHistory
 from attention_predictor.predictor.window import WindowPredictor
 
 
@@ -24,9 +24,9 @@ def make_network(rows: int = 64, seed: int = 0) -> WindowPredictor:
     return network
 
 
-def pair(network: WindowPredictor, batch: int = 1, kv_heads: int = 2) -> tuple[ScoreHistory, StreamedHistory]:
+def pair(network: WindowPredictor, batch: int = 1, kv_heads: int = 2) -> tuple[ScoreHistory, IncrementalHistory]:
     shape = {"batch": batch, "kv_heads": kv_heads, "device": "cpu"}
-    return ScoreHistory(network, **shape), StreamedHistory(network, **shape)
+    return ScoreHistory(network, **shape), IncrementalHistory(network, **shape)
 
 
 def make_row(blocks: int, generator: torch.Generator, batch: int = 1, kv_heads: int = 2) -> torch.Tensor:
@@ -34,10 +34,10 @@ def make_row(blocks: int, generator: torch.Generator, batch: int = 1, kv_heads: 
     return torch.rand(batch, kv_heads, blocks, generator=generator) ** 8
 
 
-def agree(windowed: ScoreHistory, streamed: StreamedHistory, first: int, last: int) -> None:
+def agree(windowed: ScoreHistory, incremental: IncrementalHistory, first: int, last: int) -> None:
     if windowed.n_blocks == 0:
         return
-    expected, found = predicted(windowed, first, last), predicted(streamed, first, last)
+    expected, found = predicted(windowed, first, last), predicted(incremental, first, last)
     assert torch.equal(expected.isinf(), found.isinf())
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -48,38 +48,38 @@ RUNS = [(64, 1000, False), (64, 1000, True), (24, 1000, False), (5, 300, True), 
 @pytest.mark.parametrize(("rows", "steps", "resets"), [*RUNS, (97, 200, False)])
 def test_equal_over_many_steps_with_blocks_arriving(rows, steps, resets):
     generator = torch.Generator().manual_seed(1)
-    windowed, streamed = pair(make_network(rows))
+    windowed, incremental = pair(make_network(rows))
     prompt = make_row(40, torch.Generator().manual_seed(2))[:, :, None].repeat(1, 1, rows // 2 + 1, 1)
-    for history in (windowed, streamed):
+    for history in (windowed, incremental):
         history.start(prompt)
     blocks = 40
     for step in range(steps):
         if resets and step % 190 == 180:  # as after rejected drafts, and as in a further conversation
             blocks -= 3
-            for history in (windowed, streamed):
+            for history in (windowed, incremental):
                 history.crop(blocks)
         elif resets and step % 400 == 300:
             blocks = 40
-            for history in (windowed, streamed):
+            for history in (windowed, incremental):
                 history.start(prompt)
         blocks += step % 16 == 0
         row = make_row(blocks, generator)
         if step % 5 == 0:
             row *= 0.1  # as if from another source: a calibrated row among estimates
         windowed.push(row)
-        streamed.push(row)
+        incremental.push(row)
         if step % 7 == 0 or step > steps - 10:
-            agree(windowed, streamed, 4, blocks - 4)
-    agree(windowed, streamed, 0, blocks)
-    streamed.check_integrity()
+            agree(windowed, incremental, 4, blocks - 4)
+    agree(windowed, incremental, 0, blocks)
+    incremental.check_integrity()
 
 
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_any_order_of_operations(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    windowed, streamed = pair(make_network(data.draw(st.sampled_from([6, 64]))), batch=2)
-    both = [windowed, streamed]
+    windowed, incremental = pair(make_network(data.draw(st.sampled_from([6, 64]))), batch=2)
+    both = [windowed, incremental]
     blocks = data.draw(st.integers(1, 30))
     for operation in data.draw(
         st.lists(st.sampled_from(["start", "push", "grow", "crop", "index", "copy", "extend"]), max_size=12)
@@ -104,20 +104,20 @@ def test_any_order_of_operations(data):
             elif operation == "copy":
                 both[number] = copy.deepcopy(history)
                 history.push(row * 0.5)  # the copy owns its state
-        windowed, streamed = both
+        windowed, incremental = both
         if operation == "crop":
             blocks = max(keep, 1)
-        streamed.check_integrity()
+        incremental.check_integrity()
         low = data.draw(st.integers(0, windowed.n_blocks))
-        agree(windowed, streamed, low, data.draw(st.integers(low, windowed.n_blocks)))
+        agree(windowed, incremental, low, data.draw(st.integers(low, windowed.n_blocks)))
 
 
 def test_state_size_and_integrity():
-    windowed, streamed = pair(make_network())
-    for history in (windowed, streamed):
+    windowed, incremental = pair(make_network())
+    for history in (windowed, incremental):
         history.start(make_row(50, torch.Generator().manual_seed(0))[:, :, None])
     assert windowed.nbytes == 2 * 64 * 64 * 2  # KV heads, capacity in blocks, rows, bytes
-    assert streamed.nbytes == windowed.nbytes + 2 * 64 * 32 * 8
-    streamed._sum_BGCN[0, 0, 0, 20] += 1.0
+    assert incremental.nbytes == windowed.nbytes + 2 * 64 * 32 * 8
+    incremental._sum_BGCN[0, 0, 0, 20] += 1.0
     with pytest.raises(IntegrityError, match="feature sums differ"):
-        streamed.check_integrity()
+        incremental.check_integrity()

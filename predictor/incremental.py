@@ -1,13 +1,13 @@
-"""The published network, streamed: the same scores as over the whole window, for a tenth of the work.
+"""The published network, evaluated incrementally: the same scores as over the whole window, for a tenth of the work.
 
-One step moves the window by one row. A row of the second convolution depends on 5 rows of the window, so all but the
-two rows at each zero-padded end do not change when the window slides: they only move up by one. Their sum over rows is
-therefore kept. A step adds the row that enters this interior, takes off the one that leaves it, and computes the four
-rows at the ends: 6 rows of features in place of 64. (The network is AttentionPredictor's, arXiv 2502.04077, section 4;
-streaming it is ours.)
+One step moves the window by one row. A row of the second convolution depends on 5 rows of the window. So when the
+window slides, all rows of features but the two at each zero-padded end only move up by one. Their sum over rows is
+kept: a step adds the row that enters this interior, subtracts the one that leaves it, and computes the four rows at the
+ends. That is 6 rows of features instead of 64. (The network is AttentionPredictor's, arXiv 2502.04077, section 4; the
+incremental evaluation is ours.)
 
-State: the window (64 numbers of fp16 a block) and the sums (32 of fp64, so that no rounding adds up, however many the
-steps). Work: 2 × 5,328 multiply-adds a block and step to push, 2 × 9,824 to predict, against 304,160 over the window.
+State: the window (64 fp16 numbers per block) and the sums (32 fp64 numbers, so that rounding errors do not accumulate).
+Work: 2 × 5,328 multiply-adds per block and step to push, 2 × 9,824 to predict, against 304,160 over the window.
 
 Suffixes: B sequences, G KV heads, X = B × G, R window rows (oldest first), N blocks, C feature maps.
 """
@@ -28,20 +28,20 @@ from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.history import ScoreHistory, candidates_of
 from attention_predictor.predictor.window import WindowPredictor
 
-REACH = 2  # rows or columns to each side that two 3 × 3 convolutions look at
+REACH = 2  # rows or columns to each side that two 3 × 3 convolutions read
 STENCIL = 2 * REACH + 1
-TILE_COLUMNS = 1 << 14  # columns times rows of X convolved at once: their feature maps stay in a CPU's cache
+TILE_COLUMNS = 1 << 14  # columns × X convolved at once, so that feature maps fit in a CPU's cache
 
 
 @dataclass(frozen=True)
 class RowBand:
-    """Both convolutions for a few rows of features, as convolutions over blocks whose channels are rows × maps.
+    """Both convolutions for a few rows of features, as 1-d convolutions over blocks with rows × maps as channels.
 
-    A 2-d convolution over so few rows would spend its time on arranging data.
+    A 2-d convolution over so few rows would spend its time rearranging data.
     """
 
-    rows: slice  # of the window that are read
-    features: int  # rows that result
+    rows: slice  # the window's rows that it reads
+    features: int  # rows of features that it computes
     weight1: Tensor
     bias1: Tensor
     weight2: Tensor
@@ -49,7 +49,7 @@ class RowBand:
 
     @classmethod
     def of(cls, network: WindowPredictor, rows: slice, maps: int, features: int, padded: int) -> RowBand:
-        """`maps` rows of the first convolution and `features` of the second; `padded` zero rows come before each."""
+        """`maps` rows of the first convolution and `features` rows of the second, each after `padded` zero rows."""
         read = len(range(network.channels)[rows])
         return cls(
             rows,
@@ -59,7 +59,7 @@ class RowBand:
         )
 
     def __call__(self, window_XRN: Tensor) -> Tensor:
-        """Sum over the features' rows, [X, C, N − 2·REACH], from columns with their neighbours."""
+        """Features summed over rows, [X, C, N − 2·REACH]; the input includes REACH neighbours at each side."""
         maps_XCN = F.conv1d(window_XRN[:, self.rows], self.weight1, self.bias1).relu_()
         features_XCN = F.conv1d(maps_XCN, self.weight2, self.bias2).relu_()
         return features_XCN.unflatten(1, (self.features, -1)).sum(1)
@@ -79,7 +79,7 @@ def _banded(conv: nn.Conv2d, rows_in: int, rows_out: int, padded: int) -> tuple[
 
 
 def why_no_kernel(predictor: WindowPredictor, device: torch.device | str) -> str | None:
-    """Why no kernel streams this network on that device; `None` if one does."""
+    """Why no kernel evaluates this network incrementally on that device; `None` if one does."""
     device, rows = torch.device(device), predictor.channels
     if not binding.on_gpu(device):
         return f"the predictor's are written for GPUs, not for {device.type}"
@@ -89,16 +89,16 @@ def why_no_kernel(predictor: WindowPredictor, device: torch.device | str) -> str
     return ops.why_no_kernels(device)
 
 
-class StreamedHistory(ScoreHistory):
-    """A ScoreHistory of the published network whose work a step does not grow with the window.
+class IncrementalHistory(ScoreHistory):
+    """A ScoreHistory of the published network, whose work per step does not grow with the window.
 
-    Sums are kept for all columns there is room for. Blocks that are not there yet have scores of zero, as they have
-    once they appear: sums stay true while blocks arrive. At the ends of the predicted range the network pads features,
-    not scores, with zeros; the columns within reach of them, four a step, are computed over the whole window.
-    A window shorter than 5 rows has no interior and is evaluated as it is.
+    It keeps sums for the whole capacity. Blocks that do not exist yet have scores of zero, the same as when they
+    appear, so the sums stay valid while blocks are added. At the ends of the predicted range the network pads features
+    with zeros, not scores. The columns near the ends, four a step, are therefore computed over the whole window. A
+    window shorter than 5 rows has no interior and is evaluated directly.
 
-    With `kernel`, steps are done by kernels (`csrc/window.py`), maps and weights of the second convolution in fp16;
-    ConfigError where there is none (`why_no_kernel`).
+    With `kernel`, kernels run the steps (`csrc/window.py`), with maps and weights of the second convolution in fp16;
+    ConfigError if there is none (`why_no_kernel`).
     """
 
     predictor: WindowPredictor
@@ -116,7 +116,7 @@ class StreamedHistory(ScoreHistory):
         if kernel and (reason := why_no_kernel(predictor, device)) is not None:
             raise ConfigError(f"kernel=True, but there is no kernel: {reason}")
         super().__init__(predictor, batch=batch, kv_heads=kv_heads, device=device)
-        self.streams = predictor.channels >= STENCIL
+        self.incremental = predictor.channels >= STENCIL
         with torch.inference_mode(False):
             shape = (batch, kv_heads, predictor.conv2.out_channels, 0)
             self._sum_BGCN = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -133,7 +133,7 @@ class StreamedHistory(ScoreHistory):
         self._sum_up(0)
 
     def _observe(self, row_BGC: Tensor) -> None:
-        if not self.streams:
+        if not self.incremental:
             super()._observe(row_BGC)
         elif self._network is not None:
             row_BGC = row_BGC.float().contiguous()
@@ -144,7 +144,7 @@ class StreamedHistory(ScoreHistory):
             self._add(self._entering, self._sum_BGCN)
 
     def _score(self, columns: int, bounds: tuple[int, int, int, Tensor, Tensor | None]) -> Tensor:
-        if not self.streams:
+        if not self.incremental:
             return super()._score(columns, bounds)
         if self._network is not None:
             return ops.score_window(self._state_BGNC, self._sum_BGCN, *self._network, columns, *bounds)
@@ -157,9 +157,9 @@ class StreamedHistory(ScoreHistory):
         return self._put_ends(scores_BGC, candidate_BC)
 
     def _put_ends(self, scores_BGC: Tensor, candidate_BC: Tensor) -> Tensor:
-        """The scores with those of the columns at both ends of the candidates, which the network pads with zeros.
+        """Replace the scores of the columns at both ends of the candidates, where the network pads with zeros.
 
-        They are made over the whole window of as many columns as they depend on, those of the candidates alone.
+        They are computed over the whole window of the columns that they depend on, candidates only.
         """
         (_, G, columns), R = scores_BGC.shape, self._state_BGNC.shape[3]
         among_B1 = candidate_BC.sum(1, keepdim=True)
@@ -206,14 +206,14 @@ class StreamedHistory(ScoreHistory):
         held_BGCN = self._sum_BGCN.clone()
         self._sum_up(0)
         error_BGCN = (self._sum_BGCN - held_BGCN).abs()
-        share = 1e-4 if self._network is None else 1e-3  # of what torch may do in TF32, and the kernel does not
-        if self.started and self.streams and error_BGCN.max() > share * held_BGCN.abs().max() + 1e-6:
+        share = 1e-4 if self._network is None else 1e-3  # torch may compute in TF32, the kernel does not
+        if self.started and self.incremental and error_BGCN.max() > share * held_BGCN.abs().max() + 1e-6:
             raise IntegrityError(f"feature sums differ from those of the window by up to {error_BGCN.max():.3g}")
 
     @torch.inference_mode(False)
-    def __deepcopy__(self, memo: dict[int, Any]) -> StreamedHistory:
+    def __deepcopy__(self, memo: dict[int, Any]) -> IncrementalHistory:
         twin = super().__deepcopy__(memo)
-        assert isinstance(twin, StreamedHistory)
+        assert isinstance(twin, IncrementalHistory)
         twin._sum_BGCN = self._sum_BGCN.clone()
         return twin
 
@@ -227,11 +227,11 @@ class StreamedHistory(ScoreHistory):
             self._sum_up(max(0, known - REACH))
 
     def _sum_up(self, first: int) -> None:
-        """Compute the sums of the columns from `first` on from the whole window."""
-        if not self.started or not self.streams:
+        """Recompute the sums of columns from `first` on over the whole window."""
+        if not self.started or not self.incremental:
             return
         network, weight = self.predictor, self.predictor.conv2.weight
-        if self._network is not None:  # what the kernels take off the sums must have entered them
+        if self._network is not None:  # kernels must later subtract exactly these numbers
             weight = weight.half().to(weight.dtype)
         for low, high in self._tiles(first, self.capacity, rows=network.channels):
             maps_XCRN = F.conv2d(self._columns(low, high)[:, None], network.conv1.weight, network.conv1.bias).relu_()
@@ -242,13 +242,13 @@ class StreamedHistory(ScoreHistory):
             sum_BGCN.copy_(features_XCRN.sum(2, dtype=torch.float64).view_as(sum_BGCN))
 
     def _add(self, band: RowBand, out_BGCN: Tensor, sign: int = 1) -> None:
-        """Add the band's features to `out_BGCN`, of the first columns."""
+        """Add the band's features to `out_BGCN`, which has the first columns."""
         for low, high in self._tiles(0, out_BGCN.shape[-1], rows=1):
             part_BGCN = out_BGCN[..., low:high]
             part_BGCN.add_(band(self._columns(low, high)).view_as(part_BGCN), alpha=sign)
 
     def _columns(self, first: int, last: int) -> Tensor:
-        """Window_XRN of columns first − REACH to last + REACH − 1; where there are none, zeros."""
+        """window_XRN of columns first − REACH to last + REACH − 1; zeros outside of the capacity."""
         low, high = max(0, first - REACH), min(self.capacity, last + REACH)
         window_XNR = self._state_BGNC[:, :, low:high].flatten(0, 1).to(self.predictor.conv1.weight.dtype)
         return F.pad(window_XNR.transpose(1, 2), (low - first + REACH, last + REACH - high))
