@@ -53,10 +53,10 @@ def prepare(device: torch.device, kernels: Sequence[Kernel]) -> str | None:
 
 def _why_unsupported(device: torch.device) -> str | None:
     if device.type != "cuda":
-        return f"none are written for {device.type}"
+        return f"no kernels are written for {device.type}"
     if torch.version.cuda is None:
-        return "none are written for ROCm"
+        return "no kernels are written for ROCm"
     if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
         least, found = (".".join(map(str, one)) for one in (MIN_CAPABILITY, capability))
-        return f"none are written for GPUs of a compute capability below {least}, this one has {found}"
+        return f"kernels need a GPU of compute capability {least} or higher, this one has {found}"
     return None

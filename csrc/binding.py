@@ -36,6 +36,12 @@ def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
         )
 
 
+def check_on_gpu(name: str, device: torch.device) -> None:
+    """Raise ``ValueError`` unless argument ``name`` is on a GPU."""
+    if not on_gpu(device):
+        raise ValueError(f"{name} is on {device}, expected a GPU: this kernel has no CPU version")
+
+
 def on_gpu(device: torch.device) -> bool:
     """Whether the kernels of this device are the GPU's."""
     return device.type == "cuda"

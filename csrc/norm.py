@@ -12,8 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, check
+from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, check, check_on_gpu
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
@@ -56,8 +55,7 @@ def rms_norm(x_xW: Tensor, weight_W: Tensor, eps: float, form: Form) -> Tensor:
         ValueError: Arguments that don't go together, or a device without kernels.
     """
     device, dtype, width = x_xW.device, x_xW.dtype, x_xW.shape[-1]
-    if not binding.on_gpu(device):
-        raise ValueError(f"x_xW is on {device}, expected a GPU: this kernel is written for no other device")
+    check_on_gpu("x_xW", device)
     if dtype not in ELEMENTS:
         raise ValueError(f"x_xW is {dtype}, expected one of {', '.join(map(str, ELEMENTS))}")
     check("weight_W", weight_W, (width,), dtype, device)

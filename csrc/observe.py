@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc.binding import address, check, check_on_gpu
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
@@ -115,8 +114,7 @@ def fold_rows(rows_BGRN: Tensor, state_BGNC: Tensor, fold_C: Tensor, eps: float,
 
 def _check_state(state_BGNC: Tensor, fold_C: Tensor, batch: int, kv_heads: int, n_blocks: int) -> None:
     device, room = state_BGNC.device, state_BGNC.shape[2]
-    if not binding.on_gpu(device):
-        raise ValueError(f"state_BGNC is on {device}, expected a GPU: this kernel is written for no other device")
+    check_on_gpu("state_BGNC", device)
     check("state_BGNC", state_BGNC, (batch, kv_heads, room, FILTERS + PEAKS), torch.float32, device)
     check("fold_C", fold_C, (FILTERS + PEAKS,), torch.float32, device)
     if room % 2 or room < n_blocks:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention_predictor.csrc import binding, candidates
-from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc.binding import address, check, check_on_gpu
 from attention_predictor.csrc.candidates import Candidates
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import integers, pointers
@@ -87,8 +87,7 @@ def predict_blocks(
     """
     B, G, room, _ = state_BGNC.shape
     device = state_BGNC.device
-    if not binding.on_gpu(device):
-        raise ValueError(f"state_BGNC is on {device}, expected a GPU: this kernel is written for no other device")
+    check_on_gpu("state_BGNC", device)
     check("state_BGNC", state_BGNC, (B, G, room, CHANNELS), torch.float32, device)
     check("weight", weight, (SLICES * SLICE * HIDDEN,), torch.float16, device)
     check("bias", bias, (BIASES,), torch.float32, device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc.binding import address, check, check_on_gpu
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
@@ -69,8 +69,7 @@ def reduce_logits(
     """
     device, (B, H, Q, T) = product_BHQT.device, product_BHQT.shape
     N, length = peak_BHQN.shape[-1], 0 if real_BL is None else real_BL.shape[1]
-    if not binding.on_gpu(device):
-        raise ValueError(f"product_BHQT is on {device}, expected a GPU: this kernel is written for no other device")
+    check_on_gpu("product_BHQT", device)
     check("product_BHQT", product_BHQT, (B, H, Q, T), torch.float32, device)
     check("peak_BHQN", peak_BHQN, (B, H, Q, N), torch.float32, device)
     check("sum_BHQN", sum_BHQN, (B, H, Q, N), torch.float32, device)

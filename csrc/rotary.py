@@ -11,8 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address
+from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, check_on_gpu
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import integers, pointers
 from attention_predictor.csrc.norm import VECTOR_BYTES, is_wide
@@ -70,8 +69,7 @@ def rotate(query_BHTD: Tensor, key_BGTD: Tensor, cosine_BTE: Tensor, sine_BTE: T
         ValueError: Arguments that don't go together, or a device without kernels.
     """
     device = query_BHTD.device
-    if not binding.on_gpu(device):
-        raise ValueError(f"query_BHTD is on {device}, expected a GPU: this kernel is written for no other device")
+    check_on_gpu("query_BHTD", device)
     given = (query_BHTD, key_BGTD, cosine_BTE, sine_BTE)
     if not rotates(*given):
         found = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in given)

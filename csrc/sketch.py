@@ -98,17 +98,15 @@ def why_unsupported(
     ``None`` if one does. Without a `block_size`: why none makes codes of its keys.
     """
     if dtype not in ELEMENTS:
-        return f"none for a sketch of {dtype} keys"
+        return f"no kernel for a sketch of {dtype} keys"
     if not binding.on_gpu(device):
-        return "none on a CPU that makes codes of a sketch's keys" if block_size is None else None
+        return "no CPU kernel quantises a sketch's keys" if block_size is None else None
     if group != GROUP:
-        return f"none for a sketch in groups of {group} tokens, only of {GROUP}"
+        return f"no kernel for a sketch in groups of {group} tokens, only of {GROUP}"
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:
-        return f"none for a sketch with a head size of {head_dim}, only for multiples of 8 up to {MAX_HEAD_DIM}"
+        return f"no kernel for a sketch with a head size of {head_dim}, only for multiples of 8 up to {MAX_HEAD_DIM}"
     if block_size is not None and block_size not in BLOCK_SIZES:
-        return (
-            f"none for a sketch's scores of blocks of {block_size} tokens, only of {', '.join(map(str, BLOCK_SIZES))}"
-        )
+        return f"no kernel for a sketch with blocks of {block_size} tokens, only of {', '.join(map(str, BLOCK_SIZES))}"
     return None
 
 
@@ -283,4 +281,4 @@ def _check_length(length: int, length_B: Tensor | None, B: int, room: int, group
 def _check_served(tail_BGTD: Tensor, block_size: int | None) -> None:
     _, _, group, D = tail_BGTD.shape
     if (reason := why_unsupported(tail_BGTD.device, tail_BGTD.dtype, D, group, block_size)) is not None:
-        raise ValueError(f"no kernel: {reason}")
+        raise ValueError(reason)

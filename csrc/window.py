@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attention_predictor.arithmetic import ceil_div
-from attention_predictor.csrc import binding, candidates
-from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc import candidates
+from attention_predictor.csrc.binding import address, check, check_on_gpu
 from attention_predictor.csrc.candidates import Candidates
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import integers, pointers
@@ -120,8 +120,7 @@ def _(window_BGNR, sum_BGCN, weight, rest, columns, first, recent, block_size, l
 
 def _check(window_BGNR: Tensor, sum_BGCN: Tensor, weight: Tensor, rest: Tensor) -> None:
     (B, G, N, _), device = window_BGNR.shape, window_BGNR.device
-    if not binding.on_gpu(device):
-        raise ValueError(f"window_BGNR is on {device}, expected a GPU: this kernel is written for no other device")
+    check_on_gpu("window_BGNR", device)
     check("window_BGNR", window_BGNR, (B, G, N, ROWS), torch.float16, device)
     check("sum_BGCN", sum_BGCN, (B, G, FEATURES, N), torch.float64, device)
     check("weight", weight, (WEIGHTS,), torch.float16, device)

@@ -116,7 +116,7 @@ class FilterPredictor(AttentionPredictor):
         expected = (FILTERS, CHANNELS, HIDDEN, FURTHER)
         if found == expected:
             return None
-        return "none for {} filters, {} channels, {} hidden ones and {} further convolutions".format(*found)
+        return "no kernel for {} filters, {} channels, {} hidden ones and {} further convolutions".format(*found)
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -26,9 +26,9 @@ def why_no_kernel(predictor: AttentionPredictor, device: torch.device | str) -> 
     """Why no kernel supports this predictor's history on that device; `None` if one does."""
     device = torch.device(device)
     if not isinstance(predictor, FilterPredictor):
-        return f"none evaluates the predictor {predictor.arch!r}"
+        return f"no kernel for the predictor {predictor.arch!r}"
     if not binding.on_gpu(device):
-        return f"the predictor's are written for GPUs, not for {device.type}"
+        return f"the predictor's kernels need a GPU, the device is {device.type}"
     return predictor.why_no_kernel() or ops.why_no_kernels(device)
 
 
@@ -89,7 +89,7 @@ class ScoreHistory:
         kernel: bool = False,
     ) -> None:
         if kernel and (reason := why_no_kernel(predictor, device)) is not None:
-            raise ConfigError(f"kernel=True, but there is no kernel: {reason}")
+            raise ConfigError(f"kernel=True is not possible: {reason}")
         self.predictor = predictor
         self.kernel = kernel
         self.n_blocks = 0

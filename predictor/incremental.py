@@ -82,10 +82,10 @@ def why_no_kernel(predictor: WindowPredictor, device: torch.device | str) -> str
     """Why no kernel evaluates this network incrementally on that device; `None` if one does."""
     device, rows = torch.device(device), predictor.channels
     if not binding.on_gpu(device):
-        return f"the predictor's are written for GPUs, not for {device.type}"
+        return f"the predictor's kernels need a GPU, the device is {device.type}"
     maps, features = predictor.conv1.out_channels, predictor.conv2.out_channels
     if (rows, maps, features) != (ROWS, MAPS, FEATURES):
-        return f"none for a window of {rows} rows, {maps} maps and {features} features"
+        return f"no kernel for a window of {rows} rows, {maps} maps and {features} features"
     return ops.why_no_kernels(device)
 
 
@@ -114,7 +114,7 @@ class IncrementalHistory(ScoreHistory):
         kernel: bool = False,
     ) -> None:
         if kernel and (reason := why_no_kernel(predictor, device)) is not None:
-            raise ConfigError(f"kernel=True, but there is no kernel: {reason}")
+            raise ConfigError(f"kernel=True is not possible: {reason}")
         super().__init__(predictor, batch=batch, kv_heads=kv_heads, device=device)
         self.incremental = predictor.channels >= STENCIL
         with torch.inference_mode(False):

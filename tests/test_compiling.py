@@ -378,11 +378,11 @@ def test_a_kernel_that_does_not_compile_is_said_once(driver: mock.MagicMock, cou
 
 
 def test_reasons(driver: mock.MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ops.why_no_kernels(torch.device("meta")) == "none are written for meta"
+    assert ops.why_no_kernels(torch.device("meta")) == "no kernels are written for meta"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "capability below 8.0, this one has 7.5" in (ops.why_no_kernels(GPU) or "")
+    assert "capability 8.0 or higher, this one has 7.5" in (ops.why_no_kernels(GPU) or "")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert ops.why_no_kernels(torch.device("cuda", 0)) == "none are written for ROCm"
+    assert ops.why_no_kernels(torch.device("cuda", 0)) == "no kernels are written for ROCm"
 
 
 def nvrtc(**changes: object) -> dict[str, object]:

@@ -369,7 +369,7 @@ def test_wrong_arguments_are_named() -> None:
         bad = [tensor.double() if i == place else tensor for i, tensor in enumerate(tensors) if tensor is not None]
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             ops.sketch_scores(query_BHD, *bad, 131, None, *rest)
-    with pytest.raises(ValueError, match=r"^no kernel: none on a CPU that makes codes of a sketch's keys"):
+    with pytest.raises(ValueError, match=r"^no CPU kernel quantises a sketch's keys"):
         ops.sketch_append(key_BGTD[:, :, 0].contiguous(), *tensors, 132, None)
     with pytest.raises(ValueError, match=re.escape("key_BGTD: expected torch.float32 [2, 2, -1, 48]")):
         ops.sketch_store(key_BGTD[:, :, :70], *tensors, 0)

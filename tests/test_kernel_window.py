@@ -176,9 +176,9 @@ def test_where_there_is_no_kernel(network: WindowPredictor) -> None:
     short = type("Short", (WindowPredictor,), {"channels": 24, "rows": 24})()
     with emulated_gpu():
         assert why_no_kernel(network, "cpu") is None
-        assert why_no_kernel(short, "cpu") == "none for a window of 24 rows, 16 maps and 32 features"
-    assert why_no_kernel(network, "cpu") == "the predictor's are written for GPUs, not for cpu"
-    with pytest.raises(ConfigError, match="kernel=True, but there is no kernel: the predictor's are written for GPUs"):
+        assert why_no_kernel(short, "cpu") == "no kernel for a window of 24 rows, 16 maps and 32 features"
+    assert why_no_kernel(network, "cpu") == "the predictor's kernels need a GPU, the device is cpu"
+    with pytest.raises(ConfigError, match="kernel=True is not possible: the predictor's kernels need a GPU"):
         IncrementalHistory(network, batch=1, kv_heads=1, device="cpu", kernel=True)
 
 

@@ -76,7 +76,9 @@ def why_no_kernel(key_BGSTD: Tensor) -> str | None:
     if (reason := ops.why_no_kernels(key_BGSTD.device)) is not None:
         return reason
     T, D = key_BGSTD.shape[3:]
-    return None if ops.fits(key_BGSTD) else f"none for {key_BGSTD.dtype}, blocks of {T} tokens and a head size of {D}"
+    return (
+        None if ops.fits(key_BGSTD) else f"no kernel for {key_BGSTD.dtype}, blocks of {T} tokens and a head size of {D}"
+    )
 
 
 def attend_slots(
