@@ -1,4 +1,4 @@
-"""Why a device has no kernels, if it has none; and their compilation before they are needed."""
+"""Whether a device has kernels, and their compilation before first use."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from attention_predictor.csrc import attention, function, gather, kernel, sketch
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.errors import BuildError
 
-FUNCTIONS = (attention.ON_CPU, gather.ON_CPU, sketch.ON_CPU)  # all that a CPU has
+FUNCTIONS = (attention.ON_CPU, gather.ON_CPU, sketch.ON_CPU)  # all CPU kernels
 MIN_CAPABILITY = (8, 0)
 logger = logging.getLogger(__name__)
 _reasons: dict[torch.device, str | None] = {}
 
 
 def why_no_kernels(device: torch.device) -> str | None:
-    """Why there are no kernels for this device, on one line; what a compiler said goes to the log, once."""
+    """Why this device has no kernels, on one line; ``None`` if it has. Compiler output goes to the log, once."""
     if device in _reasons:
         return _reasons[device]
-    return prepare(device, [gather.NOTE_TIME])  # the smallest: it shows whether any can be compiled and loaded
+    return prepare(device, [gather.NOTE_TIME])  # the smallest one: shows whether kernels can be compiled and loaded
 
 
 def prepare(device: torch.device, kernels: Sequence[Kernel]) -> str | None:
-    """Compile and load kernels before they are needed; those that are not kept on disk in parallel.
+    """Compile (in parallel, unless cached on disk) and load kernels before they are needed.
 
-    On a CPU all there are, whatever ``kernels``.
+    On a CPU this ignores ``kernels`` and loads all CPU kernels.
 
     Returns:
         ``None``, or one line that says why it failed. ``why_no_kernels`` returns the same line from then on: a

@@ -17,7 +17,7 @@ from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
 MAX_THREADS, WARP = 1024, 32
-VECTOR_BYTES = 16  # that a thread reads at once
+VECTOR_BYTES = 16  # one load of a thread
 
 
 class Form(enum.IntEnum):
@@ -41,10 +41,10 @@ def kernel(dtype: torch.dtype) -> Kernel:
 
 
 def rms_norm(x_xW: Tensor, weight_W: Tensor, eps: float, form: Form) -> Tensor:
-    """Rows divided by the root of their mean square, times the weight; on a GPU. ``rms_norm_by_torch`` says what it is.
+    """Root-mean-square normalisation on a GPU; ``rms_norm_by_torch`` is the reference.
 
     Args:
-        x_xW: fp32, fp16 or bf16; copied where it is not contiguous.
+        x_xW: fp32, fp16 or bf16; copied if not contiguous.
         weight_W: Of the same type.
         eps: Added to the mean square.
 
@@ -80,7 +80,7 @@ def rms_norm_by_torch(x_xW: Tensor, weight_W: Tensor, eps: float, form: Form) ->
 
 
 def is_wide(tensors: tuple[Tensor, ...], *elements: int) -> bool:
-    """Whether all these tensors, and what is so many of their elements further on, are at multiples of 16 bytes."""
+    """Whether all tensors begin at multiples of 16 bytes, and strides of so many elements are multiples of 16 bytes."""
     return all(
         tensor.data_ptr() % VECTOR_BYTES == 0 and not any(n * tensor.itemsize % VECTOR_BYTES for n in elements)
         for tensor in tensors

@@ -1,4 +1,4 @@
-"""All kernels as functions: arguments checked, a reason where there are none, and which of them a model needs."""
+"""All kernels as functions, why a device has none, and which kernels a model needs."""
 
 from __future__ import annotations
 
@@ -89,28 +89,28 @@ def why_no_sketch_kernel(
 ) -> str | None:
     """Why no kernel scores blocks of `block_size` tokens by such a sketch, on one line; ``None`` if one does.
 
-    Without a `block_size`: why none makes codes of its keys.
+    Without `block_size`: why no kernel quantises its keys.
     """
     return why_no_kernels(device) or sketch.why_unsupported(device, dtype, head_dim, group, block_size)
 
 
 def reduces(device: torch.device, block_size: int) -> bool:
-    """Whether a kernel brings a prompt's logits down to blocks of that size."""
+    """Whether a kernel reduces a prompt's logits to blocks of that size."""
     return reduce.serves(device, block_size) and why_no_kernels(device) is None
 
 
 def kernels_of(
     dtype: torch.dtype, head_dim: int, *, sketch_bits: int | None, predictor: str | None, fused: bool = True
 ) -> list[Kernel]:
-    """All that a GPU needs for a prompt and decoding steps, to be given to ``prepare``.
+    """The kernels that prompts and decoding steps need on a GPU, for ``prepare``.
 
     Args:
-        dtype, head_dim: Of the keys; kernels that none are written for are left out.
-        sketch_bits: Of a sketch's codes; ``None`` where there is no sketch.
-        predictor: Its architecture, if there is one.
-        fused: Captured steps use the kernels for norms, gated MLPs and rotary embeddings.
+        dtype, head_dim: Of the keys; kernels that don't support them are left out.
+        sketch_bits: Of a sketch's codes; ``None``: no sketch.
+        predictor: Its architecture, or ``None``.
+        fused: Whether captured steps use the kernels for norms, gated MLPs and rotary embeddings.
     """
-    # What takes longest to compile comes first.
+    # Those that take longest to compile come first.
     found = [select.BY_ESTIMATES, select.BY_SCORES, gather.MOVE, gather.APPEND, gather.NOTE_TIME]
     if dtype in ELEMENTS and head_dim <= attention.MAX_HEAD_DIM:
         if sketch_bits is not None:
@@ -122,12 +122,12 @@ def kernels_of(
 
 
 def fusing(dtype: torch.dtype) -> list[Kernel]:
-    """For norms, gated MLPs and rotary embeddings of that type, one of ``ELEMENTS``."""
+    """The kernels of norms, gated MLPs and rotary embeddings, for one dtype of ``ELEMENTS``."""
     return [norm.kernel(dtype), gate.kernel(dtype), rotary.kernel(dtype)]
 
 
 def every_kernel() -> list[Kernel]:
-    """All that can ever be asked for."""
+    """All kernels, for every dtype, head size, sketch and predictor."""
     found = [
         kernel
         for dtype in ELEMENTS

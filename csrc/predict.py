@@ -74,16 +74,16 @@ def predict_blocks(
     length_B: Tensor,
     padding_B: Tensor | None = None,
 ) -> Tensor:
-    """Scores of the candidates for the next step: ``FilterPredictor.forward`` on their states alone; on a GPU.
+    """The candidates' scores for the next step: ``FilterPredictor.forward`` on their states; on a GPU.
 
     Args:
-        state_BGNC: fp32 state, with even room for blocks.
-        weight, bias: By ``pack_convolutions``.
-        columns: Blocks of the result, for which the state has room.
-        first, recent, block_size, length_B, padding_B: As of ``candidates.checked``.
+        state_BGNC: fp32 state of even capacity.
+        weight, bias: From ``pack_convolutions``.
+        columns: Blocks of the result, at most the capacity.
+        first, recent, block_size, length_B, padding_B: As in ``candidates.checked``.
 
     Returns:
-        fp32 scores_BGN, ``-inf`` where there is no candidate.
+        fp32 scores_BGN, ``-inf`` for blocks that are no candidates.
     """
     B, G, room, _ = state_BGNC.shape
     device = state_BGNC.device

@@ -36,7 +36,7 @@ class WindowStep(ctypes.Structure):
     ]
 
 
-TILE, SLID = 126, 32  # columns of a thread block: where features are computed, and where the window moves
+TILE, SLID = 126, 32  # columns of a thread block: to compute features, and to move the window
 CONSTANTS = {
     "kRows": ROWS,
     "kMaps": MAPS,
@@ -61,7 +61,7 @@ def pack_network(conv1: nn.Conv2d, conv2: nn.Conv2d, conv3: nn.Conv1d) -> tuple[
 
 @torch.library.custom_op("attention_predictor::push_window", mutates_args=("window_BGNR", "sum_BGCN"))
 def push_window(row_BGN: Tensor, window_BGNR: Tensor, sum_BGCN: Tensor, weight: Tensor, rest: Tensor) -> None:
-    """Move the window up by a row, and the sums of features between its ends with it; on a GPU.
+    """Push a row into the window, and update the sums of features between its ends; on a GPU.
 
     Args:
         row_BGN: fp32 scores of the step, zero where there is no block yet.
@@ -91,7 +91,7 @@ def score_window(
     length_B: Tensor,
     padding_B: Tensor | None = None,
 ) -> Tensor:
-    """Scores of the candidates for the next step: ``WindowPredictor.forward`` on their windows alone; on a GPU.
+    """The candidates' scores for the next step: ``WindowPredictor.forward`` on their windows; on a GPU.
 
     Args:
         window_BGNR, sum_BGCN, weight, rest: As of ``push_window``.
