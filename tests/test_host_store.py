@@ -78,7 +78,7 @@ class LateStore(HostStore):
         super().__init__(**options)
         self.host_copier = LateHostCopier()
 
-    def _way(self, device):
+    def _copier(self, device):
         return self.host_copier
 
     def __deepcopy__(self, memo):
@@ -216,7 +216,7 @@ class LateStoreMachine(StoreMachine):
     def append_from_the_cpu(self, tokens):
         key, value = random_kv(tokens, self.store.batch)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LateStore, "_way", HostStore._way)
+            patch.setattr(LateStore, "_copier", HostStore._copier)
             self.store.append(key, value)
         self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
 
@@ -230,7 +230,7 @@ TestLateStoreMachine = LateStoreMachine.TestCase
 def append_from_the_cpu(store):
     torch.manual_seed(2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(store), "_way", HostStore._way)
+        patch.setattr(type(store), "_copier", HostStore._copier)
         store.append(*random_kv(3))
 
 
