@@ -1,4 +1,4 @@
-"""Options that several commands and scripts take, and how the value of one is checked."""
+"""Options that several commands and scripts share, and the check of an option's value."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:
-    """Refuse what can be known to be wrong with them without loading anything."""
+    """Refuse wrong model arguments that can be detected without loading anything."""
     check_model_name(args.model)
     check_dtype(args.dtype)
 
 
 def check_model_name(name: str | None) -> str:
-    """The name itself; ``ConfigError`` if there is none, ``CheckpointError`` if it is of GGUF files."""
+    """Return the name; ``ConfigError`` if there is none, ``CheckpointError`` for GGUF files."""
     if name is None:
         raise ConfigError("--model is required: no pocket model beside this installation")
     path = Path(name)
@@ -64,7 +64,7 @@ def check_model_name(name: str | None) -> str:
 
 
 def check_dtype(name: str) -> None:
-    """``ConfigError`` for a name that is no dtype's."""
+    """Raise ``ConfigError`` for an unknown dtype."""
     if name not in DTYPE_NAMES:
         raise ConfigError(f"dtype={name!r} is not allowed: expected one of {', '.join(DTYPE_NAMES)}")
 
@@ -72,7 +72,7 @@ def check_dtype(name: str) -> None:
 def add_option(
     parser: argparse._ActionsContainer, option: str, kind: Kind, default: Any, says: str, *, required: bool = False
 ) -> None:
-    """An option with a value of a kind; one that is not allowed is refused when it is read.
+    """Add an option whose value has a kind; a value that is not allowed is refused when it is parsed.
 
     Args:
         default: Is shown behind the help text, unless it is ``None``.
@@ -91,7 +91,7 @@ def add_option(
 
 
 class _Checked(argparse.Action):
-    """Keeps the value, if it is allowed; else a ``ConfigError`` names the option, the value and what is allowed."""
+    """Stores an allowed value; else raises a ``ConfigError`` that names option, value and what is allowed."""
 
     def __init__(self, *args: Any, kind: Kind, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -1,4 +1,4 @@
-"""Models and tokenizers by directory or hub name, with errors of one line."""
+"""Loads models and tokenizers by directory or hub name, with errors of one line."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SHOWN = 3  # names in an error of one line
 
 
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; ``CheckpointError`` if it can't be had."""
+    """The tokenizer of a model; ``CheckpointError`` if it can't be loaded."""
     name = check_model_name(name)
     try:
         return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever a foreign or damaged one makes the loader raise
+    except Exception as error:  # a foreign or damaged tokenizer may raise anything
         raise CheckpointError(f"cannot load a tokenizer from {name!r}: {_reason(name, error)}") from error
 
 
 def load_config(name: str | None, what: str = "the configuration of") -> Any:
-    """The configuration of a model; ``CheckpointError`` if it can't be had, saying ``what`` was wanted of it."""
+    """The configuration of a model; ``CheckpointError``, which names its use ``what``, if it can't be loaded."""
     name = check_model_name(name)
     try:
         return AutoConfig.from_pretrained(name)
@@ -34,12 +34,12 @@ def load_config(name: str | None, what: str = "the configuration of") -> Any:
 
 
 def device_name(name: str) -> str:
-    """The same, but for ``auto``: what that stands for here."""
+    """The device's name, with ``auto`` resolved."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == AUTO else name
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; ``ConfigError`` if it can't be used."""
+    """The device with that name; ``ConfigError`` if it can't be used."""
     try:
         device = torch.device(device_name(name))
         torch.empty(0, device=device)
@@ -63,16 +63,16 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreT
     wanted = torch.float32 if dtype == AUTO and target.type == "cpu" else DTYPES[dtype]
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # of missing weights it prints a table, and goes on
+    logging.set_verbosity_error()  # else it prints a table of missing weights, and continues
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True)
-    except Exception as error:  # whatever a foreign or damaged checkpoint makes the loader raise
+    except Exception as error:  # a foreign or damaged checkpoint may raise anything
         raise CheckpointError(f"cannot load a causal language model from {name!r}: {_reason(name, error)}") from error
     finally:
         logging.enable_progress_bar()
         logging.set_verbosity(verbosity)
     model, info = pair
-    if missing := sorted(info["missing_keys"]):  # tied weights are not among them
+    if missing := sorted(info["missing_keys"]):  # tied weights are not listed
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise CheckpointError(f"{name!r} lacks weights of its model: {', '.join(missing[:SHOWN])}{more}")
     torch.nn.Module.to(model, target)  # transformers' own `to` is wrapped in a way that mypy can't follow
@@ -80,6 +80,6 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreT
 
 
 def _reason(name: str, error: Exception) -> str:
-    """What the loader says; and what to do, where a repository of the hub seems to have GGUF files alone."""
+    """The loader's error, with advice if a hub repository seems to have only GGUF files."""
     hint = ": GGUF files need gguf_file=… of transformers, and to be saved anew" if GGUF[1:] in name.lower() else ""
     return one_line(error) + hint

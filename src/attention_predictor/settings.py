@@ -1,4 +1,4 @@
-"""The settings of ``OffloadConfig`` as text: options of a command line, and fields of a rule."""
+"""``OffloadConfig``'s settings as text: command-line options, and fields of a rule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIELDS: dict[str, Field[Any]] = {one.name: one for one in fields(OffloadConfig)}
 
 
 def add_setting_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
-    """An option for each setting, or for those named."""
+    """Add an option for each setting, or for those named."""
     group = parser.add_argument_group("settings of the cache")
     for name in names or FIELDS:
         kind, default = FIELDS[name].metadata["kind"], FIELDS[name].default
@@ -29,13 +29,13 @@ def add_setting_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
 
 
 def offload_config(args: argparse.Namespace, **changes: Any) -> OffloadConfig:
-    """The settings that ``add_setting_arguments`` read; ``ConfigError`` for one that is not allowed."""
+    """The settings from ``add_setting_arguments``; ``ConfigError`` for a value that is not allowed."""
     given = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
     return OffloadConfig(**given | changes)
 
 
 def read_setting(name: str, text: str) -> Any:
-    """The value of a setting; ``ConfigError`` names it, for text that is no such value or for an unknown name."""
+    """Parse a setting's value; ``ConfigError`` for an invalid value or an unknown name."""
     if name not in FIELDS:
         near = get_close_matches(name, FIELDS, n=1)
         meant = f", did you mean {near[0]!r}?" if near else ""
@@ -50,7 +50,7 @@ def read_setting(name: str, text: str) -> Any:
 
 
 def reader(kind: Kind) -> Callable[[str], Any]:
-    """As argparse takes it for an option's type."""
+    """A parse function, for argparse's ``type``."""
 
     def read(text: str) -> Any:
         try:
@@ -58,5 +58,5 @@ def reader(kind: Kind) -> Callable[[str], Any]:
         except UnreadableError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
-    read.__name__ = kind.of  # in argparse's own words for other text
+    read.__name__ = kind.of  # argparse shows it in its errors
     return read
