@@ -109,7 +109,21 @@ def test_score_files(tmp_path):
         read_scores([bi, written("short.json", {"q_similarity": [1, 2]})])
     with pytest.raises(DataError, match=r"bi is in .*bi.json too"):
         read_scores([bi, written("again.json", {"bi": [1, 2, 3]})])
+    theirs = {"model": "some-7b", "score_type": "BI", "scores": [1, 2, 3]}
+    other = {"model": "other-7b", "score_type": "q_similarity", "scores": [0.1, 0.2, 0.3]}
+    published = written("published.json", theirs)
+    assert read_scores([published, q]) == scores
+    assert read_scores([published, written("same.json", other | {"model": "some-7b"})]) == {
+        "bi": [1, 2, 3],
+        "q_similarity": [0.1, 0.2, 0.3],
+    }
+    with pytest.raises(DataError, match=r"different models: some-7b in .*published.json, other-7b in .*other.json"):
+        read_scores([published, written("other.json", other)])
     for bad, message in (
+        ({"score_type": "angle", "scores": [1, 2]}, "score_type 'angle': expected BI or q_similarity"),
+        ({"score_type": ["BI"], "scores": [1, 2]}, "score_type"),
+        ({"scores": [1, 2]}, "score_type None: expected BI or q_similarity"),
+        ({"score_type": "BI", "scores": 3}, "expected a list of numbers"),
         ("{", "not readable as JSON"),
         ([1, 2], "expected an object with bi"),
         ({"order": [1]}, "expected an object with bi"),

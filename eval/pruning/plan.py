@@ -20,6 +20,7 @@ from typing import Any
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.reading import read_json
 
+PUBLISHED = {"BI": "bi", "q_similarity": "q_similarity"}  # ``score_type`` of TAPPA's authors, and our name
 METRICS = {"bi": ("bi",), "qsim": ("q_similarity",), "tappa": ("bi", "q_similarity")}  # and the scores they need
 BETA = 0.3
 
@@ -96,32 +97,47 @@ def check_depth(count: int | None, depth: int) -> None:
 def read_scores(paths: Sequence[Path]) -> dict[str, list[float | None]]:
     """Scores from JSON files with ``bi``, ``q_similarity`` or both, such as ``attnpred prune`` writes.
 
+    A file may also be one of TAPPA's authors, which has a ``score_type``, its ``scores`` and the ``model``'s name.
+
     Raises:
-        DataError: A file that is none, a score that two files have, or files of models of different depth.
+        DataError: A file that is none, a score that two files have, or files of different models.
     """
     found: dict[str, list[float | None]] = {}
     origin: dict[str, Path] = {}
+    models: dict[str, Path] = {}
     for path in paths:
-        for name, values in _read(path).items():
+        saved = read_json(path)
+        if isinstance(saved, dict) and isinstance(saved.get("model"), str):
+            models.setdefault(saved["model"], path)
+        for name, values in _scores_of(saved, path).items():
             if name in found:
                 raise DataError(f"{path}: {name} is in {origin[name]} too")
             found[name], origin[name] = values, path
+    if len(models) > 1:
+        raise DataError(
+            f"score files of different models: {', '.join(f'{model} in {models[model]}' for model in models)}"
+        )
     depths = {f"{name} of {len(values)} layers in {origin[name]}" for name, values in found.items()}
     if len({len(values) for values in found.values()}) > 1:
         raise DataError(f"score files of models of different depth: {', '.join(sorted(depths))}")
     return found
 
 
-def _read(path: Path) -> dict[str, list[float | None]]:
-    saved = read_json(path)
-    names = [name for name in ("bi", "q_similarity") if isinstance(saved, dict) and name in saved]
-    if not names:
-        raise DataError(f"{path}: expected an object with bi, q_similarity or both")
-    for name in names:
-        values = saved[name]
+def _scores_of(saved: object, path: Path) -> dict[str, list[float | None]]:
+    known = saved if isinstance(saved, dict) else {}
+    if "scores" in known:
+        kind = known.get("score_type")
+        if not isinstance(kind, str) or kind not in PUBLISHED:
+            raise DataError(f"{path}: score_type {kind!r}: expected {' or '.join(PUBLISHED)}")
+        found = {PUBLISHED[kind]: known["scores"]}
+    else:
+        found = {name: known[name] for name in PUBLISHED.values() if name in known}
+    if not found:
+        raise DataError(f"{path}: expected an object with bi, q_similarity or both, or with score_type and scores")
+    for name, values in found.items():
         if not isinstance(values, list) or not values or not all(map(_is_score, values)):
             raise DataError(f"{path}: {name}: expected a list of numbers, one a layer; found {values!r:.60}")
-    return {name: saved[name] for name in names}
+    return found
 
 
 def _is_score(value: object) -> bool:

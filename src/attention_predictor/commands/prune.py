@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="D", help="texts to score by: what attnpred record takes")
     add_option(parser, "--documents", whole(1), 16, "of each data set, at most")
     add_option(parser, "--context", whole(), 2048, "tokens of each document")
-    what = "file with scores in place of --data, such as scores.json; twice, if bi and q_similarity are apart"
+    what = "file with scores in place of --data: scores.json, or one as TAPPA's authors publish them; twice, if bi and"
+    what += " q_similarity are apart"
     add("--scores", type=Path, action="append", default=[], metavar="F", help=what)
     add("--plan-only", action="store_true", help="print the order that --scores give, and stop")
     add("--json", action="store_true", help="print the plan as one JSON object")
