@@ -51,8 +51,10 @@ def test_what_it_writes(given, tmp_path, capsys):
     pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    assert analyse(*given, "--parquet") == 0
+    pytest.importorskip("matplotlib")
+    assert analyse(*given, "--parquet", "--plot", tmp_path / "plots" / "heads.png") == 0
     out = tmp_path / "out"
+    assert (tmp_path / "plots" / "heads.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert [line.split("  ")[0] for line in said.splitlines()[1:4]] == ["layer 0", "layer 1", "all layers"]
     assert "rank correlation over query heads" in said

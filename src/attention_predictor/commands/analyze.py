@@ -24,6 +24,7 @@ from pathlib import Path
 
 from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments
 from attention_predictor.errors import ConfigError
+from attention_predictor.eval.plot import check_plot
 from attention_predictor.kinds import whole
 from attention_predictor.offload.config import OffloadConfig
 
@@ -45,11 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--budget", whole(), 512, "tokens that may be chosen for a step")
     add("--predictor", default="default", metavar="P", help="that chooses: a name or a directory (%(default)s)")
     add("--parquet", action="store_true", help="write heads.parquet too (needs pyarrow)")
+    add("--plot", type=Path, metavar="F", help="query similarity against recovery (.png, .svg, .pdf)")
     add("--retry-errors", action="store_true", help="try documents once more that failed")
 
 
 def check(args: argparse.Namespace) -> None:
     check_model_arguments(args)
+    check_plot(args.plot)
     OffloadConfig(budget=args.budget)
     if args.parquet and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("--parquet needs pyarrow: pip install 'attention-predictor[train]'")
