@@ -242,10 +242,10 @@ class TestBlockValues:
 def test_newest_first():
     scores = torch.tensor([[[0.5, NEVER, 3.0, 0.1, 0.2]]]).expand(2, -1, -1)
     extent = Extent(torch.tensor([80, 80]), None, 5, 16)
-    ordered = newest_first(scores, torch.tensor([3, 5]), extent)
+    ordered = newest_first(scores, torch.tensor([[3], [5]]), extent)
     assert ordered[0, 0].argsort(descending=True).tolist() == [4, 3, 2, 0, 1]
     assert torch.equal(ordered[1], scores[1])
-    nothing = newest_first(torch.full((2, 1, 5), NEVER), torch.tensor([3, 4]), extent)
+    nothing = newest_first(torch.full((2, 1, 5), NEVER), torch.tensor([[3], [4]]), extent)
     assert nothing[:, 0].tolist() == [[NEVER] * 3 + [1.0, 2.0], [NEVER] * 4 + [1.0]]
 
 

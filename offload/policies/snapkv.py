@@ -62,7 +62,7 @@ class SnapKV(Policy):
         # The recent tokens touch one block more unless they are aligned: counted always, lest one come and go.
         first_recent_B = extent.next.n_blocks_B - 1 - self.spec.config.recent // extent.block_size
         first_B = torch.minimum(first_recent_B.clamp_min(0), self.prompt_blocks_1)
-        return newest_first(self.votes.value_BGC, first_B, extent)
+        return newest_first(self.votes.value_BGC, first_B[:, None], extent)
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
         n_blocks = self.selection.n_blocks(length)
