@@ -283,6 +283,62 @@ def test_h2o_keeps_the_newest_half_and_the_heavy_hitters():
     assert wanted(policy, 321) == {0, 5, 17, 18, 19, 20}
 
 
+# ---- blocks of one token: the published formulas themselves ----------------------------------------------------------
+
+
+def published_snapkv(attention_BHQK: torch.Tensor, window: int) -> torch.Tensor:
+    """SnapKV's scores of the keys before the window, by KV head: Li et al., listing 1, average pooling."""
+    votes_BHK = attention_BHQK[:, :, -window:, :-window].mean(2)
+    return F.avg_pool1d(votes_BHK, 5, stride=1, padding=2).unflatten(1, (G, -1)).mean(2)
+
+
+def published_cake(attention_BHQK: torch.Tensor, window: int) -> torch.Tensor:
+    """CAKE's indicator with γ = 200; of the mean of the query heads, as here."""
+    rows_BGQK = attention_BHQK[:, :, -window:, :-window].unflatten(1, (G, -1)).mean(2)
+    return F.avg_pool1d(rows_BGQK.mean(2) + 200 * rows_BGQK.var(2), 5, stride=1, padding=2)
+
+
+def published_h2o(attention_BHQK: torch.Tensor, window: int) -> torch.Tensor:
+    """H2O's accumulated scores, algorithm 1: all attention that a key has had."""
+    return attention_BHQK.unflatten(1, (G, -1)).mean(2).sum(2)[..., :-window]
+
+
+@pytest.mark.parametrize(
+    ("policy", "scores", "window"),
+    [
+        ("snapkv", published_snapkv, 32),
+        ("pyramidkv", published_snapkv, 8),
+        ("cake", published_cake, 32),
+        ("tappa", published_cake, 32),
+        ("h2o", published_h2o, None),
+        ("streaming", None, None),
+    ],
+)
+def test_with_blocks_of_one_token_the_choice_is_the_published_one(tiny_model, ids, policy, scores, window):
+    """Of the first step, for every layer and head: the newest tokens, and the best by the formula of those before."""
+    model, prompt, budget = tiny_model(), ids(300, batch=2), 97
+    sink, recent = (4, 0) if policy == "streaming" else (0, window or 0)
+    settings = {"policy": policy, "block_size": 1, "budget": budget, "sink": sink, "recent": recent}
+    with torch.no_grad():
+        attentions = model(prompt, output_attentions=True).attentions
+        with attach(model, OffloadConfig(**settings)) as engine:
+            cache = engine.new_cache()
+            model(prompt, **with_cache(model, cache))
+            cache.check_integrity()
+    for layer, attention_BHQK in zip(cache.layers, attentions, strict=True):
+        own = layer.selection.budget - 1  # of the prompt's tokens; one is the next
+        newest = {"h2o": budget // 2 - 1, "streaming": own - sink}.get(policy, window)
+        chosen = [set(range(300 - newest, 300)) | set(range(sink)) for _ in range(B * G)]
+        if scores is not None:
+            best_BGK = scores(attention_BHQK, newest).topk(own - newest).indices
+            chosen = [one | set(best) for one, best in zip(chosen, best_BGK.flatten(0, 1).tolist(), strict=True)]
+        ours = [set(row) - {-1, 300} for row in layer.blocks.active_BGS.flatten(0, 1).tolist()]
+        assert [len(one) for one in ours] == [own] * (B * G)
+        assert ours == chosen
+    if policy == "pyramidkv":  # 9 tokens, and 1.95 or 0.05 times the 88 others
+        assert [layer.selection.budget for layer in cache.layers] == [97 + 84, 97 - 84]
+
+
 # ---- SnapKV ----------------------------------------------------------------------------------------------------------
 
 
