@@ -79,7 +79,7 @@ class Method:
     """
 
     press: tuple[str, dict[str, int]] | None = None
-    always: dict[str, int] = field(default_factory=dict)
+    always: dict[str, Any] = field(default_factory=dict)
 
 
 METHODS = {
@@ -146,7 +146,7 @@ def _chosen(names: str) -> dict[str, Method]:
 def prepare(args: argparse.Namespace, methods: Mapping[str, Method]) -> list[dict[str, Any]]:
     """Write prompts and plan for kvpress, and give the prompts; what lies there must be of the same settings."""
     if args.limit < 1 or args.answer < 1:
-        raise ConfigError(f"--limit {args.limit} --answer {args.answer}: expected 1 or more of each")
+        raise ConfigError(f"--limit {args.limit} --answer {args.answer}: expected 1 or more for each")
     for name in methods:
         configs(name, args.budget)  # refuses a budget that is too small
     rows = list(_prompts(args))
