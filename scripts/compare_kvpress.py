@@ -49,9 +49,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from attention_predictor import AttentionPredictorError, OffloadConfig, attach
+from attention_predictor.arguments import GGUF
 from attention_predictor.errors import ConfigError, DataError, one_line
 from attention_predictor.eval.longbench.benchmark import LongBench
 from attention_predictor.eval.longbench.data import open_source
@@ -106,7 +107,7 @@ class Found:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="DIR", help="directory of a model that both sides can load")
+    parser.add_argument("--model", required=True, metavar="M", help="directory of a model, or a GGUF file")
     parser.add_argument("--data", required=True, metavar="DIR", help="LongBench's jsonl files, one a task")
     parser.add_argument("--tasks", default="qasper,multifieldqa_en,hotpotqa", metavar="T,…", help="default %(default)s")
     parser.add_argument("--limit", type=int, default=1, metavar="N", help="samples of each task (%(default)s)")
@@ -120,6 +121,7 @@ def main() -> int:
     try:
         args = parser.parse_args()
         methods = _chosen(args.methods)
+        args.model = directory_of(args.model, args.out / "model")
         rows = prepare(args, methods)
         model = load_model(args.model)
         for name in (FULL, *methods):
@@ -141,6 +143,29 @@ def _chosen(names: str) -> dict[str, Method]:
 
 
 # ---- what both sides are given ---------------------------------------------------------------------------------------
+
+
+def directory_of(model: str, made: Path) -> str:
+    """The model's directory; of a GGUF file one that is made, its weights in fp32: both sides can load that."""
+    file = Path(model)
+    if file.suffix.lower() != GGUF:
+        return model
+    if not (made / "config.json").exists():
+        try:
+            from transformers import GgufConfig  # of the newer ones
+
+            settings = GgufConfig(gguf_file=file.name, dequantize=True)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, quantization_config=settings, dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        except Exception as error:  # whatever a foreign file, or the lack of the package gguf, makes the loader raise
+            raise ConfigError(f"--model {model}: {one_line(error)}") from error
+        if hasattr(loaded.config, "quantization_config"):
+            del loaded.config.quantization_config  # which an older transformers can't read
+        tokenizer.save_pretrained(made)
+        loaded.save_pretrained(made)
+    return str(made)
 
 
 def prepare(args: argparse.Namespace, methods: Mapping[str, Method]) -> list[dict[str, Any]]:
