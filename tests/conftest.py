@@ -83,6 +83,9 @@ def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Ite
     """
     model, tokenizer = pocket
 
+    def newest(text: str, budget: int = 512, sink: int = 64) -> str:
+        return str(tokenizer.decode(tokenizer(text)["input_ids"][sink - budget :]))
+
     def check(*, answers: int, device: str, spare: int, ahead: float, prefetch: str = "thread") -> None:
         texts = read_texts(POCKET.parents[1] / "scripts" / "demo_text.txt")
         samples = plant(
@@ -100,7 +103,10 @@ def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Ite
         assert full >= 0.95 * answers - spare
         assert found("predictor", late_fetch=0.0) >= ahead * full - spare
         assert found("predictor") >= 0.98 * full - spare
-        assert found("streaming") <= 0.1 * answers + spare
+        # Streaming finds what stands where it reads, and guesses little more.
+        near = sum(one.answer.strip() in newest(sample.document) for sample in samples for one in sample.questions)
+        assert near <= 0.1 * answers
+        assert found("streaming") <= near + 0.02 * answers + spare
         assert found("predictor", late_fetch=0.0, calibration="none") <= 0.3 * answers + spare
 
     yield check

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benchmark_runs import write_texts
 from recordings import make_recording
 from tiny_text_model import save_tiny_text_model, write_longbench
 
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.offload.policy_names import BUILT_IN
 
@@ -84,3 +89,78 @@ def test_reproduce_pocket_says_what_is_missing(tmp_path: Path) -> None:
         done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"reproduce_pocket.sh: {said}\n"
+
+
+class TestCompareKVPress:
+    """The other side is one of ours here: kvpress needs another transformers."""
+
+    @pytest.fixture
+    def script(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+        spec = importlib.util.spec_from_file_location("compare_kvpress", SCRIPTS / "compare_kvpress.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for their annotations
+        spec.loader.exec_module(module)
+        return module
+
+    @pytest.fixture
+    def given(self, tmp_path: Path) -> list[str]:
+        write_longbench(tmp_path / "longbench", ["trec", "lcc"])
+        options = {"model": save_tiny_text_model(tmp_path / "model"), "data": tmp_path / "longbench"}
+        options |= {"tasks": "trec,lcc", "budget": 144, "out": tmp_path / "out", "methods": "snapkv,streaming,quest"}
+        return [f"--{name}={value}" for name, value in options.items()]
+
+    @staticmethod
+    def run(script: Any, given: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+        def another_side(python: Path, out: Path) -> None:
+            plan = json.loads((out / "plan.json").read_text())
+            assert plan["presses"].keys() == {"snapkv", "streaming"}
+            for name in ("snapkv", "streaming"):
+                shutil.copytree(out / "ours-by-token" / name, out / "kvpress" / name, dirs_exist_ok=True)
+            (out / "kvpress" / "versions.json").write_text(json.dumps({"kvpress": "0", "transformers": "5"}))
+
+        monkeypatch.setattr(script, "run_kvpress", another_side)
+        monkeypatch.setattr(sys, "argv", ["compare_kvpress.py", *given, "--kvpress-python=python"])
+        return script.main()
+
+    def test_from_prompts_to_table(self, script, given, tmp_path, monkeypatch, capsys):
+        assert self.run(script, [*given, "--by-layer"], monkeypatch) == 0
+        said = capsys.readouterr()
+        rows = {line.split("  ")[0]: line.split() for line in said.out.splitlines()}
+        assert rows["snapkv"][1:3] == rows["streaming"][1:3] == ["1.000", "(1.000)"]
+        assert rows["snapkv"][5] == rows["snapkv"][6]  # the same nats
+        assert rows["quest"][1:4] == ["–"] * 3
+        table = json.loads((tmp_path / "out" / "table.json").read_text())["methods"]
+        assert all(0.3 < share < 1 for layer in table["snapkv"]["alike"]["ours"] for share in layer)
+        prompts = [json.loads(line) for line in (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()]
+        assert [row["id"] for row in prompts] == ["trec-0", "lcc-0"]
+        for row in prompts:
+            found = script.Found.read(tmp_path / "out" / "ours-by-token" / "streaming" / f"{row['id']}.pt")
+            tokens = len(row["prompt"])
+            assert len(found.nats) == len(row["answer"])
+            expected = [token < 4 or token >= tokens - 140 for token in range(tokens)]
+            assert found.kept_YGT.tolist() == [[expected] * 2] * 2
+        # Nothing is done again; other settings are refused.
+        assert self.run(script, given, monkeypatch) == 0
+        assert capsys.readouterr().err == ""
+        assert self.run(script, [*given, "--budget=160"], monkeypatch) == 2
+        assert "has results of other settings: budget=144, expected 160" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("option", "line"),
+        [
+            ("--methods=snap", "--methods snap: 'snap' is not known, expected some of snapkv,pyramidkv,streaming"),
+            ("--budget=100", "budget=100 is not allowed: expected at least sink + recent + one block"),
+            ("--budget=100000", "--budget 100000: prompt trec-0 has"),
+            ("--limit=0", "--limit 0"),
+        ],
+    )
+    def test_what_is_wrong_is_said_in_a_line(self, script, given, monkeypatch, capsys, option, line):
+        assert self.run(script, [*given, option], monkeypatch) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"compare_kvpress.py: {line}")
+
+    def test_a_python_that_is_none(self, script, tmp_path):
+        with pytest.raises(ConfigError, match=r"--kvpress-python .*: .* No such file"):
+            script.run_kvpress(tmp_path / "python", tmp_path)

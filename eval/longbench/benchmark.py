@@ -50,7 +50,7 @@ class LongBench(Benchmark):
         self.extended, self.chat, self.max_length = extended, chat, max_length
         self.templates = {task: (templates or {}).get(task, TASKS[task].template) for task in tasks}
         self.answer_likelihood = answer_likelihood
-        self._kept: dict[tuple[str, str, bool, int | None], tuple[list[int], bool]] = {}
+        self._kept: dict[tuple[str, str, int | None], tuple[list[int], bool]] = {}
         for template in self.templates.values():
             template_fields(template)
         if needing := [task for task in tasks if chat and TASKS[task].chat]:
@@ -73,9 +73,7 @@ class LongBench(Benchmark):
 
     def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
         what = TASKS[task]
-        chat = self.chat and what.chat
-        room = None if subject.context is None else subject.context - what.max_new_tokens
-        prompt, cut = self._fitted(task, sample, chat, room)
+        prompt, cut = self.prompt_ids(task, sample, subject.context)
         options: dict[str, Any] = {}
         if what.stops_at_newline:
             options = {"stop": encode(self.tokenizer, "\n")[-1:], "min_new_tokens": 1}
@@ -86,22 +84,33 @@ class LongBench(Benchmark):
             "new_tokens": len(tokens),
             "truncated": cut,
         }
-        return found | (self._likelihood(subject, task, sample, prompt, chat) if self.answer_likelihood else {})
+        return found | (self._likelihood(subject, task, sample, prompt) if self.answer_likelihood else {})
 
-    def _fitted(self, task: str, sample: Sample, chat: bool, room: int | None) -> tuple[list[int], bool]:
-        """``fitted_ids`` of the prompt; of few samples the same for all variants, since a book takes a while."""
-        key = (task, sample.id, chat, room)
+    def prompt_ids(self, task: str, sample: Sample, context: int | None) -> tuple[list[int], bool]:
+        """``fitted_ids`` of a prompt, with room for the answer within ``context`` tokens, if there is such a limit.
+
+        Those of few samples are kept for all variants, since a book takes a while.
+        """
+        key = (task, sample.id, context)
         if (known := self._kept.get(key)) is not None:
             return known
+        room = None if context is None else context - TASKS[task].max_new_tokens
+        chat = self._asks_in_chat(task)
         found = fitted_ids(self.tokenizer, sample.prompt, chat=chat, longest=self.max_length, room=room)
         if len(self._kept) < KEPT_SAMPLES:
             self._kept[key] = found
         return found
 
-    def _likelihood(self, subject: Subject, task: str, sample: Sample, prompt: list[int], chat: bool) -> dict[str, Any]:
-        """Of the first reference answer, no more of it than the model may generate."""
-        follows_blank = chat or TASKS[task].chinese or sample.prompt[-1:].isspace()
+    def answer_ids(self, task: str, sample: Sample) -> list[int]:
+        """Token ids of the first reference answer behind its prompt, no more of it than the model may generate."""
+        follows_blank = self._asks_in_chat(task) or TASKS[task].chinese or sample.prompt[-1:].isspace()
         answer = encode(self.tokenizer, ("" if follows_blank else " ") + sample.record["answers"][0])
-        answer = answer[: TASKS[task].max_new_tokens]
-        likelihoods = subject.log_likelihoods(prompt, answer)
+        return answer[: TASKS[task].max_new_tokens]
+
+    def _asks_in_chat(self, task: str) -> bool:
+        return self.chat and TASKS[task].chat
+
+    def _likelihood(self, subject: Subject, task: str, sample: Sample, prompt: list[int]) -> dict[str, Any]:
+        """Of the first reference answer."""
+        likelihoods = subject.log_likelihoods(prompt, self.answer_ids(task, sample))
         return {"answer_log_likelihood": sum(likelihoods), "answer_tokens": len(likelihoods)}

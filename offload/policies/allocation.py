@@ -11,10 +11,11 @@
 - budgets in tokens, one a layer, or one for each of its KV heads.
 
 Adapted: layers, or heads, have sink, recent and one block in any case, and what is left of the total goes in proportion
-(``share_budget``); the papers give all of it so, but for a window. A layer's pool has as many slots for each KV head,
-as many as the largest budget among them asks for. A batch has one set of budgets, from the mean of its sequences'
-shares. What the prompt decides is known when it has gone through the last layer: no layer fetches before. It is decided
-anew by every forward of 32 tokens and more; shorter ones, such as drafts, leave it alone.
+(``share_budget``); the papers give all of it so, but for a window. What a layer has beyond the context is not used;
+PyramidKV's authors give it to upper layers, but these budgets hold for contexts that grow. A layer's pool has as many
+slots for each KV head, as many as the largest budget among them asks for. A batch has one set of budgets, from the mean
+of its sequences' shares. What the prompt decides is known when it has gone through the last layer: no layer fetches
+before. It is decided anew by every forward of 32 tokens and more; shorter ones, such as drafts, leave it alone.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, L tokens of the sequence, D head size, N blocks,
 Y layers, or the KV heads of all layers.

@@ -174,7 +174,7 @@ class Policy:
     its paper has layers share the budget (``offload/policies/allocation.py``).
 
     Attributes:
-        selection: The layer's budget and what goes with it; the layer sets it, anew if its budget changes.
+        budget_G: int64 on the device, tokens of each KV head, by ``selection``.
     """
 
     name: ClassVar[str]
@@ -186,6 +186,18 @@ class Policy:
     def __init__(self, spec: LayerSpec) -> None:
         self.spec = spec
         self.selection = Selection.of(spec.config)
+
+    @property
+    def selection(self) -> Selection:
+        """The layer's budget and what goes with it; the layer sets it, anew if its budget changes."""
+        return self._selection
+
+    @selection.setter
+    @torch.inference_mode(False)
+    def selection(self, selection: Selection) -> None:
+        self._selection = selection
+        own = selection.heads or (selection.budget,) * self.spec.kv_heads
+        self.budget_G = torch.tensor(own, device=self.spec.device)
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -274,8 +286,8 @@ class Policy:
             part.check_integrity()
 
 
-def newest_first(scores_BGC: Tensor, first_B: Tensor, extent: Extent) -> Tensor:
-    """The scores with the blocks from ``first_B`` on above all others, the newest highest."""
+def newest_first(scores_BGC: Tensor, first_BG: Tensor, extent: Extent) -> Tensor:
+    """The scores with the blocks from ``first_BG`` (or ``[B, 1]``) on above all others, the newest highest."""
     top_BG1 = scores_BGC.amax(-1, keepdim=True).clamp_min(0)
-    place_BC = extent.block_C - first_B[:, None] + 1
-    return torch.where((place_BC > 0)[:, None], top_BG1 + place_BC[:, None], scores_BGC)
+    place_BGC = extent.block_C - first_BG[..., None] + 1
+    return torch.where(place_BGC > 0, top_BG1 + place_BGC, scores_BGC)
