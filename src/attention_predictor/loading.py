@@ -74,7 +74,7 @@ def gguf_file(name: str) -> GgufFile | None:
             path = Path(str(cached_file(*parts)))
         except Exception as error:
             raise CheckpointError(
-                f"{name!r} is no file here, and can't be had of the hub: {one_line(error)}"
+                f"{name!r} is no file here, nor to be had of the hub: {one_line(error)}"
             ) from error
     return GgufFile.read(path)
 
@@ -97,9 +97,9 @@ def find_device(name: str) -> torch.device:
 def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreTrainedModel:
     """A causal language model, in evaluation mode, on the device.
 
-    ``dtype="auto"`` takes the checkpoint's own, but float32 on a CPU, where half precisions are slow; of weights that
-    transformers keeps quantised it is always the checkpoint's own. Of a GGUF file, weights are unpacked into the dtype, or
-    kept packed with ``"packed"``, which computes in float32.
+    ``dtype="auto"`` takes the checkpoint's own, but float32 on a CPU, where half precisions are slow; of a checkpoint
+    with quantised weights its own everywhere. The weights of a GGUF file are unpacked into the dtype (``"auto"``:
+    bfloat16, where the file holds blocks), or kept as they are with ``"packed"``, which computes in float32.
 
     Raises:
         CheckpointError: It can't be loaded, or lacks weights, which transformers would make up at random.
@@ -163,8 +163,8 @@ def _gguf_options(file: GgufFile, device: torch.device, dtype: str) -> dict[str,
         )
     if device.type == "cpu" or not get_gguf_kernel():
         raise ConfigError(
-            f"dtype={PACKED!r}: no kernel computes with packed weights on {device}: it takes a GPU, the package kernels "
-            "and the hub; leave it out to unpack them"
+            f"dtype={PACKED!r}: no kernel computes with packed weights on {device}: it takes a GPU, the package "
+            "kernels and the hub; leave it out to unpack them"
         )
     # Named, or transformers fetches another attention with the kernel.
     return options | {"dtype": torch.float32, "device_map": {"": device}, "attn_implementation": "sdpa"}
