@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 from transformers.integrations.gguf.kernels import get_gguf_kernel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file, logging
 
 from attention_predictor.arguments import AUTO, DTYPE_NAMES, PACKED, check_dtype, check_model_name
@@ -73,9 +74,7 @@ def gguf_file(name: str) -> GgufFile | None:
         try:
             path = Path(str(cached_file(*parts)))
         except Exception as error:
-            raise CheckpointError(
-                f"{name!r} is no file here, nor to be had of the hub: {one_line(error)}"
-            ) from error
+            raise CheckpointError(f"{name!r} is no file here, nor to be had of the hub: {one_line(error)}") from error
     return GgufFile.read(path)
 
 
@@ -171,12 +170,22 @@ def _gguf_options(file: GgufFile, device: torch.device, dtype: str) -> dict[str,
 
 
 def _quantisation(name: str) -> str | None:
-    """How a checkpoint's weights are quantised, by its configuration: ``bitsandbytes``, ``gptq``, …."""
+    """How a checkpoint's weights are quantised, by its configuration: ``bitsandbytes``, ``gptq``, ….
+
+    Raises:
+        CheckpointError: transformers knows no such way; it would take the weights for plain ones.
+    """
     config = load_config(name, "a causal language model from")
     for one in (config, config.get_text_config(decoder=True)):
         if found := getattr(one, "quantization_config", None):
-            method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-            return str(getattr(method, "value", method))
+            settings = dict(found) if isinstance(found, dict) else found.to_dict()
+            method = settings.get("quant_method")
+            method = getattr(method, "value", method)
+            bits = any(settings.get(flag) for flag in ("load_in_4bit", "load_in_8bit"))  # of bitsandbytes
+            if method not in AUTO_QUANTIZATION_CONFIG_MAPPING and not bits:
+                known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+                raise CheckpointError(f"{name!r} is quantised by {method!r}, transformers knows {known}")
+            return str(method)
     return None
 
 
