@@ -15,8 +15,9 @@ import psutil
 import torch
 
 from attention_predictor import __version__
+from attention_predictor.loading import gguf_file
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "jieba")
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "jieba", "gguf")
 
 
 def describe_session(processes: int) -> dict[str, Any]:
@@ -29,6 +30,16 @@ def describe_session(processes: int) -> dict[str, Any]:
         "git": git_state(Path(__file__).resolve()),
         "machine": _machine(),
     }
+
+
+def describe_model(name: str) -> dict[str, Any]:
+    """What run.json keeps of a model besides its name and dtype: of a GGUF file its size and checksum, as ``gguf``.
+
+    Raises:
+        CheckpointError: The file can't be had, or is damaged.
+    """
+    file = gguf_file(name)
+    return {} if file is None else {"gguf": file.describe()}
 
 
 def git_state(file: Path) -> dict[str, Any] | None:

@@ -55,7 +55,7 @@ from attention_predictor.eval.attached import Attached
 from attention_predictor.eval.folder import RunFolder
 from attention_predictor.eval.predictions import Appender, Record, part
 from attention_predictor.eval.processes import Processes
-from attention_predictor.eval.provenance import describe_session
+from attention_predictor.eval.provenance import describe_model, describe_session
 from attention_predictor.eval.steps import watched_steps
 from attention_predictor.eval.subject import Subject
 from attention_predictor.eval.variants import Variant, make_variants
@@ -161,15 +161,23 @@ class Plan:
         name = device_name(args.device)
         find_device(Processes().device(name))  # this process's own: to look at another's takes memory
         variants = make_variants(run_options.rules_of(args), run_options.budgets_of(args), args.prefetch)
-        # The same model by another path is the same model.
-        model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
+        model = _one_path(args.model)
         load = vars(args).get("load")  # of `eval several`
         return cls(model, name, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants, load)
 
     def settings(self) -> dict[str, Any]:
         """What decides results for all variants."""
         device = torch.device(self.device).type
-        return {"model": self.model, "device": device, "dtype": self.dtype, "seed": self.seed, "limit": self.limit}
+        run = {"model": self.model, "device": device, "dtype": self.dtype, "seed": self.seed, "limit": self.limit}
+        return run | describe_model(self.model)
+
+
+def _one_path(model: str) -> str:
+    """A model's name; of those that are paths of the same one, the same."""
+    path = Path(model)
+    if path.is_dir():
+        return str(path.resolve())
+    return str(path.parent.resolve() / path.name) if path.is_file() else model  # a link may be to a file without suffix
 
 
 def describe(benchmark: Benchmark, plan: Plan) -> dict[str, Any]:

@@ -24,7 +24,9 @@ from attention_predictor.loading import load_model, load_tokenizer
 CORES = torch.get_num_threads()
 torch.set_num_threads(1)
 
-POCKET = Path(__file__).resolve().parents[1] / "models" / "pocket-lm"
+MODELS = Path(__file__).resolve().parents[1] / "models"
+POCKET = MODELS / "pocket-lm"
+SMOLLM2 = MODELS / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture(scope="session")
@@ -128,8 +130,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="no CUDA device")
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(skip)
+    missing = {} if torch.cuda.is_available() else {"gpu": "no CUDA device"}
+    if not SMOLLM2.exists():
+        missing["real"] = f"no {SMOLLM2.relative_to(MODELS.parent)}: scripts/get_model.sh smollm2 fetches it"
+    for item in items:
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

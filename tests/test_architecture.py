@@ -15,8 +15,8 @@ Edge = tuple[str, str]  # module, and a module that it imports; both without the
 
 # What anyone may use. They know one another alone.
 HELPERS = {
-    *("arithmetic", "documents", "errors", "figures", "kinds", "lazy", "parser", "progress", "reading", "sizes"),
-    "writing",
+    *("arithmetic", "documents", "errors", "figures", "gguf_file", "kinds", "lazy", "parser", "progress", "reading"),
+    *("sizes", "writing"),
 }
 LIBRARY = HELPERS | {"csrc", "predictor", "offload"}
 OPTIONS = {"settings", "arguments", "loading"}  # a command line's: they know the settings

