@@ -22,7 +22,8 @@ What differs, and stays:
 - StreamingLLM: 4 tokens of sink on kvpress's side, and by token; 64 as it is used.
 - PyramidKV: here, as in its authors' code, a layer has the window and its share of the rest; in kvpress the window is
   within its share. There a budget with a top layer of less than the window (64 queries by default, 8 here and in the
-  authors' scripts) falls back to SnapKV without a word. Lower layers differ by up to a window of tokens.
+  authors' scripts) falls back to SnapKV without a word. By token, upper layers keep up to 8 tokens more here. As it is
+  used every layer has sink, recent and a block (144 tokens), so that a pyramid of a small budget is flat.
 - H2O: its paper sums all attention that a key has had, and keeps the newest half of the budget. kvpress's press of
   observed attention (which it calls related) divides by the number of queries that could see the key, which favours
   the newest, and keeps no half. Ours sums over the last 1,024 queries of the prompt. Two methods, then.
