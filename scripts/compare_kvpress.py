@@ -22,7 +22,8 @@ What differs, and stays:
 - StreamingLLM: 4 tokens of sink on kvpress's side, and by token; 64 as it is used.
 - PyramidKV: here, as in its authors' code, a layer has the window and its share of the rest; in kvpress the window is
   within its share. There a budget with a top layer of less than the window (64 queries by default, 8 here and in the
-  authors' scripts) falls back to SnapKV without a word. Lower layers differ by up to a window of tokens.
+  authors' scripts) falls back to SnapKV without a word. By token, upper layers keep up to 8 tokens more here. As it is
+  used every layer has sink, recent and a block (144 tokens), so that a pyramid of a small budget is flat.
 - H2O: its paper sums all attention that a key has had, and keeps the newest half of the budget. kvpress's press of
   observed attention (which it calls related) divides by the number of queries that could see the key, which favours
   the newest, and keeps no half. Ours sums over the last 1,024 queries of the prompt. Two methods, then.
@@ -49,15 +50,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from attention_predictor import AttentionPredictorError, OffloadConfig, attach
-from attention_predictor.arguments import GGUF
 from attention_predictor.errors import ConfigError, DataError, one_line
 from attention_predictor.eval.longbench.benchmark import LongBench
 from attention_predictor.eval.longbench.data import open_source
 from attention_predictor.eval.longbench.tasks import choose_tasks
 from attention_predictor.eval.plain_table import plain_table
+from attention_predictor.gguf_file import is_gguf
 from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import with_cache
@@ -147,20 +148,10 @@ def _chosen(names: str) -> dict[str, Method]:
 
 def directory_of(model: str, made: Path) -> str:
     """The model's directory; of a GGUF file one that is made, its weights in fp32: both sides can load that."""
-    file = Path(model)
-    if file.suffix.lower() != GGUF:
+    if not is_gguf(model):
         return model
     if not (made / "config.json").exists():
-        try:
-            from transformers import GgufConfig  # of the newer ones
-
-            settings = GgufConfig(gguf_file=file.name, dequantize=True)
-            loaded = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, quantization_config=settings, dtype=torch.float32
-            )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        except Exception as error:  # whatever a foreign file, or the lack of the package gguf, makes the loader raise
-            raise ConfigError(f"--model {model}: {one_line(error)}") from error
+        loaded, tokenizer = load_model(model, dtype="float32"), load_tokenizer(model)
         if hasattr(loaded.config, "quantization_config"):
             del loaded.config.quantization_config  # which an older transformers can't read
         tokenizer.save_pretrained(made)
