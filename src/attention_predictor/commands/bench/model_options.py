@@ -6,7 +6,7 @@ import argparse
 
 from attention_predictor.arguments import DTYPE_NAMES, add_model_arguments, add_option, check_model_name
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.named_shapes import SHAPES, check_shape
+from attention_predictor.eval.bench.named_shapes import SHAPES, check_shape
 from attention_predictor.kinds import whole
 from attention_predictor.offload.config import OffloadConfig
 
