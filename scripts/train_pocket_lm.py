@@ -693,8 +693,8 @@ output = model.generate(**inputs, max_new_tokens=8, tokenizer=tokenizer, stop_st
 ```
 
 An answer ends with a blank line. `attention_predictor.eval.benchmarks.synthetic` has the exact wording of
-statements and questions. The model was trained on at most {context} tokens at a time, and on a small corpus many times over: it has
-memorised some of it, and loss on new text is clearly higher than on its own.
+statements and questions. The model was trained on at most {context} tokens at a time, and on a small corpus many times
+over: it has memorised some of it, and loss on new text is clearly higher than on its own.
 
 ## Measured
 
