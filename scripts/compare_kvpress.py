@@ -54,10 +54,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attention_predictor import AttentionPredictorError, OffloadConfig, attach
 from attention_predictor.errors import ConfigError, DataError, one_line
-from attention_predictor.eval.longbench.benchmark import LongBench
-from attention_predictor.eval.longbench.data import open_source
-from attention_predictor.eval.longbench.tasks import choose_tasks
-from attention_predictor.eval.plain_table import plain_table
+from attention_predictor.eval.benchmarks.longbench.benchmark import LongBench
+from attention_predictor.eval.benchmarks.longbench.data import open_source
+from attention_predictor.eval.benchmarks.longbench.tasks import choose_tasks
+from attention_predictor.eval.display.text_table import plain_table
 from attention_predictor.gguf_file import is_gguf
 from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.hf.layer import TieredLayer

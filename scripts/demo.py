@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.arguments import add_model_arguments, check_model_arguments
-from attention_predictor.eval import synthetic
+from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
 from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.hf.versions import with_cache
 

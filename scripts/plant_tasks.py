@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 
 from attention_predictor.arguments import add_model_arguments, check_model_arguments
-from attention_predictor.eval import synthetic
-from attention_predictor.eval.tasks import plant, read_texts
+from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
+from attention_predictor.eval.benchmarks.synthetic.documents import plant, read_texts
 from attention_predictor.loading import load_tokenizer
 
 

@@ -16,8 +16,8 @@ import torch
 from tiny_models import VOCABULARY, make_tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attention_predictor.eval.judge import Case, Rule, judge
-from attention_predictor.eval.tasks import plant, read_texts
+from attention_predictor.eval.benchmarks.recovery.judge import Case, Rule, judge
+from attention_predictor.eval.benchmarks.synthetic.documents import plant, read_texts
 from attention_predictor.loading import load_model, load_tokenizer
 
 # Tiny tensors lose more by handing work to threads than they gain; tests of the pocket model take all cores.

@@ -13,13 +13,13 @@ from transformers import DeepseekV3Config
 
 from attention_predictor.cli import main
 from attention_predictor.errors import DataError
-from attention_predictor.eval import runner
 from attention_predictor.eval.analysis import document
 from attention_predictor.eval.analysis.examples import BOTH, MISSED, NEEDLESS, NEITHER, Example, Image, choices
 from attention_predictor.eval.analysis.gallery import gallery
 from attention_predictor.eval.analysis.patterns import CLASSES
 from attention_predictor.eval.analysis.summary import summarise
-from attention_predictor.eval.folder import RunFolder
+from attention_predictor.eval.harness import runner
+from attention_predictor.eval.harness.run_folder import RunFolder
 
 FEW = ("--context", 400, "--tail", 16, "--window", 8, "--budget", 208)
 

@@ -6,9 +6,18 @@ import pytest
 import torch
 from tiny_models import make_tiny_model
 
-from attention_predictor.eval.block_map import BEST, LETTERS, LEVELS, MAP_LETTERS, MAP_STEPS, READ, codes_of, map_record
-from attention_predictor.eval.tails import decode_tails, prefill
-from attention_predictor.eval.watched import watch
+from attention_predictor.eval.benchmarks.recovery.block_map import (
+    BEST,
+    LETTERS,
+    LEVELS,
+    MAP_LETTERS,
+    MAP_STEPS,
+    READ,
+    codes_of,
+    map_record,
+)
+from attention_predictor.eval.benchmarks.recovery.head_recovery import watch
+from attention_predictor.eval.harness.teacher_forcing import decode_tails, prefill
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
 

@@ -22,7 +22,7 @@ from transformers.integrations.gguf.utils import replace_with_gguf_modules
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
 from attention_predictor.errors import CheckpointError, ConfigError
-from attention_predictor.eval.folder import RunFolder
+from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.loading import gguf_file, load_config, load_model, load_tokenizer
 
 pytest.importorskip("gguf")

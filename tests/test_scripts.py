@@ -20,7 +20,7 @@ from recordings import make_recording
 from tiny_text_model import save_tiny_text_model, write_longbench
 
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.folder import RunFolder
+from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.offload.policy_names import BUILT_IN
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"

@@ -9,7 +9,7 @@ import pytest
 
 from attention_predictor.cli import main, make_parser
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.rules import Rule
+from attention_predictor.eval.harness.rules import Rule
 from attention_predictor.kinds import Kind
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.settings import FIELDS, add_setting_arguments, offload_config, read_setting

@@ -11,8 +11,8 @@ import torch
 from recordings import META, make_recording
 
 from attention_predictor.cli import main
-from attention_predictor.eval import recovery
-from attention_predictor.eval.judge import Cell, Rule
+from attention_predictor.eval.benchmarks.recovery import command as recovery
+from attention_predictor.eval.benchmarks.recovery.judge import Cell, Rule
 from attention_predictor.predictor.checkpoint import CONFIG_FILE
 from attention_predictor.predictor.model import architecture
 from attention_predictor.train.dataset import HistoryDataset

@@ -14,11 +14,11 @@ from attention_predictor.eval.analysis.gallery import LEVELS, NAMES, correlation
 from attention_predictor.eval.analysis.patterns import CLASSES
 from attention_predictor.eval.analysis.scatter import plot_similarity
 from attention_predictor.eval.analysis.summary import FILES, Head, Summary, summarise
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.plain_table import plain_table
-from attention_predictor.eval.prompts import context_length
-from attention_predictor.eval.runner import Plan, run
-from attention_predictor.eval.sources import Windows, parse_sources
+from attention_predictor.eval.display.text_table import plain_table
+from attention_predictor.eval.harness.prompts import context_length
+from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.harness.runner import Plan, run
+from attention_predictor.eval.harness.windows import Windows, parse_sources
 from attention_predictor.loading import load_config, load_tokenizer
 from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.config import OffloadConfig

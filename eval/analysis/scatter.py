@@ -6,7 +6,7 @@ from pathlib import Path
 
 from attention_predictor.eval.analysis.gallery import correlation_text
 from attention_predictor.eval.analysis.summary import Summary
-from attention_predictor.eval.plot import COLOURS
+from attention_predictor.eval.display.plots import COLOURS
 from attention_predictor.figures import save_figure
 
 PANELS = {"qsim_prompt_plain": "before RoPE", "qsim_prompt": "after RoPE"}

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.plot import check_plot
+from attention_predictor.eval.display.plots import check_plot
 from attention_predictor.kinds import whole
 from attention_predictor.offload.config import OffloadConfig
 

@@ -24,8 +24,8 @@ from pathlib import Path
 
 from attention_predictor.arguments import PACKED, add_model_arguments, add_option, check_model_arguments
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.plot import check_plot
-from attention_predictor.eval.pruning.plan import BETA, METRICS
+from attention_predictor.eval.analysis.pruning.plan import BETA, METRICS
+from attention_predictor.eval.display.plots import check_plot
 from attention_predictor.kinds import number, whole
 
 

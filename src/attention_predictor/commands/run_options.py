@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments, whole_numbers
-from attention_predictor.eval.rules import Rule, check_names, check_variants
+from attention_predictor.eval.harness.rules import Rule, check_names, check_variants
 from attention_predictor.kinds import one_of, whole
 from attention_predictor.offload.config import AUTO, PREFETCHERS
 

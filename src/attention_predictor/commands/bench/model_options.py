@@ -12,7 +12,7 @@ from attention_predictor.arguments import (
     check_model_arguments,
 )
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.named_shapes import SHAPES, check_shape
+from attention_predictor.eval.bench.named_shapes import SHAPES, check_shape
 from attention_predictor.kinds import whole
 from attention_predictor.offload.config import OffloadConfig
 
