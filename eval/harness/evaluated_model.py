@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from attention_predictor.offload.engine import Engine
@@ -58,18 +59,34 @@ class Subject:
 
         The prompt is prefilled in full; every token after the first is predicted under the policy.
         """
-        self._check_fits(len(prompt) + len(text))
+        token_L = torch.tensor(list(text), device=self.model.device)
+        predicted = zip(token_L, self.logits(prompt, token_L.unbind(), len(text)), strict=True)
+        found = [logits_V.float().log_softmax(-1)[token] for token, logits_V in predicted]
+        return torch.stack(found).tolist() if found else []
+
+    @torch.no_grad()
+    def logits(self, prompt: Sequence[int], text: Iterable[Tensor], tokens: int) -> Iterator[Tensor]:
+        """What the model says of each of ``tokens`` tokens behind the prompt, logits ``[V]``, decoded token by token.
+
+        Args:
+            text: The tokens themselves, on the device: each is asked for once its logits have been given.
+
+        Raises:
+            ContextLengthError, HostMemoryError: Prompt and text don't fit; nothing was computed.
+        """
+        self._check_fits(len(prompt) + tokens)
         text_config = self.model.config.get_text_config(decoder=True)
         cache = DynamicCache(config=text_config) if self.engine is None else self.engine.new_cache()
-        text_1L = torch.tensor([list(text)], device=self.model.device)
-        prompt_1L = torch.tensor([list(prompt)], device=self.model.device)
-        logits_V = self.model(prompt_1L, **with_cache(self.model, cache), logits_to_keep=1).logits[0, -1]
-        found = []
-        for index in range(len(text)):
-            if index:
-                logits_V = self.model(text_1L[:, index - 1 : index], **with_cache(self.model, cache)).logits[0, -1]
-            found.append(logits_V.float().log_softmax(-1)[text_1L[0, index]])
-        return torch.stack(found).tolist() if found else []
+        ids_1L = torch.tensor([list(prompt)], device=self.model.device)
+        given = iter(text)
+        for _ in range(tokens):
+            yield self.model(ids_1L, **with_cache(self.model, cache), logits_to_keep=1).logits[0, -1]
+            ids_1L = next(given).view(1, 1)
+
+    @property
+    def ends(self) -> list[int]:
+        """The token ids that end a text of this model."""
+        return _ends(self.model)
 
     def _check_fits(self, tokens: int) -> None:
         if self.engine is None:

@@ -33,6 +33,7 @@ class Processes:
             raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE are not those of a launcher: {error}") from error
         self._group: Any = None
         self._store: Any = None
+        self._counters = itertools.count()
 
     @property
     def is_main(self) -> bool:
@@ -48,12 +49,14 @@ class Processes:
         return f"cuda:{self.local_rank % max(torch.cuda.device_count(), 1)}"
 
     def numbers(self, total: int) -> Iterator[int]:
-        """Numbers from 0 to below ``total``, in order: each is given to one process, the one that asks for it first."""
+        """Numbers from 0 to below ``total``, in order: each is given to one process, the one that asks for it first.
+
+        Every process must call this for the same things in the same order.
+        """
         if self.count == 1:
-            yield from range(total)
-        else:
-            while (number := self._store.add("taken", 1) - 1) < total:
-                yield number
+            return iter(range(total))
+        counter = f"taken{next(self._counters)}"
+        return iter(lambda: min(self._store.add(counter, 1) - 1, total), total)
 
     def __enter__(self) -> Processes:
         if self.count > 1:

@@ -114,6 +114,14 @@ class Benchmark(ABC):
     def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
         """What the record holds of this sample's prediction. Whatever it raises is recorded as the sample's error."""
 
+    def prepare(self, stock: Subject, samples: Iterable[tuple[str, Sample]], processes: Processes) -> None:
+        """What the stock model must have done before policies are compared with it; each process does its share.
+
+        Args:
+            samples: All of the run, each with its task.
+        """
+        return  # most compare with nothing
+
     def check(self, task: str, limit: int | None) -> dict[str, Any]:
         """Read what will be run once, before the model loads.
 
@@ -212,7 +220,11 @@ def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
             device = torch.device(processes.device(plan.device))
             if device.type == "cuda" and device.index is not None:
                 torch.cuda.set_device(device)  # what names no number, such as a stream, means this one
-            work.do((plan.load or load_model)(plan.model, str(device), plan.dtype))
+            model = (plan.load or load_model)(plan.model, str(device), plan.dtype)
+            every = ((task, one) for task in benchmark.tasks for one in islice(benchmark.samples(task), plan.limit))
+            benchmark.prepare(Subject(model, None), every, processes)
+            processes.wait()
+            work.do(model)
         processes.wait()
         if not processes.is_main:
             return None

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from attention_predictor.errors import AttentionPredictorError, ConfigError, DataError
-from attention_predictor.eval.benchmarks import needle, perplexity
+from attention_predictor.eval.benchmarks import continuation, needle, perplexity
 from attention_predictor.eval.benchmarks.longbench import scorer as longbench
 from attention_predictor.eval.benchmarks.longbench.tasks import CATEGORIES, TASKS
 from attention_predictor.eval.benchmarks.reasoning import benchmark as reasoning
@@ -74,6 +74,13 @@ MEASURES = {
         higher=False,
         bounds=(0.0, math.inf),
         weight=lambda record: float(record.get("tokens", 0)),
+        failed="left out of the figures",
+    ),
+    "continuation": Measure(
+        *("Long generation", "KL, millinats a token, less is better", continuation.sample_scores),
+        scale=1000.0,
+        higher=False,
+        bounds=(0.0, math.inf),
         failed="left out of the figures",
     ),
     "recovery-map": Measure(

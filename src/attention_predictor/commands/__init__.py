@@ -42,6 +42,9 @@ EVAL = {
     ),
     "recovery": Command("answers found and attention mass recovered", "eval.benchmarks.recovery.command"),
     "recovery-map": Command("attention mass recovered, by layer and head", "eval.benchmarks.recovery.recovery_map"),
+    "continuation": Command(
+        "long generation: how far it departs from the whole cache's", "eval.benchmarks.continuation"
+    ),
     "several": Command("several of these in one process, the model loaded once", "eval.harness.suite"),
 }
 BENCH = {
