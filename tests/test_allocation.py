@@ -538,7 +538,7 @@ def test_rules_name_allocations():
     assert Rule.parse("snapkv,budget_allocation=qsim").settings == {"policy": "snapkv", "budget_allocation": "qsim"}
     parsed = Rule.parse("own: predictor,budget_allocation=256+768,late_fetch=0")
     assert parsed.settings == {"policy": "predictor", "budget_allocation": [256, 768], "late_fetch": 0.0}
-    with pytest.raises(ConfigError, match=r"budget_allocation '256,x': expected numbers"):
+    with pytest.raises(ConfigError, match=r"budget_allocation='256\+x' is not allowed: .* or a budget for each layer"):
         Rule.parse("predictor,budget_allocation=256+x")
 
 
