@@ -194,7 +194,7 @@ def test_the_installed_command():
         check=False,
     )
     assert result.returncode == 2
-    assert result.stderr.startswith("attnpred generate: policy='best'")
+    assert result.stderr.startswith("attnpred generate: --policy best: expected one of")
 
 
 class TestRecordTrainEval:
