@@ -125,11 +125,18 @@ class Deprecated(logging.Handler):
             raise AssertionError(f"transformers: {message}")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "every test that is not marked slow, with the first of its parameters alone (make test-fast)"
+    parser.addoption("--fast", action="store_true", help=what)
+
+
 def pytest_configure() -> None:
     logging.getLogger("transformers").addHandler(Deprecated())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        keep_fast(config, items)
     missing = {} if torch.cuda.is_available() else {"gpu": "no CUDA device"}
     if not SMOLLM2.exists():
         missing["real"] = f"no {SMOLLM2.relative_to(MODELS.parent)}: scripts/get_model.sh smollm2 fetches it"
@@ -137,3 +144,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def keep_fast(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What ``--fast`` selects: of each function one case, so that every area is still touched."""
+    seen: set[str] = set()
+    kept, left = [], []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        slow = item.get_closest_marker("slow") or item.get_closest_marker("gpu")
+        (left if slow or function in seen else kept).append(item)
+        if not slow:
+            seen.add(function)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept

@@ -99,7 +99,7 @@ def test_flashinfer_is_asked_for_where_it_can_be(capsys: pytest.CaptureFixture[s
         (["decode", "--shape", "llama"], "--shape 'llama' is not known: expected one of llama-3.1-8b, "),
         (["decode", "--ways", "thread,fast"], "--ways 'fast' is not known: expected some of floor, static, "),
         (["decode", "--ways", "offloaded"], "--ways offloaded: it needs a CUDA device, found cpu"),
-        (["decode", "--budget", "20"], "budget=20 is not allowed"),
+        (["decode", "--budget", "20"], "--budget 20: expected at least"),
         (["decode", "--memory-limit", "24"], "--memory-limit 24.0: for CUDA devices, found cpu"),
         (["decode", "--plot", "times.txt"], "--plot times.txt: expected a name that ends in one of .png"),
         (

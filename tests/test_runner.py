@@ -248,7 +248,7 @@ class TestWhatIsRefused:
             (("--policies", "full,"), "policy='' is not allowed"),
             (("--policies", "full,full"), "policies must differ in name, got full, full"),
             (("--budgets", "100"), "budget=100 is not allowed: expected at least sink"),
-            (("--budgets", "few"), "--budgets 'few': expected numbers"),
+            (("--budgets", "few"), "--budgets few: expected numbers"),
             (("--rule", "quest,speed=1"), "unknown field 'speed'"),
             (("--rule", "quest,budget=512"), "its budget is one of --budgets"),
             (("--rule", "../x: quest"), "'../x' can't name a directory"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attention_predictor.errors import ConfigError
+from attention_predictor.errors import ConfigError, SettingError
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.settings import read_setting
 
@@ -45,8 +45,17 @@ class Rule:
         return cls(name.strip() or rest.strip(), settings)
 
     def config(self, budget: int, **defaults: Any) -> OffloadConfig:
-        """Its settings at a budget; ``defaults`` are what it doesn't say itself."""
-        return OffloadConfig(**{"budget": budget} | defaults | self.settings)
+        """Its settings at a budget; ``defaults`` are what it doesn't say itself.
+
+        Raises:
+            ConfigError: Names the rule, where it gives the field that is wrong.
+        """
+        try:
+            return OffloadConfig(**{"budget": budget} | defaults | self.settings)
+        except SettingError as error:
+            if error.name not in self.settings:
+                raise
+            raise ConfigError(f"rule {self.name!r}: {error}") from error
 
 
 def check_names(rules: Sequence[Rule], what: str) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import shlex
 from pathlib import Path
 from typing import Any
 
 from attention_predictor.errors import CheckpointError, ConfigError
 from attention_predictor.gguf_file import GgufFile, check_packages, gguf_files, hub_parts, is_gguf
-from attention_predictor.kinds import Kind, UnreadableError, whole
+from attention_predictor.kinds import Kind, NotAllowedError, whole
 from attention_predictor.kinds import whole_numbers as read_whole_numbers
-from attention_predictor.settings import reader
 
 AUTO = "auto"
 DTYPE_NAMES = (AUTO, "float32", "bfloat16", "float16")
@@ -104,19 +103,25 @@ def add_option(
     """An option with a value of a kind; one that is not allowed is refused when it is read.
 
     Args:
-        default: Is shown behind the help text, unless it is ``None``.
+        default: Is shown behind the help text, unless it is ``None``, ``()`` or ``False``.
     """
-    shown = "" if default is None else " (%(default)s)"
+    shown = "" if default in (None, ()) or default is False else " (%(default)s)"
+    alone = {} if kind.alone is None else {"nargs": "?", "const": kind.alone}
     parser.add_argument(
         option,
-        type=reader(kind),
         action=_Checked,
         kind=kind,
         default=default,
         required=required,
         metavar=kind.metavar,
-        help=says + shown,
+        help=says.replace("%", "%%") + shown,
+        **alone,
     )
+
+
+def refused(option: str, given: str, expected: str) -> ConfigError:
+    """The error of an option's value that is not allowed."""
+    return ConfigError(f"{option} {shlex.quote(given) if not given or ' ' in given else given}: expected {expected}")
 
 
 class _Checked(argparse.Action):
@@ -127,20 +132,20 @@ class _Checked(argparse.Action):
         self.kind = kind
 
     def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
-        if (expected := self.kind.expected(values)) is not None:
-            raise ConfigError(f"{self.option_strings[0]} {values}: expected {expected}")
-        setattr(namespace, self.dest, values)
+        value = values
+        if isinstance(values, str):  # else the kind's value of an option alone
+            try:
+                value = self.kind.parse(values)
+            except NotAllowedError as error:
+                raise refused(self.option_strings[0], values, str(error)) from error
+        setattr(namespace, self.dest, value)
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
     """``"256,512"`` as numbers; ConfigError, naming the option, for anything else."""
     try:
         return read_whole_numbers(text, ",")
-    except UnreadableError as error:
-        raise ConfigError(f"{option} {error}") from error
+    except ValueError as error:
+        raise refused(option, text, "numbers separated by commas") from error

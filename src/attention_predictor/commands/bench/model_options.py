@@ -14,7 +14,7 @@ from attention_predictor.arguments import (
 from attention_predictor.errors import ConfigError
 from attention_predictor.eval.bench.named_shapes import SHAPES, check_shape
 from attention_predictor.kinds import whole
-from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.settings import add_setting, offload_config
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument
     add("--shape", metavar="S", help=f"a random model in place of --model: one of {', '.join(SHAPES)}")
-    add_option(parser, "--budget", whole(), 1024, "tokens a step attends to")
+    add_setting(parser, "budget")
     add_option(parser, "--batch", whole(1), 1, "sequences of the same tokens")
     add("--json", action="store_true", help="print one JSON object")
 
@@ -40,4 +40,4 @@ def check_shape_arguments(args: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--gguf-file {args.gguf_file}: --shape {args.shape} is of random weights, and of no file"
             )
-    OffloadConfig(budget=args.budget)
+    offload_config(args)
