@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-transformers check format clean
+.PHONY: demo test test-fast test-transformers check format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,6 +16,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# One case of every test that is not slow (tests/conftest.py): every area, in less than a minute on two cores.
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --fast
 
 test-transformers:
 	scripts/test_transformers.sh

@@ -16,15 +16,17 @@ import torch
 from tiny_models import VOCABULARY, make_tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attention_predictor.eval.judge import Case, Rule, judge
-from attention_predictor.eval.tasks import plant, read_texts
+from attention_predictor.eval.benchmarks.recovery.judge import Case, Rule, judge
+from attention_predictor.eval.benchmarks.synthetic.documents import plant, read_texts
 from attention_predictor.loading import load_model, load_tokenizer
 
 # Tiny tensors lose more by handing work to threads than they gain; tests of the pocket model take all cores.
 CORES = torch.get_num_threads()
 torch.set_num_threads(1)
 
-POCKET = Path(__file__).resolve().parents[1] / "models" / "pocket-lm"
+MODELS = Path(__file__).resolve().parents[1] / "models"
+POCKET = MODELS / "pocket-lm"
+SMOLLM2 = MODELS / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +85,9 @@ def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Ite
     """
     model, tokenizer = pocket
 
+    def newest(text: str, budget: int = 512, sink: int = 64) -> str:
+        return str(tokenizer.decode(tokenizer(text)["input_ids"][sink - budget :]))
+
     def check(*, answers: int, device: str, spare: int, ahead: float, prefetch: str = "thread") -> None:
         texts = read_texts(POCKET.parents[1] / "scripts" / "demo_text.txt")
         samples = plant(
@@ -100,7 +105,10 @@ def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Ite
         assert full >= 0.95 * answers - spare
         assert found("predictor", late_fetch=0.0) >= ahead * full - spare
         assert found("predictor") >= 0.98 * full - spare
-        assert found("streaming") <= 0.1 * answers + spare
+        # Streaming finds what stands where it reads, and guesses little more.
+        near = sum(one.answer.strip() in newest(sample.document) for sample in samples for one in sample.questions)
+        assert near <= 0.1 * answers
+        assert found("streaming") <= near + 0.02 * answers + spare
         assert found("predictor", late_fetch=0.0, calibration="none") <= 0.3 * answers + spare
 
     yield check
@@ -117,13 +125,36 @@ class Deprecated(logging.Handler):
             raise AssertionError(f"transformers: {message}")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "every test that is not marked slow, with the first of its parameters alone (make test-fast)"
+    parser.addoption("--fast", action="store_true", help=what)
+
+
 def pytest_configure() -> None:
     logging.getLogger("transformers").addHandler(Deprecated())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="no CUDA device")
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(skip)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        keep_fast(config, items)
+    missing = {} if torch.cuda.is_available() else {"gpu": "no CUDA device"}
+    if not SMOLLM2.exists():
+        missing["real"] = f"no {SMOLLM2.relative_to(MODELS.parent)}: scripts/get_model.sh smollm2 fetches it"
+    for item in items:
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def keep_fast(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What ``--fast`` selects: of each function one case, so that every area is still touched."""
+    seen: set[str] = set()
+    kept, left = [], []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        slow = item.get_closest_marker("slow") or item.get_closest_marker("gpu")
+        (left if slow or function in seen else kept).append(item)
+        if not slow:
+            seen.add(function)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept

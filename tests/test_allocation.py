@@ -26,7 +26,7 @@ from tiny_models import make_tiny_model
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.judge import Rule
+from attention_predictor.eval.benchmarks.recovery.judge import Rule
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.blocks.slot_table import chosen_blocks
@@ -236,7 +236,7 @@ def test_short_forwards_leave_budgets_alone(ids, monkeypatch):
 
 @pytest.mark.parametrize("policy", SELECTING)
 @pytest.mark.parametrize("allocation", ["qsim", "cake", [48, 160, 48, 128]])
-def test_steps_read_and_hold_no_more_than_their_layers_budget(ids, monkeypatch, policy, allocation):
+def test_steps_read_and_hold_their_layers_budget(ids, monkeypatch, policy, allocation):
     read, kind = {}, policy_class(policy)
     observe = kind.observe
 
@@ -254,11 +254,9 @@ def test_steps_read_and_hold_no_more_than_their_layers_budget(ids, monkeypatch, 
     assert stats.to_dict()["layer_budgets"] == budgets
     assert f"budgets by layer          {', '.join(map(str, budgets))}" in str(stats)
     for layer, budget in zip(cache.layers, budgets, strict=True):
-        assert read[id(layer.policy)] <= budget // 16
         assert layer.policy.selection is layer.selection
         assert layer.blocks.pool.slots == layer.selection.max_slots_at(312) == budget // 16 + int(0.5 * (budget // 16))
-        if policy not in ("streaming", "h2o", "lazy-eviction"):  # which attend to fewer
-            assert read[id(layer.policy)] == budget // 16
+        assert read[id(layer.policy)] == budget // 16
         assert stats.device_bytes[layer.number]["pool"] == layer.blocks.pool.nbytes
 
 
@@ -333,11 +331,11 @@ def test_modes(ids, mode, policy):
         ("qsim", 245),
         ("cake", 245),
         ([80, 112], 245),
-        ([80, 112], 60),
-        ("qsim", 60),
+        ([80, 112], 76),
+        ("qsim", 76),
         ("qsim-heads", 245),
         ([(48, 144), (112, 80)], 245),
-        ([(48, 144), (112, 80)], 60),
+        ([(48, 144), (112, 80)], 76),
     ],
 )
 def test_captured_steps_have_the_same_budgets(emulated, ids, allocation, tokens):  # noqa: F811
@@ -348,8 +346,8 @@ def test_captured_steps_have_the_same_budgets(emulated, ids, allocation, tokens)
     def entered(cache):
         graphs.append(cache.layers[0]._cache_graph is not None)
 
-    thread, one = decode(model, prompt, 48, **settings)
-    graph, other = decode(model, prompt, 48, each=entered, prefetch="graph", **settings)
+    thread, one = decode(model, prompt, 24, **settings)
+    graph, other = decode(model, prompt, 24, each=entered, prefetch="graph", **settings)
     assert torch.equal(one.argmax(-1), other.argmax(-1))
     assert budgets_of(graph) == budgets_of(thread)
     by_head = [budget for layer in graph.layers for budget in layer.selection.heads or [layer.selection.budget] * 2]
@@ -409,7 +407,7 @@ def test_qsim_by_head_follows_its_definition(tiny_model, ids, family):
 
 
 @pytest.mark.parametrize("policy", SELECTING)
-def test_steps_read_no_more_than_their_heads_budget(ids, monkeypatch, policy):
+def test_steps_read_their_heads_budget(ids, monkeypatch, policy):
     budgets, read, kind = [(48, 144), (128, 64)], {}, policy_class(policy)
     observe = kind.observe
 
@@ -422,10 +420,7 @@ def test_steps_read_no_more_than_their_heads_budget(ids, monkeypatch, policy):
     assert cache.layers[0].runtime.stats.to_dict()["layer_budgets"] == budgets
     for layer, own in zip(cache.layers, budgets, strict=True):
         most = [max(attended) for attended in zip(*read[id(layer.policy)], strict=True)]
-        allowed = [budget // 16 for budget in own]
-        assert all(found <= limit for found, limit in zip(most, allowed, strict=True))
-        if policy not in ("streaming", "h2o", "lazy-eviction"):  # which attend to fewer
-            assert most == allowed
+        assert most == [budget // 16 for budget in own]
 
 
 @pytest.mark.parametrize("policy", ["predictor", "snapkv", "h2o", "lazy-eviction"])
@@ -538,7 +533,7 @@ def test_rules_name_allocations():
     assert Rule.parse("snapkv,budget_allocation=qsim").settings == {"policy": "snapkv", "budget_allocation": "qsim"}
     parsed = Rule.parse("own: predictor,budget_allocation=256+768,late_fetch=0")
     assert parsed.settings == {"policy": "predictor", "budget_allocation": [256, 768], "late_fetch": 0.0}
-    with pytest.raises(ConfigError, match=r"budget_allocation '256,x': expected numbers"):
+    with pytest.raises(ConfigError, match=r"budget_allocation='256\+x' is not allowed: .* or a budget for each layer"):
         Rule.parse("predictor,budget_allocation=256+x")
 
 

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import eager_mask
 
 from attention_predictor.documents import Excerpt
-from attention_predictor.eval.analysis import watch
+from attention_predictor.eval.analysis import observed_attention as watch
 from attention_predictor.eval.analysis.correlation import rank_correlation
 from attention_predictor.eval.analysis.document import Judgement, analyse
-from attention_predictor.eval.analysis.foresight import Foresight
 from attention_predictor.eval.analysis.layer_map import LayerMap
+from attention_predictor.eval.analysis.observed_attention import Attended, watching
+from attention_predictor.eval.analysis.predictability import Foresight
 from attention_predictor.eval.analysis.rope import Rotation
-from attention_predictor.eval.analysis.watch import Attended, watching
 from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import Selection

@@ -19,15 +19,17 @@ from transformers import DynamicCache, PreTrainedModel
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
 from attention_predictor.errors import ConfigError, DataError
-from attention_predictor.eval import synthetic_cache, trial, ways
-from attention_predictor.eval.breakdown import STAGES, SUMS, breakdown, covered, short_name, stage_of, summed
-from attention_predictor.eval.comparison import compare, where_time_goes
-from attention_predictor.eval.perplexity_time import FIGURES
-from attention_predictor.eval.shapes import SHAPES, random_model, shape_config
-from attention_predictor.eval.static_step import StaticStep, plain_static_cache
-from attention_predictor.eval.steps_taken import how_taken, why_not_captured
-from attention_predictor.eval.synthetic_cache import PAST, Locality, SyntheticCache
-from attention_predictor.eval.timings import TimingsFile
+from attention_predictor.eval.bench import cache_sessions as ways
+from attention_predictor.eval.bench import decode_timing as trial
+from attention_predictor.eval.bench import synthetic_cache
+from attention_predictor.eval.bench.breakdown import STAGES, SUMS, breakdown, covered, short_name, stage_of, summed
+from attention_predictor.eval.bench.capture_status import how_taken, why_not_captured
+from attention_predictor.eval.bench.comparison import compare, where_time_goes
+from attention_predictor.eval.bench.perplexity import FIGURES
+from attention_predictor.eval.bench.random_models import SHAPES, random_model, shape_config
+from attention_predictor.eval.bench.static_step import StaticStep, plain_static_cache
+from attention_predictor.eval.bench.synthetic_cache import PAST, Locality, SyntheticCache
+from attention_predictor.eval.bench.timings_file import TimingsFile
 from attention_predictor.offload.attention.dense import scaled_logits
 from attention_predictor.offload.blocks import host_memory, room
 from attention_predictor.offload.hf.versions import with_cache
@@ -97,7 +99,7 @@ def test_flashinfer_is_asked_for_where_it_can_be(capsys: pytest.CaptureFixture[s
         (["decode", "--shape", "llama"], "--shape 'llama' is not known: expected one of llama-3.1-8b, "),
         (["decode", "--ways", "thread,fast"], "--ways 'fast' is not known: expected some of floor, static, "),
         (["decode", "--ways", "offloaded"], "--ways offloaded: it needs a CUDA device, found cpu"),
-        (["decode", "--budget", "20"], "budget=20 is not allowed"),
+        (["decode", "--budget", "20"], "--budget 20: expected at least"),
         (["decode", "--memory-limit", "24"], "--memory-limit 24.0: for CUDA devices, found cpu"),
         (["decode", "--plot", "times.txt"], "--plot times.txt: expected a name that ends in one of .png"),
         (

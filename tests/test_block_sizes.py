@@ -54,4 +54,4 @@ def test_recorded_trained_and_used(tmp_path, capsys):
 def test_sink_and_recent_must_be_whole_blocks(capsys, tmp_path):
     record = ["record", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--block-size", "128"]
     assert main(record) == 2
-    assert "sink=64 is not allowed: expected a multiple of block_size=128" in capsys.readouterr().err
+    assert "--sink 64: expected a multiple of block_size=128" in capsys.readouterr().err

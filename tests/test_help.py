@@ -192,7 +192,7 @@ class TestOneOptionIsNamed:
             (("record", "--data", ".", "--out", "x", "--per-file", "0"), "--per-file 0: expected at least 1"),
             (
                 ("record", "--data", ".", "--out", "x", "--validation", "1"),
-                "--validation 1.0: expected a share from 0 to below 1",
+                "--validation 1: expected a share from 0 to below 1",
             ),
             (("record", "--data", ".", "--out", "x", "--documents", "0"), "--documents 0: expected at least 1"),
             (("bench", "decode", "--steps", "0"), "--steps 0: expected at least 1"),

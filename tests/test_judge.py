@@ -7,8 +7,8 @@ from test_graph import emulated  # noqa: F401
 from tiny_models import make_tiny_model
 
 from attention_predictor.documents import Excerpt
-from attention_predictor.eval.judge import Case, Cell, judge
-from attention_predictor.eval.rules import Rule
+from attention_predictor.eval.benchmarks.recovery.judge import Case, Cell, judge
+from attention_predictor.eval.harness.rules import Rule
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.stats import Stats
 

@@ -27,16 +27,16 @@ from tiny_text_model import (
 
 from attention_predictor.cli import main
 from attention_predictor.errors import ConfigError, DataError
-from attention_predictor.eval import runner as runner_module
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.longbench import metrics
-from attention_predictor.eval.longbench.benchmark import LongBench
-from attention_predictor.eval.longbench.data import open_source
-from attention_predictor.eval.longbench.rouge import DEEPEST, rouge_l
-from attention_predictor.eval.longbench.scorer import ENGLISH, sample_scores, score
-from attention_predictor.eval.longbench.tasks import CATEGORIES, TASKS, choose_tasks
-from attention_predictor.eval.prompts import fitted_ids, prompt_ids
-from attention_predictor.eval.subject import Subject
+from attention_predictor.eval.benchmarks.longbench import metrics
+from attention_predictor.eval.benchmarks.longbench.benchmark import LongBench
+from attention_predictor.eval.benchmarks.longbench.data import open_source
+from attention_predictor.eval.benchmarks.longbench.rouge import DEEPEST, rouge_l
+from attention_predictor.eval.benchmarks.longbench.scorer import ENGLISH, sample_scores, score
+from attention_predictor.eval.benchmarks.longbench.tasks import CATEGORIES, TASKS, choose_tasks
+from attention_predictor.eval.harness import runner as runner_module
+from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.prompts import fitted_ids, prompt_ids
+from attention_predictor.eval.harness.run_folder import RunFolder
 
 
 def rouge_f(precision: float, recall: float) -> float:
@@ -533,7 +533,7 @@ class TestWithoutJieba:
 
     @pytest.mark.parametrize("task", NEEDING)
     def test_a_task_that_needs_it_is_refused_at_once(self, task, tiny, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr("attention_predictor.eval.longbench.command.main", None)
+        monkeypatch.setattr("attention_predictor.eval.benchmarks.longbench.command.main", None)
         assert main(options(tiny, tmp_path, "--no-chat", "--tasks", f"qasper,{task}")) == 2
         said = capsys.readouterr().err
         assert "Chinese tasks are scored with jieba: pip install 'attention-predictor[eval]'" in said

@@ -10,9 +10,17 @@ from benchmark_runs import evaluate, make_text, refused, results, write_texts
 from conftest import POCKET
 from tiny_text_model import make_tiny_tokenizer, save_tiny_text_model, write_jsonl
 
-from attention_predictor.eval.filled import Haystack
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.needle import KINDS, Needle, NeedleTest, contains, grid, read_needles, sample_scores
+from attention_predictor.eval.benchmarks.fixed_length import Haystack
+from attention_predictor.eval.benchmarks.needle import (
+    KINDS,
+    Needle,
+    NeedleTest,
+    contains,
+    grid,
+    read_needles,
+    sample_scores,
+)
+from attention_predictor.eval.harness.run_folder import RunFolder
 
 
 @pytest.mark.parametrize(
@@ -121,7 +129,7 @@ class TestCommand:
         [
             (("--lengths", "5000"), "length 5000: the model has positions for 4096 tokens"),
             (("--lengths", "60"), "task 60: length 60 is too short, a sample without filler has "),
-            (("--lengths", "x"), "--lengths 'x': expected numbers separated by commas"),
+            (("--lengths", "x"), "--lengths x: expected numbers separated by commas"),
             (("--lengths", "400,400"), "--lengths 400,400: one of them is there twice"),
             (("--depths", "0,101"), "--depths 101: expected percentages, from 0 to 100"),
             (("--samples", "0"), "--samples 0: expected at least 1"),

@@ -299,15 +299,17 @@ class HostSnapKV:
     def __init__(self, layer: Layer) -> None:
         policy = layer.policy
         mass_BGQN = layer.true_rows(policy.prompt_rows).mass_BGQN
-        self.votes_BGN = pooled(policy.indicator(mass_BGQN), 5, SIZE)
-        self.recent_blocks = layer.selection.recent // SIZE
+        votes_BGN, window = policy.indicator(mass_BGQN), -(-policy.prompt_rows // SIZE)
+        parts = votes_BGN.split([votes_BGN.shape[-1] - window, window], -1)
+        self.votes_BGN = torch.cat([pooled(part_BGN, 5, SIZE) for part_BGN in parts], -1)
+        self.recent_blocks, self.window = layer.selection.recent // SIZE, window
 
     def observe(self, step: Step) -> None:
         """Nothing changes."""
 
     def scores(self, length: int) -> Tensor:
         n_blocks, prompt_blocks = -(-length // SIZE), self.votes_BGN.shape[-1]
-        first = max(min(n_blocks - 1 - self.recent_blocks, prompt_blocks), 0)
+        first = max(min(n_blocks - 1 - self.recent_blocks, prompt_blocks - self.window), 0)
         return newest_first(F.pad(self.votes_BGN, (0, n_blocks - prompt_blocks)), first)
 
 

@@ -50,7 +50,7 @@ def in_chunks(model, prompt, chunk, cache=None, mask=None):
 @pytest.mark.usefixtures("exact_matmul")
 def test_chunks_change_nothing(ids, monkeypatch, family, chunk, kernels, device):
     """Causal, capped logits, sinks; padded and not; by fused kernels for however few keys, and by plain operations."""
-    monkeypatch.setattr(dense, "FUSED_TOKENS", 1 if kernels else 10**9)
+    monkeypatch.setattr(dense, "MIN_FUSED_TOKENS", 1 if kernels else 10**9)
     monkeypatch.setattr("attention_predictor.offload.chunk.CHUNK_TOKENS", 32)
     model, prompt = make_tiny_model(family).to(device), ids(300, batch=2).to(device)
     mask = (torch.arange(300) >= torch.tensor([[0], [70]])).long().to(device)

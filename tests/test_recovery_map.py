@@ -10,10 +10,10 @@ from benchmark_runs import evaluate, refused, results, write_texts
 from tiny_models import make_tiny_model
 from tiny_text_model import save_tiny_text_model, write_jsonl
 
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.recovery_map import mean_map, sample_scores
-from attention_predictor.eval.tails import decode_tails, prefill
-from attention_predictor.eval.watched import watch
+from attention_predictor.eval.benchmarks.recovery.head_recovery import watch
+from attention_predictor.eval.benchmarks.recovery.recovery_map import mean_map, sample_scores
+from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.harness.teacher_forcing import decode_tails, prefill
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
 

@@ -15,13 +15,13 @@ import pytest
 from tiny_text_model import write_jsonl
 
 from attention_predictor.cli import main
-from attention_predictor.eval.bootstrap import interval, resampled_means
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.longbench.scorer import score_folder
-from attention_predictor.eval.longbench.tasks import TASKS
-from attention_predictor.eval.page.charts import Point, legend_mark, line_chart, nice_ticks
-from attention_predictor.eval.sheet import make_sheets
-from attention_predictor.eval.tables import escape_latex, escape_markdown, latex, markdown, signed
+from attention_predictor.eval.benchmarks.longbench.scorer import score_folder
+from attention_predictor.eval.benchmarks.longbench.tasks import TASKS
+from attention_predictor.eval.display.line_charts import Point, legend_mark, line_chart, nice_ticks
+from attention_predictor.eval.harness.bootstrap import interval, resampled_means
+from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.report.results_table import make_sheets
+from attention_predictor.eval.report.text_formats import escape_latex, escape_markdown, latex, markdown, signed
 
 FAILED = {"pred": "", "error": "OutOfMemoryError: no"}
 

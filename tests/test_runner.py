@@ -23,17 +23,17 @@ from transformers import DynamicCache
 from attention_predictor import progress as progress_module
 from attention_predictor.cli import main
 from attention_predictor.errors import ConfigError, ContextLengthError, DataError
-from attention_predictor.eval import runner as runner_module
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.judge import Rule
-from attention_predictor.eval.plain_table import plain_table
-from attention_predictor.eval.predictions import Appender, cut_torn_line, fold, gather, part, read_lines
-from attention_predictor.eval.processes import Processes
-from attention_predictor.eval.prompts import prompt_ids
-from attention_predictor.eval.provenance import git_state
-from attention_predictor.eval.runner import Benchmark, Plan, Sample, add_run_arguments, describe, run
-from attention_predictor.eval.subject import Subject
-from attention_predictor.eval.variants import make_variants
+from attention_predictor.eval.benchmarks.recovery.judge import Rule
+from attention_predictor.eval.display.text_table import plain_table
+from attention_predictor.eval.harness import runner as runner_module
+from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.predictions import Appender, cut_torn_line, fold, gather, part, read_lines
+from attention_predictor.eval.harness.processes import Processes
+from attention_predictor.eval.harness.prompts import prompt_ids
+from attention_predictor.eval.harness.provenance import git_state
+from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, add_run_arguments, describe, run
+from attention_predictor.eval.harness.variants import make_variants
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.hf.versions import with_cache
@@ -248,7 +248,7 @@ class TestWhatIsRefused:
             (("--policies", "full,"), "policy='' is not allowed"),
             (("--policies", "full,full"), "policies must differ in name, got full, full"),
             (("--budgets", "100"), "budget=100 is not allowed: expected at least sink"),
-            (("--budgets", "few"), "--budgets 'few': expected numbers"),
+            (("--budgets", "few"), "--budgets few: expected numbers"),
             (("--rule", "quest,speed=1"), "unknown field 'speed'"),
             (("--rule", "quest,budget=512"), "its budget is one of --budgets"),
             (("--rule", "../x: quest"), "'../x' can't name a directory"),

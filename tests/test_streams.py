@@ -17,8 +17,8 @@ from recordings import make_recording
 from tiny_text_model import longbench_row, save_tiny_text_model, write_jsonl, write_longbench
 
 from attention_predictor.cli import main
-from attention_predictor.eval import predictions
-from attention_predictor.eval.folder import RunFolder
+from attention_predictor.eval.harness import predictions
+from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.train import dataset as dataset_module
 from attention_predictor.train.dataset import HistoryDataset
@@ -258,7 +258,7 @@ class TestLoneSurrogates:
 
     @pytest.mark.parametrize("name", ["context", "input"])
     def test_in_a_prompt_it_is_refused_before_the_model_loads(self, name, model, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr("attention_predictor.eval.runner.load_model", None)
+        monkeypatch.setattr("attention_predictor.eval.harness.runner.load_model", None)
         data = tmp_path / "data"
         data.mkdir()
         rows = [longbench_row("qasper", 0), longbench_row("qasper", 1, **{name: "a \ud800"})]

@@ -11,8 +11,8 @@ import torch
 from recordings import META, make_recording
 
 from attention_predictor.cli import main
-from attention_predictor.eval import recovery
-from attention_predictor.eval.judge import Cell, Rule
+from attention_predictor.eval.benchmarks.recovery import command as recovery
+from attention_predictor.eval.benchmarks.recovery.judge import Cell, Rule
 from attention_predictor.predictor.checkpoint import CONFIG_FILE
 from attention_predictor.predictor.model import architecture
 from attention_predictor.train.dataset import HistoryDataset
@@ -100,7 +100,7 @@ def test_rules_are_refused_before_anything_runs(
     for rules, message in (
         (("predictor", "b: predictor,predictor=nowhere"), "nowhere: no such checkpoint"),
         (("quest", f"b: predictor,predictor={newer}"), "format_version is 99, this release reads 1"),
-        (("quest,host_memory=lots",), "host_memory='lots' is not of type int: expected a positive number of bytes"),
+        (("quest,host_memory=lots",), "host_memory='lots' is not allowed: expected a positive number of bytes"),
         (("a: quest", "a: streaming"), "--rule: names must differ, got a, a"),
     ):
         assert evaluate(tmp_path / "table.json", *rules) == 2

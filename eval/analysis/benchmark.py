@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from attention_predictor.documents import Excerpt
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.analysis.document import Judgement, analyse
-from attention_predictor.eval.runner import Benchmark, Sample
-from attention_predictor.eval.sources import Windows
-from attention_predictor.eval.subject import Subject
+from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.runner import Benchmark, Sample
+from attention_predictor.eval.harness.windows import Windows
 from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.predictor.base import AttentionPredictor
 

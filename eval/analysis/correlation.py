@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attention_predictor.eval.bootstrap import RESAMPLES, interval
+from attention_predictor.eval.harness.bootstrap import RESAMPLES, interval
 
 
 @dataclass(frozen=True)

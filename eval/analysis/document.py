@@ -17,10 +17,10 @@ import torch
 
 from attention_predictor.documents import Excerpt
 from attention_predictor.eval.analysis.examples import Example
-from attention_predictor.eval.analysis.foresight import Foreseen, Foresight
 from attention_predictor.eval.analysis.layer_map import LayerMap, head_scorer, pooled
+from attention_predictor.eval.analysis.observed_attention import Attended, watching
+from attention_predictor.eval.analysis.predictability import Foreseen, Foresight
 from attention_predictor.eval.analysis.qsim import over_windows
-from attention_predictor.eval.analysis.watch import Attended, watching
 from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.engine import Engine

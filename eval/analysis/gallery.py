@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from attention_predictor.eval.analysis import pictures
+from attention_predictor.eval.analysis import map_images as pictures
 from attention_predictor.eval.analysis.correlation import Correlation
 from attention_predictor.eval.analysis.examples import Example
 from attention_predictor.eval.analysis.patterns import CLASSES, ECHO, FAR, FOCUS, HOLDS, RETURN
 from attention_predictor.eval.analysis.summary import COMPARED, SIMILARITIES, Head, Summary
-from attention_predictor.eval.heatmap import Axes, Panel
-from attention_predictor.eval.page.grids import colour_bar, heat_map
-from attention_predictor.eval.page.style import STYLE
+from attention_predictor.eval.display.heatmap import Axes, Panel
+from attention_predictor.eval.display.page_style import STYLE
+from attention_predictor.eval.display.svg_heatmap import colour_bar, heat_map
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 NAMES = {

@@ -15,9 +15,9 @@ from torch import Tensor
 from attention_predictor.eval.analysis import examples
 from attention_predictor.eval.analysis.channels import ChannelSums
 from attention_predictor.eval.analysis.examples import Example, Image
-from attention_predictor.eval.analysis.foresight import Foreseen
+from attention_predictor.eval.analysis.observed_attention import Attended
 from attention_predictor.eval.analysis.patterns import MapSums, Measures, Part
-from attention_predictor.eval.analysis.watch import Attended
+from attention_predictor.eval.analysis.predictability import Foreseen
 from attention_predictor.offload.attention.dense import Scorer, ScoreRows, total_of
 from attention_predictor.offload.blocks.selection import Selection
 

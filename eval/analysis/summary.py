@@ -16,7 +16,7 @@ from attention_predictor.eval.analysis.benchmark import PREDICTORS, VARIANT
 from attention_predictor.eval.analysis.correlation import Correlation, rank_correlation
 from attention_predictor.eval.analysis.examples import Example
 from attention_predictor.eval.analysis.patterns import CLASSES, most_common
-from attention_predictor.eval.folder import RunFolder
+from attention_predictor.eval.harness.run_folder import RunFolder
 
 SIMILARITIES = ("qsim_prompt_plain", "qsim_prompt", "qsim_steps_plain", "qsim_steps")
 RECOVERIES = tuple(f"{name}_{what}" for name in PREDICTORS for what in ("relative", "far"))

@@ -11,10 +11,11 @@
 - a list of budgets in tokens: one per layer, or one per KV head of each layer.
 
 Adapted: every layer or head has sink, recent and one block; only the rest of the total is shared by weight
-(``share_budget``). The papers share everything but a window. A layer's pool has the same number of slots for each KV
-head: as many as its largest budget needs. A batch has one set of budgets, from the mean of its sequences' shares.
-Prompt statistics are complete after the last layer, so no layer fetches before. Every forward of at least 32 tokens
-sets the budgets anew; shorter ones, such as drafts, do not.
+(``share_budget``). The papers share everything but a window. A layer's budget beyond the context is not used;
+PyramidKV's authors give it to upper layers, but these budgets hold for contexts that grow. A layer's pool has the same
+number of slots for each KV head: as many as its largest budget needs. A batch has one set of budgets, from the mean of
+its sequences' shares. Prompt statistics are complete after the last layer, so no layer fetches before. Every forward of
+at least 32 tokens sets the budgets anew; shorter ones, such as drafts, do not.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, L tokens of the sequence, D head size, N blocks,
 Y layers, or the KV heads of all layers.

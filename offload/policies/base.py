@@ -174,7 +174,7 @@ class Policy:
     its paper shares the budget between layers (``offload/policies/allocation.py``).
 
     Attributes:
-        selection: The layer's budget; the layer sets it, again whenever the budget changes.
+        budget_G: int64 on the device, the budget of each KV head in tokens, from ``selection``.
     """
 
     name: ClassVar[str]
@@ -186,6 +186,18 @@ class Policy:
     def __init__(self, spec: LayerSpec) -> None:
         self.spec = spec
         self.selection = Selection.of(spec.config)
+
+    @property
+    def selection(self) -> Selection:
+        """The layer's budget; the layer sets it, again whenever the budget changes."""
+        return self._selection
+
+    @selection.setter
+    @torch.inference_mode(False)
+    def selection(self, selection: Selection) -> None:
+        self._selection = selection
+        own = selection.heads or (selection.budget,) * self.spec.kv_heads
+        self.budget_G = torch.tensor(own, device=self.spec.device)
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -273,8 +285,8 @@ class Policy:
             part.check_integrity()
 
 
-def newest_first(scores_BGC: Tensor, first_B: Tensor, extent: Extent) -> Tensor:
-    """The scores, raised above all others for blocks from ``first_B`` on, the newest highest."""
+def newest_first(scores_BGC: Tensor, first_BG: Tensor, extent: Extent) -> Tensor:
+    """The scores, raised above all others for blocks from ``first_BG`` (or ``[B, 1]``) on, the newest highest."""
     top_BG1 = scores_BGC.amax(-1, keepdim=True).clamp_min(0)
-    place_BC = extent.block_C - first_B[:, None] + 1
-    return torch.where((place_BC > 0)[:, None], top_BG1 + place_BC[:, None], scores_BGC)
+    place_BGC = extent.block_C - first_BG[..., None] + 1
+    return torch.where(place_BGC > 0, top_BG1 + place_BGC, scores_BGC)

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import shlex
 from pathlib import Path
 from typing import Any
 
 from attention_predictor.errors import CheckpointError, ConfigError
-from attention_predictor.kinds import Kind, UnreadableError, whole
+from attention_predictor.gguf_file import GgufFile, check_packages, gguf_files, hub_parts, is_gguf
+from attention_predictor.kinds import Kind, NotAllowedError, whole
 from attention_predictor.kinds import whole_numbers as read_whole_numbers
-from attention_predictor.settings import reader
 
 AUTO = "auto"
 DTYPE_NAMES = (AUTO, "float32", "bfloat16", "float16")
-GGUF = ".gguf"
+PACKED = "packed"
+MODEL_DTYPES = (*DTYPE_NAMES, PACKED)
 
 # The folders of the package are links into a checkout; an installed wheel has no models beside it.
 _POCKET = Path(__file__).resolve().parents[2] / "models" / "pocket-lm"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--model --device --dtype --seed``."""
+    """``--model --gguf-file --device --dtype --seed``."""
     default = str(_POCKET) if _POCKET.is_dir() else None
     shown = "the pocket model" if default else "required: no pocket model beside this installation"
-    parser.add_argument("--model", default=default, metavar="M", help=f"directory or hub name (default: {shown})")
+    what = f"directory, hub name or GGUF file (default: {shown})"
+    parser.add_argument("--model", default=default, metavar="M", help=what)
+    parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take of a directory or hub name")
     add_device_argument(parser)
-    parser.add_argument(
-        "--dtype", default=AUTO, help=f"one of {', '.join(DTYPE_NAMES)}; auto is the model's, float32 on a CPU"
-    )
+    what = f"one of {', '.join(MODEL_DTYPES)}; auto is the model's, float32 on a CPU; packed: GGUF weights as they are"
+    parser.add_argument("--dtype", default=AUTO, help=f"{what} in the file, not unpacked")
     add_option(parser, "--seed", whole(), 0, "seed of everything random")
 
 
@@ -40,33 +42,59 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:
-    """Refuse wrong model arguments that can be detected without loading anything."""
+    """Refuse what can be known to be wrong with them without loading anything; ``--model`` takes in ``--gguf-file``."""
+    if args.gguf_file is not None:
+        args.model, args.gguf_file = _join(args.model, args.gguf_file), None
     check_model_name(args.model)
     check_dtype(args.dtype)
+    if args.dtype == PACKED and not is_gguf(args.model):
+        raise ConfigError(f"--dtype {PACKED}: --model {args.model} is no GGUF file")
 
 
 def check_model_name(name: str | None) -> str:
-    """Return the name; ``ConfigError`` if there is none, ``CheckpointError`` for GGUF files."""
+    """The name itself, if it may be a model's.
+
+    Raises:
+        ConfigError: There is none.
+        CheckpointError: A GGUF file is not there, damaged, or can't be read for want of a package; or a directory holds
+            nothing but GGUF files, and the name says not which.
+    """
     if name is None:
         raise ConfigError("--model is required: no pocket model beside this installation")
     path = Path(name)
-    file = path if path.suffix.lower() == GGUF else None
-    if file is None and path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        file = next((one for one in sorted(path.iterdir()) if one.suffix.lower() == GGUF), None)
-    if file is None:
-        return name
-    source = f"{str(file.parent)!r}, gguf_file={file.name!r}"
-    raise CheckpointError(
-        f"{name!r} is a model in GGUF: convert it once with transformers, "
-        f"AutoModelForCausalLM.from_pretrained({source}).save_pretrained('converted') and "
-        f"AutoTokenizer.from_pretrained({source}).save_pretrained('converted'), then give --model converted"
-    )
+    if path.is_dir():
+        if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")) and (files := gguf_files(path)):
+            raise CheckpointError(f"{name!r} holds models in GGUF: choose one by --gguf-file: {', '.join(files)}")
+    elif is_gguf(name):
+        check_packages(name)
+        if path.exists():
+            GgufFile.read(path)
+        elif hub_parts(name) is None:
+            raise CheckpointError(f"{name!r} is no file here, nor one of the hub: owner/name/file.gguf")
+    return name
+
+
+def _join(model: str | None, file: str) -> str:
+    """The name of a GGUF file in a directory or repository."""
+    if model is None:
+        raise ConfigError(f"--gguf-file {file}: --model is required, the directory or hub name that it is of")
+    folder = Path(model)
+    if not is_gguf(file):
+        raise ConfigError(f"--gguf-file {file}: expected a name that ends in .gguf")
+    if folder.is_file():
+        raise ConfigError(f"--gguf-file {file}: --model {model} is a file by itself: leave one of them out")
+    if not folder.is_dir():
+        return f"{model}/{file}"
+    if not (folder / file).is_file():
+        there = ", ".join(gguf_files(folder)) or "no GGUF file"
+        raise CheckpointError(f"--gguf-file {file} is not in {model}, which holds {there}")
+    return str(folder / file)
 
 
 def check_dtype(name: str) -> None:
-    """Raise ``ConfigError`` for an unknown dtype."""
-    if name not in DTYPE_NAMES:
-        raise ConfigError(f"dtype={name!r} is not allowed: expected one of {', '.join(DTYPE_NAMES)}")
+    """``ConfigError`` for a name that is no dtype's."""
+    if name not in MODEL_DTYPES:
+        raise ConfigError(f"dtype={name!r} is not allowed: expected one of {', '.join(MODEL_DTYPES)}")
 
 
 def add_option(
@@ -75,19 +103,25 @@ def add_option(
     """Add an option whose value has a kind; a value that is not allowed is refused when it is parsed.
 
     Args:
-        default: Is shown behind the help text, unless it is ``None``.
+        default: Is shown behind the help text, unless it is ``None``, ``()`` or ``False``.
     """
-    shown = "" if default is None else " (%(default)s)"
+    shown = "" if default in (None, ()) or default is False else " (%(default)s)"
+    alone = {} if kind.alone is None else {"nargs": "?", "const": kind.alone}
     parser.add_argument(
         option,
-        type=reader(kind),
         action=_Checked,
         kind=kind,
         default=default,
         required=required,
         metavar=kind.metavar,
-        help=says + shown,
+        help=says.replace("%", "%%") + shown,
+        **alone,
     )
+
+
+def refused(option: str, given: str, expected: str) -> ConfigError:
+    """The error of an option's value that is not allowed."""
+    return ConfigError(f"{option} {shlex.quote(given) if not given or ' ' in given else given}: expected {expected}")
 
 
 class _Checked(argparse.Action):
@@ -98,20 +132,20 @@ class _Checked(argparse.Action):
         self.kind = kind
 
     def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
-        if (expected := self.kind.expected(values)) is not None:
-            raise ConfigError(f"{self.option_strings[0]} {values}: expected {expected}")
-        setattr(namespace, self.dest, values)
+        value = values
+        if isinstance(values, str):  # else the kind's value of an option alone
+            try:
+                value = self.kind.parse(values)
+            except NotAllowedError as error:
+                raise refused(self.option_strings[0], values, str(error)) from error
+        setattr(namespace, self.dest, value)
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
     """``"256,512"`` as numbers; ConfigError, naming the option, for anything else."""
     try:
         return read_whole_numbers(text, ",")
-    except UnreadableError as error:
-        raise ConfigError(f"{option} {error}") from error
+    except ValueError as error:
+        raise refused(option, text, "numbers separated by commas") from error

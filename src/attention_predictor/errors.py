@@ -14,6 +14,23 @@ class ConfigError(AttentionPredictorError, ValueError):
     """An option has a value that is not allowed."""
 
 
+class SettingError(ConfigError):
+    """A setting of ``OffloadConfig`` has a value that is not allowed.
+
+    Attributes:
+        name: The field.
+        found: Its value, or the text that could not be read as one.
+        expected: What is allowed, in words.
+    """
+
+    def __init__(self, name: str, found: object, expected: str) -> None:
+        super().__init__(name, found, expected)
+        self.name, self.found, self.expected = name, found, expected
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.found!r} is not allowed: expected {self.expected}"
+
+
 class AttachError(AttentionPredictorError, RuntimeError):
     """A model cannot be attached to, or detached from."""
 

@@ -10,8 +10,8 @@ from typing import Any, TypeGuard
 Rule = tuple[str, Callable[[Any], bool]]  # what is allowed, in words; a test of a value
 
 
-class UnreadableError(ValueError):
-    """Text that is not a value of the kind; the message quotes it and says what was expected."""
+class NotAllowedError(ValueError):
+    """Text that is no allowed value; the message says what would be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,25 +19,37 @@ class Kind:
     """A kind of value.
 
     Attributes:
-        of: The type that text is read as, by name.
-        read: Text as a value; ``ValueError`` for text that is none, ``UnreadableError`` where it says more itself.
+        read: Text as a value; ``ValueError`` for text that is none.
         rules: Each must hold; a value is judged by one only where those before it hold.
         metavar: Stands for a value in help texts.
+        alone: The value of an option that is given without one; ``None`` if it needs one.
     """
 
-    of: str
     read: Callable[[str], Any]
     rules: Callable[[], Sequence[Rule]]
     metavar: str | None = None
+    alone: Any = None
 
     def expected(self, value: object) -> str | None:
-        """What is allowed instead of this value; ``None`` if the value is allowed."""
-        return next((words for words, holds in self.rules() if not holds(value)), None)
+        """What would be allowed in place of this value; ``None`` if it is allowed."""
+        rules = self.rules()
+        broken = next((at for at, (_, holds) in enumerate(rules) if not holds(value)), None)
+        return None if broken is None else ", ".join(words for words, _ in rules[broken:])
 
     @property
     def allowed(self) -> str:
         """What is allowed, in words."""
-        return self.rules()[-1][0]
+        return ", ".join(words for words, _ in self.rules())
+
+    def parse(self, text: str) -> Any:
+        """Text as a value that is allowed; ``NotAllowedError`` says what is."""
+        try:
+            value = self.read(text)
+        except ValueError as error:
+            raise NotAllowedError(self.allowed) from error
+        if (expected := self.expected(value)) is not None:
+            raise NotAllowedError(expected)
+        return value
 
     def or_none(self) -> Kind:
         """This kind, or ``None``, written as none."""
@@ -47,7 +59,6 @@ class Kind:
             return lambda value: value is None or holds(value)
 
         return Kind(
-            of=self.of,
             read=lambda text: None if text.strip().lower() == "none" else self.read(text),
             rules=lambda: [(f"{words}, or None", either(holds)) for words, holds in rules()],
             metavar=self.metavar,
@@ -63,40 +74,41 @@ def whole(least: int | None = None, most: int | None = None, also: Rule | None =
         rules.append((f"{least} to {most}", lambda value: least <= value <= most))
     elif least is not None:
         rules.append((f"at least {least}", lambda value: value >= least))
-    return Kind(of="int", read=int, rules=lambda: rules, metavar=metavar)
+    return Kind(read=int, rules=lambda: rules, metavar=metavar)
 
 
 def number(words: str, holds: Callable[[float], bool], metavar: str = "X") -> Kind:
     """Finite numbers, integers included, for which ``holds`` is true."""
     allowed = (words, lambda value: is_number(value) and math.isfinite(value) and holds(value))
-    return Kind(of="float", read=float, rules=lambda: [allowed], metavar=metavar)
+    return Kind(read=float, rules=lambda: [allowed], metavar=metavar)
 
 
-def one_of(names: Sequence[Any] | Callable[[], Sequence[Any]], of: str = "str") -> Kind:
-    """One of some names, or of some integers (``of="int"``)."""
+def one_of(names: Sequence[Any] | Callable[[], Sequence[Any]], read: Callable[[str], Any] = str) -> Kind:
+    """One of some names, or of some integers (``read=int``)."""
 
     def rules() -> list[Rule]:
         known = names() if callable(names) else names
         return [("one of " + ", ".join(map(str, known)), lambda value: _is_in(value, known))]
 
-    return Kind(of=of, read=int if of == "int" else str, rules=rules, metavar="N" if of == "int" else "NAME")
+    return Kind(read=read, rules=rules, metavar="NAME" if read is str else "N")
 
 
 def text(words: str, metavar: str) -> Kind:
     """Non-empty text."""
     allowed = (words, lambda value: isinstance(value, str) and value != "")
-    return Kind(of="str", read=str, rules=lambda: [allowed], metavar=metavar)
+    return Kind(read=str, rules=lambda: [allowed], metavar=metavar)
 
 
 def flag() -> Kind:
-    """True or False, also written yes and no, 1 and 0."""
-    return Kind(of="bool", read=_read_flag, rules=lambda: [("True or False", lambda value: isinstance(value, bool))])
+    """True or False, also written yes and no, 1 and 0; an option of this kind alone means True."""
+    allowed = ("True or False", lambda value: isinstance(value, bool))
+    return Kind(read=_read_flag, rules=lambda: [allowed], metavar="BOOL", alone=True)
 
 
 def sizes_in_bytes() -> Kind:
     """A positive number of bytes, also written with a unit, such as 64GiB."""
     allowed = ("a positive number of bytes", lambda value: is_whole(value) and value > 0)
-    return Kind(of="int", read=_read_bytes, rules=lambda: [allowed], metavar="BYTES")
+    return Kind(read=_read_bytes, rules=lambda: [allowed], metavar="BYTES")
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -110,13 +122,10 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def whole_numbers(text: str, separators: str = ",+") -> list[int]:
-    """Read ``"0,1"`` or, where commas have another meaning, ``"0+1"``; ``UnreadableError`` for anything else."""
+    """``"0,1"`` or, where commas mean something else, ``"0+1"``; ``ValueError`` for anything else."""
     for separator in separators[1:]:
         text = text.replace(separator, separators[0])
-    try:
-        return [int(part) for part in text.split(separators[0])]
-    except ValueError as error:
-        raise UnreadableError(f"{text!r}: expected numbers separated by commas") from error
+    return [int(part) for part in text.split(separators[0])]
 
 
 def _is_in(value: object, known: Sequence[Any]) -> bool:

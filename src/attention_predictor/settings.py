@@ -3,60 +3,71 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import Field, fields
 from difflib import get_close_matches
 from typing import Any
 
-from attention_predictor.errors import ConfigError
-from attention_predictor.kinds import Kind, UnreadableError
-from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.arguments import add_option, refused
+from attention_predictor.errors import ConfigError, SettingError
+from attention_predictor.kinds import NotAllowedError
+from attention_predictor.offload.config import GROUPS, OffloadConfig
 
 FIELDS: dict[str, Field[Any]] = {one.name: one for one in fields(OffloadConfig)}
 
 
-def add_setting_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Add an option for each setting, or for those named."""
-    group = parser.add_argument_group("settings of the cache")
-    for name in names or FIELDS:
-        kind, default = FIELDS[name].metadata["kind"], FIELDS[name].default
-        option, says = "--" + name.replace("_", "-"), FIELDS[name].metadata["help"].replace("%", "%%")
-        if kind.of == "bool":
-            group.add_argument(option, action="store_true", help=says)
-            continue
-        shown = "" if default in (None, ()) else " (%(default)s)"
-        group.add_argument(option, type=reader(kind), default=default, metavar=kind.metavar, help=says + shown)
+def option_of(name: str) -> str:
+    """The option that a setting is on a command line."""
+    return "--" + name.replace("_", "-")
+
+
+def add_setting(parser: argparse._ActionsContainer, name: str, *, default: Any = None, says: str | None = None) -> None:
+    """The option of a setting.
+
+    Args:
+        default: In place of the field's own.
+        says: Help in place of the field's own, where a command uses the setting for something else.
+    """
+    one = FIELDS[name]
+    default = one.default if default is None else default
+    add_option(parser, option_of(name), one.metadata["kind"], default, says or one.metadata["help"])
+
+
+def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of all settings, in their groups."""
+    for group, what in GROUPS.items():
+        place = parser.add_argument_group(f"{group}: {what}")
+        for name, one in FIELDS.items():
+            if one.metadata["group"] == group:
+                add_setting(place, name)
 
 
 def offload_config(args: argparse.Namespace, **changes: Any) -> OffloadConfig:
-    """The settings from ``add_setting_arguments``; ``ConfigError`` for a value that is not allowed."""
+    """The settings that options read; ``ConfigError`` names the option whose value is not allowed.
+
+    Args:
+        changes: Settings that no option gives, or in place of those that options give.
+    """
     given = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
-    return OffloadConfig(**given | changes)
+    try:
+        return OffloadConfig(**given | changes)
+    except SettingError as error:
+        if error.name in changes or error.name not in given:
+            raise
+        raise refused(option_of(error.name), _written(error.found), error.expected) from error
 
 
 def read_setting(name: str, text: str) -> Any:
-    """Parse a setting's value; ``ConfigError`` for an invalid value or an unknown name."""
+    """The value of a setting; ``ConfigError`` names it, for text that is no allowed value or for an unknown name."""
     if name not in FIELDS:
         near = get_close_matches(name, FIELDS, n=1)
         meant = f", did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"unknown field {name!r}{meant}; expected one of {', '.join(FIELDS)}")
-    kind = FIELDS[name].metadata["kind"]
     try:
-        return kind.read(text)
-    except UnreadableError as error:
-        raise ConfigError(f"{name} {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{name}={text!r} is not of type {kind.of}: expected {kind.allowed}") from error
+        return FIELDS[name].metadata["kind"].parse(text)
+    except NotAllowedError as error:
+        raise SettingError(name, text, str(error)) from error
 
 
-def reader(kind: Kind) -> Callable[[str], Any]:
-    """A parse function, for argparse's ``type``."""
-
-    def read(text: str) -> Any:
-        try:
-            return kind.read(text)
-        except UnreadableError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    read.__name__ = kind.of  # argparse shows it in its errors
-    return read
+def _written(value: object) -> str:
+    """A value as it is given to an option."""
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

@@ -24,8 +24,9 @@ from pathlib import Path
 
 from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments
 from attention_predictor.errors import ConfigError
+from attention_predictor.eval.display.plots import check_plot
 from attention_predictor.kinds import whole
-from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.settings import add_setting, offload_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,14 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--limit", whole(1), None, "the first N documents of each --data alone")
     queries = whole(also=("at least 2 queries, to make a pair", lambda value: value >= 2))
     add_option(parser, "--window", queries, 32, "queries that are compared with each other")
-    add_option(parser, "--budget", whole(), 512, "tokens that may be chosen for a step")
-    add("--predictor", default="default", metavar="P", help="that chooses: a name or a directory (%(default)s)")
+    add_setting(parser, "budget", default=512, says="tokens that may be chosen for a step")
+    add_setting(parser, "predictor", says="that chooses: a name or a directory")
     add("--parquet", action="store_true", help="write heads.parquet too (needs pyarrow)")
+    add("--plot", type=Path, metavar="F", help="query similarity against recovery (.png, .svg, .pdf)")
     add("--retry-errors", action="store_true", help="try documents once more that failed")
 
 
 def check(args: argparse.Namespace) -> None:
     check_model_arguments(args)
-    OffloadConfig(budget=args.budget)
+    check_plot(args.plot)
+    offload_config(args)
     if args.parquet and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("--parquet needs pyarrow: pip install 'attention-predictor[train]'")

@@ -22,10 +22,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments
+from attention_predictor.arguments import PACKED, add_model_arguments, add_option, check_model_arguments
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.plot import check_plot
-from attention_predictor.eval.pruning.plan import BETA, METRICS
+from attention_predictor.eval.analysis.pruning.plan import BETA, METRICS
+from attention_predictor.eval.display.plots import check_plot
 from attention_predictor.kinds import number, whole
 
 
@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="D", help="texts to score by: what attnpred record takes")
     add_option(parser, "--documents", whole(1), 16, "of each data set, at most")
     add_option(parser, "--context", whole(), 2048, "tokens of each document")
-    what = "file with scores in place of --data, such as scores.json; twice, if bi and q_similarity are apart"
+    what = "file with scores in place of --data: scores.json, or one as TAPPA's authors publish them; twice, if bi and"
+    what += " q_similarity are apart"
     add("--scores", type=Path, action="append", default=[], metavar="F", help=what)
     add("--plan-only", action="store_true", help="print the order that --scores give, and stop")
     add("--json", action="store_true", help="print the plan as one JSON object")
@@ -70,3 +71,5 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--plot draws what --sweep finds: give both")
     check_plot(args.plot)
     check_model_arguments(args)
+    if args.dtype == PACKED:
+        raise ConfigError(f"--dtype {PACKED}: packed weights can't be saved, and the model that is left is")

@@ -32,7 +32,7 @@ from attention_predictor.arguments import add_model_arguments, add_option, check
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.kinds import number, whole
 from attention_predictor.predictor import PROMPT_ROWS
-from attention_predictor.settings import add_setting_arguments, offload_config
+from attention_predictor.settings import add_setting, offload_config
 
 ROWS = ("sparse", "full")
 
@@ -50,20 +50,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps = whole(also=(f"--steps above {PROMPT_ROWS}", lambda value: value > PROMPT_ROWS))
     add_option(parser, "--steps", steps, 256, "last tokens to record")
     add("--rows", choices=ROWS, default="sparse", help="what a predictor is shown (%(default)s)")
-    add("--predictor", default="ema", metavar="P", help="that selects for sparse rows (%(default)s)")
+    add_setting(parser, "predictor", default="ema", says="that selects for sparse rows")
     add("--budgets", default="256,512", metavar="N,N", help="of sparse rows, in turn (%(default)s)")
     add_option(parser, "--per-file", whole(1), 4, "documents of a .txt file")
     share = number("a share from 0 to below 1", lambda value: 0 <= value < 1, "SHARE")
     what = "of the .txt files and rows, chosen by a hash of their names, kept from training"
     add_option(parser, "--validation", share, 0.1, what)
-    add_setting_arguments(parser, "block_size", "sink", "recent")
+    for name in ("block_size", "sink", "recent"):
+        add_setting(parser, name)
 
 
 def check(args: argparse.Namespace) -> None:
     check_model_arguments(args)
     budgets = whole_numbers("--budgets", args.budgets) if args.rows == "sparse" else [1 << 30]
     for budget in budgets:
-        offload_config(args, budget=budget, predictor="ema")
+        offload_config(args, budget=budget)
     least = args.steps + args.sink + args.recent
     if args.max_tokens <= least:
         raise ConfigError(f"--max-tokens {args.max_tokens}: expected more than --steps + sink + recent = {least}")

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments, whole_numbers
-from attention_predictor.eval.rules import Rule, check_names, check_variants
-from attention_predictor.kinds import one_of, whole
-from attention_predictor.offload.config import AUTO, PREFETCHERS
+from attention_predictor.eval.harness.rules import Rule, check_names, check_variants
+from attention_predictor.kinds import whole
+from attention_predictor.offload.config import PREFETCHERS
+from attention_predictor.settings import add_setting
 
 POLICIES = "full,predictor"
 BUDGETS = "512,1024"
@@ -24,7 +25,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rule", action="append", metavar="RULE", help=what)
     add("--budgets", default=BUDGETS, metavar="N,N", help="tokens a step reads, each a row of the table (%(default)s)")
     what = f"of {', '.join(PREFETCHERS)}: how engines prefetch, unless a rule says"
-    add_option(parser, "--prefetch", one_of(PREFETCHERS), AUTO, what)
+    add_setting(parser, "prefetch", says=what)
     add_option(parser, "--limit", whole(1), None, "the first N samples of each task alone")
     add("--out", type=Path, required=True, metavar="DIR", help="results; an unfinished run in it goes on")
     add("--retry-errors", action="store_true", help="try samples once more that failed")

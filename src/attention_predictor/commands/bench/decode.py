@@ -48,8 +48,8 @@ from pathlib import Path
 
 from attention_predictor.arguments import add_option, whole_numbers
 from attention_predictor.commands.bench.model_options import add_shape_arguments, check_shape_arguments
-from attention_predictor.eval.plot import check_plot
-from attention_predictor.eval.way import WAYS, check_ways
+from attention_predictor.eval.bench.cache_setups import WAYS, check_ways
+from attention_predictor.eval.display.plots import check_plot
 from attention_predictor.kinds import number, whole
 
 

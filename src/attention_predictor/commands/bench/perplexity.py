@@ -20,7 +20,7 @@ from attention_predictor.arguments import add_model_arguments, add_option, check
 from attention_predictor.commands.bench.policy_options import add_policies, check_policies, policies_of
 from attention_predictor.errors import ConfigError
 from attention_predictor.kinds import whole
-from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.settings import add_setting, offload_config
 
 SKIPPED = 8  # steps
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_option(parser, "--context", whole(), 4096, "tokens of a sample")
     add_option(parser, "--tail", whole(SKIPPED + 3), 64, "the last of them, which are decoded")
-    add_option(parser, "--budget", whole(), 512, "tokens a step attends to")
+    add_setting(parser, "budget", default=512)
     add_policies(parser)
     add_option(parser, "--repeats", whole(1), 3, "samples of a policy, behind one more that warms up")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -41,4 +41,4 @@ def check(args: argparse.Namespace) -> None:
     if args.tail >= args.context:
         raise ConfigError(f"--tail {args.tail}: expected less than --context {args.context}")
     for policy in policies_of(args.policies):
-        OffloadConfig(budget=args.budget, policy=policy)
+        offload_config(args, policy=policy)

@@ -22,7 +22,7 @@ import argparse
 from attention_predictor.arguments import add_option
 from attention_predictor.commands.bench.model_options import add_shape_arguments, check_shape_arguments
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.way import PREFILLS
+from attention_predictor.eval.bench.cache_setups import PREFILLS
 from attention_predictor.kinds import whole
 
 

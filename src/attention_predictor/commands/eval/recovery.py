@@ -25,8 +25,8 @@ from pathlib import Path
 
 from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments, whole_numbers
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval import synthetic
-from attention_predictor.eval.rules import Rule, check_names
+from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
+from attention_predictor.eval.harness.rules import Rule, check_names
 from attention_predictor.kinds import whole
 
 TAIL_INTERVAL = 4  # steps between measurements of recovery where nothing else is judged

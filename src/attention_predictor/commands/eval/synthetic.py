@@ -20,7 +20,7 @@ from pathlib import Path
 
 from attention_predictor.arguments import add_option
 from attention_predictor.commands import run_options
-from attention_predictor.eval import synthetic
+from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
 from attention_predictor.kinds import whole
 
 

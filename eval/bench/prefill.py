@@ -1,0 +1,120 @@
+"""``attnpred bench prefill``: a long prompt in chunks, a way to hold the cache after the other."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from attention_predictor.arithmetic import ceil_div
+from attention_predictor.errors import HostMemoryError, one_line
+from attention_predictor.eval.bench.cache_sessions import does_not_fit, opened
+from attention_predictor.eval.bench.cache_setups import PREFILLS, STOCK, Way
+from attention_predictor.eval.bench.device import release, wait
+from attention_predictor.eval.bench.random_models import random_or_loaded
+from attention_predictor.eval.bench.timing_report import Row, report
+from attention_predictor.loading import find_device
+from attention_predictor.offload.hf.versions import with_cache
+from attention_predictor.progress import Progress
+from attention_predictor.sizes import size_text
+
+
+def main(args: argparse.Namespace) -> int:
+    chunk = args.context if args.chunk is None else args.chunk
+    names = [name.strip() for name in args.ways.split(",")]
+    device = find_device(args.device)
+    ways = [PREFILLS[name] for name in names if device.type == "cuda" or not PREFILLS[name].needs_gpu]
+    model = random_or_loaded(args, device, args.context)
+    ids_BT = _prompt(model, args)
+
+    rows = []
+    with Progress("prefill", len(ways), "ways") as progress:
+        for way in ways:
+            progress.describe(f"prefill, {way.name}")
+            rows.append({"name": way.name} | _tried(model, way, ids_BT, chunk, args))
+            if "seconds" in rows[-1]:
+                progress.write(_describe(rows[-1]))
+            progress.update()
+    stock_s = next((row.get("seconds") for row in rows if row["name"] == PREFILLS[STOCK].name), None)
+    for row in rows:
+        if stock_s is not None and "seconds" in row:
+            row["to_stock"] = row["seconds"] / stock_s
+    settings = {name: getattr(args, name) for name in ("context", "budget", "batch", "repeats", "seed", "dtype")}
+    settings |= {"chunk": chunk, "model": args.shape or str(args.model)}
+    report("prefill", device, settings, rows, line=_describe, as_json=args.json)
+    return 0
+
+
+def _tried(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Its timings, or why it was ``skipped``: for lack of memory, and for no other reason."""
+    if reason := does_not_fit(model, way, context=args.context, batch=args.batch, limit_bytes=None):
+        return {"skipped": reason}
+    try:
+        return timed(model, way, ids_BT, chunk, args.budget, args.repeats)
+    except (torch.OutOfMemoryError, HostMemoryError) as error:
+        return {"skipped": one_line(error, 200)}
+    finally:
+        release(model.device)
+
+
+def timed(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, budget: int, repeats: int) -> dict[str, Any]:
+    """Prefills of the same prompt, each into a new cache, behind a short one that warms up."""
+    cuda = model.device.type == "cuda"
+    weights = sum(weight.nbytes for weight in model.parameters())
+    _prefill(model, way, ids_BT[:, : min(2 * chunk, ceil_div(ids_BT.shape[1], 2))], chunk, budget)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    times, moved = [], 0
+    for _ in range(1 + repeats):
+        seconds, moved = _prefill(model, way, ids_BT, chunk, budget)
+        times.append(seconds)
+    return {
+        "seconds": statistics.median(times[1:]),
+        "first_s": times[0],
+        "peak_bytes": torch.cuda.max_memory_allocated(model.device) - weights if cuda else None,
+        "moved_bytes": moved,
+    }
+
+
+@torch.no_grad()
+def _prefill(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, budget: int) -> tuple[float, int]:
+    """Seconds until everything is where it belongs, and bytes that passed between host and device."""
+    B, T = ids_BT.shape
+    with opened(model, way, context=T, batch=B, budget=budget) as session:
+        wait(model.device)
+        begun = time.perf_counter()
+        for part_BT in ids_BT.split(chunk, dim=1):
+            model(part_BT, **with_cache(model, session.cache), logits_to_keep=1)
+        wait(model.device)
+        seconds = time.perf_counter() - begun
+        if session.engine is not None:
+            stats = session.engine.stats
+            return seconds, stats.full_kv_bytes + stats.streamed_bytes + stats.fetched_bytes
+        return seconds, _moved_by_offloading(session.cache, T, chunk) if way.options.get("offloading") else 0
+
+
+def _moved_by_offloading(cache: Cache, length: int, chunk: int) -> int:
+    """A layer's cache leaves after each chunk, all of it, and comes back before the next (``CacheLayerMixin``)."""
+    moved = [layer for layer in cache.layers if isinstance(layer, DynamicLayer) and not layer.is_sliding]
+    token_bytes = sum(kv.nbytes for layer in moved for kv in (layer.keys, layer.values) if kv is not None) // length
+    lengths = [min(start + chunk, length) for start in range(0, length, chunk)]
+    return token_bytes * (sum(lengths) + sum(lengths[:-1]))
+
+
+def _prompt(model: PreTrainedModel, args: argparse.Namespace) -> Tensor:
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(args.seed)
+    return torch.randint(vocabulary, (1, args.context), generator=generator).expand(args.batch, -1).to(model.device)
+
+
+def _describe(row: Row) -> str:
+    ratio = f"{row['to_stock']:6.3f} × stock on the device" if "to_stock" in row else ""
+    peak = "" if row["peak_bytes"] is None else f", peak {size_text(row['peak_bytes'])} on top of the weights"
+    times = f"{row['seconds']:9.3f} s (at first {row['first_s']:.3f}) {ratio}"
+    return f"{row['name']:<36}{times}{peak}, {size_text(row['moved_bytes'])} moved"

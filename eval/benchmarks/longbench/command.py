@@ -1,0 +1,79 @@
+"""``attnpred eval longbench``: what its options ask for, run and shown as a table."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from attention_predictor.errors import ConfigError, DataError
+from attention_predictor.eval.benchmarks.longbench.benchmark import LongBench
+from attention_predictor.eval.benchmarks.longbench.data import open_source
+from attention_predictor.eval.benchmarks.longbench.scorer import score_folder
+from attention_predictor.eval.benchmarks.longbench.table import folder_table
+from attention_predictor.eval.benchmarks.longbench.tasks import (
+    ALL,
+    TASKS,
+    check_names,
+    check_scorers,
+    choose_tasks,
+    without_unscorable,
+)
+from attention_predictor.eval.harness.processes import Processes
+from attention_predictor.eval.harness.prompts import context_length
+from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.harness.runner import Plan, run
+from attention_predictor.loading import load_tokenizer
+from attention_predictor.reading import check_unicode, read_json
+
+
+def main(args: argparse.Namespace) -> int:
+    plan = Plan.of(args)
+    tasks = choose_tasks(args.tasks, extended=args.e)
+    _check_max_length(args.max_length, args.model, tasks)
+    if args.tasks == ALL:
+        tasks, left_out = without_unscorable(tasks)
+        if left_out and Processes().is_main:
+            print(left_out)
+    if (done := RunFolder(plan.out)).description:
+        check_scorers([task for task in done.tasks if task in TASKS])  # their scores go into the table too
+    benchmark = LongBench(
+        load_tokenizer(args.model),
+        open_source(args.data),
+        tasks,
+        extended=args.e,
+        chat=args.chat,
+        max_length=args.max_length,
+        templates=_read_templates(args.templates),
+        answer_likelihood=args.answer_perplexity,
+    )
+    folder = run(benchmark, plan)
+    if folder is None:
+        return 0
+    scores = score_folder(folder)
+    print(folder_table(folder, scores))
+    return 1 if all(one.errors == one.samples for one in scores.values()) else 0
+
+
+def _check_max_length(max_length: int | None, model: str | None, tasks: tuple[str, ...]) -> None:
+    if max_length is None:
+        return
+    context = context_length(str(model))
+    longest = max(TASKS[task].max_new_tokens for task in tasks)
+    if max_length < 2 or (context is not None and max_length > context - longest):
+        room = "" if context is None else f" to {context - longest}, the model's {context} less {longest} of an answer"
+        raise ConfigError(f"--max-length {max_length}: expected 2{room or ' or more'}")
+
+
+def _read_templates(path: Path | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    try:
+        templates = read_json(path)
+    except DataError as error:
+        raise ConfigError(f"--templates {path} can't be read as JSON: {error}") from error
+    if not isinstance(templates, dict) or not all(isinstance(one, str) for one in templates.values()):
+        raise ConfigError(f"--templates {path}: expected an object of texts, one for each task")
+    check_names(list(templates))
+    for name, template in templates.items():
+        check_unicode(template, f"--templates {path}, {name!r}")
+    return templates

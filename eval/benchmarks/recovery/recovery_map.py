@@ -1,0 +1,139 @@
+"""Recovery by layer and head, a benchmark of the runner: the attention mass that a policy finds, decoding documents."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any, ClassVar
+
+from attention_predictor.errors import ConfigError, DataError
+from attention_predictor.eval.benchmarks.recovery.block_map import map_record
+from attention_predictor.eval.benchmarks.recovery.head_recovery import check_watchable, watch
+from attention_predictor.eval.display.heatmap import FILE, Axes, Panel, draw_heatmaps
+from attention_predictor.eval.display.text_table import plain_table
+from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.predictions import Record
+from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, run
+from attention_predictor.eval.harness.scores import conclude, mean_scores, notes
+from attention_predictor.eval.harness.teacher_forcing import decode_tails, new_cache, prefill
+from attention_predictor.eval.harness.windows import Windows, windows_of
+
+SEQUENCES = 8  # tails decoded at once: each has a cache of its own
+
+
+class RecoveryMap(Benchmark):
+    """Documents, each a sample, decoded while their recovery is measured.
+
+    Args:
+        windows: Prompts and what is decoded behind them.
+        interval: Steps from one measurement to the next.
+    """
+
+    name = "recovery-map"
+    missing: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, windows: Windows, interval: int) -> None:
+        if not 1 <= interval <= windows.tail:
+            raise ConfigError(f"--interval {interval}: expected 1 to --tail {windows.tail}")
+        self.windows, self.interval, self.tasks = windows, interval, windows.names
+
+    def settings(self) -> dict[str, Any]:
+        windows = {name: getattr(self.windows, name) for name in ("context", "tail", "per_file")}
+        return windows | {"interval": self.interval}
+
+    def samples(self, task: str) -> Iterator[Sample]:
+        for number, (name, part) in enumerate(self.windows.of(task)):
+            yield Sample(name, "", {}, {"prompt": part.prompt, "tails": part.tails, "mapped": number == 0})
+
+    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+        prompt, tails = sample.hidden["prompt"], sample.hidden["tails"]
+        if len(tails[0]) < self.interval:
+            raise DataError(f"a tail of {len(tails[0])} tokens: nothing is measured at every {self.interval}th")
+        shares: dict[int, list[list[float]]] = defaultdict(list)  # by layer: of each sequence, a mean for each head
+        relatives: dict[int, list[list[float]]] = defaultdict(list)
+        maps: dict[str, Any] = {}
+        for first in range(0, len(tails), SEQUENCES):
+            cache = new_cache(subject)
+            part = tails[first : first + SEQUENCES]
+            prefill(subject.model, cache, prompt, len(part))
+            mapped = sample.hidden["mapped"] and first == 0
+            watched = watch(cache, self.interval, mapped=mapped)
+            decode_tails(subject.model, cache, part)
+            for layer, found in watched.items():
+                share_BG, relative_BG = found.means
+                shares[layer] += share_BG.tolist()
+                relatives[layer] += relative_BG.tolist()
+            if mapped:
+                by_layer = {number: found.maps_GN for number, found in watched.items()}
+                (block_size,) = {found.layer.block_size for found in watched.values()}
+                maps = {"map": map_record(by_layer, self.interval, block_size)}
+        layers = sorted(shares)
+        return {
+            "layers": layers,
+            "recovery_map": [_by_head(shares[layer]) for layer in layers],
+            "relative_map": [_by_head(relatives[layer]) for layer in layers],
+            "prompt_tokens": len(prompt),
+            "new_tokens": sum(map(len, tails)),
+        } | maps
+
+
+def _by_head(values: Sequence[Sequence[float]]) -> list[float]:
+    return [round(fmean(of_head), 6) for of_head in zip(*values, strict=True)]
+
+
+def sample_scores(task: str, records: Sequence[Record]) -> list[float]:
+    """Of each document, the relative recovery over all layers and heads; not a number where it failed."""
+    return [math.nan if "error" in one else fmean(map(fmean, one["relative_map"])) for one in records]
+
+
+def mean_map(folder: RunFolder, variant: str, name: str = "relative_map") -> tuple[list[int], list[list[float]]]:
+    """Numbers of the layers, and a list of its heads for each: means over all documents; empty where none is done."""
+    every = [one for task in folder.tasks for one in folder.records(variant, task) if "error" not in one]
+    if not every:
+        return [], []
+    maps = [one[name] for one in every]
+    return every[0]["layers"], [_by_head(heads) for heads in zip(*maps, strict=True)]
+
+
+def main(args: argparse.Namespace) -> int:
+    plan = Plan.of(args)
+    for variant in plan.variants:
+        check_watchable(variant)
+    benchmark = RecoveryMap(windows_of(args, continuations=True), args.interval)
+    return conclude(run(benchmark, plan), sample_scores, folder_table, draw_folder if args.plot else None)
+
+
+def folder_table(folder: RunFolder) -> str:
+    """Recovery and relative recovery in percent: layers down, their mean and their worst head last, variants across."""
+    maps = {(variant, name): mean_map(folder, variant, name) for variant in folder.variants for name in _MAPS}
+    layers = next((numbers for numbers, _ in maps.values() if numbers), [])
+    columns = [heads for _, heads in maps.values()]
+    rows: list[tuple[object, ...]] = []
+    for place, number in enumerate(layers):
+        rows.append((f"layer {number}", *(100 * fmean(heads[place]) if heads else None for heads in columns)))
+    rows.append(("all layers", *(100 * fmean(map(fmean, heads)) if heads else None for heads in columns)))
+    rows.append(("worst head", *(100 * min(map(min, heads)) if heads else None for heads in columns)))
+    titles = [f"{variant} {_MAPS[name]}" for variant, name in maps]
+    means = mean_scores(folder, sample_scores)
+    return plain_table(("recovery, %", *titles), rows, notes(folder, means, "left out of the figures"))
+
+
+_MAPS = {"recovery_map": "share", "relative_map": "relative"}
+
+
+def draw_folder(folder: RunFolder) -> None:
+    """The relative recovery of every variant, as a picture beside the results."""
+    maps = {variant: mean_map(folder, variant) for variant in folder.variants}
+    done = {variant: found for variant, found in maps.items() if found[1]}
+    if not done:
+        return
+    layers, heads = next(iter(done.values()))
+    columns = [str(head) for head in range(len(heads[0]))]
+    axes = Axes(rows=[str(layer) for layer in layers], columns=columns, row_title="layer", column_title="KV head")
+    low = min(0.99, *(min(map(min, of_heads)) for _, of_heads in done.values()))
+    panels = [Panel(variant, of_heads) for variant, (_, of_heads) in done.items()]
+    draw_heatmaps(panels, axes, folder.path / FILE, title="Relative recovery", low=low)

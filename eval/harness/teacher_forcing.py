@@ -1,0 +1,47 @@
+"""Decoding what is known to follow a prompt: all tails behind one prefill, as a batch.
+
+Suffixes: B tails, L steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.offload.hf.versions import with_cache
+
+
+def new_cache(subject: Subject) -> Cache:
+    """An empty cache: the engine's, or for the stock model an ordinary one."""
+    if subject.engine is not None:
+        return subject.engine.new_cache()
+    return DynamicCache(config=subject.model.config.get_text_config(decoder=True))
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, cache: Cache, prompt: Sequence[int], sequences: int) -> None:
+    """Fill an empty cache with the token ids of a prompt, computed once, for so many sequences."""
+    model(torch.tensor([list(prompt)], device=model.device), **with_cache(model, cache), logits_to_keep=1)
+    cache.batch_repeat_interleave(sequences)
+
+
+@torch.no_grad()
+def decode_tails(model: PreTrainedModel, cache: Cache, tails: Sequence[Sequence[int]]) -> Tensor:
+    """Give each sequence of a prefilled cache its tail, token by token, as if the model had said it.
+
+    Args:
+        tails: Token ids, all of one length.
+
+    Returns:
+        int64 ``[B, L]``, the most likely token behind each token of a tail.
+    """
+    tails_BL = torch.tensor([list(tail) for tail in tails], device=model.device)
+    best = [
+        model(token_B1, **with_cache(model, cache)).logits[:, -1].argmax(-1) for token_B1 in tails_BL.split(1, dim=1)
+    ]
+    return torch.stack(best, 1)

@@ -1,0 +1,224 @@
+"""The page of a report: for each sheet its table, its charts and what its runs were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from attention_predictor.errors import DataError
+from attention_predictor.eval.benchmarks import needle
+from attention_predictor.eval.benchmarks.recovery import recovery_map
+from attention_predictor.eval.display.heatmap import Axes, Panel
+from attention_predictor.eval.display.line_charts import Bounds, Lines, Point, curve_chart, legend_mark, line_chart
+from attention_predictor.eval.display.page_style import STYLE
+from attention_predictor.eval.display.svg_heatmap import colour_bar, heat_map
+from attention_predictor.eval.display.text_table import MISSING
+from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.harness.step_series import mean_series
+from attention_predictor.eval.report.block_viewer import SCRIPT, script_source, viewer
+from attention_predictor.eval.report.results_table import Column, Row, Sheet, describe
+from attention_predictor.eval.report.text_formats import budget_text, interval_text, notes, score_text, signed
+
+TITLE = "Selection policies under a budget"
+MANY = 4  # charts of tasks, above which they are folded away
+WIDE = 8  # columns of a table, above which one has to scroll
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A figure of what a policy reads and brings, by its name in a row and in its series over steps."""
+
+    name: str
+    title: str
+    scale: float
+    bounds: Bounds
+
+
+TRAFFIC = (
+    Traffic("hit_rate", "Hit rate, % of blocks read that no late fetch had to bring", 100.0, (0.0, 100.0)),
+    Traffic("fetched_bytes", "Fetched from host memory, KiB a decoding step", 1 / 1024, (0.0, math.inf)),
+)
+
+# Whatever a text in the results might be, the page loads nothing, and runs the viewer alone.
+_POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src {script_source()}"
+
+
+def page(sheets: Sequence[Sheet]) -> str:
+    """A whole HTML document."""
+    names = ", ".join(dict.fromkeys(sheet.measure.title for sheet in sheets))
+    sections = "\n".join(map(_section, sheets))
+    script = f"\n<script>{SCRIPT}</script>" if 'class="viewer"' in sections else ""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{TITLE}: {escape(names)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{TITLE}</h1>\n"
+        f'<p class="quiet">{escape(names)}</p>\n'
+        f"{sections}{script}\n</body>\n</html>\n"
+    )
+
+
+def _section(sheet: Sheet) -> str:
+    parts = [f"<h2>{escape(sheet.title)}</h2>", _table(sheet), _notes(sheet), _charts(sheet)]
+    for folder in sheet.folders:
+        parts.append(_maps(folder))
+        text = f"<summary>Settings of {escape(str(folder.path))}</summary>"
+        parts.append(f'<details>{text}<div class="scroll"><pre>{escape(describe(folder))}</pre></div></details>')
+    return "\n".join(["<section>", *filter(None, parts), "</section>"])
+
+
+def _table(sheet: Sheet) -> str:
+    columns = list(sheet.columns)
+    if len(columns) > WIDE:  # averages first, that of most tasks before all, where they would be far to the right
+        most = max(len(one.tasks) for one in columns)
+        columns.sort(key=lambda one: (not one.average, len(one.tasks) < most))
+    heads = "".join(f'<th scope="col"{_shade(one)}>{escape(one.title)}</th>' for one in columns)
+    lines = [f'<thead><tr><th class="policy" scope="col">policy</th><th scope="col">budget</th>{heads}</tr></thead>']
+    budget: object = ""
+    for row in sheet.rows:
+        first, budget = row.budget != budget, row.budget
+        cells = "".join(f"<td{_shade(one)}>{_cell(sheet, row, one)}</td>" for one in columns)
+        name = f'<th class="policy" scope="row">{escape(row.policy)}</th><td>{budget_text(row)}</td>'
+        lines.append(f"""<tr{" class='first'" if first else ""}>{name}{cells}</tr>""")
+    return f'<div class="scroll" tabindex="0"><table>{"".join(lines)}</table></div>'
+
+
+def _shade(column: Column) -> str:
+    return ' class="average"' if column.average else ""
+
+
+def _cell(sheet: Sheet, row: Row, column: Column) -> str:
+    figure = sheet.figures.get((row.name, column.title))
+    if figure is None:
+        return MISSING
+    value = score_text(figure.value)
+    shown = f"<b>{value}</b>" if figure.best else value
+    if figure.interval is not None:
+        shown += f"<small>{interval_text(figure.interval, score_text)}</small>"
+    if figure.delta is not None:
+        shown += f"<small>Δ {signed(figure.delta)} {interval_text(figure.delta_interval, signed)}</small>"
+    return shown
+
+
+def _notes(sheet: Sheet) -> str:
+    said = [*notes(sheet)]
+    if any(figure.delta is not None for figure in sheet.figures.values()) and sheet.full is not None:
+        said.append(f"Δ: difference to {sheet.full.name}, with its interval")
+    return f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in said)}</ul>'
+
+
+def _charts(sheet: Sheet) -> str:
+    policies = list(dict.fromkeys(row.policy for row in sheet.rows if row.budget is not None))
+    if not policies:
+        return ""
+    drawn = {column: chart for column in sheet.columns if (chart := _column_chart(sheet, policies, column))}
+    averages = [chart for column, chart in drawn.items() if column.average]
+    tasks = [chart for column, chart in drawn.items() if not column.average]
+    names = [(number, name) for number, name in enumerate(policies)]
+    marks = "".join(f"<li>{legend_mark(number)}{escape(name)}</li>" for number, name in names)
+    if sheet.full is not None:
+        marks += f"<li>{legend_mark(None)}{escape(sheet.full.name)}</li>"
+    parts = ["<h3>Scores against budget</h3>", f'<ul class="legend">{marks}</ul>']
+    if len(tasks) > MANY:
+        parts.append(_grid(averages))
+        parts.append(f"<details><summary>Each of {len(tasks)} tasks</summary>{_grid(tasks)}</details>")
+    else:
+        parts.append(_grid([*averages, *tasks]))
+    if not sheet.measure.traffic:
+        return "".join(parts)
+    traffic = [_traffic_chart(sheet, policies, one) for one in TRAFFIC]
+    over_steps = [
+        _steps_chart(sheet, policies, one, budget)
+        for budget in dict.fromkeys(row.budget for row in sheet.rows if row.budget is not None)
+        for one in TRAFFIC
+    ]
+    for title, charts in (
+        ("Traffic against budget", traffic),
+        ("Traffic over steps, but the first behind a prompt", over_steps),
+    ):
+        parts += [f"<h3>{title}</h3>", _grid(list(filter(None, charts)))] if any(charts) else []
+    return "".join(parts)
+
+
+def _column_chart(sheet: Sheet, policies: Sequence[str], column: Column) -> str:
+    lines: dict[str, dict[int, Point]] = {name: {} for name in policies}
+    for row in sheet.rows:
+        figure = sheet.figures.get((row.name, column.title))
+        if row.budget is not None and figure is not None:
+            lines[row.policy][row.budget] = Point(figure.value, figure.interval)
+    full = sheet.figures.get((sheet.full.name, column.title)) if sheet.full is not None else None
+    title = f"{column.title} ({sheet.measure.what})"
+    return _chart(title, lines, None if full is None else full.value, sheet.measure.bounds)
+
+
+def _traffic_chart(sheet: Sheet, policies: Sequence[str], traffic: Traffic) -> str:
+    lines: dict[str, dict[int, Point]] = {name: {} for name in policies}
+    for row in sheet.rows:
+        if row.budget is not None and (value := getattr(row, traffic.name)) is not None:
+            lines[row.policy][row.budget] = Point(traffic.scale * value)
+    return _chart(traffic.title, lines, None, traffic.bounds)
+
+
+def _chart(title: str, lines: Lines, level: float | None, bounds: Bounds) -> str:
+    if not any(lines.values()):
+        return ""
+    return f"<figure><figcaption>{escape(title)}</figcaption>{line_chart(title, lines, level, bounds)}</figure>"
+
+
+def _steps_chart(sheet: Sheet, policies: Sequence[str], traffic: Traffic, budget: int) -> str:
+    curves: dict[str, list[tuple[int, float]]] = {name: [] for name in policies}
+    for row in sheet.rows:
+        if row.budget == budget:
+            points = mean_series(row.over_steps, traffic.name)
+            curves[row.policy] = [(step, traffic.scale * value) for step, value in points]
+    if not any(curves.values()):
+        return ""
+    title = f"Budget {budget}: {traffic.title[:1].lower()}{traffic.title[1:]}"
+    return f"<figure><figcaption>{escape(title)}</figcaption>{curve_chart(title, curves, traffic.bounds)}</figure>"
+
+
+def _grid(charts: Sequence[str]) -> str:
+    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+
+
+def _maps(folder: RunFolder) -> str:
+    """The grid of a run of needles, the layers and heads of a recovery map; nothing of others."""
+    benchmark = folder.description["benchmark"]
+    try:
+        return _MAPS[benchmark](folder) if benchmark in _MAPS else ""
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder.path}: not results of {benchmark}: {error!r}") from error
+
+
+def _needle_maps(folder: RunFolder) -> str:
+    rows = [f"{depth} %" for depth in folder.description["settings"]["depths"]]
+    axes = Axes(rows, sorted(folder.tasks, key=int), "depth", "length, tokens")
+    panels = [Panel(variant, needle.grid(folder, variant)) for variant in folder.variants]
+    return _heat_maps("Needles found, by depth and length", panels, axes, 0.0)
+
+
+def _recovery_maps(folder: RunFolder) -> str:
+    maps = {variant: recovery_map.mean_map(folder, variant) for variant in folder.variants}
+    done = {variant: found for variant, found in maps.items() if found[1]}
+    if not done:
+        return ""
+    layers, heads = next(iter(done.values()))
+    columns = [str(head) for head in range(len(heads[0]))]
+    axes = Axes([str(layer) for layer in layers], columns, "layer", "KV head")
+    panels = [Panel(variant, of_heads) for variant, (_, of_heads) in done.items()]
+    low = min(min(map(min, of_heads)) for _, of_heads in done.values())
+    return _heat_maps("Relative recovery, by layer and KV head", panels, axes, low) + viewer(folder)
+
+
+_MAPS = {"needle": _needle_maps, "recovery-map": _recovery_maps}
+
+
+def _heat_maps(title: str, panels: Sequence[Panel], axes: Axes, low: float) -> str:
+    figures = "".join(
+        f"<figure><figcaption>{escape(panel.title)}</figcaption>"
+        f'<div class="scroll" tabindex="0">{heat_map(panel, axes, low, 1.0)}</div></figure>'
+        for panel in panels
+    )
+    return f'<h3>{escape(title)}</h3><p>{colour_bar(low, 1.0)}</p><div class="maps">{figures}</div>'
