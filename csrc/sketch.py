@@ -196,7 +196,7 @@ def sketch_append(
     The order of the channels must be known: the caller leaves a sequence's first group to ``KeySketch.extend``.
 
     Args:
-        length: Tokens of the sequence, this one included, or room for them where `length_B` is given.
+        length: Tokens of the sequence, this one included; with `length_B`, the capacity.
         length_B: int64 on the device, tokens of each sequence, this one included.
     """
     device, (B, G, D) = order_BGD.device, order_BGD.shape

@@ -18,10 +18,11 @@ from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.quantise import LARGEST, SHARES, masks, pack, quantise, unpack
 from attention_predictor.predictor.scores import block_peak_and_sum
 
-# Share of the channels whose codes have twice the bits, and of those that have none, so that the mean stays. In the
-# pocket model 1/8 errs a little less over all layers, but more in the layer that looks up single tokens (docs/LOG.md).
+# Share of channels whose codes have twice the bits; the same share has no codes, which keeps the mean. In the pocket
+# model a share of 1/8 has slightly less error over all layers, but more in the layer that looks up single tokens
+# (docs/LOG.md).
 WIDE_SHARE = 1 / 4
-RECENT_QUERIES = 64  # of each `extend` enter the channels' importance
+RECENT_QUERIES = 64  # last queries of each `extend` that count for the channels' importance
 
 CHUNK_GROUPS = 16  # the capacity grows by this many groups: doubling would waste the memory this library saves
 # fp32 elements in use at once. On a CPU they should fit in its cache; on a GPU fewer launches matter more.

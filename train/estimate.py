@@ -44,7 +44,7 @@ def check_space(directory: Path, needed: int) -> str:
 def seconds_a_document(model: PreTrainedModel, like: Sequence[Excerpt], config: OffloadConfig) -> float:
     """Rough time to record a document, from probes of an eighth and a quarter of its tokens.
 
-    The prompt is taken to cost a·n + b·n² in its tokens n, and a step c + d·n.
+    Assumes that a prompt of n tokens costs a·n + b·n², and a step c + d·n.
     """
     tokens = max(len(one.prompt) for one in like)
     sequences = max(len(one.tails) for one in like)

@@ -1,7 +1,7 @@
-"""LayerBlocks: one layer's blocks, all of them in host memory, those that matter in a pool on the device.
+"""LayerBlocks: one layer's blocks, all in host memory and the selected ones in a pool on the device.
 
-Suffixes: B sequences, G KV heads, R rows = B·G, T tokens, D head size, S slots, C blocks there is room for; n: one
-entry a moved block.
+Suffixes: B sequences, G KV heads, R = B·G rows, T tokens, D head size, S slots, C block capacity; n: one entry per
+moved block.
 """
 
 from __future__ import annotations

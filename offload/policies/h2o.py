@@ -7,7 +7,7 @@ Adapted: blocks in place of tokens, with the mass of their tokens; KV heads in p
 those that share one; the engine's sink is kept whatever its score. Of a prompt only the last 1,024 queries count (of
 each chunk, if its prefill is chunked): the rows of all queries would take more time and memory than a long prefill.
 
-Suffixes: B sequences, G KV heads, N blocks, C blocks there is room for.
+Suffixes: B sequences, G KV heads, N blocks, C block capacity.
 """
 
 from __future__ import annotations

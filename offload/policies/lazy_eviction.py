@@ -15,7 +15,7 @@ most half of what sink and recent leave: a budget is what the device holds at mo
 than it at times, where the paper's attends to up to W more. The last W queries of a prompt count as steps, so that a
 long one is evicted before decoding. α = 5e-4 is the paper's for Llama (1e-4 for its other models).
 
-Suffixes: B sequences, G KV heads, Q queries, N blocks, C blocks there is room for, K blocks kept.
+Suffixes: B sequences, G KV heads, Q queries, N blocks, C block capacity, K blocks kept.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ of it to the blocks beside it (``pooled``). Sink and recent tokens are kept besi
 generated token besides its budget; here the budget holds for all, so that these take the place of the prompt's lowest
 blocks, and of the window's once no other is left. No block of the prompt comes in again.
 
-Suffixes: B sequences, G KV heads, Q queries, N blocks, C blocks there is room for.
+Suffixes: B sequences, G KV heads, Q queries, N blocks, C block capacity.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ new tokens are written where they are read, so that decoding fetches nothing.
 Adapted: blocks in place of tokens; the sink is the engine's (64 tokens, where the paper has 4). Keys keep the positions
 they were computed for, where the paper numbers them by their place in the cache.
 
-Suffixes: B sequences, G KV heads, C blocks there is room for.
+Suffixes: B sequences, G KV heads, C block capacity.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:
-    """Refuse what can be known to be wrong with them without loading anything; ``--model`` takes in ``--gguf-file``."""
+    """Refuse wrong model arguments that need no loading to detect; merges ``--gguf-file`` into ``--model``."""
     if args.gguf_file is not None:
         args.model, args.gguf_file = _join(args.model, args.gguf_file), None
     check_model_name(args.model)
@@ -92,7 +92,7 @@ def _join(model: str | None, file: str) -> str:
 
 
 def check_dtype(name: str) -> None:
-    """``ConfigError`` for a name that is no dtype's."""
+    """Raise ``ConfigError`` for an unknown dtype."""
     if name not in MODEL_DTYPES:
         raise ConfigError(f"dtype={name!r} is not allowed: expected one of {', '.join(MODEL_DTYPES)}")
 
@@ -120,7 +120,7 @@ def add_option(
 
 
 def refused(option: str, given: str, expected: str) -> ConfigError:
-    """The error of an option's value that is not allowed."""
+    """The error for an option's value that is not allowed."""
     return ConfigError(f"{option} {shlex.quote(given) if not given or ' ' in given else given}: expected {expected}")
 
 
@@ -144,7 +144,7 @@ class _Checked(argparse.Action):
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
-    """``"256,512"`` as numbers; ConfigError, naming the option, for anything else."""
+    """Parse ``"256,512"``; ConfigError, which names the option, for anything else."""
     try:
         return read_whole_numbers(text, ",")
     except ValueError as error:

@@ -38,7 +38,7 @@ class Document:
 class Excerpt:
     """The part of a document that is used, as token ids.
 
-    The prompt is prefilled for all; each tail is decoded behind it by itself. All tails are equally long.
+    The prompt is prefilled once; each tail is decoded after it, separately. All tails have the same length.
     """
 
     prompt: list[int]

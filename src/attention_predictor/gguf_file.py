@@ -22,8 +22,8 @@ from attention_predictor.errors import CheckpointError
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-NEEDED = ("gguf", "accelerate")  # packages that transformers reads these files with
-ALIGNMENT = 32  # bytes, where the metadata names no other
+NEEDED = ("gguf", "accelerate")  # packages that transformers needs to read these files
+ALIGNMENT = 32  # bytes, unless the metadata gives another
 CHUNK_BYTES = 1 << 24
 
 # By ggml's numbers of tensor types: what holds numbers, not blocks of a quantisation.
@@ -45,7 +45,7 @@ def gguf_files(folder: Path) -> list[str]:
 
 
 def check_packages(name: str) -> None:
-    """``CheckpointError`` where a package is missing that transformers reads GGUF with."""
+    """Raise ``CheckpointError`` if a package is missing that transformers needs to read GGUF."""
     for package in NEEDED:
         if importlib.util.find_spec(package) is None:
             raise CheckpointError(
@@ -62,7 +62,7 @@ def hub_parts(name: str) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What a file's header says.
+    """The content of a file's header.
 
     Attributes:
         path: Where it is.
@@ -78,7 +78,7 @@ class GgufFile:
 
     @classmethod
     def read(cls, path: Path) -> GgufFile:
-        """The file's header, of which every tensor must lie within the file.
+        """Read the file's header; every tensor must lie within the file.
 
         Raises:
             CheckpointError: It can't be read, is none, of another version, one part of several, or cut short.
@@ -128,7 +128,7 @@ class GgufFile:
         return cls(path, architecture, "tokenizer.ggml.tokens" in known, dtype)
 
     def describe(self) -> dict[str, Any]:
-        """What tells this file from another: name, size in bytes, sha256 of all of it."""
+        """Identifies the file: name, size in bytes, and sha256 of its content."""
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):
@@ -137,11 +137,11 @@ class GgufFile:
 
 
 class _DamagedError(Exception):
-    """What can't be in a header; says what."""
+    """Invalid content of a header; the message says what is invalid."""
 
 
 class _Reader:
-    """Reads a header from front to back; ``struct.error`` where the file ends before it."""
+    """Reads a header sequentially; ``struct.error`` if the file ends before it."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._place = data, len(MAGIC)
@@ -181,7 +181,7 @@ class _Reader:
 
         A tensor of a type that the package ``gguf`` doesn't know counts as empty: transformers refuses it.
         """
-        from gguf.constants import GGML_QUANT_SIZES  # takes a moment, and only these files need it
+        from gguf.constants import GGML_QUANT_SIZES  # a slow import that only these files need
 
         blocks = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
         furthest, types = 0, set()

@@ -11,7 +11,7 @@ Rule = tuple[str, Callable[[Any], bool]]  # what is allowed, in words; a test of
 
 
 class NotAllowedError(ValueError):
-    """Text that is no allowed value; the message says what would be."""
+    """Text that is not an allowed value; the message says what is allowed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Kind:
     alone: Any = None
 
     def expected(self, value: object) -> str | None:
-        """What would be allowed in place of this value; ``None`` if it is allowed."""
+        """What is allowed instead of this value; ``None`` if the value is allowed."""
         rules = self.rules()
         broken = next((at for at, (_, holds) in enumerate(rules) if not holds(value)), None)
         return None if broken is None else ", ".join(words for words, _ in rules[broken:])
@@ -42,7 +42,7 @@ class Kind:
         return ", ".join(words for words, _ in self.rules())
 
     def parse(self, text: str) -> Any:
-        """Text as a value that is allowed; ``NotAllowedError`` says what is."""
+        """Parse text to an allowed value; else ``NotAllowedError``, which says what is allowed."""
         try:
             value = self.read(text)
         except ValueError as error:
@@ -122,7 +122,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def whole_numbers(text: str, separators: str = ",+") -> list[int]:
-    """``"0,1"`` or, where commas mean something else, ``"0+1"``; ``ValueError`` for anything else."""
+    """Parse ``"0,1"`` or, where commas have another meaning, ``"0+1"``; ``ValueError`` for anything else."""
     for separator in separators[1:]:
         text = text.replace(separator, separators[0])
     return [int(part) for part in text.split(separators[0])]

@@ -33,9 +33,9 @@ logger = python_logging.getLogger(__name__)
 
 
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; ``CheckpointError`` if it can't be had.
+    """The tokenizer of a model; ``CheckpointError`` if it can't be loaded.
 
-    A GGUF file without one takes what lies beside it.
+    For a GGUF file without one, the tokenizer in its folder.
     """
     name = check_model_name(name)
     folder, options = _source(name)
@@ -47,7 +47,7 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
             )
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
-    except Exception as error:  # whatever a foreign or damaged one makes the loader raise
+    except Exception as error:  # a foreign or damaged tokenizer may raise anything
         raise CheckpointError(f"cannot load a tokenizer from {name!r}: {_reason(name, error)}") from error
 
 
@@ -62,10 +62,10 @@ def load_config(name: str | None, what: str = "the configuration of") -> Any:
 
 
 def gguf_file(name: str) -> GgufFile | None:
-    """The GGUF file of that name, fetched from the hub if it is there; ``None`` for a model of another kind.
+    """The GGUF file with this name, downloaded from the hub if needed; ``None`` for other kinds of models.
 
     Raises:
-        CheckpointError: It can't be had, or is damaged.
+        CheckpointError: It can't be found, or is damaged.
     """
     if not is_gguf(name) or Path(name).is_dir():
         return None
@@ -121,7 +121,7 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreT
     logging.set_verbosity_error()  # else it prints a table of missing weights, and continues
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    except Exception as error:  # whatever a foreign or damaged checkpoint makes the loader raise
+    except Exception as error:  # a foreign or damaged checkpoint may raise anything
         raise CheckpointError(f"cannot load a causal language model from {name!r}: {_reason(name, error)}") from error
     finally:
         logging.enable_progress_bar()
@@ -140,7 +140,7 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreT
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
-    """What ``from_pretrained`` takes: a directory or name of the hub, and options.
+    """The arguments of ``from_pretrained``: a directory or hub name, and options.
 
     The path of a GGUF file is absolute: transformers would prefer a file of that name in the working directory.
     """
@@ -149,7 +149,7 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _gguf_options(file: GgufFile, device: torch.device, dtype: str) -> dict[str, Any]:
-    """How a GGUF file is loaded; ``ConfigError`` where its weights are to stay packed and can't."""
+    """The options to load a GGUF file; ``ConfigError`` if its weights can't stay packed as requested."""
     packed = dtype == PACKED
     options: dict[str, Any] = {"quantization_config": GgufConfig(gguf_file=str(file.path), dequantize=not packed)}
     if not packed:
