@@ -325,6 +325,7 @@ def test_modes(ids, mode, policy):
     assert torch.equal(*sparse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("allocation", "tokens"),
     [

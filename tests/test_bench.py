@@ -141,6 +141,7 @@ def test_decode_behind_a_prefill(tiny_model, tmp_path: Path, capsys: pytest.Capt
     assert found["settings"]["synthetic"] is False
 
 
+@pytest.mark.slow
 def test_a_sweep_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, plot = tmp_path / "new" / "rows.jsonl", tmp_path / "times.png"
     options = ["--shape", "tiny", "--synthetic", "--out", str(out)]
@@ -185,6 +186,7 @@ def test_what_does_not_fit_is_skipped(
     assert "skipped: keys and values take" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_compiled_floor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Traced as one graph; on a GPU it is compiled as well, which takes a CPU a minute."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -556,6 +558,7 @@ def test_a_stock_model_that_cannot_be_compiled_is_skipped(
 # Policies, loops, evaluations
 
 
+@pytest.mark.slow
 def test_policies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.jsonl"
     command = ["bench", "policies", "--device", "cpu", "--shape", "tiny", "--budget", "160", "--context", "640"]

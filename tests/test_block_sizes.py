@@ -32,6 +32,7 @@ def test_any_size_is_named(size, capsys):
     assert main([*command, "--predictor", "ema", "--json"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_cores")
 def test_recorded_trained_and_used(tmp_path, capsys):
     words = (POCKET.parents[1] / "scripts" / "demo_text.txt").read_text(encoding="utf-8")
@@ -39,7 +40,7 @@ def test_recorded_trained_and_used(tmp_path, capsys):
     texts.mkdir()
     for number in range(2):
         (texts / f"{number}.txt").write_text(words[number * 5000 : (number + 1) * 5000], encoding="utf-8")
-    record = ["record", "--data", texts, "--out", histories, "--max-tokens", 1024, "--steps", 80, "--per-file", 1]
+    record = ["record", "--data", texts, "--out", histories, "--max-tokens", 512, "--steps", 72, "--per-file", 1]
     assert main([str(one) for one in [*record, "--block-size", 32, "--budgets", 256]]) == 0
     assert HistoryDataset(histories, block_size=32).meta["block_size"] == 32
     train = ["train", "--data", histories, "--out", mine, "--steps", 2, "--batch", 4, "--device", "cpu"]

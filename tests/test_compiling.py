@@ -58,6 +58,7 @@ def library_times(_: int) -> list[int]:
     return sorted(path.stat().st_mtime_ns for path in build.cache_directory().glob("*.so"))
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_build_once(directory: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as processes:
         times = processes.map(library_times, range(2))
@@ -80,6 +81,7 @@ def test_a_failed_build_shows_what_the_compiler_said() -> None:
         build.cpu_library("gather.cpp", "int one() { return nothing; }", ())
 
 
+@pytest.mark.slow
 def test_without_a_compiler_torch_operations_serve_and_stats_say_so(monkeypatch, tiny_model, ids, caplog) -> None:
     model, prompt = tiny_model("llama"), ids(150)
     outputs = []
@@ -243,6 +245,7 @@ def test_a_damaged_file_is_compiled_anew(counting: Counting, directory: Path) ->
     assert len(counting.compiled()) == 5
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_kept_all_is_compiled_anew(counting: Counting, monkeypatch, tmp_path, caplog) -> None:
     monkeypatch.setenv("ATTENTION_PREDICTOR_CACHE", str(tmp_path / "file" / "cache"))
     (tmp_path / "file").touch()

@@ -41,6 +41,7 @@ def test_wrap_model(run: Run) -> None:
     assert "hit rate" in said
 
 
+@pytest.mark.slow
 def test_train_predictor(run: Run, tmp_path: Path) -> None:
     sizes = ("--out", tmp_path, "--tokens", 400, "--steps", 4)
     said = run("train_predictor", *sizes)
@@ -49,6 +50,7 @@ def test_train_predictor(run: Run, tmp_path: Path) -> None:
     assert "$ attnpred train" not in run("train_predictor", *sizes)
 
 
+@pytest.mark.slow
 def test_make_table(run: Run, tmp_path: Path) -> None:
     said = run("make_table", "--out", tmp_path, "--context", 800)
     rows = {line.split("|")[1].strip(): line for line in said.splitlines() if line.startswith("|") and "%" not in line}
