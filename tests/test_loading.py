@@ -85,8 +85,9 @@ class TestGgufFile:
         for name, weight in loaded.state_dict().items():
             torch.testing.assert_close(weight, wanted[name])
         assert tokenizer.decode(tokenizer("the wörld")["input_ids"]) == "the wörld"
-        assert len(tokenizer("the")["input_ids"]) == 2
-        assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BEGIN, END)
+        assert len(tokenizer("them")["input_ids"]) == 2
+        # What ends a text is asked of the model: of the tokenizer transformers 5.17 takes what begins one.
+        assert (tokenizer.bos_token_id, loaded.generation_config.eos_token_id) == (BEGIN, END)
         assert tokenizer.chat_template == CHAT
         assert load_config(str(whole)).num_hidden_layers == 2
 
@@ -256,10 +257,10 @@ class TestPackedWeights:
     @pytest.mark.parametrize("command", [COMMANDS[0], COMMANDS[6]], ids=" ".join)
     def test_an_architecture_whose_weights_cannot_stay_packed(self, command, whole, refused) -> None:
         line = refused(*command, "--model", whole, "--dtype", "packed")
-        assert "can't keep weights of the architecture 'llama' packed, only of lfm2, " in line
+        assert "can't keep weights of the architecture 'llama' packed, only of " in line
 
     def test_no_kernel(self, model: Any, tmp_path: Path, refused: Callable[..., str]) -> None:
-        write_gguf(tmp_path / "m.gguf", model, Type.Q8_0, architecture="lfm2")
+        write_gguf(tmp_path / "m.gguf", model, Type.Q8_0, architecture="qwen35")
         line = refused("generate", "--prompt", "x", "--model", "m.gguf", "--device", "cpu", "--dtype", "packed")
         assert line.startswith("cannot load a tokenizer") or "no kernel computes with packed weights on cpu" in line
         with pytest.raises(ConfigError, match="no kernel computes with packed weights on cpu"):

@@ -14,7 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 CHAT = "{% for turn in messages %}<{{ turn['content'] }}>{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
 SPECIAL = ["<s>", "</s>"]  # begin a text, end it
-TOKENS = [*bytes_to_unicode().values(), "th", *SPECIAL]
+TOKENS = [*bytes_to_unicode().values(), "th", "the", *SPECIAL]
 BEGIN, END = len(TOKENS) - 2, len(TOKENS) - 1
 # A tensor's name here, and in transformers' Llama.
 NAMES = {
@@ -31,7 +31,7 @@ NAMES = {
 
 
 def make_byte_model(**changes: Any) -> PreTrainedModel:
-    """A Llama of two layers, of which each byte is a token, and "th"; its matrices can be split into blocks of 32."""
+    """A Llama of two layers whose tokens are bytes, "th" and "the"; its matrices can be split into blocks of 32."""
     ids = {"vocab_size": len(TOKENS), "bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": None}
     return make_tiny_model("llama", **({"intermediate_size": 64, "tie_word_embeddings": False} | ids | changes))
 
@@ -72,7 +72,7 @@ def write_gguf(
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list(TOKENS)
         writer.add_token_types([gguf.TokenType.NORMAL] * BEGIN + [gguf.TokenType.CONTROL] * len(SPECIAL))
-        writer.add_token_merges(["t h"])
+        writer.add_token_merges(["t h", "th e"])
         writer.add_bos_token_id(BEGIN)
         writer.add_eos_token_id(END)
         if chat is not None:
