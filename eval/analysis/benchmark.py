@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from attention_predictor.documents import Excerpt
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.analysis.document import Judgement, analyse
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.runner import Benchmark, Sample
 from attention_predictor.eval.harness.windows import Windows
 from attention_predictor.offload.blocks.selection import Selection
@@ -68,10 +68,10 @@ class Analysis(Benchmark):
         """A prompt is longer: within the budget there is nothing to choose."""
         return max(self.selection.budget, self.window)
 
-    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
-        assert subject.engine is not None  # the variant is not the stock model
-        predictors = {name: one.to(subject.model.device) for name, one in self._predictors.items()}
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
+        assert evaluated.engine is not None  # the variant is not the stock model
+        predictors = {name: one.to(evaluated.model.device) for name, one in self._predictors.items()}
         excerpt = Excerpt(**sample.hidden)
-        found = analyse(subject.engine, excerpt, Judgement(predictors, self.selection, self.window))
+        found = analyse(evaluated.engine, excerpt, Judgement(predictors, self.selection, self.window))
         sizes = {"prompt_tokens": len(excerpt.prompt), "new_tokens": sum(map(len, excerpt.tails))}
         return found | sizes

@@ -12,7 +12,7 @@ from attention_predictor.eval.analysis.benchmark import VARIANT, Analysis
 from attention_predictor.eval.analysis.gallery import LEVELS, NAMES, correlation_text, gallery
 from attention_predictor.eval.analysis.patterns import CLASSES
 from attention_predictor.eval.analysis.summary import FILES, Head, Summary, summarise
-from attention_predictor.eval.display.text_table import plain_table
+from attention_predictor.eval.display.text_table import text_table
 from attention_predictor.eval.harness.prompts import context_length
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.runner import Plan, run
@@ -94,7 +94,7 @@ def table(summary: Summary) -> str:
         if one.startswith("qsim_prompt") and other.startswith("predictor")
     ]
     notes += [f"failed, left out: {failure}" for failure in summary.failures]
-    return plain_table(titles, rows, notes)
+    return text_table(titles, rows, notes)
 
 
 def _figures(heads: Sequence[Head]) -> list[float | None]:

@@ -16,8 +16,8 @@ from attention_predictor.eval.bench.capture_status import how_taken, why_not_cap
 from attention_predictor.eval.bench.device import wait
 from attention_predictor.eval.bench.timing_report import Row, report, with_ratios
 from attention_predictor.eval.bench.token_clock import TokenClock
-from attention_predictor.eval.harness.attached_model import Attached
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.attached_model import AttachedModel
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.rules import Rule
 from attention_predictor.eval.harness.step_series import watched_steps
 from attention_predictor.eval.harness.variants import Variant
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
 def timed(model: PreTrainedModel, variant: Variant, context: int, tail: int, repeats: int, seed: int) -> dict[str, Any]:
     """A policy's row: medians over samples, after one for which it is attached and which warms up."""
     samples, stats = [], None
-    with Attached(model, variant) as attached:
+    with AttachedModel(model, variant) as attached:
         for number in range(1 + repeats):
             sample, stats = _sample(attached, context, tail, seed + number)
             samples.append(sample)
@@ -60,7 +60,9 @@ def timed(model: PreTrainedModel, variant: Variant, context: int, tail: int, rep
     return row
 
 
-def _sample(attached: Attached, context: int, tail: int, seed: int) -> tuple[dict[str, float], dict[str, Any] | None]:
+def _sample(
+    attached: AttachedModel, context: int, tail: int, seed: int
+) -> tuple[dict[str, float], dict[str, Any] | None]:
     """Times of one sample, attached and watched as the runner does, and what its engine counted."""
     model = attached.model
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -71,7 +73,7 @@ def _sample(attached: Attached, context: int, tail: int, seed: int) -> tuple[dic
     with attached.sample() as engine, watched_steps(model, engine):
         attach_ms = 1000 * (time.perf_counter() - begun)
         with TokenClock(model, [0, SKIPPED]) as clock:
-            Subject(model, engine).log_likelihoods(ids[: context - tail], ids[context - tail :])
+            EvaluatedModel(model, engine).log_likelihoods(ids[: context - tail], ids[context - tail :])
         if engine is not None:
             stats = engine.stats.to_dict()
     return {

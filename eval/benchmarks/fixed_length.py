@@ -19,7 +19,7 @@ from attention_predictor.documents import encode
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.benchmarks.haystack import Draft
 from attention_predictor.eval.benchmarks.haystack import Haystack as Haystack
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.prompts import check_chat, prompt_ids
 from attention_predictor.eval.harness.runner import Benchmark, Sample
 
@@ -93,9 +93,9 @@ class FilledBenchmark(Benchmark):
             raise DataError(f"task {task}: its data fill {filled} tokens of length {length}: more of them are needed")
         return {"samples": count, "sha256": digest.hexdigest()}
 
-    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         prompt = self.prompt(task, sample.hidden["number"])
-        tokens = subject.generate(prompt, self.new_tokens(task), stop=self.stop())
+        tokens = evaluated.generate(prompt, self.new_tokens(task), stop=self.stop())
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return {"pred": text, "prompt_tokens": len(prompt), "new_tokens": len(tokens)}
 

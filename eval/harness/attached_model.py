@@ -1,4 +1,4 @@
-"""Attached: a model under one variant, for as many samples as go well."""
+"""AttachedModel: a model under one variant, for as many samples as go well."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attention_predictor.eval.harness.variants import Variant
 from attention_predictor.offload.engine import Engine
 
 
-class Attached:
+class AttachedModel:
     """Attaches the model for the first sample, and anew after one that failed: a failed fetch ends with its sample.
 
     Attaching takes longer than a short sample: it loads the predictor, pins host memory and has CUDA load kernels.
@@ -26,7 +26,7 @@ class Attached:
         self._engine: Engine | None = None
         self._at_attach: Counter[str] = Counter()  # fallbacks, which every sample's figures tell
 
-    def __enter__(self) -> Attached:
+    def __enter__(self) -> AttachedModel:
         return self
 
     def __exit__(

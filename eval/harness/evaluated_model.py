@@ -15,7 +15,7 @@ from attention_predictor.offload.hf.versions import with_cache
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """A model, and the engine it is attached to; ``None`` for the stock model with its whole cache."""
 
     model: PreTrainedModel

@@ -2,7 +2,7 @@
 
 How a benchmark is made. Subclass ``Benchmark``: its tasks, the samples of each (lazily, always the same in the same
 order), what decides its results besides the model (``settings``), and what a sample's record holds (``predict``, with
-a ``Subject`` that generates or tells likelihoods under the policy). Its command adds its own arguments to
+a ``EvaluatedModel`` that generates or tells likelihoods under the policy). Its command adds its own arguments to
 ``add_run_arguments`` (``commands/run_options.py``), refuses everything bad, makes a ``Plan`` and calls ``run``:
 
     plan = Plan.of(args)                                      # policies, budgets, output directory
@@ -39,7 +39,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice, product
 from operator import itemgetter
 from pathlib import Path
@@ -51,8 +51,8 @@ from transformers import PreTrainedModel
 from attention_predictor.commands import run_options
 from attention_predictor.commands.run_options import add_run_arguments as add_run_arguments
 from attention_predictor.errors import AttentionPredictorError, DataError, one_line
-from attention_predictor.eval.harness.attached_model import Attached
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.attached_model import AttachedModel
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.predictions import Appender, Record, part
 from attention_predictor.eval.harness.processes import Processes
 from attention_predictor.eval.harness.provenance import describe_session
@@ -111,7 +111,7 @@ class Benchmark(ABC):
         """The samples of a task, one at a time; ``DataError`` for a bad one. Called several times."""
 
     @abstractmethod
-    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         """What the record holds of this sample's prediction. Whatever it raises is recorded as the sample's error."""
 
     def check(self, task: str, limit: int | None) -> dict[str, Any]:
@@ -155,16 +155,26 @@ class Plan:
     load: Callable[[str, str, str], PreTrainedModel] | None = None
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> Plan:
-        """From ``add_run_arguments``; ``ConfigError`` or ``CheckpointError`` for what is wrong with them."""
+    def of(cls, args: argparse.Namespace, **defaults: Any) -> Plan:
+        """From ``add_run_arguments``; ``ConfigError`` or ``CheckpointError`` for a bad option.
+
+        Args:
+            defaults: Fields of ``OffloadConfig`` for every rule that does not set them.
+        """
         run_options.check(args)
         name = device_name(args.device)
         find_device(Processes().device(name))  # this process's own: to look at another's takes memory
-        variants = make_variants(run_options.rules_of(args), run_options.budgets_of(args), args.prefetch)
+        variants = make_variants(
+            run_options.rules_of(args), run_options.budgets_of(args), prefetch=args.prefetch, **defaults
+        )
         # The same model by another path is the same model.
         model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
         load = vars(args).get("load")  # of `eval several`
         return cls(model, name, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants, load)
+
+    def at(self, out: Path) -> Plan:
+        """The same plan with another output directory."""
+        return replace(self, out=out)
 
     def settings(self) -> dict[str, Any]:
         """What decides results for all variants."""
@@ -249,12 +259,12 @@ class _Work:
         with Progress(self.benchmark.name, self.total, "samples", done=done, quiet=quiet) as progress:
             mine = ((number, *self.left[number]) for number in self.processes.numbers(len(self.left)))
             for variant, tasks in groupby(mine, key=itemgetter(1)):
-                with Attached(model, variant) as attached:
+                with AttachedModel(model, variant) as attached:
                     for task, samples in groupby(tasks, key=itemgetter(2)):
                         progress.describe(f"{variant.name} {task}")
                         self._do_task(attached, task, ((number, index) for number, _, _, index in samples), progress)
 
-    def _do_task(self, attached: Attached, task: str, mine: Iterator[tuple[int, int]], progress: Progress) -> None:
+    def _do_task(self, attached: AttachedModel, task: str, mine: Iterator[tuple[int, int]], progress: Progress) -> None:
         """Samples by number, for the progress, which counts those of all processes, and index, in their order."""
         path = self.folder.results(attached.variant.name, task)
         samples = enumerate(self._samples(task))
@@ -280,7 +290,7 @@ class _Work:
         return self.kept[task]
 
 
-def _attempt(benchmark: Benchmark, seed: int, attached: Attached, task: str, sample: Sample) -> Record:
+def _attempt(benchmark: Benchmark, seed: int, attached: AttachedModel, task: str, sample: Sample) -> Record:
     """One sample's record, whatever happens to it."""
     name = f"{seed}/{task}/{sample.id}".encode("utf-8", "backslashreplace")  # ids may be any text
     torch.manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1)
@@ -288,7 +298,7 @@ def _attempt(benchmark: Benchmark, seed: int, attached: Attached, task: str, sam
     figures: dict[str, Any] = {}
     try:
         with attached.sample() as engine, watched_steps(attached.model, engine) as series:
-            found = benchmark.predict(Subject(attached.model, engine), task, sample)
+            found = benchmark.predict(EvaluatedModel(attached.model, engine), task, sample)
             if engine is not None:
                 figures = _figures(engine.stats) | ({"over_steps": series.record()} if series.steps else {})
     except Exception as error:  # recorded, and counted in the table: whatever it is, the other samples go on

@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.offload.hf.versions import with_cache
 
 
-def new_cache(subject: Subject) -> Cache:
+def new_cache(evaluated: EvaluatedModel) -> Cache:
     """An empty cache: the engine's, or for the stock model an ordinary one."""
-    if subject.engine is not None:
-        return subject.engine.new_cache()
-    return DynamicCache(config=subject.model.config.get_text_config(decoder=True))
+    if evaluated.engine is not None:
+        return evaluated.engine.new_cache()
+    return DynamicCache(config=evaluated.model.config.get_text_config(decoder=True))
 
 
 @torch.no_grad()

@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from html import escape
 
 from attention_predictor.errors import DataError
-from attention_predictor.eval.benchmarks import needle
-from attention_predictor.eval.benchmarks.recovery import recovery_map
-from attention_predictor.eval.display.heatmap import Axes, Panel
+from attention_predictor.eval.display.heatmap import HeatMaps
 from attention_predictor.eval.display.line_charts import Bounds, Lines, Point, curve_chart, legend_mark, line_chart
 from attention_predictor.eval.display.page_style import STYLE
 from attention_predictor.eval.display.svg_heatmap import colour_bar, heat_map
 from attention_predictor.eval.display.text_table import MISSING
+from attention_predictor.eval.harness.measure import Column, Measure
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.step_series import mean_series
 from attention_predictor.eval.report.block_viewer import SCRIPT, script_source, viewer
-from attention_predictor.eval.report.results_table import Column, Row, Sheet, describe
+from attention_predictor.eval.report.results_table import Row, Sheet, describe
 from attention_predictor.eval.report.text_formats import budget_text, interval_text, notes, score_text, signed
 
 TITLE = "Selection policies under a budget"
@@ -63,7 +62,7 @@ def page(sheets: Sequence[Sheet]) -> str:
 def _section(sheet: Sheet) -> str:
     parts = [f"<h2>{escape(sheet.title)}</h2>", _table(sheet), _notes(sheet), _charts(sheet)]
     for folder in sheet.folders:
-        parts.append(_maps(folder))
+        parts.append(_maps(folder, sheet.measure))
         text = f"<summary>Settings of {escape(str(folder.path))}</summary>"
         parts.append(f'<details>{text}<div class="scroll"><pre>{escape(describe(folder))}</pre></div></details>')
     return "\n".join(["<section>", *filter(None, parts), "</section>"])
@@ -183,42 +182,20 @@ def _grid(charts: Sequence[str]) -> str:
     return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
-def _maps(folder: RunFolder) -> str:
-    """The grid of a run of needles, the layers and heads of a recovery map; nothing of others."""
-    benchmark = folder.description["benchmark"]
+def _maps(folder: RunFolder, measure: Measure) -> str:
+    """Heat maps of a run and its attention-map viewer; empty for a benchmark without them."""
     try:
-        return _MAPS[benchmark](folder) if benchmark in _MAPS else ""
+        maps = measure.heat_maps(folder)
+        return "" if maps is None else _heat_maps(maps) + viewer(folder)
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder.path}: not results of {benchmark}: {error!r}") from error
+        raise DataError(f"{folder.path}: not results of {folder.description['benchmark']}: {error!r}") from error
 
 
-def _needle_maps(folder: RunFolder) -> str:
-    rows = [f"{depth} %" for depth in folder.description["settings"]["depths"]]
-    axes = Axes(rows, sorted(folder.tasks, key=int), "depth", "length, tokens")
-    panels = [Panel(variant, needle.grid(folder, variant)) for variant in folder.variants]
-    return _heat_maps("Needles found, by depth and length", panels, axes, 0.0)
-
-
-def _recovery_maps(folder: RunFolder) -> str:
-    maps = {variant: recovery_map.mean_map(folder, variant) for variant in folder.variants}
-    done = {variant: found for variant, found in maps.items() if found[1]}
-    if not done:
-        return ""
-    layers, heads = next(iter(done.values()))
-    columns = [str(head) for head in range(len(heads[0]))]
-    axes = Axes([str(layer) for layer in layers], columns, "layer", "KV head")
-    panels = [Panel(variant, of_heads) for variant, (_, of_heads) in done.items()]
-    low = min(min(map(min, of_heads)) for _, of_heads in done.values())
-    return _heat_maps("Relative recovery, by layer and KV head", panels, axes, low) + viewer(folder)
-
-
-_MAPS = {"needle": _needle_maps, "recovery-map": _recovery_maps}
-
-
-def _heat_maps(title: str, panels: Sequence[Panel], axes: Axes, low: float) -> str:
+def _heat_maps(maps: HeatMaps) -> str:
     figures = "".join(
         f"<figure><figcaption>{escape(panel.title)}</figcaption>"
-        f'<div class="scroll" tabindex="0">{heat_map(panel, axes, low, 1.0)}</div></figure>'
-        for panel in panels
+        f'<div class="scroll" tabindex="0">{heat_map(panel, maps.axes, maps.low, maps.high)}</div></figure>'
+        for panel in maps.panels
     )
-    return f'<h3>{escape(title)}</h3><p>{colour_bar(low, 1.0)}</p><div class="maps">{figures}</div>'
+    bar = colour_bar(maps.low, maps.high)
+    return f'<h3>{escape(maps.title)}</h3><p>{bar}</p><div class="maps">{figures}</div>'

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 from attention_predictor.eval.display.text_table import MISSING
 from attention_predictor.eval.harness.bootstrap import LEVEL
-from attention_predictor.eval.report.results_table import SHOWN, Column, Row, Sheet
+from attention_predictor.eval.harness.measure import Column
+from attention_predictor.eval.report.results_table import SHOWN, Row, Sheet
 
 BEST = "bold: best policy at a budget, full attention and the oracle apart"
 INTERVAL = f"[{LEVEL:.0%} bootstrap interval over samples]"

@@ -15,7 +15,7 @@ from attention_predictor.eval.analysis.pruning.layer_scores import measure
 from attention_predictor.eval.analysis.pruning.plan import METRICS, Plan, Scores, check_depth, importance, read_scores
 from attention_predictor.eval.analysis.pruning.shorten import save, without_layers
 from attention_predictor.eval.analysis.pruning.sweep import Sweep, make_orders
-from attention_predictor.eval.display.text_table import plain_table
+from attention_predictor.eval.display.text_table import text_table
 from attention_predictor.eval.harness.prompts import context_length
 from attention_predictor.loading import DTYPES, load_config, load_model, load_tokenizer
 from attention_predictor.offload.policies.query_similarity import WINDOW
@@ -107,7 +107,7 @@ def _print(plan: Plan, as_json: bool) -> None:
         for place, layer in enumerate(plan.order, 1)
         for gone in ["removed" if layer in plan.removed else ""]
     ]
-    print(plain_table(("place", "layer", *plan.scores, "importance", ""), rows))
+    print(text_table(("place", "layer", *plan.scores, "importance", ""), rows))
 
 
 def _digits(value: float | None) -> str:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from attention_predictor.eval.analysis.pruning.plan import METRICS, Scores, importance, order
 from attention_predictor.eval.analysis.pruning.shorten import without_layers
 from attention_predictor.eval.display.plots import COLOURS
-from attention_predictor.eval.display.text_table import plain_table
+from attention_predictor.eval.display.text_table import text_table
 from attention_predictor.figures import save_figure
 
 RANDOM = "random"
@@ -91,7 +91,7 @@ class Sweep:
             rows.append((str(gone), *shown, f"{2 ** min(by_name[RANDOM]):,.2f}–{2 ** max(by_name[RANDOM]):,.2f}"))
         seeds = len(self.bits[RANDOM])
         notes = [f"{RANDOM}: 2 to the power of the mean bits a token of {seeds} orders, and their range"]
-        return plain_table(("layers removed", *self.bits, "range"), rows, notes)
+        return text_table(("layers removed", *self.bits, "range"), rows, notes)
 
     def plot(self, path: Path, title: str) -> None:
         """A line for each metric, random orders as a band."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from attention_predictor.documents import encode
 from attention_predictor.eval.benchmarks.longbench.data import SUFFIX, Rows, make_sample, template_fields
 from attention_predictor.eval.benchmarks.longbench.tasks import BENCHMARK, TASKS
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.prompts import check_chat, fitted_ids
 from attention_predictor.eval.harness.runner import KEPT_SAMPLES, Benchmark, Sample
 from attention_predictor.reading import check_unicode
@@ -71,22 +71,22 @@ class LongBench(Benchmark):
                 check_unicode(sample.record["answers"][0], f"{where}, 'answers'")
             yield sample
 
-    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         what = TASKS[task]
         chat = self.chat and what.chat
-        room = None if subject.context is None else subject.context - what.max_new_tokens
+        room = None if evaluated.context is None else evaluated.context - what.max_new_tokens
         prompt, cut = self._fitted(task, sample, chat, room)
         options: dict[str, Any] = {}
         if what.stops_at_newline:
             options = {"stop": encode(self.tokenizer, "\n")[-1:], "min_new_tokens": 1}
-        tokens = subject.generate(prompt, what.max_new_tokens, **options)
+        tokens = evaluated.generate(prompt, what.max_new_tokens, **options)
         found = {
             "pred": self.tokenizer.decode(tokens, skip_special_tokens=True),
             "prompt_tokens": len(prompt),
             "new_tokens": len(tokens),
             "truncated": cut,
         }
-        return found | (self._likelihood(subject, task, sample, prompt, chat) if self.answer_likelihood else {})
+        return found | (self._likelihood(evaluated, task, sample, prompt, chat) if self.answer_likelihood else {})
 
     def _fitted(self, task: str, sample: Sample, chat: bool, room: int | None) -> tuple[list[int], bool]:
         """``fitted_ids`` of the prompt; of few samples the same for all variants, since a book takes a while."""
@@ -98,10 +98,12 @@ class LongBench(Benchmark):
             self._kept[key] = found
         return found
 
-    def _likelihood(self, subject: Subject, task: str, sample: Sample, prompt: list[int], chat: bool) -> dict[str, Any]:
+    def _likelihood(
+        self, evaluated: EvaluatedModel, task: str, sample: Sample, prompt: list[int], chat: bool
+    ) -> dict[str, Any]:
         """Of the first reference answer, no more of it than the model may generate."""
         follows_blank = chat or TASKS[task].chinese or sample.prompt[-1:].isspace()
         answer = encode(self.tokenizer, ("" if follows_blank else " ") + sample.record["answers"][0])
         answer = answer[: TASKS[task].max_new_tokens]
-        likelihoods = subject.log_likelihoods(prompt, answer)
+        likelihoods = evaluated.log_likelihoods(prompt, answer)
         return {"answer_log_likelihood": sum(likelihoods), "answer_tokens": len(likelihoods)}

@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.benchmarks.recovery.block_map import map_record
 from attention_predictor.eval.benchmarks.recovery.head_recovery import check_watchable, watch
-from attention_predictor.eval.display.heatmap import FILE, Axes, Panel, draw_heatmaps
-from attention_predictor.eval.display.text_table import plain_table
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.display.heatmap import Axes, HeatMaps, Panel
+from attention_predictor.eval.display.text_table import text_table
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
+from attention_predictor.eval.harness.measure import Description, Measure
 from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, run
-from attention_predictor.eval.harness.scores import conclude, mean_scores, notes
+from attention_predictor.eval.harness.scores import mean_scores, notes, show_results
 from attention_predictor.eval.harness.teacher_forcing import decode_tails, new_cache, prefill
 from attention_predictor.eval.harness.windows import Windows, windows_of
 
@@ -49,7 +50,7 @@ class RecoveryMap(Benchmark):
         for number, (name, part) in enumerate(self.windows.of(task)):
             yield Sample(name, "", {}, {"prompt": part.prompt, "tails": part.tails, "mapped": number == 0})
 
-    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         prompt, tails = sample.hidden["prompt"], sample.hidden["tails"]
         if len(tails[0]) < self.interval:
             raise DataError(f"a tail of {len(tails[0])} tokens: nothing is measured at every {self.interval}th")
@@ -57,12 +58,12 @@ class RecoveryMap(Benchmark):
         relatives: dict[int, list[list[float]]] = defaultdict(list)
         maps: dict[str, Any] = {}
         for first in range(0, len(tails), SEQUENCES):
-            cache = new_cache(subject)
+            cache = new_cache(evaluated)
             part = tails[first : first + SEQUENCES]
-            prefill(subject.model, cache, prompt, len(part))
+            prefill(evaluated.model, cache, prompt, len(part))
             mapped = sample.hidden["mapped"] and first == 0
             watched = watch(cache, self.interval, mapped=mapped)
-            decode_tails(subject.model, cache, part)
+            decode_tails(evaluated.model, cache, part)
             for layer, found in watched.items():
                 share_BG, relative_BG = found.means
                 shares[layer] += share_BG.tolist()
@@ -104,10 +105,10 @@ def main(args: argparse.Namespace) -> int:
     for variant in plan.variants:
         check_watchable(variant)
     benchmark = RecoveryMap(windows_of(args, continuations=True), args.interval)
-    return conclude(run(benchmark, plan), sample_scores, folder_table, draw_folder if args.plot else None)
+    return show_results(run(benchmark, plan), MEASURE, folder_table, plot=args.plot)
 
 
-def folder_table(folder: RunFolder) -> str:
+def folder_table(folder: RunFolder, measure: Measure) -> str:
     """Recovery and relative recovery in percent: layers down, their mean and their worst head last, variants across."""
     maps = {(variant, name): mean_map(folder, variant, name) for variant in folder.variants for name in _MAPS}
     layers = next((numbers for numbers, _ in maps.values() if numbers), [])
@@ -118,22 +119,30 @@ def folder_table(folder: RunFolder) -> str:
     rows.append(("all layers", *(100 * fmean(map(fmean, heads)) if heads else None for heads in columns)))
     rows.append(("worst head", *(100 * min(map(min, heads)) if heads else None for heads in columns)))
     titles = [f"{variant} {_MAPS[name]}" for variant, name in maps]
-    means = mean_scores(folder, sample_scores)
-    return plain_table(("recovery, %", *titles), rows, notes(folder, means, "left out of the figures"))
+    return text_table(("recovery, %", *titles), rows, notes(mean_scores(folder, measure), measure.failed))
 
 
 _MAPS = {"recovery_map": "share", "relative_map": "relative"}
 
 
-def draw_folder(folder: RunFolder) -> None:
-    """The relative recovery of every variant, as a picture beside the results."""
+def heat_maps(folder: RunFolder) -> HeatMaps | None:
+    """The relative recovery of every variant; ``None`` while no document is done."""
     maps = {variant: mean_map(folder, variant) for variant in folder.variants}
     done = {variant: found for variant, found in maps.items() if found[1]}
     if not done:
-        return
+        return None
     layers, heads = next(iter(done.values()))
-    columns = [str(head) for head in range(len(heads[0]))]
-    axes = Axes(rows=[str(layer) for layer in layers], columns=columns, row_title="layer", column_title="KV head")
+    axes = Axes([str(layer) for layer in layers], [str(head) for head in range(len(heads[0]))], "layer", "KV head")
     low = min(0.99, *(min(map(min, of_heads)) for _, of_heads in done.values()))
     panels = [Panel(variant, of_heads) for variant, (_, of_heads) in done.items()]
-    draw_heatmaps(panels, axes, folder.path / FILE, title="Relative recovery", low=low)
+    return HeatMaps("Relative recovery, by layer and KV head", panels, axes, low)
+
+
+MEASURE = Measure(
+    *("Recovery", "relative recovery, %", sample_scores), failed="left out of the figures", heat_maps=heat_maps
+)
+
+
+def measures(description: Description) -> list[Measure]:
+    """What ``attnpred report`` shows."""
+    return [MEASURE]

@@ -15,7 +15,7 @@ from attention_predictor.eval.benchmarks.haystack import Draft
 from attention_predictor.eval.benchmarks.ruler.base import Sources
 from attention_predictor.eval.benchmarks.ruler.families import FAMILIES, check_family
 from attention_predictor.eval.benchmarks.ruler.scorer import AT, family_name
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.prompts import check_chat
 from attention_predictor.eval.harness.runner import Benchmark, Sample
 from attention_predictor.kinds import is_number
@@ -138,9 +138,9 @@ class GivenRuler(Benchmark):
             )
         return found
 
-    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         prompt = self.prompt(sample)
-        tokens = subject.generate(prompt, self._new_tokens(task))
+        tokens = evaluated.generate(prompt, self._new_tokens(task))
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return {"pred": text, "prompt_tokens": len(prompt), "new_tokens": len(tokens)}
 
