@@ -56,7 +56,7 @@ def test_each_is_as_by_itself_with_one_model(
 def test_another_model_takes_the_place_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[tuple[str, ...]] = []
     monkeypatch.setattr(several, "load_model", lambda *asked: (loads.append(asked), make_tiny_model())[1])
-    load = several.OneModel()
+    load = several.LastModel()
     first = load("a", "cpu", "auto")
     assert load("a", "cpu", "auto") is first
     assert load("b", "cpu", "auto") is not first

@@ -21,7 +21,7 @@ def test_candidates_are_neither_sink_nor_recent() -> None:
 
 
 def test_recovery_of_perfect_foresight_is_one(tmp_path: Path) -> None:
-    class Foresight(type(architecture("last")())):  # type: ignore[misc]
+    class Predictability(type(architecture("last")())):  # type: ignore[misc]
         def unroll(self, rows_BGRN: torch.Tensor, steps_S: torch.Tensor) -> torch.Tensor:
             return rows_BGRN[:, :, steps_S + 1, :, None]
 
@@ -29,7 +29,7 @@ def test_recovery_of_perfect_foresight_is_one(tmp_path: Path) -> None:
     recordings = [HistoryDataset(tmp_path).load("books/0: a title?")]
     by_rule = {
         name: validate(predictor, recordings, META, torch.device("cpu"))
-        for name, predictor in (("foresight", Foresight()), ("mean", architecture("mean")()))
+        for name, predictor in (("foresight", Predictability()), ("mean", architecture("mean")()))
     }
     for metric in ("relative_recovery", "relative_recovery_ahead", "overlap"):
         assert by_rule["foresight"][metric] == {budget: pytest.approx(1.0) for budget in ("256", "512", "1024")}

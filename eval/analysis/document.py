@@ -19,7 +19,7 @@ from attention_predictor.documents import Excerpt
 from attention_predictor.eval.analysis.examples import Example
 from attention_predictor.eval.analysis.layer_map import LayerMap, head_scorer, pooled
 from attention_predictor.eval.analysis.observed_attention import Attended, watching
-from attention_predictor.eval.analysis.predictability import Foreseen, Foresight
+from attention_predictor.eval.analysis.predictability import Foreseen, Predictability
 from attention_predictor.eval.analysis.qsim import over_windows
 from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.blocks.selection import Selection
@@ -73,8 +73,8 @@ class _Prompt:
 
     similarity_H: list[float]
     plain_H: list[float | None]
-    foresights: dict[str, Foresight]  # by KV head
-    head_foresights: dict[str, Foresight]  # by query head
+    foresights: dict[str, Predictability]  # by KV head
+    head_foresights: dict[str, Predictability]  # by query head
 
 
 class _Findings:
@@ -96,8 +96,8 @@ class _Findings:
         self.prompts[attended.number] = _Prompt(
             similarity_H=query_similarity(last.query_BHQD)[0].tolist(),
             plain_H=_unknown(last)[0] if plain_BHTD is None else query_similarity(plain_BHTD)[0].tolist(),
-            foresights={name: Foresight(one, grouped.scores_BGQN) for name, one in predictors.items()},
-            head_foresights={name: Foresight(one, rows.scores_BGQN) for name, one in predictors.items()},
+            foresights={name: Predictability(one, grouped.scores_BGQN) for name, one in predictors.items()},
+            head_foresights={name: Predictability(one, rows.scores_BGQN) for name, one in predictors.items()},
         )
 
     def see_steps(self, attended: Attended) -> None:
@@ -129,7 +129,7 @@ class _Findings:
                     self.clearest[kind] = (measures.clarity, example)
 
     def _foreseen(
-        self, foresights: Mapping[str, Foresight], attended: Attended, rows: ScoreRows
+        self, foresights: Mapping[str, Predictability], attended: Attended, rows: ScoreRows
     ) -> dict[str, Foreseen]:
         found = {}
         for name, foresight in foresights.items():

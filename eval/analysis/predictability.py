@@ -45,7 +45,7 @@ class Foreseen:
     best_BGQN: Tensor
 
 
-class Foresight:
+class Predictability:
     """One layer's history, and a predictor that goes through its steps.
 
     Args:

@@ -29,7 +29,7 @@ def compare(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _ours_ms(rows: Sequence[Row], context: int) -> float | None:
     here = {row["way"]: row["median_ms"] for row in rows if row["context"] == context and "median_ms" in row}
-    return next((here[way] for way in OURS if way in here), None)
+    return next((here[setup] for setup in OURS if setup in here), None)
 
 
 def describe(row: Row) -> str:
@@ -47,11 +47,11 @@ def describe(row: Row) -> str:
     if facts:
         lines.append("; ".join(facts))
     if row["breakdown"] is not None:
-        lines += where_time_goes(row["breakdown"])
+        lines += breakdown_lines(row["breakdown"])
     return "\n              ".join(lines)
 
 
-def where_time_goes(found: Row) -> list[str]:
+def breakdown_lines(found: Row) -> list[str]:
     """A line of sums; one of stages and kernels, without those that take next to nothing, which are summed up."""
     nothing = {"nothing": found["idle_ms"]} if "idle_ms" in found else {}
     least_ms = WORTH_SHOWING * sum(found["stages_ms"].values())

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from attention_predictor.errors import HostMemoryError, one_line
 from attention_predictor.eval.bench.breakdown import breakdown
-from attention_predictor.eval.bench.cache_sessions import Session, Way, does_not_fit, opened
+from attention_predictor.eval.bench.cache_sessions import CacheSession, CacheSetup, open_cache, why_too_large
 from attention_predictor.eval.bench.device import release, wait
 from attention_predictor.eval.bench.static_step import StockModelError
 from attention_predictor.eval.bench.synthetic_cache import PAST, SyntheticCache
@@ -87,27 +87,27 @@ def steps_within(timed: int) -> int:
     return WARM_UP + timed + PROFILED
 
 
-def try_way(model: PreTrainedModel, way: Way, work: Workload) -> dict[str, Any]:
+def time_setup(model: PreTrainedModel, setup: CacheSetup, work: Workload) -> dict[str, Any]:
     """What came of it, or why it was ``skipped``: for lack of memory, or as the stock model can't be run so."""
-    row: dict[str, Any] = {"name": way.name, "context": work.context, "batch": work.batch}
-    if reason := does_not_fit(model, way, context=work.context, batch=work.batch, limit_bytes=work.limit_bytes):
+    row: dict[str, Any] = {"name": setup.name, "context": work.context, "batch": work.batch}
+    if reason := why_too_large(model, setup, context=work.context, batch=work.batch, limit_bytes=work.limit_bytes):
         return row | {"skipped": reason}
     try:
-        return row | _tried(model, way, work)
+        return row | _time_setup(model, setup, work)
     except (torch.OutOfMemoryError, HostMemoryError, StockModelError) as error:
         return row | {"skipped": one_line(error, 200)}
     finally:
         release(model.device)
 
 
-def _tried(model: PreTrainedModel, way: Way, work: Workload) -> dict[str, Any]:
+def _time_setup(model: PreTrainedModel, setup: CacheSetup, work: Workload) -> dict[str, Any]:
     """Apart, so that the cache is gone when it returns, and its memory can be released."""
-    with opened(model, way, context=work.context, batch=work.batch, budget=work.budget) as session:
+    with open_cache(model, setup, context=work.context, batch=work.batch, budget=work.budget) as session:
         return _figures(model, session, work)
 
 
 @torch.no_grad()
-def _figures(model: PreTrainedModel, session: Session, work: Workload) -> dict[str, Any]:
+def _figures(model: PreTrainedModel, session: CacheSession, work: Workload) -> dict[str, Any]:
     device, engine = model.device, session.engine
     filled_s = -time.perf_counter()
     if work.synthetic is not None:
@@ -150,7 +150,7 @@ def _figures(model: PreTrainedModel, session: Session, work: Workload) -> dict[s
     return found
 
 
-def _timed(session: Session, tokens: Iterator[Tensor], work: Workload, device: torch.device) -> list[float]:
+def _timed(session: CacheSession, tokens: Iterator[Tensor], work: Workload, device: torch.device) -> list[float]:
     """Milliseconds of each step; the host waits for each, as a loop does that looks at every token."""
     times: list[float] = []
     while len(times) < work.steps and (len(times) < LEAST or sum(times) < 1000 * work.seconds):

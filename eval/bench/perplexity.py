@@ -19,7 +19,7 @@ from attention_predictor.eval.bench.token_clock import TokenClock
 from attention_predictor.eval.harness.attached_model import AttachedModel
 from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.rules import Rule
-from attention_predictor.eval.harness.step_series import watched_steps
+from attention_predictor.eval.harness.step_series import record_steps
 from attention_predictor.eval.harness.variants import Variant
 from attention_predictor.loading import find_device, load_model
 from attention_predictor.offload.hf.forwards import check_positions
@@ -70,7 +70,7 @@ def _sample(
     stats = None
     wait(model.device)
     begun = time.perf_counter()
-    with attached.sample() as engine, watched_steps(model, engine):
+    with attached.sample() as engine, record_steps(model, engine):
         attach_ms = 1000 * (time.perf_counter() - begun)
         with TokenClock(model, [0, SKIPPED]) as clock:
             EvaluatedModel(model, engine).log_likelihoods(ids[: context - tail], ids[context - tail :])

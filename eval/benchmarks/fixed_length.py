@@ -27,7 +27,7 @@ PROBE = 64  # pieces of filler by which the rate of tokens is first told
 LEAST_FILLED = 0.9  # of the length, where there is only so much filler
 
 
-class FilledBenchmark(Benchmark):
+class FixedLengthBenchmark(Benchmark):
     """Samples drawn by seed, task and number, each filled up to its task's length.
 
     Args:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.arguments import whole_numbers
 from attention_predictor.errors import ConfigError, DataError
-from attention_predictor.eval.benchmarks.fixed_length import FilledBenchmark, paragraph_end
+from attention_predictor.eval.benchmarks.fixed_length import FixedLengthBenchmark, paragraph_end
 from attention_predictor.eval.benchmarks.haystack import Draft, Haystack
 from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
 from attention_predictor.eval.benchmarks.synthetic.documents import read_texts
@@ -54,7 +54,7 @@ class Needle:
                 return cls(kind, made.segments[0].strip(), question, (asked.answer.strip(),))
 
 
-class NeedleTest(FilledBenchmark):
+class NeedleTest(FixedLengthBenchmark):
     """The grid: a task for each length, ``samples`` needles at each depth.
 
     Args:

@@ -57,7 +57,7 @@ from attention_predictor.eval.harness.predictions import Appender, Record, part
 from attention_predictor.eval.harness.processes import Processes
 from attention_predictor.eval.harness.provenance import describe_session
 from attention_predictor.eval.harness.run_folder import RunFolder
-from attention_predictor.eval.harness.step_series import watched_steps
+from attention_predictor.eval.harness.step_series import record_steps
 from attention_predictor.eval.harness.variants import Variant, make_variants
 from attention_predictor.loading import device_name, find_device, load_model
 from attention_predictor.offload.stats import Stats
@@ -297,7 +297,7 @@ def _attempt(benchmark: Benchmark, seed: int, attached: AttachedModel, task: str
     started = time.perf_counter()
     figures: dict[str, Any] = {}
     try:
-        with attached.sample() as engine, watched_steps(attached.model, engine) as series:
+        with attached.sample() as engine, record_steps(attached.model, engine) as series:
             found = benchmark.predict(EvaluatedModel(attached.model, engine), task, sample)
             if engine is not None:
                 figures = _figures(engine.stats) | ({"over_steps": series.record()} if series.steps else {})

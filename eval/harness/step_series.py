@@ -59,7 +59,7 @@ class StepSeries:
 
 
 @contextmanager
-def watched_steps(model: PreTrainedModel, engine: Engine | None) -> Iterator[StepSeries]:
+def record_steps(model: PreTrainedModel, engine: Engine | None) -> Iterator[StepSeries]:
     """The series of the steps that a model takes in the ``with`` block; none of the stock model's (``None``).
 
     The first step behind a prompt is left out: it waits for a whole selection, all others for what is new in theirs.

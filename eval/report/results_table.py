@@ -1,6 +1,6 @@
-"""Results of runs as a sheet of figures: policies by budget down, tasks and averages across.
+"""Results of runs as a table of figures: policies by budget down, tasks and averages across.
 
-Runs of one benchmark whose settings, samples and variants agree share a sheet; others get one each.
+Runs of one benchmark whose settings, samples and variants agree share a table; others get one each.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BENCHMARKS = {name: command for name, command in EVAL.items() if name != "severa
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TaskResults:
     """One variant's samples of one task.
 
     Attributes:
@@ -46,7 +46,7 @@ class Outcome:
     asked: int
 
     @classmethod
-    def of(cls, measure: Measure, task: str, records: Sequence[Record], asked: int) -> Outcome:
+    def of(cls, measure: Measure, task: str, records: Sequence[Record], asked: int) -> TaskResults:
         """Scores of a run's records."""
         found = measure.sample_scores(task, records)
         scores = {
@@ -81,14 +81,14 @@ class Row:
     budget: int | None
     stock: bool
     judged: bool
-    outcomes: Mapping[str, Outcome]
+    outcomes: Mapping[str, TaskResults]
     hit_rate: float | None
     fetched_bytes: float | None
     over_steps: Sequence[Record]
 
 
 @dataclass(frozen=True)
-class Figure:
+class Cell:
     """A cell: its value, what it is more than full attention's, and the intervals of both.
 
     ``best``: no other policy is better at this budget, and there is another one.
@@ -102,7 +102,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class ResultsTable:
     """All figures of runs that can be compared.
 
     Attributes:
@@ -129,9 +129,9 @@ class Sheet:
         return next((row for row in whole if row.stock), whole[0] if whole else None)
 
     @cached_property
-    def figures(self) -> dict[tuple[str, str], Figure]:
+    def figures(self) -> dict[tuple[str, str], Cell]:
         """By names of row and column; none where a task of the column has no results."""
-        found: dict[tuple[str, str], Figure] = {}
+        found: dict[tuple[str, str], Cell] = {}
         for row in self.rows:
             for column in self.columns:
                 if (figure := self._figure(row, column)) is not None:
@@ -150,7 +150,7 @@ class Sheet:
                         found[name, column.title] = replace(found[name, column.title], best=True)
         return found
 
-    def _figure(self, row: Row, column: Column) -> Figure | None:
+    def _figure(self, row: Row, column: Column) -> Cell | None:
         outcomes = [row.outcomes.get(task) for task in column.tasks]
         if not all(one is not None and one.scores for one in outcomes):
             return None
@@ -160,13 +160,13 @@ class Sheet:
         between = interval(means_R) if several else None
         full = self.full
         if full is None or full is row or not set(column.tasks) <= set(full.outcomes):
-            return Figure(value, between, None, None)
+            return Cell(value, between, None, None)
         both = {task: [one for one in ids if one in full.outcomes[task].scores] for task, ids in own.items()}
         if not all(both.values()):
-            return Figure(value, between, None, None)
+            return Cell(value, between, None, None)
         paired = all(len(ids) > 1 for ids in both.values())
         (mine, mine_R), (theirs, theirs_R) = self._mean(row, both), self._mean(full, both)
-        return Figure(value, between, mine - theirs, interval(mine_R - theirs_R) if paired else None)
+        return Cell(value, between, mine - theirs, interval(mine_R - theirs_R) if paired else None)
 
     def _mean(self, row: Row, ids: Mapping[str, Sequence[str]]) -> tuple[float, np.ndarray]:
         """Mean over tasks, each of the named samples; and resampled."""
@@ -192,8 +192,8 @@ class Sheet:
         return found
 
 
-def make_sheets(paths: Sequence[Path], seed: int = 0) -> list[Sheet]:
-    """Read runs, each sheet in the order of its first run.
+def make_tables(paths: Sequence[Path], seed: int = 0) -> list[ResultsTable]:
+    """Read runs, each table in the order of its first run.
 
     Raises:
         ConfigError: A directory is given twice, is missing or no run's, or its benchmark is unknown.
@@ -217,13 +217,13 @@ def make_sheets(paths: Sequence[Path], seed: int = 0) -> list[Sheet]:
                 break
         else:
             groups.append([folder])
-    sheets = [sheet for group in groups for sheet in _sheets(group, seed)]
-    titles = Counter(sheet.title for sheet in sheets)
-    return [_told_apart(sheet) if titles[sheet.title] > 1 else sheet for sheet in sheets]
+    tables = [table for group in groups for table in _tables_of(group, seed)]
+    titles = Counter(table.title for table in tables)
+    return [_told_apart(table) if titles[table.title] > 1 else table for table in tables]
 
 
-def _told_apart(sheet: Sheet) -> Sheet:
-    return replace(sheet, title=f"{sheet.title} · {', '.join(str(folder.path) for folder in sheet.folders)}")
+def _told_apart(table: ResultsTable) -> ResultsTable:
+    return replace(table, title=f"{table.title} · {', '.join(str(folder.path) for folder in table.folders)}")
 
 
 def _agree(one: RunFolder, other: RunFolder) -> bool:
@@ -235,16 +235,16 @@ def _agree(one: RunFolder, other: RunFolder) -> bool:
     return all(mine[name] == theirs[name] for name in ("benchmark", "settings"))
 
 
-def _sheets(folders: Sequence[RunFolder], seed: int) -> list[Sheet]:
+def _tables_of(folders: Sequence[RunFolder], seed: int) -> list[ResultsTable]:
     """One for each measure of the benchmark; those without any score are left out, unless all are."""
     description = folders[0].description
     benchmark = importlib.import_module(f"attention_predictor.{BENCHMARKS[description['benchmark']].main}")
-    made = [_sheet(folders, seed, measure) for measure in benchmark.measures(description)]
-    scored = [sheet for sheet in made if any(one.scores for row in sheet.rows for one in row.outcomes.values())]
+    made = [_table_of(folders, seed, measure) for measure in benchmark.measures(description)]
+    scored = [table for table in made if any(one.scores for row in table.rows for one in row.outcomes.values())]
     return scored or made[:1]
 
 
-def _sheet(folders: Sequence[RunFolder], seed: int, measure: Measure) -> Sheet:
+def _table_of(folders: Sequence[RunFolder], seed: int, measure: Measure) -> ResultsTable:
     first = folders[0].description
     rows, twice = [], []
     variants = {name: one for folder in folders for name, one in folder.description["variants"].items()}
@@ -254,12 +254,12 @@ def _sheet(folders: Sequence[RunFolder], seed: int, measure: Measure) -> Sheet:
         for task, known in tasks.items():
             having = [(folder, found) for folder in folders if (found := folder.records(name, task))]
             if not having:
-                outcomes[task] = Outcome({}, 0, 0, known["samples"])
+                outcomes[task] = TaskResults({}, 0, 0, known["samples"])
                 continue
             folder, records = having[0]
             twice += [f"{name} {task}"] if len(having) > 1 else []
             try:
-                outcomes[task] = Outcome.of(measure, task, records, known["samples"])
+                outcomes[task] = TaskResults.of(measure, task, records, known["samples"])
             except AttentionPredictorError:  # says more already
                 raise
             except (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration) as error:
@@ -279,10 +279,10 @@ def _sheet(folders: Sequence[RunFolder], seed: int, measure: Measure) -> Sheet:
     below = notes(means, measure.failed, where="", unfinished=absent)
     if twice:
         below.append(f"in more than one of the runs, taken from the first: {', '.join(twice)}")
-    return Sheet(title, measure, folders, rows, measure.columns(list(tasks)), below, seed)
+    return ResultsTable(title, measure, folders, rows, measure.columns(list(tasks)), below, seed)
 
 
-def _row(name: str, variant: Mapping[str, Any], outcomes: Mapping[str, Outcome], records: Sequence[Record]) -> Row:
+def _row(name: str, variant: Mapping[str, Any], outcomes: Mapping[str, TaskResults], records: Sequence[Record]) -> Row:
     budget = variant["budget"]
     policy = name if budget is None else name.removesuffix(f"-{budget}")
     rates = [one["hit_rate"] for one in records if one.get("hit_rate") is not None]

@@ -67,13 +67,13 @@ class HeadRecovery:
         return self.share_BG / self.measured, self.relative_BG / self.measured
 
 
-def watch(cache: Cache, interval: int, *, mapped: bool = False) -> dict[int, HeadRecovery]:
+def measure_heads(cache: Cache, interval: int, *, mapped: bool = False) -> dict[int, HeadRecovery]:
     """Watch every offloaded layer of a cache, by number."""
     layers = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
     return {layer.number: HeadRecovery(layer, interval, mapped=mapped) for layer in layers}
 
 
-def check_watchable(variant: Variant) -> None:
+def check_measurable(variant: Variant) -> None:
     """``ConfigError`` for a variant whose steps have nothing to recover, or leave the host out."""
     if variant.config is None or policy_class(variant.config.policy).selects == "all":
         raise ConfigError(f"policy {variant.policy!r} attends to everything: there is nothing to recover")

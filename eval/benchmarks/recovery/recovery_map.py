@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.benchmarks.recovery.block_map import map_record
-from attention_predictor.eval.benchmarks.recovery.head_recovery import check_watchable, watch
+from attention_predictor.eval.benchmarks.recovery.head_recovery import check_measurable, measure_heads
 from attention_predictor.eval.display.heatmap import Axes, HeatMaps, Panel
 from attention_predictor.eval.display.text_table import text_table
 from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
@@ -62,15 +62,15 @@ class RecoveryMap(Benchmark):
             part = tails[first : first + SEQUENCES]
             prefill(evaluated.model, cache, prompt, len(part))
             mapped = sample.hidden["mapped"] and first == 0
-            watched = watch(cache, self.interval, mapped=mapped)
+            measured = measure_heads(cache, self.interval, mapped=mapped)
             decode_tails(evaluated.model, cache, part)
-            for layer, found in watched.items():
+            for layer, found in measured.items():
                 share_BG, relative_BG = found.means
                 shares[layer] += share_BG.tolist()
                 relatives[layer] += relative_BG.tolist()
             if mapped:
-                by_layer = {number: found.maps_GN for number, found in watched.items()}
-                (block_size,) = {found.layer.block_size for found in watched.values()}
+                by_layer = {number: found.maps_GN for number, found in measured.items()}
+                (block_size,) = {found.layer.block_size for found in measured.values()}
                 maps = {"map": map_record(by_layer, self.interval, block_size)}
         layers = sorted(shares)
         return {
@@ -103,7 +103,7 @@ def mean_map(folder: RunFolder, variant: str, name: str = "relative_map") -> tup
 def main(args: argparse.Namespace) -> int:
     plan = Plan.of(args)
     for variant in plan.variants:
-        check_watchable(variant)
+        check_measurable(variant)
     benchmark = RecoveryMap(windows_of(args, continuations=True), args.interval)
     return show_results(run(benchmark, plan), MEASURE, folder_table, plot=args.plot)
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.errors import ConfigError, DataError
-from attention_predictor.eval.benchmarks.fixed_length import FilledBenchmark, paragraph_end, prefixed_ids
+from attention_predictor.eval.benchmarks.fixed_length import FixedLengthBenchmark, paragraph_end, prefixed_ids
 from attention_predictor.eval.benchmarks.haystack import Draft
 from attention_predictor.eval.benchmarks.ruler.base import Sources
 from attention_predictor.eval.benchmarks.ruler.families import FAMILIES, check_family
@@ -24,7 +24,7 @@ from attention_predictor.reading import check_unicode, read_lines
 RULER_FILE = "validation"  # what RULER calls the samples of every task, in a directory of the task's name
 
 
-class MadeRuler(FilledBenchmark):
+class MadeRuler(FixedLengthBenchmark):
     """Samples of RULER's families; a task for each family and length.
 
     Raises:
