@@ -4,41 +4,29 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 from attention_predictor.eval.display.text_table import text_table
 from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.measure import Description, Measure
 from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.run_folder import RunFolder
-from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, run
+from attention_predictor.eval.harness.runner import Plan, Sample, run
 from attention_predictor.eval.harness.scores import mean_scores, notes, show_results
-from attention_predictor.eval.harness.windows import Windows, windows_of
+from attention_predictor.eval.harness.windows import WindowBenchmark, windows_of
 
 
-class Perplexity(Benchmark):
+class Perplexity(WindowBenchmark):
     """Parts of documents, each a sample: how likely its tail is.
 
     ``bytes`` in a record are those of the tail's text, for bits a byte, which don't depend on the tokenizer.
     """
 
     name = "perplexity"
-    missing: ClassVar[Mapping[str, Any]] = {}
-
-    def __init__(self, windows: Windows) -> None:
-        self.windows, self.tasks = windows, windows.names
-
-    def settings(self) -> dict[str, Any]:
-        return {"context": self.windows.context, "tail": self.windows.tail, "per_file": self.windows.per_file}
-
-    def samples(self, task: str) -> Iterator[Sample]:
-        for name, part in self.windows.of(task):
-            # As token ids: at its edges a part's text may tokenise otherwise.
-            yield Sample(name, "", {}, {"prompt": part.prompt, "tail": part.tails[0]})
 
     def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
-        prompt, tail = sample.hidden["prompt"], sample.hidden["tail"]
+        prompt, tail = sample.hidden["prompt"], sample.hidden["tails"][0]
         likelihoods = evaluated.log_likelihoods(prompt, tail)
         text_bytes = len(str(self.windows.tokenizer.decode(tail)).encode())
         found = {"log_likelihood": math.fsum(likelihoods), "tokens": len(likelihoods), "bytes": text_bytes}

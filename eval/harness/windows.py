@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from attention_predictor.documents import Document, Excerpt, excerpt, read_docum
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.harness.processes import Processes
 from attention_predictor.eval.harness.prompts import check_context
+from attention_predictor.eval.harness.runner import Benchmark, Sample
 from attention_predictor.loading import load_tokenizer
 
 _NAME = re.compile(r"[\w.-]+")
@@ -112,6 +114,26 @@ class Windows:
         (source,) = (one for one in self.sources if one.name == name)
         for document in source.documents(self.per_file):
             yield document if self.continuations else replace(document, continuations=())
+
+
+class WindowBenchmark(Benchmark):
+    """A benchmark over windows: a task for each source, a sample for each window.
+
+    A sample's ``hidden`` has ``prompt`` and ``tails`` as token ids, since a part's text may tokenise differently at its
+    edges.
+    """
+
+    missing: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, windows: Windows) -> None:
+        self.windows, self.tasks = windows, windows.names
+
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self.windows, name) for name in ("context", "tail", "per_file")}
+
+    def samples(self, task: str) -> Iterator[Sample]:
+        for name, part in self.windows.of(task):
+            yield Sample(name, "", {}, {"prompt": part.prompt, "tails": part.tails})
 
 
 def windows_of(args: argparse.Namespace, *, continuations: bool = False) -> Windows:

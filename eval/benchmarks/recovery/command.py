@@ -7,12 +7,12 @@ every record.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 from attention_predictor.commands.eval.recovery import TAIL_INTERVAL
 from attention_predictor.eval.benchmarks.synthetic import benchmark as synthetic
@@ -26,7 +26,7 @@ from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, run
 from attention_predictor.eval.harness.scores import mean_scores, notes, show_results
 from attention_predictor.eval.harness.teacher_forcing import decode_tails, new_cache, prefill
-from attention_predictor.eval.harness.windows import Windows, windows_of
+from attention_predictor.eval.harness.windows import WindowBenchmark, windows_of
 
 
 class QuestionRecovery(synthetic.SyntheticBenchmark):
@@ -35,25 +35,10 @@ class QuestionRecovery(synthetic.SyntheticBenchmark):
     name = "recovery"
 
 
-class TailRecovery(Benchmark):
-    """Document tails, recovery measured while they are decoded; a sample is a document.
-
-    Args:
-        windows: Prompts and the tails decoded after them.
-    """
+class TailRecovery(WindowBenchmark):
+    """Document tails, recovery measured while they are decoded; a sample is a document."""
 
     name = "recovery"
-    missing: ClassVar[Mapping[str, Any]] = {}
-
-    def __init__(self, windows: Windows) -> None:
-        self.windows, self.tasks = windows, windows.names
-
-    def settings(self) -> dict[str, Any]:
-        return {name: getattr(self.windows, name) for name in ("context", "tail", "per_file")}
-
-    def samples(self, task: str) -> Iterator[Sample]:
-        for name, part in self.windows.of(task):
-            yield Sample(name, "", {}, {"prompt": part.prompt, "tails": part.tails})
 
     def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         prompt, tails = sample.hidden["prompt"], sample.hidden["tails"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.benchmarks.recovery.block_map import map_record
@@ -18,15 +19,15 @@ from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.measure import Description, Measure
 from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.run_folder import RunFolder
-from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, run
+from attention_predictor.eval.harness.runner import Plan, Sample, run
 from attention_predictor.eval.harness.scores import mean_scores, notes, show_results
 from attention_predictor.eval.harness.teacher_forcing import decode_tails, new_cache, prefill
-from attention_predictor.eval.harness.windows import Windows, windows_of
+from attention_predictor.eval.harness.windows import WindowBenchmark, Windows, windows_of
 
 SEQUENCES = 8  # tails decoded at once: each has a cache of its own
 
 
-class RecoveryMap(Benchmark):
+class RecoveryMap(WindowBenchmark):
     """Documents, each a sample, decoded while their recovery is measured.
 
     Args:
@@ -35,20 +36,19 @@ class RecoveryMap(Benchmark):
     """
 
     name = "recovery-map"
-    missing: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, windows: Windows, interval: int) -> None:
         if not 1 <= interval <= windows.tail:
             raise ConfigError(f"--interval {interval}: expected 1 to --tail {windows.tail}")
-        self.windows, self.interval, self.tasks = windows, interval, windows.names
+        super().__init__(windows)
+        self.interval = interval
 
     def settings(self) -> dict[str, Any]:
-        windows = {name: getattr(self.windows, name) for name in ("context", "tail", "per_file")}
-        return windows | {"interval": self.interval}
+        return super().settings() | {"interval": self.interval}
 
     def samples(self, task: str) -> Iterator[Sample]:
-        for number, (name, part) in enumerate(self.windows.of(task)):
-            yield Sample(name, "", {}, {"prompt": part.prompt, "tails": part.tails, "mapped": number == 0})
+        for number, one in enumerate(super().samples(task)):
+            yield replace(one, hidden={**one.hidden, "mapped": number == 0})
 
     def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         prompt, tails = sample.hidden["prompt"], sample.hidden["tails"]
