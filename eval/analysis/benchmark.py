@@ -1,4 +1,4 @@
-"""The analysis as a benchmark of the runner: a document is a sample, and a run goes on where it was stopped."""
+"""The analysis as a benchmark of the runner: a document is a sample."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PREDICTORS = ("predictor", "last")  # as columns name them; the second repeats t
 
 
 class Analysis(WindowBenchmark):
-    """Documents, each a sample, whose maps are judged.
+    """Documents; the attention maps of each are classified.
 
     Args:
         windows: Prompts and what follows them.
@@ -65,7 +65,7 @@ class Analysis(WindowBenchmark):
 
     @property
     def _least(self) -> int:
-        """A prompt is longer: within the budget there is nothing to choose."""
+        """A prompt must be longer: below the budget every block is selected."""
         return max(self.selection.budget, self.window)
 
     def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:

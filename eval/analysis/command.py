@@ -1,4 +1,4 @@
-"""``attnpred analyze``: documents judged, and what all of them say written and shown."""
+"""``attnpred analyze``: runs the analysis and writes its tables, files and gallery."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check_model(name: str) -> None:
-    """Refuse a model whose attention can't be seen, by its configuration."""
+    """Raise ``ConfigError`` for a model whose attention can't be observed, by its configuration."""
     config = load_config(name)
     text_config = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
@@ -66,7 +66,7 @@ def check_model(name: str) -> None:
 
 
 def conclude(folder: RunFolder, *, parquet: bool) -> int:
-    """Make everything that documents together say; 1 where not one of them succeeded."""
+    """Summarise all documents, write and print the results; returns 1 if every document failed."""
     summary = summarise(folder)
     if not summary.heads:
         print(f"no document succeeded: {summary.failures[0] if summary.failures else 'none is done'}")

@@ -1,4 +1,4 @@
-"""One document: prompt and steps go through the model once, and what each layer shows is written down.
+"""Analyses one document: one pass over prompt and steps, figures of every layer and head.
 
 Nothing is kept of a layer but its figures, the state of the predictors between prompt and steps, and the clearest maps
 so far: for each pattern one judged beyond sink and recent, and one judged as a whole.
@@ -33,7 +33,7 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class Judgement:
-    """By what documents are judged.
+    """Predictors and settings of the analysis.
 
     Attributes:
         predictors: By name; the first one's choices are drawn.
@@ -69,7 +69,7 @@ def analyse(engine: Engine, excerpt: Excerpt, judgement: Judgement) -> dict[str,
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What is known of a layer once the prompt is through."""
+    """Figures of a layer after the prompt."""
 
     similarity_H: list[float]
     plain_H: list[float | None]
@@ -78,7 +78,7 @@ class _Prompt:
 
 
 class _Findings:
-    """What has been seen so far, layer by layer: of the prompt, then of the steps."""
+    """Figures so far by layer: of the prompt, then of the steps."""
 
     def __init__(self, judgement: Judgement) -> None:
         self.judgement = judgement
@@ -147,7 +147,7 @@ def _recoveries(foreseen: Mapping[str, Foreseen], sequence: int, head: int, suff
 
 
 def _unknown(attended: Attended) -> list[list[float | None]]:
-    """What is not known of any head, by sequence and head."""
+    """``None`` for every sequence and head."""
     B, H, _, _ = attended.query_BHQD.shape
     return [[None] * H for _ in range(B)]
 

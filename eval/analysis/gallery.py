@@ -1,4 +1,4 @@
-"""The gallery of an analysis: one HTML page that loads nothing."""
+"""The gallery of an analysis: one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _lead(summary: Summary) -> str:
 
 
 def _similarity(summary: Summary) -> str:
-    """The similarity that theory speaks of, or the next best where rotations can't be undone."""
+    """Query similarity before RoPE, or after it where the rotation can't be undone."""
     plain = "qsim_prompt_plain"
     return plain if any(head.means[plain] is not None for head in summary.heads) else "qsim_prompt"
 

@@ -1,4 +1,4 @@
-"""Maps as PNG images within the page, and charts as SVG: what only the gallery draws.
+"""The gallery's drawings: attention maps as inline PNG, charts as SVG.
 
 Suffixes: Q steps, C columns.
 """
@@ -60,7 +60,7 @@ def choice_image(example: Example) -> str:
 
 
 def ramp_key() -> str:
-    """What the colours of attention maps mean."""
+    """Colour key of attention maps."""
     cells = []
     for step in range(40):
         red, green, blue = _between(RAMP, step / 39)
@@ -70,7 +70,7 @@ def ramp_key() -> str:
 
 
 def kind_key() -> str:
-    """What the colours of choices mean."""
+    """Colour key of block choices."""
     names = {BOTH: "chosen, and of the best", MISSED: "of the best, not chosen", NEEDLESS: "chosen, not of the best"}
     items = (f"<li>{_swatch('rgb({},{},{})'.format(*_KINDS[kind]))}{name}</li>" for kind, name in names.items())
     return f'<ul class="key">{"".join(items)}</ul>'
@@ -87,7 +87,7 @@ def class_key() -> str:
 
 
 def class_map(patterns: Sequence[Sequence[str]], tips: Sequence[Sequence[str]], axes: Axes) -> str:
-    """A cell a head, coloured by its pattern; with its letter where cells are few enough."""
+    """One cell for each head, coloured by pattern; letters if there are few cells."""
     labelled = len(axes.rows) * len(axes.columns) <= MOST_LABELLED
     wide, tall = (44, 28) if labelled else (16, 16)
     left, bottom = 26 + CHARACTER * max(map(len, axes.rows)), tall * len(axes.rows)
@@ -110,7 +110,7 @@ def class_map(patterns: Sequence[Sequence[str]], tips: Sequence[Sequence[str]], 
 def scatter(
     points: Sequence[tuple[float, float, str, str]], *, x_title: str, y_title: str, width: int = 420, height: int = 300
 ) -> str:
-    """Points by x, y, pattern and what is said of each."""
+    """A scatter plot; a point has x, y, pattern and tooltip."""
     left, right, top, bottom = 62, 14, 12, 46
     x_ticks, y_ticks = (nice_ticks(min(x), max(x)) for x in zip(*((x, y) for x, y, _, _ in points), strict=True))
 
@@ -171,7 +171,7 @@ def channel_bars(parts_of_score: Sequence[float], wavelengths: Sequence[float], 
 
 
 def counts_bar(counts: Mapping[str, int]) -> str:
-    """How many maps show which pattern, as one bar."""
+    """One bar: the number of maps of each pattern."""
     total, at, parts = max(sum(counts.values()), 1), 0.0, []
     for number, name in enumerate(CLASSES):
         wide = 420 * counts.get(name, 0) / total

@@ -55,13 +55,13 @@ SHOWN = 60  # characters of a name
 
 @cache
 def stage_of(name: str) -> str | None:
-    """The stage that a kernel or an operation of this name belongs to; ``None`` where it is of none."""
+    """The stage of a kernel or operation of this name; ``None`` if no stage matches."""
     return next((stage for stage, pattern in STAGES if re.search(pattern, name, re.IGNORECASE)), None)
 
 
 @cache
 def short_name(name: str) -> str:
-    """A kernel's name without arguments and namespaces; of torch's templates with what they compute."""
+    """A kernel's name without arguments and namespaces; torch's templates keep their functor's name."""
     plain = _SPACES.sub("", name)
     head = re.split(r"[<(]", plain, maxsplit=1)[0].strip() or plain
     inner = next((one for one in _INNER.findall(plain[len(head) :]) if not _ANY.fullmatch(one)), "")
@@ -104,7 +104,7 @@ def breakdown(steps: Callable[[], None], count: int, device: torch.device) -> di
 
 
 def summed(times: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """``stages_ms``, largest first, and ``sums_ms`` of times by kernel name; together the sums are all there is."""
+    """``stages_ms``, largest first, and ``sums_ms``, which add up to the total, from times by kernel name."""
     stages: defaultdict[str, float] = defaultdict(float)
     sums = dict.fromkeys((*SUMS, UNKNOWN), 0.0)
     for name, ms in times.items():

@@ -1,4 +1,4 @@
-"""A cache in use, held in one of the ways (``way.py``), and how the model takes a step with it."""
+"""Opens a cache of a given setup (``cache_setups.py``), with a function that takes one decoding step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from attention_predictor.sizes import size_text
 
 
 def choose_setups(names: str | None, device: torch.device) -> list[str]:
-    """Keys of the ways asked for (``"graph,device"``), or of all that this device has, in the table's order.
+    """Setups named in ``--ways`` (``"graph,device"``), or all that this device can run, in the table's order.
 
     Raises:
         ConfigError: An unknown name, or one that can't be measured here.
@@ -43,7 +43,7 @@ def choose_setups(names: str | None, device: torch.device) -> list[str]:
 
 @dataclass
 class CacheSession:
-    """A cache in use, and how the model takes a step with it."""
+    """An open cache and a function that takes one decoding step."""
 
     cache: Cache
     step: Callable[[Tensor], object]
@@ -54,7 +54,7 @@ class CacheSession:
 def open_cache(
     model: PreTrainedModel, setup: CacheSetup, *, context: int, batch: int, budget: int
 ) -> Iterator[CacheSession]:
-    """An empty cache for so many tokens; the model is attached, or compiled, for as long as it is in use."""
+    """An empty cache for ``context`` tokens; the model stays attached, or compiled, within the ``with`` block."""
     config = model.config.get_text_config(decoder=True)
     with ExitStack() as stack:
         if setup.options.get("compile"):
@@ -87,7 +87,7 @@ def open_cache(
 def why_too_large(
     model: PreTrainedModel, setup: CacheSetup, *, context: int, batch: int, limit_bytes: int | None
 ) -> str | None:
-    """Why a stock cache of this size can't be held, ``None`` if it can; ours says so itself (``engine.check_fits``)."""
+    """Why a stock cache of this size does not fit, else ``None``; ours checks itself (``engine.check_fits``)."""
     if setup.kind == "ours":
         return None
     config, device = model.config.get_text_config(decoder=True), model.device
@@ -107,7 +107,7 @@ def why_too_large(
 
 
 def _token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token in one layer."""
+    """Bytes of one token's keys and values in one layer."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * heads * head_dim * dtype.itemsize

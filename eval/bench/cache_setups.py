@@ -1,4 +1,4 @@
-"""The ways to hold the cache by name: ours, and those of transformers that it is measured against."""
+"""The caches that timings compare, by name: ours and those of transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLOOR_CONTEXT = 1024  # tokens at which the floor is measured, whatever the cont
 
 @dataclass(frozen=True, slots=True)
 class CacheSetup:
-    """One way to hold the cache.
+    """A cache to time.
 
     Attributes:
         name: In tables and plots.
@@ -62,7 +62,7 @@ PREFILL_SETUPS = {
 
 
 def check_setups(names: Sequence[str]) -> None:
-    """``ConfigError`` for a name that is none of ``WAYS``."""
+    """Raise ``ConfigError`` for a name that is not in ``CACHE_SETUPS``."""
     for name in names:
         if name not in CACHE_SETUPS:
             raise ConfigError(f"--ways {name!r} is not known: expected some of {', '.join(CACHE_SETUPS)}")

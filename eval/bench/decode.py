@@ -1,4 +1,4 @@
-"""``attnpred bench decode``: whole steps of a model at some contexts, a way to hold the cache after the other."""
+"""``attnpred bench decode``: times whole decoding steps of a model, by context and cache setup."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _sweep(
     limit_bytes: int | None,
     timings: TimingsFile,
 ) -> None:
-    """Try ways at contexts; what is made up for a context serves all of its ways."""
+    """Time setups at contexts; all setups of a context share its synthetic cache."""
     with Progress("decoding", len(todo), "measurements") as progress:
         for context, group in groupby(todo, key=itemgetter(0)):
             work = Workload.of(model, context, args, limit_bytes)

@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
 def timed_loops(
     engine: Engine, ids_BT: Tensor, new_tokens: int, repeats: int
 ) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """A row of each loop, and the tokens that it chose in the end, ``[B, T + new]``."""
+    """A row for each loop, and the tokens each generated, ``[B, T + new]``."""
     times: dict[str, list[float]] = {name: [] for name in LOOPS}
     chosen, rows = {}, []
     with Progress("loops", (1 + repeats) * len(LOOPS), "answers") as progress:

@@ -1,4 +1,4 @@
-"""``attnpred bench perplexity``: what a token of ``eval perplexity`` takes under every policy."""
+"""``attnpred bench perplexity``: times a token of ``eval perplexity`` under every policy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def timed(model: PreTrainedModel, variant: Variant, context: int, tail: int, repeats: int, seed: int) -> dict[str, Any]:
-    """A policy's row: medians over samples, after one for which it is attached and which warms up."""
+    """A policy's row: medians over samples, after a first one that attaches and warms up."""
     samples, stats = [], None
     with AttachedModel(model, variant) as attached:
         for number in range(1 + repeats):
@@ -63,7 +63,7 @@ def timed(model: PreTrainedModel, variant: Variant, context: int, tail: int, rep
 def _sample(
     attached: AttachedModel, context: int, tail: int, seed: int
 ) -> tuple[dict[str, float], dict[str, Any] | None]:
-    """Times of one sample, attached and watched as the runner does, and what its engine counted."""
+    """Times of one sample, run as the runner runs it, and the engine's stats."""
     model = attached.model
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (context,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,4 +1,4 @@
-"""``attnpred bench policies``: a decoding step under every policy, against the first one's."""
+"""``attnpred bench policies``: times a decoding step under every policy, with ratios to the first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``attnpred bench prefill``: a long prompt in chunks, a way to hold the cache after the other."""
+"""``attnpred bench prefill``: times the prefill of a long prompt in chunks, by cache setup."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
 def _time_setup(
     model: PreTrainedModel, setup: CacheSetup, ids_BT: Tensor, chunk: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Its timings, or why it was ``skipped``: for lack of memory, and for no other reason."""
+    """Timings of one setup, or the reason it was ``skipped``: out of memory."""
     if reason := why_too_large(model, setup, context=args.context, batch=args.batch, limit_bytes=None):
         return {"skipped": reason}
     try:
@@ -68,7 +68,7 @@ def _time_setup(
 def timed(
     model: PreTrainedModel, setup: CacheSetup, ids_BT: Tensor, chunk: int, budget: int, repeats: int
 ) -> dict[str, Any]:
-    """Prefills of the same prompt, each into a new cache, behind a short one that warms up."""
+    """Prefill the same prompt into a new cache each time, after a short prefill that warms up."""
     cuda = model.device.type == "cuda"
     weights = sum(weight.nbytes for weight in model.parameters())
     _prefill(model, setup, ids_BT[:, : min(2 * chunk, ceil_div(ids_BT.shape[1], 2))], chunk, budget)
@@ -88,7 +88,7 @@ def timed(
 
 @torch.no_grad()
 def _prefill(model: PreTrainedModel, setup: CacheSetup, ids_BT: Tensor, chunk: int, budget: int) -> tuple[float, int]:
-    """Seconds until everything is where it belongs, and bytes that passed between host and device."""
+    """Seconds until all copies are done, and bytes copied between host and device."""
     B, T = ids_BT.shape
     with open_cache(model, setup, context=T, batch=B, budget=budget) as session:
         wait(model.device)

@@ -1,4 +1,4 @@
-"""Models of a named shape with random weights, made on the device: timings ask for the shape alone.
+"""Models of a named shape with random weights, created on the device.
 
 What random weights would get wrong is how much a token's queries resemble the last one's, and with it which blocks a
 step wants again. In trained models they resemble each other closely (TAPPA, ICLR 2026, arXiv 2601.21709: q-similarity).
@@ -32,7 +32,7 @@ ROWS = 8192  # embeddings made at once
 
 
 def shape_config(name: str, positions: int) -> PreTrainedConfig:
-    """The config of a named shape, with room for so many positions."""
+    """The config of a named shape with at least ``positions`` positions."""
     kind, fields = SHAPES[name]
     config_class = getattr(transformers, kind)
     more = {"max_position_embeddings": max(positions, fields["max_position_embeddings"])}
@@ -40,7 +40,7 @@ def shape_config(name: str, positions: int) -> PreTrainedConfig:
 
 
 def random_or_loaded(args: argparse.Namespace, device: torch.device, tokens: int) -> PreTrainedModel:
-    """A random model of ``--shape``, or ``--model``, with positions for so many tokens."""
+    """A random model of ``--shape``, or ``--model``, with positions for ``tokens`` tokens."""
     if args.shape is None:
         model = load_model(args.model, args.device, args.dtype)
         check_positions(model.config.get_text_config(decoder=True), tokens)

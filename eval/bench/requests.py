@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def served(model: PreTrainedModel, args: argparse.Namespace, setup: str) -> dict[str, Any]:
-    """Requests of one way, one after another."""
+    """Run requests one after another under one setup."""
     found: dict[str, list[Any]] = {"first_s": [], "token_ms": [], "held_bytes": [], "process_bytes": []}
     attached: Any = attach(model, OffloadConfig(budget=args.budget)) if setup == "ours" else nullcontext()
     with attached as engine, Progress(NAMES[setup], args.requests, "requests") as progress:
@@ -76,7 +76,7 @@ def served(model: PreTrainedModel, args: argparse.Namespace, setup: str) -> dict
 
 
 class _Clock(BaseStreamer):
-    """Notes when tokens come; to show one the host has waited for it."""
+    """Records when each token reaches the host."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -129,7 +129,7 @@ def _fresh(setup: str) -> float | None:
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """What each way takes against the stock model, warm and in a fresh process."""
+    """Add each setup's ratios to the stock model, warm and in a fresh process."""
     stock = next((row for row in rows if row["way"] == "device" and "first_s" in row), None)
     if stock is None:
         return

@@ -1,4 +1,4 @@
-"""Benchmarks whose prompts are made as long as asked for: as much filler as fits, measured with the model's tokenizer.
+"""Benchmarks with prompts of a set length: as much filler as fits, measured with the model's tokenizer.
 
 A prompt and the longest answer together take as close to the length as whole pieces of filler allow, never more.
 Prompts are made when their turn comes: making all of them for each variant would cost more than reading some.
@@ -28,7 +28,7 @@ LEAST_FILLED = 0.9  # of the length, where there is only so much filler
 
 
 class FixedLengthBenchmark(Benchmark):
-    """Samples drawn by seed, task and number, each filled up to its task's length.
+    """Samples made from seed, task and number, each filled up to its task's length.
 
     Args:
         chat: The text as a user's turn in the model's chat template, the answer's beginning behind it.
@@ -47,7 +47,7 @@ class FixedLengthBenchmark(Benchmark):
 
     @abstractmethod
     def draft(self, task: str, number: int, rng: random.Random) -> Draft:
-        """The sample of that number; whatever is random in it comes from ``rng``."""
+        """The sample of this number; all randomness comes from ``rng``."""
 
     @abstractmethod
     def length(self, task: str) -> int:
@@ -116,7 +116,7 @@ class FixedLengthBenchmark(Benchmark):
 
 
 def paragraph_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token of an empty line, at which a text that only goes on has ended its answer; none if it takes several."""
+    """The token of an empty line, which ends an answer without a chat; empty if it takes several tokens."""
     ids = encode(tokenizer, "\n\n")
     return ids if len(ids) == 1 else []
 

@@ -1,4 +1,4 @@
-"""Needle in a haystack, a benchmark of the runner: a statement at every depth of texts of every length."""
+"""``attnpred eval needle``: needle in a haystack, by depth and length."""
 
 from __future__ import annotations
 

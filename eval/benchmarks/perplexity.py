@@ -1,4 +1,4 @@
-"""Perplexity under a budget, a benchmark of the runner: how likely the rest of a document is, decoded sparsely."""
+"""``attnpred eval perplexity``: perplexity of document tails, decoded token by token under each policy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attention_predictor.eval.harness.windows import WindowBenchmark, windows_of
 
 
 class Perplexity(WindowBenchmark):
-    """Parts of documents, each a sample: how likely its tail is.
+    """Windows of documents: log-likelihood of each tail.
 
     ``bytes`` in a record are those of the tail's text, for bits a byte, which don't depend on the tokenizer.
     """
@@ -34,7 +34,7 @@ class Perplexity(WindowBenchmark):
 
 
 def sample_scores(task: str, records: Sequence[Record]) -> list[float]:
-    """Bits a token of each document; less is better. Not a number where it failed: there is no worst value."""
+    """Bits a token of each document; lower is better. NaN if it failed: there is no worst value."""
     return [_bits([one]) if "error" not in one else math.nan for one in records]
 
 

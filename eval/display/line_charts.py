@@ -1,4 +1,4 @@
-"""Charts of lines as inline SVG: over budgets, and over steps."""
+"""Line charts as inline SVG, over budgets and over steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 260, 54, 14, 12, 44
 
 @dataclass(frozen=True)
 class Point:
-    """A value, and between what it may lie."""
+    """A value and its interval."""
 
     value: float
     interval: tuple[float, float] | None = None
@@ -47,9 +47,9 @@ def line_chart(title: str, lines: Lines, level: float | None = None, bounds: Bou
         y = f"{scale.up(level):.1f}"
         parts.append(f'<line class="level" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
     for number, (name, points) in enumerate(lines.items()):
-        # A little apart, so that whiskers of equal values don't hide each other.
+        # Shift lines horizontally so that whiskers of equal values don't overlap.
         shift = (number - (len(lines) - 1) / 2) * min(14.0, 0.6 * step / len(lines))
-        if points:  # a line without any keeps its colour
+        if points:  # a line without points keeps its colour
             placed = {places[one] + shift: (one, points[one]) for one in sorted(points)}
             parts.append(_line(number, name, placed, scale))
     return svg(_WIDTH, _HEIGHT, f"{title}, against budget", parts)
@@ -65,9 +65,9 @@ def curve_chart(title: str, curves: Curves, bounds: Bounds = ANYTHING) -> str:
     parts = scale.frame(labels, "decoding step")
     for number, (name, points) in enumerate(curves.items()):
         path = "L".join(f"{_LEFT + room * step:.1f} {scale.up(value):.1f}" for step, value in points)
-        if path:  # a curve without any keeps its colour
+        if path:  # a curve without points keeps its colour
             tip = f"<title>{escape(name)}</title>"
-            # What came but once is a dot: a line of no length, with round ends.
+            # A single point is drawn as a line of length zero with round ends.
             line = f"M{path}{'h0' if len(points) == 1 else ''}"
             parts.append(f'<g class="{_classes(number)} curve"><path d="{line}"/>{tip}</g>')
     return svg(_WIDTH, _HEIGHT, f"{title}, over steps", parts)
@@ -75,7 +75,7 @@ def curve_chart(title: str, curves: Curves, bounds: Bounds = ANYTHING) -> str:
 
 @dataclass(frozen=True)
 class _Scale:
-    """The axis of values: where they stand, and what is drawn behind them."""
+    """The value axis: positions, grid lines and labels."""
 
     ticks: Sequence[float]
 
@@ -84,7 +84,7 @@ class _Scale:
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _BOTTOM - _TOP)
 
     def frame(self, labels: Mapping[float, str], title: str) -> list[str]:
-        """Grid and figures of this axis; labels by their place, and title, of the other."""
+        """Grid and tick labels of this axis; labels and title of the other axis."""
         parts = []
         for tick in self.ticks:
             y = f"{self.up(tick):.1f}"
@@ -100,7 +100,7 @@ class _Scale:
 
 
 def legend_mark(number: int | None) -> str:
-    """The line of that number, or ``None`` the level's, as the legend shows it."""
+    """The legend's mark of a line by number; ``None`` for the level."""
     if number is None:
         return svg(30, 14, "", ['<line class="level" x1="1" x2="29" y1="7" y2="7"/>'])
     return svg(30, 14, "", [f'<g class="{_classes(number)}"><path d="M1 7H29"/>{_marker(number, 15, 7)}</g>'])
@@ -140,7 +140,7 @@ def _classes(number: int) -> str:
 
 
 def _marker(number: int, x: float, y: float) -> str:
-    """Told apart without colours too."""
+    """Marker shapes, which tell lines apart without colours."""
     shapes = (
         f"M{x - 4:.1f} {y:.1f}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
         f"M{x - 3.6:.1f} {y - 3.6:.1f}h7.2v7.2h-7.2z",

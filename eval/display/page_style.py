@@ -1,4 +1,4 @@
-"""How the page looks: letters and lines on a plain ground, light or dark as the reader's system is."""
+"""Style sheet of the HTML pages, light or dark as the reader's system."""
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1c1e21; --quiet: #5c626b; --rule: #d9dce1; --tint: #f4f5f7;

@@ -13,7 +13,7 @@ RAMP = ((0, 34, 78), (53, 69, 108), (102, 105, 112), (148, 142, 119), (200, 184,
 
 
 def heat_map(panel: Panel, axes: Axes, low: float, high: float) -> str:
-    """Cells from ``low`` (dark) to ``high`` (light), with their values where these are few enough to be read."""
+    """Cells from ``low`` (dark) to ``high`` (light), with numbers if there are few cells."""
     labelled = len(axes.rows) * len(axes.columns) <= MOST_LABELLED
     wide, tall = (max(44, CHARACTER * max(map(len, axes.columns)) + 8), 28) if labelled else (16, 16)
     left = 26 + CHARACTER * max(map(len, axes.rows))
@@ -39,7 +39,7 @@ def heat_map(panel: Panel, axes: Axes, low: float, high: float) -> str:
     texts, width = axis_texts(axes, left, bottom, wide, every=1 if labelled else math.ceil(30 / wide))
     parts += texts
     height = bottom + 44
-    # A long title of the rows sticks out where there are few of them.
+    # With few rows, a long row title needs more height.
     above = max(0.0, (CHARACTER * len(axes.row_title) - bottom) / 2)
     label = f"{panel.title}: {axes.row_title} down, {axes.column_title} across"
     return svg(width + 4, height + above, label, parts, top=-above, fixed=True)
@@ -51,7 +51,7 @@ def row_text(name: str, left: float, y: float) -> str:
 
 
 def axis_texts(axes: Axes, left: float, bottom: float, wide: float, *, every: int) -> tuple[list[str], float]:
-    """Names of every so many columns, the titles of both axes, and the width of all.
+    """Labels of every ``every``-th column, titles of both axes, and the total width.
 
     Args:
         left, bottom: Where the cells begin, and end.
@@ -70,7 +70,7 @@ def axis_texts(axes: Axes, left: float, bottom: float, wide: float, *, every: in
 
 
 def colour_bar(low: float, high: float) -> str:
-    """What the colours of heat maps mean."""
+    """Colour bar of heat maps."""
     parts = []
     for step in range(40):
         red, green, blue = _colour((step + 0.5) / 40)

@@ -1,4 +1,4 @@
-"""A model under one selection policy, as a benchmark meets it: it generates, or tells how likely a text is."""
+"""EvaluatedModel: generation and likelihoods of a model under one selection policy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EvaluatedModel:
     def generate(
         self, prompt: Sequence[int], max_new_tokens: int, *, stop: Sequence[int] = (), **options: Any
     ) -> list[int]:
-        """New token ids behind a prompt, decoded greedily.
+        """Greedily decoded token ids after a prompt.
 
         Args:
             stop: Token ids that end it, besides those of the model.

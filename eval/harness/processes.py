@@ -1,4 +1,4 @@
-"""The processes that share a run, started by ``accelerate launch`` or ``torchrun``: one a GPU, or more of them."""
+"""The processes that share a run, started by ``accelerate launch`` or ``torchrun``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATIENCE = timedelta(days=7)  # of processes that are done, with those that are 
 
 
 class Processes:
-    """This process and how many there are, as the launcher's environment says; one where there is none.
+    """This process among those of a launcher, read from its environment; a single process without one.
 
     Attributes:
         rank, count: This process's number, from 0 on, and how many there are.
@@ -39,7 +39,7 @@ class Processes:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The device that this process takes where one of that name was asked for.
+        """The device this process uses for ``--device name``.
 
         Processes beyond the number of GPUs share these, in turn.
         """
@@ -48,7 +48,7 @@ class Processes:
         return f"cuda:{self.local_rank % max(torch.cuda.device_count(), 1)}"
 
     def numbers(self, total: int) -> Iterator[int]:
-        """Numbers from 0 to below ``total``, in order: each is given to one process, the one that asks for it first."""
+        """Numbers below ``total`` in order; each goes to the process that asks first."""
         if self.count == 1:
             yield from range(total)
         else:

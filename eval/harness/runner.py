@@ -1,4 +1,4 @@
-"""Runs a benchmark: every sample of every task, under every policy and budget, results kept as they come.
+"""Runs a benchmark: every sample of every task, under every policy and budget, with resume.
 
 How a benchmark is made. Subclass ``Benchmark``: its tasks, the samples of each (lazily, always the same in the same
 order), what decides its results besides the model (``settings``), and what a sample's record holds (``predict``, with
@@ -90,7 +90,7 @@ class Sample:
 
 
 class Benchmark(ABC):
-    """Tasks, their samples, and what to record of each.
+    """The interface of a benchmark: tasks, their samples, and what to record of each.
 
     Attributes:
         name: As in ``attnpred eval <name>``.
@@ -104,7 +104,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What decides results besides model, policies, seed and limit, as plain values."""
+        """Settings that decide results, besides model, policies, seed and limit, as plain values."""
 
     @abstractmethod
     def samples(self, task: str) -> Iterator[Sample]:
@@ -115,7 +115,7 @@ class Benchmark(ABC):
         """What the record holds of this sample's prediction. Whatever it raises is recorded as the sample's error."""
 
     def check(self, task: str, limit: int | None) -> dict[str, Any]:
-        """Read what will be run once, before the model loads.
+        """Read all samples once, before the model loads.
 
         Returns:
             ``samples``, their number, and ``sha256``, by which other data is told. A benchmark that makes its samples
@@ -138,7 +138,7 @@ class Benchmark(ABC):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run besides the benchmark itself.
+    """Model, variants and output directory of a run.
 
     Attributes:
         load: Gives the model, by name, device and dtype; ``None`` for one that nobody else uses.
@@ -183,7 +183,7 @@ class Plan:
 
 
 def describe(benchmark: Benchmark, plan: Plan) -> dict[str, Any]:
-    """What decides a run's results, as ``run.json`` has it; reads every sample once."""
+    """The run's settings for ``run.json``, with a digest of every task's samples; reads every sample once."""
     description = {
         "benchmark": benchmark.name,
         "settings": plan.settings() | benchmark.settings(),
@@ -194,7 +194,7 @@ def describe(benchmark: Benchmark, plan: Plan) -> dict[str, Any]:
 
 
 def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
-    """Do whatever of the plan is not done; returns its results in the main process, ``None`` in others.
+    """Run all samples that are not done; returns the results in the main process, ``None`` in others.
 
     Raises:
         DataError, ConfigError, CheckpointError: What can't be run, before the model is loaded.
@@ -253,7 +253,7 @@ class _Work:
         return cls(benchmark, plan, folder, processes, total, left)
 
     def do(self, model: PreTrainedModel) -> None:
-        """This process's share: whatever no other one takes."""
+        """Run the samples that no other process takes."""
         quiet = not self.processes.is_main
         done = self.total - len(self.left)
         with Progress(self.benchmark.name, self.total, "samples", done=done, quiet=quiet) as progress:
@@ -280,7 +280,7 @@ class _Work:
                     )
 
     def _samples(self, task: str) -> Iterable[Sample]:
-        """A task's samples; of few tasks and samples made once for all variants."""
+        """A task's samples; up to ``KEPT_SAMPLES`` are kept in memory for all variants."""
         asked = {(task, index) for _, task, index in self.left}
         if len(asked) > KEPT_SAMPLES:
             return self.benchmark.samples(task)
@@ -291,7 +291,7 @@ class _Work:
 
 
 def _attempt(benchmark: Benchmark, seed: int, attached: AttachedModel, task: str, sample: Sample) -> Record:
-    """One sample's record, whatever happens to it."""
+    """Run one sample; an exception becomes the record's ``error``."""
     name = f"{seed}/{task}/{sample.id}".encode("utf-8", "backslashreplace")  # ids may be any text
     torch.manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1)
     started = time.perf_counter()

@@ -13,7 +13,7 @@ from attention_predictor.loading import load_model
 
 
 class LastModel:
-    """Loads models, and keeps the last one for whoever asks for it again."""
+    """Loads models and keeps the last one for reuse."""
 
     def __init__(self) -> None:
         self._asked: tuple[str, str, str] | None = None

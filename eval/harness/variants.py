@@ -53,7 +53,7 @@ class Variant:
         return cls(f"{rule.name}-{budget}", policy, budget, config)
 
     def attached(self, model: PreTrainedModel) -> AbstractContextManager[Engine | None]:
-        """The model under this variant, for the time of a ``with`` block."""
+        """The model under this variant, within a ``with`` block."""
         return nullcontext() if self.config is None else attach(model, self.config)
 
     def describe(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def check_rule(rule: Rule, budget: int) -> None:
 
 
 def make_variants(rules: Sequence[Rule], budgets: Sequence[int], **defaults: Any) -> list[Variant]:
-    """Every rule at every budget, in this order; once, where a rule attends to everything."""
+    """Every rule at every budget, in this order; rules that attend to everything appear once."""
     check_names(rules, "policies must differ in name")
     check_variants(rules)
     variants = [Variant.of(rule, budget, **defaults) for rule in rules for budget in budgets]

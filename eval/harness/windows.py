@@ -1,4 +1,4 @@
-"""Documents that --data names, as tasks of a benchmark: what is decoded behind what, as token ids."""
+"""Windows: prompts and tails of the documents that ``--data`` names, as token ids."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def parse_sources(texts: Sequence[str]) -> list[Source]:
 
 @dataclass(frozen=True)
 class Windows:
-    """Parts of documents that are as long as asked for: a prompt, and what is decoded behind it.
+    """Parts of documents of a set length: a prompt, and the tail decoded after it.
 
     Attributes:
         context: Tokens of both.
@@ -97,7 +97,7 @@ class Windows:
         return tuple(source.name for source in self.sources)
 
     def of(self, name: str) -> Iterator[tuple[str, Excerpt]]:
-        """Name and token ids of every part of a source; documents that are too short have none."""
+        """Name and token ids of every part of a source; documents that are too short are skipped."""
         for document in self._documents(name):
             found = excerpt(document, self.tokenizer, self.context, self.tail)
             if document.continuations or len(found.prompt) + self.tail == self.context:
@@ -137,7 +137,7 @@ class WindowBenchmark(Benchmark):
 
 
 def windows_of(args: argparse.Namespace, *, continuations: bool = False) -> Windows:
-    """As the arguments say, each source read once; prints how many documents of it are too short.
+    """Windows from the command's options; reads each source once and prints how many documents are too short.
 
     Raises:
         ConfigError: More ``--context`` than the model has positions for, or another argument that is not allowed.

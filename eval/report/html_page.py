@@ -1,4 +1,4 @@
-"""The page of a report: for each table its table, its charts and what its runs were."""
+"""The HTML page of a report: tables, charts, heat maps and settings of the runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WIDE = 8  # columns of a table, above which one has to scroll
 
 @dataclass(frozen=True)
 class Traffic:
-    """A figure of what a policy reads and brings, by its name in a row and in its series over steps."""
+    """A traffic figure: its name in rows and series, its title, scale and bounds."""
 
     name: str
     title: str

@@ -1,4 +1,4 @@
-"""Results of runs as a table of figures: policies by budget down, tasks and averages across.
+"""Tables of results: policies by budget down, tasks and averages across.
 
 Runs of one benchmark whose settings, samples and variants agree share a table; others get one each.
 """
@@ -47,7 +47,7 @@ class TaskResults:
 
     @classmethod
     def of(cls, measure: Measure, task: str, records: Sequence[Record], asked: int) -> TaskResults:
-        """Scores of a run's records."""
+        """Results from a run's records."""
         found = measure.sample_scores(task, records)
         scores = {
             str(one["id"]): (score, measure.weight(one))
@@ -89,7 +89,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: its value, what it is more than full attention's, and the intervals of both.
+    """A cell: its value, its difference to full attention, and both intervals.
 
     ``best``: no other policy is better at this budget, and there is another one.
     """
@@ -103,7 +103,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class ResultsTable:
-    """All figures of runs that can be compared.
+    """The table of runs that can be compared.
 
     Attributes:
         title: Benchmark and model.
@@ -124,13 +124,13 @@ class ResultsTable:
 
     @property
     def full(self) -> Row | None:
-        """The row that others are compared with."""
+        """The row that other rows are compared with."""
         whole = [row for row in self.rows if row.budget is None]
         return next((row for row in whole if row.stock), whole[0] if whole else None)
 
     @cached_property
     def figures(self) -> dict[tuple[str, str], Cell]:
-        """By names of row and column; none where a task of the column has no results."""
+        """Cells by names of row and column; absent where a task of the column has no results."""
         found: dict[tuple[str, str], Cell] = {}
         for row in self.rows:
             for column in self.columns:
@@ -169,7 +169,7 @@ class ResultsTable:
         return Cell(value, between, mine - theirs, interval(mine_R - theirs_R) if paired else None)
 
     def _mean(self, row: Row, ids: Mapping[str, Sequence[str]]) -> tuple[float, np.ndarray]:
-        """Mean over tasks, each of the named samples; and resampled."""
+        """Mean over tasks of the named samples, and its resampled means."""
         values, resampled = [], []
         for task, names in ids.items():
             value, means_R = self._task_mean(row, task, tuple(names))

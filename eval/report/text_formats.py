@@ -31,7 +31,7 @@ _LATEX = {
 
 
 def signed(value: float) -> str:
-    """With a sign, a true minus; nothing before a zero."""
+    """Format with a sign, using U+2212 for minus; zero has no sign."""
     text = format(value, "+.2f")
     return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
 
@@ -59,7 +59,7 @@ def markdown(table: ResultsTable) -> str:
 
 
 def notes(table: ResultsTable) -> list[str]:
-    """What must be said below a table."""
+    """Notes below a table."""
     figures = table.figures.values()
     legend = [table.measure.what]
     legend += [BEST] if any(figure.best for figure in figures) else []
@@ -76,7 +76,7 @@ def latex(table: ResultsTable) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Letters that Markdown or HTML would read otherwise, made plain."""
+    """Escape characters that Markdown or HTML would interpret."""
     escaped = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(text.split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

@@ -1,4 +1,4 @@
-"""``attnpred prune``: layers scored, the least of them left out, and the rest saved or judged."""
+"""``attnpred prune``: scores layers, removes the least important, saves or evaluates the rest."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _shape(model: str | None, dtype: str) -> tuple[int, torch.dtype | None]:
-    """How many layers a model has, and the dtype to save it in: its own unless another was asked for."""
+    """Number of layers, and the dtype to save in: ``--dtype`` or the model's own."""
     config = load_config(model, "a configuration from")
     depth = config.get_text_config(decoder=True).num_hidden_layers
     wanted = DTYPES.get(dtype)

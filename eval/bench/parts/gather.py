@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class GatherMethod:
-    """One way to bring so many blocks; ``on_device``: without the host."""
+    """A way to copy ``blocks`` blocks; ``on_device``: without the host."""
 
     name: str
     calls: list[Call]

@@ -27,7 +27,7 @@ ATTENDED = 64  # of a step
 
 @dataclass(frozen=True)
 class PredictorMethod:
-    """A predictor and how its history is kept; ``missing`` says why it can't be by kernels."""
+    """A predictor and its kind of history; ``missing`` says why kernels can't be used."""
 
     name: str
     history: Callable[..., ScoreHistory]

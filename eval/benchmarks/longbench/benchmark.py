@@ -1,4 +1,4 @@
-"""LongBench as the runner takes it: samples, and what is asked of the model."""
+"""LongBench as a benchmark of the runner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``attnpred eval reasoning``: what its options ask for, run and shown as a table."""
+"""``attnpred eval reasoning``: options, run, table, and measures for the report."""
 
 from __future__ import annotations
 

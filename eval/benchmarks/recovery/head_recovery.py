@@ -1,4 +1,4 @@
-"""Watching the layers of a cache: how much of the true attention mass their steps recover, by KV head.
+"""Measures recovery by KV head while a cache is decoded with.
 
 Suffixes: B sequences, G KV heads, N blocks, C blocks there is room for.
 """
@@ -19,7 +19,7 @@ from attention_predictor.offload.step.recovery import measure
 
 
 class HeadRecovery:
-    """What one layer's steps recover from now on.
+    """Recovery of one layer's steps from now on.
 
     The policy works as before; each of its steps is looked at once it has observed it. The layer must have had its
     prompt, and no sequences may be added to it afterwards.
@@ -46,7 +46,7 @@ class HeadRecovery:
         layer.policy.observe = self.observe  # type: ignore[method-assign]
 
     def observe(self, step: Step) -> None:
-        """In place of the policy's own."""
+        """Replaces the policy's ``observe``."""
         self._observe(step)
         self.steps += 1
         if self.steps % self.interval == 0:
@@ -68,13 +68,13 @@ class HeadRecovery:
 
 
 def measure_heads(cache: Cache, interval: int, *, mapped: bool = False) -> dict[int, HeadRecovery]:
-    """Watch every offloaded layer of a cache, by number."""
+    """Measure every offloaded layer of a cache, by layer number."""
     layers = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
     return {layer.number: HeadRecovery(layer, interval, mapped=mapped) for layer in layers}
 
 
 def check_measurable(variant: Variant) -> None:
-    """``ConfigError`` for a variant whose steps have nothing to recover, or leave the host out."""
+    """Raise ``ConfigError`` for a variant that attends to everything, or whose steps are captured."""
     if variant.config is None or policy_class(variant.config.policy).selects == "all":
         raise ConfigError(f"policy {variant.policy!r} attends to everything: there is nothing to recover")
     if (prefetch := variant.config.prefetch) in CAPTURING:

@@ -1,4 +1,4 @@
-"""Recovery by layer and head, a benchmark of the runner: the attention mass that a policy finds, decoding documents."""
+"""``attnpred eval recovery-map``: attention mass recovered by layer and head while documents are decoded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEQUENCES = 8  # tails decoded at once: each has a cache of its own
 
 
 class RecoveryMap(WindowBenchmark):
-    """Documents, each a sample, decoded while their recovery is measured.
+    """Document tails; recovery is measured by layer and head while they are decoded.
 
     Args:
         windows: Prompts and what is decoded behind them.
@@ -87,12 +87,12 @@ def _by_head(values: Sequence[Sequence[float]]) -> list[float]:
 
 
 def sample_scores(task: str, records: Sequence[Record]) -> list[float]:
-    """Of each document, the relative recovery over all layers and heads; not a number where it failed."""
+    """Mean relative recovery of each document over layers and heads; NaN if it failed."""
     return [math.nan if "error" in one else fmean(map(fmean, one["relative_map"])) for one in records]
 
 
 def mean_map(folder: RunFolder, variant: str, name: str = "relative_map") -> tuple[list[int], list[list[float]]]:
-    """Numbers of the layers, and a list of its heads for each: means over all documents; empty where none is done."""
+    """Layer numbers, and for each layer its heads' means over all documents; empty while none is done."""
     every = [one for task in folder.tasks for one in folder.records(variant, task) if "error" not in one]
     if not every:
         return [], []

@@ -1,4 +1,4 @@
-"""RULER as the runner takes it: samples made by families at some lengths, or samples that RULER itself has made."""
+"""RULER as a benchmark of the runner: samples made here, or samples made by RULER itself."""
 
 from __future__ import annotations
 
