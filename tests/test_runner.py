@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from attention_predictor import progress as progress_module
 from attention_predictor.cli import main
+from attention_predictor.commands.run_options import add_run_arguments
 from attention_predictor.errors import ConfigError, ContextLengthError, DataError
 from attention_predictor.eval.display.text_table import text_table
 from attention_predictor.eval.harness import runner as runner_module
@@ -32,7 +33,7 @@ from attention_predictor.eval.harness.prompts import prompt_ids
 from attention_predictor.eval.harness.provenance import git_state
 from attention_predictor.eval.harness.rules import Rule
 from attention_predictor.eval.harness.run_folder import RunFolder
-from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, add_run_arguments, describe, run
+from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, describe, run
 from attention_predictor.eval.harness.variants import make_variants
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach

@@ -20,7 +20,7 @@ from attention_predictor.eval.benchmarks.haystack import Draft, Haystack
 from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
 from attention_predictor.eval.benchmarks.synthetic.documents import read_texts
 from attention_predictor.eval.display.heatmap import Axes, HeatMaps, Panel
-from attention_predictor.eval.harness.measure import Description, Measure
+from attention_predictor.eval.harness.measure import Measure
 from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.prompts import context_length
 from attention_predictor.eval.harness.run_folder import RunFolder
@@ -193,8 +193,3 @@ def heat_maps(folder: RunFolder) -> HeatMaps:
 
 
 MEASURE = Measure("Needle in a haystack", "found, %", sample_scores, heat_maps=heat_maps)
-
-
-def measures(description: Description) -> list[Measure]:
-    """What ``attnpred report`` shows."""
-    return [MEASURE]

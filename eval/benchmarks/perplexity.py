@@ -9,7 +9,7 @@ from typing import Any
 
 from attention_predictor.eval.display.text_table import text_table
 from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
-from attention_predictor.eval.harness.measure import Description, Measure
+from attention_predictor.eval.harness.measure import Measure
 from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.runner import Plan, Sample, run
@@ -57,11 +57,6 @@ MEASURE = Measure(
     weight=lambda record: float(record.get("tokens", 0)),
     failed="left out of the figures",
 )
-
-
-def measures(description: Description) -> list[Measure]:
-    """What ``attnpred report`` shows."""
-    return [MEASURE]
 
 
 def main(args: argparse.Namespace) -> int:

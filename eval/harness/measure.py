@@ -1,7 +1,7 @@
 """Measure: what a benchmark's scores are, and how tables, reports and heat maps show them.
 
-Every benchmark's command module has ``measures(description) -> list[Measure]``, one for each table that
-``attnpred report`` writes of its runs.
+Every benchmark's command module has a ``MEASURE``, or ``measures(description) -> list[Measure]`` where
+``attnpred report`` writes several tables of a run.
 """
 
 from __future__ import annotations

@@ -49,7 +49,6 @@ import torch
 from transformers import PreTrainedModel
 
 from attention_predictor.commands import run_options
-from attention_predictor.commands.run_options import add_run_arguments as add_run_arguments
 from attention_predictor.errors import AttentionPredictorError, DataError, one_line
 from attention_predictor.eval.harness.attached_model import AttachedModel
 from attention_predictor.eval.harness.evaluated_model import EvaluatedModel

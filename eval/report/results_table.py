@@ -239,7 +239,8 @@ def _tables_of(folders: Sequence[RunFolder], seed: int) -> list[ResultsTable]:
     """One for each measure of the benchmark; those without any score are left out, unless all are."""
     description = folders[0].description
     benchmark = importlib.import_module(f"attention_predictor.{BENCHMARKS[description['benchmark']].main}")
-    made = [_table_of(folders, seed, measure) for measure in benchmark.measures(description)]
+    measures = benchmark.measures(description) if hasattr(benchmark, "measures") else [benchmark.MEASURE]
+    made = [_table_of(folders, seed, measure) for measure in measures]
     scored = [table for table in made if any(one.scores for row in table.rows for one in row.outcomes.values())]
     return scored or made[:1]
 

@@ -6,7 +6,7 @@ import argparse
 
 from attention_predictor.eval.benchmarks.reasoning.benchmark import Reasoning, choose_tasks, sample_scores
 from attention_predictor.eval.benchmarks.reasoning.kinds import Sampling
-from attention_predictor.eval.harness.measure import Description, Measure
+from attention_predictor.eval.harness.measure import Measure
 from attention_predictor.eval.harness.prompts import context_length
 from attention_predictor.eval.harness.runner import Plan, run
 from attention_predictor.eval.harness.scores import show_results
@@ -29,8 +29,3 @@ def main(args: argparse.Namespace) -> int:
 
 
 MEASURE = Measure("Reasoning", "solved, %", sample_scores)
-
-
-def measures(description: Description) -> list[Measure]:
-    """What ``attnpred report`` shows."""
-    return [MEASURE]

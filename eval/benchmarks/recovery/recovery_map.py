@@ -16,7 +16,7 @@ from attention_predictor.eval.benchmarks.recovery.head_recovery import check_mea
 from attention_predictor.eval.display.heatmap import Axes, HeatMaps, Panel
 from attention_predictor.eval.display.text_table import text_table
 from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
-from attention_predictor.eval.harness.measure import Description, Measure
+from attention_predictor.eval.harness.measure import Measure
 from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.runner import Plan, Sample, run
@@ -141,8 +141,3 @@ def heat_maps(folder: RunFolder) -> HeatMaps | None:
 MEASURE = Measure(
     *("Recovery", "relative recovery, %", sample_scores), failed="left out of the figures", heat_maps=heat_maps
 )
-
-
-def measures(description: Description) -> list[Measure]:
-    """What ``attnpred report`` shows."""
-    return [MEASURE]

@@ -18,7 +18,7 @@ from attention_predictor.eval.benchmarks.ruler.questions import QA_OPTIONS
 from attention_predictor.eval.benchmarks.ruler.scorer import AT, family_name, sample_scores
 from attention_predictor.eval.benchmarks.synthetic.documents import read_texts
 from attention_predictor.eval.display.text_table import text_table
-from attention_predictor.eval.harness.measure import Column, Description, Measure, tasks_and_mean
+from attention_predictor.eval.harness.measure import Column, Measure, tasks_and_mean
 from attention_predictor.eval.harness.processes import Processes
 from attention_predictor.eval.harness.prompts import context_length
 from attention_predictor.eval.harness.run_folder import RunFolder
@@ -88,8 +88,3 @@ def columns(tasks: Sequence[str]) -> list[Column]:
 
 
 MEASURE = Measure("RULER", "score, %", sample_scores, columns=columns)
-
-
-def measures(description: Description) -> list[Measure]:
-    """What ``attnpred report`` shows."""
-    return [MEASURE]

@@ -14,7 +14,7 @@ from attention_predictor.errors import ConfigError
 from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
 from attention_predictor.eval.benchmarks.synthetic.documents import plant, read_texts
 from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
-from attention_predictor.eval.harness.measure import Description, Measure
+from attention_predictor.eval.harness.measure import Measure
 from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.prompts import check_context
 from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, run
@@ -116,11 +116,6 @@ def sample_scores(task: str, records: Sequence[Record]) -> list[float]:
 
 
 MEASURE = Measure("Synthetic tasks", "right, %", sample_scores)
-
-
-def measures(description: Description) -> list[Measure]:
-    """What ``attnpred report`` shows."""
-    return [MEASURE]
 
 
 def main(args: argparse.Namespace) -> int:
