@@ -457,7 +457,7 @@ def test_variants_prefetch_as_is_fastest_or_as_their_rules_say():
     rules.append(Rule("paper", {"policy": "predictor", "calibration": "exact"}))
     found = [one.config.prefetch for one in make_variants(rules, [256]) if one.config is not None]
     assert found == ["auto", "auto", "none", "auto"]  # the engine knows where steps can be captured
-    found = [one.config.prefetch for one in make_variants(rules, [256], "thread") if one.config is not None]
+    found = [one.config.prefetch for one in make_variants(rules, [256], prefetch="thread") if one.config is not None]
     assert found == ["thread", "thread", "none", "thread"]
 
 

@@ -1,11 +1,11 @@
 """Where a step's time goes: the profiler's kernels, summed by stage.
 
-On a GPU stages are sums over its kernels, on whatever stream: what runs beside something else counts in full. ``idle``
-is the time between the first kernel and the last in which none ran at all. On a CPU they are sums over torch's
-operations, without what they call; what Python takes, or calls past torch, shows nowhere.
+On a GPU stages are sums over kernels of all streams, so concurrent kernels count in full. ``idle`` is the time between
+the first and the last kernel in which no kernel ran. On a CPU they are sums of the self time of torch's operations;
+time in Python, or in code outside torch, is not included.
 
-A kernel that no stage knows stands under its own name. Torch's small operations do: whether an addition is the model's
-or ours can't be told by its name.
+A kernel of no known stage appears under its own name, like torch's small operations: the name does not tell whether an
+addition belongs to the model or to us.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Models of a named shape with random weights, created on the device.
 
-What random weights would get wrong is how much a token's queries resemble the last one's, and with it which blocks a
-step wants again. In trained models they resemble each other closely (TAPPA, ICLR 2026, arXiv 2601.21709: q-similarity).
-So here consecutive token ids have similar embeddings: each is the sum of a part that all share, one that drifts slowly
-from id to id, and one of its own; and what layers add to the residual stream is kept small beside it. Decode ids in
-their order and queries resemble each other as in trained models; ``synthetic_cache`` reports by how much.
+Random weights alone would give consecutive queries that are not similar, and thus an unrealistic reuse of blocks. In
+trained models they are very similar (q-similarity: TAPPA, ICLR 2026, arXiv 2601.21709). So consecutive token ids get
+similar embeddings here: the sum of a part common to all, a part that drifts slowly with the id, and a part of its own;
+and the layers' contributions to the residual stream are kept small. Decode ids in order to get similar queries;
+``synthetic_cache`` reports their similarity.
 
 Suffixes: V ids, E hidden size.
 """

@@ -1,16 +1,15 @@
 """Fills caches without a prefill, with synthetic keys that a model's queries attend to as they attend to real ones.
 
-The queries are the model's: those of the tokens about to be decoded, at their positions, and of the 64 tokens before
-them, taken from a run over these tokens alone. Keys are noise, but for *spans*, a few hundred for each KV head: runs of
-tokens whose keys lie along the query of one of these steps, of one query head. So each span has its time, comes up and
-goes by as fast as the model's queries change, and how much it is liked falls off as a power of its rank. Trained models
-look like this: a few places hold most of a head's attention and stay liked for a while (re-access: TAPPA, ICLR 2026,
-arXiv 2601.21709). What comes of it is measured and reported, not assumed: similarity of the queries, hit rate, reuse,
-bytes fetched.
+The queries are the model's own: those of the tokens to be decoded, at their positions, and of the 64 tokens before
+them, from a run over these tokens only. Keys are noise, except for *spans*, a few hundred for each KV head. A span is a
+run of tokens whose keys point along the query of one of these steps and one query head, so that its attention rises and
+falls as fast as the model's queries change. Attention on spans falls off as a power of their rank. Trained models look
+like this: a few places hold most of a head's attention and keep it for a while (re-access: TAPPA, ICLR 2026,
+arXiv 2601.21709). The timings report the resulting query similarity, hit rate, reuse and fetched bytes.
 
-A layer that looks back a window of tokens alone gets noise, as much of it as its own cache keeps.
+A sliding-window layer gets noise, as many tokens as its cache keeps.
 
-The same seed gives the same keys and values for every kind of cache, chunk by chunk: a long context never stands on the
+The same seed gives the same keys and values for every kind of cache, chunk by chunk; a long context is never on the
 device as a whole unless the cache puts it there.
 
 Suffixes: B sequences, G KV heads, H query heads, h query heads of one KV head, Q queries, X = h × Q, S spans, T tokens,

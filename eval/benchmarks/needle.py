@@ -187,7 +187,7 @@ def grid(folder: RunFolder, variant: str) -> list[list[float | None]]:
 def heat_maps(folder: RunFolder) -> HeatMaps:
     """The grid of every variant."""
     rows = [f"{depth} %" for depth in folder.description["settings"]["depths"]]
-    axes = Axes(rows, sorted(folder.tasks, key=int), row_title="depth of the needle", column_title="length, tokens")
+    axes = Axes(rows, sorted(folder.tasks, key=int), row_title="depth", column_title="length, tokens")
     panels = [Panel(variant, grid(folder, variant)) for variant in folder.variants]
     return HeatMaps("Needles found, by depth and length", panels, axes)
 

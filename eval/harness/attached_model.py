@@ -17,14 +17,14 @@ from attention_predictor.offload.engine import Engine
 class AttachedModel:
     """Attaches the model for the first sample, and again after a failed sample.
 
-    Attaching takes longer than a short sample: it loads the predictor, pins host memory and has CUDA load kernels.
+    Attaching takes longer than a short sample: it loads the predictor, pins host memory and loads kernels.
     """
 
     def __init__(self, model: PreTrainedModel, variant: Variant) -> None:
         self.model, self.variant = model, variant
         self._stack = ExitStack()
         self._engine: Engine | None = None
-        self._at_attach: Counter[str] = Counter()  # fallbacks, which every sample's figures tell
+        self._at_attach: Counter[str] = Counter()  # fallbacks noted at attach, part of every sample's stats
 
     def __enter__(self) -> AttachedModel:
         return self
@@ -58,7 +58,7 @@ class AttachedModel:
         """Wait for the last sample's fetches and reset the stats; ``False`` if a fetch failed."""
         prefetcher = engine.runtime.prefetcher
         try:
-            prefetcher.wait(prefetcher.submit(_nothing))  # behind what the last sample wanted next
+            prefetcher.wait(prefetcher.submit(_nothing))  # queued after the last sample's fetches
         except AttentionPredictorError:
             return False
         stats = engine.stats

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from attention_predictor.errors import AttentionPredictorError, ConfigError
 
-_TIMES = itertools.count()  # that this process has joined the others: each time under names of its own
-PATIENCE = timedelta(days=7)  # of processes that are done, with those that are not
+_TIMES = itertools.count()  # joins so far; each join uses its own store prefix
+PATIENCE = timedelta(days=7)  # how long finished processes wait for the others
 
 
 class Processes:
@@ -74,5 +74,5 @@ class Processes:
                 dist.barrier(group=self._group)
             except RuntimeError as error:
                 raise AttentionPredictorError(
-                    "another process of this run has ended: what it says is wrong; run the command again to go on"
+                    "another process of this run has ended: see its message; run the command again to go on"
                 ) from error

@@ -1,32 +1,30 @@
 """Runs a benchmark: every sample of every task, under every policy and budget, with resume.
 
-How a benchmark is made. Subclass ``Benchmark``: its tasks, the samples of each (lazily, always the same in the same
-order), what decides its results besides the model (``settings``), and what a sample's record holds (``predict``, with
-a ``EvaluatedModel`` that generates or tells likelihoods under the policy). Its command adds its own arguments to
-``add_run_arguments`` (``commands/run_options.py``), refuses everything bad, makes a ``Plan`` and calls ``run``:
+To write a benchmark, subclass ``Benchmark``. It gives the tasks, the samples of each (lazily, in a fixed order), the
+settings that decide its results (``settings``), and the record of a sample (``predict``, which gets an
+``EvaluatedModel`` under the policy). Its command adds its options to ``add_run_arguments``
+(``commands/run_options.py``), checks them, makes a ``Plan`` and calls ``run``:
 
     plan = Plan.of(args)                                      # policies, budgets, output directory
     benchmark = MyBenchmark(load_tokenizer(args.model), ...)
-    folder = run(benchmark, plan)                             # None in processes that are not the main one
-    if folder is not None:
-        ...folder.variants, folder.tasks, folder.records(variant, task)...
+    return show_results(run(benchmark, plan), MEASURE)        # scores.py: prints the table
 
-Scores are made from records alone, so that they can be made again without model and data: beside its benchmark each
-module has ``sample_scores(task, records) -> list[float]``, where a record with an ``error`` scores as nothing found.
+Scores are computed from records only, so they can be computed again without model and data: ``MEASURE``
+(``measure.py``) has ``sample_scores(task, records) -> list[float]``, in which a record with an ``error`` scores 0.
 
-What ``run`` sees to:
+``run`` guarantees:
 
-- ``OUT/<variant>/<task>.jsonl``, a variant being ``full`` or ``<policy>-<budget>``: one line a sample, on disk before
-  the next begins: ``Sample.record`` and what ``predict`` gave, ``id``, ``index``, ``seconds``, the engine's figures
-  (``STATS``), and ``over_steps``, some of them step by step (``steps.StepSeries``). A sample that failed has ``error``
-  in place of results and what ``Benchmark.missing`` says: it is counted, never left out.
-- What is done is not done again: a run goes on where it was stopped or killed; ``--retry-errors`` tries failed samples
-  once more. ``OUT/run.json`` has all settings, a digest of every task's samples, and each session's versions, git state
-  and machine; other settings or other samples are refused. More policies, budgets and tasks may come.
-- Everything that can be known to be wrong is refused before the model is loaded.
-- Under ``accelerate launch`` or ``torchrun`` each process takes the next sample when it is done with one; the result is
-  the same files. Whatever is random starts from seed, task and sample, not from what ran before.
-- Greedy decoding, one sequence at a time, since a policy's budget is each sequence's own.
+- ``OUT/<variant>/<task>.jsonl`` has one line for each sample, written before the next sample begins. A variant is
+  ``full`` or ``<policy>-<budget>``. A line holds ``Sample.record``, the result of ``predict``, ``id``, ``index``,
+  ``seconds``, the engine's stats (``STATS``), and ``over_steps`` (``step_series.StepSeries``). A failed sample has an
+  ``error`` and the values of ``Benchmark.missing``; it is counted, not left out.
+- A run resumes after an interruption; ``--retry-errors`` runs failed samples again. ``OUT/run.json`` has all settings,
+  a digest of every task's samples, and versions, git state and machine of each session. A run with other settings or
+  samples is refused; more policies, budgets and tasks can be added.
+- Bad input is refused before the model is loaded.
+- Under ``accelerate launch`` or ``torchrun`` each process takes the next sample when it is free; the files are the
+  same. Random numbers depend on seed, task and sample only.
+- Decoding is greedy, one sequence at a time, since a budget is per sequence.
 """
 
 from __future__ import annotations
@@ -62,13 +60,13 @@ from attention_predictor.loading import device_name, find_device, load_model
 from attention_predictor.offload.stats import Stats
 from attention_predictor.progress import Progress
 
-# Of an engine's Stats, what each record keeps.
+# Fields of the engine's Stats in each record.
 STATS = (
     *("steps", "hit_rate", "reuse_rate", "fetched_bytes", "late_bytes", "streamed_bytes", "exposed_wait_ms"),
     *("device_kv_bytes", "full_kv_bytes", "recovery", "relative_recovery"),
 )
 ERROR_CHARACTERS = 300
-KEPT_SAMPLES = 256  # of all tasks: so many are kept in memory, where each variant would make them anew
+KEPT_SAMPLES = 256  # at most; more samples are generated again for each variant
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,9 @@ class Sample:
 
     Attributes:
         id: Its name, unique in its task.
-        prompt: What the model is given, as text; ``predict`` tokenises it.
-        record: What its line holds beside the prediction, such as ``answers``.
-        hidden: What ``predict`` needs beside the prompt and no line holds.
+        prompt: The prompt as text; ``predict`` tokenises it.
+        record: Fields of its line besides the prediction, such as ``answers``.
+        hidden: Inputs of ``predict`` besides the prompt; not written.
     """
 
     id: str
@@ -117,8 +115,8 @@ class Benchmark(ABC):
         """Read all samples once, before the model loads.
 
         Returns:
-            ``samples``, their number, and ``sha256``, by which other data is told. A benchmark that makes its samples
-            at some cost may say both without making them.
+            ``samples``, their number, and ``sha256``, a digest of the data. A benchmark whose samples are expensive may
+            return both without making them.
 
         Raises:
             DataError: A sample is bad, there is none, or two have one id.
@@ -140,7 +138,7 @@ class Plan:
     """Model, variants and output directory of a run.
 
     Attributes:
-        load: Gives the model, by name, device and dtype; ``None`` for one that nobody else uses.
+        load: Loads the model, by name, device and dtype; ``None`` for ``load_model``.
     """
 
     model: str
@@ -162,11 +160,11 @@ class Plan:
         """
         run_options.check(args)
         name = device_name(args.device)
-        find_device(Processes().device(name))  # this process's own: to look at another's takes memory
+        find_device(Processes().device(name))  # this process's own: querying another one takes memory
         variants = make_variants(
             run_options.rules_of(args), run_options.budgets_of(args), prefetch=args.prefetch, **defaults
         )
-        # The same model by another path is the same model.
+        # Two paths to one directory name the same model.
         model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
         load = vars(args).get("load")  # of `eval several`
         return cls(model, name, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants, load)
@@ -189,7 +187,7 @@ def describe(benchmark: Benchmark, plan: Plan) -> dict[str, Any]:
         "tasks": {task: benchmark.check(task, plan.limit) for task in benchmark.tasks},
         "variants": {variant.name: variant.describe() for variant in plan.variants},
     }
-    return json.loads(json.dumps(description))  # as it will be read back: no tuples
+    return json.loads(json.dumps(description))  # as run.json will be read: no tuples
 
 
 def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
@@ -208,11 +206,11 @@ def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
             folder.fold()
         processes.wait()
         work = _Work.of(benchmark, plan, folder, processes, description["tasks"])
-        processes.wait()  # until all have seen the same left to do
+        processes.wait()  # so that all processes list the same samples
         if work.left:
             device = torch.device(processes.device(plan.device))
             if device.type == "cuda" and device.index is not None:
-                torch.cuda.set_device(device)  # what names no number, such as a stream, means this one
+                torch.cuda.set_device(device)  # streams and other unnumbered objects use this device
             work.do((plan.load or load_model)(plan.model, str(device), plan.dtype))
         processes.wait()
         if not processes.is_main:
@@ -223,7 +221,7 @@ def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
 
 @dataclass
 class _Work:
-    """A run's samples, ``total`` in number, of which those ``left`` are to be done: variant, task and index."""
+    """The samples of a run: ``total`` of them, ``left`` still to do (variant, task, index)."""
 
     benchmark: Benchmark
     plan: Plan
@@ -264,7 +262,7 @@ class _Work:
                         self._do_task(attached, task, ((number, index) for number, _, _, index in samples), progress)
 
     def _do_task(self, attached: AttachedModel, task: str, mine: Iterator[tuple[int, int]], progress: Progress) -> None:
-        """Samples by number, for the progress, which counts those of all processes, and index, in their order."""
+        """Run samples given by number (for the progress over all processes) and index, in order."""
         path = self.folder.results(attached.variant.name, task)
         samples = enumerate(self._samples(task))
         with Appender(part(path, self.processes.rank) if self.processes.count > 1 else path) as results:
@@ -300,9 +298,9 @@ def _attempt(benchmark: Benchmark, seed: int, attached: AttachedModel, task: str
             found = benchmark.predict(EvaluatedModel(attached.model, engine), task, sample)
             if engine is not None:
                 figures = _figures(engine.stats) | ({"over_steps": series.record()} if series.steps else {})
-    except Exception as error:  # recorded, and counted in the table: whatever it is, the other samples go on
+    except Exception as error:  # recorded and counted in the table; the other samples run on
         found = dict(benchmark.missing) | {"error": f"{type(error).__name__}: {one_line(error, ERROR_CHARACTERS)}"}
-    if "error" in found:  # out here, where the error and what its frames held is gone
+    if "error" in found:  # outside the handler: the error and its frames are freed
         gc.collect()
         torch.cuda.empty_cache()
     return {"id": sample.id} | found | dict(sample.record) | {"seconds": time.perf_counter() - started} | figures

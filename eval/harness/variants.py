@@ -22,9 +22,9 @@ from attention_predictor.predictor.model import AttentionPredictor
 class Variant:
     """A rule at a budget.
 
-    ``full`` is the stock model with its whole cache, no part of ours at work: what all else is judged by must not
-    depend on the code that is judged. It therefore needs the memory that a stock model needs. Where that is too much,
-    a rule such as ``full,prefetch=thread`` attends to everything through the engine, streaming from host memory.
+    ``full`` is the stock model with its whole cache, without our code: the reference must not depend on the code under
+    test. It therefore needs the memory of the stock model. If that is too much, a rule such as ``full,prefetch=thread``
+    attends to everything through the engine, streaming from host memory.
 
     Attributes:
         name: The rule's name and, unless it attends to everything, the budget: its directory.

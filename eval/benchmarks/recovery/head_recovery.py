@@ -21,11 +21,11 @@ from attention_predictor.offload.step.recovery import measure
 class HeadRecovery:
     """Recovery of one layer's steps from now on.
 
-    The policy works as before; each of its steps is looked at once it has observed it. The layer must have had its
-    prompt, and no sequences may be added to it afterwards.
+    The policy works unchanged; a step is measured after the policy has observed it. The layer must have been prefilled,
+    and no sequences may be added afterwards.
 
     Args:
-        layer: Of a cache that is decoded with.
+        layer: A layer of a prefilled cache.
         interval: Steps from one measurement to the next.
 
     Attributes:
