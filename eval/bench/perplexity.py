@@ -7,13 +7,13 @@ import statistics
 import time
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from attention_predictor.commands.bench.perplexity import SKIPPED
 from attention_predictor.commands.bench.policy_options import policies_of
 from attention_predictor.eval.bench.capture_status import how_taken, why_not_captured
 from attention_predictor.eval.bench.device import wait
+from attention_predictor.eval.bench.random_models import random_ids
 from attention_predictor.eval.bench.timing_report import Row, report, with_ratios
 from attention_predictor.eval.bench.token_clock import TokenClock
 from attention_predictor.eval.harness.attached_model import AttachedModel
@@ -65,8 +65,7 @@ def _sample(
 ) -> tuple[dict[str, float], dict[str, Any] | None]:
     """Times of one sample, run as the runner runs it, and the engine's stats."""
     model = attached.model
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.randint(vocabulary, (context,), generator=torch.Generator().manual_seed(seed)).tolist()
+    ids = random_ids(model, context, seed)[0].tolist()
     stats = None
     wait(model.device)
     begun = time.perf_counter()

@@ -17,7 +17,7 @@ from attention_predictor.errors import HostMemoryError, one_line
 from attention_predictor.eval.bench.cache_sessions import open_cache, why_too_large
 from attention_predictor.eval.bench.cache_setups import PREFILL_SETUPS, STOCK, CacheSetup
 from attention_predictor.eval.bench.device import release, wait
-from attention_predictor.eval.bench.random_models import random_or_loaded
+from attention_predictor.eval.bench.random_models import random_ids, random_or_loaded
 from attention_predictor.eval.bench.timing_report import Row, report
 from attention_predictor.loading import find_device
 from attention_predictor.offload.hf.versions import with_cache
@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     setups = [PREFILL_SETUPS[name] for name in names if device.type == "cuda" or not PREFILL_SETUPS[name].needs_gpu]
     model = random_or_loaded(args, device, args.context)
-    ids_BT = _prompt(model, args)
+    ids_BT = random_ids(model, args.context, args.seed, batch=args.batch)
 
     rows = []
     with Progress("prefill", len(setups), "ways") as progress:
@@ -109,12 +109,6 @@ def _moved_by_offloading(cache: Cache, length: int, chunk: int) -> int:
     token_bytes = sum(kv.nbytes for layer in moved for kv in (layer.keys, layer.values) if kv is not None) // length
     lengths = [min(start + chunk, length) for start in range(0, length, chunk)]
     return token_bytes * (sum(lengths) + sum(lengths[:-1]))
-
-
-def _prompt(model: PreTrainedModel, args: argparse.Namespace) -> Tensor:
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    generator = torch.Generator().manual_seed(args.seed)
-    return torch.randint(vocabulary, (1, args.context), generator=generator).expand(args.batch, -1).to(model.device)
 
 
 def _describe(row: Row) -> str:

@@ -51,6 +51,13 @@ def random_or_loaded(args: argparse.Namespace, device: torch.device, tokens: int
     return random_model(shape_config(args.shape, tokens), device, dtype, args.seed)
 
 
+def random_ids(model: PreTrainedModel, context: int, seed: int, *, batch: int = 1, first: int = 0) -> Tensor:
+    """Random token ids ``[batch, context]`` from ``first`` on, the same in every sequence, on the model's device."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(first, vocabulary, (1, context), generator=generator).expand(batch, -1).to(model.device)
+
+
 @torch.no_grad()
 def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
     """A model with random weights, in evaluation mode; no weight is ever on another device."""

@@ -197,5 +197,5 @@ def _heat_maps(maps: HeatMaps) -> str:
         f'<div class="scroll" tabindex="0">{heat_map(panel, maps.axes, maps.low, maps.high)}</div></figure>'
         for panel in maps.panels
     )
-    bar = colour_bar(maps.low, maps.high)
+    bar = colour_bar(f"{maps.low:.2f}", f"{maps.high:.2f}")
     return f'<h3>{escape(maps.title)}</h3><p>{bar}</p><div class="maps">{figures}</div>'
