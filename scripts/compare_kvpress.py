@@ -57,7 +57,7 @@ from attention_predictor.errors import ConfigError, DataError, one_line
 from attention_predictor.eval.benchmarks.longbench.benchmark import LongBench
 from attention_predictor.eval.benchmarks.longbench.data import open_source
 from attention_predictor.eval.benchmarks.longbench.tasks import choose_tasks
-from attention_predictor.eval.display.text_table import plain_table
+from attention_predictor.eval.display.text_table import text_table
 from attention_predictor.gguf_file import is_gguf
 from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.hf.layer import TieredLayer
@@ -332,9 +332,9 @@ def show(args: argparse.Namespace, methods: Mapping[str, Method], rows: Sequence
         f"{len(rows)} prompts of {min(tokens):,} to {max(tokens):,} tokens, budget {args.budget}; kvpress "
         f"{versions['kvpress']}, transformers {versions['transformers']}"
     )
-    print(plain_table(*_lines(table)))
+    print(text_table(*_lines(table)))
     if args.by_layer:
-        print(plain_table(*_layer_lines(table)))
+        print(text_table(*_layer_lines(table)))
 
 
 def _kept(every: Sequence[Found]) -> list[Tensor]:

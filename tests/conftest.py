@@ -16,8 +16,11 @@ import torch
 from tiny_models import VOCABULARY, make_tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attention_predictor.eval.benchmarks.recovery.judge import Case, Rule, judge
+from attention_predictor.eval.benchmarks.synthetic.benchmark import find_answers
 from attention_predictor.eval.benchmarks.synthetic.documents import plant, read_texts
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
+from attention_predictor.eval.harness.rules import STOCK, Rule
+from attention_predictor.eval.harness.variants import Variant
 from attention_predictor.loading import load_model, load_tokenizer
 
 # Tiny tensors lose more by handing work to threads than they gain; tests of the pocket model take all cores.
@@ -93,15 +96,19 @@ def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Ite
         samples = plant(
             tokenizer, texts, tasks=("kv", "facts"), documents=answers // 5, questions=5, context=8192, seed=0
         )
-        cases = [Case.of(sample, tokenizer) for sample in samples]
         model.to(device)
 
         def found(policy: str, **settings: object) -> int:
-            cell = judge(model, cases, Rule(policy, {"policy": policy, "prefetch": prefetch} | settings), 512)
-            assert cell.asked == answers
-            return cell.found
+            right: list[bool] = []
+            engine_settings = {} if policy == STOCK else {"prefetch": prefetch} | settings
+            rule = Rule(policy, {"policy": policy} | engine_settings)
+            with Variant.of(rule, 512).attached(model) as engine:
+                for sample in samples:
+                    right += find_answers(EvaluatedModel(model, engine), tokenizer, sample)["found"]
+            assert len(right) == answers
+            return sum(right)
 
-        full = found("full")
+        full = found(STOCK)
         assert full >= 0.95 * answers - spare
         assert found("predictor", late_fetch=0.0) >= ahead * full - spare
         assert found("predictor") >= 0.98 * full - spare

@@ -26,7 +26,7 @@ from tiny_models import make_tiny_model
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.benchmarks.recovery.judge import Rule
+from attention_predictor.eval.harness.rules import Rule
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.blocks.slot_table import chosen_blocks

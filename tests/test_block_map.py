@@ -16,7 +16,7 @@ from attention_predictor.eval.benchmarks.recovery.block_map import (
     codes_of,
     map_record,
 )
-from attention_predictor.eval.benchmarks.recovery.head_recovery import watch
+from attention_predictor.eval.benchmarks.recovery.head_recovery import measure_heads
 from attention_predictor.eval.harness.teacher_forcing import decode_tails, prefill
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
@@ -38,7 +38,7 @@ def test_what_was_read_is_what_the_policy_chose(policy, ids):
     with attach(model, OffloadConfig(policy=policy, budget=208)) as engine:
         cache = engine.new_cache()
         prefill(model, cache, ids(500)[0].tolist(), 2)
-        watched = watch(cache, 3, mapped=True)
+        watched = measure_heads(cache, 3, mapped=True)
         decode_tails(model, cache, ids(12, batch=2, seed=1).tolist())
     made = map_record({number: one.maps_GN for number, one in watched.items()}, 3, 16)
     assert made["layers"] == [0, 1]

@@ -13,7 +13,7 @@ from tiny_text_model import save_tiny_text_model
 from attention_predictor.errors import DataError
 from attention_predictor.eval.benchmarks import continuation
 from attention_predictor.eval.benchmarks.continuation import PARTS, Reference, compare, write_reference
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.loading import load_model
 
@@ -33,7 +33,7 @@ def given(tmp_path):
 
 
 def test_a_reference_is_what_the_model_writes(model):
-    reference = write_reference(Subject(model, None), PROMPT, 30)
+    reference = write_reference(EvaluatedModel(model, None), PROMPT, 30)
     options = {"do_sample": False, "max_new_tokens": 30, "min_new_tokens": 30, "pad_token_id": 0}
     wanted = model.generate(torch.tensor([PROMPT]), **options)
     assert reference.token_L.tolist() == wanted[0, len(PROMPT) :].tolist()
@@ -45,7 +45,7 @@ def test_a_reference_is_what_the_model_writes(model):
 
 
 def test_it_goes_on_where_the_model_would_end(model):
-    subject = Subject(model, None)
+    subject = EvaluatedModel(model, None)
     first = write_reference(subject, PROMPT, 10)
     model.generation_config.eos_token_id = [int(first.token_L[4])]
     other = write_reference(subject, PROMPT, 10)
@@ -56,7 +56,7 @@ def test_it_goes_on_where_the_model_would_end(model):
 
 
 def test_a_model_does_not_differ_from_itself(model):
-    subject = Subject(model, None)
+    subject = EvaluatedModel(model, None)
     found = compare(subject, PROMPT, write_reference(subject, PROMPT, 33))
     assert (found["tokens"], found["agreement"], found["first_difference"]) == (33, 1.0, 33)
     assert abs(found["kl"]) < 1e-6
@@ -67,14 +67,14 @@ def test_a_model_does_not_differ_from_itself(model):
 def test_divergence_is_that_of_the_distributions(model, monkeypatch, kept):
     """Of all tokens where all are kept; where few are, of these and the others as one: never more."""
     monkeypatch.setattr(continuation, "KEPT", kept)
-    reference = write_reference(Subject(model, None), PROMPT, 12)
+    reference = write_reference(EvaluatedModel(model, None), PROMPT, 12)
     path = torch.tensor([PROMPT + reference.token_L.tolist()[:-1]])
     with torch.no_grad():
         p_LV = model(path).logits[0, len(PROMPT) - 1 :].double().log_softmax(-1)
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         q_LV = model(path).logits[0, len(PROMPT) - 1 :].double().log_softmax(-1)
-    found = compare(Subject(model, None), PROMPT, reference)
+    found = compare(EvaluatedModel(model, None), PROMPT, reference)
     whole = float((p_LV.exp() * (p_LV - q_LV)).sum(-1).mean())
     same = p_LV.argmax(-1) == q_LV.argmax(-1)
     assert whole > 0.01

@@ -13,14 +13,14 @@ from tiny_text_model import CHAT, make_tiny_tokenizer
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.benchmarks.fixed_length import (
     Draft,
-    FilledBenchmark,
+    FixedLengthBenchmark,
     Haystack,
     most_that_fit,
     prefixed_ids,
 )
 
 
-class Words(FilledBenchmark):
+class Words(FixedLengthBenchmark):
     """So many words and a question."""
 
     name = "words"

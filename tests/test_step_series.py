@@ -7,7 +7,7 @@ import torch
 from test_graph import emulated  # noqa: F401  # a fixture
 from tiny_models import make_tiny_model
 
-from attention_predictor.eval.harness.step_series import MOST, StepSeries, mean_series, watched_steps
+from attention_predictor.eval.harness.step_series import MOST, StepSeries, mean_series, record_steps
 from attention_predictor.eval.harness.teacher_forcing import decode_tails, prefill
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
@@ -23,7 +23,7 @@ def figures(engine) -> dict[str, int]:
 def test_steps_add_up_to_what_the_engine_counts(policy, ids):
     model, tails = make_tiny_model(), ids(10, batch=2, seed=1).tolist()
     with attach(model, OffloadConfig(policy=policy, budget=208, reserve=0)) as engine:
-        with watched_steps(model, engine) as series:
+        with record_steps(model, engine) as series:
             counted = {"wanted": 0, "hit": 0, "fetched": 0}  # by steps that have one before them
             for _ in range(2):
                 cache = engine.new_cache()
@@ -44,7 +44,7 @@ def test_steps_add_up_to_what_the_engine_counts(policy, ids):
 
 def test_no_series_of_the_stock_model(ids):
     model = make_tiny_model()
-    with watched_steps(model, None) as series:
+    with record_steps(model, None) as series:
         model(ids(20))
         assert not model._forward_hooks
     assert series.steps == 0
@@ -54,7 +54,7 @@ def test_captured_steps_have_the_same_series(emulated, ids):  # noqa: F811
     model, records = make_tiny_model(), []
     for prefetch in ("thread", "graph"):
         settings = {"budget": 96, "sink": 32, "recent": 32, "slab_blocks": 4, "prefetch": prefetch}
-        with attach(model, OffloadConfig(**settings)) as engine, watched_steps(model, engine) as series:
+        with attach(model, OffloadConfig(**settings)) as engine, record_steps(model, engine) as series:
             model.generate(ids(245), do_sample=False, max_new_tokens=20, min_new_tokens=20, pad_token_id=0)
             assert not engine.stats.fallbacks
             assert engine.stats.steps == series.steps + 1 == 19

@@ -12,8 +12,8 @@ from tiny_text_model import save_tiny_text_model
 
 from attention_predictor.errors import FetchError
 from attention_predictor.eval.harness import suite as several
-from attention_predictor.eval.harness.attached_model import Attached
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.attached_model import AttachedModel
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.rules import Rule
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.variants import Variant
@@ -56,7 +56,7 @@ def test_each_is_as_by_itself_with_one_model(
 def test_another_model_takes_the_place_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[tuple[str, ...]] = []
     monkeypatch.setattr(several, "load_model", lambda *asked: (loads.append(asked), make_tiny_model())[1])
-    load = several.OneModel()
+    load = several.LastModel()
     first = load("a", "cpu", "auto")
     assert load("a", "cpu", "auto") is first
     assert load("b", "cpu", "auto") is not first
@@ -70,7 +70,7 @@ def test_another_model_takes_the_place_of_the_last(monkeypatch: pytest.MonkeyPat
         ([], "expected a benchmark with its options before and behind every 'then'"),
         (["perplexity", "--out", "o", "--data", "d", "then"], "expected a benchmark with its options before and"),
         (["several", "needle"], "argument SUBCOMMAND: invalid choice: 'several'"),
-        (["recovery", "--data", "d"], "argument SUBCOMMAND: invalid choice: 'recovery'"),
+        (["recovery", "--data", "d"], "recovery has no --out: each benchmark needs its own"),
         (["perplexity", "--out", "o", "--data", "d", "--tail", "0"], "--tail 0: expected 1 to below --context 8192"),
         (
             ["perplexity", "--out", "o", "--data", "d", "then", "perplexity", "--out", "./o", "--data", "d"],
@@ -84,7 +84,7 @@ def test_what_is_refused(
     assert line in refused(capsys, monkeypatch, "several", *words)
 
 
-# Attached once
+# AttachedModel once
 
 
 def variant(policy: str = "predictor") -> Variant:
@@ -94,13 +94,13 @@ def variant(policy: str = "predictor") -> Variant:
 def test_a_variant_is_attached_once_and_anew_after_a_failure() -> None:
     model, prompt = make_tiny_model(), list(range(3, 90)) * 3
     engines, figures = [], []
-    with Attached(model, variant()) as attached:
+    with AttachedModel(model, variant()) as attached:
         for number in range(4):
             try:
                 with attached.sample() as engine:
                     assert engine is not None
                     engines.append(engine)
-                    Subject(model, engine).log_likelihoods(prompt, prompt[:12])
+                    EvaluatedModel(model, engine).log_likelihoods(prompt, prompt[:12])
                     figures.append(engine.stats.to_dict() | {"exposed_wait_ms": 0})
                     if number == 1:
                         raise RuntimeError("a sample that fails")
@@ -119,7 +119,7 @@ def test_what_fails_behind_a_sample_ends_with_it() -> None:
         raise OSError("no such block")
 
     model = make_tiny_model()
-    with Attached(model, variant()) as attached:
+    with AttachedModel(model, variant()) as attached:
         with attached.sample() as first:
             assert first is not None
             first.runtime.prefetcher.submit(fail)
@@ -133,7 +133,7 @@ def test_what_fails_behind_a_sample_ends_with_it() -> None:
 
 def test_fallbacks_of_attaching_are_told_of_every_sample() -> None:
     model = make_tiny_model("mistral-sliding")
-    with Attached(model, variant()) as attached:
+    with AttachedModel(model, variant()) as attached:
         for _ in range(2):
             with attached.sample() as engine:
                 assert engine is not None
@@ -141,5 +141,5 @@ def test_fallbacks_of_attaching_are_told_of_every_sample() -> None:
 
 
 def test_the_stock_model_has_no_engine() -> None:
-    with Attached(make_tiny_model(), variant("full")) as attached, attached.sample() as engine:
+    with AttachedModel(make_tiny_model(), variant("full")) as attached, attached.sample() as engine:
         assert engine is None

@@ -8,10 +8,12 @@ from conftest import POCKET
 from tiny_text_model import make_tiny_tokenizer, save_tiny_text_model
 
 from attention_predictor.documents import opening
-from attention_predictor.eval.benchmarks.recovery.judge import Case, Rule, judge
-from attention_predictor.eval.benchmarks.synthetic.benchmark import Planted, sample_scores
+from attention_predictor.eval.benchmarks.synthetic.benchmark import SyntheticBenchmark, find_answers, sample_scores
 from attention_predictor.eval.benchmarks.synthetic.documents import plant, read_texts
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
+from attention_predictor.eval.harness.rules import Rule
 from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.harness.variants import Variant
 
 
 @pytest.mark.usefixtures("all_cores")
@@ -35,12 +37,12 @@ def test_finds_what_judging_finds(tmp_path, pocket, capsys):
             context=600 - len(opening(tokenizer)),
             seed=0,
         )
-        cases = [Case.of(sample, tokenizer) for sample in samples]
         for variant, policy in (("full", "full"), ("streaming-208", "streaming")):
-            cell = judge(model, cases, Rule(policy, {"policy": policy}), 208)
+            with Variant.of(Rule(policy, {"policy": policy}), 208).attached(model) as engine:
+                direct = [find_answers(EvaluatedModel(model, engine), tokenizer, one)["found"] for one in samples]
             records = folder.records(variant, task)
-            assert sum(sum(one["found"]) for one in records) == cell.found
-            assert sum(len(one["answers"]) for one in records) == cell.asked
+            assert [one["found"] for one in records] == direct
+            assert [len(one["answers"]) for one in records] == [len(one.questions) for one in samples]
         assert sum(map(sum, (one["found"] for one in folder.records("full", task)))) >= 3
     assert capsys.readouterr().out.split()[:5] == ["right,", "%", "facts", "kv", "mean"]
 
@@ -57,7 +59,9 @@ def test_samples_come_from_the_seed(tmp_path):
     texts = read_texts(write_texts(tmp_path, sentences=200))
 
     def prompts(seed: int) -> list[str]:
-        benchmark = Planted(make_tiny_tokenizer(), texts, ["kv"], questions=4, per_document=2, context=2000, seed=seed)
+        benchmark = SyntheticBenchmark(
+            make_tiny_tokenizer(), texts, ["kv"], questions=4, per_document=2, context=2000, seed=seed
+        )
         return [one.prompt for one in benchmark.samples("kv")]
 
     assert prompts(1) == prompts(1) != prompts(2)

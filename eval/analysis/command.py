@@ -1,4 +1,4 @@
-"""``attnpred analyze``: documents judged, and what all of them say written and shown."""
+"""``attnpred analyze``: runs the analysis and writes its tables, files and gallery."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attention_predictor.eval.analysis.gallery import LEVELS, NAMES, correlation
 from attention_predictor.eval.analysis.patterns import CLASSES
 from attention_predictor.eval.analysis.scatter import plot_similarity
 from attention_predictor.eval.analysis.summary import FILES, Head, Summary, summarise
-from attention_predictor.eval.display.text_table import plain_table
+from attention_predictor.eval.display.text_table import text_table
 from attention_predictor.eval.harness.prompts import context_length
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.runner import Plan, run
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check_model(name: str) -> None:
-    """Refuse a model whose attention can't be seen, by its configuration."""
+    """Raise ``ConfigError`` for a model whose attention can't be observed, by its configuration."""
     config = load_config(name)
     text_config = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
@@ -68,7 +68,7 @@ def check_model(name: str) -> None:
 
 
 def conclude(folder: RunFolder, *, parquet: bool, plot: Path | None) -> int:
-    """Make everything that documents together say; 1 where not one of them succeeded."""
+    """Summarise all documents, write and print the results; returns 1 if every document failed."""
     summary = summarise(folder)
     if not summary.heads:
         print(f"no document succeeded: {summary.failures[0] if summary.failures else 'none is done'}")
@@ -98,7 +98,7 @@ def table(summary: Summary) -> str:
         if one.startswith("qsim_prompt") and other.startswith("predictor")
     ]
     notes += [f"failed, left out: {failure}" for failure in summary.failures]
-    return plain_table(titles, rows, notes)
+    return text_table(titles, rows, notes)
 
 
 def _figures(heads: Sequence[Head]) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""Rank correlation, and how far it can be trusted: Spearman's rho, with a percentile bootstrap over the pairs.
+"""Spearman's rank correlation with a percentile bootstrap interval over the pairs.
 
 Suffixes: X pairs, K different values, R resamples.
 """
@@ -16,7 +16,7 @@ from attention_predictor.eval.harness.bootstrap import RESAMPLES, interval
 
 @dataclass(frozen=True)
 class Correlation:
-    """Of two figures, over so many pairs; the interval is that of 95%, ``None`` where half the draws have none."""
+    """Correlation of two figures over ``pairs`` pairs; ``interval`` (95%) is ``None`` if half the draws have no rho."""
 
     rho: float | None
     interval: tuple[float, float] | None

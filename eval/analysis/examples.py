@@ -1,4 +1,4 @@
-"""A head's map, packed small enough to be kept beside the figures: what the gallery shows.
+"""A head's attention map, compressed to be stored in a record; the gallery shows it.
 
 Suffixes: Q steps, N blocks, C columns, T tokens.
 """
@@ -96,7 +96,7 @@ def choices(chosen_QN: Tensor, best_QN: Tensor) -> Tensor:
 
 
 def busiest(mass_N: Tensor) -> int:
-    """The first of those ``ZOOMED`` neighbouring blocks that hold most mass."""
+    """Index of the first of the ``ZOOMED`` neighbouring blocks with the most mass."""
     if len(mass_N) <= ZOOMED:
         return 0
     return int(mass_N.unfold(0, ZOOMED, 1).sum(-1).argmax())

@@ -1,4 +1,4 @@
-"""The attention map of one layer's last steps: gone through once it is attended, chunk by chunk, and judged.
+"""The attention map of one layer's last steps: computed chunk by chunk after the layer attended, then classified.
 
 There is never more of it than its score rows (steps × blocks) and one chunk (steps × some tokens).
 
@@ -23,7 +23,7 @@ from attention_predictor.offload.blocks.selection import Selection
 
 
 class LayerMap:
-    """What a layer's map shows.
+    """Classifies a layer's attention map.
 
     Attributes:
         rows: Scores and mass by block, of every query head.

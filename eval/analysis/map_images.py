@@ -1,4 +1,4 @@
-"""Maps as PNG images within the page, and charts as SVG: what only the gallery draws.
+"""The gallery's drawings: attention maps as inline PNG, charts as SVG.
 
 Suffixes: Q steps, C columns.
 """
@@ -13,12 +13,12 @@ from html import escape
 
 import numpy as np
 
-from attention_predictor.eval.analysis.examples import BOTH, LEAST, MISSED, NEEDLESS, NEITHER, Example
+from attention_predictor.eval.analysis.examples import BOTH, MISSED, NEEDLESS, NEITHER, Example
 from attention_predictor.eval.analysis.patterns import CLASSES
 from attention_predictor.eval.display.heatmap import MOST_LABELLED, Axes
-from attention_predictor.eval.display.line_charts import nice_ticks, tick_text
+from attention_predictor.eval.display.line_charts import ValueAxis, nice_ticks, tick_text
 from attention_predictor.eval.display.svg import CHARACTER, svg
-from attention_predictor.eval.display.svg_heatmap import RAMP, axis_texts, row_text
+from attention_predictor.eval.display.svg_heatmap import axis_texts, ramp_colour, row_text
 
 # What a block is to a step, in the colours that reports have for it; where there is more attention it is lighter.
 _KINDS = {NEITHER: (150, 150, 160), BOTH: (42, 127, 176), MISSED: (212, 53, 127), NEEDLESS: (230, 159, 0)}
@@ -33,7 +33,7 @@ img.map { display: block; width: 100%; height: auto; image-rendering: pixelated;
 .wrapped thead th, .wrapped th.policy { white-space: normal; min-width: 7rem }
 svg .c0 { fill: var(--s0) } svg .c1 { fill: var(--s1) } svg .c2 { fill: var(--s2) } svg .c3 { fill: var(--s3) }
 svg .c4 { fill: var(--s7) } svg text.in { fill: var(--ground); font-weight: 600 }
-svg .dot { stroke: var(--ground); stroke-width: .8 } svg .zero { stroke: var(--quiet) }
+svg .dot { stroke: var(--ground); stroke-width: .8 }
 .swatch { display: inline-block; width: 14px; height: 14px; border-radius: 2px; margin-right: .4rem;
   vertical-align: -2px } .key { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; padding: 0; margin: .5rem 0;
   list-style: none; font-size: .875rem }
@@ -43,7 +43,7 @@ svg .dot { stroke: var(--ground); stroke-width: .8 } svg .zero { stroke: var(--q
 def attention_image(example: Example, which: str) -> str:
     """The map ``near`` or ``whole`` as an image, on the logarithmic scale of ``examples.grey``."""
     values_QC = getattr(example, which).pixels()
-    palette = [_between(RAMP, level / 255) for level in range(256)]
+    palette = [ramp_colour(level / 255) for level in range(256)]
     return _image(values_QC, palette, f"attention, steps down, {_AXIS[which]} across")
 
 
@@ -59,18 +59,8 @@ def choice_image(example: Example) -> str:
     return _image(index_QC, palette, "blocks chosen and blocks that were the best, steps down, blocks across")
 
 
-def ramp_key() -> str:
-    """What the colours of attention maps mean."""
-    cells = []
-    for step in range(40):
-        red, green, blue = _between(RAMP, step / 39)
-        cells.append(f'<rect x="{64 + step * 4}" y="2" width="4.5" height="12" fill="rgb({red},{green},{blue})"/>')
-    low = f'<text x="58" y="8" dy=".35em" text-anchor="end">{LEAST:g}</text>'
-    return svg(250, 16, "", [*cells, low, '<text x="230" y="8" dy=".35em">1</text>'], fixed=True)
-
-
 def kind_key() -> str:
-    """What the colours of choices mean."""
+    """Colour key of block choices."""
     names = {BOTH: "chosen, and of the best", MISSED: "of the best, not chosen", NEEDLESS: "chosen, not of the best"}
     items = (f"<li>{_swatch('rgb({},{},{})'.format(*_KINDS[kind]))}{name}</li>" for kind, name in names.items())
     return f'<ul class="key">{"".join(items)}</ul>'
@@ -87,7 +77,7 @@ def class_key() -> str:
 
 
 def class_map(patterns: Sequence[Sequence[str]], tips: Sequence[Sequence[str]], axes: Axes) -> str:
-    """A cell a head, coloured by its pattern; with its letter where cells are few enough."""
+    """One cell for each head, coloured by pattern; letters if there are few cells."""
     labelled = len(axes.rows) * len(axes.columns) <= MOST_LABELLED
     wide, tall = (44, 28) if labelled else (16, 16)
     left, bottom = 26 + CHARACTER * max(map(len, axes.rows)), tall * len(axes.rows)
@@ -110,68 +100,46 @@ def class_map(patterns: Sequence[Sequence[str]], tips: Sequence[Sequence[str]], 
 def scatter(
     points: Sequence[tuple[float, float, str, str]], *, x_title: str, y_title: str, width: int = 420, height: int = 300
 ) -> str:
-    """Points by x, y, pattern and what is said of each."""
-    left, right, top, bottom = 62, 14, 12, 46
+    """A scatter plot; a point has x, y, pattern and tooltip."""
     x_ticks, y_ticks = (nice_ticks(min(x), max(x)) for x in zip(*((x, y) for x, y, _, _ in points), strict=True))
+    axis = ValueAxis(y_ticks, width, height, left=62, bottom=46)
 
     def across(value: float) -> float:
-        return left + (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (width - left - right)
+        return axis.left + (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (width - axis.left - axis.right)
 
-    def up(value: float) -> float:
-        return height - bottom - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (height - bottom - top)
-
-    parts = []
-    for tick in y_ticks:
-        level = f"{up(tick):.1f}"
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{level}" y2="{level}"/>')
-        parts.append(f'<text x="{left - 6}" y="{level}" dy=".35em" text-anchor="end">{tick_text(tick, y_ticks)}</text>')
-    for tick in x_ticks:
-        place = f'x="{across(tick):.1f}" y="{height - bottom + 17}" text-anchor="middle"'
-        parts.append(f"<text {place}>{tick_text(tick, x_ticks)}</text>")
+    parts = axis.frame({across(tick): tick_text(tick, x_ticks) for tick in x_ticks}, escape(x_title))
     for x, y, name, tip in points:
-        place = f'cx="{across(x):.1f}" cy="{up(y):.1f}" r="4.5"'
+        place = f'cx="{across(x):.1f}" cy="{axis.up(y):.1f}" r="4.5"'
         parts.append(f'<circle class="dot c{CLASSES.index(name)}" {place}><title>{escape(tip)}</title></circle>')
-    middle = (left + width - right) / 2
-    parts.append(f'<text x="{middle}" y="{height - 7}" text-anchor="middle">{escape(x_title)}</text>')
-    turned = f'transform="translate(14 {(height - bottom + top) / 2}) rotate(-90)" text-anchor="middle"'
+    turned = f'transform="translate(14 {(height - axis.bottom + axis.top) / 2}) rotate(-90)" text-anchor="middle"'
     parts.append(f"<text {turned}>{escape(y_title)}</text>")
     return svg(width, height, f"{y_title} against {x_title}", parts)
 
 
 def channel_bars(parts_of_score: Sequence[float], wavelengths: Sequence[float], name: str) -> str:
     """A bar for each pair of RoPE channels, the fastest first, and one for channels that don't turn, if any do not."""
-    width, height, left, right, top, bottom = 420, 190, 50, 10, 10, 44
     plain = [parts_of_score[-1]] if abs(parts_of_score[-1]) > 1e-9 else []
     order = sorted(range(len(wavelengths)), key=lambda pair: wavelengths[pair])
     bars = [parts_of_score[pair] for pair in order] + plain
     ends = (min(0.0, *bars), max(0.0, *bars))
     low, high = (end if abs(end) > 0.05 * max(map(abs, ends)) else 0.0 for end in ends)  # hardly beyond the axis: on it
-    ticks = nice_ticks(low, high, about=4)
-    step = (width - left - right) / len(bars)
-
-    def up(value: float) -> float:
-        return height - bottom - (value - ticks[0]) / (ticks[-1] - ticks[0]) * (height - bottom - top)
-
-    drawn = []
-    for tick in ticks:
-        level, kind = f"{up(tick):.1f}", "zero" if tick == 0 else "grid"
-        drawn.append(f'<line class="{kind}" x1="{left}" x2="{width - right}" y1="{level}" y2="{level}"/>')
-        drawn.append(f'<text x="{left - 6}" y="{level}" dy=".35em" text-anchor="end">{tick_text(tick, ticks)}</text>')
+    axis = ValueAxis(nice_ticks(low, high, about=4), height=190, left=50, right=10, top=10)
+    step = (axis.width - axis.left - axis.right) / len(bars)
+    shown = range(0, len(order), max(len(order) // 5, 1))
+    labels = {axis.left + (place + 0.5) * step: _short(wavelengths[order[place]]) for place in shown}
+    drawn = axis.frame(labels, "wavelength, tokens")
     for place, value in enumerate(bars):
         what = f"wavelength {_tokens(wavelengths[order[place]])}" if place < len(order) else "channels that don't turn"
-        y, tall = min(up(value), up(0.0)), abs(up(value) - up(0.0))
-        where = f'x="{left + place * step + 0.5:.1f}" y="{y:.1f}" width="{max(step - 1, 1):.1f}" height="{tall:.1f}"'
+        y, tall = min(axis.up(value), axis.up(0.0)), abs(axis.up(value) - axis.up(0.0))
+        where = (
+            f'x="{axis.left + place * step + 0.5:.1f}" y="{y:.1f}" width="{max(step - 1, 1):.1f}" height="{tall:.1f}"'
+        )
         drawn.append(f'<rect class="c{CLASSES.index(name)}" {where}><title>{escape(what)}: {value:.3f}</title></rect>')
-    for place in range(0, len(order), max(len(order) // 5, 1)):
-        where = f'x="{left + (place + 0.5) * step:.1f}" y="{height - bottom + 17}" text-anchor="middle"'
-        drawn.append(f"<text {where}>{_short(wavelengths[order[place]])}</text>")
-    middle = (left + width - right) / 2
-    drawn.append(f'<text x="{middle}" y="{height - 7}" text-anchor="middle">wavelength, tokens</text>')
-    return svg(width, height, f"parts of the score by wavelength, {name}", drawn)
+    return svg(axis.width, axis.height, f"parts of the score by wavelength, {name}", drawn)
 
 
 def counts_bar(counts: Mapping[str, int]) -> str:
-    """How many maps show which pattern, as one bar."""
+    """One bar: the number of maps of each pattern."""
     total, at, parts = max(sum(counts.values()), 1), 0.0, []
     for number, name in enumerate(CLASSES):
         wide = 420 * counts.get(name, 0) / total
@@ -198,15 +166,6 @@ def _image(index_QC: np.ndarray, palette: Sequence[Sequence[int]], label: str) -
     return (
         f'<img class="map" alt="{escape(label)}" width="{columns}" height="{tall}" src="data:image/png;base64,{data}">'
     )
-
-
-def _between(ramp: Sequence[tuple[int, int, int]], share: float) -> tuple[int, int, int]:
-    place = min(1.0, max(0.0, share)) * (len(ramp) - 1)
-    first = min(int(place), len(ramp) - 2)
-    red, green, blue = (
-        round(start + (end - start) * (place - first)) for start, end in zip(ramp[first], ramp[first + 1], strict=True)
-    )
-    return red, green, blue
 
 
 def _swatch(colour: str) -> str:

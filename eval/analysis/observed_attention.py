@@ -1,4 +1,4 @@
-"""Seeing what the layers of a model attend with: queries, keys, and how they were rotated.
+"""Observes what a model's layers attend with: queries, keys and their rotation.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens of a chunk, D head size, R angles.
 """
@@ -27,20 +27,20 @@ LEAST_TOKENS = 256  # of a chunk, however many queries there are
 
 @dataclass(frozen=True)
 class Angles:
-    """By what a module rotated some tokens; as the model has them."""
+    """Rotation angles a module applied to some tokens, in the model's own format."""
 
     module: nn.Module
     cos_BQR: Tensor
     sin_BQR: Tensor
 
     def last(self, tokens: int) -> Angles:
-        """Those of the last so many tokens alone."""
+        """The angles of the last ``count`` tokens."""
         return Angles(self.module, self.cos_BQR[:, -tokens:], self.sin_BQR[:, -tokens:])
 
 
 @dataclass(frozen=True)
 class Attended:
-    """What a layer has just attended with: the queries of the last tokens of a cache, all keys of which are stored.
+    """Inputs of a layer's last attention call: queries of the last tokens; the cache stores all keys.
 
     Attributes:
         number: Of the layer.
@@ -56,7 +56,7 @@ class Attended:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache, these included."""
+        """Tokens in the cache, including these."""
         return self.layer.blocks.length
 
     @cached_property
@@ -105,7 +105,7 @@ class Attended:
 
 @contextmanager
 def watching(model: PreTrainedModel, cache: Cache, see: Callable[[Attended], None]) -> Iterator[None]:
-    """Show ``see`` every attention over an offloaded layer of this cache, once it is done; sequences have no padding.
+    """Call ``see`` after every attention over an offloaded layer of this cache; sequences must have no padding.
 
     The model computes what it always does. Within the block a forward holds, layer by layer, what the next attention
     was rotated by, and nothing else.
@@ -131,7 +131,7 @@ def watching(model: PreTrainedModel, cache: Cache, see: Callable[[Attended], Non
 
 @dataclass
 class _Given:
-    """What a layer was given for the attention that comes next."""
+    """Inputs of a layer's next attention call."""
 
     angles: Angles | None = None
     queries: Tensor | None = None

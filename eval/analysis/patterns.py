@@ -1,4 +1,4 @@
-"""What pattern an attention map shows, by criteria that can be read off it.
+"""Classifies attention maps into patterns (TAPPA, arXiv 2601.21709).
 
 TAPPA (arXiv 2601.21709) tells patterns that can be foreseen, re-access (vertical lines), sequential (diagonals) and
 seasonal (periodic diagonals), from those that can't. The thresholds here are ours.
@@ -51,7 +51,7 @@ NEARLY = 0.9  # of the highest peak: the first one as high is the period, later 
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured of one head's map; see the module for the figures.
+    """Figures of one head's map; the module docstring defines them.
 
     Attributes:
         part: ``far`` or ``all``.
@@ -97,7 +97,7 @@ class Measures:
 
     @property
     def clarity(self) -> float:
-        """How clearly the map shows its pattern: the figure it was told by, or the lack of all of them."""
+        """Strength of the pattern: the figure that decided it, or for ``unpredictable`` the absence of all."""
         lines = max(self.vertical, self.diagonal)
         return {
             "seasonal": max(self.echo, self.back),
@@ -109,7 +109,7 @@ class Measures:
 
 
 class Part:
-    """The part of each head's map that is judged.
+    """The part of each head's map to classify.
 
     Args:
         mass_BHQN: fp32, every step's mass of every block.
@@ -140,7 +140,7 @@ class Part:
 
 
 class MapSums:
-    """What a map adds up to, seen a few columns at a time."""
+    """Sums over a map, added up in column chunks."""
 
     def __init__(self, part: Part) -> None:
         self.part, self.mass_BHQN = part, part.mass_BHQN
@@ -231,5 +231,5 @@ def _strongest(share_BHX: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def most_common(patterns: Sequence[str]) -> str:
-    """The pattern that most maps show; of equally many the first of ``CLASSES``."""
+    """The most common pattern; ties go to the first of ``CLASSES``."""
     return max(CLASSES, key=lambda name: (patterns.count(name), -CLASSES.index(name)))

@@ -1,4 +1,4 @@
-"""How well the next step's blocks can be told from the steps before: measured, with any predictor.
+"""Measures how well a predictor foresees the next step's blocks.
 
 The predictor is shown the truth up to a step and chooses blocks for the next one, as the engine would ahead of it. It
 is never shown what a sparse step left out, and nothing is fetched late: what is measured is the attention, not the
@@ -28,7 +28,7 @@ from attention_predictor.predictor.scores import MIN_MASS, recovery
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What a predictor's choices found, by KV head; means over steps.
+    """Recovery of a predictor's choices by KV head, mean over steps.
 
     Attributes:
         share_BG: Recovery: share of the true mass on the chosen blocks.
@@ -45,8 +45,8 @@ class Foreseen:
     best_BGQN: Tensor
 
 
-class Foresight:
-    """One layer's history, and a predictor that goes through its steps.
+class Predictability:
+    """Runs a predictor over one layer's steps.
 
     Args:
         rows_BGRN: True block scores of the last prompt queries.
@@ -58,12 +58,12 @@ class Foresight:
         self.history.start(rows_BGRN)
 
     def repeat(self, sequences: int) -> None:
-        """So many sequences in place of one, all with its history."""
+        """Repeat the one sequence, history included."""
         self.history.index(torch.zeros(sequences, dtype=torch.int64))
 
     @torch.no_grad()
     def over(self, rows: ScoreRows, length: int, selection: Selection) -> Foreseen:
-        """Choose for each of some steps, and compare with what it turned out to be.
+        """Choose blocks for each step and compare with the true scores.
 
         Args:
             rows: True rows of the steps; columns of blocks that a step does not know are zero.

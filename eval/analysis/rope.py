@@ -1,4 +1,4 @@
-"""The rotation that a model gives its queries and keys: undone, and a score taken apart by it.
+"""RoPE: undoes a model's rotation, and splits attention logits by channel pair.
 
 RoPE (RoFormer, arXiv 2104.09864) turns pairs of channels by an angle that grows with the position. Which channels make
 a pair, and whether all are turned, differs by family. Nothing of that is assumed: the family's own function is applied

@@ -1,4 +1,4 @@
-"""What all documents of an analysis together say of each head, and of query similarity against recovery."""
+"""Summary over all documents: figures of each head, and query similarity against recovery."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ MEANS = (
 
 
 class FILES:
-    """What is written beside the documents' results."""
+    """Files written into the run's directory."""
 
     heads, correlation, parquet, page = "heads.json", "correlation.json", "heads.parquet", "gallery.html"
 
 
 @dataclass(frozen=True)
 class Head:
-    """A query head, over all its maps.
+    """A query head, averaged over its maps.
 
     Attributes:
         means: Of ``MEANS``, over the maps that have the figure; ``None`` where none has.

@@ -1,11 +1,11 @@
 """Where a step's time goes: the profiler's kernels, summed by stage.
 
-On a GPU stages are sums over its kernels, on whatever stream: what runs beside something else counts in full. ``idle``
-is the time between the first kernel and the last in which none ran at all. On a CPU they are sums over torch's
-operations, without what they call; what Python takes, or calls past torch, shows nowhere.
+On a GPU stages are sums over kernels of all streams, so concurrent kernels count in full. ``idle`` is the time between
+the first and the last kernel in which no kernel ran. On a CPU they are sums of the self time of torch's operations;
+time in Python, or in code outside torch, is not included.
 
-A kernel that no stage knows stands under its own name. Torch's small operations do: whether an addition is the model's
-or ours can't be told by its name.
+A kernel of no known stage appears under its own name, like torch's small operations: the name does not tell whether an
+addition belongs to the model or to us.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ SHOWN = 60  # characters of a name
 
 @cache
 def stage_of(name: str) -> str | None:
-    """The stage that a kernel or an operation of this name belongs to; ``None`` where it is of none."""
+    """The stage of a kernel or operation of this name; ``None`` if no stage matches."""
     return next((stage for stage, pattern in STAGES if re.search(pattern, name, re.IGNORECASE)), None)
 
 
 @cache
 def short_name(name: str) -> str:
-    """A kernel's name without arguments and namespaces; of torch's templates with what they compute."""
+    """A kernel's name without arguments and namespaces; torch's templates keep their functor's name."""
     plain = _SPACES.sub("", name)
     head = re.split(r"[<(]", plain, maxsplit=1)[0].strip() or plain
     inner = next((one for one in _INNER.findall(plain[len(head) :]) if not _ANY.fullmatch(one)), "")
@@ -104,7 +104,7 @@ def breakdown(steps: Callable[[], None], count: int, device: torch.device) -> di
 
 
 def summed(times: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """``stages_ms``, largest first, and ``sums_ms`` of times by kernel name; together the sums are all there is."""
+    """``stages_ms``, largest first, and ``sums_ms``, which add up to the total, from times by kernel name."""
     stages: defaultdict[str, float] = defaultdict(float)
     sums = dict.fromkeys((*SUMS, UNKNOWN), 0.0)
     for name, ms in times.items():

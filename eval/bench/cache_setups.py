@@ -1,4 +1,4 @@
-"""The ways to hold the cache by name: ours, and those of transformers that it is measured against."""
+"""The caches that timings compare, by name: ours and those of transformers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ FLOOR_CONTEXT = 1024  # tokens at which the floor is measured, whatever the cont
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """One way to hold the cache.
+class CacheSetup:
+    """A cache to time.
 
     Attributes:
         name: In tables and plots.
@@ -32,35 +32,37 @@ class Way:
 
 FLOOR, STATIC = "floor", "static"
 AT_FLOOR_CONTEXT = (FLOOR, STATIC)
-WAYS = {
-    FLOOR: Way("static cache, compiled, 1K context", "static", {"compile": True}),
-    STATIC: Way("static cache, captured, 1K context", "static"),
-    "ours": Way("ours, default settings", "ours", by_default=False),
-    "graph": Way("ours, graph", "ours", {"prefetch": "graph"}, needs_gpu=True),
-    "graph-unfused": Way(
+CACHE_SETUPS = {
+    FLOOR: CacheSetup("static cache, compiled, 1K context", "static", {"compile": True}),
+    STATIC: CacheSetup("static cache, captured, 1K context", "static"),
+    "ours": CacheSetup("ours, default settings", "ours", by_default=False),
+    "graph": CacheSetup("ours, graph", "ours", {"prefetch": "graph"}, needs_gpu=True),
+    "graph-unfused": CacheSetup(
         "ours, graph, nothing fused", "ours", {"prefetch": "graph", "unfused": True}, needs_gpu=True, by_default=False
     ),
-    "graph-compiled": Way(
+    "graph-compiled": CacheSetup(
         "ours, graph, compiled layers", "ours", {"prefetch": "graph", "compile": True}, needs_gpu=True
     ),
-    "thread": Way("ours, thread", "ours", {"prefetch": "thread"}),
-    "no-kernels": Way("ours, thread, no kernels", "ours", {"prefetch": "thread", "kernels": "none"}, by_default=False),
-    "device": Way("stock cache on the device", "dynamic"),
-    "offloaded": Way("stock cache, offloaded", "dynamic", {"offloading": True}, needs_gpu=True),
+    "thread": CacheSetup("ours, thread", "ours", {"prefetch": "thread"}),
+    "no-kernels": CacheSetup(
+        "ours, thread, no kernels", "ours", {"prefetch": "thread", "kernels": "none"}, by_default=False
+    ),
+    "device": CacheSetup("stock cache on the device", "dynamic"),
+    "offloaded": CacheSetup("stock cache, offloaded", "dynamic", {"offloading": True}, needs_gpu=True),
 }
 
 # Those that a prefill is timed with.
 STOCK = "device"
-PREFILLS = {
-    "ours": Way("ours", "ours"),
-    "bare": Way("ours, without sketch and history", "ours", {"policy": "streaming"}),
-    STOCK: WAYS[STOCK],
-    "offloaded": WAYS["offloaded"],
+PREFILL_SETUPS = {
+    "ours": CacheSetup("ours", "ours"),
+    "bare": CacheSetup("ours, without sketch and history", "ours", {"policy": "streaming"}),
+    STOCK: CACHE_SETUPS[STOCK],
+    "offloaded": CACHE_SETUPS["offloaded"],
 }
 
 
-def check_ways(names: Sequence[str]) -> None:
-    """``ConfigError`` for a name that is none of ``WAYS``."""
+def check_setups(names: Sequence[str]) -> None:
+    """Raise ``ConfigError`` for a name that is not in ``CACHE_SETUPS``."""
     for name in names:
-        if name not in WAYS:
-            raise ConfigError(f"--ways {name!r} is not known: expected some of {', '.join(WAYS)}")
+        if name not in CACHE_SETUPS:
+            raise ConfigError(f"--ways {name!r} is not known: expected some of {', '.join(CACHE_SETUPS)}")

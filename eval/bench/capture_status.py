@@ -1,4 +1,4 @@
-"""How an engine's steps were taken: captured, or not and why."""
+"""Whether an engine's steps were captured, and if not, why."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from attention_predictor.offload.policies import policy_class
 
 
 def why_not_captured(policy: str, stats: Mapping[str, Any]) -> str | None:
-    """Why some of the steps were not captured, as the engine says; ``None`` where all were.
+    """The engine's reason for steps that were not captured; ``None`` if all were.
 
     Args:
         stats: ``Stats.to_dict()`` of an engine that has taken steps.
@@ -22,7 +22,7 @@ def why_not_captured(policy: str, stats: Mapping[str, Any]) -> str | None:
 
 
 def how_taken(policy: str, stats: Mapping[str, Any]) -> str:
-    """The same in words."""
+    """``captured``, or the reason of ``why_not_captured`` in words."""
     reason = why_not_captured(policy, stats)
     if reason is None:
         return "captured"

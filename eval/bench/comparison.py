@@ -1,4 +1,4 @@
-"""Ways of decoding side by side: ratios to ours and to the floor, and how a row reads."""
+"""Compares timed setups: ratios to ours and to the floor, and the printed lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OURS = ("graph", "ours", "graph-compiled", "graph-unfused", "thread", "no-kernel
 
 
 def compare(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows with ``to_ours``, at the same context, ``to_floor`` and ``to_static``; skipped ones stay as they are."""
+    """Add ``to_ours`` (at the same context), ``to_floor`` and ``to_static`` to rows; skipped rows stay unchanged."""
     floors_ms = {row["way"]: row["median_ms"] for row in rows if row["way"] in AT_FLOOR_CONTEXT and "median_ms" in row}
     compared = []
     for row in rows:
@@ -29,11 +29,11 @@ def compare(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _ours_ms(rows: Sequence[Row], context: int) -> float | None:
     here = {row["way"]: row["median_ms"] for row in rows if row["context"] == context and "median_ms" in row}
-    return next((here[way] for way in OURS if way in here), None)
+    return next((here[setup] for setup in OURS if setup in here), None)
 
 
 def describe(row: Row) -> str:
-    """A timed row: its times, then memory and traffic, then milliseconds by stage."""
+    """The printed lines of a timed row: times, memory and traffic, milliseconds by stage."""
     times = f"{row['median_ms']:9.2f} ms a token, 95%: {row['p95_ms']:9.2f}"
     bases = (("to_ours", "ours"), ("to_floor", "floor"), ("to_static", "static"))
     ratios = [f"{row[key]:7.2f} × {name}" for key, name in bases if key in row]
@@ -47,12 +47,12 @@ def describe(row: Row) -> str:
     if facts:
         lines.append("; ".join(facts))
     if row["breakdown"] is not None:
-        lines += where_time_goes(row["breakdown"])
+        lines += breakdown_lines(row["breakdown"])
     return "\n              ".join(lines)
 
 
-def where_time_goes(found: Row) -> list[str]:
-    """A line of sums; one of stages and kernels, without those that take next to nothing, which are summed up."""
+def breakdown_lines(found: Row) -> list[str]:
+    """One line of sums, one of stages and kernels; those below ``WORTH_SHOWING`` are summed up."""
     nothing = {"nothing": found["idle_ms"]} if "idle_ms" in found else {}
     least_ms = WORTH_SHOWING * sum(found["stages_ms"].values())
     shown = {name: ms for name, ms in found["stages_ms"].items() if ms >= least_ms}

@@ -1,4 +1,4 @@
-"""``attnpred bench decode``: whole steps of a model at some contexts, a way to hold the cache after the other."""
+"""``attnpred bench decode``: times whole decoding steps of a model, by context and cache setup."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from attention_predictor.arguments import whole_numbers
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.bench.cache_sessions import choose
-from attention_predictor.eval.bench.cache_setups import AT_FLOOR_CONTEXT, FLOOR, FLOOR_CONTEXT, STATIC, WAYS
+from attention_predictor.eval.bench.cache_sessions import choose_setups
+from attention_predictor.eval.bench.cache_setups import AT_FLOOR_CONTEXT, CACHE_SETUPS, FLOOR, FLOOR_CONTEXT, STATIC
 from attention_predictor.eval.bench.comparison import compare, describe
-from attention_predictor.eval.bench.decode_timing import Workload, steps_within, try_way
+from attention_predictor.eval.bench.decode_timing import Workload, steps_within, time_setup
 from attention_predictor.eval.bench.random_models import random_or_loaded
 from attention_predictor.eval.bench.synthetic_cache import PAST, Locality
 from attention_predictor.eval.bench.timing_report import machine, report
@@ -34,8 +34,8 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--context {min(contexts)}: expected at least {least}, for {what}")
     device = find_device(args.device)
     limit_bytes = _limit(args.memory_limit, device)
-    ways = choose(args.ways, device)
-    floors = [way for way in ways if way in AT_FLOOR_CONTEXT]
+    setups = choose_setups(args.ways, device)
+    floors = [setup for setup in setups if setup in AT_FLOOR_CONTEXT]
     if floors and least > FLOOR_CONTEXT:
         raise ConfigError(f"--steps {args.steps}: too many for the floor's context of {FLOOR_CONTEXT} tokens")
     settings = {name: getattr(args, name) for name in ("budget", "batch", "steps", "synthetic", "seed", "memory_limit")}
@@ -44,17 +44,17 @@ def main(args: argparse.Namespace) -> int:
         settings["locality"] = asdict(Locality())
     timings = TimingsFile(args.out, settings | {"machine": machine(device)})
 
-    plan = [(FLOOR_CONTEXT, way) for way in floors]
-    plan += [(context, way) for context in contexts for way in ways if way not in floors]
-    todo = [(context, way) for context, way in plan if timings.find(context=context, way=way) is None]
+    plan = [(FLOOR_CONTEXT, setup) for setup in floors]
+    plan += [(context, setup) for context in contexts for setup in setups if setup not in floors]
+    todo = [(context, setup) for context, setup in plan if timings.find(context=context, way=setup) is None]
     if todo:
         _sweep(random_or_loaded(args, device, max(contexts)), todo, args, limit_bytes, timings)
-    rows = compare([row for context, way in plan if (row := timings.find(context=context, way=way)) is not None])
+    rows = compare([row for context, setup in plan if (row := timings.find(context=context, way=setup)) is not None])
     report("decode", device, settings, rows, line=describe, as_json=args.json)
     if args.plot is not None:
         title = f"Decoding, {settings['model']}, budget {args.budget}, batch {args.batch}\n{machine(device)}"
         drawn = [row for row in rows if row["way"] != STATIC or FLOOR not in floors]  # one level
-        plot_timings(drawn, args.plot, title, floor=WAYS[FLOOR if FLOOR in floors else STATIC].name)
+        plot_timings(drawn, args.plot, title, floor=CACHE_SETUPS[FLOOR if FLOOR in floors else STATIC].name)
     return 0
 
 
@@ -77,12 +77,12 @@ def _sweep(
     limit_bytes: int | None,
     timings: TimingsFile,
 ) -> None:
-    """Try ways at contexts; what is made up for a context serves all of its ways."""
+    """Time setups at contexts; all setups of a context share its synthetic cache."""
     with Progress("decoding", len(todo), "measurements") as progress:
         for context, group in groupby(todo, key=itemgetter(0)):
             work = Workload.of(model, context, args, limit_bytes)
             similarity = {} if work.synthetic is None else {"query_similarity": work.synthetic.query_similarity()}
-            for _, way in group:
-                progress.describe(f"{WAYS[way].name}, {context} tokens")
-                timings.add({"way": way} | try_way(model, WAYS[way], work) | similarity)
+            for _, setup in group:
+                progress.describe(f"{CACHE_SETUPS[setup].name}, {context} tokens")
+                timings.add({"way": setup} | time_setup(model, CACHE_SETUPS[setup], work) | similarity)
                 progress.update()

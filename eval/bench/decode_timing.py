@@ -1,4 +1,4 @@
-"""One way to hold the cache, tried: filled, warmed up, timed step by step, looked into."""
+"""Times decoding with one cache setup: fill, warm up, time each step, profile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from attention_predictor.errors import HostMemoryError, one_line
 from attention_predictor.eval.bench.breakdown import breakdown
-from attention_predictor.eval.bench.cache_sessions import Session, Way, does_not_fit, opened
+from attention_predictor.eval.bench.cache_sessions import CacheSession, CacheSetup, open_cache, why_too_large
 from attention_predictor.eval.bench.device import release, wait
 from attention_predictor.eval.bench.static_step import StockModelError
 from attention_predictor.eval.bench.synthetic_cache import PAST, SyntheticCache
@@ -29,7 +29,7 @@ LEAST = 5  # timed steps, however long they take
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is decoded, the same for all ways.
+    """What is decoded, the same for all setups.
 
     Attributes:
         ids_1T: The prompt, then the tokens of the steps; sequences of a batch are all the same.
@@ -51,7 +51,7 @@ class Workload:
     def of(
         cls, model: PreTrainedModel, context: int, args: argparse.Namespace, limit_bytes: int | None = None
     ) -> Workload:
-        """As ``--steps --batch --budget --seconds --seed`` say, and ``--synthetic``; ids that suit ``--shape``."""
+        """From ``--steps --batch --budget --seconds --seed --synthetic``; consecutive ids for ``--shape``."""
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         if args.shape is None:
             ids_T = torch.randint(vocabulary, (context,), generator=torch.Generator().manual_seed(args.seed))
@@ -78,7 +78,7 @@ class Workload:
 
     @property
     def prompt(self) -> int:
-        """Tokens that are in the cache before the first step."""
+        """Tokens in the cache before the first step."""
         return self.context - steps_within(self.steps)
 
 
@@ -87,27 +87,27 @@ def steps_within(timed: int) -> int:
     return WARM_UP + timed + PROFILED
 
 
-def try_way(model: PreTrainedModel, way: Way, work: Workload) -> dict[str, Any]:
-    """What came of it, or why it was ``skipped``: for lack of memory, or as the stock model can't be run so."""
-    row: dict[str, Any] = {"name": way.name, "context": work.context, "batch": work.batch}
-    if reason := does_not_fit(model, way, context=work.context, batch=work.batch, limit_bytes=work.limit_bytes):
+def time_setup(model: PreTrainedModel, setup: CacheSetup, work: Workload) -> dict[str, Any]:
+    """A row of timings, or the reason it was ``skipped``: out of memory, or the stock model can't run this way."""
+    row: dict[str, Any] = {"name": setup.name, "context": work.context, "batch": work.batch}
+    if reason := why_too_large(model, setup, context=work.context, batch=work.batch, limit_bytes=work.limit_bytes):
         return row | {"skipped": reason}
     try:
-        return row | _tried(model, way, work)
+        return row | _time_setup(model, setup, work)
     except (torch.OutOfMemoryError, HostMemoryError, StockModelError) as error:
         return row | {"skipped": one_line(error, 200)}
     finally:
         release(model.device)
 
 
-def _tried(model: PreTrainedModel, way: Way, work: Workload) -> dict[str, Any]:
-    """Apart, so that the cache is gone when it returns, and its memory can be released."""
-    with opened(model, way, context=work.context, batch=work.batch, budget=work.budget) as session:
+def _time_setup(model: PreTrainedModel, setup: CacheSetup, work: Workload) -> dict[str, Any]:
+    """A function of its own: the cache is freed when it returns, so its memory can be released."""
+    with open_cache(model, setup, context=work.context, batch=work.batch, budget=work.budget) as session:
         return _figures(model, session, work)
 
 
 @torch.no_grad()
-def _figures(model: PreTrainedModel, session: Session, work: Workload) -> dict[str, Any]:
+def _figures(model: PreTrainedModel, session: CacheSession, work: Workload) -> dict[str, Any]:
     device, engine = model.device, session.engine
     filled_s = -time.perf_counter()
     if work.synthetic is not None:
@@ -150,8 +150,8 @@ def _figures(model: PreTrainedModel, session: Session, work: Workload) -> dict[s
     return found
 
 
-def _timed(session: Session, tokens: Iterator[Tensor], work: Workload, device: torch.device) -> list[float]:
-    """Milliseconds of each step; the host waits for each, as a loop does that looks at every token."""
+def _timed(session: CacheSession, tokens: Iterator[Tensor], work: Workload, device: torch.device) -> list[float]:
+    """Milliseconds of each step; the host waits for each, like a loop that reads every token."""
     times: list[float] = []
     while len(times) < work.steps and (len(times) < LEAST or sum(times) < 1000 * work.seconds):
         token_B1 = next(tokens)

@@ -1,4 +1,4 @@
-"""A device between timings: done with its work, and free of what the last way held."""
+"""Waits for a device, and frees its memory between timings."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 
 def wait(device: torch.device) -> None:
-    """Until a GPU has done all that it was given."""
+    """Wait until a GPU has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def release(device: torch.device) -> None:
-    """Give back what the last way held, pinned memory included: the next one needs it."""
+    """Free cached device memory and pinned memory for the next timing."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

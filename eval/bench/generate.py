@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attention_predictor.commands.bench.generate import SKIPPED
 from attention_predictor.eval.bench.capture_status import how_taken, why_not_captured
-from attention_predictor.eval.bench.random_models import random_or_loaded
+from attention_predictor.eval.bench.random_models import random_ids, random_or_loaded
 from attention_predictor.eval.bench.timing_report import Row, report, with_ratios
 from attention_predictor.eval.bench.token_clock import TokenClock
 from attention_predictor.loading import find_device
@@ -47,9 +47,7 @@ LOOPS: dict[str, Loop] = {"engine.generate": by_engine, "model.generate": by_mod
 def main(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     model = random_or_loaded(args, device, args.context + args.new_tokens)
-    generator = torch.Generator().manual_seed(args.seed)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ids_BT = torch.randint(3, vocabulary, (1, args.context), generator=generator).expand(args.batch, -1).to(device)
+    ids_BT = random_ids(model, args.context, args.seed, batch=args.batch, first=3)
     with attach(model, OffloadConfig(budget=args.budget)) as engine:
         rows, chosen = timed_loops(engine, ids_BT, args.new_tokens, args.repeats)
     same = torch.equal(*chosen)
@@ -62,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
 def timed_loops(
     engine: Engine, ids_BT: Tensor, new_tokens: int, repeats: int
 ) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """A row of each loop, and the tokens that it chose in the end, ``[B, T + new]``."""
+    """A row for each loop, and the tokens each generated, ``[B, T + new]``."""
     times: dict[str, list[float]] = {name: [] for name in LOOPS}
     chosen, rows = {}, []
     with Progress("loops", (1 + repeats) * len(LOOPS), "answers") as progress:

@@ -1,4 +1,4 @@
-"""``attnpred bench perplexity``: what a token of ``eval perplexity`` takes under every policy."""
+"""``attnpred bench perplexity``: times a token of ``eval perplexity`` under every policy."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import statistics
 import time
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from attention_predictor.commands.bench.perplexity import SKIPPED
 from attention_predictor.commands.bench.policy_options import policies_of
 from attention_predictor.eval.bench.capture_status import how_taken, why_not_captured
 from attention_predictor.eval.bench.device import wait
+from attention_predictor.eval.bench.random_models import random_ids
 from attention_predictor.eval.bench.timing_report import Row, report, with_ratios
 from attention_predictor.eval.bench.token_clock import TokenClock
-from attention_predictor.eval.harness.attached_model import Attached
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.attached_model import AttachedModel
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.rules import Rule
-from attention_predictor.eval.harness.step_series import watched_steps
+from attention_predictor.eval.harness.step_series import record_steps
 from attention_predictor.eval.harness.variants import Variant
 from attention_predictor.loading import find_device, load_model
 from attention_predictor.offload.hf.forwards import check_positions
@@ -46,9 +46,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def timed(model: PreTrainedModel, variant: Variant, context: int, tail: int, repeats: int, seed: int) -> dict[str, Any]:
-    """A policy's row: medians over samples, after one for which it is attached and which warms up."""
+    """A policy's row: medians over samples, after a first one that attaches and warms up."""
     samples, stats = [], None
-    with Attached(model, variant) as attached:
+    with AttachedModel(model, variant) as attached:
         for number in range(1 + repeats):
             sample, stats = _sample(attached, context, tail, seed + number)
             samples.append(sample)
@@ -60,18 +60,19 @@ def timed(model: PreTrainedModel, variant: Variant, context: int, tail: int, rep
     return row
 
 
-def _sample(attached: Attached, context: int, tail: int, seed: int) -> tuple[dict[str, float], dict[str, Any] | None]:
-    """Times of one sample, attached and watched as the runner does, and what its engine counted."""
+def _sample(
+    attached: AttachedModel, context: int, tail: int, seed: int
+) -> tuple[dict[str, float], dict[str, Any] | None]:
+    """Times of one sample, run as the runner runs it, and the engine's stats."""
     model = attached.model
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.randint(vocabulary, (context,), generator=torch.Generator().manual_seed(seed)).tolist()
+    ids = random_ids(model, context, seed)[0].tolist()
     stats = None
     wait(model.device)
     begun = time.perf_counter()
-    with attached.sample() as engine, watched_steps(model, engine):
+    with attached.sample() as engine, record_steps(model, engine):
         attach_ms = 1000 * (time.perf_counter() - begun)
         with TokenClock(model, [0, SKIPPED]) as clock:
-            Subject(model, engine).log_likelihoods(ids[: context - tail], ids[context - tail :])
+            EvaluatedModel(model, engine).log_likelihoods(ids[: context - tail], ids[context - tail :])
         if engine is not None:
             stats = engine.stats.to_dict()
     return {

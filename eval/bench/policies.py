@@ -1,4 +1,4 @@
-"""``attnpred bench policies``: a decoding step under every policy, against the first one's."""
+"""``attnpred bench policies``: times a decoding step under every policy, with ratios to the first."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 from attention_predictor.commands.bench.policy_options import policies_of
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.bench.cache_setups import Way
+from attention_predictor.eval.bench.cache_setups import CacheSetup
 from attention_predictor.eval.bench.capture_status import how_taken, why_not_captured
-from attention_predictor.eval.bench.comparison import where_time_goes
-from attention_predictor.eval.bench.decode_timing import Workload, steps_within, try_way
+from attention_predictor.eval.bench.comparison import breakdown_lines
+from attention_predictor.eval.bench.decode_timing import Workload, steps_within, time_setup
 from attention_predictor.eval.bench.random_models import random_or_loaded
 from attention_predictor.eval.bench.synthetic_cache import PAST, Locality
 from attention_predictor.eval.bench.timing_report import Row, machine, report, with_ratios
@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
         with Progress("policies", len(left), "policies") as progress:
             for name in left:
                 progress.describe(name)
-                row = {"policy": name} | try_way(model, Way(name, "ours", {"policy": name}), work)
+                row = {"policy": name} | time_setup(model, CacheSetup(name, "ours", {"policy": name}), work)
                 if "engine" in row:
                     row["not_captured"] = why_not_captured(name, row["engine"])
                 timings.add(row)
@@ -48,5 +48,5 @@ def _describe(row: Row) -> str:
     times = f"{row['median_ms']:9.2f} ms a token, 95%: {row['p95_ms']:9.2f}, {row['ratio']:7.2f} × the first"
     lines = [f"{row['name']:<16}{times}, {how_taken(row['policy'], row['engine'])}"]
     if row["breakdown"] is not None:
-        lines += where_time_goes(row["breakdown"])
+        lines += breakdown_lines(row["breakdown"])
     return "\n              ".join(lines)

@@ -1,4 +1,4 @@
-"""``attnpred bench prefill``: a long prompt in chunks, a way to hold the cache after the other."""
+"""``attnpred bench prefill``: times the prefill of a long prompt in chunks, by cache setup."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import HostMemoryError, one_line
-from attention_predictor.eval.bench.cache_sessions import does_not_fit, opened
-from attention_predictor.eval.bench.cache_setups import PREFILLS, STOCK, Way
+from attention_predictor.eval.bench.cache_sessions import open_cache, why_too_large
+from attention_predictor.eval.bench.cache_setups import PREFILL_SETUPS, STOCK, CacheSetup
 from attention_predictor.eval.bench.device import release, wait
-from attention_predictor.eval.bench.random_models import random_or_loaded
+from attention_predictor.eval.bench.random_models import random_ids, random_or_loaded
 from attention_predictor.eval.bench.timing_report import Row, report
 from attention_predictor.loading import find_device
 from attention_predictor.offload.hf.versions import with_cache
@@ -29,19 +29,19 @@ def main(args: argparse.Namespace) -> int:
     chunk = args.context if args.chunk is None else args.chunk
     names = [name.strip() for name in args.ways.split(",")]
     device = find_device(args.device)
-    ways = [PREFILLS[name] for name in names if device.type == "cuda" or not PREFILLS[name].needs_gpu]
+    setups = [PREFILL_SETUPS[name] for name in names if device.type == "cuda" or not PREFILL_SETUPS[name].needs_gpu]
     model = random_or_loaded(args, device, args.context)
-    ids_BT = _prompt(model, args)
+    ids_BT = random_ids(model, args.context, args.seed, batch=args.batch)
 
     rows = []
-    with Progress("prefill", len(ways), "ways") as progress:
-        for way in ways:
-            progress.describe(f"prefill, {way.name}")
-            rows.append({"name": way.name} | _tried(model, way, ids_BT, chunk, args))
+    with Progress("prefill", len(setups), "ways") as progress:
+        for setup in setups:
+            progress.describe(f"prefill, {setup.name}")
+            rows.append({"name": setup.name} | _time_setup(model, setup, ids_BT, chunk, args))
             if "seconds" in rows[-1]:
                 progress.write(_describe(rows[-1]))
             progress.update()
-    stock_s = next((row.get("seconds") for row in rows if row["name"] == PREFILLS[STOCK].name), None)
+    stock_s = next((row.get("seconds") for row in rows if row["name"] == PREFILL_SETUPS[STOCK].name), None)
     for row in rows:
         if stock_s is not None and "seconds" in row:
             row["to_stock"] = row["seconds"] / stock_s
@@ -51,28 +51,32 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tried(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Its timings, or why it was ``skipped``: for lack of memory, and for no other reason."""
-    if reason := does_not_fit(model, way, context=args.context, batch=args.batch, limit_bytes=None):
+def _time_setup(
+    model: PreTrainedModel, setup: CacheSetup, ids_BT: Tensor, chunk: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Timings of one setup, or the reason it was ``skipped``: out of memory."""
+    if reason := why_too_large(model, setup, context=args.context, batch=args.batch, limit_bytes=None):
         return {"skipped": reason}
     try:
-        return timed(model, way, ids_BT, chunk, args.budget, args.repeats)
+        return timed(model, setup, ids_BT, chunk, args.budget, args.repeats)
     except (torch.OutOfMemoryError, HostMemoryError) as error:
         return {"skipped": one_line(error, 200)}
     finally:
         release(model.device)
 
 
-def timed(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, budget: int, repeats: int) -> dict[str, Any]:
-    """Prefills of the same prompt, each into a new cache, behind a short one that warms up."""
+def timed(
+    model: PreTrainedModel, setup: CacheSetup, ids_BT: Tensor, chunk: int, budget: int, repeats: int
+) -> dict[str, Any]:
+    """Prefill the same prompt into a new cache each time, after a short prefill that warms up."""
     cuda = model.device.type == "cuda"
     weights = sum(weight.nbytes for weight in model.parameters())
-    _prefill(model, way, ids_BT[:, : min(2 * chunk, ceil_div(ids_BT.shape[1], 2))], chunk, budget)
+    _prefill(model, setup, ids_BT[:, : min(2 * chunk, ceil_div(ids_BT.shape[1], 2))], chunk, budget)
     if cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
     times, moved = [], 0
     for _ in range(1 + repeats):
-        seconds, moved = _prefill(model, way, ids_BT, chunk, budget)
+        seconds, moved = _prefill(model, setup, ids_BT, chunk, budget)
         times.append(seconds)
     return {
         "seconds": statistics.median(times[1:]),
@@ -83,10 +87,10 @@ def timed(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, budget: 
 
 
 @torch.no_grad()
-def _prefill(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, budget: int) -> tuple[float, int]:
-    """Seconds until everything is where it belongs, and bytes that passed between host and device."""
+def _prefill(model: PreTrainedModel, setup: CacheSetup, ids_BT: Tensor, chunk: int, budget: int) -> tuple[float, int]:
+    """Seconds until all copies are done, and bytes copied between host and device."""
     B, T = ids_BT.shape
-    with opened(model, way, context=T, batch=B, budget=budget) as session:
+    with open_cache(model, setup, context=T, batch=B, budget=budget) as session:
         wait(model.device)
         begun = time.perf_counter()
         for part_BT in ids_BT.split(chunk, dim=1):
@@ -96,7 +100,7 @@ def _prefill(model: PreTrainedModel, way: Way, ids_BT: Tensor, chunk: int, budge
         if session.engine is not None:
             stats = session.engine.stats
             return seconds, stats.full_kv_bytes + stats.streamed_bytes + stats.fetched_bytes
-        return seconds, _moved_by_offloading(session.cache, T, chunk) if way.options.get("offloading") else 0
+        return seconds, _moved_by_offloading(session.cache, T, chunk) if setup.options.get("offloading") else 0
 
 
 def _moved_by_offloading(cache: Cache, length: int, chunk: int) -> int:
@@ -105,12 +109,6 @@ def _moved_by_offloading(cache: Cache, length: int, chunk: int) -> int:
     token_bytes = sum(kv.nbytes for layer in moved for kv in (layer.keys, layer.values) if kv is not None) // length
     lengths = [min(start + chunk, length) for start in range(0, length, chunk)]
     return token_bytes * (sum(lengths) + sum(lengths[:-1]))
-
-
-def _prompt(model: PreTrainedModel, args: argparse.Namespace) -> Tensor:
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    generator = torch.Generator().manual_seed(args.seed)
-    return torch.randint(vocabulary, (1, args.context), generator=generator).expand(args.batch, -1).to(model.device)
 
 
 def _describe(row: Row) -> str:

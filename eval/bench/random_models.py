@@ -1,10 +1,10 @@
-"""Models of a named shape with random weights, made on the device: timings ask for the shape alone.
+"""Models of a named shape with random weights, created on the device.
 
-What random weights would get wrong is how much a token's queries resemble the last one's, and with it which blocks a
-step wants again. In trained models they resemble each other closely (TAPPA, ICLR 2026, arXiv 2601.21709: q-similarity).
-So here consecutive token ids have similar embeddings: each is the sum of a part that all share, one that drifts slowly
-from id to id, and one of its own; and what layers add to the residual stream is kept small beside it. Decode ids in
-their order and queries resemble each other as in trained models; ``synthetic_cache`` reports by how much.
+Random weights alone would give consecutive queries that are not similar, and thus an unrealistic reuse of blocks. In
+trained models they are very similar (q-similarity: TAPPA, ICLR 2026, arXiv 2601.21709). So consecutive token ids get
+similar embeddings here: the sum of a part common to all, a part that drifts slowly with the id, and a part of its own;
+and the layers' contributions to the residual stream are kept small. Decode ids in order to get similar queries;
+``synthetic_cache`` reports their similarity.
 
 Suffixes: V ids, E hidden size.
 """
@@ -32,7 +32,7 @@ ROWS = 8192  # embeddings made at once
 
 
 def shape_config(name: str, positions: int) -> PreTrainedConfig:
-    """The config of a named shape, with room for so many positions."""
+    """The config of a named shape with at least ``positions`` positions."""
     kind, fields = SHAPES[name]
     config_class = getattr(transformers, kind)
     more = {"max_position_embeddings": max(positions, fields["max_position_embeddings"])}
@@ -40,7 +40,7 @@ def shape_config(name: str, positions: int) -> PreTrainedConfig:
 
 
 def random_or_loaded(args: argparse.Namespace, device: torch.device, tokens: int) -> PreTrainedModel:
-    """A random model of ``--shape``, or ``--model``, with positions for so many tokens."""
+    """A random model of ``--shape``, or ``--model``, with positions for ``tokens`` tokens."""
     if args.shape is None:
         model = load_model(args.model, args.device, args.dtype)
         check_positions(model.config.get_text_config(decoder=True), tokens)
@@ -49,6 +49,13 @@ def random_or_loaded(args: argparse.Namespace, device: torch.device, tokens: int
     if not isinstance(dtype, torch.dtype):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return random_model(shape_config(args.shape, tokens), device, dtype, args.seed)
+
+
+def random_ids(model: PreTrainedModel, context: int, seed: int, *, batch: int = 1, first: int = 0) -> Tensor:
+    """Random token ids ``[batch, context]`` from ``first`` on, the same in every sequence, on the model's device."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(first, vocabulary, (1, context), generator=generator).expand(batch, -1).to(model.device)
 
 
 @torch.no_grad()

@@ -31,14 +31,14 @@ from attention_predictor.sizes import size_text
 
 
 def main(args: argparse.Namespace) -> int:
-    ways = args.ways.split(",")
+    setups = args.ways.split(",")
     device = find_device(args.device)
     model = random_or_loaded(args, device, args.context + args.new_tokens)
     rows: list[dict[str, Any]] = []
-    for way in ways:
-        row: dict[str, Any] = {"way": way, "name": NAMES[way]}
+    for setup in setups:
+        row: dict[str, Any] = {"way": setup, "name": NAMES[setup]}
         try:
-            row |= served(model, args, way)
+            row |= served(model, args, setup)
         except (torch.OutOfMemoryError, HostMemoryError) as error:
             row["skipped"] = one_line(error, 200)
         rows.append(row)
@@ -55,11 +55,11 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def served(model: PreTrainedModel, args: argparse.Namespace, way: str) -> dict[str, Any]:
-    """Requests of one way, one after another."""
+def served(model: PreTrainedModel, args: argparse.Namespace, setup: str) -> dict[str, Any]:
+    """Run requests one after another under one setup."""
     found: dict[str, list[Any]] = {"first_s": [], "token_ms": [], "held_bytes": [], "process_bytes": []}
-    attached: Any = attach(model, OffloadConfig(budget=args.budget)) if way == "ours" else nullcontext()
-    with attached as engine, Progress(NAMES[way], args.requests, "requests") as progress:
+    attached: Any = attach(model, OffloadConfig(budget=args.budget)) if setup == "ours" else nullcontext()
+    with attached as engine, Progress(NAMES[setup], args.requests, "requests") as progress:
         for number in range(args.requests):
             ids_BT = _prompt(model, args, number)
             first_s, token_ms = _request(model, ids_BT, args.new_tokens)
@@ -68,7 +68,7 @@ def served(model: PreTrainedModel, args: argparse.Namespace, way: str) -> dict[s
             found["held_bytes"].append(_held(engine))
             found["process_bytes"].append(psutil.Process().memory_info().rss)
             tokens = "" if token_ms is None else f", then {token_ms:.1f} ms a token"
-            progress.write(f"{NAMES[way]}: request {number + 1}: first token {first_s:.3f} s{tokens}")
+            progress.write(f"{NAMES[setup]}: request {number + 1}: first token {first_s:.3f} s{tokens}")
             progress.update()
         if engine is not None:
             found |= {"engine": engine.stats.to_dict()}
@@ -76,7 +76,7 @@ def served(model: PreTrainedModel, args: argparse.Namespace, way: str) -> dict[s
 
 
 class _Clock(BaseStreamer):
-    """Notes when tokens come; to show one the host has waited for it."""
+    """Records when each token reaches the host."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -118,10 +118,10 @@ def _held(engine: Engine | None) -> int:
     return 0 if engine is None else engine.runtime.memory.held_bytes
 
 
-def _fresh(way: str) -> float | None:
+def _fresh(setup: str) -> float | None:
     """Seconds to the first token of a process: this command again, with one request."""
     given = [argument for argument in sys.argv[1:] if argument not in ("--fresh", "--json")]
-    command = [sys.executable, "-m", "attention_predictor.cli", *given, "--ways", way, "--requests", "1", "--json"]
+    command = [sys.executable, "-m", "attention_predictor.cli", *given, "--ways", setup, "--requests", "1", "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         return None
@@ -129,7 +129,7 @@ def _fresh(way: str) -> float | None:
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """What each way takes against the stock model, warm and in a fresh process."""
+    """Add each setup's ratios to the stock model, warm and in a fresh process."""
     stock = next((row for row in rows if row["way"] == "device" and "first_s" in row), None)
     if stock is None:
         return

@@ -1,4 +1,4 @@
-"""The floor that captured steps are measured by: the stock model over a static cache, captured in the same way.
+"""The floor for captured steps: the stock model over a static cache, captured as a CUDA graph.
 
 Suffixes: B sequences, C tokens that the cache has room for.
 """
@@ -17,7 +17,7 @@ EAGER_STEPS = 2  # taken before one is captured, as of ours: libraries set thems
 
 
 class StockModelError(AttentionPredictorError):
-    """The stock model can't be compiled or captured: its row says why, and has no figures."""
+    """The stock model can't be compiled or captured; its row gives the reason."""
 
 
 def plain_static_cache(model: PreTrainedModel, context: int) -> StaticCache:

@@ -1,16 +1,15 @@
-"""Fills caches without a prefill: made-up keys and values that a model's own queries look at as they do at real ones.
+"""Fills caches without a prefill, with synthetic keys that a model's queries attend to as they attend to real ones.
 
-The queries are the model's: those of the tokens about to be decoded, at their positions, and of the 64 tokens before
-them, taken from a run over these tokens alone. Keys are noise, but for *spans*, a few hundred for each KV head: runs of
-tokens whose keys lie along the query of one of these steps, of one query head. So each span has its time, comes up and
-goes by as fast as the model's queries change, and how much it is liked falls off as a power of its rank. Trained models
-look like this: a few places hold most of a head's attention and stay liked for a while (re-access: TAPPA, ICLR 2026,
-arXiv 2601.21709). What comes of it is measured and reported, not assumed: similarity of the queries, hit rate, reuse,
-bytes fetched.
+The queries are the model's own: those of the tokens to be decoded, at their positions, and of the 64 tokens before
+them, from a run over these tokens only. Keys are noise, except for *spans*, a few hundred for each KV head. A span is a
+run of tokens whose keys point along the query of one of these steps and one query head, so that its attention rises and
+falls as fast as the model's queries change. Attention on spans falls off as a power of their rank. Trained models look
+like this: a few places hold most of a head's attention and keep it for a while (re-access: TAPPA, ICLR 2026,
+arXiv 2601.21709). The timings report the resulting query similarity, hit rate, reuse and fetched bytes.
 
-A layer that looks back a window of tokens alone gets noise, as much of it as its own cache keeps.
+A sliding-window layer gets noise, as many tokens as its cache keeps.
 
-The same seed gives the same keys and values for every kind of cache, chunk by chunk: a long context never stands on the
+The same seed gives the same keys and values for every kind of cache, chunk by chunk; a long context is never on the
 device as a whole unless the cache puts it there.
 
 Suffixes: B sequences, G KV heads, H query heads, h query heads of one KV head, Q queries, X = h × Q, S spans, T tokens,
@@ -44,7 +43,7 @@ PAST = 64  # queries before the first decoded one: those that start a history
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """What attention over the made-up keys is like.
+    """Shape of the attention over the synthetic keys.
 
     With the defaults and a model of ``shapes``, hit rate, reuse and the share of the budget that a step fetches are
     about those of the pocket model on books and documentation at budgets of 512 and 1,024 (docs/LOG.md).
@@ -65,7 +64,7 @@ class Locality:
 
 
 class QueryTap(TieredLayer):
-    """A tiered layer that keeps what it was last asked with."""
+    """A tiered layer that stores its last query."""
 
     query_BHQD: Tensor
     terms: Terms
@@ -205,7 +204,7 @@ class SyntheticCache:
                 self._fill_window(layer, number)
 
     def _fill_window(self, layer: Any, number: int) -> None:
-        """Leave a layer with a window as a prefill does: full of the last tokens, and having counted all of them.
+        """Set a sliding-window layer as a prefill leaves it: filled with the last tokens, all tokens counted.
 
         Args:
             layer: One of transformers', with a window, or static and with room for the whole context.
@@ -223,7 +222,7 @@ class SyntheticCache:
             setattr(layer, count, self.length)
 
     def _fill_tiered(self, layer: TieredLayer, number: int) -> None:
-        """Leave the layer as a prefill does: stored, its policy told, the first fetch under way.
+        """Set the layer as a prefill leaves it: keys stored, policy updated, first fetch started.
 
         A policy that wants to see more than ``PAST`` rows of the prompt (``prompt_rows``) sees so many: what it
         remembers is as large, and steps take as long.

@@ -1,4 +1,4 @@
-"""How timings are reported: on which machine, with which settings, a row each."""
+"""Prints timings as text or JSON, with machine and settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 
 
 def machine(device: torch.device) -> str:
-    """What the timings were taken on."""
+    """Name of the machine and torch version."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -33,7 +33,7 @@ def report(
     line: str | Callable[[Row], str],
     as_json: bool,
 ) -> None:
-    """Print rows: each by ``line``, a format or a function; one that was ``skipped`` by name and reason."""
+    """Print rows, each by ``line`` (a format or a function), skipped ones by name and reason."""
     if as_json:
         found = {"part": part, "machine": machine(device), "settings": dict(settings), "timings": [*map(dict, rows)]}
         print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""TimingsFile: rows of a sweep, appended as they come, so that an interrupted one goes on where it was."""
+"""TimingsFile: rows of a sweep, appended one by one, so that an interrupted sweep resumes."""
 
 from __future__ import annotations
 

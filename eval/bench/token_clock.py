@@ -1,4 +1,4 @@
-"""TokenClock: what a token takes in a loop that calls a model, whoever wrote the loop."""
+"""TokenClock: times the tokens of any loop that calls a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attention_predictor.eval.bench.device import wait
 
 
 class TokenClock:
-    """Within ``with``, looks on as the model is called with one token a sequence, and counts.
+    """Times the model's one-token forwards within the ``with`` block.
 
     Before the steps numbered in ``marks`` (the first is 0) it waits for the device and takes the time; between them the
     host may run ahead as far as the loop lets it. Leaving it waits once more.

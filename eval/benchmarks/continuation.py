@@ -14,25 +14,26 @@ import argparse
 import hashlib
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attention_predictor.errors import AttentionPredictorError, DataError, one_line
-from attention_predictor.eval.display.text_table import plain_table
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.display.text_table import text_table
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
+from attention_predictor.eval.harness.measure import Measure
 from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.processes import Processes
 from attention_predictor.eval.harness.prompts import check_context
 from attention_predictor.eval.harness.run_folder import RunFolder
-from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, run
-from attention_predictor.eval.harness.scores import conclude, mean_scores, notes
-from attention_predictor.eval.harness.windows import Windows, windows_of
+from attention_predictor.eval.harness.runner import Plan, Sample, run
+from attention_predictor.eval.harness.scores import mean_scores, notes, show_results
+from attention_predictor.eval.harness.windows import WindowBenchmark, Windows, windows_of
 from attention_predictor.progress import Progress
 from attention_predictor.writing import write_atomically, writing
 
@@ -71,7 +72,7 @@ class Reference(NamedTuple):
 
 
 @torch.no_grad()
-def write_reference(subject: Subject, prompt: Sequence[int], tokens: int) -> Reference:
+def write_reference(subject: EvaluatedModel, prompt: Sequence[int], tokens: int) -> Reference:
     """The model's greedy continuation of so many tokens; it goes on where the model would end."""
     path: list[Tensor] = []
     best: list[Tensor] = []
@@ -91,7 +92,7 @@ def write_reference(subject: Subject, prompt: Sequence[int], tokens: int) -> Ref
 
 
 @torch.no_grad()
-def compare(subject: Subject, prompt: Sequence[int], reference: Reference) -> dict[str, Any]:
+def compare(subject: EvaluatedModel, prompt: Sequence[int], reference: Reference) -> dict[str, Any]:
     """What a record holds: ``FIGURES``, and by part of the continuation.
 
     - kl: nats a token, mean of KL(stock ‖ subject) over positions. Tokens outside of ``top_LK`` count as one, so that
@@ -125,7 +126,7 @@ def _divergence(log_p_K: Tensor, log_q_K: Tensor) -> Tensor:
     return (log_p_K.exp() * (log_p_K - log_q_K)).sum() + rest_p * (rest_p / rest_q).log()
 
 
-class Continuation(Benchmark):
+class Continuation(WindowBenchmark):
     """Beginnings of documents, each a sample: how far what follows departs from the stock model's continuation.
 
     Args:
@@ -135,19 +136,15 @@ class Continuation(Benchmark):
     """
 
     name = "continuation"
-    missing: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, windows: Windows, tokens: int, out: Path) -> None:
-        self.windows, self.tokens, self.out, self.tasks = windows, tokens, out, windows.names
+        super().__init__(windows)
+        self.tokens, self.out = tokens, out
 
     def settings(self) -> dict[str, Any]:
         return {"context": self.windows.context - 1, "new_tokens": self.tokens, "per_file": self.windows.per_file}
 
-    def samples(self, task: str) -> Iterator[Sample]:
-        for name, part in self.windows.of(task):
-            yield Sample(name, "", {}, {"prompt": part.prompt})
-
-    def prepare(self, stock: Subject, samples: Iterable[tuple[str, Sample]], processes: Processes) -> None:
+    def prepare(self, stock: EvaluatedModel, samples: Iterable[tuple[str, Sample]], processes: Processes) -> None:
         """Write the continuations that are missing. Where one fails, the sample fails under every policy."""
         every = list(samples)
         paths = [self._reference(task, sample) for task, sample in every]
@@ -168,7 +165,7 @@ class Continuation(Benchmark):
                         write_atomically(path, found.to_bytes())
                 progress.reach(number + 1)
 
-    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+    def predict(self, subject: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         prompt = sample.hidden["prompt"]
         reference = Reference.read(self._reference(task, sample))
         return compare(subject, prompt, reference) | {"prompt_tokens": len(prompt)}
@@ -183,15 +180,24 @@ def sample_scores(task: str, records: Sequence[Record]) -> list[float]:
     return [one["kl"] if "error" not in one else math.nan for one in records]
 
 
+MEASURE = Measure(
+    *("Long generation", "KL, millinats a token, less is better", sample_scores),
+    scale=1000.0,
+    higher=False,
+    bounds=(0.0, math.inf),
+    failed="left out of the figures",
+)
+
+
 def main(args: argparse.Namespace) -> int:
     plan = Plan.of(args)
     check_context(args.model, args.context + args.new_tokens)
     # A document needs one token more than its prompt to be one that goes on.
     args.context, args.tail = args.context + 1, 1
-    return conclude(run(Continuation(windows_of(args), args.new_tokens, plan.out), plan), sample_scores, folder_table)
+    return show_results(run(Continuation(windows_of(args), args.new_tokens, plan.out), plan), MEASURE, folder_table)
 
 
-def folder_table(folder: RunFolder) -> str:
+def folder_table(folder: RunFolder, measure: Measure) -> str:
     """Variants down; divergence over all samples, by quarter of the continuation, agreement, first difference."""
     rows: list[tuple[object, ...]] = []
     for task in folder.tasks:
@@ -202,8 +208,7 @@ def folder_table(folder: RunFolder) -> str:
             shown = (None if x is None else f"{x:.4f}" for x in (kl, *quarters))
             rows.append((f"{task}: {variant}", *shown, None if agreement is None else 100 * agreement, first))
     titles = ("KL, nats a token", "all", *(f"quarter {i}" for i in range(1, 5)), "same token, %", "first other")
-    means = mean_scores(folder, sample_scores)
-    return plain_table(titles, rows, notes(folder, means, "left out of the figures"))
+    return text_table(titles, rows, notes(mean_scores(folder, measure), measure.failed))
 
 
 def _quarters(records: Sequence[Record]) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""Benchmarks whose prompts are made as long as asked for: as much filler as fits, measured with the model's tokenizer.
+"""Benchmarks with prompts of a set length: as much filler as fits, measured with the model's tokenizer.
 
 A prompt and the longest answer together take as close to the length as whole pieces of filler allow, never more.
 Prompts are made when their turn comes: making all of them for each variant would cost more than reading some.
@@ -19,7 +19,7 @@ from attention_predictor.documents import encode
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.benchmarks.haystack import Draft
 from attention_predictor.eval.benchmarks.haystack import Haystack as Haystack
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.prompts import check_chat, prompt_ids
 from attention_predictor.eval.harness.runner import Benchmark, Sample
 
@@ -27,8 +27,8 @@ PROBE = 64  # pieces of filler by which the rate of tokens is first told
 LEAST_FILLED = 0.9  # of the length, where there is only so much filler
 
 
-class FilledBenchmark(Benchmark):
-    """Samples drawn by seed, task and number, each filled up to its task's length.
+class FixedLengthBenchmark(Benchmark):
+    """Samples made from seed, task and number, each filled up to its task's length.
 
     Args:
         chat: The text as a user's turn in the model's chat template, the answer's beginning behind it.
@@ -47,7 +47,7 @@ class FilledBenchmark(Benchmark):
 
     @abstractmethod
     def draft(self, task: str, number: int, rng: random.Random) -> Draft:
-        """The sample of that number; whatever is random in it comes from ``rng``."""
+        """The sample of this number; all randomness comes from ``rng``."""
 
     @abstractmethod
     def length(self, task: str) -> int:
@@ -93,9 +93,9 @@ class FilledBenchmark(Benchmark):
             raise DataError(f"task {task}: its data fill {filled} tokens of length {length}: more of them are needed")
         return {"samples": count, "sha256": digest.hexdigest()}
 
-    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         prompt = self.prompt(task, sample.hidden["number"])
-        tokens = subject.generate(prompt, self.new_tokens(task), stop=self.stop())
+        tokens = evaluated.generate(prompt, self.new_tokens(task), stop=self.stop())
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return {"pred": text, "prompt_tokens": len(prompt), "new_tokens": len(tokens)}
 
@@ -116,7 +116,7 @@ class FilledBenchmark(Benchmark):
 
 
 def paragraph_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token of an empty line, at which a text that only goes on has ended its answer; none if it takes several."""
+    """The token of an empty line, which ends an answer without a chat; empty if it takes several tokens."""
     ids = encode(tokenizer, "\n\n")
     return ids if len(ids) == 1 else []
 

@@ -1,4 +1,4 @@
-"""Filler for prompts that are made as long as asked for: a sample before its length is known, and text to hide in."""
+"""Filler text: ``Draft``, a sample before its length is set, and ``Haystack``, text to hide statements in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*\s*$")
 
 @dataclass(frozen=True)
 class Draft:
-    """A sample before its length is known.
+    """A sample before its length is set.
 
     Attributes:
         answers: References.
@@ -35,7 +35,7 @@ class Draft:
 
 
 class Haystack:
-    """The words of some texts in a circle, and statements put between their sentences."""
+    """The words of some texts, repeated endlessly, with statements inserted between sentences."""
 
     def __init__(self, texts: Mapping[str, str]) -> None:
         joined = "\n\n".join(text.strip() for text in texts.values()) + "\n\n"
@@ -50,7 +50,7 @@ class Haystack:
         return rng.choice(self.ends) % len(self.words)
 
     def bury(self, start: int, words: int, statements: Sequence[tuple[float, str]]) -> str:
-        """So many words from a place on, with each statement behind the sentence that ends nearest its depth.
+        """``words`` words from ``start`` on, each statement inserted after the sentence that ends nearest its depth.
 
         Args:
             statements: Depth, from 0 (in front of the first word) to 1 (behind the last), and text.

@@ -1,4 +1,4 @@
-"""Needle in a haystack, a benchmark of the runner: a statement at every depth of texts of every length."""
+"""``attnpred eval needle``: needle in a haystack, by depth and length."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.arguments import whole_numbers
 from attention_predictor.errors import ConfigError, DataError
-from attention_predictor.eval.benchmarks.fixed_length import FilledBenchmark, paragraph_end
+from attention_predictor.eval.benchmarks.fixed_length import FixedLengthBenchmark, paragraph_end
 from attention_predictor.eval.benchmarks.haystack import Draft, Haystack
 from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
 from attention_predictor.eval.benchmarks.synthetic.documents import read_texts
-from attention_predictor.eval.display.heatmap import FILE, Axes, Panel, draw_heatmaps
+from attention_predictor.eval.display.heatmap import Axes, HeatMaps, Panel
+from attention_predictor.eval.harness.measure import Measure
 from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.prompts import context_length
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.runner import Plan, run
-from attention_predictor.eval.harness.scores import conclude, mean_scores, means_table
+from attention_predictor.eval.harness.scores import show_results
 from attention_predictor.loading import load_tokenizer
 from attention_predictor.reading import check_unicode, read_lines
 
@@ -53,7 +54,7 @@ class Needle:
                 return cls(kind, made.segments[0].strip(), question, (asked.answer.strip(),))
 
 
-class NeedleTest(FilledBenchmark):
+class NeedleTest(FixedLengthBenchmark):
     """The grid: a task for each length, ``samples`` needles at each depth.
 
     Args:
@@ -164,12 +165,7 @@ def main(args: argparse.Namespace) -> int:
         context=context_length(args.model),
         seed=args.seed,
     )
-    return conclude(run(benchmark, plan), sample_scores, folder_table, draw_folder if args.plot else None)
-
-
-def folder_table(folder: RunFolder) -> str:
-    """A run's scores in percent, over all depths."""
-    return means_table(folder, mean_scores(folder, sample_scores), "found, %")
+    return show_results(run(benchmark, plan), MEASURE, plot=args.plot)
 
 
 def grid(folder: RunFolder, variant: str) -> list[list[float | None]]:
@@ -188,13 +184,12 @@ def grid(folder: RunFolder, variant: str) -> list[list[float | None]]:
     ]
 
 
-def draw_folder(folder: RunFolder) -> None:
-    """The grid of every variant, as a picture beside the results."""
-    axes = Axes(
-        rows=[f"{depth} %" for depth in folder.description["settings"]["depths"]],
-        columns=sorted(folder.tasks, key=int),
-        row_title="depth of the needle",
-        column_title="length, tokens",
-    )
+def heat_maps(folder: RunFolder) -> HeatMaps:
+    """The grid of every variant."""
+    rows = [f"{depth} %" for depth in folder.description["settings"]["depths"]]
+    axes = Axes(rows, sorted(folder.tasks, key=int), row_title="depth", column_title="length, tokens")
     panels = [Panel(variant, grid(folder, variant)) for variant in folder.variants]
-    draw_heatmaps(panels, axes, folder.path / FILE, title="Needles found")
+    return HeatMaps("Needles found, by depth and length", panels, axes)
+
+
+MEASURE = Measure("Needle in a haystack", "found, %", sample_scores, heat_maps=heat_maps)

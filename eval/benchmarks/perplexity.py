@@ -1,51 +1,40 @@
-"""Perplexity under a budget, a benchmark of the runner: how likely the rest of a document is, decoded sparsely."""
+"""``attnpred eval perplexity``: perplexity of document tails, decoded token by token under each policy."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
-from attention_predictor.eval.display.text_table import plain_table
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.display.text_table import text_table
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
+from attention_predictor.eval.harness.measure import Measure
 from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.run_folder import RunFolder
-from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, run
-from attention_predictor.eval.harness.scores import conclude, mean_scores, notes
-from attention_predictor.eval.harness.windows import Windows, windows_of
+from attention_predictor.eval.harness.runner import Plan, Sample, run
+from attention_predictor.eval.harness.scores import mean_scores, notes, show_results
+from attention_predictor.eval.harness.windows import WindowBenchmark, windows_of
 
 
-class Perplexity(Benchmark):
-    """Parts of documents, each a sample: how likely its tail is.
+class Perplexity(WindowBenchmark):
+    """Windows of documents: log-likelihood of each tail.
 
     ``bytes`` in a record are those of the tail's text, for bits a byte, which don't depend on the tokenizer.
     """
 
     name = "perplexity"
-    missing: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self, windows: Windows) -> None:
-        self.windows, self.tasks = windows, windows.names
-
-    def settings(self) -> dict[str, Any]:
-        return {"context": self.windows.context, "tail": self.windows.tail, "per_file": self.windows.per_file}
-
-    def samples(self, task: str) -> Iterator[Sample]:
-        for name, part in self.windows.of(task):
-            # As token ids: at its edges a part's text may tokenise otherwise.
-            yield Sample(name, "", {}, {"prompt": part.prompt, "tail": part.tails[0]})
-
-    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
-        prompt, tail = sample.hidden["prompt"], sample.hidden["tail"]
-        likelihoods = subject.log_likelihoods(prompt, tail)
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
+        prompt, tail = sample.hidden["prompt"], sample.hidden["tails"][0]
+        likelihoods = evaluated.log_likelihoods(prompt, tail)
         text_bytes = len(str(self.windows.tokenizer.decode(tail)).encode())
         found = {"log_likelihood": math.fsum(likelihoods), "tokens": len(likelihoods), "bytes": text_bytes}
         return found | {"prompt_tokens": len(prompt)}
 
 
 def sample_scores(task: str, records: Sequence[Record]) -> list[float]:
-    """Bits a token of each document; less is better. Not a number where it failed: there is no worst value."""
+    """Bits a token of each document; lower is better. NaN if it failed: there is no worst value."""
     return [_bits([one]) if "error" not in one else math.nan for one in records]
 
 
@@ -60,12 +49,22 @@ def _bits(records: Sequence[Record]) -> float:
     return -math.fsum(one["log_likelihood"] for one in records) / tokens / math.log(2)
 
 
+MEASURE = Measure(
+    *("Perplexity", "bits a token, less is better", sample_scores),
+    scale=1.0,
+    higher=False,
+    bounds=(0.0, math.inf),
+    weight=lambda record: float(record.get("tokens", 0)),
+    failed="left out of the figures",
+)
+
+
 def main(args: argparse.Namespace) -> int:
     plan = Plan.of(args)
-    return conclude(run(Perplexity(windows_of(args)), plan), sample_scores, folder_table)
+    return show_results(run(Perplexity(windows_of(args)), plan), MEASURE, folder_table)
 
 
-def folder_table(folder: RunFolder) -> str:
+def folder_table(folder: RunFolder, measure: Measure) -> str:
     """Bits a token of every document, and of each task all of them and their perplexity: variants across."""
     rows: list[tuple[object, ...]] = []
     for task in folder.tasks:
@@ -79,8 +78,7 @@ def folder_table(folder: RunFolder) -> str:
         bits = [bits_per_token(folder, variant, task) for variant in folder.variants]
         rows.append((f"{task}: all", *bits))
         rows.append((f"{task}: perplexity", *(None if one is None else 2.0**one for one in bits)))
-    means = mean_scores(folder, sample_scores)
-    return plain_table(("bits a token", *folder.variants), rows, notes(folder, means, "left out of the figures"))
+    return text_table(("bits a token", *folder.variants), rows, notes(mean_scores(folder, measure), measure.failed))
 
 
 def _known(score: float | None) -> float | None:

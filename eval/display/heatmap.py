@@ -1,4 +1,4 @@
-"""Heat maps as a picture: a panel for each variant, all on one scale."""
+"""Heat maps as a picture: one panel for each variant, all on one scale."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attention_predictor.errors import ConfigError
 from attention_predictor.figures import save_figure
 
 FILE = "heatmap.png"
-MOST_LABELLED = 240  # cells of a panel that are small enough in number to have their values written into them
+MOST_LABELLED = 240  # cells of a panel; a panel with more shows no numbers
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Axes:
-    """What all panels share: names of rows and columns, and of what they are."""
+    """Names of rows and columns, shared by all panels, and titles of both axes."""
 
     rows: Sequence[str]
     columns: Sequence[str]
@@ -34,21 +34,31 @@ class Axes:
     column_title: str
 
 
+@dataclass(frozen=True)
+class HeatMaps:
+    """Heat maps of one run, all on one scale from ``low`` to ``high``."""
+
+    title: str
+    panels: Sequence[Panel]
+    axes: Axes
+    low: float = 0.0
+    high: float = 1.0
+
+
 def check_heatmap(wanted: bool) -> None:
-    """Refuse a picture that can't be made, before any work."""
+    """Raise ``ConfigError`` if a heat map is wanted and matplotlib is missing."""
     if wanted and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("the heat map needs matplotlib: pip install 'attention-predictor[train]', or --no-plot")
 
 
-def draw_heatmaps(
-    panels: Sequence[Panel], axes: Axes, path: Path, *, title: str, low: float = 0.0, high: float = 1.0
-) -> None:
-    """Draw panels side by side; values from ``low`` (dark) to ``high`` (light)."""
+def draw_heatmaps(maps: HeatMaps, path: Path) -> None:
+    """Draw panels side by side as a picture; low values are dark, high ones light."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    panels, axes, low, high = maps.panels, maps.axes, maps.low, maps.high
     across = math.ceil(math.sqrt(len(panels)))
     down = math.ceil(len(panels) / across)
     width, height = max(2.6, 0.52 * len(axes.columns) + 1), max(2.2, 0.34 * len(axes.rows) + 1)
@@ -69,7 +79,7 @@ def draw_heatmaps(
             _write_values(place, cells, (low + high) / 2)
     for place in places.flat[len(panels) :]:
         place.axis("off")
-    figure.suptitle(title)
+    figure.suptitle(maps.title)
     figure.colorbar(places.flat[0].images[0], ax=places, shrink=0.8)
     save_figure(figure, path)
     pyplot.close(figure)

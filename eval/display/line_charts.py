@@ -1,4 +1,4 @@
-"""Charts of lines as inline SVG: over budgets, and over steps."""
+"""Line charts as inline SVG, over budgets and over steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from attention_predictor.eval.display.svg import svg
 
 COLOURS = 8  # of lines, in the page's style; further lines use them again, dashed
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 260, 54, 14, 12, 44
-
 
 @dataclass(frozen=True)
 class Point:
-    """A value, and between what it may lie."""
+    """A value and its interval."""
 
     value: float
     interval: tuple[float, float] | None = None
@@ -39,68 +37,78 @@ def line_chart(title: str, lines: Lines, level: float | None = None, bounds: Bou
     everything = [point for points in lines.values() for point in points.values()]
     ends = [end for point in everything for end in (point.value, *(point.interval or ()))]
     ends += [] if level is None else [level]
-    scale = _Scale(nice_ticks(min(ends), max(ends), bounds))
-    step = (_WIDTH - _LEFT - _RIGHT) / len(budgets)
-    places = {budget: _LEFT + (number + 0.5) * step for number, budget in enumerate(budgets)}
-    parts = scale.frame({x: str(budget) for budget, x in places.items()}, "budget, tokens")
+    axis = ValueAxis(nice_ticks(min(ends), max(ends), bounds))
+    step = (axis.width - axis.left - axis.right) / len(budgets)
+    places = {budget: axis.left + (number + 0.5) * step for number, budget in enumerate(budgets)}
+    parts = axis.frame({x: str(budget) for budget, x in places.items()}, "budget, tokens")
     if level is not None:
-        y = f"{scale.up(level):.1f}"
-        parts.append(f'<line class="level" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(axis.across(axis.up(level), "level"))
     for number, (name, points) in enumerate(lines.items()):
-        # A little apart, so that whiskers of equal values don't hide each other.
+        # Shift lines horizontally so that whiskers of equal values don't overlap.
         shift = (number - (len(lines) - 1) / 2) * min(14.0, 0.6 * step / len(lines))
-        if points:  # a line without any keeps its colour
+        if points:  # a line without points keeps its colour
             placed = {places[one] + shift: (one, points[one]) for one in sorted(points)}
-            parts.append(_line(number, name, placed, scale))
-    return svg(_WIDTH, _HEIGHT, f"{title}, against budget", parts)
+            parts.append(_line(number, name, placed, axis))
+    return svg(axis.width, axis.height, f"{title}, against budget", parts)
 
 
 def curve_chart(title: str, curves: Curves, bounds: Bounds = ANYTHING) -> str:
     """A curve for each name, over steps."""
     values = [value for points in curves.values() for _, value in points]
-    scale = _Scale(nice_ticks(min(values), max(values), bounds))
+    axis = ValueAxis(nice_ticks(min(values), max(values), bounds))
     last = max(step for points in curves.values() for step, _ in points)
-    room = (_WIDTH - _LEFT - _RIGHT) / last
-    labels = {_LEFT + room * tick: f"{tick:g}" for tick in nice_ticks(0, last) if tick <= last}
-    parts = scale.frame(labels, "decoding step")
+    room = (axis.width - axis.left - axis.right) / last
+    labels = {axis.left + room * tick: f"{tick:g}" for tick in nice_ticks(0, last) if tick <= last}
+    parts = axis.frame(labels, "decoding step")
     for number, (name, points) in enumerate(curves.items()):
-        path = "L".join(f"{_LEFT + room * step:.1f} {scale.up(value):.1f}" for step, value in points)
-        if path:  # a curve without any keeps its colour
+        path = "L".join(f"{axis.left + room * step:.1f} {axis.up(value):.1f}" for step, value in points)
+        if path:  # a curve without points keeps its colour
             tip = f"<title>{escape(name)}</title>"
-            # What came but once is a dot: a line of no length, with round ends.
+            # A single point is drawn as a line of length zero with round ends.
             line = f"M{path}{'h0' if len(points) == 1 else ''}"
             parts.append(f'<g class="{_classes(number)} curve"><path d="{line}"/>{tip}</g>')
-    return svg(_WIDTH, _HEIGHT, f"{title}, over steps", parts)
+    return svg(axis.width, axis.height, f"{title}, over steps", parts)
 
 
 @dataclass(frozen=True)
-class _Scale:
-    """The axis of values: where they stand, and what is drawn behind them."""
+class ValueAxis:
+    """The value axis of a chart: positions, grid lines and labels. Sizes are those of the SVG."""
 
     ticks: Sequence[float]
+    width: int = 420
+    height: int = 260
+    left: int = 54
+    right: int = 14
+    top: int = 12
+    bottom: int = 44
 
     def up(self, value: float) -> float:
+        """The y of a value."""
         share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _BOTTOM - _TOP)
+        return self.height - self.bottom - share * (self.height - self.bottom - self.top)
+
+    def across(self, y: float, kind: str) -> str:
+        """A horizontal line of a class."""
+        return f'<line class="{kind}" x1="{self.left}" x2="{self.width - self.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
 
     def frame(self, labels: Mapping[float, str], title: str) -> list[str]:
-        """Grid and figures of this axis; labels by their place, and title, of the other."""
+        """Grid and tick labels of this axis; labels (by x) and title of the other axis."""
         parts = []
         for tick in self.ticks:
-            y = f"{self.up(tick):.1f}"
-            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
-            figure = tick_text(tick, self.ticks)
-            parts.append(f'<text x="{_LEFT - 6}" y="{y}" dy=".35em" text-anchor="end">{figure}</text>')
+            y = self.up(tick)
+            parts.append(self.across(y, "zero" if tick == 0 else "grid"))
+            place = f'x="{self.left - 6}" y="{y:.1f}" dy=".35em" text-anchor="end"'
+            parts.append(f"<text {place}>{tick_text(tick, self.ticks)}</text>")
         for x, label in labels.items():
-            place = f'x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 17}"'
+            place = f'x="{x:.1f}" y="{self.height - self.bottom + 17}"'
             parts.append(f'<text {place} text-anchor="middle">{label}</text>')
-        middle = (_LEFT + _WIDTH - _RIGHT) / 2
-        parts.append(f'<text x="{middle}" y="{_HEIGHT - 7}" text-anchor="middle">{title}</text>')
+        middle = (self.left + self.width - self.right) / 2
+        parts.append(f'<text x="{middle}" y="{self.height - 7}" text-anchor="middle">{title}</text>')
         return parts
 
 
 def legend_mark(number: int | None) -> str:
-    """The line of that number, or ``None`` the level's, as the legend shows it."""
+    """The legend's mark of a line by number; ``None`` for the level."""
     if number is None:
         return svg(30, 14, "", ['<line class="level" x1="1" x2="29" y1="7" y2="7"/>'])
     return svg(30, 14, "", [f'<g class="{_classes(number)}"><path d="M1 7H29"/>{_marker(number, 15, 7)}</g>'])
@@ -122,16 +130,16 @@ def nice_ticks(low: float, high: float, bounds: Bounds = ANYTHING, about: int = 
     return [number * step for number in range(first, last + 1)]
 
 
-def _line(number: int, name: str, points: Mapping[float, tuple[int, Point]], scale: _Scale) -> str:
-    path = "M" + "L".join(f"{x:.1f} {scale.up(point.value):.1f}" for x, (_, point) in points.items())
+def _line(number: int, name: str, points: Mapping[float, tuple[int, Point]], axis: ValueAxis) -> str:
+    path = "M" + "L".join(f"{x:.1f} {axis.up(point.value):.1f}" for x, (_, point) in points.items())
     parts = [f'<path d="{path}"/>']
     for x, (budget, point) in points.items():
         tip = f"{name} at {budget}: {point.value:.2f}"
         if point.interval is not None:
             low, high = point.interval
-            parts.append(f'<path class="whisker" d="M{x:.1f} {scale.up(low):.1f}V{scale.up(high):.1f}"/>')
+            parts.append(f'<path class="whisker" d="M{x:.1f} {axis.up(low):.1f}V{axis.up(high):.1f}"/>')
             tip += f" [{low:.2f}, {high:.2f}]"
-        parts.append(f"<g>{_marker(number, x, scale.up(point.value))}<title>{escape(tip)}</title></g>")
+        parts.append(f"<g>{_marker(number, x, axis.up(point.value))}<title>{escape(tip)}</title></g>")
     return f'<g class="{_classes(number)}">{"".join(parts)}</g>'
 
 
@@ -140,7 +148,7 @@ def _classes(number: int) -> str:
 
 
 def _marker(number: int, x: float, y: float) -> str:
-    """Told apart without colours too."""
+    """Marker shapes, which tell lines apart without colours."""
     shapes = (
         f"M{x - 4:.1f} {y:.1f}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
         f"M{x - 3.6:.1f} {y - 3.6:.1f}h7.2v7.2h-7.2z",

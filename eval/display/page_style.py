@@ -1,4 +1,4 @@
-"""How the page looks: letters and lines on a plain ground, light or dark as the reader's system is."""
+"""Style sheet of the HTML pages, light or dark as the reader's system."""
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1c1e21; --quiet: #5c626b; --rule: #d9dce1; --tint: #f4f5f7;
@@ -28,7 +28,8 @@ td small { display: block; color: var(--quiet); font-size: .75rem; line-height: 
 figure { margin: 0; min-width: 0 } figcaption { font-size: .875rem; margin-bottom: .25rem }
 .charts svg { display: block; width: 100%; max-width: 30rem; height: auto }
 .maps { display: flex; flex-wrap: wrap; gap: 1rem 2rem } .maps figure { max-width: 100% } .maps svg { display: block }
-svg text { font-size: 13px; fill: var(--ink) } svg .grid { stroke: var(--rule) } svg .none { fill: var(--rule) }
+svg text { font-size: 13px; fill: var(--ink) } svg .grid { stroke: var(--rule) }
+svg .zero { stroke: var(--quiet) } svg .none { fill: var(--rule) }
 svg .level { stroke: var(--quiet); stroke-width: 2; stroke-dasharray: 6 4 }
 svg g[class] > path { fill: none; stroke: currentColor; stroke-width: 2 } svg g.again > path { stroke-dasharray: 3 3 }
 svg g[class] > path.whisker { stroke-width: 1.2; opacity: .55; stroke-dasharray: none }

@@ -1,4 +1,4 @@
-"""A plot of milliseconds a token against context, a line for each way."""
+"""A plot of milliseconds a token against context, one line for each setup."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def check_plot(path: Path | None) -> None:
-    """Refuse a plot that can't be made, before any work; ``None`` asks for none."""
+    """Raise ``ConfigError`` for a plot that can't be drawn; ``None`` asks for none."""
     if path is None:
         return
     if path.suffix not in FORMATS:
@@ -26,7 +26,7 @@ def check_plot(path: Path | None) -> None:
 
 
 def plot_timings(rows: Sequence[Mapping[str, Any]], path: Path, title: str, *, floor: str) -> None:
-    """Draw the rows that have ``median_ms``; the way named ``floor``, measured at one context, as a level."""
+    """Draw the rows that have ``median_ms``; the setup named ``floor`` as a horizontal line."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -13,7 +13,7 @@ RAMP = ((0, 34, 78), (53, 69, 108), (102, 105, 112), (148, 142, 119), (200, 184,
 
 
 def heat_map(panel: Panel, axes: Axes, low: float, high: float) -> str:
-    """Cells from ``low`` (dark) to ``high`` (light), with their values where these are few enough to be read."""
+    """Cells from ``low`` (dark) to ``high`` (light), with numbers if there are few cells."""
     labelled = len(axes.rows) * len(axes.columns) <= MOST_LABELLED
     wide, tall = (max(44, CHARACTER * max(map(len, axes.columns)) + 8), 28) if labelled else (16, 16)
     left = 26 + CHARACTER * max(map(len, axes.rows))
@@ -29,7 +29,7 @@ def heat_map(panel: Panel, axes: Axes, low: float, high: float) -> str:
                 parts.append(f'<rect class="none" {place}><title>{escape(where)}: none</title></rect>')
                 continue
             share = (value - low) / (high - low) if high > low else 1.0
-            red, green, blue = _colour(share)
+            red, green, blue = ramp_colour(share)
             tip = f"<title>{escape(where)}: {value:.3f}</title>"
             parts.append(f'<rect fill="rgb({red},{green},{blue})" {place}>{tip}</rect>')
             if labelled:
@@ -39,7 +39,7 @@ def heat_map(panel: Panel, axes: Axes, low: float, high: float) -> str:
     texts, width = axis_texts(axes, left, bottom, wide, every=1 if labelled else math.ceil(30 / wide))
     parts += texts
     height = bottom + 44
-    # A long title of the rows sticks out where there are few of them.
+    # With few rows, a long row title needs more height.
     above = max(0.0, (CHARACTER * len(axes.row_title) - bottom) / 2)
     label = f"{panel.title}: {axes.row_title} down, {axes.column_title} across"
     return svg(width + 4, height + above, label, parts, top=-above, fixed=True)
@@ -51,7 +51,7 @@ def row_text(name: str, left: float, y: float) -> str:
 
 
 def axis_texts(axes: Axes, left: float, bottom: float, wide: float, *, every: int) -> tuple[list[str], float]:
-    """Names of every so many columns, the titles of both axes, and the width of all.
+    """Labels of every ``every``-th column, titles of both axes, and the total width.
 
     Args:
         left, bottom: Where the cells begin, and end.
@@ -69,18 +69,19 @@ def axis_texts(axes: Axes, left: float, bottom: float, wide: float, *, every: in
     return parts, width
 
 
-def colour_bar(low: float, high: float) -> str:
-    """What the colours of heat maps mean."""
+def colour_bar(low: str, high: str) -> str:
+    """Colour bar of heat maps, with the values at its ends as text."""
     parts = []
     for step in range(40):
-        red, green, blue = _colour((step + 0.5) / 40)
-        parts.append(f'<rect x="{44 + step * 4}" y="2" width="4.5" height="12" fill="rgb({red},{green},{blue})"/>')
-    parts.append(f'<text x="38" y="8" dy=".35em" text-anchor="end">{low:.2f}</text>')
-    parts.append(f'<text x="211" y="8" dy=".35em">{high:.2f}</text>')
-    return svg(250, 16, f"colours from {low:.2f} to {high:.2f}", parts, fixed=True)
+        red, green, blue = ramp_colour((step + 0.5) / 40)
+        parts.append(f'<rect x="{64 + step * 4}" y="2" width="4.5" height="12" fill="rgb({red},{green},{blue})"/>')
+    parts.append(f'<text x="58" y="8" dy=".35em" text-anchor="end">{low}</text>')
+    parts.append(f'<text x="231" y="8" dy=".35em">{high}</text>')
+    return svg(270, 16, f"colours from {low} to {high}", parts, fixed=True)
 
 
-def _colour(share: float) -> tuple[int, int, int]:
+def ramp_colour(share: float) -> tuple[int, int, int]:
+    """Red, green and blue of a share from 0 to 1."""
     place = min(1.0, max(0.0, share)) * (len(RAMP) - 1)
     first = min(int(place), len(RAMP) - 2)
     pairs = zip(RAMP[first], RAMP[first + 1], strict=True)

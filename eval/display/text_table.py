@@ -8,7 +8,7 @@ from collections.abc import Sequence
 MISSING = "–"
 
 
-def plain_table(titles: Sequence[str], rows: Sequence[Sequence[object]], notes: Sequence[str] = ()) -> str:
+def text_table(titles: Sequence[str], rows: Sequence[Sequence[object]], notes: Sequence[str] = ()) -> str:
     """Columns as wide as they need to be; floats have two decimals, ``None`` is a dash."""
     cells = [list(titles), *([_shown(value) for value in row] for row in rows)]
     widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]

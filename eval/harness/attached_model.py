@@ -1,4 +1,4 @@
-"""Attached: a model under one variant, for as many samples as go well."""
+"""AttachedModel: keeps a model attached under one variant while samples succeed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from attention_predictor.eval.harness.variants import Variant
 from attention_predictor.offload.engine import Engine
 
 
-class Attached:
-    """Attaches the model for the first sample, and anew after one that failed: a failed fetch ends with its sample.
+class AttachedModel:
+    """Attaches the model for the first sample, and again after a failed sample.
 
-    Attaching takes longer than a short sample: it loads the predictor, pins host memory and has CUDA load kernels.
+    Attaching takes longer than a short sample: it loads the predictor, pins host memory and loads kernels.
     """
 
     def __init__(self, model: PreTrainedModel, variant: Variant) -> None:
         self.model, self.variant = model, variant
         self._stack = ExitStack()
         self._engine: Engine | None = None
-        self._at_attach: Counter[str] = Counter()  # fallbacks, which every sample's figures tell
+        self._at_attach: Counter[str] = Counter()  # fallbacks noted at attach, part of every sample's stats
 
-    def __enter__(self) -> Attached:
+    def __enter__(self) -> AttachedModel:
         return self
 
     def __exit__(
@@ -41,7 +41,7 @@ class Attached:
 
     @contextmanager
     def sample(self) -> Iterator[Engine | None]:
-        """The engine, its figures those of this sample alone; ``None`` for the stock model."""
+        """The engine with stats of this sample only; ``None`` for the stock model."""
         if self._engine is not None and not self._is_anew(self._engine):
             self.detach()
         if self._engine is None:
@@ -55,10 +55,10 @@ class Attached:
             raise
 
     def _is_anew(self, engine: Engine) -> bool:
-        """Whether nothing of the last sample goes on, and nothing is counted yet."""
+        """Wait for the last sample's fetches and reset the stats; ``False`` if a fetch failed."""
         prefetcher = engine.runtime.prefetcher
         try:
-            prefetcher.wait(prefetcher.submit(_nothing))  # behind what the last sample wanted next
+            prefetcher.wait(prefetcher.submit(_nothing))  # queued after the last sample's fetches
         except AttentionPredictorError:
             return False
         stats = engine.stats
@@ -68,4 +68,4 @@ class Attached:
 
 
 def _nothing() -> None:
-    """A job that is done when all before it are."""
+    """An empty job; waiting for it waits for all jobs before it."""

@@ -1,4 +1,4 @@
-"""A model under one selection policy, as a benchmark meets it: it generates, or tells how likely a text is."""
+"""EvaluatedModel: generation and likelihoods of a model under one selection policy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attention_predictor.offload.hf.versions import with_cache
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """A model, and the engine it is attached to; ``None`` for the stock model with its whole cache."""
 
     model: PreTrainedModel
@@ -30,7 +30,7 @@ class Subject:
     def generate(
         self, prompt: Sequence[int], max_new_tokens: int, *, stop: Sequence[int] = (), **options: Any
     ) -> list[int]:
-        """New token ids behind a prompt, decoded greedily.
+        """Greedily decoded token ids after a prompt.
 
         Args:
             stop: Token ids that end it, besides those of the model.
@@ -66,10 +66,10 @@ class Subject:
 
     @torch.no_grad()
     def logits(self, prompt: Sequence[int], text: Iterable[Tensor], tokens: int) -> Iterator[Tensor]:
-        """What the model says of each of ``tokens`` tokens behind the prompt, logits ``[V]``, decoded token by token.
+        """Logits ``[V]`` that predict each of ``tokens`` tokens after the prompt, decoded token by token.
 
         Args:
-            text: The tokens themselves, on the device: each is asked for once its logits have been given.
+            text: The tokens themselves, on the device. Each is read after its logits have been yielded.
 
         Raises:
             ContextLengthError, HostMemoryError: Prompt and text don't fit; nothing was computed.

@@ -1,4 +1,4 @@
-"""Results on disk: a line of JSON for each sample, whole or not there at all.
+"""Results on disk: one line of JSON for each sample, complete or absent.
 
 A task's results are one file. Where several processes share the run each appends to a part of its own beside it
 (``<task>.jsonl.part<rank>``); ``fold`` makes one file of them again, in the order of the samples.
@@ -48,7 +48,7 @@ class Appender:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Cut what a killed process left of its last line."""
+    """Remove an incomplete last line, left by a killed process."""
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -58,7 +58,7 @@ def cut_torn_line(path: Path) -> None:
 
 
 def part(path: Path, rank: int) -> Path:
-    """Where the process of that rank appends its share of ``path``."""
+    """The file that the process of that rank appends to."""
     return path.with_name(f"{path.name}.part{rank}")
 
 

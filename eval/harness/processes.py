@@ -1,4 +1,4 @@
-"""The processes that share a run, started by ``accelerate launch`` or ``torchrun``: one a GPU, or more of them."""
+"""The processes that share a run, started by ``accelerate launch`` or ``torchrun``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from attention_predictor.errors import AttentionPredictorError, ConfigError
 
-_TIMES = itertools.count()  # that this process has joined the others: each time under names of its own
-PATIENCE = timedelta(days=7)  # of processes that are done, with those that are not
+_TIMES = itertools.count()  # joins so far; each join uses its own store prefix
+PATIENCE = timedelta(days=7)  # how long finished processes wait for the others
 
 
 class Processes:
-    """This process and how many there are, as the launcher's environment says; one where there is none.
+    """This process among those of a launcher, read from its environment; a single process without one.
 
     Attributes:
         rank, count: This process's number, from 0 on, and how many there are.
@@ -40,7 +40,7 @@ class Processes:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The device that this process takes where one of that name was asked for.
+        """The device this process uses for ``--device name``.
 
         Processes beyond the number of GPUs share these, in turn.
         """
@@ -49,7 +49,7 @@ class Processes:
         return f"cuda:{self.local_rank % max(torch.cuda.device_count(), 1)}"
 
     def numbers(self, total: int) -> Iterator[int]:
-        """Numbers from 0 to below ``total``, in order: each is given to one process, the one that asks for it first.
+        """Numbers below ``total`` in order; each goes to the process that asks first.
 
         Every process must call this for the same things in the same order.
         """
@@ -77,5 +77,5 @@ class Processes:
                 dist.barrier(group=self._group)
             except RuntimeError as error:
                 raise AttentionPredictorError(
-                    "another process of this run has ended: what it says is wrong; run the command again to go on"
+                    "another process of this run has ended: see its message; run the command again to go on"
                 ) from error

@@ -1,4 +1,4 @@
-"""From the text of a prompt to its token ids: chat template, and what to leave out of one that is too long."""
+"""Tokenises prompts: applies the chat template, shortens prompts that are too long."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where results come from: versions, state of the code, machine."""
+"""Provenance of results: versions, git state, machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "jieba", "gguf")
 
 
 def describe_session(processes: int) -> dict[str, Any]:
-    """What run.json keeps of a session that works on a run."""
+    """A session's entry in run.json."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,

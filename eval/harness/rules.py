@@ -1,4 +1,4 @@
-"""Rules: named ways to select, as ``--rule`` and ``--policies`` give them."""
+"""Rules: named selection policies with settings, from ``--rule`` and ``--policies``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DIRECTORY = re.compile(r"[\w.=,+ -]+")
 
 @dataclass(frozen=True)
 class Rule:
-    """A named way to select: what differs from the default ``OffloadConfig``."""
+    """A named policy with the settings that differ from the default ``OffloadConfig``."""
 
     name: str
     settings: dict[str, Any]
@@ -45,7 +45,7 @@ class Rule:
         return cls(name.strip() or rest.strip(), settings)
 
     def config(self, budget: int, **defaults: Any) -> OffloadConfig:
-        """Its settings at a budget; ``defaults`` are what it doesn't say itself.
+        """The ``OffloadConfig`` at a budget; ``defaults`` fill settings that the rule does not set.
 
         Raises:
             ConfigError: Names the rule, where it gives the field that is wrong.

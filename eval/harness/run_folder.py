@@ -21,7 +21,7 @@ GROWING = ("tasks", "variants")  # of these a later session may add more
 
 
 class RunFolder:
-    """A run's directory, to write to or to read a table from.
+    """A run's directory, for writing and reading results.
 
     ``description`` has ``benchmark``, ``settings``, ``tasks`` and ``variants``, the last two by name.
 
@@ -72,7 +72,7 @@ class RunFolder:
         return gather(self.results(variant, task))
 
     def check(self, description: Mapping[str, Any]) -> None:
-        """Refuse to go on in a directory of another run; changes nothing.
+        """Check that the directory belongs to this run; changes nothing.
 
         Raises:
             ConfigError: Names the first setting that differs, what it is there and what was asked for.
@@ -97,7 +97,7 @@ class RunFolder:
 
     @contextmanager
     def opened(self, description: Mapping[str, Any], session: dict[str, Any]) -> Iterator[None]:
-        """Keep the directory for one run at a time, with the new session noted.
+        """Lock the directory for one run, and add the session to run.json.
 
         Raises:
             ConfigError: Another run is writing to it, or it can't be made.
@@ -119,14 +119,14 @@ class RunFolder:
             yield
 
     def fold(self) -> None:
-        """Make one file for each task of what several processes, or an interrupted one, left."""
+        """Merge the parts of several processes, or of an interrupted one, into one file for each task."""
         for variant in self.variants:
             for task in self.tasks:
                 fold(self.results(variant, task))
 
 
 def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:
-    """Where two values differ first, by name, and what each has there."""
+    """Name of the first difference between two values, with both values; ``None`` if equal."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys((*now, *before)):
             if difference := _difference(f"{name}.{key}", before.get(key), now.get(key)):

@@ -1,32 +1,30 @@
-"""Runs a benchmark: every sample of every task, under every policy and budget, results kept as they come.
+"""Runs a benchmark: every sample of every task, under every policy and budget, with resume.
 
-How a benchmark is made. Subclass ``Benchmark``: its tasks, the samples of each (lazily, always the same in the same
-order), what decides its results besides the model (``settings``), and what a sample's record holds (``predict``, with
-a ``Subject`` that generates or tells likelihoods under the policy). Its command adds its own arguments to
-``add_run_arguments`` (``commands/run_options.py``), refuses everything bad, makes a ``Plan`` and calls ``run``:
+To write a benchmark, subclass ``Benchmark``. It gives the tasks, the samples of each (lazily, in a fixed order), the
+settings that decide its results (``settings``), and the record of a sample (``predict``, which gets an
+``EvaluatedModel`` under the policy). Its command adds its options to ``add_run_arguments``
+(``commands/run_options.py``), checks them, makes a ``Plan`` and calls ``run``:
 
     plan = Plan.of(args)                                      # policies, budgets, output directory
     benchmark = MyBenchmark(load_tokenizer(args.model), ...)
-    folder = run(benchmark, plan)                             # None in processes that are not the main one
-    if folder is not None:
-        ...folder.variants, folder.tasks, folder.records(variant, task)...
+    return show_results(run(benchmark, plan), MEASURE)        # scores.py: prints the table
 
-Scores are made from records alone, so that they can be made again without model and data: beside its benchmark each
-module has ``sample_scores(task, records) -> list[float]``, where a record with an ``error`` scores as nothing found.
+Scores are computed from records only, so they can be computed again without model and data: ``MEASURE``
+(``measure.py``) has ``sample_scores(task, records) -> list[float]``, in which a record with an ``error`` scores 0.
 
-What ``run`` sees to:
+``run`` guarantees:
 
-- ``OUT/<variant>/<task>.jsonl``, a variant being ``full`` or ``<policy>-<budget>``: one line a sample, on disk before
-  the next begins: ``Sample.record`` and what ``predict`` gave, ``id``, ``index``, ``seconds``, the engine's figures
-  (``STATS``), and ``over_steps``, some of them step by step (``steps.StepSeries``). A sample that failed has ``error``
-  in place of results and what ``Benchmark.missing`` says: it is counted, never left out.
-- What is done is not done again: a run goes on where it was stopped or killed; ``--retry-errors`` tries failed samples
-  once more. ``OUT/run.json`` has all settings, a digest of every task's samples, and each session's versions, git state
-  and machine; other settings or other samples are refused. More policies, budgets and tasks may come.
-- Everything that can be known to be wrong is refused before the model is loaded.
-- Under ``accelerate launch`` or ``torchrun`` each process takes the next sample when it is done with one; the result is
-  the same files. Whatever is random starts from seed, task and sample, not from what ran before.
-- Greedy decoding, one sequence at a time, since a policy's budget is each sequence's own.
+- ``OUT/<variant>/<task>.jsonl`` has one line for each sample, written before the next sample begins. A variant is
+  ``full`` or ``<policy>-<budget>``. A line holds ``Sample.record``, the result of ``predict``, ``id``, ``index``,
+  ``seconds``, the engine's stats (``STATS``), and ``over_steps`` (``step_series.StepSeries``). A failed sample has an
+  ``error`` and the values of ``Benchmark.missing``; it is counted, not left out.
+- A run resumes after an interruption; ``--retry-errors`` runs failed samples again. ``OUT/run.json`` has all settings,
+  a digest of every task's samples, and versions, git state and machine of each session. A run with other settings or
+  samples is refused; more policies, budgets and tasks can be added.
+- Bad input is refused before the model is loaded.
+- Under ``accelerate launch`` or ``torchrun`` each process takes the next sample when it is free; the files are the
+  same. Random numbers depend on seed, task and sample only.
+- Decoding is greedy, one sequence at a time, since a budget is per sequence.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice, product
 from operator import itemgetter
 from pathlib import Path
@@ -49,27 +47,26 @@ import torch
 from transformers import PreTrainedModel
 
 from attention_predictor.commands import run_options
-from attention_predictor.commands.run_options import add_run_arguments as add_run_arguments
 from attention_predictor.errors import AttentionPredictorError, DataError, one_line
-from attention_predictor.eval.harness.attached_model import Attached
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.attached_model import AttachedModel
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.predictions import Appender, Record, part
 from attention_predictor.eval.harness.processes import Processes
 from attention_predictor.eval.harness.provenance import describe_model, describe_session
 from attention_predictor.eval.harness.run_folder import RunFolder
-from attention_predictor.eval.harness.step_series import watched_steps
+from attention_predictor.eval.harness.step_series import record_steps
 from attention_predictor.eval.harness.variants import Variant, make_variants
 from attention_predictor.loading import device_name, find_device, load_model
 from attention_predictor.offload.stats import Stats
 from attention_predictor.progress import Progress
 
-# Of an engine's Stats, what each record keeps.
+# Fields of the engine's Stats in each record.
 STATS = (
     *("steps", "hit_rate", "reuse_rate", "fetched_bytes", "late_bytes", "streamed_bytes", "exposed_wait_ms"),
     *("device_kv_bytes", "full_kv_bytes", "recovery", "relative_recovery"),
 )
 ERROR_CHARACTERS = 300
-KEPT_SAMPLES = 256  # of all tasks: so many are kept in memory, where each variant would make them anew
+KEPT_SAMPLES = 256  # at most; more samples are generated again for each variant
 
 
 @dataclass(frozen=True)
@@ -78,9 +75,9 @@ class Sample:
 
     Attributes:
         id: Its name, unique in its task.
-        prompt: What the model is given, as text; ``predict`` tokenises it.
-        record: What its line holds beside the prediction, such as ``answers``.
-        hidden: What ``predict`` needs beside the prompt and no line holds.
+        prompt: The prompt as text; ``predict`` tokenises it.
+        record: Fields of its line besides the prediction, such as ``answers``.
+        hidden: Inputs of ``predict`` besides the prompt; not written.
     """
 
     id: str
@@ -90,7 +87,7 @@ class Sample:
 
 
 class Benchmark(ABC):
-    """Tasks, their samples, and what to record of each.
+    """The interface of a benchmark: tasks, their samples, and what to record of each.
 
     Attributes:
         name: As in ``attnpred eval <name>``.
@@ -104,30 +101,30 @@ class Benchmark(ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What decides results besides model, policies, seed and limit, as plain values."""
+        """Settings that decide results, besides model, policies, seed and limit, as plain values."""
 
     @abstractmethod
     def samples(self, task: str) -> Iterator[Sample]:
         """The samples of a task, one at a time; ``DataError`` for a bad one. Called several times."""
 
     @abstractmethod
-    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         """What the record holds of this sample's prediction. Whatever it raises is recorded as the sample's error."""
 
-    def prepare(self, stock: Subject, samples: Iterable[tuple[str, Sample]], processes: Processes) -> None:
-        """What the stock model must have done before policies are compared with it; each process does its share.
+    def prepare(self, stock: EvaluatedModel, samples: Iterable[tuple[str, Sample]], processes: Processes) -> None:
+        """Do what needs the stock model before any policy runs; each process does its share.
 
         Args:
             samples: All of the run, each with its task.
         """
-        return  # most compare with nothing
+        return  # most benchmarks need nothing
 
     def check(self, task: str, limit: int | None) -> dict[str, Any]:
-        """Read what will be run once, before the model loads.
+        """Read all samples once, before the model loads.
 
         Returns:
-            ``samples``, their number, and ``sha256``, by which other data is told. A benchmark that makes its samples
-            at some cost may say both without making them.
+            ``samples``, their number, and ``sha256``, a digest of the data. A benchmark whose samples are expensive may
+            return both without making them.
 
         Raises:
             DataError: A sample is bad, there is none, or two have one id.
@@ -146,10 +143,10 @@ class Benchmark(ABC):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run besides the benchmark itself.
+    """Model, variants and output directory of a run.
 
     Attributes:
-        load: Gives the model, by name, device and dtype; ``None`` for one that nobody else uses.
+        load: Loads the model, by name, device and dtype; ``None`` for ``load_model``.
     """
 
     model: str
@@ -163,15 +160,25 @@ class Plan:
     load: Callable[[str, str, str], PreTrainedModel] | None = None
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> Plan:
-        """From ``add_run_arguments``; ``ConfigError`` or ``CheckpointError`` for what is wrong with them."""
+    def of(cls, args: argparse.Namespace, **defaults: Any) -> Plan:
+        """From ``add_run_arguments``; ``ConfigError`` or ``CheckpointError`` for a bad option.
+
+        Args:
+            defaults: Fields of ``OffloadConfig`` for every rule that does not set them.
+        """
         run_options.check(args)
         name = device_name(args.device)
-        find_device(Processes().device(name))  # this process's own: to look at another's takes memory
-        variants = make_variants(run_options.rules_of(args), run_options.budgets_of(args), args.prefetch)
+        find_device(Processes().device(name))  # this process's own: querying another one takes memory
+        variants = make_variants(
+            run_options.rules_of(args), run_options.budgets_of(args), prefetch=args.prefetch, **defaults
+        )
         model = _one_path(args.model)
         load = vars(args).get("load")  # of `eval several`
         return cls(model, name, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants, load)
+
+    def at(self, out: Path) -> Plan:
+        """The same plan with another output directory."""
+        return replace(self, out=out)
 
     def settings(self) -> dict[str, Any]:
         """What decides results for all variants."""
@@ -189,18 +196,18 @@ def _one_path(model: str) -> str:
 
 
 def describe(benchmark: Benchmark, plan: Plan) -> dict[str, Any]:
-    """What decides a run's results, as ``run.json`` has it; reads every sample once."""
+    """The run's settings for ``run.json``, with a digest of every task's samples; reads every sample once."""
     description = {
         "benchmark": benchmark.name,
         "settings": plan.settings() | benchmark.settings(),
         "tasks": {task: benchmark.check(task, plan.limit) for task in benchmark.tasks},
         "variants": {variant.name: variant.describe() for variant in plan.variants},
     }
-    return json.loads(json.dumps(description))  # as it will be read back: no tuples
+    return json.loads(json.dumps(description))  # as run.json will be read: no tuples
 
 
 def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
-    """Do whatever of the plan is not done; returns its results in the main process, ``None`` in others.
+    """Run all samples that are not done; returns the results in the main process, ``None`` in others.
 
     Raises:
         DataError, ConfigError, CheckpointError: What can't be run, before the model is loaded.
@@ -215,14 +222,14 @@ def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
             folder.fold()
         processes.wait()
         work = _Work.of(benchmark, plan, folder, processes, description["tasks"])
-        processes.wait()  # until all have seen the same left to do
+        processes.wait()  # so that all processes list the same samples
         if work.left:
             device = torch.device(processes.device(plan.device))
             if device.type == "cuda" and device.index is not None:
-                torch.cuda.set_device(device)  # what names no number, such as a stream, means this one
+                torch.cuda.set_device(device)  # streams and other unnumbered objects use this device
             model = (plan.load or load_model)(plan.model, str(device), plan.dtype)
             every = ((task, one) for task in benchmark.tasks for one in islice(benchmark.samples(task), plan.limit))
-            benchmark.prepare(Subject(model, None), every, processes)
+            benchmark.prepare(EvaluatedModel(model, None), every, processes)
             processes.wait()
             work.do(model)
         processes.wait()
@@ -234,7 +241,7 @@ def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
 
 @dataclass
 class _Work:
-    """A run's samples, ``total`` in number, of which those ``left`` are to be done: variant, task and index."""
+    """The samples of a run: ``total`` of them, ``left`` still to do (variant, task, index)."""
 
     benchmark: Benchmark
     plan: Plan
@@ -263,19 +270,19 @@ class _Work:
         return cls(benchmark, plan, folder, processes, total, left)
 
     def do(self, model: PreTrainedModel) -> None:
-        """This process's share: whatever no other one takes."""
+        """Run the samples that no other process takes."""
         quiet = not self.processes.is_main
         done = self.total - len(self.left)
         with Progress(self.benchmark.name, self.total, "samples", done=done, quiet=quiet) as progress:
             mine = ((number, *self.left[number]) for number in self.processes.numbers(len(self.left)))
             for variant, tasks in groupby(mine, key=itemgetter(1)):
-                with Attached(model, variant) as attached:
+                with AttachedModel(model, variant) as attached:
                     for task, samples in groupby(tasks, key=itemgetter(2)):
                         progress.describe(f"{variant.name} {task}")
                         self._do_task(attached, task, ((number, index) for number, _, _, index in samples), progress)
 
-    def _do_task(self, attached: Attached, task: str, mine: Iterator[tuple[int, int]], progress: Progress) -> None:
-        """Samples by number, for the progress, which counts those of all processes, and index, in their order."""
+    def _do_task(self, attached: AttachedModel, task: str, mine: Iterator[tuple[int, int]], progress: Progress) -> None:
+        """Run samples given by number (for the progress over all processes) and index, in order."""
         path = self.folder.results(attached.variant.name, task)
         samples = enumerate(self._samples(task))
         with Appender(part(path, self.processes.rank) if self.processes.count > 1 else path) as results:
@@ -290,7 +297,7 @@ class _Work:
                     )
 
     def _samples(self, task: str) -> Iterable[Sample]:
-        """A task's samples; of few tasks and samples made once for all variants."""
+        """A task's samples; up to ``KEPT_SAMPLES`` are kept in memory for all variants."""
         asked = {(task, index) for _, task, index in self.left}
         if len(asked) > KEPT_SAMPLES:
             return self.benchmark.samples(task)
@@ -300,20 +307,20 @@ class _Work:
         return self.kept[task]
 
 
-def _attempt(benchmark: Benchmark, seed: int, attached: Attached, task: str, sample: Sample) -> Record:
-    """One sample's record, whatever happens to it."""
+def _attempt(benchmark: Benchmark, seed: int, attached: AttachedModel, task: str, sample: Sample) -> Record:
+    """Run one sample; an exception becomes the record's ``error``."""
     name = f"{seed}/{task}/{sample.id}".encode("utf-8", "backslashreplace")  # ids may be any text
     torch.manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1)
     started = time.perf_counter()
     figures: dict[str, Any] = {}
     try:
-        with attached.sample() as engine, watched_steps(attached.model, engine) as series:
-            found = benchmark.predict(Subject(attached.model, engine), task, sample)
+        with attached.sample() as engine, record_steps(attached.model, engine) as series:
+            found = benchmark.predict(EvaluatedModel(attached.model, engine), task, sample)
             if engine is not None:
                 figures = _figures(engine.stats) | ({"over_steps": series.record()} if series.steps else {})
-    except Exception as error:  # recorded, and counted in the table: whatever it is, the other samples go on
+    except Exception as error:  # recorded and counted in the table; the other samples run on
         found = dict(benchmark.missing) | {"error": f"{type(error).__name__}: {one_line(error, ERROR_CHARACTERS)}"}
-    if "error" in found:  # out here, where the error and what its frames held is gone
+    if "error" in found:  # outside the handler: the error and its frames are freed
         gc.collect()
         torch.cuda.empty_cache()
     return {"id": sample.id} | found | dict(sample.record) | {"seconds": time.perf_counter() - started} | figures

@@ -1,4 +1,4 @@
-"""What every decoding step of a sample cost, as series of bounded length."""
+"""Hit rate and fetched bytes by decoding step, as series of bounded length."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class StepSeries:
             }
 
     def record(self) -> Record:
-        """What a sample's line keeps: steps, stride, and a step's mean figures (``None`` where nothing was read)."""
+        """The series for a record: steps, stride, and mean figures of a step (``None`` if no block was read)."""
         pairs = zip(self.sums.get("hit", ()), self.sums.get("wanted", ()), strict=True)
         counts = [min(self.stride, self.steps - start) for start in range(0, self.steps, self.stride)]
         fetched = zip(self.sums.get("fetched", ()), counts, strict=True)
@@ -59,8 +59,8 @@ class StepSeries:
 
 
 @contextmanager
-def watched_steps(model: PreTrainedModel, engine: Engine | None) -> Iterator[StepSeries]:
-    """The series of the steps that a model takes in the ``with`` block; none of the stock model's (``None``).
+def record_steps(model: PreTrainedModel, engine: Engine | None) -> Iterator[StepSeries]:
+    """Record the steps that a model takes in the ``with`` block; nothing for the stock model (``None``).
 
     The first step behind a prompt is left out: it waits for a whole selection, all others for what is new in theirs.
     To look at captured steps waits for the device, once a step.
@@ -92,7 +92,7 @@ def watched_steps(model: PreTrainedModel, engine: Engine | None) -> Iterator[Ste
 
 
 def mean_series(records: Sequence[Record], name: str) -> list[tuple[int, float]]:
-    """Mean of a figure over samples, by step: those that have come as far. Steps are counted from 1.
+    """Mean of a figure by step, over samples with that many steps. Steps are counted from 1.
 
     Args:
         records: Of samples, as ``StepSeries.record`` made them.

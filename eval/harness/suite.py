@@ -12,8 +12,8 @@ from attention_predictor.eval.harness.processes import Processes
 from attention_predictor.loading import load_model
 
 
-class OneModel:
-    """Loads models, and keeps the last one for whoever asks for it again."""
+class LastModel:
+    """Loads models and keeps the last one for reuse."""
 
     def __init__(self) -> None:
         self._asked: tuple[str, str, str] | None = None
@@ -27,7 +27,7 @@ class OneModel:
 
 
 def main(args: argparse.Namespace) -> int:
-    load, codes, told = OneModel(), [], Processes().is_main
+    load, codes, told = LastModel(), [], Processes().is_main
     begun = time.perf_counter()
     for one in args.benchmarks:
         if told:

@@ -1,4 +1,4 @@
-"""Decoding what is known to follow a prompt: all tails behind one prefill, as a batch.
+"""Teacher forcing: decodes known tails token by token after one prefill, as a batch.
 
 Suffixes: B tails, L steps.
 """
@@ -12,27 +12,27 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.offload.hf.versions import with_cache
 
 
-def new_cache(subject: Subject) -> Cache:
-    """An empty cache: the engine's, or for the stock model an ordinary one."""
-    if subject.engine is not None:
-        return subject.engine.new_cache()
-    return DynamicCache(config=subject.model.config.get_text_config(decoder=True))
+def new_cache(evaluated: EvaluatedModel) -> Cache:
+    """An empty cache: the engine's, or a ``DynamicCache`` for the stock model."""
+    if evaluated.engine is not None:
+        return evaluated.engine.new_cache()
+    return DynamicCache(config=evaluated.model.config.get_text_config(decoder=True))
 
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, cache: Cache, prompt: Sequence[int], sequences: int) -> None:
-    """Fill an empty cache with the token ids of a prompt, computed once, for so many sequences."""
+    """Prefill a prompt once, then repeat the cache for ``sequences`` sequences."""
     model(torch.tensor([list(prompt)], device=model.device), **with_cache(model, cache), logits_to_keep=1)
     cache.batch_repeat_interleave(sequences)
 
 
 @torch.no_grad()
 def decode_tails(model: PreTrainedModel, cache: Cache, tails: Sequence[Sequence[int]]) -> Tensor:
-    """Give each sequence of a prefilled cache its tail, token by token, as if the model had said it.
+    """Decode the tails token by token, one for each sequence of a prefilled cache.
 
     Args:
         tails: Token ids, all of one length.

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from attention_predictor.eval.harness.rules import STOCK, Rule, check_names, check_variants
-from attention_predictor.offload.config import AUTO, OffloadConfig
+from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.policies import policy_class
@@ -22,9 +22,9 @@ from attention_predictor.predictor.model import AttentionPredictor
 class Variant:
     """A rule at a budget.
 
-    ``full`` is the stock model with its whole cache, no part of ours at work: what all else is judged by must not
-    depend on the code that is judged. It therefore needs the memory that a stock model needs. Where that is too much,
-    a rule such as ``full,prefetch=thread`` attends to everything through the engine, streaming from host memory.
+    ``full`` is the stock model with its whole cache, without our code: the reference must not depend on the code under
+    test. It therefore needs the memory of the stock model. If that is too much, a rule such as ``full,prefetch=thread``
+    attends to everything through the engine, streaming from host memory.
 
     Attributes:
         name: The rule's name and, unless it attends to everything, the budget: its directory.
@@ -39,21 +39,21 @@ class Variant:
     config: OffloadConfig | None
 
     @classmethod
-    def of(cls, rule: Rule, budget: int, prefetch: str = AUTO) -> Variant:
+    def of(cls, rule: Rule, budget: int, **defaults: Any) -> Variant:
         """Checks all settings; ``ConfigError`` or ``CheckpointError`` says what is wrong with them.
 
         Args:
-            prefetch: How its engine prefetches, unless the rule says.
+            defaults: Settings of its engine that the rule does not set.
         """
         check_rule(rule, budget)
         policy = rule.settings["policy"]
-        config = None if rule.settings == {"policy": STOCK} else rule.config(budget, prefetch=prefetch)
+        config = None if rule.settings == {"policy": STOCK} else rule.config(budget, **defaults)
         if policy_class(policy).selects == "all":
             return cls(rule.name, policy, None, config)
         return cls(f"{rule.name}-{budget}", policy, budget, config)
 
     def attached(self, model: PreTrainedModel) -> AbstractContextManager[Engine | None]:
-        """The model under this variant, for the time of a ``with`` block."""
+        """The model under this variant, within a ``with`` block."""
         return nullcontext() if self.config is None else attach(model, self.config)
 
     def describe(self) -> dict[str, Any]:
@@ -69,9 +69,9 @@ def check_rule(rule: Rule, budget: int) -> None:
         AttentionPredictor.from_pretrained(config.predictor, block_size=config.block_size)
 
 
-def make_variants(rules: Sequence[Rule], budgets: Sequence[int], prefetch: str = AUTO) -> list[Variant]:
-    """Every rule at every budget, in this order; once, where a rule attends to everything."""
+def make_variants(rules: Sequence[Rule], budgets: Sequence[int], **defaults: Any) -> list[Variant]:
+    """Every rule at every budget, in this order; rules that attend to everything appear once."""
     check_names(rules, "policies must differ in name")
     check_variants(rules)
-    variants = [Variant.of(rule, budget, prefetch) for rule in rules for budget in budgets]
+    variants = [Variant.of(rule, budget, **defaults) for rule in rules for budget in budgets]
     return list({variant.name: variant for variant in variants}.values())

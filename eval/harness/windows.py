@@ -1,14 +1,15 @@
-"""Documents that --data names, as tasks of a benchmark: what is decoded behind what, as token ids."""
+"""Windows: prompts and tails of the documents that ``--data`` names, as token ids."""
 
 from __future__ import annotations
 
 import argparse
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from attention_predictor.documents import Document, Excerpt, excerpt, read_docum
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.harness.processes import Processes
 from attention_predictor.eval.harness.prompts import check_context
+from attention_predictor.eval.harness.runner import Benchmark, Sample
 from attention_predictor.loading import load_tokenizer
 
 _NAME = re.compile(r"[\w.-]+")
@@ -67,7 +69,7 @@ def parse_sources(texts: Sequence[str]) -> list[Source]:
 
 @dataclass(frozen=True)
 class Windows:
-    """Parts of documents that are as long as asked for: a prompt, and what is decoded behind it.
+    """Parts of documents of a set length: a prompt, and the tail decoded after it.
 
     Attributes:
         context: Tokens of both.
@@ -95,7 +97,7 @@ class Windows:
         return tuple(source.name for source in self.sources)
 
     def of(self, name: str) -> Iterator[tuple[str, Excerpt]]:
-        """Name and token ids of every part of a source; documents that are too short have none."""
+        """Name and token ids of every part of a source; documents that are too short are skipped."""
         for document in self._documents(name):
             found = excerpt(document, self.tokenizer, self.context, self.tail)
             if document.continuations or len(found.prompt) + self.tail == self.context:
@@ -114,8 +116,28 @@ class Windows:
             yield document if self.continuations else replace(document, continuations=())
 
 
+class WindowBenchmark(Benchmark):
+    """A benchmark over windows: a task for each source, a sample for each window.
+
+    A sample's ``hidden`` has ``prompt`` and ``tails`` as token ids, since a part's text may tokenise differently at its
+    edges.
+    """
+
+    missing: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, windows: Windows) -> None:
+        self.windows, self.tasks = windows, windows.names
+
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self.windows, name) for name in ("context", "tail", "per_file")}
+
+    def samples(self, task: str) -> Iterator[Sample]:
+        for name, part in self.windows.of(task):
+            yield Sample(name, "", {}, {"prompt": part.prompt, "tails": part.tails})
+
+
 def windows_of(args: argparse.Namespace, *, continuations: bool = False) -> Windows:
-    """As the arguments say, each source read once; prints how many documents of it are too short.
+    """Windows from the command's options; reads each source once and prints how many documents are too short.
 
     Raises:
         ConfigError: More ``--context`` than the model has positions for, or another argument that is not allowed.

@@ -1,4 +1,4 @@
-"""The attention-map viewer: a document's blocks step by step, what held the attention beside what was read.
+"""The attention-map viewer: a document's blocks by step, true attention next to the blocks read.
 
 Its data are texts of one letter a block (``block_map``), as they stand in the results; a script draws the rows of the
 layer and head that are chosen. The page allows this script alone, by its hash.
@@ -105,12 +105,12 @@ MARKS = {"both": "read, and among the best", "extra": "read, not among the best"
 
 
 def script_source() -> str:
-    """What a content security policy names the script by."""
+    """The script's hash for the content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
 
 
 def viewer(folder: RunFolder) -> str:
-    """The viewer of a recovery map's run; nothing where no line has a map."""
+    """The viewer for a run's block maps; empty if no record has one."""
     maps: dict[str, dict[str, object]] = {}
     for task in folder.tasks:
         for variant in folder.variants:

@@ -1,4 +1,4 @@
-"""The page of a report: for each sheet its table, its charts and what its runs were."""
+"""The HTML page of a report: tables, charts, heat maps and settings of the runs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from html import escape
 
 from attention_predictor.errors import DataError
-from attention_predictor.eval.benchmarks import needle
-from attention_predictor.eval.benchmarks.recovery import recovery_map
-from attention_predictor.eval.display.heatmap import Axes, Panel
+from attention_predictor.eval.display.heatmap import HeatMaps
 from attention_predictor.eval.display.line_charts import Bounds, Lines, Point, curve_chart, legend_mark, line_chart
 from attention_predictor.eval.display.page_style import STYLE
 from attention_predictor.eval.display.svg_heatmap import colour_bar, heat_map
 from attention_predictor.eval.display.text_table import MISSING
+from attention_predictor.eval.harness.measure import Column, Measure
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.step_series import mean_series
 from attention_predictor.eval.report.block_viewer import SCRIPT, script_source, viewer
-from attention_predictor.eval.report.results_table import Column, Row, Sheet, describe
+from attention_predictor.eval.report.results_table import ResultsTable, Row, describe
 from attention_predictor.eval.report.text_formats import budget_text, interval_text, notes, score_text, signed
 
 TITLE = "Selection policies under a budget"
@@ -28,7 +27,7 @@ WIDE = 8  # columns of a table, above which one has to scroll
 
 @dataclass(frozen=True)
 class Traffic:
-    """A figure of what a policy reads and brings, by its name in a row and in its series over steps."""
+    """A traffic figure: its name in rows and series, its title, scale and bounds."""
 
     name: str
     title: str
@@ -45,10 +44,10 @@ TRAFFIC = (
 _POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src {script_source()}"
 
 
-def page(sheets: Sequence[Sheet]) -> str:
+def page(tables: Sequence[ResultsTable]) -> str:
     """A whole HTML document."""
-    names = ", ".join(dict.fromkeys(sheet.measure.title for sheet in sheets))
-    sections = "\n".join(map(_section, sheets))
+    names = ", ".join(dict.fromkeys(table.measure.title for table in tables))
+    sections = "\n".join(map(_section, tables))
     script = f"\n<script>{SCRIPT}</script>" if 'class="viewer"' in sections else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -60,26 +59,26 @@ def page(sheets: Sequence[Sheet]) -> str:
     )
 
 
-def _section(sheet: Sheet) -> str:
-    parts = [f"<h2>{escape(sheet.title)}</h2>", _table(sheet), _notes(sheet), _charts(sheet)]
-    for folder in sheet.folders:
-        parts.append(_maps(folder))
+def _section(table: ResultsTable) -> str:
+    parts = [f"<h2>{escape(table.title)}</h2>", _table(table), _notes(table), _charts(table)]
+    for folder in table.folders:
+        parts.append(_maps(folder, table.measure))
         text = f"<summary>Settings of {escape(str(folder.path))}</summary>"
         parts.append(f'<details>{text}<div class="scroll"><pre>{escape(describe(folder))}</pre></div></details>')
     return "\n".join(["<section>", *filter(None, parts), "</section>"])
 
 
-def _table(sheet: Sheet) -> str:
-    columns = list(sheet.columns)
+def _table(table: ResultsTable) -> str:
+    columns = list(table.columns)
     if len(columns) > WIDE:  # averages first, that of most tasks before all, where they would be far to the right
         most = max(len(one.tasks) for one in columns)
         columns.sort(key=lambda one: (not one.average, len(one.tasks) < most))
     heads = "".join(f'<th scope="col"{_shade(one)}>{escape(one.title)}</th>' for one in columns)
     lines = [f'<thead><tr><th class="policy" scope="col">policy</th><th scope="col">budget</th>{heads}</tr></thead>']
     budget: object = ""
-    for row in sheet.rows:
+    for row in table.rows:
         first, budget = row.budget != budget, row.budget
-        cells = "".join(f"<td{_shade(one)}>{_cell(sheet, row, one)}</td>" for one in columns)
+        cells = "".join(f"<td{_shade(one)}>{_cell(table, row, one)}</td>" for one in columns)
         name = f'<th class="policy" scope="row">{escape(row.policy)}</th><td>{budget_text(row)}</td>'
         lines.append(f"""<tr{" class='first'" if first else ""}>{name}{cells}</tr>""")
     return f'<div class="scroll" tabindex="0"><table>{"".join(lines)}</table></div>'
@@ -89,8 +88,8 @@ def _shade(column: Column) -> str:
     return ' class="average"' if column.average else ""
 
 
-def _cell(sheet: Sheet, row: Row, column: Column) -> str:
-    figure = sheet.figures.get((row.name, column.title))
+def _cell(table: ResultsTable, row: Row, column: Column) -> str:
+    figure = table.figures.get((row.name, column.title))
     if figure is None:
         return MISSING
     value = score_text(figure.value)
@@ -102,36 +101,36 @@ def _cell(sheet: Sheet, row: Row, column: Column) -> str:
     return shown
 
 
-def _notes(sheet: Sheet) -> str:
-    said = [*notes(sheet)]
-    if any(figure.delta is not None for figure in sheet.figures.values()) and sheet.full is not None:
-        said.append(f"Δ: difference to {sheet.full.name}, with its interval")
+def _notes(table: ResultsTable) -> str:
+    said = [*notes(table)]
+    if any(figure.delta is not None for figure in table.figures.values()) and table.full is not None:
+        said.append(f"Δ: difference to {table.full.name}, with its interval")
     return f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in said)}</ul>'
 
 
-def _charts(sheet: Sheet) -> str:
-    policies = list(dict.fromkeys(row.policy for row in sheet.rows if row.budget is not None))
+def _charts(table: ResultsTable) -> str:
+    policies = list(dict.fromkeys(row.policy for row in table.rows if row.budget is not None))
     if not policies:
         return ""
-    drawn = {column: chart for column in sheet.columns if (chart := _column_chart(sheet, policies, column))}
+    drawn = {column: chart for column in table.columns if (chart := _column_chart(table, policies, column))}
     averages = [chart for column, chart in drawn.items() if column.average]
     tasks = [chart for column, chart in drawn.items() if not column.average]
     names = [(number, name) for number, name in enumerate(policies)]
     marks = "".join(f"<li>{legend_mark(number)}{escape(name)}</li>" for number, name in names)
-    if sheet.full is not None:
-        marks += f"<li>{legend_mark(None)}{escape(sheet.full.name)}</li>"
+    if table.full is not None:
+        marks += f"<li>{legend_mark(None)}{escape(table.full.name)}</li>"
     parts = ["<h3>Scores against budget</h3>", f'<ul class="legend">{marks}</ul>']
     if len(tasks) > MANY:
         parts.append(_grid(averages))
         parts.append(f"<details><summary>Each of {len(tasks)} tasks</summary>{_grid(tasks)}</details>")
     else:
         parts.append(_grid([*averages, *tasks]))
-    if not sheet.measure.traffic:
+    if not table.measure.traffic:
         return "".join(parts)
-    traffic = [_traffic_chart(sheet, policies, one) for one in TRAFFIC]
+    traffic = [_traffic_chart(table, policies, one) for one in TRAFFIC]
     over_steps = [
-        _steps_chart(sheet, policies, one, budget)
-        for budget in dict.fromkeys(row.budget for row in sheet.rows if row.budget is not None)
+        _steps_chart(table, policies, one, budget)
+        for budget in dict.fromkeys(row.budget for row in table.rows if row.budget is not None)
         for one in TRAFFIC
     ]
     for title, charts in (
@@ -142,20 +141,20 @@ def _charts(sheet: Sheet) -> str:
     return "".join(parts)
 
 
-def _column_chart(sheet: Sheet, policies: Sequence[str], column: Column) -> str:
+def _column_chart(table: ResultsTable, policies: Sequence[str], column: Column) -> str:
     lines: dict[str, dict[int, Point]] = {name: {} for name in policies}
-    for row in sheet.rows:
-        figure = sheet.figures.get((row.name, column.title))
+    for row in table.rows:
+        figure = table.figures.get((row.name, column.title))
         if row.budget is not None and figure is not None:
             lines[row.policy][row.budget] = Point(figure.value, figure.interval)
-    full = sheet.figures.get((sheet.full.name, column.title)) if sheet.full is not None else None
-    title = f"{column.title} ({sheet.measure.what})"
-    return _chart(title, lines, None if full is None else full.value, sheet.measure.bounds)
+    full = table.figures.get((table.full.name, column.title)) if table.full is not None else None
+    title = f"{column.title} ({table.measure.what})"
+    return _chart(title, lines, None if full is None else full.value, table.measure.bounds)
 
 
-def _traffic_chart(sheet: Sheet, policies: Sequence[str], traffic: Traffic) -> str:
+def _traffic_chart(table: ResultsTable, policies: Sequence[str], traffic: Traffic) -> str:
     lines: dict[str, dict[int, Point]] = {name: {} for name in policies}
-    for row in sheet.rows:
+    for row in table.rows:
         if row.budget is not None and (value := getattr(row, traffic.name)) is not None:
             lines[row.policy][row.budget] = Point(traffic.scale * value)
     return _chart(traffic.title, lines, None, traffic.bounds)
@@ -167,9 +166,9 @@ def _chart(title: str, lines: Lines, level: float | None, bounds: Bounds) -> str
     return f"<figure><figcaption>{escape(title)}</figcaption>{line_chart(title, lines, level, bounds)}</figure>"
 
 
-def _steps_chart(sheet: Sheet, policies: Sequence[str], traffic: Traffic, budget: int) -> str:
+def _steps_chart(table: ResultsTable, policies: Sequence[str], traffic: Traffic, budget: int) -> str:
     curves: dict[str, list[tuple[int, float]]] = {name: [] for name in policies}
-    for row in sheet.rows:
+    for row in table.rows:
         if row.budget == budget:
             points = mean_series(row.over_steps, traffic.name)
             curves[row.policy] = [(step, traffic.scale * value) for step, value in points]
@@ -183,42 +182,20 @@ def _grid(charts: Sequence[str]) -> str:
     return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
-def _maps(folder: RunFolder) -> str:
-    """The grid of a run of needles, the layers and heads of a recovery map; nothing of others."""
-    benchmark = folder.description["benchmark"]
+def _maps(folder: RunFolder, measure: Measure) -> str:
+    """Heat maps of a run and its attention-map viewer; empty for a benchmark without them."""
     try:
-        return _MAPS[benchmark](folder) if benchmark in _MAPS else ""
+        maps = measure.heat_maps(folder)
+        return "" if maps is None else _heat_maps(maps) + viewer(folder)
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder.path}: not results of {benchmark}: {error!r}") from error
+        raise DataError(f"{folder.path}: not results of {folder.description['benchmark']}: {error!r}") from error
 
 
-def _needle_maps(folder: RunFolder) -> str:
-    rows = [f"{depth} %" for depth in folder.description["settings"]["depths"]]
-    axes = Axes(rows, sorted(folder.tasks, key=int), "depth", "length, tokens")
-    panels = [Panel(variant, needle.grid(folder, variant)) for variant in folder.variants]
-    return _heat_maps("Needles found, by depth and length", panels, axes, 0.0)
-
-
-def _recovery_maps(folder: RunFolder) -> str:
-    maps = {variant: recovery_map.mean_map(folder, variant) for variant in folder.variants}
-    done = {variant: found for variant, found in maps.items() if found[1]}
-    if not done:
-        return ""
-    layers, heads = next(iter(done.values()))
-    columns = [str(head) for head in range(len(heads[0]))]
-    axes = Axes([str(layer) for layer in layers], columns, "layer", "KV head")
-    panels = [Panel(variant, of_heads) for variant, (_, of_heads) in done.items()]
-    low = min(min(map(min, of_heads)) for _, of_heads in done.values())
-    return _heat_maps("Relative recovery, by layer and KV head", panels, axes, low) + viewer(folder)
-
-
-_MAPS = {"needle": _needle_maps, "recovery-map": _recovery_maps}
-
-
-def _heat_maps(title: str, panels: Sequence[Panel], axes: Axes, low: float) -> str:
+def _heat_maps(maps: HeatMaps) -> str:
     figures = "".join(
         f"<figure><figcaption>{escape(panel.title)}</figcaption>"
-        f'<div class="scroll" tabindex="0">{heat_map(panel, axes, low, 1.0)}</div></figure>'
-        for panel in panels
+        f'<div class="scroll" tabindex="0">{heat_map(panel, maps.axes, maps.low, maps.high)}</div></figure>'
+        for panel in maps.panels
     )
-    return f'<h3>{escape(title)}</h3><p>{colour_bar(low, 1.0)}</p><div class="maps">{figures}</div>'
+    bar = colour_bar(f"{maps.low:.2f}", f"{maps.high:.2f}")
+    return f'<h3>{escape(maps.title)}</h3><p>{bar}</p><div class="maps">{figures}</div>'

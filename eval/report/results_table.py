@@ -1,14 +1,15 @@
-"""Results of runs as a sheet of figures: policies by budget down, tasks and averages across.
+"""Tables of results: policies by budget down, tasks and averages across.
 
-Runs of one benchmark whose settings, samples and variants agree share a sheet; others get one each.
+Runs of one benchmark whose settings, samples and variants agree share a table; others get one each.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,91 +18,21 @@ from typing import Any
 
 import numpy as np
 
+from attention_predictor.commands import EVAL
 from attention_predictor.errors import AttentionPredictorError, ConfigError, DataError
-from attention_predictor.eval.benchmarks import continuation, needle, perplexity
-from attention_predictor.eval.benchmarks.longbench import scorer as longbench
-from attention_predictor.eval.benchmarks.longbench.tasks import CATEGORIES, TASKS
-from attention_predictor.eval.benchmarks.reasoning import benchmark as reasoning
-from attention_predictor.eval.benchmarks.recovery import recovery_map
-from attention_predictor.eval.benchmarks.ruler import scorer as ruler
-from attention_predictor.eval.benchmarks.synthetic import benchmark as planted
 from attention_predictor.eval.harness.bootstrap import interval, resampled_means
+from attention_predictor.eval.harness.measure import Column, Measure
 from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.run_folder import RunFolder
-from attention_predictor.eval.harness.scores import SampleScores
+from attention_predictor.eval.harness.scores import Mean, notes
 
 SHOWN = ".2f"  # of scores
 ORACLE = "oracle"  # the policy that selects by the truth
+BENCHMARKS = {name: command for name, command in EVAL.items() if name != "several"}
 
 
 @dataclass(frozen=True)
-class Measure:
-    """What the figures of a benchmark are.
-
-    Attributes:
-        title: Of the benchmark.
-        what: A figure's name and unit.
-        scale: Of a figure to a sample's score.
-        higher: Whether more is better.
-        rounded: Tasks are rounded before they are averaged, as LongBench's are.
-        bounds: What figures can be.
-        weight: Of a sample's score in its task.
-        failed: What became of failed samples, for the footnote.
-        traffic: Whether hit rate and fetched bytes are shown beside them.
-    """
-
-    title: str
-    what: str
-    sample_scores: SampleScores
-    scale: float = 100.0
-    higher: bool = True
-    rounded: bool = False
-    bounds: tuple[float, float] = (0.0, 100.0)
-    weight: Callable[[Record], float] = lambda record: 1.0
-    failed: str = "counted as 0"
-    traffic: bool = True
-
-
-MEASURES = {
-    "longbench": Measure("LongBench", "score", longbench.sample_scores, rounded=True),
-    "needle": Measure("Needle in a haystack", "found, %", needle.sample_scores),
-    "ruler": Measure("RULER", "score, %", ruler.sample_scores),
-    "reasoning": Measure("Reasoning", "solved, %", reasoning.sample_scores),
-    "synthetic": Measure("Synthetic tasks", "right, %", planted.sample_scores),
-    "perplexity": Measure(
-        *("Perplexity", "bits a token, less is better", perplexity.sample_scores),
-        scale=1.0,
-        higher=False,
-        bounds=(0.0, math.inf),
-        weight=lambda record: float(record.get("tokens", 0)),
-        failed="left out of the figures",
-    ),
-    "continuation": Measure(
-        *("Long generation", "KL, millinats a token, less is better", continuation.sample_scores),
-        scale=1000.0,
-        higher=False,
-        bounds=(0.0, math.inf),
-        failed="left out of the figures",
-    ),
-    "recovery-map": Measure(
-        *("Recovery", "relative recovery, %", recovery_map.sample_scores), failed="left out of the figures"
-    ),
-}
-
-# Beside LongBench's scores where it was asked for; scores of small models tell little.
-ANSWERS = Measure(
-    *("LongBench's answers", "bits a token, less is better", longbench.answer_bits),
-    scale=1.0,
-    higher=False,
-    bounds=(0.0, math.inf),
-    weight=lambda record: float(record.get("answer_tokens", 0)),
-    failed="left out of the figures",
-    traffic=False,
-)
-
-
-@dataclass(frozen=True)
-class Outcome:
+class TaskResults:
     """One variant's samples of one task.
 
     Attributes:
@@ -115,20 +46,13 @@ class Outcome:
     asked: int
 
     @classmethod
-    def of(
-        cls,
-        measure: Measure,
-        task: str,
-        records: Sequence[Record],
-        asked: int,
-        within: Callable[[Record], bool] | None = None,
-    ) -> Outcome:
-        """Of a run's records; the scores of those alone that are ``within``, if given."""
+    def of(cls, measure: Measure, task: str, records: Sequence[Record], asked: int) -> TaskResults:
+        """Results from a run's records."""
         found = measure.sample_scores(task, records)
         scores = {
             str(one["id"]): (score, measure.weight(one))
             for one, score in zip(records, found, strict=True)
-            if not math.isnan(score) and (within is None or within(one))
+            if not math.isnan(score) and (measure.within is None or measure.within(one))
         }
         return cls(scores, len(records), sum(bool(one.get("error")) for one in records), asked)
 
@@ -157,24 +81,15 @@ class Row:
     budget: int | None
     stock: bool
     judged: bool
-    outcomes: Mapping[str, Outcome]
+    outcomes: Mapping[str, TaskResults]
     hit_rate: float | None
     fetched_bytes: float | None
     over_steps: Sequence[Record]
 
 
 @dataclass(frozen=True)
-class Column:
-    """A task, or the mean over several."""
-
-    title: str
-    tasks: tuple[str, ...]
-    average: bool = False
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A cell: its value, what it is more than full attention's, and the intervals of both.
+class Cell:
+    """A cell: its value, its difference to full attention, and both intervals.
 
     ``best``: no other policy is better at this budget, and there is another one.
     """
@@ -187,8 +102,8 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """All figures of runs that can be compared.
+class ResultsTable:
+    """The table of runs that can be compared.
 
     Attributes:
         title: Benchmark and model.
@@ -209,14 +124,14 @@ class Sheet:
 
     @property
     def full(self) -> Row | None:
-        """The row that others are compared with."""
+        """The row that other rows are compared with."""
         whole = [row for row in self.rows if row.budget is None]
         return next((row for row in whole if row.stock), whole[0] if whole else None)
 
     @cached_property
-    def figures(self) -> dict[tuple[str, str], Figure]:
-        """By names of row and column; none where a task of the column has no results."""
-        found: dict[tuple[str, str], Figure] = {}
+    def figures(self) -> dict[tuple[str, str], Cell]:
+        """Cells by names of row and column; absent where a task of the column has no results."""
+        found: dict[tuple[str, str], Cell] = {}
         for row in self.rows:
             for column in self.columns:
                 if (figure := self._figure(row, column)) is not None:
@@ -235,7 +150,7 @@ class Sheet:
                         found[name, column.title] = replace(found[name, column.title], best=True)
         return found
 
-    def _figure(self, row: Row, column: Column) -> Figure | None:
+    def _figure(self, row: Row, column: Column) -> Cell | None:
         outcomes = [row.outcomes.get(task) for task in column.tasks]
         if not all(one is not None and one.scores for one in outcomes):
             return None
@@ -245,16 +160,16 @@ class Sheet:
         between = interval(means_R) if several else None
         full = self.full
         if full is None or full is row or not set(column.tasks) <= set(full.outcomes):
-            return Figure(value, between, None, None)
+            return Cell(value, between, None, None)
         both = {task: [one for one in ids if one in full.outcomes[task].scores] for task, ids in own.items()}
         if not all(both.values()):
-            return Figure(value, between, None, None)
+            return Cell(value, between, None, None)
         paired = all(len(ids) > 1 for ids in both.values())
         (mine, mine_R), (theirs, theirs_R) = self._mean(row, both), self._mean(full, both)
-        return Figure(value, between, mine - theirs, interval(mine_R - theirs_R) if paired else None)
+        return Cell(value, between, mine - theirs, interval(mine_R - theirs_R) if paired else None)
 
     def _mean(self, row: Row, ids: Mapping[str, Sequence[str]]) -> tuple[float, np.ndarray]:
-        """Mean over tasks, each of the named samples; and resampled."""
+        """Mean over tasks of the named samples, and its resampled means."""
         values, resampled = [], []
         for task, names in ids.items():
             value, means_R = self._task_mean(row, task, tuple(names))
@@ -277,8 +192,8 @@ class Sheet:
         return found
 
 
-def make_sheets(paths: Sequence[Path], seed: int = 0) -> list[Sheet]:
-    """Read runs, each sheet in the order of its first run.
+def make_tables(paths: Sequence[Path], seed: int = 0) -> list[ResultsTable]:
+    """Read runs, each table in the order of its first run.
 
     Raises:
         ConfigError: A directory is given twice, is missing or no run's, or its benchmark is unknown.
@@ -292,9 +207,8 @@ def make_sheets(paths: Sequence[Path], seed: int = 0) -> list[Sheet]:
         if not path.is_dir():
             raise ConfigError(f"{path}: no such directory")
         folder = RunFolder.finished(path)
-        if folder.description["benchmark"] not in MEASURES:
-            found = folder.description["benchmark"]
-            raise ConfigError(f"{path} is a run of {found!r}: expected one of {', '.join(MEASURES)}")
+        if (found := folder.description["benchmark"]) not in BENCHMARKS:
+            raise ConfigError(f"{path} is a run of {found!r}: expected one of {', '.join(BENCHMARKS)}")
         if not any(folder.records(variant, task) for variant in folder.variants for task in folder.tasks):
             raise DataError(f"{path}: no results in this run yet")
         for group in groups:
@@ -303,13 +217,13 @@ def make_sheets(paths: Sequence[Path], seed: int = 0) -> list[Sheet]:
                 break
         else:
             groups.append([folder])
-    sheets = [sheet for group in groups for sheet in _sheets(group, seed)]
-    titles = Counter(sheet.title for sheet in sheets)
-    return [_told_apart(sheet) if titles[sheet.title] > 1 else sheet for sheet in sheets]
+    tables = [table for group in groups for table in _tables_of(group, seed)]
+    titles = Counter(table.title for table in tables)
+    return [_told_apart(table) if titles[table.title] > 1 else table for table in tables]
 
 
-def _told_apart(sheet: Sheet) -> Sheet:
-    return replace(sheet, title=f"{sheet.title} · {', '.join(str(folder.path) for folder in sheet.folders)}")
+def _told_apart(table: ResultsTable) -> ResultsTable:
+    return replace(table, title=f"{table.title} · {', '.join(str(folder.path) for folder in table.folders)}")
 
 
 def _agree(one: RunFolder, other: RunFolder) -> bool:
@@ -321,34 +235,17 @@ def _agree(one: RunFolder, other: RunFolder) -> bool:
     return all(mine[name] == theirs[name] for name in ("benchmark", "settings"))
 
 
-def _sheets(folders: Sequence[RunFolder], seed: int) -> list[Sheet]:
-    """One; of LongBench-E one for each length, and of LongBench one more where answers' likelihood is known."""
-    first = folders[0].description
-    measure, settings = MEASURES[first["benchmark"]], first["settings"]
-    if first["benchmark"] == "longbench" and settings.get("extended"):
-        made = [
-            _sheet(folders, seed, measure, name, _of_length(least, below))
-            for name, (least, below) in longbench.BUCKETS.items()
-        ]
-    else:
-        made = [_sheet(folders, seed, measure)]
-    if first["benchmark"] == "longbench" and settings.get("answer_likelihood"):
-        made.append(_sheet(folders, seed, ANSWERS))
-    scored = [sheet for sheet in made if any(one.scores for row in sheet.rows for one in row.outcomes.values())]
+def _tables_of(folders: Sequence[RunFolder], seed: int) -> list[ResultsTable]:
+    """One for each measure of the benchmark; those without any score are left out, unless all are."""
+    description = folders[0].description
+    benchmark = importlib.import_module(f"attention_predictor.{BENCHMARKS[description['benchmark']].main}")
+    measures = benchmark.measures(description) if hasattr(benchmark, "measures") else [benchmark.MEASURE]
+    made = [_table_of(folders, seed, measure) for measure in measures]
+    scored = [table for table in made if any(one.scores for row in table.rows for one in row.outcomes.values())]
     return scored or made[:1]
 
 
-def _of_length(least: int, below: int | None) -> Callable[[Record], bool]:
-    return lambda record: least <= record["length"] < (math.inf if below is None else below)
-
-
-def _sheet(
-    folders: Sequence[RunFolder],
-    seed: int,
-    measure: Measure,
-    part: str | None = None,
-    within: Callable[[Record], bool] | None = None,
-) -> Sheet:
+def _table_of(folders: Sequence[RunFolder], seed: int, measure: Measure) -> ResultsTable:
     first = folders[0].description
     rows, twice = [], []
     variants = {name: one for folder in folders for name, one in folder.description["variants"].items()}
@@ -358,29 +255,35 @@ def _sheet(
         for task, known in tasks.items():
             having = [(folder, found) for folder in folders if (found := folder.records(name, task))]
             if not having:
-                outcomes[task] = Outcome({}, 0, 0, known["samples"])
+                outcomes[task] = TaskResults({}, 0, 0, known["samples"])
                 continue
             folder, records = having[0]
             twice += [f"{name} {task}"] if len(having) > 1 else []
             try:
-                outcomes[task] = Outcome.of(measure, task, records, known["samples"], within)
+                outcomes[task] = TaskResults.of(measure, task, records, known["samples"])
             except AttentionPredictorError:  # says more already
                 raise
             except (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration) as error:
                 where = folder.results(name, task)
                 raise DataError(f"{where}: not results of {first['benchmark']}: {error!r}") from error
-            every += [one for one in records if not one.get("error") and (within is None or within(one))]
+            inside = measure.within or (lambda record: True)
+            every += [one for one in records if not one.get("error") and inside(one)]
         rows.append(_row(name, variant, outcomes, every))
     rows.sort(key=lambda row: (row.budget is not None, row.budget or 0, not row.stock))
     model = Path(str(first["settings"].get("model", ""))).name
-    title = " · ".join(filter(None, [measure.title + ("-E" if part else ""), part, model]))
-    notes = _notes(rows, measure)
+    title = " · ".join(filter(None, [measure.title, measure.part, model]))
+    means = {
+        row.name: {task: Mean(None, one.samples, one.errors, one.asked) for task, one in row.outcomes.items()}
+        for row in rows
+    }
+    absent = "not finished (differences are over samples that both have)"
+    below = notes(means, measure.failed, where="", unfinished=absent)
     if twice:
-        notes.append(f"in more than one of the runs, taken from the first: {', '.join(twice)}")
-    return Sheet(title, measure, folders, rows, _columns(first["benchmark"], list(tasks)), notes, seed)
+        below.append(f"in more than one of the runs, taken from the first: {', '.join(twice)}")
+    return ResultsTable(title, measure, folders, rows, measure.columns(list(tasks)), below, seed)
 
 
-def _row(name: str, variant: Mapping[str, Any], outcomes: Mapping[str, Outcome], records: Sequence[Record]) -> Row:
+def _row(name: str, variant: Mapping[str, Any], outcomes: Mapping[str, TaskResults], records: Sequence[Record]) -> Row:
     budget = variant["budget"]
     policy = name if budget is None else name.removesuffix(f"-{budget}")
     rates = [one["hit_rate"] for one in records if one.get("hit_rate") is not None]
@@ -390,36 +293,6 @@ def _row(name: str, variant: Mapping[str, Any], outcomes: Mapping[str, Outcome],
     series = [one["over_steps"] for one in records if "over_steps" in one]
     stock, judged = bool(variant.get("stock")), budget is not None and variant["policy"] != ORACLE
     return Row(name, policy, budget, stock, judged, outcomes, hit_rate, fetched, series)
-
-
-def _columns(benchmark: str, tasks: Sequence[str]) -> list[Column]:
-    columns = [Column(task, (task,)) for task in tasks]
-    if benchmark == "longbench":
-        for category in CATEGORIES:
-            if inside := tuple(task for task in tasks if TASKS[task].category == category):
-                columns.append(Column(category, inside, average=True))
-        if set(longbench.ENGLISH) <= set(tasks):
-            columns.append(Column("16 English tasks", longbench.ENGLISH, average=True))
-        return columns
-    lengths = [task.partition(ruler.AT)[2] for task in tasks] if benchmark == "ruler" else []
-    for length in dict.fromkeys(filter(None, lengths)) if len(set(lengths)) > 1 else ():
-        inside = tuple(task for task in tasks if task.partition(ruler.AT)[2] == length)
-        columns.append(Column(f"mean at {length}", inside, average=True))
-    return columns + ([Column("mean", tuple(tasks), average=True)] if len(tasks) > 1 else [])
-
-
-def _notes(rows: Sequence[Row], measure: Measure) -> list[str]:
-    failed, absent = [], []
-    for row in rows:
-        for task, one in row.outcomes.items():
-            if one.errors:
-                failed.append(f"{row.name} {task} {one.errors} of {one.samples}")
-            if one.samples < one.asked:
-                absent.append(f"{row.name} {task} {one.samples} of {one.asked}")
-    notes = [f"failed, {measure.failed}: {', '.join(failed)}"] if failed else []
-    if absent:
-        notes.append(f"not finished (differences are over samples that both have): {', '.join(absent)}")
-    return notes
 
 
 def describe(folder: RunFolder) -> str:

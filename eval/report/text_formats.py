@@ -1,4 +1,4 @@
-"""A sheet as text for papers: Markdown and LaTeX (booktabs).
+"""A table as text for papers: Markdown and LaTeX (booktabs).
 
 Two tables each: scores, and differences to full attention with their intervals.
 """
@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 from attention_predictor.eval.display.text_table import MISSING
 from attention_predictor.eval.harness.bootstrap import LEVEL
-from attention_predictor.eval.report.results_table import SHOWN, Column, Row, Sheet
+from attention_predictor.eval.harness.measure import Column
+from attention_predictor.eval.report.results_table import SHOWN, ResultsTable, Row
 
 BEST = "bold: best policy at a budget, full attention and the oracle apart"
 INTERVAL = f"[{LEVEL:.0%} bootstrap interval over samples]"
@@ -30,7 +31,7 @@ _LATEX = {
 
 
 def signed(value: float) -> str:
-    """With a sign, a true minus; nothing before a zero."""
+    """Format with a sign, using U+2212 for minus; zero has no sign."""
     text = format(value, "+.2f")
     return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
 
@@ -48,34 +49,34 @@ def budget_text(row: Row) -> str:
     return "all" if row.budget is None else str(row.budget)
 
 
-def markdown(sheet: Sheet) -> str:
+def markdown(table: ResultsTable) -> str:
     """Headline, both tables and notes."""
-    parts = [f"## {escape_markdown(sheet.title)}", _markdown_scores(sheet)]
-    if any(figure.delta is not None for figure in sheet.figures.values()):
-        parts += [_delta_title(sheet), _markdown_deltas(sheet)]
-    parts.append("\n".join(f"- {escape_markdown(note)}" for note in notes(sheet)))
+    parts = [f"## {escape_markdown(table.title)}", _markdown_scores(table)]
+    if any(figure.delta is not None for figure in table.figures.values()):
+        parts += [_delta_title(table), _markdown_deltas(table)]
+    parts.append("\n".join(f"- {escape_markdown(note)}" for note in notes(table)))
     return "\n\n".join(parts) + "\n"
 
 
-def notes(sheet: Sheet) -> list[str]:
-    """What must be said below a table."""
-    figures = sheet.figures.values()
-    legend = [sheet.measure.what]
+def notes(table: ResultsTable) -> list[str]:
+    """Notes below a table."""
+    figures = table.figures.values()
+    legend = [table.measure.what]
     legend += [BEST] if any(figure.best for figure in figures) else []
     legend += [INTERVAL] if any(figure.interval is not None for figure in figures) else []
-    return ["; ".join(legend), *sheet.notes]
+    return ["; ".join(legend), *table.notes]
 
 
-def latex(sheet: Sheet) -> str:
+def latex(table: ResultsTable) -> str:
     r"""Both tables, for ``\usepackage{booktabs}``."""
-    tables = [_latex_table(sheet, _scores_latex, sheet.title)]
-    if any(figure.delta is not None for figure in sheet.figures.values()):
-        tables.append(_latex_table(sheet, _deltas_latex, f"{sheet.title}: {_delta_title(sheet)}"))
+    tables = [_latex_table(table, _scores_latex, table.title)]
+    if any(figure.delta is not None for figure in table.figures.values()):
+        tables.append(_latex_table(table, _deltas_latex, f"{table.title}: {_delta_title(table)}"))
     return "\n".join(tables)
 
 
 def escape_markdown(text: str) -> str:
-    """Letters that Markdown or HTML would read otherwise, made plain."""
+    """Escape characters that Markdown or HTML would interpret."""
     escaped = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(text.split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
@@ -84,60 +85,60 @@ def escape_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
-def _delta_title(sheet: Sheet) -> str:
-    full = sheet.full
+def _delta_title(table: ResultsTable) -> str:
+    full = table.full
     return f"Difference to {full.name if full is not None else MISSING}"
 
 
-def _markdown_scores(sheet: Sheet) -> str:
+def _markdown_scores(table: ResultsTable) -> str:
     def cell(row: Row, column: Column) -> str:
-        figure = sheet.figures.get((row.name, column.title))
+        figure = table.figures.get((row.name, column.title))
         if figure is None:
             return MISSING
         value = score_text(figure.value)
         return f"{f'**{value}**' if figure.best else value} {interval_text(figure.interval, score_text)}".strip()
 
-    return _markdown_table(sheet, sheet.rows, cell)
+    return _markdown_table(table, table.rows, cell)
 
 
-def _markdown_deltas(sheet: Sheet) -> str:
+def _markdown_deltas(table: ResultsTable) -> str:
     def cell(row: Row, column: Column) -> str:
-        figure = sheet.figures.get((row.name, column.title))
+        figure = table.figures.get((row.name, column.title))
         if figure is None or figure.delta is None:
             return MISSING
         return f"{signed(figure.delta)} {interval_text(figure.delta_interval, signed)}".strip()
 
-    return _markdown_table(sheet, [row for row in sheet.rows if row is not sheet.full], cell)
+    return _markdown_table(table, [row for row in table.rows if row is not table.full], cell)
 
 
-def _markdown_table(sheet: Sheet, rows: Sequence[Row], cell: Callable[[Row, Column], str]) -> str:
-    titles = ["policy", "budget", *(escape_markdown(column.title) for column in sheet.columns)]
+def _markdown_table(table: ResultsTable, rows: Sequence[Row], cell: Callable[[Row, Column], str]) -> str:
+    titles = ["policy", "budget", *(escape_markdown(column.title) for column in table.columns)]
     lines = [titles, [":--", *["--:"] * (len(titles) - 1)]]
     for row in rows:
-        lines.append([escape_markdown(row.policy), budget_text(row), *(cell(row, one) for one in sheet.columns)])
+        lines.append([escape_markdown(row.policy), budget_text(row), *(cell(row, one) for one in table.columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _scores_latex(sheet: Sheet, row: Row, column: Column) -> str:
-    figure = sheet.figures.get((row.name, column.title))
+def _scores_latex(table: ResultsTable, row: Row, column: Column) -> str:
+    figure = table.figures.get((row.name, column.title))
     if figure is None:
         return MISSING
     value = score_text(figure.value)
     return rf"\textbf{{{escape_latex(value)}}}" if figure.best else escape_latex(value)
 
 
-def _deltas_latex(sheet: Sheet, row: Row, column: Column) -> str:
-    figure = sheet.figures.get((row.name, column.title))
-    if row is sheet.full or figure is None or figure.delta is None:
+def _deltas_latex(table: ResultsTable, row: Row, column: Column) -> str:
+    figure = table.figures.get((row.name, column.title))
+    if row is table.full or figure is None or figure.delta is None:
         return MISSING
     between = escape_latex(interval_text(figure.delta_interval, signed))
     return escape_latex(signed(figure.delta)) + (rf" {{\scriptsize {between}}}" if between else "")
 
 
-def _latex_table(sheet: Sheet, cell: Callable[[Sheet, Row, Column], str], title: str) -> str:
-    tasks = sum(not column.average for column in sheet.columns)
-    spec = "lr" + "r" * tasks + ("|" + "r" * (len(sheet.columns) - tasks) if len(sheet.columns) > tasks else "")
-    heads = [rf"\rotatebox{{90}}{{{escape_latex(column.title)}}}" for column in sheet.columns]
+def _latex_table(table: ResultsTable, cell: Callable[[ResultsTable, Row, Column], str], title: str) -> str:
+    tasks = sum(not column.average for column in table.columns)
+    spec = "lr" + "r" * tasks + ("|" + "r" * (len(table.columns) - tasks) if len(table.columns) > tasks else "")
+    heads = [rf"\rotatebox{{90}}{{{escape_latex(column.title)}}}" for column in table.columns]
     lines = [
         r"% needs \usepackage{booktabs,graphicx}",
         r"\begin{table}",
@@ -149,12 +150,12 @@ def _latex_table(sheet: Sheet, cell: Callable[[Sheet, Row, Column], str], title:
         " & ".join(["policy", "budget", *heads]) + r" \\",
     ]
     budget: object = ""
-    for row in sheet.rows:
+    for row in table.rows:
         if row.budget != budget:
             lines.append(r"\midrule")
             budget = row.budget
-        cells = [escape_latex(row.policy), budget_text(row), *(cell(sheet, row, one) for one in sheet.columns)]
+        cells = [escape_latex(row.policy), budget_text(row), *(cell(table, row, one) for one in table.columns)]
         lines.append(" & ".join(cells).replace(MISSING, "--") + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}}"]
-    lines += [rf"\par\footnotesize {escape_latex(note)}" for note in notes(sheet)]
+    lines += [rf"\par\footnotesize {escape_latex(note)}" for note in notes(table)]
     return "\n".join([*lines, r"\end{table}", ""])

@@ -1,1 +1,1 @@
-"""Leaving out whole layers of a model: which ones, and what is left of it."""
+"""Removes whole layers of a model (TAPPA). Begin with ``plan.py``, which orders layers by importance."""

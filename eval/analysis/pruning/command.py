@@ -1,4 +1,4 @@
-"""``attnpred prune``: layers scored, the least of them left out, and the rest saved or judged."""
+"""``attnpred prune``: scores layers, removes the least important, saves or evaluates the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attention_predictor.eval.analysis.pruning.layer_scores import measure
 from attention_predictor.eval.analysis.pruning.plan import METRICS, Plan, Scores, check_depth, importance, read_scores
 from attention_predictor.eval.analysis.pruning.shorten import save, without_layers
 from attention_predictor.eval.analysis.pruning.sweep import Sweep, make_orders
-from attention_predictor.eval.display.text_table import plain_table
+from attention_predictor.eval.display.text_table import text_table
 from attention_predictor.eval.harness.prompts import context_length
 from attention_predictor.loading import DTYPES, load_config, load_model, load_tokenizer
 from attention_predictor.offload.policies.query_similarity import WINDOW
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _shape(model: str | None, dtype: str) -> tuple[int, torch.dtype | None]:
-    """How many layers a model has, and the dtype to save it in: its own unless another was asked for."""
+    """Number of layers, and the dtype to save in: ``--dtype`` or the model's own."""
     config = load_config(model, "a configuration from")
     depth = config.get_text_config(decoder=True).num_hidden_layers
     wanted = DTYPES.get(dtype)
@@ -107,7 +107,7 @@ def _print(plan: Plan, as_json: bool) -> None:
         for place, layer in enumerate(plan.order, 1)
         for gone in ["removed" if layer in plan.removed else ""]
     ]
-    print(plain_table(("place", "layer", *plan.scores, "importance", ""), rows))
+    print(text_table(("place", "layer", *plan.scores, "importance", ""), rows))
 
 
 def _digits(value: float | None) -> str:

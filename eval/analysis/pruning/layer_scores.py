@@ -1,4 +1,4 @@
-"""What each layer of a model does to a text: its block influence, and how similar its queries are.
+"""Scores of each layer on texts: block influence and query similarity.
 
 Suffixes: B sequences, H query heads, T tokens, Q queries, D head size, C channels of the hidden state.
 """
@@ -71,7 +71,7 @@ def _influence_into(values: list[float]) -> Callable[..., None]:
 
 @contextmanager
 def _watched(model: PreTrainedModel, layers: nn.ModuleList, found: list[list[float]]) -> Iterator[None]:
-    """Within it, every attention of a layer adds its query similarity to the layer's list."""
+    """Context in which every attention call adds its query similarity to the layer's list."""
     config = model.config.get_text_config(decoder=True)
     before = model.config._attn_implementation
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Which layers go first: scores of layers, their order, and files of them.
+"""Layer importance: scores, the order of removal, and score files.
 
 ShortGPT (arXiv 2403.03853): block influence BI is 1 − the cosine of a layer's input and output; who changes little goes
 first. TAPPA (ICLR 2026, arXiv 2601.21709): who changes little and has queries that hardly turn, by
@@ -35,7 +35,7 @@ def normalised(values: Sequence[float]) -> list[float]:
 
 
 def importance(scores: Scores, metric: str, beta: float = BETA) -> list[float]:
-    """What a layer is worth, one number each: BI, 1 − q_norm, or BI'; the least goes first.
+    """Importance of each layer: BI, 1 − q_norm, or BI'; the lowest is removed first.
 
     Raises:
         DataError: A score that the metric needs is missing.
@@ -56,7 +56,7 @@ def order(importance: Sequence[float]) -> list[int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which layers of a model are removed, and by what.
+    """The layers to remove, and the scores that decided.
 
     Attributes:
         count: How many are removed.
@@ -81,7 +81,7 @@ class Plan:
         return sorted(self.order[: self.count])
 
     def to_dict(self) -> dict[str, Any]:
-        """All that decides it and all that follows, as plain values."""
+        """Scores, settings and the resulting order, as plain values."""
         raw = {name: list(values) for name, values in self.scores.items()}
         norms = {f"{name}_norm": normalised(_complete(raw, name, self.metric)) for name in METRICS[self.metric]}
         found = {"importance": self.importance, "order": self.order, "removed": self.removed}

@@ -88,7 +88,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, 
 
 
 def _cut(config: PreTrainedConfig, kept: list[int]) -> dict[str, Any]:
-    """What the configuration says of layers, for those that are kept."""
+    """The configuration's per-layer entries for the kept layers."""
     depth = config.num_hidden_layers
     changed: dict[str, Any] = {"num_hidden_layers": len(kept)}
     for name, value in vars(config).items():
@@ -100,7 +100,7 @@ def _cut(config: PreTrainedConfig, kept: list[int]) -> dict[str, Any]:
 
 
 def _number(layers: nn.ModuleList) -> None:
-    """Tell every part of a layer the layer's number, by which it finds its cache."""
+    """Set ``layer_idx`` of every module in a layer: attention finds its cache by it."""
     for number, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):

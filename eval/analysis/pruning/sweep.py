@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from attention_predictor.eval.analysis.pruning.plan import METRICS, Scores, importance, order
 from attention_predictor.eval.analysis.pruning.shorten import without_layers
 from attention_predictor.eval.display.plots import COLOURS
-from attention_predictor.eval.display.text_table import plain_table
+from attention_predictor.eval.display.text_table import text_table
 from attention_predictor.figures import save_figure
 
 RANDOM = "random"
@@ -30,14 +30,14 @@ Orders = Mapping[str, Sequence[Sequence[int]]]
 
 
 def make_orders(scores: Scores, beta: float, seeds: int, depth: int) -> dict[str, list[list[int]]]:
-    """In which layers go, by name: one order for each metric, and a random one for each seed from 0 on."""
+    """Orders of removal by name: one for each metric, and one random order for each seed from 0 on."""
     found = {metric: [order(importance(scores, metric, beta))] for metric in METRICS}
     return found | {RANDOM: [random.Random(seed).sample(range(depth), depth) for seed in range(seeds)]}
 
 
 @torch.no_grad()
 def bits_per_token(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> float:
-    """Over all tokens but each text's first, every one predicted from all before it; attention is full."""
+    """Bits a token over all tokens except each text's first, with full attention."""
     nats, tokens = 0.0, 0
     for text in texts:
         ids_1T = torch.tensor([list(text)], device=model.device)
@@ -63,7 +63,7 @@ class Sweep:
         count: int,
         after_each: Callable[[], object] = lambda: None,
     ) -> Sweep:
-        """Judge the model on texts without the first 0 to ``count`` layers of every order.
+        """Evaluate the model without the first 0 to ``count`` layers of every order.
 
         Args:
             after_each: Called after each of them, known already or not.
@@ -91,7 +91,7 @@ class Sweep:
             rows.append((str(gone), *shown, f"{2 ** min(by_name[RANDOM]):,.2f}–{2 ** max(by_name[RANDOM]):,.2f}"))
         seeds = len(self.bits[RANDOM])
         notes = [f"{RANDOM}: 2 to the power of the mean bits a token of {seeds} orders, and their range"]
-        return plain_table(("layers removed", *self.bits, "range"), rows, notes)
+        return text_table(("layers removed", *self.bits, "range"), rows, notes)
 
     def plot(self, path: Path, title: str) -> None:
         """A line for each metric, random orders as a band."""

@@ -1,1 +1,1 @@
-"""Parts of a decoding step, timed alone: a module a part, each a subcommand of ``attnpred bench``."""
+"""Times single parts of a decoding step: one module and one ``attnpred bench`` command each."""

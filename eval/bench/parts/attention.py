@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
         return lambda: (there[0].copy_(key), there[1].copy_(value))
 
     paged = flashinfer_calls(sets)
-    ways: list[tuple[str, list[Call] | str, int]] = [
+    methods: list[tuple[str, list[Call] | str, int]] = [
         ("ours, with block scores", [ours(*one, kernel=True) for one in sets], moved),
         ("torch operations, with block scores", [ours(*one, kernel=False) for one in sets], moved),
         ("scaled_dot_product_attention, without", [sdpa(*one) for one in sets], moved),
@@ -53,8 +53,8 @@ def main(args: argparse.Namespace) -> int:
         ("a copy on the device", [copied(*one[1:]) for one in sets], 2 * moved),
     ]
     rows: list[Row] = []
-    with Progress("attention", len(ways), "ways") as progress:
-        for name, calls, nbytes in ways:
+    with Progress("attention", len(methods), "ways") as progress:
+        for name, calls, nbytes in methods:
             if isinstance(calls, str):
                 rows.append({"name": name, "skipped": calls})
             else:

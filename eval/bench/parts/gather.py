@@ -37,19 +37,19 @@ def main(args: argparse.Namespace) -> int:
     rows, n = args.batch * args.kv_heads, args.blocks
     block_bytes = 2 * BLOCK * args.head_dim * dtype.itemsize
     lists = [(torch.randint(rows, (n,)), torch.randint(store.n_blocks, (n,))) for _ in range(LISTS)]
-    ways = _to_pool(store, lists, shape, device) if device.type == "cuda" else _to_buffer(store, lists)
+    methods = _to_pool(store, lists, shape, device) if device.type == "cuda" else _to_buffer(store, lists)
     found = []
-    with Progress("gather", len(ways), "ways") as progress:
-        for way in ways:
-            rules: dict[str, Any] = {"moved": way.blocks * block_bytes, "capturable": way.on_device}
-            found.append(timed(way.name, way.calls, device, repeats=args.repeats, **rules))
+    with Progress("gather", len(methods), "ways") as progress:
+        for method in methods:
+            rules: dict[str, Any] = {"moved": method.blocks * block_bytes, "capturable": method.on_device}
+            found.append(timed(method.name, method.calls, device, repeats=args.repeats, **rules))
             progress.update()
     return show(args, device, dtype, found)
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to bring so many blocks; ``on_device``: without the host."""
+class GatherMethod:
+    """A way to copy ``blocks`` blocks; ``on_device``: without the host."""
 
     name: str
     calls: list[Call]
@@ -59,7 +59,7 @@ class Way:
 
 def _to_pool(
     store: HostStore, lists: list[tuple[Tensor, Tensor]], shape: dict[str, Any], device: torch.device
-) -> list[Way]:
+) -> list[GatherMethod]:
     n = len(lists[0][0])
     pool, slot_n = BlockPool(**shape, slots=n, device=device), torch.arange(n)
     sides, slabs = (pool.key_BGSTD, pool.value_BGSTD), (store.addresses(device), store.slab_blocks)
@@ -78,13 +78,13 @@ def _to_pool(
         return lambda: pool.write_blocks(row_n, slot_n, store.gather(row_n, block_n))
 
     return [
-        Way("ours", [by_table(*one) for one in lists], each * rows),
-        Way("gathered on the CPU, then copied", [by_host(*one) for one in lists], n, on_device=False),
-        Way("one piece by the copy engine", [lambda: there.copy_(whole, non_blocking=True)], n),
+        GatherMethod("ours", [by_table(*one) for one in lists], each * rows),
+        GatherMethod("gathered on the CPU, then copied", [by_host(*one) for one in lists], n, on_device=False),
+        GatherMethod("one piece by the copy engine", [lambda: there.copy_(whole, non_blocking=True)], n),
     ]
 
 
-def _to_buffer(store: HostStore, lists: list[tuple[Tensor, Tensor]]) -> list[Way]:
+def _to_buffer(store: HostStore, lists: list[tuple[Tensor, Tensor]]) -> list[GatherMethod]:
     n = len(lists[0][0])
     buffer = torch.empty(n, 2, BLOCK, store.head_dim, dtype=store.dtype)
     whole, there = torch.empty_like(buffer), torch.empty_like(buffer)
@@ -96,7 +96,7 @@ def _to_buffer(store: HostStore, lists: list[tuple[Tensor, Tensor]]) -> list[Way
         return lambda: gather_reference(store._slabs, row_n, block_n, buffer)
 
     return [
-        Way("ours", [by_kernel(*one) for one in lists], n),
-        Way("indexing by torch", [by_torch(*one) for one in lists], n),
-        Way("one piece", [lambda: there.copy_(whole)], n),
+        GatherMethod("ours", [by_kernel(*one) for one in lists], n),
+        GatherMethod("indexing by torch", [by_torch(*one) for one in lists], n),
+        GatherMethod("one piece", [lambda: there.copy_(whole)], n),
     ]

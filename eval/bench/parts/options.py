@@ -1,4 +1,4 @@
-"""What the parts have in common: device and dtype of their options, how rows are shown."""
+"""Shared by all parts: device and dtype of their options, and the printed rows."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def checked(args: argparse.Namespace, *, needs_kernels: bool = True) -> tuple[to
 
 
 def show(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, rows: Sequence[Row]) -> int:
-    """Report the ways to do a part, with ratios to the first one."""
+    """Report the timed methods, with ratios to the first one."""
     settings = {name: getattr(args, name) for name in args.numbers} | {"dtype": str(dtype).removeprefix("torch.")}
-    ways = with_ratios(rows, "ms")
-    report(args.subcommand, device, settings, ways, line=_line, as_json=args.json)
+    methods = with_ratios(rows, "ms")
+    report(args.subcommand, device, settings, methods, line=_line, as_json=args.json)
     return 0
 
 

@@ -26,8 +26,8 @@ ATTENDED = 64  # of a step
 
 
 @dataclass(frozen=True)
-class Way:
-    """A predictor and how its history is kept; ``missing`` says why it can't be by kernels."""
+class PredictorMethod:
+    """A predictor and its kind of history; ``missing`` says why kernels can't be used."""
 
     name: str
     history: Callable[..., ScoreHistory]
@@ -48,21 +48,23 @@ def main(args: argparse.Namespace) -> int:
     default = AttentionPredictor.from_pretrained("default", device=device)
     missing, missing_streamed = history.why_no_kernel(default, device), incremental.why_no_kernel(published, device)
     kept, streamed, shape = ScoreHistory, IncrementalHistory, (args.heads, args.kv_heads)
-    ways = (
-        Way("ours, kernels", kept, default, *shape, kernel=True, missing=missing),
-        Way("ours, torch operations", kept, default, *shape),
-        Way("published, streamed, kernels", streamed, published, *shape, kernel=True, missing=missing_streamed),
-        Way("published, streamed", streamed, published, *shape),
-        Way("published, over its window", kept, published, *shape),
-        Way("published, over its window, each query head", kept, published, args.heads, args.heads),
+    methods = (
+        PredictorMethod("ours, kernels", kept, default, *shape, kernel=True, missing=missing),
+        PredictorMethod("ours, torch operations", kept, default, *shape),
+        PredictorMethod(
+            "published, streamed, kernels", streamed, published, *shape, kernel=True, missing=missing_streamed
+        ),
+        PredictorMethod("published, streamed", streamed, published, *shape),
+        PredictorMethod("published, over its window", kept, published, *shape),
+        PredictorMethod("published, over its window, each query head", kept, published, args.heads, args.heads),
     )
     rows: list[Row] = []
-    with Progress("predictor", len(contexts) * len(ways), "measurements") as progress:
+    with Progress("predictor", len(contexts) * len(methods), "measurements") as progress:
         for tokens in contexts:
             found = []
-            for way in ways:
-                progress.describe(f"{way.name}, {tokens} tokens")
-                found.append(_timed(way, tokens, args, device))
+            for method in methods:
+                progress.describe(f"{method.name}, {tokens} tokens")
+                found.append(_timed(method, tokens, args, device))
                 progress.update()
             rows += with_ratios(found, "ms")
     settings = {name: getattr(args, name) for name in (*args.numbers, "layers")} | {"predictor": "default"}
@@ -70,19 +72,21 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _timed(way: Way, tokens: int, args: argparse.Namespace, device: torch.device) -> Row:
-    if way.missing is not None:
-        return {"name": way.name, "tokens": tokens, "skipped": way.missing}
+def _timed(method: PredictorMethod, tokens: int, args: argparse.Namespace, device: torch.device) -> Row:
+    if method.missing is not None:
+        return {"name": method.name, "tokens": tokens, "skipped": method.missing}
     n_blocks = tokens // BLOCK
-    rows_BGRN = torch.rand(args.batch, way.kv_heads, WINDOW_ROWS, n_blocks, device=device) ** 8  # few large ones
+    rows_BGRN = torch.rand(args.batch, method.kv_heads, WINDOW_ROWS, n_blocks, device=device) ** 8  # few large ones
 
     def started() -> ScoreHistory:
-        state = way.history(way.predictor, batch=args.batch, kv_heads=way.kv_heads, device=device, kernel=way.kernel)
+        state = method.history(
+            method.predictor, batch=args.batch, kv_heads=method.kv_heads, device=device, kernel=method.kernel
+        )
         state.start(rows_BGRN)
         return state
 
     # As decoding calls it: logits of the attended blocks, estimates of all, the length on the device.
-    B, H, G, S = args.batch, way.heads, way.kv_heads, min(ATTENDED, n_blocks)
+    B, H, G, S = args.batch, method.heads, method.kv_heads, min(ATTENDED, n_blocks)
     peak_BHN, total_BH = torch.randn(B, H, n_blocks, device=device), torch.full((B, H), 8.0, device=device)
     block_BGS, slot_peak_BHS = torch.arange(S, device=device).repeat(B, G, 1), torch.randn(B, H, S, device=device)
     length_B = torch.full((B,), tokens, device=device)
@@ -94,7 +98,7 @@ def _timed(way: Way, tokens: int, args: argparse.Namespace, device: torch.device
     first = started()
     layers = min(input_sets(first.nbytes, device), args.layers)  # in turn, as those of a model
     calls = [partial(step, state) for state in (first, *(started() for _ in range(layers - 1)))]
-    row = timed(way.name, calls, device, repeats=args.repeats, seconds=args.seconds)
+    row = timed(method.name, calls, device, repeats=args.repeats, seconds=args.seconds)
     return {**row, "tokens": tokens, "token_ms": row["ms"] * args.layers}
 
 

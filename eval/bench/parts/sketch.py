@@ -35,9 +35,9 @@ def main(args: argparse.Namespace) -> int:
         return lambda: keys.block_scores(query_BHD, args.head_dim**-0.5, block_size=BLOCK, kernel=kernel)
 
     rows: list[Row] = []
-    ways = (("ours", True), ("torch operations", False))
-    with Progress("sketch", len(ways), "ways") as progress:
-        for name, kernel in ways:
+    methods = (("ours", True), ("torch operations", False))
+    with Progress("sketch", len(methods), "ways") as progress:
+        for name, kernel in methods:
             if kernel and (reason := first.why_no_kernel(BLOCK)) is not None:
                 rows.append({"name": name, "skipped": reason})
             else:

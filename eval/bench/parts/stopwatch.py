@@ -1,4 +1,4 @@
-"""How a part is timed: kernels by themselves, with inputs that are not in the cache from the last time."""
+"""Times one call: kernels alone, with inputs that are not in the GPU's cache."""
 
 from __future__ import annotations
 

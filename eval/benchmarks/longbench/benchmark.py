@@ -1,4 +1,4 @@
-"""LongBench as the runner takes it: samples, and what is asked of the model."""
+"""LongBench as a benchmark of the runner."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from attention_predictor.documents import encode
 from attention_predictor.eval.benchmarks.longbench.data import SUFFIX, Rows, make_sample, template_fields
 from attention_predictor.eval.benchmarks.longbench.tasks import BENCHMARK, TASKS
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.prompts import check_chat, fitted_ids
 from attention_predictor.eval.harness.runner import KEPT_SAMPLES, Benchmark, Sample
 from attention_predictor.reading import check_unicode
@@ -71,20 +71,20 @@ class LongBench(Benchmark):
                 check_unicode(sample.record["answers"][0], f"{where}, 'answers'")
             yield sample
 
-    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         what = TASKS[task]
-        prompt, cut = self.prompt_ids(task, sample, subject.context)
+        prompt, cut = self.prompt_ids(task, sample, evaluated.context)
         options: dict[str, Any] = {}
         if what.stops_at_newline:
             options = {"stop": encode(self.tokenizer, "\n")[-1:], "min_new_tokens": 1}
-        tokens = subject.generate(prompt, what.max_new_tokens, **options)
+        tokens = evaluated.generate(prompt, what.max_new_tokens, **options)
         found = {
             "pred": self.tokenizer.decode(tokens, skip_special_tokens=True),
             "prompt_tokens": len(prompt),
             "new_tokens": len(tokens),
             "truncated": cut,
         }
-        return found | (self._likelihood(subject, task, sample, prompt) if self.answer_likelihood else {})
+        return found | (self._likelihood(evaluated, task, sample, prompt) if self.answer_likelihood else {})
 
     def prompt_ids(self, task: str, sample: Sample, context: int | None) -> tuple[list[int], bool]:
         """``fitted_ids`` of a prompt, with room for the answer within ``context`` tokens, if there is such a limit.
@@ -110,7 +110,7 @@ class LongBench(Benchmark):
     def _asks_in_chat(self, task: str) -> bool:
         return self.chat and TASKS[task].chat
 
-    def _likelihood(self, subject: Subject, task: str, sample: Sample, prompt: list[int]) -> dict[str, Any]:
+    def _likelihood(self, evaluated: EvaluatedModel, task: str, sample: Sample, prompt: list[int]) -> dict[str, Any]:
         """Of the first reference answer."""
-        likelihoods = subject.log_likelihoods(prompt, self.answer_ids(task, sample))
+        likelihoods = evaluated.log_likelihoods(prompt, self.answer_ids(task, sample))
         return {"answer_log_likelihood": sum(likelihoods), "answer_tokens": len(likelihoods)}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from attention_predictor.eval.benchmarks.longbench.scorer import ExtendedScores, Scores
-from attention_predictor.eval.display.text_table import plain_table
+from attention_predictor.eval.display.text_table import text_table
 from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.harness.scores import Mean, notes
 
 
 def scores_table(scores: Mapping[str, Scores], asked: Mapping[str, int]) -> str:
@@ -19,7 +20,7 @@ def scores_table(scores: Mapping[str, Scores], asked: Mapping[str, int]) -> str:
     tables = [_extended(scores) if any(isinstance(one, ExtendedScores) for one in scores.values()) else _plain(scores)]
     if any(one.perplexity for one in scores.values()):
         rows = [(name, *(one.perplexity.get(task) for task in tasks)) for name, one in scores.items()]
-        tables.append(plain_table(("perplexity of the answer", *tasks), rows))
+        tables.append(text_table(("perplexity of the answer", *tasks), rows))
     return "\n".join(["\n\n".join(tables), *_notes(scores, asked)])
 
 
@@ -44,7 +45,7 @@ def _plain(scores: Mapping[str, Scores]) -> str:
         )
         for name, one in scores.items()
     ]
-    return plain_table(("score", *tasks, *categories, "16 English tasks"), rows)
+    return text_table(("score", *tasks, *categories, "16 English tasks"), rows)
 
 
 def _extended(scores: Mapping[str, Scores]) -> str:
@@ -56,17 +57,15 @@ def _extended(scores: Mapping[str, Scores]) -> str:
         for name, one in known.items()
         for length, average in one.averages.items()
     ]
-    return plain_table(("score", *tasks, "average"), rows)
+    return text_table(("score", *tasks, "average"), rows)
 
 
 def _notes(scores: Mapping[str, Scores], asked: Mapping[str, int]) -> list[str]:
-    failed, absent = [], []
-    for name, one in scores.items():
-        for task, count in one.samples.items():
-            if one.errors[task]:
-                failed.append(f"{name} {task} {one.errors[task]} of {count}")
-            if count < asked.get(task, count):
-                absent.append(f"{name} {task} {count} of {asked[task]}")
-        absent += [f"{name} {task} 0 of {asked[task]}" for task in asked if task not in one.samples]
-    notes = [f"failed, counted as 0 (each line's 'error' says why): {', '.join(failed)}"] if failed else []
-    return notes + ([f"not finished: {', '.join(absent)}"] if absent else [])
+    means = {
+        name: {
+            task: Mean(None, one.samples.get(task, 0), one.errors.get(task, 0), asked.get(task, 0))
+            for task in dict.fromkeys((*one.samples, *asked))
+        }
+        for name, one in scores.items()
+    }
+    return notes(means, "counted as 0")

@@ -16,7 +16,7 @@ from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.benchmarks.reasoning.answers import find_answer, same_answer
 from attention_predictor.eval.benchmarks.reasoning.kinds import KINDS, Kind, Sampling
 from attention_predictor.eval.benchmarks.reasoning.prompts import ASK, END, as_task, behind_examples
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.prompts import prompt_ids
 from attention_predictor.eval.harness.runner import Benchmark, Sample
@@ -85,12 +85,12 @@ class Reasoning(Benchmark):
                 )
         return found
 
-    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         prompt = prompt_ids(self.tokenizer, sample.prompt, chat=self.chat)
         options = self.sampling.options()
         if not self.chat:
             options |= {"stop_strings": [END + ASK], "tokenizer": self.tokenizer}
-        tokens = subject.generate(prompt, self._new_tokens(task), **options)
+        tokens = evaluated.generate(prompt, self._new_tokens(task), **options)
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
         if not self.chat:
             text = text.split(END + ASK)[0]

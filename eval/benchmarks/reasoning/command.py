@@ -1,4 +1,4 @@
-"""``attnpred eval reasoning``: what its options ask for, run and shown as a table."""
+"""``attnpred eval reasoning``: options, run, table, and measures for the report."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 
 from attention_predictor.eval.benchmarks.reasoning.benchmark import Reasoning, choose_tasks, sample_scores
 from attention_predictor.eval.benchmarks.reasoning.kinds import Sampling
+from attention_predictor.eval.harness.measure import Measure
 from attention_predictor.eval.harness.prompts import context_length
-from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.runner import Plan, run
-from attention_predictor.eval.harness.scores import conclude, mean_scores, means_table
+from attention_predictor.eval.harness.scores import show_results
 from attention_predictor.loading import load_tokenizer
 
 
@@ -25,9 +25,7 @@ def main(args: argparse.Namespace) -> int:
         sampling=sampling,
         context=context_length(args.model),
     )
-    return conclude(run(benchmark, plan), sample_scores, folder_table)
+    return show_results(run(benchmark, plan), MEASURE)
 
 
-def folder_table(folder: RunFolder) -> str:
-    """A run's accuracies in percent."""
-    return means_table(folder, mean_scores(folder, sample_scores), "solved, %")
+MEASURE = Measure("Reasoning", "solved, %", sample_scores)

@@ -50,5 +50,5 @@ class Sampling:
             raise ConfigError(f"--repeats {self.repeats}: greedy decoding gives the same each time; set --temperature")
 
     def options(self) -> dict[str, Any]:
-        """For ``Subject.generate``."""
+        """For ``EvaluatedModel.generate``."""
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p} if self.temperature else {}

@@ -1,4 +1,4 @@
-r"""How problems are put to a model: to an assistant as they are, to others behind worked examples.
+r"""Prompts for problems: chat models get the problem, others worked examples before it.
 
 The wording is ours. What published tables use differs from paper to paper, so that accuracies compare within a table.
 """
@@ -66,7 +66,7 @@ def as_task(problem: str) -> str:
 
 
 def behind_examples(problem: str, examples: tuple[tuple[str, str], ...]) -> str:
-    """The problem behind solved ones, to go on with."""
+    """The problem after solved examples."""
     solved = [f"{ASK}{asked}\n{SOLVE} {answer}" for asked, answer in examples]
     return END.join([*solved, f"{ASK}{_bare(problem)}\n{SOLVE}"])
 

@@ -1,4 +1,4 @@
-"""Maps of blocks, step by step: where the attention was, what a policy read, and what would have been best to read.
+"""Maps of blocks by step: true attention mass, blocks the policy read, and the best selection.
 
 Suffixes: G KV heads, N blocks.
 """
@@ -20,7 +20,7 @@ MAP_LETTERS = 1 << 15  # of all layers, heads and steps of a sample: a page has 
 
 
 def codes_of(mass_GN: Tensor, read_GN: Tensor, best_GN: Tensor) -> Tensor:
-    """uint8 ``[G, N]``: what a map tells of each block.
+    """Encode each block as uint8 ``[G, N]``: mass level, read or not, among the best or not.
 
     Args:
         mass_GN: Share of the attention, from 0 to 1. A level is a power of two: 15 from a half on, 1 from 2**-15 on.
@@ -31,7 +31,7 @@ def codes_of(mass_GN: Tensor, read_GN: Tensor, best_GN: Tensor) -> Tensor:
 
 
 def map_record(maps: Mapping[int, Sequence[Tensor]], interval: int, block_size: int) -> dict[str, Any]:
-    """What a line keeps of some steps' codes: ``rows``, a text by layer, head and step, a letter a block.
+    """The map in a record: ``rows``, a text by layer, head and step with one letter for each block.
 
     Of many steps and layers there are some, evenly spaced, so that all rows together stay about ``MAP_LETTERS`` long.
 

@@ -1,101 +1,110 @@
-"""``attnpred eval recovery``: a table of rules and budgets, each judged on questions or on tails of documents."""
+"""``attnpred eval recovery``: answers found and attention mass recovered, on planted questions or document tails.
+
+Both are benchmarks of the runner. The engine measures recovery (``measure_recovery``), and the runner writes it into
+every record.
+"""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from attention_predictor.arguments import whole_numbers
-from attention_predictor.arithmetic import ceil_div
-from attention_predictor.commands.eval.recovery import TAIL_INTERVAL, rules_of
-from attention_predictor.documents import excerpt, read_documents
-from attention_predictor.errors import ConfigError, DataError
-from attention_predictor.eval.benchmarks.recovery.judge import Case, Cell, judge, markdown
-from attention_predictor.eval.benchmarks.synthetic.documents import plant, read_texts
-from attention_predictor.eval.harness.variants import check_rule
-from attention_predictor.loading import device_name, load_model, load_tokenizer
-from attention_predictor.progress import Progress
-from attention_predictor.reading import read_json
-from attention_predictor.writing import json_bytes, write_atomically, writing
+from attention_predictor.commands.eval.recovery import TAIL_INTERVAL
+from attention_predictor.eval.benchmarks.synthetic import benchmark as synthetic
+from attention_predictor.eval.benchmarks.synthetic.tasks import parse_tasks
+from attention_predictor.eval.display.text_table import text_table
+from attention_predictor.eval.harness.bootstrap import normal_spread, wilson_interval
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
+from attention_predictor.eval.harness.measure import Description, Measure
+from attention_predictor.eval.harness.predictions import Record
+from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, run
+from attention_predictor.eval.harness.scores import mean_scores, notes, show_results
+from attention_predictor.eval.harness.teacher_forcing import decode_tails, new_cache, prefill
+from attention_predictor.eval.harness.windows import WindowBenchmark, windows_of
 
-# What decides a table, besides its rules and budgets.
-SETTINGS = (
-    *("model", "device", "dtype", "seed", "data", "tasks", "questions"),
-    *("per_document", "tail", "documents", "per_file", "context", "recovery"),
-)
+
+class QuestionRecovery(synthetic.SyntheticBenchmark):
+    """Planted questions, recovery measured while question and answer are decoded."""
+
+    name = "recovery"
+
+
+class TailRecovery(WindowBenchmark):
+    """Document tails, recovery measured while they are decoded; a sample is a document."""
+
+    name = "recovery"
+
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
+        prompt, tails = sample.hidden["prompt"], sample.hidden["tails"]
+        cache = new_cache(evaluated)
+        prefill(evaluated.model, cache, prompt, len(tails))
+        best_BL = decode_tails(evaluated.model, cache, tails)
+        return {"sequences": len(tails), "prompt_tokens": len(prompt), "new_tokens": best_BL.shape[1]}
+
+
+def relative_recovery(task: str, records: Sequence[Record]) -> list[float]:
+    """Mean relative recovery of each document; NaN where it was not measured."""
+    return [float("nan") if one.get("relative_recovery") is None else one["relative_recovery"] for one in records]
+
+
+FOUND = Measure("Planted questions", "right, %", synthetic.sample_scores)
+RELATIVE = Measure("Recovery", "relative recovery, %", relative_recovery, failed="left out of the figures")
+
+
+def measures(description: Description) -> list[Measure]:
+    """Answers found, unless tails were decoded, and relative recovery."""
+    return [RELATIVE] if "tail" in description["settings"] else [FOUND, RELATIVE]
 
 
 def main(args: argparse.Namespace) -> int:
-    rules, budgets = rules_of(args), whole_numbers("--budgets", args.budgets)
-    for rule in rules:
-        for budget in budgets:
-            check_rule(rule, budget)
-    args.device = device_name(args.device)
     if args.tail is not None:
         args.recovery = args.recovery or TAIL_INTERVAL
-        cases = _tails(args)
-    else:
-        cases = _questions(args)
-    if args.out is not None:
-        with writing(args.out):
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-    model = load_model(args.model, args.device, args.dtype)
-    settings = {name: str(getattr(args, name)) for name in SETTINGS}
-    cells = _load(args.out, settings)
-    for budget in budgets:
-        for rule in rules:
-            same = [cell for cell in cells if (cell.rule, cell.budget) == (rule.name, budget)]
-            if any(cell.settings == rule.settings for cell in same):
-                continue
-            cells = [cell for cell in cells if cell not in same]  # another rule had this name
-            with Progress(f"{rule.name}, budget {budget}", len(cases), "documents") as progress:
-                cell = judge(model, cases, rule, budget, measure_recovery=args.recovery, after_each=progress.update)
-            cells.append(cell)
-            if args.out is not None:
-                draft = {"settings": settings, "cells": [asdict(one) for one in cells]}
-                write_atomically(args.out, json_bytes(draft, indent=1))
-    print(markdown(cells))
-    return 0
+    plan = Plan.of(args, measure_recovery=args.recovery)
+    with ExitStack() as stack:
+        if plan.out is None:
+            plan = plan.at(Path(stack.enter_context(TemporaryDirectory())) / "run")
+        benchmark = _benchmark(args)
+        return show_results(run(benchmark, plan), RELATIVE if args.tail is not None else FOUND, folder_table)
 
 
-def _questions(args: argparse.Namespace) -> list[Case]:
-    texts = read_texts(Path(args.data))
-    tokenizer = load_tokenizer(args.model)
-    samples = plant(
-        tokenizer,
-        texts,
-        tasks=args.tasks.split(","),
-        documents=ceil_div(args.questions, args.per_document),
-        questions=args.per_document,
-        context=args.context,
-        seed=args.seed,
-    )
-    return [Case.of(sample, tokenizer) for sample in samples]
+def _benchmark(args: argparse.Namespace) -> Benchmark:
+    if args.tail is None:
+        args.data = Path(args.data)
+        return synthetic.make_benchmark(args, QuestionRecovery, [synthetic.MIXED.join(parse_tasks(args.tasks))])
+    args.data = [args.data]
+    return TailRecovery(windows_of(args, continuations=True))
 
 
-def _tails(args: argparse.Namespace) -> list[Case]:
-    documents = list(read_documents(args.data, per_file=args.per_file, limit=args.documents))
-    tokenizer = load_tokenizer(args.model)
-    cases = [Case(excerpt(document, tokenizer, args.context, args.tail)) for document in documents]
-    long = [case for case in cases if len(case.excerpt.prompt) + args.tail == args.context]
-    if not long:
-        raise DataError(f"--data {args.data}: no document has {args.context} tokens (--context)")
-    if short := len(cases) - len(long):
-        print(f"{short} of {len(cases)} documents have fewer than {args.context} tokens and are left out")
-    return long
+def folder_table(folder: RunFolder, measure: Measure) -> str:
+    """Variants down: share of right answers, recovery and relative recovery, from 0 to 1, with 95% intervals."""
+    asked = "tail" not in folder.description["settings"]
+    rows = []
+    for variant in folder.variants:
+        records = [one for task in folder.tasks for one in folder.records(variant, task)]
+        rows.append((variant, *([_found(records)] if asked else []), *_recovered(records)))
+    titles = ("variant", *(["found [95% interval]"] if asked else []), "recovery", "relative ± half its 95% interval")
+    return text_table(titles, rows, notes(mean_scores(folder, measure), measure.failed))
 
 
-def _load(path: Path | None, settings: dict[str, str]) -> list[Cell]:
-    """Cells of an earlier run with the same settings."""
-    if path is None or not path.exists():
-        return []
-    try:
-        saved = read_json(path)
-        before, cells = dict(saved["settings"]), [Cell(**one) for one in saved["cells"]]
-    except (DataError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--out {path} is not a table of this command: {error}") from error
-    if before != settings:
-        differing = [key for key in before | settings if before.get(key) != settings.get(key)]
-        raise ConfigError(f"--out {path} holds a table of other settings ({', '.join(differing)}): choose another file")
-    return cells
+def _found(records: Sequence[Record]) -> str | None:
+    found, asked = sum(sum(one["found"]) for one in records), sum(len(one["answers"]) for one in records)
+    if not asked:
+        return None
+    low, high = wilson_interval(found, asked)
+    return f"{found / asked:.3f} [{low:.2f}, {high:.2f}]"
+
+
+def _recovered(records: Sequence[Record]) -> tuple[str | None, str | None]:
+    """Means over documents."""
+    measured = [one for one in records if one.get("relative_recovery") is not None]
+    if not measured:
+        return None, None
+    relative = [one["relative_recovery"] for one in measured]
+    spread = f" ± {normal_spread(relative):.3f}" if len(relative) > 1 else ""
+    return f"{fmean(one['recovery'] for one in measured):.3f}", f"{fmean(relative):.3f}{spread}"

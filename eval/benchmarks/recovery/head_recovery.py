@@ -1,4 +1,4 @@
-"""Watching the layers of a cache: how much of the true attention mass their steps recover, by KV head.
+"""Measures recovery by KV head while a cache is decoded with.
 
 Suffixes: B sequences, G KV heads, N blocks, C blocks there is room for.
 """
@@ -19,13 +19,13 @@ from attention_predictor.offload.step.recovery import measure
 
 
 class HeadRecovery:
-    """What one layer's steps recover from now on.
+    """Recovery of one layer's steps from now on.
 
-    The policy works as before; each of its steps is looked at once it has observed it. The layer must have had its
-    prompt, and no sequences may be added to it afterwards.
+    The policy works unchanged; a step is measured after the policy has observed it. The layer must have been prefilled,
+    and no sequences may be added afterwards.
 
     Args:
-        layer: Of a cache that is decoded with.
+        layer: A layer of a prefilled cache.
         interval: Steps from one measurement to the next.
 
     Attributes:
@@ -46,7 +46,7 @@ class HeadRecovery:
         layer.policy.observe = self.observe  # type: ignore[method-assign]
 
     def observe(self, step: Step) -> None:
-        """In place of the policy's own."""
+        """Replaces the policy's ``observe``."""
         self._observe(step)
         self.steps += 1
         if self.steps % self.interval == 0:
@@ -67,14 +67,14 @@ class HeadRecovery:
         return self.share_BG / self.measured, self.relative_BG / self.measured
 
 
-def watch(cache: Cache, interval: int, *, mapped: bool = False) -> dict[int, HeadRecovery]:
-    """Watch every offloaded layer of a cache, by number."""
+def measure_heads(cache: Cache, interval: int, *, mapped: bool = False) -> dict[int, HeadRecovery]:
+    """Measure every offloaded layer of a cache, by layer number."""
     layers = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
     return {layer.number: HeadRecovery(layer, interval, mapped=mapped) for layer in layers}
 
 
-def check_watchable(variant: Variant) -> None:
-    """``ConfigError`` for a variant whose steps have nothing to recover, or leave the host out."""
+def check_measurable(variant: Variant) -> None:
+    """Raise ``ConfigError`` for a variant that attends to everything, or whose steps are captured."""
     if variant.config is None or policy_class(variant.config.policy).selects == "all":
         raise ConfigError(f"policy {variant.policy!r} attends to everything: there is nothing to recover")
     if (prefetch := variant.config.prefetch) in CAPTURING:

@@ -1,4 +1,4 @@
-"""What a family of tasks is, and what families share: noise, names, statements spread over lines."""
+"""``Family``, the interface of a task family, and shared helpers: noise, names, statements spread over lines."""
 
 from __future__ import annotations
 

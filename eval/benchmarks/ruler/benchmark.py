@@ -1,4 +1,4 @@
-"""RULER as the runner takes it: samples made by families at some lengths, or samples that RULER itself has made."""
+"""RULER as a benchmark of the runner: samples made here, or samples made by RULER itself."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from attention_predictor.errors import ConfigError, DataError
-from attention_predictor.eval.benchmarks.fixed_length import FilledBenchmark, paragraph_end, prefixed_ids
+from attention_predictor.eval.benchmarks.fixed_length import FixedLengthBenchmark, paragraph_end, prefixed_ids
 from attention_predictor.eval.benchmarks.haystack import Draft
 from attention_predictor.eval.benchmarks.ruler.base import Sources
 from attention_predictor.eval.benchmarks.ruler.families import FAMILIES, check_family
 from attention_predictor.eval.benchmarks.ruler.scorer import AT, family_name
-from attention_predictor.eval.harness.evaluated_model import Subject
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.prompts import check_chat
 from attention_predictor.eval.harness.runner import Benchmark, Sample
 from attention_predictor.kinds import is_number
@@ -24,7 +24,7 @@ from attention_predictor.reading import check_unicode, read_lines
 RULER_FILE = "validation"  # what RULER calls the samples of every task, in a directory of the task's name
 
 
-class MadeRuler(FilledBenchmark):
+class MadeRuler(FixedLengthBenchmark):
     """Samples of RULER's families; a task for each family and length.
 
     Raises:
@@ -138,9 +138,9 @@ class GivenRuler(Benchmark):
             )
         return found
 
-    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         prompt = self.prompt(sample)
-        tokens = subject.generate(prompt, self._new_tokens(task))
+        tokens = evaluated.generate(prompt, self._new_tokens(task))
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return {"pred": text, "prompt_tokens": len(prompt), "new_tokens": len(tokens)}
 

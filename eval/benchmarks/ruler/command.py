@@ -1,8 +1,9 @@
-"""``attnpred eval ruler``: what its options ask for, run and shown as a table."""
+"""``attnpred eval ruler``: options, run, table, and measures for the report."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from statistics import fmean
 
 from attention_predictor.arguments import whole_numbers
@@ -16,18 +17,19 @@ from attention_predictor.eval.benchmarks.ruler.passages import Passages
 from attention_predictor.eval.benchmarks.ruler.questions import QA_OPTIONS
 from attention_predictor.eval.benchmarks.ruler.scorer import AT, family_name, sample_scores
 from attention_predictor.eval.benchmarks.synthetic.documents import read_texts
-from attention_predictor.eval.display.text_table import plain_table
+from attention_predictor.eval.display.text_table import text_table
+from attention_predictor.eval.harness.measure import Column, Measure, tasks_and_mean
 from attention_predictor.eval.harness.processes import Processes
 from attention_predictor.eval.harness.prompts import context_length
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.runner import Benchmark, Plan, run
-from attention_predictor.eval.harness.scores import Means, conclude, mean_scores, notes
+from attention_predictor.eval.harness.scores import Means, mean_scores, notes, show_results
 from attention_predictor.loading import load_tokenizer
 
 
 def main(args: argparse.Namespace) -> int:
     plan = Plan.of(args)
-    return conclude(run(make_benchmark(args), plan), sample_scores, folder_table)
+    return show_results(run(make_benchmark(args), plan), MEASURE, folder_table)
 
 
 def make_benchmark(args: argparse.Namespace) -> Benchmark:
@@ -57,18 +59,32 @@ def make_benchmark(args: argparse.Namespace) -> Benchmark:
     )
 
 
-def folder_table(folder: RunFolder) -> str:
+def folder_table(folder: RunFolder, measure: Measure) -> str:
     """A run's scores in percent: variants and lengths down, tasks and their mean across, with notes."""
-    means = mean_scores(folder, sample_scores)
+    means = mean_scores(folder, measure)
     families = [name for name in FAMILIES if any(family_name(task) == name for task in folder.tasks)]
     lengths = sorted({task.partition(AT)[2] for task in folder.tasks}, key=lambda length: int(length or 0))
     rows = [_row(means, variant, length, families) for variant in folder.variants for length in lengths]
-    return plain_table(("score, %", *families, "mean"), rows, notes(folder, means))
+    return text_table(("score, %", *families, "mean"), rows, notes(means, measure.failed))
 
 
 def _row(means: Means, variant: str, length: str, families: list[str]) -> tuple[object, ...]:
     by_family = {family_name(task): one for task, one in means[variant].items() if task.partition(AT)[2] == length}
-    percents = [by_family[name].percent if name in by_family else None for name in families]
+    percents = [by_family[name].value if name in by_family else None for name in families]
     known = [percent for percent in percents if percent is not None]
     mean = fmean(known) if len(known) == len(families) else None
     return (f"{variant} {length}".rstrip(), *percents, mean)
+
+
+def columns(tasks: Sequence[str]) -> list[Column]:
+    """A column for each task, the mean at each length, and the mean of all."""
+    own, means = [Column(task, (task,)) for task in tasks], tasks_and_mean(tasks)[len(tasks) :]
+    lengths = list(dict.fromkeys(filter(None, (task.partition(AT)[2] for task in tasks))))
+    if len({task.partition(AT)[2] for task in tasks}) > 1:
+        for length in lengths:
+            inside = tuple(task for task in tasks if task.partition(AT)[2] == length)
+            own.append(Column(f"mean at {length}", inside, average=True))
+    return own + means
+
+
+MEASURE = Measure("RULER", "score, %", sample_scores, columns=columns)

@@ -54,7 +54,7 @@ class Passages:
 
     @property
     def sha256(self) -> str:
-        """By which other data are told."""
+        """Digest of the data."""
         every = [[one.question, one.answers, one.paragraphs] for one in self.questions]
         return hashlib.sha256(json.dumps([every, self.paragraphs]).encode()).hexdigest()
 

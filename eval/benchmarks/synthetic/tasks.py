@@ -363,6 +363,11 @@ def _copies(rng: random.Random, paragraphs: list[str], document: str) -> Iterato
 # --------------------------------------------------------------------------------------------------- build
 
 
+def parse_tasks(names: str) -> list[str]:
+    """Task names of ``--tasks``."""
+    return [name.strip() for name in names.split(",")]
+
+
 def check_tasks(names: Sequence[str]) -> None:
     """``ConfigError`` for a name that is no task's, or that is there twice."""
     for name in names:

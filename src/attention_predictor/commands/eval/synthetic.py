@@ -36,4 +36,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     run_options.check(args)
-    synthetic.check_tasks([name.strip() for name in args.tasks.split(",")])
+    synthetic.check_tasks(synthetic.parse_tasks(args.tasks))
