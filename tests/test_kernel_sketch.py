@@ -200,7 +200,7 @@ def test_what_no_kernel_reads_is_named_and_left_to_torch(device: str) -> None:
     cases = {
         "in groups of 16 tokens, only of 64": ({}, 16, 16),
         "head size of 12, only for multiples of 8 up to 256": ({"D": 12}, GROUP, 16),
-        "of blocks of 24 tokens, only of 8, 16, 32, 64": ({}, GROUP, 24),
+        "with blocks of 24 tokens, only of 8, 16, 32, 64": ({}, GROUP, 24),
     }
     for reason, (shape, group, block_size) in cases.items():
         key_BGTD, query_BHTD = keys_and_queries(200, **shape, dtype=torch.float32, device=device)
