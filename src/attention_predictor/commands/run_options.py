@@ -31,9 +31,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, budgets: str = BUDGETS
     what = f"of {', '.join(PREFETCHERS)}: how engines prefetch, unless a rule says"
     add_option(parser, "--prefetch", one_of(PREFETCHERS), AUTO, what)
     add_option(parser, "--limit", whole(1), None, "the first N samples of each task alone")
-    what = "results; an unfinished run in it goes on" + (
-        "" if out_required else "; without it only the table is printed"
-    )
+    what = "results; an unfinished run in it goes on"
+    what += "" if out_required else "; without it only the table is printed"
     add("--out", type=Path, required=out_required, metavar="DIR", help=what)
     add("--retry-errors", action="store_true", help="try samples once more that failed")
 
