@@ -178,8 +178,10 @@ class TestFullDisks:
             assert run(*given) == 2
         path = out / "predictor-144" / "texts.jsonl"
         assert capsys.readouterr().err.endswith(f"attnpred eval: {path}: can't be written: No space left on device\n")
-        assert done() == ["streaming-144"]
+        kept = RunFolder(out).records("streaming-144", "texts")
+        assert len(kept) == 1
         assert run(*given) == 0
+        assert RunFolder(out).records("streaming-144", "texts") == kept  # with its seconds: it did not run again
         assert done() == ["streaming-144", "predictor-144"]
 
 
