@@ -22,6 +22,7 @@ from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.rules import Rule
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.variants import Variant
+from attention_predictor.eval.report.results_table import make_tables
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.stats import Stats
 from attention_predictor.predictor.checkpoint import CONFIG_FILE
@@ -102,6 +103,25 @@ def test_a_done_variant_is_kept_and_a_changed_rule_refused(given, tmp_path: Path
     capsys.readouterr()
     assert main(["eval", *map(str, (*given, *out)), "--rule", "a: quest,sink=16", "--budgets", "208"]) == 2
     assert "variants.a-208.sink is 64 there, asked for 16" in capsys.readouterr().err
+
+
+def test_mixed_questions_and_their_report(tmp_path: Path, capsys) -> None:
+    model, texts = save_tiny_text_model(tmp_path / "model"), write_texts(tmp_path / "texts", sentences=200)
+    sizes = ("--context", 1500, "--questions", 4, "--per-document", 2, "--budgets", 144, "--recovery", 2)
+    evaluate("recovery", "--model", model, "--data", texts, *sizes, "--out", tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    assert (folder.tasks, folder.variants) == (("kv+facts",), ("full", "predictor-144"))
+    assert [one["task"] for one in folder.records("full", "kv+facts")] == ["kv", "facts"]
+    head, full, predictor = capsys.readouterr().out.splitlines()
+    assert "found [95% interval]" in head
+    assert full.endswith("–")
+    assert "±" in predictor
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 0
+    questions, recovery = make_tables([tmp_path / "run"])
+    assert questions.title.startswith("Planted questions")
+    assert recovery.title.startswith("Recovery")
+    assert 50 < recovery.figures["predictor-144", "kv+facts"].value <= 100
+    assert ("full", "kv+facts") not in recovery.figures  # the stock model has no recovery
 
 
 def test_without_a_directory_only_the_table_is_left(given, tmp_path: Path, capsys) -> None:

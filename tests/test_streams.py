@@ -162,31 +162,27 @@ class TestFullDisks:
         assert run(*given) == 0
         assert HistoryDataset(tmp_path / "out").documents == ["a.txt#0", "b.txt#0", "c.txt#0"]
 
-    def test_a_table_of_recovery_keeps_its_cells(self, model, tmp_path, monkeypatch, capsys):
-        texts, out = write_texts(tmp_path / "texts", 1), tmp_path / "table.json"
-        given = [
-            "eval",
-            "recovery",
-            "--model",
-            model,
-            "--data",
-            texts,
-            "--tail",
-            8,
-            "--context",
-            300,
-            "--device",
-            "cpu",
-        ]
-        given += ["--budgets", 144, "--recovery", 4, "--out", out, "--rule", "streaming", "--rule", "predictor"]
+    def test_a_run_of_recovery_keeps_its_variants(self, model, tmp_path, monkeypatch, capsys):
+        texts, out = write_texts(tmp_path / "texts", 1), tmp_path / "out"
+        given = ["eval", "recovery", "--model", model, "--data", texts, "--tail", 8, "--context", 300]
+        given += ["--device", "cpu", "--budgets", 144, "--recovery", 4, "--out", out]
+        given += ["--rule", "streaming", "--rule", "predictor"]
+
+        def done() -> list[str]:
+            folder = RunFolder(out)
+            return [one for one in folder.variants if folder.records(one, "texts")]
+
         with monkeypatch.context() as patch:
-            full_after(patch, predictions, 1, errno.ENOSPC)
+            full_after(patch, predictions, 2, errno.ENOSPC)  # run.json, one sample
             capsys.readouterr()
             assert run(*given) == 2
-        assert capsys.readouterr().err.endswith(f"attnpred eval: {out}: can't be written: No space left on device\n")
-        assert [cell["rule"] for cell in json.loads(out.read_text())["cells"]] == ["streaming"]
+        path = out / "predictor-144" / "texts.jsonl"
+        assert capsys.readouterr().err.endswith(f"attnpred eval: {path}: can't be written: No space left on device\n")
+        kept = RunFolder(out).records("streaming-144", "texts")
+        assert len(kept) == 1
         assert run(*given) == 0
-        assert [cell["rule"] for cell in json.loads(out.read_text())["cells"]] == ["streaming", "predictor"]
+        assert RunFolder(out).records("streaming-144", "texts") == kept  # with its seconds: it did not run again
+        assert done() == ["streaming-144", "predictor-144"]
 
 
 def attnpred(command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -24,7 +24,7 @@ class Analysis(WindowBenchmark):
 
     Args:
         windows: Prompts and what follows them.
-        tails: Of a row with continuations, at most so many.
+        tails: At most this many continuations of a row.
         window: Tokens over which query similarity is taken.
         predictor: Whose foresight is measured: a name or a directory.
         selection: What it may choose.

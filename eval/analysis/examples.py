@@ -20,7 +20,7 @@ from attention_predictor.errors import DataError
 COLUMNS = 512  # of a map of the whole context; where there are more blocks, some share one
 ZOOMED = 12  # blocks that are shown token by token
 LEAST = 1e-4  # probability that is drawn as nothing; the scale is logarithmic from there to 1
-NEITHER, BOTH, MISSED, NEEDLESS = range(4)  # a block chosen, and one of the best: what it is
+NEITHER, BOTH, MISSED, NEEDLESS = range(4)  # a block: neither, chosen and best, best only, chosen only
 
 
 @dataclass(frozen=True)

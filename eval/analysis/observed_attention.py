@@ -72,7 +72,7 @@ class Attended:
         return None if self.rotation is None else self.rotation.undo(self.query_BHQD)
 
     def last(self, queries: int) -> Attended:
-        """The last so many queries alone, all of them if there are fewer."""
+        """The last ``count`` queries, or all if there are fewer."""
         Q = self.query_BHQD.shape[2]
         kept = min(queries, Q)
         angles = None if self.angles is None else self.angles.last(kept)

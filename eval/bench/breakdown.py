@@ -81,7 +81,7 @@ def breakdown(steps: Callable[[], None], count: int, device: torch.device) -> di
     """Milliseconds a step by stage, largest first, of ``count`` steps that ``steps`` takes.
 
     Returns:
-        ``stages_ms``, with what is of no stage by name; ``sums_ms`` of them; on a GPU ``idle_ms`` too. ``None`` where
+        ``stages_ms``, unknown kernels by name; their ``sums_ms``; on a GPU also ``idle_ms``. ``None`` if
         the profiler saw nothing.
     """
     gpu = device.type == "cuda"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from attention_predictor.errors import ConfigError
 
-FLOOR_CONTEXT = 1024  # tokens at which the floor is measured, whatever the context of the others
+FLOOR_CONTEXT = 1024  # context at which the floor is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,8 @@ class CacheSetup:
         name: In tables and plots.
         kind: Ours, transformers' ``DynamicCache``, or its ``StaticCache`` with the whole step captured.
         options: Of ``OffloadConfig`` or of the stock cache; ``compile`` of a static one compiles the whole model.
-        needs_gpu: Whether it is for CUDA devices alone.
-        by_default: Whether it is measured without being asked for. (On a CPU, what is compiled is not.)
+        needs_gpu: Whether it needs a CUDA device.
+        by_default: Whether it is timed without ``--ways``. (On a CPU, compiled setups are not.)
     """
 
     name: str
@@ -51,7 +51,7 @@ CACHE_SETUPS = {
     "offloaded": CacheSetup("stock cache, offloaded", "dynamic", {"offloading": True}, needs_gpu=True),
 }
 
-# Those that a prefill is timed with.
+# Setups of ``attnpred bench prefill``.
 STOCK = "device"
 PREFILL_SETUPS = {
     "ours": CacheSetup("ours", "ours"),

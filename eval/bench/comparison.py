@@ -9,8 +9,8 @@ from attention_predictor.eval.bench.cache_setups import AT_FLOOR_CONTEXT, FLOOR,
 from attention_predictor.eval.bench.timing_report import Row
 from attention_predictor.sizes import size_text
 
-WORTH_SHOWING = 0.01  # of a step's time: stages and kernels that take less are summed up
-# The first that was measured is ours.
+WORTH_SHOWING = 0.01  # share of a step's time; smaller stages and kernels are summed up
+# In order of preference: the first one measured is "ours".
 OURS = ("graph", "ours", "graph-compiled", "graph-unfused", "thread", "no-kernels")
 
 

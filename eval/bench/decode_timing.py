@@ -23,7 +23,7 @@ from attention_predictor.eval.bench.synthetic_cache import PAST, SyntheticCache
 from attention_predictor.offload.hf.versions import with_cache
 
 WARM_UP = 5  # steps: compilers compile in the first ones, graphs are captured
-PROFILED = 3  # steps behind the timed ones
+PROFILED = 3  # steps after the timed ones
 LEAST = 5  # timed steps, however long they take
 
 
@@ -35,7 +35,7 @@ class Workload:
         ids_1T: The prompt, then the tokens of the steps; sequences of a batch are all the same.
         steps: Timed ones; ``WARM_UP`` come before and ``PROFILED`` after.
         seconds: For the timed steps: then no more are taken, but for the ``LEAST`` first.
-        synthetic: Fills the caches with what is not the prompt's own; ``None`` for a prefill.
+        synthetic: Fills the caches with synthetic keys; ``None`` for a real prefill.
         limit_bytes: Of device memory, ``None`` for all there is.
     """
 

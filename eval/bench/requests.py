@@ -103,7 +103,7 @@ def _request(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> tuple[f
         streamer=clock if len(ids_BT) == 1 else None,
     )
     if len(ids_BT) > 1:
-        return time.perf_counter() - begun, None  # transformers streams single sequences alone
+        return time.perf_counter() - begun, None  # transformers streams single sequences only
     further = [1000 * (b - a) for a, b in zip(clock.times[9:], clock.times[10:], strict=False)]
     return clock.times[1] - begun, statistics.median(further) if further else None
 

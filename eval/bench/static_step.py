@@ -62,7 +62,7 @@ class StaticStep:
 
     @torch.no_grad()
     def __call__(self, token_B1: Tensor) -> Tensor:
-        """Logits behind these tokens, ``[B, 1, vocabulary]``; the next step writes over them."""
+        """Logits after these tokens, ``[B, 1, vocabulary]``; the next step overwrites them."""
         if self.position_11 is None:
             self.position_11 = torch.full((1, 1), int(self.cache.get_seq_length()) - 1, device=self.model.device)
         self.ids_B1.copy_(token_B1)

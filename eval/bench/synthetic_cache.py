@@ -38,7 +38,7 @@ from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies.query_similarity import query_similarity
 
 CHUNK = 4096  # tokens made at once, a multiple of every block size
-PAST = 64  # queries before the first decoded one: those that start a history
+PAST = 64  # queries before the first decoded one, which start a history
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class SyntheticCache:
 
     Args:
         model: Its layers attend to the whole context, or to a window of it.
-        ids_1Q: The ``PAST`` last tokens of the prompt, then those that will be decoded.
+        ids_1Q: The last ``PAST`` tokens of the prompt, then the tokens to decode.
         length: Tokens of the prompt.
         batch: Sequences, each with keys and values of its own.
 
@@ -173,7 +173,7 @@ class SyntheticCache:
         return {"generator": generator, "device": self.device}
 
     def _spans(self, query_GhQD: Tensor, scaling: float, made: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The tokens of the spans, best first, no token in two of one KV head; and what is added to their keys."""
+        """The spans' tokens, by rank and disjoint within a KV head, and the vectors added to their keys."""
         look, B, G, D = self.locality, self.batch, query_GhQD.shape[0], query_GhQD.shape[3]
         offset = look.span_tokens // 2
         cells = (self.length - offset) // look.span_tokens
@@ -213,7 +213,7 @@ class SyntheticCache:
         kept = min(self.length, self.windows[number])
         made = self._random(number)
         key_BGTD, value_BGTD = (torch.randn((self.batch, G, kept, D), **made).to(self.dtype) for _ in range(2))
-        if not layer.is_sliding:  # has room for all, of which no step looks at what is before the window
+        if not layer.is_sliding:  # it holds all tokens; no step reads those before the window
             earlier = (0, 0, self.length - kept, 0)
             key_BGTD, value_BGTD = (torch.nn.functional.pad(part, earlier) for part in (key_BGTD, value_BGTD))
         layer.update(key_BGTD, value_BGTD)

@@ -21,7 +21,7 @@ class TimingsFile:
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
-        """Without a path rows are kept in memory alone."""
+        """Without a path, keep rows in memory only."""
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if path is None:

@@ -23,7 +23,7 @@ from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.prompts import check_chat, prompt_ids
 from attention_predictor.eval.harness.runner import Benchmark, Sample
 
-PROBE = 64  # pieces of filler by which the rate of tokens is first told
+PROBE = 64  # pieces of filler in the first guess of tokens a piece
 LEAST_FILLED = 0.9  # of the length, where there is only so much filler
 
 
@@ -31,7 +31,7 @@ class FixedLengthBenchmark(Benchmark):
     """Samples made from seed, task and number, each filled up to its task's length.
 
     Args:
-        chat: The text as a user's turn in the model's chat template, the answer's beginning behind it.
+        chat: Use the model's chat template: the text is the user's turn, the answer prefix follows it.
         context: Tokens that the model has positions for, if limited.
         count: Samples of each task.
     """
@@ -144,7 +144,7 @@ def most_that_fit(count: Callable[[int], int], limit: int, most: int | None = No
         if beyond is None:
             guess = fits + (max(int((limit - fits_count) / rate), 1) if rate else PROBE)
             guess = guess if most is None else min(guess, most)
-        elif tries % 4 == 0:  # halves what is left, should the rate mislead
+        elif tries % 4 == 0:  # bisection, in case the rate misleads
             guess = (fits + beyond) // 2
         else:
             share = (limit - fits_count) / (beyond_count - fits_count)

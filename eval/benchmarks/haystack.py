@@ -21,7 +21,7 @@ class Draft:
 
     Attributes:
         answers: References.
-        fill: The text with so many pieces of filler, up to and with the question.
+        fill: The text with a number of filler pieces, question included.
         prefix: How the answer begins; part of the prompt, in a chat as the beginning of the assistant's turn.
         most: Pieces there are; ``None`` for as many as wanted.
         record: What the sample's line holds besides answers and length.
@@ -46,14 +46,14 @@ class Haystack:
             raise DataError("the haystack has no sentence in it: expected plain text")
 
     def start(self, rng: random.Random) -> int:
-        """A place to begin at, behind some sentence."""
+        """A random position after a sentence."""
         return rng.choice(self.ends) % len(self.words)
 
     def bury(self, start: int, words: int, statements: Sequence[tuple[float, str]]) -> str:
         """``words`` words from ``start`` on, each statement inserted after the sentence that ends nearest its depth.
 
         Args:
-            statements: Depth, from 0 (in front of the first word) to 1 (behind the last), and text.
+            statements: Depth, from 0 (before the first word) to 1 (after the last), and text.
         """
         pieces, done = [], 0
         for depth, statement in sorted(statements, key=lambda one: one[0]):

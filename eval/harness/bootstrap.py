@@ -21,7 +21,7 @@ def resampled_means(
 ) -> np.ndarray:
     """Weighted means of samples drawn with replacement, as many as there are.
 
-    The draws depend on ``seed`` and N alone. Two sets of scores of the same samples are thereby drawn in pairs, and
+    The draws depend on ``seed`` and N only. So two sets of scores of the same samples are drawn in pairs, and
     the differences of their means are those of a paired bootstrap.
 
     Args:

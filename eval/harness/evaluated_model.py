@@ -55,7 +55,7 @@ class EvaluatedModel:
 
     @torch.no_grad()
     def log_likelihoods(self, prompt: Sequence[int], text: Sequence[int]) -> list[float]:
-        """Natural logarithm of each text token's probability behind the prompt, decoded token by token.
+        """Natural logarithm of each text token's probability after the prompt, decoded token by token.
 
         The prompt is prefilled in full; every token after the first is predicted under the policy.
         """

@@ -43,7 +43,7 @@ class Appender:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # of a line that could not be written `append` has told
+        with suppress(OSError):  # ``append`` has raised the error already
             self._file.close()
 
 

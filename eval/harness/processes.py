@@ -42,7 +42,7 @@ class Processes:
     def device(self, name: str) -> str:
         """The device this process uses for ``--device name``.
 
-        Processes beyond the number of GPUs share these, in turn.
+        With more processes than GPUs, processes share GPUs round-robin.
         """
         if self.count == 1 or name != "cuda":
             return name

@@ -19,7 +19,7 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, why: str) -> None:
 
 
 def context_length(model: str) -> int | None:
-    """Tokens that a model has positions for, from its configuration alone; ``None`` if it has no such limit."""
+    """Number of positions of a model, from its configuration; ``None`` if it has no limit."""
     return getattr(load_config(model).get_text_config(decoder=True), "max_position_embeddings", None)
 
 
@@ -31,7 +31,7 @@ def check_context(model: str, context: int) -> None:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool) -> list[int]:
-    """Token ids of a prompt, as a user's turn of a chat or as it stands, with the special tokens of either."""
+    """Token ids of a prompt with special tokens, plain or as a user's turn of a chat."""
     if not chat:
         return list(tokenizer(text, verbose=False)["input_ids"])
     turns = [{"role": "user", "content": text}]

@@ -17,7 +17,7 @@ from attention_predictor.eval.harness.predictions import Record, fold, gather
 from attention_predictor.reading import read_json
 from attention_predictor.writing import json_bytes, write_atomically
 
-GROWING = ("tasks", "variants")  # of these a later session may add more
+GROWING = ("tasks", "variants")  # a later session may add entries
 
 
 class RunFolder:

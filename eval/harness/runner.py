@@ -37,7 +37,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby, islice, product
 from operator import itemgetter
 from pathlib import Path
@@ -175,10 +175,6 @@ class Plan:
         model = _one_path(args.model)
         load = vars(args).get("load")  # of `eval several`
         return cls(model, name, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants, load)
-
-    def at(self, out: Path) -> Plan:
-        """The same plan with another output directory."""
-        return replace(self, out=out)
 
     def settings(self) -> dict[str, Any]:
         """What decides results for all variants."""

@@ -18,7 +18,7 @@ class Mean:
 
     Attributes:
         value: In the measure's unit; ``None`` while no sample is done.
-        samples, errors, asked: Samples done, those that failed, and those the task has.
+        samples, errors, asked: Numbers of samples done, of failed ones, and of all samples of the task.
     """
 
     value: float | None

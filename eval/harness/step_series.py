@@ -62,7 +62,7 @@ class StepSeries:
 def record_steps(model: PreTrainedModel, engine: Engine | None) -> Iterator[StepSeries]:
     """Record the steps that a model takes in the ``with`` block; nothing for the stock model (``None``).
 
-    The first step behind a prompt is left out: it waits for a whole selection, all others for what is new in theirs.
+    The first step after a prompt is left out: it fetches a whole selection, later steps only new blocks.
     To look at captured steps waits for the device, once a step.
     """
     series = StepSeries()

@@ -38,7 +38,7 @@ def decode_tails(model: PreTrainedModel, cache: Cache, tails: Sequence[Sequence[
         tails: Token ids, all of one length.
 
     Returns:
-        int64 ``[B, L]``, the most likely token behind each token of a tail.
+        int64 ``[B, L]``, the most likely token after each token of a tail.
     """
     tails_BL = torch.tensor([list(tail) for tail in tails], device=model.device)
     best = [

@@ -40,7 +40,7 @@ class Variant:
 
     @classmethod
     def of(cls, rule: Rule, budget: int, **defaults: Any) -> Variant:
-        """Checks all settings; ``ConfigError`` or ``CheckpointError`` says what is wrong with them.
+        """Check all settings; raises ``ConfigError`` or ``CheckpointError`` for a bad one.
 
         Args:
             defaults: Settings of its engine that the rule does not set.

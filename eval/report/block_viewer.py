@@ -1,7 +1,7 @@
 """The attention-map viewer: a document's blocks by step, true attention next to the blocks read.
 
 Its data are texts of one letter a block (``block_map``), as they stand in the results; a script draws the rows of the
-layer and head that are chosen. The page allows this script alone, by its hash.
+layer and head that are chosen. The page's content security policy allows only this script, by its hash.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ TRAFFIC = (
     Traffic("fetched_bytes", "Fetched from host memory, KiB a decoding step", 1 / 1024, (0.0, math.inf)),
 )
 
-# Whatever a text in the results might be, the page loads nothing, and runs the viewer alone.
+# The page loads nothing and runs only the viewer's script, whatever text the results contain.
 _POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src {script_source()}"
 
 

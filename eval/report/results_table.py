@@ -37,7 +37,7 @@ class TaskResults:
 
     Attributes:
         scores: By sample id, with its weight; failed samples that count for nothing are not among them.
-        samples, errors, asked: How many are done, how many of these failed, how many there should be.
+        samples, errors, asked: Numbers of samples done, of failed ones, and of all samples of the task.
     """
 
     scores: Mapping[str, tuple[float, float]]

@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
         raise DataError(f"--scores are of a model with {scored} layers: {args.model} has {depth}")
     if scores is not None:
         for metric in METRICS if args.sweep is not None else (args.metric,):
-            importance(scores, metric, args.beta)  # what they lack is said before anything loads
+            importance(scores, metric, args.beta)  # a missing score is reported before anything loads
     tokenizer = load_tokenizer(args.model)
     texts = None if scores is not None else _texts("--data", args.data, tokenizer, args)
     judged = None if args.sweep is None else _texts("--sweep", args.sweep, tokenizer, args)

@@ -89,7 +89,7 @@ class Plan:
 
 
 def check_depth(count: int | None, depth: int) -> None:
-    """``ConfigError`` unless a model of so many layers can lose so many of them."""
+    """Raise ``ConfigError`` unless ``count`` layers can be removed from ``depth`` layers."""
     if count is not None and not 1 <= count < depth:
         raise ConfigError(f"--layers {count}: expected 1 to {depth - 1}, the model has {depth} layers")
 

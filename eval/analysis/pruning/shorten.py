@@ -22,7 +22,7 @@ NUMBERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices")
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a causal language model; ``AttachError`` where they can't be told."""
+    """The layers of a causal language model; ``AttachError`` if they can't be found."""
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
     config = model.config.get_text_config(decoder=True)
@@ -38,7 +38,7 @@ def without_layers(model: PreTrainedModel, removed: Collection[int]) -> Iterator
     """The model without these layers, for the time of a ``with`` block; no weights are copied.
 
     Raises:
-        AttachError: Layers that can't be told, or that use keys and values of others.
+        AttachError: The layers can't be found, or they use keys and values of other layers.
         ConfigError: Not one layer would be left, or the configuration can't describe what would be.
     """
     layers, decoder, config = decoder_layers(model), model.get_decoder(), model.config.get_text_config(decoder=True)

@@ -16,7 +16,7 @@ from attention_predictor.offload.attention.dense import Terms
 from attention_predictor.offload.attention.sparse import attend_slots
 from attention_predictor.progress import Progress
 
-WORKSPACE_BYTES = 128 << 20  # that FlashInfer asks for
+WORKSPACE_BYTES = 128 << 20  # workspace for FlashInfer
 
 
 def main(args: argparse.Namespace) -> int:
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def flashinfer_calls(sets: list[tuple[Tensor, Tensor, Tensor]]) -> list[Call] | str:
-    """FlashInfer's decode over the same tokens, or why there is none."""
+    """FlashInfer's decode over the same tokens, or the reason it can't run."""
     (B, H, _), (_, G, S, T, D), device = sets[0][0].shape, sets[0][1].shape, sets[0][0].device
     if device.type != "cuda":
         return "it needs a CUDA device"
@@ -78,7 +78,7 @@ def flashinfer_calls(sets: list[tuple[Tensor, Tensor, Tensor]]) -> list[Call] | 
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=H // G >= 4)
     index: dict[str, Any] = {"dtype": torch.int32, "device": device}
     wrapper.plan(
-        torch.arange(0, B * S + 1, S, **index),  # where each sequence's pages begin
+        torch.arange(0, B * S + 1, S, **index),  # first page of each sequence
         torch.arange(B * S, **index),  # the pages
         torch.full((B,), T, **index),  # tokens in each sequence's last one
         H,

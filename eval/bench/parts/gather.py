@@ -18,7 +18,7 @@ from attention_predictor.offload.blocks.host_store import HostStore, gather_refe
 from attention_predictor.progress import Progress
 
 CHUNK = 4096  # tokens made at once
-LISTS = 8  # of blocks, taken in turn
+LISTS = 8  # lists of blocks to cycle through
 
 
 def main(args: argparse.Namespace) -> int:

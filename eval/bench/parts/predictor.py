@@ -96,7 +96,7 @@ def _timed(method: PredictorMethod, tokens: int, args: argparse.Namespace, devic
         state.predict_ahead(SINK, RECENT * BLOCK, length_B, None, n_blocks)
 
     first = started()
-    layers = min(input_sets(first.nbytes, device), args.layers)  # in turn, as those of a model
+    layers = min(input_sets(first.nbytes, device), args.layers)  # cycled, like a model's layers
     calls = [partial(step, state) for state in (first, *(started() for _ in range(layers - 1)))]
     row = timed(method.name, calls, device, repeats=args.repeats, seconds=args.seconds)
     return {**row, "tokens": tokens, "token_ms": row["ms"] * args.layers}

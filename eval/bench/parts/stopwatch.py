@@ -13,16 +13,16 @@ import torch
 from attention_predictor.arithmetic import ceil_div
 
 WARM_UP = 3  # calls
-LEAST_LAUNCHES = 20  # in one captured graph: their mean is free of what starting a graph takes
+LEAST_LAUNCHES = 20  # in one captured graph; their mean hides the cost of launching it
 LEAST_REPLAYS = 5
 MOST_SETS = 64  # of inputs
-OTHER_CACHE_BYTES = 64 << 20  # where torch does not say how large the GPU's cache is
+OTHER_CACHE_BYTES = 64 << 20  # where torch does not report the size of the GPU's cache
 
 Call = Callable[[], object]
 
 
 def input_sets(nbytes: int, device: torch.device) -> int:
-    """How many inputs of so many bytes to take in turn so that none is still in a GPU's cache; 1 on a CPU."""
+    """Number of inputs of ``nbytes`` to cycle through so that none is in the GPU's cache; 1 on a CPU."""
     if device.type != "cuda":
         return 1
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or OTHER_CACHE_BYTES
@@ -42,8 +42,8 @@ def timed(
     """Milliseconds of one call, medians.
 
     Args:
-        calls: The same for different inputs, taken in turn.
-        repeats: Timed calls; fewer once so many ``seconds`` have gone.
+        calls: The call for different inputs, used in a cycle.
+        repeats: Timed calls; fewer if they take more than ``seconds``.
         moved: Bytes that a call must move.
         capturable: Whether a CUDA graph can hold it: no work for the host in it, no waiting.
 

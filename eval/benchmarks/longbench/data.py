@@ -88,7 +88,7 @@ def _of_archive(archive: Path, task: str) -> Iterator[tuple[str, Record]]:
 
 @contextmanager
 def _opened(archive: Path, name: str) -> Iterator[io.TextIOWrapper]:
-    """A file of the archive, unpacked as it is read."""
+    """A file of the archive, unpacked while it is read."""
     try:
         with zipfile.ZipFile(archive) as whole, whole.open(name) as packed:
             yield io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n")

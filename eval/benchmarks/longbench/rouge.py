@@ -40,7 +40,7 @@ def rouge_l(prediction: str, reference: str, *, frames: int = 0) -> float:
 
 
 def _sentences(text: str) -> list[list[str]]:
-    """Words by sentence; one of blanks alone has one empty word."""
+    """Words by sentence; a blank sentence has one empty word."""
     return [" ".join(piece.split()).split(" ") for piece in text.split(".") if piece]
 
 

@@ -1,4 +1,4 @@
-"""From predictions to LongBench's scores: what the official scorer gives, and where samples failed, how many."""
+"""Computes LongBench's scores from predictions, equal to the official scorer's, with counts of failed samples."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The 21 tasks of LongBench: how they are asked, how long the answer may be, what it is scored by.
+"""The 21 tasks of LongBench: prompt template, answer length and metric of each.
 
 Wording of the templates and generation lengths are LongBench's own (https://github.com/THUDM/LongBench, its
 ``config/dataset2prompt.json`` and ``config/dataset2maxlen.json``; copyright 2023 THU-KEG & Zhipu AI, MIT licence), kept
-to the letter, slips included: whoever asks otherwise gets other scores.
+to the letter, mistakes included: other wording gives other scores.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def check_names(names: Sequence[str], valid: Sequence[str] = tuple(TASKS)) -> No
 
 
 def needing_jieba(names: Sequence[str]) -> list[str]:
-    """Those of the tasks whose scores can't do without jieba: Chinese ones, but not all of these."""
+    """The tasks whose metrics need jieba: some of the Chinese ones."""
     return [name for name in names if TASKS[name].metric in metrics.NEEDING_JIEBA]
 
 

@@ -1,4 +1,4 @@
-r"""Answers to problems of mathematics: found in what a model wrote, and compared with the reference.
+r"""Answers to mathematics problems: extracted from a model's text and compared with the reference.
 
 Answers count as the same where they are the same number, however it is written (``\$1,450,000.00``, ``\frac12`` and
 0.5, ``50\%`` and 50), the same LaTeX but for spelling, or lists, intervals and matrices of such. Proving that two
@@ -38,9 +38,9 @@ _BRACKETS = {"(": ")]", "[": ")]", SET_OPEN: SET_CLOSE}
 
 
 def find_answer(text: str, *, numeric: bool) -> str | None:
-    r"""The final answer in what a model wrote, as it stands there; ``None`` where there is none.
+    r"""The final answer in a model's text, verbatim; ``None`` if there is none.
 
-    In this order: the last ``\boxed{…}``; what follows the last ``####``; what the last "the answer is …" says; the
+    In this order: the last ``\boxed{…}``; the text after the last ``####``; the last "the answer is …"; the
     last number, or for answers that need not be numbers the last formula.
 
     Args:
@@ -63,7 +63,7 @@ def find_answer(text: str, *, numeric: bool) -> str | None:
 
 
 def same_answer(found: str | None, reference: str) -> bool:
-    """Whether an answer says what the reference says."""
+    """Whether an answer equals the reference."""
     return found is not None and _same(normalise(found), normalise(reference))
 
 

@@ -1,6 +1,6 @@
 r"""What a short piece of LaTeX stands for: one spelling of many, and the number it has.
 
-``normalise`` undoes what is a matter of writing (delimiters, spaces, units, ``\dfrac43`` for ``\frac{4}{3}``);
+``normalise`` gives one spelling (delimiters, spaces, units, ``\dfrac43`` for ``\frac{4}{3}``);
 ``value`` computes constants. Neither is a computer algebra system: ``(a+1)(b+2)`` and ``(b+2)(a+1)`` stay different.
 """
 
@@ -12,7 +12,7 @@ from fractions import Fraction
 
 Number = Fraction | float
 
-MOST_CHARACTERS = 400  # of what is taken for a constant; answers are short, and digressions are not answers
+MOST_CHARACTERS = 400  # longest constant; longer texts are not answers
 MOST_BITS = 4096  # of a power
 # What stands for \\, \{ and \}, so that no part of them is taken for something else.
 ROW_BREAK, SET_OPEN, SET_CLOSE = "\x00", "\x01", "\x02"
@@ -54,7 +54,7 @@ _UNITS = {"cm", "mm", "km", "kg", "mg", "ml", "lb", "oz", "ft", "in", "mi", "am"
 
 
 def normalise(text: str) -> str:
-    """One spelling for what is written in many ways; no spaces, no units, no delimiters of formulas."""
+    """One spelling of a text: without spaces, units and formula delimiters."""
     if len(text) > MOST_CHARACTERS:
         return text
     text = text.strip().replace(r"\$", "").replace("\\\\", ROW_BREAK)
@@ -86,7 +86,7 @@ def value(text: str) -> Number | None:
 
 
 def _without_text(text: str) -> str:
-    r"""``\text{…}`` as what it says; without it where it is a unit, behind everything else."""
+    r"""Replace ``\text{…}`` by its content; remove it at the end, where it is a unit."""
 
     def plain(found: re.Match[str]) -> str:
         is_unit = found.start() > 0 and found.end() == len(text)
@@ -111,7 +111,7 @@ def _without_unit(text: str) -> str:
 
 
 def _with_braces(text: str) -> str:
-    r"""Arguments of ``\frac`` and ``\sqrt`` in braces, which LaTeX wants of long ones alone."""
+    r"""Put all arguments of ``\frac`` and ``\sqrt`` in braces; LaTeX allows one token without."""
     done, rest = "", text
     while found := re.search(r"\\(frac|sqrt)(?![A-Za-z])\s*", rest):
         done += rest[: found.start()] + "\\" + found[1]
@@ -125,7 +125,7 @@ def _with_braces(text: str) -> str:
                 if left > 1:
                     argument = _group(rest)
                     done, rest = done + "{" + _with_braces(argument) + "}", rest[len(argument) + 2 :]
-                continue  # what the last braces hold is looked at in the next turn
+                continue  # the next iteration handles the content of the last braces
             token = re.match(r"\\[A-Za-z]+|.", rest)
             if token is not None:
                 done, rest = done + "{" + token[0] + "}", rest[token.end() :]
@@ -133,7 +133,7 @@ def _with_braces(text: str) -> str:
 
 
 def _group(text: str) -> str:
-    """What stands in the braces that a text begins with; all of it, where they are never closed."""
+    """Content of the braces that a text begins with; everything if they are not closed."""
     depth = 0
     for place, character in enumerate(text):
         depth += {"{": 1, "}": -1}.get(character, 0)
@@ -143,7 +143,7 @@ def _group(text: str) -> str:
 
 
 class _NotConstant(Exception):
-    """The text is no arithmetic on numbers."""
+    """The text is not arithmetic on numbers."""
 
 
 class _Constant:
@@ -205,7 +205,7 @@ class _Constant:
         return float(base) ** float(exponent)
 
     def digit_or_sign(self) -> Number:
-        r"""An exponent without braces: one character in LaTeX, more where people don't write LaTeX."""
+        r"""An exponent without braces: one character in LaTeX, possibly more in plain text."""
         found = re.compile(r"-?\d+").match(self.text, self.at)
         if found is None:
             return self.atom()

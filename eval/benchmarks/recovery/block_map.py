@@ -55,7 +55,7 @@ def map_record(maps: Mapping[int, Sequence[Tensor]], interval: int, block_size: 
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most so many of the numbers below ``count``, evenly spaced."""
+    """At most ``most`` of the numbers below ``count``, evenly spaced."""
     taken = min(count, most)
     return [number * count // taken for number in range(taken)]
 

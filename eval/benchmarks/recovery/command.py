@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from attention_predictor.commands.eval.recovery import TAIL_INTERVAL
+from attention_predictor.errors import ConfigError
 from attention_predictor.eval.benchmarks.synthetic import benchmark as synthetic
 from attention_predictor.eval.benchmarks.synthetic.tasks import parse_tasks
 from attention_predictor.eval.display.text_table import text_table
@@ -22,6 +23,7 @@ from attention_predictor.eval.harness.bootstrap import normal_spread, wilson_int
 from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.measure import Description, Measure
 from attention_predictor.eval.harness.predictions import Record
+from attention_predictor.eval.harness.processes import Processes
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, run
 from attention_predictor.eval.harness.scores import mean_scores, notes, show_results
@@ -65,10 +67,12 @@ def measures(description: Description) -> list[Measure]:
 def main(args: argparse.Namespace) -> int:
     if args.tail is not None:
         args.recovery = args.recovery or TAIL_INTERVAL
-    plan = Plan.of(args, measure_recovery=args.recovery)
     with ExitStack() as stack:
-        if plan.out is None:
-            plan = plan.at(Path(stack.enter_context(TemporaryDirectory())) / "run")
+        if args.out is None:
+            if Processes().count > 1:
+                raise ConfigError("several processes share a run by its directory: give --out")
+            args.out = Path(stack.enter_context(TemporaryDirectory())) / "run"
+        plan = Plan.of(args, measure_recovery=args.recovery)
         benchmark = _benchmark(args)
         return show_results(run(benchmark, plan), RELATIVE if args.tail is not None else FOUND, folder_table)
 

@@ -31,7 +31,7 @@ class RecoveryMap(WindowBenchmark):
     """Document tails; recovery is measured by layer and head while they are decoded.
 
     Args:
-        windows: Prompts and what is decoded behind them.
+        windows: Prompts and the tails decoded after them.
         interval: Steps from one measurement to the next.
     """
 

@@ -23,11 +23,11 @@ NOISE = (
 
 @dataclass(frozen=True)
 class Sources:
-    """What families take from the user.
+    """The user's texts for task families.
 
     Attributes:
         haystack: Essays.
-        passages: Questions and what they are about, by task.
+        passages: Questions and their passages, by task.
         wording: Of ``WORDINGS``; with ``pocket`` niah asks as the pocket model has learned to be asked (``synthetic``).
     """
 
@@ -58,7 +58,7 @@ class Family(ABC):
 
 
 def spread(lines: list[str], inserted: Sequence[tuple[float, str]]) -> list[str]:
-    """The lines with others at their depths, from 0 to 1, among them."""
+    """Insert lines at their depths, from 0 to 1."""
     places = sorted((round(depth * len(lines)), depth, line) for depth, line in inserted)
     for number, (place, _, line) in enumerate(places):
         lines.insert(place + number, line)
@@ -66,13 +66,13 @@ def spread(lines: list[str], inserted: Sequence[tuple[float, str]]) -> list[str]
 
 
 def in_noise(sentences: int, inserted: Sequence[tuple[float, str]]) -> str:
-    """So many sentences of noise, all of ``NOISE`` to a line, and other lines at their depths."""
+    """A number of noise sentences, all of ``NOISE`` on each line, with other lines inserted at their depths."""
     lines = [NOISE[: sentences - first] for first in range(0, sentences, len(NOISE))]
     return "\n".join(spread([" ".join(line) for line in lines], inserted))
 
 
 def distinct(make: Callable[[], str], count: int) -> list[str]:
-    """So many different names."""
+    """``count`` distinct names."""
     names: dict[str, None] = {}
     while len(names) < count:
         names[make()] = None

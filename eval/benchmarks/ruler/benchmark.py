@@ -72,7 +72,7 @@ class MadeRuler(FixedLengthBenchmark):
         return FAMILIES[family_name(task)].new_tokens
 
     def stop(self) -> Sequence[int]:
-        """The pocket model ends an answer with an empty line, and goes on with another question."""
+        """With the pocket model's wording an empty line ends the answer."""
         return () if self.chat or self.sources.wording != "pocket" else paragraph_end(self.tokenizer)
 
     def draft(self, task: str, number: int, rng: random.Random) -> Draft:
@@ -127,7 +127,7 @@ class GivenRuler(Benchmark):
             yield Sample(name, text, {"answers": answers, "length": length}, {"prefix": prefix})
 
     def check(self, task: str, limit: int | None) -> dict[str, Any]:
-        """Also refuses samples longer than the model has positions for, going by the one of most characters."""
+        """Also refuse samples longer than the model's positions, judged by the sample with most characters."""
         found = super().check(task, limit)
         longest = max(self.samples(task), key=lambda one: len(one.prompt))
         tokens = len(self.prompt(longest)) + self._new_tokens(task)

@@ -1,4 +1,4 @@
-"""cwe and fwe: words that are in a text more often than others."""
+"""cwe and fwe: the most frequent words of a text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FREQUENT_PREFIX = " Answer: According to the coded text above, the three most f
 
 @dataclass(frozen=True)
 class CommonWords(Family):
-    """cwe: ten words are in a list more often than all the others. One short list is solved.
+    """cwe: ten words occur more often than all others in a list. A short solved list comes first.
 
     In prompts below ``SHORT`` tokens they are there 10 times and the others once, else 30 times and 3 times.
     """
@@ -63,7 +63,7 @@ class CommonWords(Family):
 
 @dataclass(frozen=True)
 class FrequentWords(Family):
-    """fwe: coded words whose frequencies fall as a power of their rank; wanted are the three behind the first, dots."""
+    """fwe: coded words with power-law frequencies; the answer is ranks 2 to 4, rank 1 being dots."""
 
     alpha: float = 2.0
     letters: int = 6
@@ -71,7 +71,7 @@ class FrequentWords(Family):
 
     new_tokens: ClassVar[int] = 50
 
-    least: ClassVar[int] = 200  # words, for the three to be told from the fourth
+    least: ClassVar[int] = 200  # words; with fewer the third and fourth rank could tie
 
     def draft(self, rng: random.Random, sources: Sources, length: int) -> Draft:
         coded = distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=self.letters)), self.vocabulary - 1)

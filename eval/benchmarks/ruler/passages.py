@@ -1,4 +1,4 @@
-"""Questions and the passages they are about, in the forms that SQuAD and HotpotQA rows have as lines of JSON."""
+"""Reads questions and their passages from SQuAD and HotpotQA rows (JSON lines)."""
 
 from __future__ import annotations
 

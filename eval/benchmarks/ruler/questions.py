@@ -19,7 +19,7 @@ _ASKED = (
 
 @dataclass(frozen=True)
 class QuestionAnswering(Family):
-    """The passages that a question is about, among passages of other questions."""
+    """A question's passages among passages of other questions."""
 
     task: str
 

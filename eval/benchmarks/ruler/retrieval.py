@@ -26,11 +26,11 @@ _SECRETS = {"numbers": "secret number", "uuids": "access code"}  # kinds of valu
 
 @dataclass(frozen=True)
 class Retrieval(Family):
-    """Values of keys, stated once each, to be given back.
+    """Values of keys, each stated once; the answer lists the values of some keys.
 
     Attributes:
         haystack: Noise repeated, essays, or more needles with other keys.
-        keys: Keys with values; ``queries`` of them are asked for, at least so many there are.
+        keys: Number of keys with values, at least ``queries``, the number asked for.
         values: Of each key.
     """
 
@@ -68,7 +68,7 @@ class Retrieval(Family):
         return _NEEDLE.format(values=self.value_kind, key=key, value=value)
 
     def _ask(self, asked: Sequence[str]) -> tuple[tuple[str, str], str]:
-        """What stands around the text, and how the answer begins."""
+        """The text before and after the context, and the answer prefix."""
         one = self.queries * self.values == 1
         words = {
             "some": "A" if one else "Some",
@@ -95,7 +95,7 @@ class Retrieval(Family):
     def _context(
         self, rng: random.Random, sources: Sources, needles: Sequence[tuple[float, str]], others: Iterator[str]
     ) -> tuple[Callable[[int], str], int | None]:
-        """Makes the text with so many pieces of haystack, and how many of them there are, held keys included."""
+        """A function that makes the context from a number of pieces, and their maximum (``None``: no limit)."""
         if self.haystack == "essays":
             haystack = sources.haystack
             assert haystack is not None  # the command asks for it

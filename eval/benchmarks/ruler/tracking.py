@@ -20,7 +20,7 @@ _TRACK_PREFIX = " Answer: By the assignments in the text above, {count} variable
 
 @dataclass(frozen=True)
 class VariableTracking(Family):
-    """A chain of assignments scattered over noise; all variables of the chain are wanted. One example is solved."""
+    """A chain of assignments scattered over noise; the answer lists its variables. A solved example comes first."""
 
     hops: int = 4
 

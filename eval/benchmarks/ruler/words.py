@@ -1,4 +1,4 @@
-"""Words by the thousand: compounds of two plain ones, so that any length has enough of them and no two are alike."""
+"""Thousands of distinct words: compounds of two plain words."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ COMPOUNDS = len(_FIRST) * len(_SECOND)
 
 
 def compounds(rng: random.Random, joint: str = "") -> Iterator[str]:
-    """Different words in random order, such as ``riverstone``, with ``joint`` between their halves."""
+    """Distinct compounds in random order, such as ``riverstone``; ``joint`` joins their halves."""
     for number in rng.sample(range(COMPOUNDS), COMPOUNDS):
         yield _FIRST[number // len(_SECOND)] + joint + _SECOND[number % len(_SECOND)]

@@ -22,7 +22,7 @@ from attention_predictor.eval.harness.scores import show_results
 from attention_predictor.eval.harness.teacher_forcing import decode_tails, new_cache, prefill
 from attention_predictor.loading import load_tokenizer
 
-MIXED = "+"  # joins tasks that the documents of one benchmark task take in turn
+MIXED = "+"  # joins tasks of one mixed benchmark task; its documents alternate between them
 
 
 class SyntheticBenchmark(Benchmark):
@@ -30,7 +30,7 @@ class SyntheticBenchmark(Benchmark):
 
     Args:
         texts: Texts to plant in, by name.
-        tasks: Names of ``synthetic.TASKS``; ``"kv+facts"`` is one task whose documents are of both in turn.
+        tasks: Names of ``synthetic.TASKS``; ``"kv+facts"`` is one task whose documents alternate between both.
         questions: Questions of each task, rounded up to whole documents.
         per_document: Questions about a document, decoded as a batch.
         context: Tokens of a document and any one question.
@@ -87,7 +87,7 @@ class SyntheticBenchmark(Benchmark):
 
 
 def find_answers(evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, sample: synthetic.Sample) -> Record:
-    """Decode all questions and answers of a document behind one prefill, each a sequence of the batch.
+    """Decode all questions and answers of a document after one prefill, each a sequence of the batch.
 
     After its own answer a sequence continues with other questions, so every step of the batch is a
     question-and-answer step and counts for recovery; only its own answer counts as found.

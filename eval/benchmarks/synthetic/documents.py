@@ -38,7 +38,7 @@ def plant(
     """Documents of about ``context`` tokens, each with ``questions`` questions about statements planted in it.
 
     Args:
-        tasks: Tasks in turn, one a document (see ``synthetic.TASKS``).
+        tasks: Names of ``synthetic.TASKS``; documents alternate between them.
         context: Tokens of a document and any one of its questions.
         seed: The same seed gives the same documents.
 

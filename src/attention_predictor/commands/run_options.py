@@ -32,7 +32,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, budgets: str = BUDGETS
     what = f"of {', '.join(PREFETCHERS)}: how engines prefetch, unless a rule says"
     add_setting(parser, "prefetch", says=what)
     add_option(parser, "--limit", whole(1), None, "the first N samples of each task alone")
-    add("--out", type=Path, required=out_required, metavar="DIR", help="results; an unfinished run in it goes on")
+    what = "results; an unfinished run in it goes on"
+    what += "" if out_required else "; without it only the table is printed"
+    add("--out", type=Path, required=out_required, metavar="DIR", help=what)
     add("--retry-errors", action="store_true", help="try samples once more that failed")
 
 
