@@ -121,6 +121,7 @@ def decode(*options: str) -> list[str]:
     return ["bench", "decode", "--device", "cpu", "--budget", "160", "--steps", "2", *options]
 
 
+@pytest.mark.slow
 def test_decode_behind_a_prefill(tiny_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     options = ["--model", str(tmp_path), "--context", "300", "--batch", "2", "--ways", "device,no-kernels,thread"]

@@ -24,6 +24,7 @@ from attention_predictor.train.state import STATE_FILE
 from attention_predictor.train.validate import validate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["time-filters", "paper"])
 def test_training_beats_the_last_row(arch: str, tmp_path: Path) -> None:
     make_recording(tmp_path / "data")
@@ -170,6 +171,7 @@ def test_refusals_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_continued_run_ends_as_one_that_was_never_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +254,7 @@ def interrupt(*_: Any) -> Any:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_wandb_without_a_key_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):

@@ -116,6 +116,7 @@ def test_captured_steps_are_the_stock_model(steps, tiny_model, ids, family: str,
     close(outputs[1], outputs[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @families
 def test_left_padding(steps, tiny_model, ids, family: str) -> None:
@@ -133,6 +134,7 @@ def test_left_padding(steps, tiny_model, ids, family: str) -> None:
     close(outputs[1], outputs[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @hybrid_families
 def test_the_host_gets_back_what_it_would_have(steps, tiny_model, ids, family: str) -> None:
@@ -192,6 +194,7 @@ def test_crop_between_steps(steps, tiny_model, ids, family: str, length: int) ->
     close(outputs[1], outputs[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma2", "gpt-oss", "llama"])
 def test_beams(steps, tiny_model, ids, family: str) -> None:
     model, prompt = tiny_model(family), ids(100)

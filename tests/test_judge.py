@@ -20,6 +20,7 @@ def judged(ids, **settings: object) -> Cell:
     return judge(make_tiny_model(), cases, Rule("rule", SMALL | settings), 96)
 
 
+@pytest.mark.slow
 def test_what_captured_steps_fetched_is_counted(emulated, ids) -> None:  # noqa: F811
     by_host, by_device = judged(ids, prefetch="thread"), judged(ids, prefetch="graph")
     assert by_device.fetched_bytes_per_token == pytest.approx(by_host.fetched_bytes_per_token, rel=0.15)

@@ -14,6 +14,7 @@ from attention_predictor.eval.planted import Planted, sample_scores
 from attention_predictor.eval.tasks import plant, read_texts
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_cores")
 def test_finds_what_judging_finds(tmp_path, pocket, capsys):
     model, tokenizer = pocket

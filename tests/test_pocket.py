@@ -31,6 +31,7 @@ def tensors(values: dict) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_device_holds_a_fifth_at_most(pocket):
     model, tokenizer = pocket
@@ -66,6 +67,7 @@ def test_a_fifth_holds_in_half_precision_too():
     assert sketch.nbytes + history.nbytes + pool.nbytes <= 2 * 2 * 8192 * 64 * 2 / 5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_generated_tokens_go_to_host_memory_too(tiny_model, ids):
     """2,000 tokens decoded behind a context of 8K; the pool stays as it is while the store grows."""
