@@ -143,9 +143,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 REFUSED = {
-    "arch": ({"arch": "ema"}, "arch='ema' can't be trained; choose from paper, time-filters"),
+    "arch": ({"arch": "ema"}, "arch='ema' is not allowed: expected one of paper, time-filters"),
     "loss": ({"loss": "l1"}, "loss='l1'"),
-    "steps": ({"steps": 0}, "steps=0 must be at least 1"),
+    "steps": ({"steps": 0}, "steps=0 is not allowed: expected at least 1"),
     "batch": ({"batch": -1}, "batch=-1"),
     "lr": ({"lr": float("nan")}, "lr=nan"),
     "val_fraction": ({"val_fraction": 1.0}, "val_fraction=1.0"),
