@@ -50,6 +50,7 @@ def test_training_beats_the_last_row(arch: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / STATE_FILE).exists()
 
 
+@pytest.mark.slow
 def test_training_is_reproducible_and_leaves_the_global_seed_alone(tmp_path: Path) -> None:
     make_recording(tmp_path / "data", 2)
     before = torch.get_rng_state()

@@ -73,6 +73,7 @@ def sides(model: PreTrainedModel, family: str) -> Iterator[tuple[Engine | None, 
         yield engine, engine.new_cache()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @families
 def test_a_step_is_the_same_at_every_length(steps, tiny_model, ids, family: str) -> None:
@@ -175,6 +176,7 @@ def test_the_host_gets_back_what_it_would_have(steps, tiny_model, ids, family: s
         torch.testing.assert_close(value, its_value, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "length"), [("llama", 100), ("gemma3", 100)])
 def test_crop_between_steps(steps, tiny_model, ids, family: str, length: int) -> None:
