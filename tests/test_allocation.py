@@ -435,6 +435,7 @@ def test_unequal_heads_are_exact_up_to_the_mean_budget(ids, policy):
 # ---- what can go wrong -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_early_exit(ids):
     """Drafts by the model's own lower layers, whose cache has no others: these share among themselves."""

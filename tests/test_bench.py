@@ -123,6 +123,7 @@ def decode(*options: str) -> list[str]:
     return ["bench", "decode", "--device", "cpu", "--budget", "160", "--steps", "2", *options]
 
 
+@pytest.mark.slow
 def test_decode_behind_a_prefill(tiny_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     options = ["--model", str(tmp_path), "--context", "300", "--batch", "2", "--ways", "device,no-kernels,thread"]
@@ -440,6 +441,7 @@ def test_synthetic_refuses_what_it_cannot_fill(tiny_model) -> None:
         SyntheticCache(tiny_model("llama"), ids, 60)
 
 
+@pytest.mark.slow
 def test_a_way_leaves_nothing_behind(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cache is gone before memory is released for the next way."""
     caches: list[weakref.ref] = []
@@ -531,6 +533,7 @@ def test_every_policy_is_told_of_a_made_up_prompt(hybrid: PreTrainedModel) -> No
                 assert any(part.nbytes >= least for part in policy.parts.values()), (name, parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", HYBRIDS)
 def test_decode_of_a_hybrid_against_its_floor(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--shape", shape, "--synthetic", "--context", "1100", "--ways", "ours,static"]
@@ -542,6 +545,7 @@ def test_decode_of_a_hybrid_against_its_floor(shape: str, capsys: pytest.Capture
     assert rows[1]["engine"]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_a_stock_model_that_cannot_be_compiled_is_skipped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -610,6 +614,7 @@ def test_loops_side_by_side(tiny_model, tmp_path: Path, capsys: pytest.CaptureFi
     assert text.count("× engine.generate, not captured: thread") == 2
 
 
+@pytest.mark.slow
 def test_a_token_of_perplexity(tiny_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_model("gemma3").save_pretrained(tmp_path)
     command = ["bench", "perplexity", "--device", "cpu", "--model", str(tmp_path), "--context", "300", "--tail", "12"]

@@ -75,6 +75,7 @@ class TestGenerate:
         monkeypatch.setattr(sys, "stdin", io.StringIO("The ship sailed into the"))
         assert generate(capsys, "--max-new-tokens", 5)["tokens"] == one["tokens"]
 
+    @pytest.mark.slow
     def test_sampling_is_reproducible(self, capsys):
         options = ("--prompt", "Once", "--max-new-tokens", 16, "--temperature", 1.0)
         one, two = generate(capsys, *options, "--seed", 3), generate(capsys, *options, "--seed", 3)

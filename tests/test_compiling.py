@@ -183,6 +183,7 @@ def test_a_function_takes_the_struct_that_python_gives_it() -> None:
         Function("gather.cpp", "gather_blocks", Timestamp).load()
 
 
+@pytest.mark.slow
 def test_a_function_refuses_unknown_elements() -> None:
     with pytest.raises(RuntimeError, match="sparse_decode on a CPU: unknown type of elements"):
         attention.ON_CPU.call(attention.SparseDecode(element=3))

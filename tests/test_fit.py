@@ -24,6 +24,7 @@ from attention_predictor.train.state import STATE_FILE
 from attention_predictor.train.validate import validate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["time-filters", "paper"])
 def test_training_beats_the_last_row(arch: str, tmp_path: Path) -> None:
     make_recording(tmp_path / "data")
@@ -49,6 +50,7 @@ def test_training_beats_the_last_row(arch: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / STATE_FILE).exists()
 
 
+@pytest.mark.slow
 def test_training_is_reproducible_and_leaves_the_global_seed_alone(tmp_path: Path) -> None:
     make_recording(tmp_path / "data", 2)
     before = torch.get_rng_state()
@@ -142,9 +144,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 REFUSED = {
-    "arch": ({"arch": "ema"}, "arch='ema' can't be trained; choose from paper, time-filters"),
+    "arch": ({"arch": "ema"}, "arch='ema' is not allowed: expected one of paper, time-filters"),
     "loss": ({"loss": "l1"}, "loss='l1'"),
-    "steps": ({"steps": 0}, "steps=0 must be at least 1"),
+    "steps": ({"steps": 0}, "steps=0 is not allowed: expected at least 1"),
     "batch": ({"batch": -1}, "batch=-1"),
     "lr": ({"lr": float("nan")}, "lr=nan"),
     "val_fraction": ({"val_fraction": 1.0}, "val_fraction=1.0"),
@@ -170,6 +172,7 @@ def test_refusals_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_continued_run_ends_as_one_that_was_never_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +255,7 @@ def interrupt(*_: Any) -> Any:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_wandb_without_a_key_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):

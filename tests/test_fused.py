@@ -65,6 +65,7 @@ FOUND = {
 
 
 class TestInSteps:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("family", "dtype"),
         [*((family, torch.float32) for family in FOUND), ("llama", torch.bfloat16), ("gemma3", torch.bfloat16)],

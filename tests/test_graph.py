@@ -36,12 +36,13 @@ def decode(model, prompt: Tensor, steps: int, mask: Tensor | None = None, **sett
         return out, engine.stats.to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_the_same_tokens_and_fetches(emulated, tiny_model, ids, family: str) -> None:
     """Across the room's growth (128 tokens here), with blocks that open and groups of the sketch that fill."""
-    model, prompt = tiny_model(family), ids(245)
-    thread, by_host = decode(model, prompt, 20)
-    graph, by_device = decode(model, prompt, 20, prefetch="graph")
+    model, prompt = tiny_model(family), ids(249)
+    thread, by_host = decode(model, prompt, 13)
+    graph, by_device = decode(model, prompt, 13, prefetch="graph")
     assert torch.equal(graph, thread)
     assert by_device["fallbacks"] == {}
     for name in ("steps", "ahead_bytes", "late_bytes", "hit_rate"):
@@ -49,17 +50,18 @@ def test_the_same_tokens_and_fetches(emulated, tiny_model, ids, family: str) -> 
 
 
 BY_THE_HOST = {"full", "oracle"}  # they read every key at every step
+EMA = {"predictor": "ema"}  # where the network makes no difference: emulated, it takes most of the time
 VARIANTS = [
     *({"policy": name} for name in BUILT_IN if name not in BY_THE_HOST),
     *({"predictor": name} for name in ("last", "ema", "mean", "paper")),
     {"late_fetch": 0.0},
-    {"late_fetch": 0.0, "reserve": 0.0},
-    {"late_fetch": 1.0},
-    {"calibration": "none"},
-    {"calibration": "none", "late_fetch": 0.0},
+    {"late_fetch": 0.0, "reserve": 0.0} | EMA,
+    {"late_fetch": 1.0} | EMA,
+    {"calibration": "none"} | EMA,
+    {"calibration": "none", "late_fetch": 0.0} | EMA,
     {"calibration": "exact", "late_fetch": 0.0, "calibration_interval": 3},
-    {"calibration": "exact", "calibration_interval": 3},
-    {"measure_recovery": 3},
+    {"calibration": "exact", "calibration_interval": 3} | EMA,
+    {"measure_recovery": 3} | EMA,
 ]
 
 
@@ -69,19 +71,19 @@ def test_every_policy_is_captured(emulated, tiny_model, ids, tmp_path, settings:
 
     One of two sequences is padded.
     """
-    model, prompt = tiny_model("llama"), ids(245, batch=2)
+    model, prompt, steps = tiny_model("llama"), ids(249, batch=2), 12
     mask = torch.ones_like(prompt)
     mask[1, :37] = 0
     if settings.get("predictor") == "paper":
         torch.manual_seed(0)
         WindowPredictor().save(tmp_path)
         settings = {"predictor": str(tmp_path)}
-    thread, by_host = decode(model, prompt, 20, mask, **settings)
-    graph, by_device = decode(model, prompt, 20, mask, prefetch="graph", **settings)
+    thread, by_host = decode(model, prompt, steps + 1, mask, **settings)
+    graph, by_device = decode(model, prompt, steps + 1, mask, prefetch="graph", **settings)
     assert torch.equal(graph, thread)
     assert by_device["fallbacks"] == {}
-    by_host_too = 19 // 3 if {"calibration_interval", "measure_recovery"} & settings.keys() else 0
-    assert by_device["captured_steps"] == 19 - by_host_too
+    by_host_too = steps // 3 if {"calibration_interval", "measure_recovery"} & settings.keys() else 0
+    assert by_device["captured_steps"] == steps - by_host_too
     for name in ("steps", "ahead_bytes", "late_bytes", "hit_rate", "streamed_bytes", "recovery"):
         assert by_device[name] == by_host[name] or by_device[name] == pytest.approx(by_host[name], rel=0.05), name
 
@@ -96,12 +98,14 @@ def test_what_reads_every_key_says_so(emulated, tiny_model, ids, policy: str) ->
     assert f"policy {policy!r} reads every key at every step" in next(iter(stats["fallbacks"]))
 
 
+@pytest.mark.slow
 def test_budget_beyond_the_context_is_the_stock_model(emulated, tiny_model, ids) -> None:
     model, prompt = tiny_model("llama"), ids(100)
     stock = model.generate(prompt, do_sample=False, max_new_tokens=12, min_new_tokens=12, pad_token_id=0)
     assert torch.equal(decode(model, prompt, 12, prefetch="graph", budget=1024)[0], stock)
 
 
+@pytest.mark.slow
 def test_left_padding(emulated, tiny_model, ids) -> None:
     model, prompt = tiny_model("llama"), ids(200, batch=2)
     mask = torch.ones_like(prompt)
@@ -112,6 +116,7 @@ def test_left_padding(emulated, tiny_model, ids) -> None:
     assert stats["fallbacks"] == {}
 
 
+@pytest.mark.slow
 def test_a_mask_that_changes_is_seen(emulated, tiny_model, ids) -> None:
     """By a step that is not captured, and says so; those behind it that keep the padding are captured again."""
     model, prompt = tiny_model("llama"), ids(200, batch=2)
@@ -123,18 +128,18 @@ def test_a_mask_that_changes_is_seen(emulated, tiny_model, ids) -> None:
             cache = engine.new_cache()
             given = with_cache(model, cache)
             logits = [model(prompt, attention_mask=mask[:, :200], **given).logits[:, -1]]
-            for step in range(30):
+            for step in range(14):
                 seen = mask[:, : 201 + step].clone()
-                if 10 <= step < 13:
+                if 5 <= step < 8:
                     seen[0, 60:90] = 0
                 logits.append(model(prompt[:, step : step + 1], attention_mask=seen, **given).logits[:, -1])
                 captured.append(engine.stats.captured_steps)
             outputs.append(torch.stack(logits))
             fallbacks = engine.stats.fallbacks
     torch.testing.assert_close(outputs[1], outputs[0], atol=2e-4, rtol=1e-3)
-    ours = captured[30:]
-    assert ours[9] == ours[12] > 5
-    assert ours[29] == ours[12] + 17
+    ours = captured[14:]
+    assert ours[4] == ours[7] > 2
+    assert ours[13] == ours[7] + 6
     assert sum(fallbacks.values()) == 3
     (message,) = fallbacks
     assert "the attention mask does not hide exactly the prompt's left padding" in message
@@ -176,6 +181,7 @@ def test_arguments_that_ask_for_nothing_do_not_end_capture(emulated, tiny_model,
             assert len(output.hidden_states) == 3
 
 
+@pytest.mark.slow
 def test_what_dies_is_free_without_garbage_collection(emulated, tiny_model, ids) -> None:
     """Cache, captured steps and output refer to each other; host memory must come back the moment the cache dies."""
     model, prompt = tiny_model("llama"), ids(200)
@@ -184,11 +190,11 @@ def test_what_dies_is_free_without_garbage_collection(emulated, tiny_model, ids)
     try:
         with attach(model, OffloadConfig(**SETTINGS, prefetch="graph")) as engine, torch.no_grad():
             held = []
-            for _ in range(5):
+            for _ in range(3):
                 cache = engine.new_cache()
                 given = with_cache(model, cache)
                 model(prompt, **given)
-                for step in range(6):
+                for step in range(4):
                     output = model(prompt[:, step : step + 1], **given)
                 alive = weakref.ref(cache)
                 held.append(engine.runtime.memory.held_bytes)
@@ -196,14 +202,15 @@ def test_what_dies_is_free_without_garbage_collection(emulated, tiny_model, ids)
                 assert alive() is None
                 assert engine.runtime.memory.lent_bytes == 0
             assert len(set(held)) == 1
-            engine.generate(prompt, max_new_tokens=6)
-            model.generate(prompt, max_new_tokens=6)
+            engine.generate(prompt, max_new_tokens=5)
+            model.generate(prompt, max_new_tokens=5)
             assert engine.runtime.memory.lent_bytes == 0
-            assert engine.stats.captured_steps > 30
+            assert engine.stats.captured_steps == 3 * 4 + 2 * 4
     finally:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_the_host_takes_the_cache_back(emulated, tiny_model, ids) -> None:
     """Steps, then a turn of several tokens, a crop, a copy, integrity checks; and steps again."""
     model, prompt = tiny_model("llama"), ids(230)

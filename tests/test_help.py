@@ -105,6 +105,7 @@ def test_no_library_is_imported(arguments: str, code: int) -> None:
     assert len(done.stderr.splitlines()) == (code == 2)
 
 
+@pytest.mark.slow
 def test_the_package_and_its_names_import_no_library() -> None:
     program = f"""
 import sys

@@ -73,6 +73,7 @@ def sides(model: PreTrainedModel, family: str) -> Iterator[tuple[Engine | None, 
         yield engine, engine.new_cache()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @families
 def test_a_step_is_the_same_at_every_length(steps, tiny_model, ids, family: str) -> None:
@@ -116,6 +117,7 @@ def test_captured_steps_are_the_stock_model(steps, tiny_model, ids, family: str,
     close(outputs[1], outputs[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @families
 def test_left_padding(steps, tiny_model, ids, family: str) -> None:
@@ -133,6 +135,7 @@ def test_left_padding(steps, tiny_model, ids, family: str) -> None:
     close(outputs[1], outputs[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @hybrid_families
 def test_the_host_gets_back_what_it_would_have(steps, tiny_model, ids, family: str) -> None:
@@ -173,6 +176,7 @@ def test_the_host_gets_back_what_it_would_have(steps, tiny_model, ids, family: s
         torch.testing.assert_close(value, its_value, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "length"), [("llama", 100), ("gemma3", 100)])
 def test_crop_between_steps(steps, tiny_model, ids, family: str, length: int) -> None:
@@ -192,6 +196,7 @@ def test_crop_between_steps(steps, tiny_model, ids, family: str, length: int) ->
     close(outputs[1], outputs[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma2", "gpt-oss", "llama"])
 def test_beams(steps, tiny_model, ids, family: str) -> None:
     model, prompt = tiny_model(family), ids(100)

@@ -300,6 +300,7 @@ def test_the_same_blocks_are_chosen(device: str, trained: FilterPredictor) -> No
 # Histories
 
 
+@pytest.mark.slow
 def test_a_history_by_kernels_is_the_same_history(device: str, trained: FilterPredictor) -> None:
     """Through all that a cache does to it, blocks arriving in the middle."""
     predictor, generator = copy.deepcopy(trained).to(device), torch.Generator().manual_seed(5)

@@ -157,6 +157,7 @@ def test_sequences_of_unlike_length_and_padding(device: str, lengths: list[int],
         assert torch.equal(found[b, 0].isfinite(), inside)
 
 
+@pytest.mark.slow
 def test_sums_lose_what_they_took(device: str, network: WindowPredictor) -> None:
     """Once the prompt's rows have left, the same rows make the same sums, but for the last bits of fp64."""
     history = IncrementalHistory(copy.deepcopy(network).to(device), batch=1, kv_heads=1, device=device, kernel=True)

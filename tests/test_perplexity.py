@@ -28,6 +28,7 @@ def given(tmp_path, texts):
     return ("perplexity", "--model", model, "--data", f"text={texts}", *sizes)
 
 
+@pytest.mark.slow
 def test_what_a_single_forward_pass_says(given, tmp_path, texts, capsys):
     evaluate(*given, "--policies", "full,predictor,streaming", "--budgets", "144,512")
     printed = capsys.readouterr().out

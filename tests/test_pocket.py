@@ -31,6 +31,7 @@ def tensors(values: dict) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_device_holds_a_fifth_at_most(pocket):
     model, tokenizer = pocket
@@ -66,9 +67,10 @@ def test_a_fifth_holds_in_half_precision_too():
     assert sketch.nbytes + history.nbytes + pool.nbytes <= 2 * 2 * 8192 * 64 * 2 / 5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_generated_tokens_go_to_host_memory_too(tiny_model, ids):
-    """2,000 tokens decoded behind a context of 8K; the pool stays as it is while the store grows."""
+    """1,200 tokens decoded behind a context of 8K, more than a slab; the pool stays as it is while the store grows."""
     model = tiny_model("llama", head_dim=64, num_hidden_layers=1, max_position_embeddings=12000)
     with attach(model, OffloadConfig(budget=512)) as engine:
         cache = engine.new_cache()
@@ -84,24 +86,25 @@ def test_generated_tokens_go_to_host_memory_too(tiny_model, ids):
                 return update(key, value, *args, **kwargs)
 
             layer.update = watched
-        for step in range(1999):
+        for step in range(1199):
             token = model(token, **with_cache(model, cache)).logits.argmax(-1)
-            if step % 500 == 0:
+            if step % 400 == 0:
                 cache.check_integrity()
         for layer in cache.layers:
             del layer.update
         cache.check_integrity()
     for number, layer in enumerate(cache.layers):
-        key, value = layer.blocks.store.read(8193, 10192)
+        key, value = layer.blocks.store.read(8193, 9392)
         mine = produced[number :: len(cache.layers)]
         assert torch.equal(key, torch.cat([one for one, _ in mine], 2))
         assert torch.equal(value, torch.cat([one for _, one in mine], 2))
     stats = engine.stats
-    assert stats.steps == 2000
+    assert stats.steps == 1200
     assert stats.device_kv_parts()["pool"] == pool_bytes
     assert stats.device_kv_bytes <= stats.full_kv_bytes / 5
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_prediction_earns_its_place(earned_place):
     """10 answers a cell, with one to spare; test_gpu.py asks 100, with none."""

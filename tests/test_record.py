@@ -129,6 +129,7 @@ def test_a_model_without_full_attention_is_refused_before_anything_is_written(sa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_recording_goes_on_and_ends_as_one_that_was_not(saved, tmp_path):
     model, data = saved(), tmp_path / "a.jsonl"
     write_rows(data, 8)

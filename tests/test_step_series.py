@@ -50,6 +50,7 @@ def test_no_series_of_the_stock_model(ids):
     assert series.steps == 0
 
 
+@pytest.mark.slow
 def test_captured_steps_have_the_same_series(emulated, ids):  # noqa: F811
     model, records = make_tiny_model(), []
     for prefetch in ("thread", "graph"):

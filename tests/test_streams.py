@@ -84,6 +84,7 @@ class TestFullDisks:
             file.append({"index": 1})
         assert [one["index"] for one in predictions.gather(path)] == [0, 1]
 
+    @pytest.mark.slow
     def test_a_real_limit(self, model, tmp_path):
         """The system's own error, in a process of its own: no file may grow beyond some blocks."""
         data, out = write_longbench(tmp_path / "data", ["trec"], samples=40), tmp_path / "out"
@@ -111,6 +112,7 @@ class TestFullDisks:
         assert kept == list(range(len(kept)))
         assert 0 < len(kept) < 40
 
+    @pytest.mark.slow
     def test_a_training_keeps_its_state_and_goes_on(self, tmp_path, monkeypatch, capsys):
         make_recording(tmp_path / "data", 4)
         given = ["train", "--data", tmp_path / "data", "--steps", 6, "--batch", 4, "--log-every", 2, "--device", "cpu"]
@@ -139,6 +141,7 @@ class TestFullDisks:
                     predictor.save(tmp_path)
             assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
+    @pytest.mark.slow
     def test_a_recording_keeps_its_documents_and_goes_on(self, tmp_path, monkeypatch, capsys):
         words = " ".join(f"word{number}" for number in range(4000))
         for name in "abc":
@@ -234,6 +237,7 @@ class TestStandardOutput:
 
 
 class TestLoneSurrogates:
+    @pytest.mark.slow
     def test_in_an_answer_it_is_kept_and_the_run_goes_on(self, model, tmp_path):
         data, out = tmp_path / "data", tmp_path / "out"
         data.mkdir()

@@ -29,6 +29,7 @@ def parts(tmp_path: Path) -> dict[str, list[Any]]:
     }
 
 
+@pytest.mark.slow
 def test_each_is_as_by_itself_with_one_model(
     parts: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.variants import Variant
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_cores")
 def test_finds_what_judging_finds(tmp_path, pocket, capsys):
     model, tokenizer = pocket

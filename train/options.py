@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass, fields
 
 from attention_predictor.errors import ConfigError
+from attention_predictor.kinds import Kind, number, one_of, whole
 
 # Architectures that can be trained, and the number of steps of a document per sample. Neighbouring steps add little,
 # and the window network can't share work between steps.
@@ -13,6 +14,13 @@ TARGETS = {"paper": 2, "time-filters": 16}
 LOSSES = ("ce", "mse")
 PRECISIONS = ("no", "bf16")
 TRACKERS = ("none", "tensorboard", "wandb")
+NAMES: dict[str, Kind] = {"arch": one_of(sorted(TARGETS)), "loss": one_of(LOSSES), "precision": one_of(PRECISIONS)}
+NUMBERS: dict[str, Kind] = {
+    **dict.fromkeys(("horizon", "steps", "batch", "log_every"), whole(1)),
+    "seed": whole(),
+    "lr": number("above 0, at most 1", lambda rate: 0 < rate <= 1),
+    "val_fraction": number("a share above 0, at most 0.9", lambda share: 0 < share <= 0.9, "SHARE"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,15 +62,7 @@ class TrainOptions:
         return cls(**{one.name: getattr(args, one.name) for one in fields(cls)})
 
     def __post_init__(self) -> None:
-        if self.arch not in TARGETS:
-            raise ConfigError(f"arch={self.arch!r} can't be trained; choose from {', '.join(sorted(TARGETS))}")
-        if self.loss not in LOSSES:
-            raise ConfigError(f"loss={self.loss!r} is not a loss; choose from {', '.join(LOSSES)}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
-        for name in ("horizon", "steps", "batch", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, top in (("lr", 1.0), ("val_fraction", 0.9)):
-            if not 0 < getattr(self, name) <= top:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0 and at most {top}")
+        for name, kind in (NAMES | NUMBERS).items():
+            value = getattr(self, name)
+            if (expected := kind.expected(value)) is not None:
+                raise ConfigError(f"{name}={value!r} is not allowed: expected {expected}")

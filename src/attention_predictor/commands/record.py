@@ -43,18 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = ".txt, .jsonl or .parquet file, a directory of them, or a data set of the hub, [owner/]name:split"
     add("--data", required=True, metavar="D", help=what)
     add("--field", default="text", metavar="F", help="column of a row's text (%(default)s)")
-    what = "at most so many; needed for a data set of the hub"
+    what = "record at most so many; needed for a data set of the hub"
     add_option(parser, "--documents", whole(1), None, what)
     add("--out", type=Path, required=True, metavar="DIR", help="directory of the recording")
-    add_option(parser, "--max-tokens", whole(), 8192, "tokens a document")
+    add_option(parser, "--max-tokens", whole(), 8192, "tokens of a document, at most")
     steps = whole(also=(f"--steps above {PROMPT_ROWS}", lambda value: value > PROMPT_ROWS))
-    add_option(parser, "--steps", steps, 256, "last tokens to record")
+    add_option(parser, "--steps", steps, 256, "last tokens of a document, which are recorded")
     add("--rows", choices=ROWS, default="sparse", help="what a predictor is shown (%(default)s)")
-    add_setting(parser, "predictor", default="ema", says="that selects for sparse rows")
-    add("--budgets", default="256,512", metavar="N,N", help="of sparse rows, in turn (%(default)s)")
-    add_option(parser, "--per-file", whole(1), 4, "documents of a .txt file")
+    add_setting(parser, "predictor", default="ema", says="predictor that selects the blocks of sparse rows")
+    add("--budgets", default="256,512", metavar="N,N", help="budgets of sparse rows, in turn (%(default)s)")
+    add_option(parser, "--per-file", whole(1), 4, "documents taken from a .txt file")
     share = number("a share from 0 to below 1", lambda value: 0 <= value < 1, "SHARE")
-    what = "of the .txt files and rows, chosen by a hash of their names, kept from training"
+    what = "share of the .txt files and rows that is kept from training, chosen by a hash of their names"
     add_option(parser, "--validation", share, 0.1, what)
     for name in ("block_size", "sink", "recent"):
         add_setting(parser, name)

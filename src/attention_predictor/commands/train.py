@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import argparse
 
-from attention_predictor.train.options import LOSSES, PRECISIONS, TARGETS, TRACKERS, TrainOptions
+from attention_predictor.arguments import add_option
+from attention_predictor.train.options import LOSSES, NUMBERS, PRECISIONS, TARGETS, TRACKERS, TrainOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("val_fraction", "share held out where DIR names none"),
         ("log_every", "steps between validations"),
     ):
-        value = getattr(default, name)
-        kind, metavar = (float, "X") if isinstance(value, float) else (int, "N")
-        option = "--" + name.replace("_", "-")
-        add(option, type=kind, default=value, metavar=metavar, help=f"{says} (%(default)s)")
+        add_option(parser, "--" + name.replace("_", "-"), NUMBERS[name], getattr(default, name), says)
     add("--precision", default=default.precision, choices=PRECISIONS, help="of the network (%(default)s: fp32)")
     add("--device", default="auto", metavar="D", help="auto, what accelerate finds, or cpu (%(default)s)")
     add("--tracker", default="none", choices=TRACKERS, help="where figures go besides CKPT (%(default)s)")

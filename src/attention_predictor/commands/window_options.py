@@ -13,7 +13,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """``--data --per-file``."""
     what = "[name=]place: .txt, .jsonl or .parquet, a directory or pattern of them, or a data set of the hub"
     parser.add_argument("--data", action="append", required=True, metavar="D", help=what)
-    add_option(parser, "--per-file", whole(1), 1, "documents of a .txt file")
+    add_option(parser, "--per-file", whole(1), 1, "documents taken from a .txt file")
 
 
 def add_window_arguments(parser: argparse.ArgumentParser, tail: int) -> None:
@@ -24,7 +24,7 @@ def add_window_arguments(parser: argparse.ArgumentParser, tail: int) -> None:
     """
     add_source_arguments(parser)
     add_option(parser, "--context", whole(), 8192, "tokens of each document")
-    add_option(parser, "--tail", whole(), tail, "the last of them, which are decoded")
+    add_option(parser, "--tail", whole(), tail, "last tokens of a document, which are decoded")
 
 
 def check_window(args: argparse.Namespace) -> None:
