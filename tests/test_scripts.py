@@ -81,15 +81,47 @@ def test_reproduce_pocket(tmp_path: Path, processes: str) -> None:
     assert {path: path.read_text() for path in out.glob("*/*/*.jsonl")} == lines
 
 
-def test_reproduce_pocket_says_what_is_missing(tmp_path: Path) -> None:
-    script = str(SCRIPTS / "reproduce_pocket.sh")
-    for arguments, said in (
-        ([], "expected DATA OUT [DEVICE [MORE…]]"),
-        ([str(tmp_path), str(tmp_path / "out")], f"{tmp_path}/texts: no such directory"),
+def test_reproduce_says_what_is_missing(tmp_path: Path) -> None:
+    for script, arguments, said in (
+        ("reproduce_pocket.sh", [], "expected DATA OUT [DEVICE [MORE…]]"),
+        ("reproduce_pocket.sh", [tmp_path, tmp_path / "out"], f"{tmp_path}/texts: no such directory"),
+        ("reproduce_real.sh", [tmp_path, tmp_path], "expected MODEL DATA OUT [DEVICE [MORE…]]"),
+        ("reproduce_real.sh", ["model", tmp_path, tmp_path / "out"], f"{tmp_path}/texts: no such directory"),
     ):
-        done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, check=False)
+        command = ["bash", str(SCRIPTS / script), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == f"reproduce_pocket.sh: {said}\n"
+        assert done.stderr == f"{script}: {said}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_reproduce_real(tmp_path: Path) -> None:
+    """From data to report with a tiny model; a second run has nothing left to do."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_longbench(data / "longbench", ["trec", "lcc"])
+    write_texts(data / "texts")
+    settings = {
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "PROCESSES": "1",
+        "PARTS": "longbench,perplexity,continuation",
+    }
+    settings |= {"POLICIES": "full,streaming", "BUDGETS": "144", "DOCUMENTS": "1", "LIMIT": "1", "CONTEXT": "600"}
+    settings |= {"PROMPT": "300", "NEW_TOKENS": "20", "NO_CHAT": "1"}
+    model = save_tiny_text_model(tmp_path / "model")
+    command = ["bash", str(SCRIPTS / "reproduce_real.sh"), *map(str, (model, data, out)), "cpu"]
+    lines: list[dict[Path, str]] = []
+    for _ in range(2):
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        lines.append({path: path.read_text() for path in out.glob("*/*/*.jsonl")})
+    assert lines[0] == lines[1]
+    for name in ("longbench", "perplexity", "continuation"):
+        assert set(RunFolder.finished(out / name).variants) == {"full", "streaming-144", "predictor-ahead-144"}
+    report = (out / "report" / "report.md").read_text()
+    assert all(f"## {title}" in report for title in ("LongBench", "Perplexity", "Long generation"))
+    assert "not finished" not in report
 
 
 class TestCompareKVPress:
