@@ -20,7 +20,7 @@ void attend_row(const SparseDecode &a, int64_t row) {
     if (a.window) visible = std::max(visible, length - a.window);
     if (a.chunk) visible = std::max(visible, padding + (length - 1 - padding) / a.chunk * a.chunk);
     const float scaling = static_cast<float>(a.scaling), softcap = static_cast<float>(a.softcap);
-    // Weights of a slot are relative to the slot's own peak; what that is worth is known once all are seen.
+    // Weights of a slot are relative to the slot's own peak; they are rescaled when the overall peak is known.
     std::vector<float> query(group * D), weight(group * S * T), part(D), out(group * D, 0.f), dot(group);
     std::vector<float> top(group, kNever), total(group, 0.f);
     for (int64_t i = 0; i < group * D; ++i) query[i] = scaling * to_float(static_cast<const E *>(a.query)[first * D + i]);
@@ -63,7 +63,7 @@ void attend_row(const SparseDecode &a, int64_t row) {
             for (int64_t d = 0; d < D; ++d) part[d] = to_float(value[d]);
             for (int64_t m = 0; m < group; ++m) {
                 const float w = weight[(m * S + s) * T + t];
-                if (w == 0.f) continue;  // also what was never written may stand there
+                if (w == 0.f) continue;  // skips unwritten values, which may be NaN
                 add(w, part.data(), D, &out[m * D]);
             }
         }
@@ -80,6 +80,6 @@ void attend_row(const SparseDecode &a, int64_t row) {
 // `splits` is the number of threads here.
 extern "C" int sparse_decode(const SparseDecode *a) {
     return with_element(a->element, [&](auto number) {
-        share(a->batch * a->kv_heads, a->splits, [&](int64_t row) { attend_row<decltype(number)>(*a, row); });
+        parallel_for(a->batch * a->kv_heads, a->splits, [&](int64_t row) { attend_row<decltype(number)>(*a, row); });
     });
 }

@@ -1,17 +1,17 @@
-// Sparse decode attention: one new token over the slots of a block pool; the query heads of a KV head go together.
+// Sparse decode attention: one new token over the slots of a block pool; the query heads of a KV head are processed together.
 //
-// Every key and value is read once, from device memory to the registers that the tensor cores take it from: nothing is staged
-// in shared memory, and warps don't wait for each other. A warp takes 16 tokens at a time, and asks for the next keys and values
-// as soon as it has used the present ones. With lane = 4·g + q, and all of them at once:
+// Every key and value is read once, from device memory to the registers of the tensor-core operands. Nothing is staged in shared
+// memory, and warps don't wait for each other. A warp takes 16 tokens at a time, and loads the next keys and values as soon as
+// it has used the current ones. With lane = 4·g + q:
 //     logits = Q · Kᵀ    lane: of head g, for tokens 2q, 2q + 1, 2q + 8, 2q + 9; it loads keys g and g + 8
 //     outᵀ  += Vᵀ · P    lane: of heads 2q, 2q + 1, for elements 8g to 8g + 7 of each 64; it loads values of its logits' tokens
-// Terms of a product may come in any order. So a lane takes 8 elements in a row, one load of 16 bytes, where the instruction
-// would have it take 4 times 2; and pairs of tokens are made of two loads, without a transposition.
+// The order of a dot product's terms is free. So a lane takes 8 consecutive elements, one 16-byte load, where the instruction's
+// layout has 4 times 2; and pairs of tokens are formed from two loads, without a transposition.
 //
-// Weights are split into two numbers of the pool's precision, so that they are as good as fp32. A pool in fp32 is computed by
-// fused multiply-adds in the same layout: exact, and no faster than that allows.
+// Weights are split into two numbers of the pool's precision, which keeps fp32 accuracy. A pool in fp32 is computed by fused
+// multiply-adds in the same layout.
 //
-// Warps, then splits over the slots, are merged by log-sum-exp (as in FlashDecoding); the last split to arrive merges them.
+// Warps, then splits over the slots, are merged by log-sum-exp (as in FlashDecoding); the last split to finish merges them.
 
 #include "attention.h"
 #include "device.cuh"
@@ -21,9 +21,9 @@ namespace {
 using namespace device;
 
 constexpr int kWarps = 4;       // of a thread block
-constexpr int kHeads = 8;       // of a KV head, handled together
+constexpr int kHeads = 8;       // query heads of a KV head, processed together
 constexpr int kTile = 16;       // tokens a warp takes at once
-constexpr int kListed = 512;    // slots looked through at once
+constexpr int kListed = 512;    // slots searched at once
 constexpr int kMaxSplits = 64;  // thread blocks that share a row's slots
 
 struct Place {
@@ -32,7 +32,7 @@ struct Place {
 
 __device__ __forceinline__ int quad() { return threadIdx.x % kWarp / 4; }  // g
 __device__ __forceinline__ int in_quad() { return threadIdx.x % 4; }       // q
-// Which token the i-th of a lane's four logits is of.
+// The token of the i-th of a lane's four logits.
 __device__ __forceinline__ int own_token(int i) { return 2 * in_quad() + i % 2 + 8 * (i / 2); }
 
 __device__ __forceinline__ float quad_max(float x) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void add_scaled(float factor, float4 x, float4 &to) {
     to.w = fmaf(factor, x.w, to.w);
 }
 
-// Minus infinity is no place to measure distances from.
+// Differences from a peak of -inf would be nan: use 0.
 __device__ __forceinline__ float origin(float peak) { return peak > -INFINITY ? peak : 0.f; }
 
 template <typename E>
@@ -76,18 +76,18 @@ __device__ __forceinline__ void multiply_as(float (&d)[4], const uint32_t (&a)[4
     else multiply_bf16(d, a, b);
 }
 
-// What a lane has summed up of the output: [64 elements][element % 4][2 · (element / 4 % 2) + head % 2].
+// A lane's output accumulators: [64 elements][element % 4][2 · (element / 4 % 2) + head % 2].
 template <int kWidth>
 using Sums = float[kWidth / 64][4][4];
 
-// Keys and values of 16 tokens in a warp's registers. kWidth: head size that there is room for.
+// Keys and values of 16 tokens in a warp's registers. kWidth: largest head size.
 template <typename E, int kWidth>
 struct Tile {
-    // In shared memory, for each product the lanes' operands: there are half as many heads as rows.
+    // In shared memory: the lanes' operands of each product. There are half as many heads as matrix rows.
     using Query = uint4[kWidth / 16][kWarp];
     uint32_t key[2][kWidth / 32][4], value[4][kWidth / 64][4];
 
-    // The thread block's, from that of the lane's head.
+    // Loads the thread block's queries; `from` is the query of the lane's head.
     __device__ __forceinline__ void load_query(const E *from, int D, Query &query) {
         for (int j = threadIdx.x / kWarp; j < kWidth / 32; j += kWarps) {
             uint32_t vector[4];
@@ -97,7 +97,7 @@ struct Tile {
         }
     }
 
-    // Rows that are not there are copies of the last one: they are masked.
+    // Rows beyond the last are copies of it; they are masked.
     __device__ __forceinline__ void load_key(const E *from, int rows, int D) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -133,7 +133,7 @@ struct Tile {
 
     __device__ __forceinline__ void add_values(const float (&weight)[4], unsigned seen, Sums<kWidth> &sums) {
         if (seen != (1u << kTile) - 1) {
-            // What stands at tokens that are not seen may be no number, and 0 · NaN is NaN.
+            // Values of masked tokens may be NaN, and 0 · NaN is NaN.
 #pragma unroll
             for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -165,7 +165,7 @@ struct Tile {
     }
 };
 
-// In fp32 keys and values are read where they are used; lanes that use the same find it in the first cache.
+// fp32 keys and values are read where they are used; lanes that use the same ones hit the L1 cache.
 template <int kWidth>
 struct Tile<float, kWidth> {
     struct Query {};
@@ -220,16 +220,16 @@ struct Tile<float, kWidth> {
     }
 };
 
-// What a thread block works on: its share of a row's slots, for some query heads.
-struct Share {
-    int sequence, row, head0, heads;  // row and first head: over all sequences
-    int split, splits, rank, ranks;   // the warp among those of the row; splits and ranks are powers of two
+// A thread block's work: a part of a row's slots, for some query heads.
+struct Work {
+    int sequence, row, head0, heads;  // row and first head, counted over all sequences
+    int split, splits, rank, ranks;   // the warp's rank among those of the row; splits and ranks are powers of two
     int tokens, head_dim, slots;
 
-    __device__ __forceinline__ explicit Share(const SparseDecode &a) {
+    __device__ __forceinline__ explicit Work(const SparseDecode &a) {
         splits = static_cast<int>(a.splits);
         split = blockIdx.x & (splits - 1);
-        rank = threadIdx.x / kWarp * splits + split;  // few slots go to many thread blocks
+        rank = threadIdx.x / kWarp * splits + split;  // spreads few slots over many thread blocks
         ranks = kWarps * splits;
         sequence = blockIdx.z;
         row = sequence * static_cast<int>(a.kv_heads) + blockIdx.y;
@@ -242,37 +242,37 @@ struct Share {
     }
 };
 
-__device__ __forceinline__ void write_scores(const SparseDecode &a, const Share &share, int m, int slot, float peak, float sum) {
-    const int64_t at = static_cast<int64_t>(share.head0 + m) * share.slots + slot;
+__device__ __forceinline__ void write_scores(const SparseDecode &a, const Work &work, int m, int slot, float peak, float sum) {
+    const int64_t at = static_cast<int64_t>(work.head0 + m) * work.slots + slot;
     a.peak[at] = peak;
     a.sum[at] = sum;
 }
 
-__device__ __forceinline__ const int64_t *blocks_of(const SparseDecode &a, const Share &share) {
-    return a.block + static_cast<int64_t>(share.row) * share.slots;
+__device__ __forceinline__ const int64_t *blocks_of(const SparseDecode &a, const Work &work) {
+    return a.block + static_cast<int64_t>(work.row) * work.slots;
 }
 
-// Writes the scores of slots that take no part, 32 in a row for each warp of a row.
-__device__ __forceinline__ void write_inactive(const SparseDecode &a, const Share &share) {
-    for (int slot = share.rank * kWarp + threadIdx.x % kWarp; slot < share.slots; slot += share.ranks * kWarp)
-        if (blocks_of(a, share)[slot] < 0)
+// Writes the scores of inactive slots, 32 consecutive ones per warp.
+__device__ __forceinline__ void write_inactive(const SparseDecode &a, const Work &work) {
+    for (int slot = work.rank * kWarp + threadIdx.x % kWarp; slot < work.slots; slot += work.ranks * kWarp)
+        if (blocks_of(a, work)[slot] < 0)
 #pragma unroll 1
-            for (int m = 0; m < share.heads; ++m) write_scores(a, share, m, slot, -INFINITY, -INFINITY);
+            for (int m = 0; m < work.heads; ++m) write_scores(a, work, m, slot, -INFINITY, -INFINITY);
 }
 
-// Lists the warp's own among the active slots from `begin` on, and returns how many they are. All warps of a row count active
-// slots alike and take them in turn, so that the work is even wherever they stand.
-__device__ __forceinline__ int list_slots(const SparseDecode &a, const Share &share, int begin, Place *list) {
+// Lists this warp's active slots from `begin` on, and returns their number. All warps of a row count active slots the same way
+// and take them in turn, so that the work is balanced wherever the active slots are.
+__device__ __forceinline__ int list_slots(const SparseDecode &a, const Work &work, int begin, Place *list) {
     constexpr int kTogether = 4;
-    const int lane = threadIdx.x % kWarp, shift = __ffs(share.ranks) - 1;
-    const int end = min(begin + kListed, share.slots);
+    const int lane = threadIdx.x % kWarp, shift = __ffs(work.ranks) - 1;
+    const int end = min(begin + kListed, work.slots);
     int active = 0;
     for (int first = begin; first < end; first += kTogether * kWarp) {
         int found[kTogether];
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
             const int slot = first + i * kWarp + lane;
-            found[i] = slot < end ? static_cast<int>(blocks_of(a, share)[slot]) : -1;
+            found[i] = slot < end ? static_cast<int>(blocks_of(a, work)[slot]) : -1;
         }
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
@@ -280,12 +280,12 @@ __device__ __forceinline__ int list_slots(const SparseDecode &a, const Share &sh
             const int slot = first + i * kWarp + lane;
             const unsigned all = __ballot_sync(kAll, found[i] >= 0);
             const int number = active + __popc(all & ((1u << lane) - 1));
-            if (found[i] >= 0 && (number & (share.ranks - 1)) == share.rank) list[number >> shift] = {slot, found[i]};
+            if (found[i] >= 0 && (number & (work.ranks - 1)) == work.rank) list[number >> shift] = {slot, found[i]};
             active += __popc(all);
         }
     }
     __syncwarp();
-    return (active - share.rank + share.ranks - 1) >> shift;
+    return (active - work.rank + work.ranks - 1) >> shift;
 }
 
 // Tokens that the newest one may see: from `first` to before `end`.
@@ -299,25 +299,25 @@ struct Visible {
         const int window = static_cast<int>(a.window), chunk = static_cast<int>(a.chunk);
         first = padding;
         if (window) first = max(first, end - window);
-        if (chunk) first = max(first, padding + (end - 1 - padding) / chunk * chunk);  // chunks begin behind the padding
+        if (chunk) first = max(first, padding + (end - 1 - padding) / chunk * chunk);  // chunks begin after the padding
     }
 };
 
-// Whether this lane's token, of the first 16 lanes, is visible and no padding.
-__device__ __forceinline__ uint8_t is_real(const SparseDecode &a, const Share &share, Visible visible, int block, int part) {
-    const int offset = part * kTile + threadIdx.x % kWarp, token = block * share.tokens + offset;
-    if (offset >= min(share.tokens, (part + 1) * kTile) || token < visible.first || token >= visible.end) return 0;
-    return a.real ? a.real[share.sequence * a.length + token] : 1;
+// Whether the token of this lane (of the first 16) is visible and not padding.
+__device__ __forceinline__ uint8_t is_real(const SparseDecode &a, const Work &work, Visible visible, int block, int part) {
+    const int offset = part * kTile + threadIdx.x % kWarp, token = block * work.tokens + offset;
+    if (offset >= min(work.tokens, (part + 1) * kTile) || token < visible.first || token >= visible.end) return 0;
+    return a.real ? a.real[work.sequence * a.length + token] : 1;
 }
 
-// What the splits made of a head, one after the other: D sums, then the largest logit and the sum of weights.
-__device__ __forceinline__ float *partials_of(const SparseDecode &a, const Share &share, int m) {
-    return a.partial + static_cast<int64_t>(share.head0 + m) * share.splits * (share.head_dim + 4);
+// The splits' partial results of a head: D sums, then the largest logit and the sum of weights.
+__device__ __forceinline__ float *partials_of(const SparseDecode &a, const Work &work, int m) {
+    return a.partial + static_cast<int64_t>(work.head0 + m) * work.splits * (work.head_dim + 4);
 }
 
 // Merges the warps of this thread block into its partial result.
 template <int kWidth>
-__device__ __forceinline__ void merge_warps(const SparseDecode &a, const Share &share, float top, float total,
+__device__ __forceinline__ void merge_warps(const SparseDecode &a, const Work &work, float top, float total,
                                             const Sums<kWidth> &sums) {
     __shared__ float4 part[kWarps][kHeads][kWidth / 4];
     __shared__ float part_top[kHeads][kWarps], part_total[kHeads][kWarps];
@@ -336,7 +336,7 @@ __device__ __forceinline__ void merge_warps(const SparseDecode &a, const Share &
         part_total[quad()][warp] = total;
     }
     __syncthreads();
-    for (int m = warp; m < share.heads; m += kWarps) {
+    for (int m = warp; m < work.heads; m += kWarps) {
         float now = -INFINITY, worth[kWarps], sum = 0.f;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) now = fmaxf(now, part_top[m][w]);
@@ -345,24 +345,24 @@ __device__ __forceinline__ void merge_warps(const SparseDecode &a, const Share &
             worth[w] = expf(part_top[m][w] - origin(now));
             sum += worth[w] * part_total[m][w];
         }
-        float *partial = partials_of(a, share, m) + share.split * (share.head_dim + 4);
-        for (int d = 4 * lane; d < share.head_dim; d += 4 * kWarp) {
+        float *partial = partials_of(a, work, m) + work.split * (work.head_dim + 4);
+        for (int d = 4 * lane; d < work.head_dim; d += 4 * kWarp) {
             float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
             for (int w = 0; w < kWarps; ++w) add_scaled(worth[w], part[w][m][d / 4], x);
             *reinterpret_cast<float4 *>(partial + d) = x;
         }
-        if (lane == 0) *reinterpret_cast<float2 *>(partial + share.head_dim) = make_float2(now, sum);
+        if (lane == 0) *reinterpret_cast<float2 *>(partial + work.head_dim) = make_float2(now, sum);
     }
 }
 
-// Whether this thread block is the last of its row's splits to come here; it then sees what the others have written.
-__device__ __forceinline__ bool arrives_last(const SparseDecode &a, const Share &share) {
+// Whether this thread block is the last of its row's splits to arrive; then it sees the others' writes.
+__device__ __forceinline__ bool arrives_last(const SparseDecode &a, const Work &work) {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-        last = add_in_order(a.arrived + share.head0, 1) == share.splits - 1;
-        if (last) a.arrived[share.head0] = 0;  // for the next launch
+        last = add_in_order(a.arrived + work.head0, 1) == work.splits - 1;
+        if (last) a.arrived[work.head0] = 0;  // for the next launch
     }
     __syncthreads();
     return last;
@@ -370,21 +370,21 @@ __device__ __forceinline__ bool arrives_last(const SparseDecode &a, const Share 
 
 // Merges the partial results of a row, and the sink.
 template <typename E>
-__device__ __forceinline__ void merge_splits(const SparseDecode &a, const Share &share) {
+__device__ __forceinline__ void merge_splits(const SparseDecode &a, const Work &work) {
     constexpr int kHeld = 8;
     __shared__ float worth_of[kWarps][kMaxSplits];
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, D = share.head_dim, width = D + 4, splits = share.splits;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, D = work.head_dim, width = D + 4, splits = work.splits;
     float *worth = worth_of[warp];
-    for (int m = warp; m < share.heads; m += kWarps) {
-        const int head = share.head0 + m;
-        const float *partials = partials_of(a, share, m);
+    for (int m = warp; m < work.heads; m += kWarps) {
+        const int head = work.head0 + m;
+        const float *partials = partials_of(a, work, m);
         float4 held[kHeld];
         const auto hold = [&](int first, int d) {
 #pragma unroll
             for (int i = 0; i < kHeld; ++i)
                 if (first + i < splits && d < D) held[i] = __ldcg(reinterpret_cast<const float4 *>(partials + (first + i) * width + d));
         };
-        hold(0, 4 * lane);  // before what they are worth is known: both are on their way together
+        hold(0, 4 * lane);  // before their weights are known, so that both loads overlap
         float2 found[kMaxSplits / kWarp];
         float now = a.sinks ? a.sinks[head % (a.kv_heads * a.group)] : -INFINITY;
         const float sink = now;
@@ -425,37 +425,37 @@ template <typename E, int kWidth, bool kValues>
 __device__ __forceinline__ void attend_slots(const SparseDecode &a) {
     __shared__ Place listed[kWarps][kListed / kWarps];
     __shared__ typename Tile<E, kWidth>::Query query;
-    const Share share(a);
+    const Work work(a);
     Place *list = listed[threadIdx.x / kWarp];
-    const int D = share.head_dim;
-    const int parts = (share.tokens + kTile - 1) / kTile;
+    const int D = work.head_dim;
+    const int parts = (work.tokens + kTile - 1) / kTile;
     const float scaling = static_cast<float>(a.scaling), softcap = static_cast<float>(a.softcap);
-    const int64_t row_offset = static_cast<int64_t>(share.row) * share.slots * share.tokens * D;
+    const int64_t row_offset = static_cast<int64_t>(work.row) * work.slots * work.tokens * D;
     const E *keys = static_cast<const E *>(a.key) + row_offset, *values = static_cast<const E *>(a.value) + row_offset;
 
-    // A group of fewer heads has its last one several times.
-    const E *asked = static_cast<const E *>(a.query) + static_cast<int64_t>(share.head0 + min(quad(), share.heads - 1)) * D;
+    // With fewer than kHeads heads, the last one is repeated.
+    const E *asked = static_cast<const E *>(a.query) + static_cast<int64_t>(work.head0 + min(quad(), work.heads - 1)) * D;
 
     Tile<E, kWidth> tile;
     Sums<kWidth> sums = {};
     Visible visible;
     float top = -INFINITY, total = 0.f;  // of this lane's head: largest logit so far, and weights relative to it
-    for (int begin = 0; begin < share.slots; begin += kListed) {
-        const int count = list_slots(a, share, begin, list);
-        const auto offset = [&](int entry, int part) { return (list[entry].slot * share.tokens + part * kTile) * D; };
-        const auto rows = [&](int part) { return min(kTile, share.tokens - part * kTile); };
+    for (int begin = 0; begin < work.slots; begin += kListed) {
+        const int count = list_slots(a, work, begin, list);
+        const auto offset = [&](int entry, int part) { return (list[entry].slot * work.tokens + part * kTile) * D; };
+        const auto rows = [&](int part) { return min(kTile, work.tokens - part * kTile); };
         if (count > 0) {
             tile.load_key(keys + offset(0, 0), rows(0), D);
             if constexpr (kValues) tile.load_value(values + offset(0, 0), rows(0), D);
         }
         if (begin == 0) {
-            // What is needed later comes behind what takes longest.
-            visible = Visible(a, share.sequence);
+            // Issued after the slow loads, since it is needed later.
+            visible = Visible(a, work.sequence);
             tile.load_query(asked, D, query);
-            write_inactive(a, share);
+            write_inactive(a, work);
             __syncthreads();
         }
-        uint8_t real = count > 0 ? is_real(a, share, visible, list[0].block, 0) : 0;
+        uint8_t real = count > 0 ? is_real(a, work, visible, list[0].block, 0) : 0;
         float slot_peak = -INFINITY, slot_sum = 0.f;
         for (int entry = 0, part = 0; entry < count;) {
             const bool first = part == 0, last = part == parts - 1;
@@ -466,10 +466,10 @@ __device__ __forceinline__ void attend_slots(const SparseDecode &a) {
             entry += last;
             if (entry < count) {
                 tile.load_key(keys + offset(entry, part), rows(part), D);
-                real = is_real(a, share, visible, list[entry].block, part);
+                real = is_real(a, work, visible, list[entry].block, part);
             }
 
-            // Multiplications are never fused with what follows: a slot's scores are the same with values and without.
+            // No fused multiply-add here: a slot's scores are then the same with values and without.
 #pragma unroll
             for (int i = 0; i < 4; ++i) logit[i] = __fmul_rn(logit[i], scaling);
             if (softcap != 0.f) {
@@ -492,8 +492,8 @@ __device__ __forceinline__ void attend_slots(const SparseDecode &a) {
                 slot_peak = fmaxf(before, peak);
                 slot_sum = __fmul_rn(slot_sum, expf(before - origin(slot_peak))) + __fmul_rn(sum, expf(peak - origin(slot_peak)));
             }
-            if (last && in_quad() == 0 && quad() < share.heads)
-                write_scores(a, share, quad(), list[entry - 1].slot, slot_peak, origin(slot_peak) + logf(slot_sum));
+            if (last && in_quad() == 0 && quad() < work.heads)
+                write_scores(a, work, quad(), list[entry - 1].slot, slot_peak, origin(slot_peak) + logf(slot_sum));
 
             if constexpr (kValues) {
                 const float now = fmaxf(top, peak), shrink = expf(top - origin(now)), worth = expf(peak - origin(now));
@@ -511,8 +511,8 @@ __device__ __forceinline__ void attend_slots(const SparseDecode &a) {
         __syncwarp();
     }
     if constexpr (kValues) {
-        merge_warps<kWidth>(a, share, top, total, sums);
-        if (arrives_last(a, share)) merge_splits<E>(a, share);
+        merge_warps<kWidth>(a, work, top, total, sums);
+        if (arrives_last(a, work)) merge_splits<E>(a, work);
     }
 }
 

@@ -1,4 +1,4 @@
-"""Sparse decode attention as a torch operation.
+"""Sparse decode attention: one new token over the pool, as a torch operation.
 
 Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, S slots, T tokens of a block, L tokens of the sequence,
 D head size.
@@ -19,10 +19,10 @@ from attention_predictor.csrc.function import Function
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
-WIDTHS = (64, 128, 256)  # head sizes that the GPU's kernel has room for
-MOST_HEAD_DIM = WIDTHS[-1]
+WIDTHS = (64, 128, 256)  # largest head sizes of the GPU kernel's instances
+MAX_HEAD_DIM = WIDTHS[-1]
 WARPS, HEADS = 4, 8  # of a thread block: warps, and query heads of a KV head
-MOST_SPLITS = 64  # thread blocks that share a row's slots
+MAX_SPLITS = 64  # thread blocks that share a row's slots
 
 
 class SparseDecode(ctypes.Structure):
@@ -43,21 +43,21 @@ class SparseDecode(ctypes.Structure):
 
 
 ON_CPU = Function("attention.cpp", "sparse_decode", SparseDecode, ELEMENT_TYPES)
-CONSTANTS = {"kWarps": WARPS, "kHeads": HEADS, "kMaxSplits": MOST_SPLITS}
+CONSTANTS = {"kWarps": WARPS, "kHeads": HEADS, "kMaxSplits": MAX_SPLITS}
 
 
 @functools.cache
 def kernel(dtype: torch.dtype, head_dim: int, values: bool) -> Kernel:
-    """The GPU kernel for a pool of this dtype and head size; without ``values`` it finds scores alone."""
+    """The GPU kernel for a pool of this dtype and head size; without ``values`` it computes only scores."""
     width = next(width for width in WIDTHS if head_dim <= width)
     function = f"attend_slots<{IN_CPP[dtype]}, {width}, {str(values).lower()}>"
     return Kernel("attention.cu", function, SparseDecode, 32 * WARPS, _at_once(head_dim), CONSTANTS)
 
 
 def fits(key_BGSTD: Tensor) -> bool:
-    """Whether `sparse_decode` can read such a pool."""
+    """Whether `sparse_decode` supports this pool."""
     D = key_BGSTD.shape[4]
-    return key_BGSTD.dtype in ELEMENTS and D <= MOST_HEAD_DIM and D % 8 == 0
+    return key_BGSTD.dtype in ELEMENTS and D <= MAX_HEAD_DIM and D % 8 == 0
 
 
 def sparse_decode(
@@ -78,31 +78,31 @@ def sparse_decode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention of one new token over the tokens of the blocks in the slots.
 
-    As an operation of torch it is ``torch.ops.attention_predictor.sparse_decode``. Where nothing is traced it is called
-    without torch's dispatcher, which takes as long as all else on the way to the kernel.
+    Registered as ``torch.ops.attention_predictor.sparse_decode``, which is used only when compiling: torch's dispatcher
+    takes as long as the rest of the launch.
 
     Args:
         query_BHD: Queries, in the dtype of the pool: fp32, fp16 or bf16.
-        key_BGSTD, value_BGSTD: The pool; without values scores are found alone, the same as with them, bit by bit.
-        block_BGS: int64 block in each slot, -1 for one that takes no part.
-        length: Tokens of the sequence, the new one included; their most where ``length_B`` is given.
+        key_BGSTD, value_BGSTD: The pool; without values only scores are computed, bit-equal to those with values.
+        block_BGS: int64 block in each slot, -1 for a slot that takes no part.
+        length: Tokens of the sequence, the new one included; with ``length_B``, their maximum.
         real_BL: bool, False at padding, or ``None``.
-        sinks_H: fp32 logit of one more softmax column without a value, or ``None``.
+        sinks_H: fp32 logit of an extra softmax column without a value, or ``None``.
         scaling, softcap: Logits are softcap·tanh(scaling·q·k / softcap), or scaling·q·k for a softcap of 0.
         length_B: int64 tokens of each sequence, on the device; ``None``: ``length``.
-        arrived_BH: int32 zeros, and zeros again afterwards, by which a GPU's thread blocks know the last of them. Who
-            calls again and again keeps them, for one call at a time; ``None``: made for this call, by one more kernel.
-        padding_B: int64 tokens of left padding of each sequence, which are not visible; ``None``: none.
-        window: Only so many of the last tokens are visible; 0: all.
-        chunk: Behind the padding tokens form chunks of so many, and only the newest one's is visible; 0: all.
+        arrived_BH: int32 counters, zero before and after each call, by which the last thread block of a GPU is found.
+            Keep the tensor between calls, one call at a time; ``None``: allocated here, at the cost of one more kernel.
+        padding_B: int64, left padding of each sequence in tokens, not visible; ``None``: none.
+        window: Only this many last tokens are visible; 0: all.
+        chunk: Only tokens of the newest token's chunk are visible; chunks of this size start after the padding. 0: all.
 
     Returns:
         out_BHD in the dtype of the query; fp32 peak_BHS and sum_BHS, largest logit and log-sum-exp of each slot,
-        ``-inf`` where none takes part; fp32 lse_BH of all logits, the sink included. Without values, the first and
-        the last have no elements.
+        ``-inf`` for slots that take no part; fp32 lse_BH of all logits, the sink included. Without values, the first
+        and the last are empty.
 
     Raises:
-        ValueError: An argument's shape, dtype, device or layout; which, what was expected and what was found.
+        ValueError: A wrong shape, dtype, device or layout; names the argument, what was expected and what was found.
     """
     if torch.compiler.is_compiling():
         inputs = (query_BHD, key_BGSTD, value_BGSTD, block_BGS, length, real_BL, sinks_H, scaling, softcap)
@@ -131,7 +131,7 @@ def sparse_decode(
     if not fits(key_BGSTD):
         raise ValueError(
             f"key_BGSTD is {dtype} with a head size of {D}, expected fp32, fp16 or bf16, and a multiple of 8 up to "
-            f"{MOST_HEAD_DIM}"
+            f"{MAX_HEAD_DIM}"
         )
     if any(read is not None and read.data_ptr() % 16 for read in (query_BHD, key_BGSTD, value_BGSTD)):
         raise ValueError("query_BHD, key_BGSTD, value_BGSTD: expected addresses that are multiples of 16")
@@ -177,11 +177,11 @@ def _outputs(query_BHD: Tensor, key_BGSTD: Tensor, value_BGSTD: Tensor | None) -
 
 
 def _at_once(head_dim: int) -> int:
-    """Thread blocks that a multiprocessor has registers for."""
+    """Thread blocks per multiprocessor that registers suffice for."""
     return 2 if head_dim > 128 else 4
 
 
 def _splits(rows: int, slots: int, head_dim: int, device: torch.device) -> int:
-    """Thread blocks for the slots of each row: as many as run at once, and a slot at least for each warp."""
-    most = min(_at_once(head_dim) * binding.multiprocessors(device) // rows, ceil_div(slots, WARPS), MOST_SPLITS)
-    return 1 << max(most.bit_length() - 1, 0)  # a power of two
+    """Thread blocks per row: as many as run at once, with at least one slot per warp; a power of two."""
+    limit = min(_at_once(head_dim) * binding.multiprocessors(device) // rows, ceil_div(slots, WARPS), MAX_SPLITS)
+    return 1 << max(limit.bit_length() - 1, 0)

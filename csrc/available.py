@@ -1,4 +1,4 @@
-"""Why a device has no kernels, if it has none; and their compilation before they are needed."""
+"""Whether a device has kernels, and their compilation before first use."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from attention_predictor.csrc import attention, function, gather, kernel, sketch
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.errors import BuildError
 
-FUNCTIONS = (attention.ON_CPU, gather.ON_CPU, sketch.ON_CPU)  # all that a CPU has
-LEAST_CAPABILITY = (8, 0)
+FUNCTIONS = (attention.ON_CPU, gather.ON_CPU, sketch.ON_CPU)  # all CPU kernels
+MIN_CAPABILITY = (8, 0)
 logger = logging.getLogger(__name__)
 _reasons: dict[torch.device, str | None] = {}
 
 
-def missing(device: torch.device) -> str | None:
-    """Why there are no kernels for this device, on one line; what a compiler said goes to the log, once."""
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why this device has no kernels, on one line; ``None`` if it has. Compiler output goes to the log, once."""
     if device in _reasons:
         return _reasons[device]
-    return prepare(device, [gather.NOTE_TIME])  # the smallest: it shows whether any can be compiled and loaded
+    return prepare(device, [gather.NOTE_TIME])  # the smallest one: shows whether kernels can be compiled and loaded
 
 
 def prepare(device: torch.device, kernels: Sequence[Kernel]) -> str | None:
-    """Compile and load kernels before they are needed; those that are not kept on disk in parallel.
+    """Compile (in parallel, unless cached on disk) and load kernels before they are needed.
 
-    On a CPU all there are, whatever ``kernels``.
+    On a CPU this ignores ``kernels`` and loads all CPU kernels.
 
     Returns:
-        ``None``, or on one line why that fails: ``missing`` says the same from then on, and nothing is tried again.
+        ``None``, or one line that says why it failed. ``why_no_kernels`` returns the same line from then on: a
+        failure is not tried again.
     """
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -39,7 +40,7 @@ def prepare(device: torch.device, kernels: Sequence[Kernel]) -> str | None:
             if device.type == "cpu":
                 function.load(FUNCTIONS)
             else:
-                reason = _unfit(device)
+                reason = _why_unsupported(device)
                 if reason is None:
                     kernel.load(kernels, device)
         except BuildError as error:
@@ -50,12 +51,12 @@ def prepare(device: torch.device, kernels: Sequence[Kernel]) -> str | None:
     return reason
 
 
-def _unfit(device: torch.device) -> str | None:
+def _why_unsupported(device: torch.device) -> str | None:
     if device.type != "cuda":
-        return f"none are written for {device.type}"
+        return f"no kernels are written for {device.type}"
     if torch.version.cuda is None:
-        return "none are written for ROCm"
-    if (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
-        least, found = (".".join(map(str, one)) for one in (LEAST_CAPABILITY, capability))
-        return f"none are written for GPUs of a compute capability below {least}, this one has {found}"
+        return "no kernels are written for ROCm"
+    if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+        least, found = (".".join(map(str, one)) for one in (MIN_CAPABILITY, capability))
+        return f"kernels need a GPU of compute capability {least} or higher, this one has {found}"
     return None

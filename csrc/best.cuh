@@ -1,5 +1,4 @@
-// The best of many keys, by one thread block: in the order of their ranks, found by counting, so that the same keys always give
-// the same list.
+// Top-k of many keys by one thread block. Ranks come from comparison counts, so results are deterministic.
 #pragma once
 #include "device.cuh"
 
@@ -8,15 +7,15 @@ namespace best {
 using device::kAll;
 using device::kWarp;
 
-constexpr int kThreads = 512;  // more would have to wait for a multiprocessor that does nothing else
+constexpr int kThreads = 512;  // a larger thread block would have to wait for an idle multiprocessor
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kBins = 256;
-constexpr int kCopies = 4;   // of the histogram: keys share their first bits, and would queue at one counter
-constexpr int kList = 1024;  // keys that are compared each with each
-constexpr int kShare = 4;    // threads that share the comparisons of one
+constexpr int kCopies = 4;   // of the histogram: keys share their leading bits, and would contend for one counter
+constexpr int kList = 1024;  // most keys to compare pairwise
+constexpr int kThreadsPerKey = 4;  // threads that share one key's comparisons
 constexpr uint32_t kNever = 0, kAlways = 0xffffffffu;
 
-struct Shared {
+struct SelectionScratch {
     union {
         uint32_t histogram[kCopies][kBins];
         uint32_t top[kThreads];
@@ -26,13 +25,13 @@ struct Shared {
     int left, found;
 };
 
-// Keys and what they belong to, in shared memory; the best first: the larger key, of equal ones the lower index.
+// Keys and their indices in shared memory, best first: larger keys before smaller ones, ties by lower index.
 struct List {
     uint32_t *key;
     int32_t *index;
 };
 
-// Floats in the order of unsigned integers; -inf is kNever.
+// Maps floats to unsigned integers of the same order; -inf is kNever.
 __device__ __forceinline__ uint32_t ordered(float x) {
     if (!(x > -INFINITY)) return kNever;
     const uint32_t bits = __float_as_uint(x);
@@ -43,7 +42,7 @@ __device__ __forceinline__ bool before(uint32_t key, int32_t index, uint32_t oth
     return key > other_key || (key == other_key && index < other_index);
 }
 
-// The sum of x over this lane and those before it.
+// Inclusive prefix sum of x over the lanes.
 __device__ __forceinline__ int warp_prefix(int x) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -54,19 +53,19 @@ __device__ __forceinline__ int warp_prefix(int x) {
     return x;
 }
 
-// Prefix sums over the thread block of two counts a thread, exclusive; the totals too.
-__device__ __forceinline__ void scan(int (&count)[2], int (&before)[2], int (&total)[2], Shared &shared) {
+// Exclusive prefix sums over the thread block of two counts per thread, and their totals.
+__device__ __forceinline__ void scan(int (&count)[2], int (&before)[2], int (&total)[2], SelectionScratch &scratch) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int sum = warp_prefix(count[i]);
         before[i] = sum - count[i];
-        if (lane == kWarp - 1) shared.warp_sum[i][warp] = sum;
+        if (lane == kWarp - 1) scratch.warp_sum[i][warp] = sum;
     }
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const int sum = warp_prefix(lane < kWarps ? shared.warp_sum[i][lane] : 0);
+        const int sum = warp_prefix(lane < kWarps ? scratch.warp_sum[i][lane] : 0);
         total[i] = __shfl_sync(kAll, sum, kWarp - 1);
         const int upto = __shfl_sync(kAll, sum, max(warp - 1, 0));
         if (warp) before[i] += upto;
@@ -74,33 +73,33 @@ __device__ __forceinline__ void scan(int (&count)[2], int (&before)[2], int (&to
     __syncthreads();
 }
 
-// Calls with_rank(i, rank) for every i below `count`, in one thread: rank is the number of j with comes_first(j, i).
+// Calls with_rank(i, rank) once for every i below `count`; rank is the number of j with comes_first(j, i).
 template <typename ComesFirst, typename WithRank>
 __device__ __forceinline__ void rank_all(int count, const ComesFirst &comes_first, const WithRank &with_rank) {
-    const int part = threadIdx.x % kShare;
-    for (int base = 0; base < count; base += kThreads / kShare) {
-        const int i = base + static_cast<int>(threadIdx.x) / kShare;
+    const int part = threadIdx.x % kThreadsPerKey;
+    for (int base = 0; base < count; base += kThreads / kThreadsPerKey) {
+        const int i = base + static_cast<int>(threadIdx.x) / kThreadsPerKey;
         int rank = 0;
         if (i < count) {
 #pragma unroll 4
-            for (int j = part; j < count; j += kShare) rank += comes_first(j, i);
+            for (int j = part; j < count; j += kThreadsPerKey) rank += comes_first(j, i);
         }
 #pragma unroll
-        for (int offset = 1; offset < kShare; offset *= 2) rank += __shfl_xor_sync(kAll, rank, offset);
+        for (int offset = 1; offset < kThreadsPerKey; offset *= 2) rank += __shfl_xor_sync(kAll, rank, offset);
         if (i < count && part == 0) with_rank(i, rank);
     }
 }
 
-// The least key among the `wanted` largest of n, and how many of those equal to it are among them, digit by digit. Keys of
-// kNever don't count; with fewer others than wanted, the least key is 1: all of them.
+// Radix selection: the smallest of the `wanted` largest keys, and in `ties` how many keys equal to it are wanted. Keys of kNever
+// don't count. If there are fewer than wanted, returns 1, so that all are taken.
 template <typename Key>
-__device__ __forceinline__ uint32_t least_of_best(int n, int wanted, int *of_equal, Shared &shared, const Key &key) {
+__device__ __forceinline__ uint32_t radix_threshold(int n, int wanted, int *ties, SelectionScratch &scratch, const Key &key) {
     uint32_t prefix = 0;
     int left = wanted;
     for (int shift = 24; shift >= 0; shift -= 8) {
-        for (int i = threadIdx.x; i < kCopies * kBins; i += kThreads) (&shared.histogram[0][0])[i] = 0;
+        for (int i = threadIdx.x; i < kCopies * kBins; i += kThreads) (&scratch.histogram[0][0])[i] = 0;
         __syncthreads();
-        uint32_t *bins = shared.histogram[threadIdx.x / kWarp % kCopies];
+        uint32_t *bins = scratch.histogram[threadIdx.x / kWarp % kCopies];
         const uint32_t above = shift == 24 ? 0 : ~0u << (shift + 8);
         for (int i = threadIdx.x; i < n; i += kThreads) {
             const uint32_t x = key(i);
@@ -108,18 +107,18 @@ __device__ __forceinline__ uint32_t least_of_best(int n, int wanted, int *of_equ
         }
         __syncthreads();
         if (threadIdx.x < kWarp) {
-            // A lane has eight digits, lane 0 the largest ones.
+            // Each lane has eight digits, lane 0 the largest ones.
             int sum = 0;
             uint32_t mine[kBins / kWarp];
 #pragma unroll
             for (int i = 0; i < kBins / kWarp; ++i) {
                 const int digit = kBins - 1 - (static_cast<int>(threadIdx.x) * (kBins / kWarp) + i);
                 mine[i] = 0;
-                for (int c = 0; c < kCopies; ++c) mine[i] += shared.histogram[c][digit];
+                for (int c = 0; c < kCopies; ++c) mine[i] += scratch.histogram[c][digit];
                 sum += static_cast<int>(mine[i]);
             }
             const int upto = warp_prefix(sum);
-            if (threadIdx.x == kWarp - 1) shared.left = -1;
+            if (threadIdx.x == kWarp - 1) scratch.left = -1;
             __syncwarp();
             if (upto >= left && upto - sum < left) {  // in one lane, or none
                 int seen = upto - sum;
@@ -127,39 +126,39 @@ __device__ __forceinline__ uint32_t least_of_best(int n, int wanted, int *of_equ
                 for (int i = 0; i < kBins / kWarp; ++i) {
                     const int here = static_cast<int>(mine[i]);
                     if (seen < left && seen + here >= left) {
-                        shared.digit = kBins - 1 - (threadIdx.x * (kBins / kWarp) + i);
-                        shared.left = left - seen;
+                        scratch.digit = kBins - 1 - (threadIdx.x * (kBins / kWarp) + i);
+                        scratch.left = left - seen;
                     }
                     seen += here;
                 }
             }
         }
         __syncthreads();
-        if (shared.left < 0) {  // fewer than wanted: in the first pass, or never
+        if (scratch.left < 0) {  // fewer than wanted; only possible in the first pass
             __syncthreads();
-            *of_equal = n;
+            *ties = n;
             return 1;
         }
-        prefix |= shared.digit << shift;
-        left = shared.left;
+        prefix |= scratch.digit << shift;
+        left = scratch.left;
         __syncthreads();
     }
-    *of_equal = left;
+    *ties = left;
     return prefix;
 }
 
-// The `wanted` best of n keys, into `best`, by rank; `room` has kList entries. Returns how many there are.
+// Writes the `wanted` best of n keys to `best`, by rank; `room` is scratch of kList entries. Returns their number.
 //
-// Every few threads find their largest key. The wanted-th of these is a bound that as many keys reach, and few others: those
-// that do are compared each with each. Where they are too many (equal keys, or keys wanted by the hundred) the least key that
-// is wanted is found by radix selection.
+// Groups of threads find their largest key. The wanted-th largest of these maxima is a lower bound that at least `wanted` keys
+// reach, and few others. Keys that reach it are compared pairwise. If they are too many (ties, or hundreds wanted), radix
+// selection finds the threshold instead.
 template <typename Key>
-__device__ __forceinline__ int best_of(int n, int wanted, List best, List room, Shared &shared, const Key &key) {
+__device__ __forceinline__ int best_of(int n, int wanted, List best, List room, SelectionScratch &scratch, const Key &key) {
     if (wanted <= 0) return 0;
     if (wanted <= kThreads / 2) {
-        // Maxima, a power of two, are at least a quarter more than keys are wanted: with fewer, many keys would reach the bound;
-        // with many more, to rank the maxima would take longer than to rank the keys. Threads that find one together are far
-        // apart in their warp: neighbouring keys are alike.
+        // The number of maxima is a power of two, at least a quarter above `wanted`. With fewer, many keys would reach the bound;
+        // with many more, ranking the maxima would take longer than ranking the keys. Threads of a group are far apart in their
+        // warp, since neighbouring keys are similar.
         const int shift = min(31 - __clz(4 * kThreads / (5 * wanted)), 5), apart = kWarp >> shift, groups = kThreads >> shift;
         uint32_t own = kNever;
 #pragma unroll 4
@@ -167,21 +166,21 @@ __device__ __forceinline__ int best_of(int n, int wanted, List best, List room, 
         uint32_t top = own;
         for (int offset = kWarp / 2; offset >= apart; offset /= 2) top = max(top, __shfl_xor_sync(kAll, top, offset));
         const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-        if (lane < apart) shared.top[warp * apart + lane] = top;
-        if (threadIdx.x == 0) shared.found = 0, shared.bound = 1;
+        if (lane < apart) scratch.top[warp * apart + lane] = top;
+        if (threadIdx.x == 0) scratch.found = 0, scratch.bound = 1;
         __syncthreads();
-        rank_all(groups, [&](int j, int i) { return before(shared.top[j], j, shared.top[i], i); },
+        rank_all(groups, [&](int j, int i) { return before(scratch.top[j], j, scratch.top[i], i); },
                  [&](int i, int rank) {
-                     if (rank == wanted - 1 && shared.top[i] != kNever) shared.bound = shared.top[i];
+                     if (rank == wanted - 1 && scratch.top[i] != kNever) scratch.bound = scratch.top[i];
                  });
         __syncthreads();
-        const uint32_t bound = shared.bound;
+        const uint32_t bound = scratch.bound;
         if (own >= bound) {
 #pragma unroll 4
             for (int i = threadIdx.x; i < n; i += kThreads) {
                 const uint32_t x = key(i);
                 if (x < bound) continue;
-                const int at = atomicAdd(&shared.found, 1);
+                const int at = atomicAdd(&scratch.found, 1);
                 if (at < kList) {
                     room.key[at] = x;
                     room.index[at] = i;
@@ -189,7 +188,7 @@ __device__ __forceinline__ int best_of(int n, int wanted, List best, List room, 
             }
         }
         __syncthreads();
-        const int found = shared.found;
+        const int found = scratch.found;
         if (found <= kList) {
             rank_all(found, [&](int j, int i) { return before(room.key[j], room.index[j], room.key[i], room.index[i]); },
                      [&](int i, int rank) {
@@ -201,30 +200,30 @@ __device__ __forceinline__ int best_of(int n, int wanted, List best, List room, 
             return min(found, wanted);
         }
     }
-    int of_equal = 0;
-    const uint32_t least = least_of_best(n, wanted, &of_equal, shared, key);
-    // A thread's keys lie side by side here: equal ones are taken in order. Ranks are by index then, not by key.
+    int ties = 0;
+    const uint32_t threshold = radix_threshold(n, wanted, &ties, scratch, key);
+    // Each thread takes consecutive keys, so ties are taken in order. The result is sorted by index, not by key.
     const int chunk = (n + kThreads - 1) / kThreads;
     const int begin = min(n, static_cast<int>(threadIdx.x) * chunk), end = min(n, begin + chunk);
     int count[2] = {0, 0}, first[2], total[2];
     for (int i = begin; i < end; ++i) {
-        count[0] += key(i) > least;
-        count[1] += key(i) == least;
+        count[0] += key(i) > threshold;
+        count[1] += key(i) == threshold;
     }
-    scan(count, first, total, shared);
+    scan(count, first, total, scratch);
     int above = first[0], same = first[1];
     for (int i = begin; i < end; ++i) {
         const uint32_t x = key(i);
-        if (x > least || (x == least && same < of_equal)) {
-            const int at = above + min(same, of_equal);
+        if (x > threshold || (x == threshold && same < ties)) {
+            const int at = above + min(same, ties);
             best.key[at] = x;
             best.index[at] = i;
         }
-        above += x > least;
-        same += x == least;
+        above += x > threshold;
+        same += x == threshold;
     }
     __syncthreads();
-    return total[0] + min(total[1], of_equal);
+    return total[0] + min(total[1], ties);
 }
 
 }  // namespace best

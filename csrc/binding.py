@@ -1,6 +1,6 @@
-"""What the operations have in common: arguments checked and passed, and what a device has.
+"""Helpers of all operations: checking and passing arguments, and device properties.
 
-The operations themselves are in the modules beside this one, a module for each kernel; ``ops`` has them all.
+Each kernel's operation has its own module; ``ops`` exports them all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def address(tensor: Tensor | None) -> int | None:
 
 
 def threads(elements: int) -> int:
-    """As many as torch uses, where the work is worth starting them."""
+    """Threads for this many elements: at most torch's number, fewer for little work."""
     return max(1, min(torch.get_num_threads(), elements >> 18))
 
 
@@ -36,20 +36,26 @@ def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
         )
 
 
+def check_on_gpu(name: str, device: torch.device) -> None:
+    """Raise ``ValueError`` unless argument ``name`` is on a GPU."""
+    if not on_gpu(device):
+        raise ValueError(f"{name} is on {device}, expected a GPU: this kernel has no CPU version")
+
+
 def on_gpu(device: torch.device) -> bool:
-    """Whether the kernels of this device are the GPU's."""
+    """Whether the device is a GPU with CUDA kernels."""
     return device.type == "cuda"
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU."""
+    """Number of multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
-def most_shared(device: torch.device) -> int:
-    """Bytes of shared memory that a thread block of a GPU may have."""
+def max_shared_memory(device: torch.device) -> int:
+    """Most bytes of shared memory for a thread block of this GPU."""
     driver = bindings("driver")
     most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     return result_of("CUDA's driver", driver.cuDeviceGetAttribute(most, device.index))

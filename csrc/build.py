@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept, and the host's C++ compiler.
+"""The disk cache of compiled kernels, and the host's C++ compiler.
 
 The directory is ``$ATTENTION_PREDICTOR_CACHE``, else ``attention_predictor`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 """
@@ -21,9 +21,9 @@ from pathlib import Path
 from attention_predictor.errors import BuildError
 
 SOURCES = Path(__file__).resolve().parent
-# Sums may be reordered, so that they are vectorised; infinities keep their meaning, masks are made of them.
+# Sums may be reordered, for vectorisation. Infinities must keep their meaning: masks use them.
 CPU_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
-SECONDS = 600  # that a compiler may take
+TIMEOUT_S = 600  # of a compiler
 logger = logging.getLogger(__name__)
 
 
@@ -40,7 +40,7 @@ def cpu_library(source: str, text: str, flags: tuple[str, ...] = CPU_FLAGS) -> c
         raise BuildError(f"C++ is compiled on POSIX systems alone, this is {os.name}")
     compiler = find_compiler("a C++ compiler", "CXX", ["c++", "g++", "clang++"])
     flags = ("-x", "c++", "-std=c++17", *flags, "-shared", "-fPIC", "-pthread", f"-I{SOURCES}")
-    # A home directory may be shared by machines of which each has another processor.
+    # Machines with different processors may share a home directory.
     machine = _processor() if "-march=native" in flags else platform.machine()
     path = cache_directory() / f"{key(source, text, *flags, machine, run([compiler, '--version']))}.so"
     if path.exists():
@@ -53,30 +53,30 @@ def cpu_library(source: str, text: str, flags: tuple[str, ...] = CPU_FLAGS) -> c
             run([compiler, *flags, "-", "-o", str(built)], text)
             if keep(path, built.read_bytes()):
                 built = path
-        return ctypes.CDLL(str(built))  # which stays in memory, also where its file goes
+        return ctypes.CDLL(str(built))  # stays loaded even if the file is deleted
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels are kept; it may not exist."""
+    """The folder of the disk cache; it may not exist."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attention_predictor"
     return Path(os.environ.get("ATTENTION_PREDICTOR_CACHE") or base)
 
 
 def key(source: str, *parts: str) -> str:
-    """A name for what is compiled from ``SOURCES / source``, all headers, and these parts."""
+    """A cache key of ``SOURCES / source``, all headers, and these parts."""
     files = [SOURCES / source, *sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cuh")])]
     return hashlib.sha256("\0".join([*parts, *(file.read_text("utf-8") for file in files)]).encode()).hexdigest()[:24]
 
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Of several processes that start at once, one compiles and the others wait; a killed one's lock is released."""
+    """Lock so that one of several starting processes compiles and others wait; a killed process releases its lock."""
     try:
         import fcntl
 
         cache_directory().mkdir(parents=True, exist_ok=True)
         lock = (cache_directory() / f"{name}.lock").open("w")
-    except (ImportError, OSError):  # no such thing on this system, or nothing can be kept there
+    except (ImportError, OSError):  # not supported by the system, or the folder is not writable
         yield
         return
     with lock:
@@ -88,7 +88,7 @@ def locked(name: str) -> Iterator[None]:
 
 
 def keep(path: Path, data: bytes) -> bool:
-    """Write a file so that no process sees a part of it. Returns whether that worked; the log says once why not."""
+    """Write a file atomically. Returns whether that worked; the log says once why not."""
     partial = path.with_suffix(f".{os.getpid()}")
     try:
         partial.write_bytes(data)
@@ -108,7 +108,7 @@ def _warn_once(line: str) -> None:
 
 
 def find_compiler(what: str, variable: str, candidates: list[str]) -> str:
-    """The compiler that the environment variable names, else the first of the candidates that there is."""
+    """The compiler in the environment variable, else the first candidate that is installed."""
     named = os.environ.get(variable)
     found = next(filter(None, map(shutil.which, [named] if named else candidates)), None)
     if found is None:
@@ -117,9 +117,9 @@ def find_compiler(what: str, variable: str, candidates: list[str]) -> str:
 
 
 def run(command: list[str], text: str = "") -> str:
-    """What a compiler prints that is given a text; BuildError where it fails, with what it said."""
+    """Run a compiler on a text and return its output; BuildError with the output if it fails."""
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} could not be run: {error}") from error
     if done.returncode:

@@ -1,12 +1,12 @@
-// Which blocks are candidates of the next step, whose own token is number length + 1: in each sequence, those between what a
-// step attends to in any case, the sink and the recent tokens.
+// The candidate blocks of the next step, whose token makes the length + 1: in each sequence, the blocks between sink and recent,
+// which are always attended to.
 #pragma once
 #include "device.cuh"
 
 struct Candidates {
     const int64_t *length;   // [B] tokens of each sequence, the newest included
-    const int64_t *padding;  // [B] tokens of left padding, behind which `first` counts; null: none
-    int64_t first, recent;   // the first candidate, in blocks; tokens at the end, one at least, whose blocks are none
+    const int64_t *padding;  // [B] left padding in tokens, after which `first` counts; null: none
+    int64_t first, recent;   // first candidate block; last tokens (at least one) whose blocks are no candidates
     int64_t block_size;
 };
 

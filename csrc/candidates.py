@@ -1,4 +1,4 @@
-"""The candidates of the next step, as kernels that score them are told: bounds that each sequence's length decides."""
+"""The next step's candidate blocks, as an argument of the kernels that score them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Candidates(ctypes.Structure):
 def checked(
     first: int, recent: int, block_size: int, length_B: Tensor, padding_B: Tensor | None, like_BG: Tensor
 ) -> Candidates:
-    """As the kernels read them; ValueError where they are not what they must be.
+    """The kernels' struct; ValueError for invalid arguments.
 
     Args:
-        first: First candidate, in blocks, counted from the first one with a token that is no padding.
-        recent: Tokens at the end of the next step's sequence, one at least, whose blocks are no candidates.
+        first: First candidate, counted in blocks from the first one that is not all padding.
+        recent: Last tokens of the next step's sequence (at least one) whose blocks are no candidates.
         block_size: Tokens of a block.
         length_B: int64, tokens of each sequence, this step's included.
-        padding_B: int64, tokens of left padding; ``None`` where there is none.
-        like_BG: Any tensor with as many sequences, on the device.
+        padding_B: int64, left padding in tokens; ``None``: no padding.
+        like_BG: Any tensor of the batch, on the device.
     """
     for name, tensor in (("length_B", length_B), ("padding_B", padding_B)):
         if tensor is not None:

@@ -1,4 +1,4 @@
-"""CUDA programs to machine code: by NVRTC, which comes with torch, or by nvcc; in parallel, and kept on disk."""
+"""Compiles CUDA programs by NVRTC, which comes with torch, or by nvcc; in parallel, cached on disk."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from attention_predictor.csrc.build import SOURCES, cache_directory, find_compil
 from attention_predictor.errors import BuildError
 
 OPTIONS = ("-std=c++20",)
-DIGEST_BYTES = 32  # before the machine code in a file
+DIGEST_BYTES = 32  # at the beginning of a cached file
 logger = logging.getLogger(__name__)
 _compiling = threading.Lock()
 
 
 class Program(Protocol):
-    """What is compiled: ``text``, which includes the file ``source``, with an entry of this ``name``."""
+    """A program to compile: ``text``, which includes the file ``source`` and defines the entry point ``name``."""
 
     name: str
     source: str
@@ -37,7 +37,7 @@ class Program(Protocol):
 
 
 def bindings(module: str) -> Any:
-    """That module of NVIDIA's Python bindings; BuildError where they are not installed."""
+    """A module of NVIDIA's Python bindings; BuildError if they are not installed."""
     try:
         return importlib.import_module(f"cuda.bindings.{module}")
     except ImportError as error:
@@ -45,7 +45,7 @@ def bindings(module: str) -> Any:
 
 
 def result_of(library: str, returned: tuple[Any, ...]) -> Any:
-    """What a function of the bindings gave beside its code; BuildError, with the library's name, where it failed."""
+    """The result of a bindings call, without its status; BuildError with the library's name if it failed."""
     code, *values = returned
     if code:
         raise BuildError(f"{library}: {code.name}")
@@ -53,7 +53,7 @@ def result_of(library: str, returned: tuple[Any, ...]) -> Any:
 
 
 def _cuda_major() -> str:
-    """The version of CUDA that torch is made for."""
+    """The major version of CUDA that torch is built for."""
     return (torch.version.cuda or "13").split(".")[0]
 
 
@@ -83,11 +83,11 @@ class Nvrtc:
             raise BuildError(f"CUDA's headers were not found: pip install {_wheel('nvidia-cuda-runtime')}")
 
     def compile(self, program: Program, capability: tuple[int, int]) -> bytes:
-        """Machine code for that compute capability, or PTX; BuildError where it refuses, with what it said."""
+        """Machine code for the compute capability, or PTX; BuildError with the compiler's output if it fails."""
         nvrtc, target = self.nvrtc, 10 * capability[0] + capability[1]
         known = result_of(self.version, nvrtc.nvrtcGetSupportedArchs())
         exact = target in known
-        if not exact:  # it is older than the device: the driver compiles the rest
+        if not exact:  # NVRTC is older than the device: the driver compiles the PTX
             target = max(x for x in known if x < target)
         options = [*OPTIONS, f"-I{SOURCES}", f"-I{self.headers}", f"-arch={'sm' if exact else 'compute'}_{target}"]
         created = nvrtc.nvrtcCreateProgram(program.text.encode(), program.name.encode(), 0, [], [])
@@ -109,7 +109,7 @@ class Nvrtc:
 
 
 class Nvcc:
-    """NVIDIA's compiler as a program; BuildError where there is none."""
+    """NVIDIA's compiler as a program; BuildError if it is not installed."""
 
     def __init__(self) -> None:
         there = os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin/nvcc"
@@ -128,7 +128,7 @@ class Nvcc:
 
 @functools.cache
 def chosen() -> Nvrtc | Nvcc:
-    """NVRTC, or nvcc where that is not there.
+    """NVRTC, or nvcc if NVRTC is not available.
 
     Raises:
         BuildError: There is neither; what to install.
@@ -145,10 +145,10 @@ def chosen() -> Nvrtc | Nvcc:
 def compiled(
     programs: Sequence[Program], capability: tuple[int, int], compiler: Nvrtc | Nvcc | None = None
 ) -> list[bytes]:
-    """Machine code of programs: from the disk where the same was compiled before, all others compiled in parallel.
+    """Machine code of programs: from the disk cache if available, else compiled in parallel.
 
     Raises:
-        BuildError: There is no compiler, or it refuses one; with what it said.
+        BuildError: There is no compiler, or a program does not compile; with the compiler's output.
     """
     if not programs:
         return []
@@ -187,7 +187,7 @@ def _compile(programs: Sequence[Program], capability: tuple[int, int], compiler:
 
 
 def _read(path: Path) -> bytes | None:
-    """What was kept there, if it is whole."""
+    """The cached machine code, if the file is complete."""
     try:
         data = path.read_bytes()
     except OSError:

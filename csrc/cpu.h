@@ -1,7 +1,7 @@
-// What the CPU's counterparts of kernels share.
+// Common parts of the CPU kernels.
 //
-// Loops are written for the compiler to vectorise; rows (sequence and KV head) are shared between threads. Every thread works
-// through whole rows, so that results don't depend on how many there are.
+// Loops are written for the compiler to vectorise. Threads take whole rows (a KV head of a sequence), so results don't depend on
+// the number of threads.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -37,7 +37,7 @@ inline void from_float(float x, BFloat16 *to) {
     to->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
 }
 
-// Calls run with a number of the type, and returns 0; 1 for an unknown type.
+// Calls run with a value of the element type and returns 0; returns 1 for an unknown type.
 template <typename Run>
 int with_element(int64_t element, const Run &run) {
     if (element == kFloat32) run(float{});
@@ -49,7 +49,7 @@ int with_element(int64_t element, const Run &run) {
 
 // Calls work(0) to work(count - 1), on several threads.
 template <typename Work>
-void share(int64_t count, int64_t workers, const Work &work) {
+void parallel_for(int64_t count, int64_t workers, const Work &work) {
     workers = std::min(workers, count);
     std::atomic<int64_t> next{0};
     const auto loop = [&] {
@@ -59,13 +59,13 @@ void share(int64_t count, int64_t workers, const Work &work) {
     try {
         for (int64_t i = 1; i < workers; ++i) others.emplace_back(loop);
     } catch (const std::system_error &) {
-        // No more threads are to be had: those there are do all.
+        // No more threads available: the existing ones do all the work.
     }
     loop();
     for (std::thread &one : others) one.join();
 }
 
-// exp for arguments up to 0, to 2 units in the last place, in a form that compilers vectorise; std::exp is not.
+// exp for x <= 0, to 2 units in the last place, in a form that compilers vectorise, unlike std::exp.
 inline float exp_below(float x) {
     const float held = std::max(x, -87.f);
     const float whole = std::nearbyint(held * 1.44269504f);
@@ -80,7 +80,7 @@ inline float exp_below(float x) {
     return x < -87.f ? 0.f : y * power;
 }
 
-// Logits become weights relative to their largest; where there is none, zeros.
+// Replaces logits by weights relative to the largest one; zeros if all are -inf.
 inline void to_weights(float *logit, int64_t count, float *peak, float *sum) {
     float top = kNever, total = 0.f;
     for (int64_t i = 0; i < count; ++i) top = std::max(top, logit[i]);
@@ -90,9 +90,9 @@ inline void to_weights(float *logit, int64_t count, float *peak, float *sum) {
     *sum = top == kNever ? kNever : top + std::log(total);
 }
 
-constexpr int kHeads = 4;  // whose sums are kept in registers together
+constexpr int kHeads = 4;  // whose sums are in registers together
 
-// Products of one key with some heads' queries, each D after the one before.
+// Products of one key with kCount queries, which are D apart.
 template <int kCount>
 inline void dots(const float *__restrict query, const float *__restrict key, int64_t D, float *__restrict dot) {
     float sum[kCount] = {};

@@ -1,5 +1,5 @@
-// What the GPU's kernels have in common: elements and their conversion, reductions over a warp, and the instructions that have
-// no name in C++. Without a CUDA compiler it is the emulation's (tests/emulation): the same kernels, on a CPU.
+// Common parts of the GPU kernels: element types and conversions, warp reductions, and PTX instructions. Without a CUDA compiler,
+// tests/emulation provides them: the same kernels, on a CPU.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -40,28 +40,28 @@ __device__ __forceinline__ T warp_sum(T x) {
 
 #ifdef __CUDACC__
 
-// atomicAdd, ordered as a thread block's arrival must be: after all it wrote before, and before all it reads afterwards, as seen
-// by the whole GPU. What other threads of the thread block wrote counts, if a barrier lies between.
+// atomicAdd with acquire-release order on the whole GPU: after all earlier writes of this thread (and of its thread block, with a
+// barrier between), and before all its later reads.
 __device__ __forceinline__ int add_in_order(int *at, int x) {
     int old;
     asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(at), "r"(x) : "memory");
     return old;
 }
 
-// 2^x to 2 units in the last place for x from -126 on; 0 below.
+// 2^x to 2 units in the last place for x >= -126; 0 below.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// Shared memory of a size that is known at the launch.
+// Dynamic shared memory; the launch sets its size.
 __device__ __forceinline__ void *dynamic_shared() {
     extern __shared__ uint4 device_dynamic_shared[];
     return device_dynamic_shared;
 }
 
-// d += a · b for a [16, 16] and b [16, 8] in fp16, d in fp32; registers as PTX's mma.m16n8k16 has them.
+// d += a · b for a [16, 16] and b [16, 8] in fp16, d in fp32; register layout of PTX's mma.m16n8k16.
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -84,7 +84,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void *row
                  : "memory");
 }
 
-// 4, 8 or 16 bytes from device to shared memory, in the background.
+// Copies 4, 8 or 16 bytes from device to shared memory, asynchronously.
 template <int kBytes = 16>
 __device__ __forceinline__ void copy_async(void *to, const void *from) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -92,13 +92,13 @@ __device__ __forceinline__ void copy_async(void *to, const void *from) {
     else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most `kLeft` committed groups of this thread's copies are under way.
+// Waits until at most `kLeft` committed groups of this thread's copies are unfinished.
 template <int kLeft>
 __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-// Of a clock that all of the GPU shares.
+// The GPU's global clock.
 __device__ __forceinline__ int64_t nanoseconds() {
     int64_t now;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
@@ -162,7 +162,7 @@ void wait_copies() {}
 
 }  // namespace device
 
-// The entry of a program (`kernel.py`): what is launched, under a name without template arguments.
+// The entry point of a program (`kernel.py`), under a name without template arguments.
 #ifdef __CUDACC__
 #define ENTRY(name, bounds, Arguments, ...) \
     extern "C" __global__ void __launch_bounds__ bounds name(const Arguments a) { __VA_ARGS__(a); }

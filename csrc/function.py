@@ -1,6 +1,6 @@
-"""Functions for CPUs: declared in Python, compiled when they are first needed, called by ctypes.
+"""CPU functions: declared in Python, compiled at first use, called by ctypes.
 
-A ``.cpp`` file holds them. Each takes one struct, which its operation's Python module fills in.
+A ``.cpp`` file has the functions. Each takes one struct, which its operation's Python module fills in.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from attention_predictor.csrc.layout import assertions, equal, takes
 
 
 class Function:
-    """A C++ function; a library by itself.
+    """A C++ function; compiled as its own library.
 
     Args:
-        source: Its file, beside this module.
-        name: How it is called; it takes a pointer to the struct, and returns 0, or 1 for an unknown type of elements.
+        source: The file, in this folder.
+        name: Its name. It takes a pointer to the struct, and returns 0, or 1 for an unknown element type.
         struct: The struct, as in the header that the file includes.
-        constants: Of the source, by name, with the values that Python counts on.
+        constants: Constants of the source and the values that Python relies on.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class Function:
 
     @property
     def text(self) -> str:
-        """Its program: the source, and assertions that function, struct and constants are as Python has them."""
+        """The program: the source, and assertions that function, struct and constants match Python's."""
         checks = assertions(self.struct), takes(self.name, self.struct), equal(self.constants)
         return "\n".join([f'#include "{self.source}"', *checks])
 
     def load(self) -> Callable[[object], int]:
-        """Compile it, unless that has been done before; ``BuildError`` where it can't be."""
+        """Compile it if needed; ``BuildError`` if that fails."""
         if self._loaded is None:
             self._loaded = getattr(cpu_library(self.source, self.text), self.name)
         return self._loaded
@@ -58,6 +58,6 @@ class Function:
 
 
 def load(functions: Sequence[Function]) -> None:
-    """Compile functions, those that are not kept on disk in parallel; ``BuildError`` where one can't be."""
+    """Compile functions in parallel, unless cached on disk; ``BuildError`` if one fails."""
     with ThreadPoolExecutor(len(functions)) as pool:
         list(pool.map(Function.load, functions))

@@ -7,9 +7,9 @@ namespace {
 
 using namespace device;
 
-constexpr int kThreads = 64;  // few: a token's row is short, and its thread blocks should be spread over the GPU
+constexpr int kThreads = 64;  // few, so that a token's short row is spread over many multiprocessors
 
-// In torch's own words (aten/src/ATen/native/cuda/Activation*.cu), so that they round alike.
+// The same formulas as torch (aten/src/ATen/native/cuda/Activation*.cu), so that results round the same.
 __device__ __forceinline__ float activated(float x, int64_t activation) {
     if (activation == kSilu) return x / (1.f + expf(-x));
     if (activation == kGelu) return x * 0.5f * (1.f + erff(x * 0.70710678118654752440f));

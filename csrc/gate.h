@@ -5,10 +5,10 @@ enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
 // act(gate) · up, elementwise.
 struct Gate {
-    const void *gate, *up;  // [rows, width], each row's elements one after the other
+    const void *gate, *up;  // [rows, width], a row's elements contiguous
     void *out;              // [rows, width]
     int64_t rows, width;
-    int64_t gate_stride, up_stride;  // elements from row to row
+    int64_t gate_stride, up_stride;  // strides in elements
     int64_t activation;
     int64_t wide;           // 1: rows and addresses are multiples of 16 bytes
 };

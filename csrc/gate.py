@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address
+from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, check_on_gpu
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import integers, pointers
 from attention_predictor.csrc.norm import VECTOR_BYTES, is_wide
 
 THREADS = 64
-MOST_ROWS = 65535  # of a grid
+MAX_ROWS = 65535  # of a grid
 
 
 class Activation(enum.IntEnum):
@@ -57,8 +56,7 @@ def gate_up(gate_xW: Tensor, up_xW: Tensor, activation: Activation) -> Tensor:
         ValueError: Arguments that don't go together, or a device without kernels.
     """
     device, dtype = gate_xW.device, gate_xW.dtype
-    if not binding.on_gpu(device):
-        raise ValueError(f"gate_xW is on {device}, expected a GPU: this kernel is written for no other device")
+    check_on_gpu("gate_xW", device)
     if dtype not in ELEMENTS:
         raise ValueError(f"gate_xW is {dtype}, expected one of {', '.join(map(str, ELEMENTS))}")
     if (up_xW.shape, up_xW.dtype, up_xW.device) != (gate_xW.shape, dtype, device):
@@ -73,7 +71,7 @@ def gate_up(gate_xW: Tensor, up_xW: Tensor, activation: Activation) -> Tensor:
     wide = is_wide(given, width, *strides)
     arguments = Gate(*map(address, given), rows, width, *strides, int(activation), int(wide))
     columns = -(-width * dtype.itemsize // (VECTOR_BYTES * THREADS))
-    kernel(dtype).launch(device, (columns, min(rows, MOST_ROWS), 1), arguments)
+    kernel(dtype).launch(device, (columns, min(rows, MAX_ROWS), 1), arguments)
     return out
 
 

@@ -1,11 +1,11 @@
-// The gather of blocks on a CPU.
+// Gathers blocks on a CPU.
 
 #include "cpu.h"
 #include "gather.h"
 
 extern "C" int gather_blocks(const Gather *a) {
-    constexpr int64_t kPiece = 64;  // blocks that a thread takes at once
-    cpu::share((a->n + kPiece - 1) / kPiece, a->workers, [&](int64_t piece) {
+    constexpr int64_t kPiece = 64;  // blocks that a thread takes at a time
+    cpu::parallel_for((a->n + kPiece - 1) / kPiece, a->workers, [&](int64_t piece) {
         for (int64_t i = piece * kPiece; i < std::min(a->n, (piece + 1) * kPiece); ++i) {
             const int64_t place = a->row[i] * a->slab_blocks + a->block[i] % a->slab_blocks;
             const char *slab = reinterpret_cast<const char *>(a->slab[a->block[i] / a->slab_blocks]);

@@ -1,7 +1,7 @@
-// Blocks straight from pinned host memory into the pool: the GPU's own loads cross the bus, no copy engine, no staging.
+// Copies blocks from pinned host memory to the pool by the GPU's own loads: no copy engine, no staging buffer.
 //
-// What limits it is bytes in flight on the bus, not threads: a few thread blocks with four 16-byte loads outstanding in each
-// thread reach what the bus gives, and leave the rest of the GPU to the model.
+// The limit is bytes in flight on the bus, not threads. A few thread blocks with four outstanding 16-byte loads per thread
+// saturate the bus and leave the rest of the GPU to the model.
 
 #include "device.cuh"
 #include "gather.h"
@@ -13,7 +13,7 @@ using device::nanoseconds;
 constexpr int kThreads = 128;
 constexpr int kInFlight = 4;
 
-// One block of keys and values, by all threads of a thread block.
+// Copies one block of keys and values, by all threads of a thread block.
 __device__ __forceinline__ void copy_block(const uint4 *from, uint4 *key, uint4 *value, int64_t vectors) {
     for (int64_t begin = 0; begin < 2 * vectors; begin += kThreads * kInFlight) {
         uint4 held[kInFlight];
@@ -35,10 +35,10 @@ __device__ __forceinline__ char *host_block(const int64_t *slab, int64_t slab_bl
     return reinterpret_cast<char *>(slab[block / slab_blocks]) + (row * slab_blocks + block % slab_blocks) * bytes;
 }
 
-// All moves of the rows are one list, of which thread blocks take entries in turn. Rows' numbers of moves are asked for at once.
+// The rows' moves form one list; thread blocks take its entries in turn. The numbers of moves are loaded together.
 __device__ __forceinline__ void move_blocks(const Move &a) {
     __shared__ int count[kThreads];
-    __shared__ int end[kThreads];  // of a row's moves in the list
+    __shared__ int end[kThreads];  // where a row's moves end in the list
     const int64_t vectors = a.half_bytes / 16, started = nanoseconds();
     bool any = false;
     for (int64_t first = 0; first < a.rows; first += kThreads) {
@@ -63,12 +63,12 @@ __device__ __forceinline__ void move_blocks(const Move &a) {
         }
         __syncthreads();
     }
-    // The first thread block has as much to do as any.
-    if (blockIdx.x == 0 && threadIdx.x == 0 && a.spent != nullptr && any) *a.spent += nanoseconds() - started;
+    // The first thread block has the most work, so its time is the launch's.
+    if (blockIdx.x == 0 && threadIdx.x == 0 && a.stall_ns != nullptr && any) *a.stall_ns += nanoseconds() - started;
 }
 
-// A moment, so that what lies between two of them can be told: added or taken off.
-__device__ __forceinline__ void note_time(const Moment &a) { *a.spent += a.sign * nanoseconds(); }
+// Adds or subtracts the time: the sum of a pair is the time between them.
+__device__ __forceinline__ void note_time(const Timestamp &a) { *a.stall_ns += a.sign * nanoseconds(); }
 
 __device__ __forceinline__ void append_token(const Append &a) {
     const int64_t row = blockIdx.x, token = a.length[row / a.kv_heads] - 1, block = token / a.tokens, offset = token % a.tokens;
@@ -89,7 +89,7 @@ __device__ __forceinline__ void append_token(const Append &a) {
         }
     }
     if (offset) return;
-    // A block is opened with zeros: host memory comes as it is.
+    // A new block is zeroed: host memory is uninitialised.
     for (int64_t v = vectors + threadIdx.x; v < half; v += blockDim.x) host[v] = host[half + v] = make_uint4(0, 0, 0, 0);
 }
 

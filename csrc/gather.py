@@ -1,4 +1,4 @@
-"""Moving blocks from host memory, and new tokens to it.
+"""Moves blocks from host memory to the pool, and new tokens to both.
 
 Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, S slots, T tokens of a block, L tokens of the sequence,
 D head size; s slabs; n: one entry a moved block; 2 is keys then values.
@@ -17,8 +17,8 @@ from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import integers, pointers
 
 THREADS = 128  # of a thread block
-GATHER_BLOCKS = 32  # thread blocks on a GPU: enough to fill the bus, few enough to leave the GPU to the model
-LATE_BLOCKS = 128  # where the model waits: what a step lacks is asked for at once
+GATHER_BLOCKS = 32  # thread blocks on a GPU: enough to saturate the bus, few enough to leave the GPU to the model
+LATE_BLOCKS = 128  # thread blocks for late fetches, while the model waits
 
 
 class Gather(ctypes.Structure):
@@ -38,15 +38,15 @@ class Move(ctypes.Structure):
         *pointers("slab", "int64_t"),
         *pointers("block slot moves", "int32_t"),
         *pointers("key value", "void"),
-        *pointers("spent", "int64_t"),
+        *pointers("stall_ns", "int64_t"),
         *integers("rows slab_blocks slots half_bytes"),
     ]
 
 
-class Moment(ctypes.Structure):
+class Timestamp(ctypes.Structure):
     """As in gather.h."""
 
-    _fields_ = [*pointers("spent", "int64_t"), *integers("sign")]
+    _fields_ = [*pointers("stall_ns", "int64_t"), *integers("sign")]
 
 
 class Append(ctypes.Structure):
@@ -63,7 +63,7 @@ class Append(ctypes.Structure):
 
 MOVE = Kernel("gather.cu", "move_blocks", Move, THREADS, constants={"kThreads": THREADS})
 APPEND = Kernel("gather.cu", "append_token", Append, threads=64)
-NOTE_TIME = Kernel("gather.cu", "note_time", Moment, threads=1)
+NOTE_TIME = Kernel("gather.cu", "note_time", Timestamp, threads=1)
 ON_CPU = Function("gather.cpp", "gather_blocks", Gather)
 
 
@@ -75,19 +75,19 @@ def move_blocks(
     moves_R: Tensor,
     key_BGSTD: Tensor,
     value_BGSTD: Tensor,
-    spent_1: Tensor | None,
+    stall_ns_1: Tensor | None,
 ) -> None:
     """Copy blocks from pinned slabs ``[B, G, slab_blocks, 2, T, D]`` into the slots of a pool on a GPU.
 
-    The GPU reads host memory itself, in the current stream; the caller keeps the slabs until that is done, and vouches
-    that blocks and slots exist.
+    The GPU itself reads host memory, on the current stream. The caller must keep the slabs alive until that is done,
+    and ensure that blocks and slots exist.
 
     Args:
         slab_s: int64 addresses of the slabs, on the pool's device.
-        block_RS, slot_RS: int32, in the first ``moves_R`` entries of a row which block goes to which slot.
+        block_RS, slot_RS: int32, the blocks to move and their slots, in the first ``moves_R`` entries of a row.
         moves_R: int32.
-        spent_1: int64, adds up the nanoseconds of calls that moved something, while the model waits; ``None`` if it
-            goes on beside them.
+        stall_ns_1: int64, incremented by the nanoseconds of calls that moved something, for late fetches; ``None`` for
+            fetches ahead.
     """
     device, (B, G, S, T, D) = key_BGSTD.device, key_BGSTD.shape
     check("value_BGSTD", value_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, device)
@@ -95,19 +95,19 @@ def move_blocks(
     check("block_RS", block_RS, (B * G, S), torch.int32, device)
     check("slot_RS", slot_RS, (B * G, S), torch.int32, device)
     check("moves_R", moves_R, (B * G,), torch.int32, device)
-    if spent_1 is not None:
-        check("spent_1", spent_1, (1,), torch.int64, device)
+    if stall_ns_1 is not None:
+        check("stall_ns_1", stall_ns_1, (1,), torch.int64, device)
     arguments = Move(
-        *map(address, (slab_s, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, spent_1)),
+        *map(address, (slab_s, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, stall_ns_1)),
         *(B * G, slab_blocks, S, _half_bytes(key_BGSTD)),
     )
-    MOVE.launch(device, (GATHER_BLOCKS if spent_1 is None else LATE_BLOCKS, 1, 1), arguments)
+    MOVE.launch(device, (GATHER_BLOCKS if stall_ns_1 is None else LATE_BLOCKS, 1, 1), arguments)
 
 
-def note_time(spent_1: Tensor, sign: int) -> None:
-    """Add the time on the GPU's clock, in nanoseconds, to ``spent_1`` (int64), or take it off where ``sign`` is -1."""
-    check("spent_1", spent_1, (1,), torch.int64, spent_1.device)
-    NOTE_TIME.launch(spent_1.device, (1, 1, 1), Moment(spent_1.data_ptr(), sign))
+def note_time(stall_ns_1: Tensor, sign: int) -> None:
+    """Add ``sign`` (1 or -1) times the GPU clock's nanoseconds to ``stall_ns_1`` (int64)."""
+    check("stall_ns_1", stall_ns_1, (1,), torch.int64, stall_ns_1.device)
+    NOTE_TIME.launch(stall_ns_1.device, (1, 1, 1), Timestamp(stall_ns_1.data_ptr(), sign))
 
 
 def append_token(
@@ -124,9 +124,9 @@ def append_token(
     """Write the newest token's key and value to the slot of its block and, from the GPU, to pinned host memory.
 
     Args:
-        slot_RC: int32, the slot of each block, -1 for one that is absent.
+        slot_RC: int32, the slot of each block, -1 if absent.
         length_B: int64, tokens of each sequence, this one included.
-        lost_1: int64, counts tokens whose block had no slot: any is an error, which the caller raises.
+        lost_1: int64, counts tokens whose block had no slot; the caller raises the error.
     """
     device, (B, G, S, T, D) = key_BGSTD.device, key_BGSTD.shape
     check("new_key_BGD", new_key_BGD, (B, G, D), key_BGSTD.dtype, device)
@@ -147,7 +147,7 @@ def append_token(
 def gather_to_host(slab_s: Tensor, slab_blocks: int, row_n: Tensor, block_n: Tensor, out_n2TD: Tensor) -> None:
     """Copy blocks of slabs ``[B, G, slab_blocks, 2, T, D]`` into a buffer in host memory, on several threads.
 
-    ``slab_s`` are the slabs' int64 addresses. The caller vouches for them, and that rows and blocks exist.
+    ``slab_s`` are the slabs' int64 addresses. The caller must ensure that slabs, rows and blocks exist.
     """
     host, (n, _, T, D) = torch.device("cpu"), out_n2TD.shape
     check("slab_s", slab_s, (len(slab_s),), torch.int64, host)

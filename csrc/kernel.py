@@ -1,6 +1,6 @@
-"""GPU kernels: declared in Python, compiled when they are first needed, launched by the CUDA driver.
+"""GPU kernels: declared in Python, compiled at first use, launched by the CUDA driver.
 
-A ``.cu`` file holds device functions. Each takes one struct, which its operation's Python module fills in.
+A ``.cu`` file has device functions. Each takes one struct, which its operation's Python module fills in.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _call = functools.partial(result_of, "CUDA's driver")
 
 @dataclass(slots=True)
 class Loaded:
-    """A kernel on one GPU; ``shared_bytes``: the most shared memory that launches may have beyond what it declares."""
+    """A kernel loaded on one GPU; ``shared_bytes``: the dynamic shared memory that launches may use."""
 
     function: Any
     context: Any
@@ -32,15 +32,15 @@ class Loaded:
 
 
 class Kernel:
-    """One instance of a device function; a program by itself.
+    """One instance of a device function; compiled as its own program.
 
     Args:
-        source: Its file, beside this module.
-        function: How it is called in C++; it takes the struct by reference.
+        source: The file, in this folder.
+        function: Its C++ name with template arguments; it takes the struct by reference.
         struct: The struct, as in the header that the file includes.
-        threads: Of a thread block at most.
-        at_once: Thread blocks that a multiprocessor must have registers for; ``None`` leaves it to the compiler.
-        constants: Of the source, by name, with the values that Python counts on.
+        threads: Most threads of a thread block.
+        at_once: Thread blocks per multiprocessor that registers must suffice for; ``None``: the compiler decides.
+        constants: Constants of the source and the values that Python relies on.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Kernel:
 
     @property
     def text(self) -> str:
-        """Its program."""
+        """The program's source."""
         return program_text([self])
 
     def launch(
@@ -72,22 +72,22 @@ class Kernel:
         threads: int | None = None,
         shared_bytes: int = 0,
     ) -> None:
-        """Run in torch's current stream of a GPU; not at all where the grid is empty.
+        """Launch on torch's current stream of the GPU. Does nothing if the grid is empty.
 
         Args:
-            threads: Of a thread block; as many as there may be, if ``None``.
-            shared_bytes: Shared memory beyond what the function declares.
+            threads: Threads of a thread block; ``None``: the most allowed.
+            shared_bytes: Dynamic shared memory.
 
         Raises:
             BuildError: It can't be compiled.
-            RuntimeError: CUDA refuses; with its reason.
+            RuntimeError: CUDA refuses the launch; with its reason.
         """
         if 0 in grid:
             return
         loaded = self._loaded.get(device.index) or load([self], device)[0]
         driver, stream = _driver(), torch.cuda.current_stream(device).cuda_stream
         argument = ctypes.c_void_p(ctypes.addressof(arguments))
-        driver.cuCtxPushCurrent(loaded.context)  # a thread may have another device's, or none yet
+        driver.cuCtxPushCurrent(loaded.context)  # the thread may have another device's context, or none
         try:
             if shared_bytes > loaded.shared_bytes:
                 most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -103,17 +103,17 @@ class Kernel:
 
 
 def program_text(kernels: Sequence[Kernel]) -> str:
-    """A program of kernels of one source: the source, assertions about structs and constants, and their entries."""
+    """The program of kernels of one source: the source, assertions about structs and constants, and entry points."""
     checks = dict.fromkeys(text for kernel in kernels for text in (assertions(kernel.struct), equal(kernel.constants)))
     parts = [f'#include "{kernels[0].source}"', *checks, *(kernel.entry for kernel in kernels)]
     return "\n".join([*parts, ""])
 
 
 def load(kernels: Sequence[Kernel], device: torch.device) -> list[Loaded]:
-    """Compile kernels, those that are not kept on disk in parallel, and load them to a GPU.
+    """Compile kernels (in parallel, unless cached on disk) and load them to a GPU.
 
     Raises:
-        BuildError: There is no compiler, it refuses, or the driver does.
+        BuildError: There is no compiler, or compiler or driver report an error.
     """
     driver, missing = _driver(), [kernel for kernel in kernels if device.index not in kernel._loaded]
     binaries = compiled(missing, torch.cuda.get_device_capability(device))

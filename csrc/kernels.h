@@ -1,9 +1,9 @@
-// What Python passes to the kernels: one struct an operation, the same for a GPU and a CPU, each in its own header. The
-// operation's Python module has the same struct; that they agree is checked where they are compiled (`layout.py`).
+// Arguments of the kernels: one struct per operation, the same for GPU and CPU, each in its own header. The operation's Python
+// module declares the same struct; the compiler checks that they agree (`layout.py`).
 // Shapes: B sequences, G KV heads, R rows = B·G, H query heads, S slots, T tokens of a block, L tokens of the sequence, N blocks,
 // D head size.
 #pragma once
-#ifdef __CUDACC_RTC__  // it has no standard headers
+#ifdef __CUDACC_RTC__  // NVRTC has no standard headers
 using int32_t = int;
 using int64_t = long long;
 using uint8_t = unsigned char;
@@ -14,7 +14,7 @@ using uint64_t = unsigned long long;
 #include <cstdint>
 #endif
 #ifdef __clang__
-#pragma clang diagnostic error "-Wreorder-init-list"  // for others it is one anyway
+#pragma clang diagnostic error "-Wreorder-init-list"  // other compilers always make it one
 #endif
 
 enum ElementType : int64_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };

@@ -1,4 +1,4 @@
-"""What Python and C++ both have, compared by the compiler: structs passed to kernels, functions, constants."""
+"""C++ assertions that structs, functions and constants are the same in Python and in C++."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Fields = Sequence[tuple[str, Any]]
-# What a field must be in C++, given its type there.
+# The C++ condition for each ctypes type of a field.
 KINDS = {
     ctypes.c_void_p: "is_pointer<{}>",
     ctypes.c_int64: "same<{}, int64_t>",
@@ -17,7 +17,7 @@ KINDS = {
 
 
 def pointers(names: str, of: str | None = None) -> Fields:
-    """Addresses of these names; ``of`` is the C++ type of what is there, ``None`` where it is not compared."""
+    """Pointer fields with these names; ``of`` is the C++ type they point to, ``None``: any."""
     return [(name, ctypes.c_void_p if of is None else _pointer_to(of)) for name in names.split()]
 
 
@@ -27,23 +27,23 @@ def _pointer_to(of: str) -> type[ctypes.c_void_p]:
 
 
 def integers(names: str) -> Fields:
-    """64-bit integers of these names."""
+    """64-bit integer fields with these names."""
     return [(name, ctypes.c_int64) for name in names.split()]
 
 
 def doubles(names: str) -> Fields:
-    """Doubles of these names."""
+    """Double fields with these names."""
     return [(name, ctypes.c_double) for name in names.split()]
 
 
 def takes(function: str, struct: type[ctypes.Structure]) -> str:
-    """C++ that compiles where a function takes a pointer to the struct of that name, and returns an int."""
+    """C++ that compiles only if the function takes a pointer to this struct and returns an int."""
     expected = f"same<decltype(&{function}), int (*)(const {struct.__name__} *)>"
     return f'static_assert({expected}, "{function} does not take {struct.__name__} alone");\n'
 
 
 def assertions(struct: type[ctypes.Structure]) -> str:
-    """C++ that compiles where the struct of that name has the same fields in the same order; else it names one."""
+    """C++ that compiles only if the C++ struct has the same fields in the same order; else the error names one."""
     name, before, named, kinds = struct.__name__, "", [], []
     for field, kind in getattr(struct, "_fields_"):  # noqa: B009 (mypy knows of no such attribute)
         if issubclass(kind, ctypes.Structure):
@@ -58,7 +58,7 @@ def assertions(struct: type[ctypes.Structure]) -> str:
 
 
 def equal(constants: Mapping[str, int]) -> str:
-    """C++ that compiles where constants of these names have these values."""
+    """C++ that compiles only if these constants have these values."""
     return "".join(
         f'static_assert({name} == {value}, "{name} is not {value}, as in Python");\n'
         for name, value in constants.items()

@@ -1,8 +1,7 @@
-// Root-mean-square normalisation, a thread block a row.
+// Root-mean-square normalisation, one thread block per row.
 //
-// A thread keeps its first 16 bytes of the row and of the weight in registers; rows longer than a thread block's reach are read
-// a second time, from a cache. Rounding is that of the modules written in torch: the row is taken to fp32, and back where the
-// form says.
+// A thread keeps its first 16 bytes of the row and the weight in registers. The rest of longer rows is read a second time, from the
+// cache. Rounding is as in the torch modules: the row is converted to fp32, and back at the place that the form defines.
 
 #include "norm.h"
 #include "vector.cuh"
@@ -22,7 +21,7 @@ __device__ __forceinline__ float squares(const Vector<E> &x) {
     return sum;
 }
 
-// Of all threads' numbers, to all threads.
+// Sum over the thread block, returned to all threads.
 __device__ __forceinline__ float block_sum(float x) {
     __shared__ float of_warp[kWarp];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -44,7 +43,7 @@ __device__ __forceinline__ void rms_norm(const RmsNorm &a) {
     Vector<E> own_x, own_weight;
     float total = 0.f;
     if (begin < width) {
-        own_weight = load(weight + begin, wide, width - begin);  // early: it does not wait for the sum
+        own_weight = load(weight + begin, wide, width - begin);  // early, since it does not depend on the sum
         own_x = read(begin);
         total = squares(own_x);
     }

@@ -1,7 +1,7 @@
 #pragma once
 #include "kernels.h"
 
-// Where a normalised element x̂, in fp32, is rounded to the elements' type, and what it is multiplied with.
+// When a normalised fp32 element x̂ is rounded to the elements' type, and its factor.
 enum NormForm : int64_t { kCastFirst = 0, kOnePlus = 1, kCastLast = 2 };  // w · cast(x̂), cast((1 + w) · x̂), cast(w · x̂)
 
 // Root-mean-square normalisation of rows.

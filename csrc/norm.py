@@ -12,13 +12,12 @@ import functools
 import torch
 from torch import Tensor
 
-from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, check
+from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, check, check_on_gpu
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
-MOST_THREADS, WARP = 1024, 32
-VECTOR_BYTES = 16  # that a thread reads at once
+MAX_THREADS, WARP = 1024, 32
+VECTOR_BYTES = 16  # one load of a thread
 
 
 class Form(enum.IntEnum):
@@ -38,14 +37,14 @@ class RmsNorm(ctypes.Structure):
 @functools.cache
 def kernel(dtype: torch.dtype) -> Kernel:
     """For elements of that type, one of ``ELEMENTS``."""
-    return Kernel("norm.cu", f"rms_norm<{IN_CPP[dtype]}>", RmsNorm, threads=MOST_THREADS)
+    return Kernel("norm.cu", f"rms_norm<{IN_CPP[dtype]}>", RmsNorm, threads=MAX_THREADS)
 
 
 def rms_norm(x_xW: Tensor, weight_W: Tensor, eps: float, form: Form) -> Tensor:
-    """Rows divided by the root of their mean square, times the weight; on a GPU. ``rms_norm_by_torch`` says what it is.
+    """Root-mean-square normalisation on a GPU; ``rms_norm_by_torch`` is the reference.
 
     Args:
-        x_xW: fp32, fp16 or bf16; copied where it is not contiguous.
+        x_xW: fp32, fp16 or bf16; copied if not contiguous.
         weight_W: Of the same type.
         eps: Added to the mean square.
 
@@ -56,8 +55,7 @@ def rms_norm(x_xW: Tensor, weight_W: Tensor, eps: float, form: Form) -> Tensor:
         ValueError: Arguments that don't go together, or a device without kernels.
     """
     device, dtype, width = x_xW.device, x_xW.dtype, x_xW.shape[-1]
-    if not binding.on_gpu(device):
-        raise ValueError(f"x_xW is on {device}, expected a GPU: this kernel is written for no other device")
+    check_on_gpu("x_xW", device)
     if dtype not in ELEMENTS:
         raise ValueError(f"x_xW is {dtype}, expected one of {', '.join(map(str, ELEMENTS))}")
     check("weight_W", weight_W, (width,), dtype, device)
@@ -66,7 +64,7 @@ def rms_norm(x_xW: Tensor, weight_W: Tensor, eps: float, form: Form) -> Tensor:
     given = (x_xW, weight_W, out)
     arguments = RmsNorm(*map(address, given), width, int(form), int(is_wide(given, width)), eps)
     vectors = -(-width * dtype.itemsize // VECTOR_BYTES)
-    threads = min(-(-vectors // WARP) * WARP, MOST_THREADS)
+    threads = min(-(-vectors // WARP) * WARP, MAX_THREADS)
     kernel(dtype).launch(device, (x_xW.numel() // max(width, 1), 1, 1), arguments, threads=threads)
     return out
 
@@ -82,7 +80,7 @@ def rms_norm_by_torch(x_xW: Tensor, weight_W: Tensor, eps: float, form: Form) ->
 
 
 def is_wide(tensors: tuple[Tensor, ...], *elements: int) -> bool:
-    """Whether all these tensors, and what is so many of their elements further on, are at multiples of 16 bytes."""
+    """Whether all tensors begin at multiples of 16 bytes, and strides of so many elements are multiples of 16 bytes."""
     return all(
         tensor.data_ptr() % VECTOR_BYTES == 0 and not any(n * tensor.itemsize % VECTOR_BYTES for n in elements)
         for tensor in tensors

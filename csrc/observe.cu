@@ -1,9 +1,8 @@
-// The history's row, or several, and their folding, in one pass over the state.
+// Computes one or several score rows and updates the state with them, in one pass over the state.
 //
-// A thread block takes a tile of blocks of one KV head. Its state is contiguous; a thread reads and writes 16 bytes at a time,
-// so that what it holds begins in any channel. Seven such vectors are two blocks: with a multiple of seven threads, a thread's
-// channels are the same in all of its vectors, and so is what it does to them. All loads from far away are under way before
-// the first is waited for.
+// A thread block takes a tile of blocks of one KV head. Its state is contiguous; a thread reads and writes vectors of 16 bytes,
+// which may begin in any channel. Seven vectors are two blocks. With a multiple of seven threads, a thread has the same channels
+// in all of its vectors, and the same operations. All loads from global memory are issued before the first is used.
 
 #include "device.cuh"
 #include "observe.h"
@@ -18,12 +17,12 @@ constexpr int kThreads = 32 * kPeriod;
 constexpr int kVectors = kTile / 2 * kPeriod / kThreads;  // of a thread
 static_assert(kVectors * kThreads == kTile / 2 * kPeriod && kThreads >= kTile, "a thread has whole vectors and a block at most");
 
-// The logarithm of the largest share that any head of the group gives to a block, from each head's logit.
+// The logarithm of the largest probability of a block over the query heads, from each head's logit.
 template <typename Logit, typename Total>
 __device__ __forceinline__ float largest_share(Logit logit, Total total, int group) {
     float most = -INFINITY;
 #pragma unroll 4
-    for (int m = 0; m < group; ++m) most = fmaxf(most, logit(m) - total(m));  // passes over −inf − −inf
+    for (int m = 0; m < group; ++m) most = fmaxf(most, logit(m) - total(m));  // fmaxf ignores the NaN of −inf − −inf
     return most;
 }
 
@@ -31,7 +30,7 @@ __device__ __forceinline__ void fold_row(const ObserveRow &a) {
     __shared__ int slot_of[kTile];     // −1: not attended
     __shared__ float log_score[kTile];
     const float eps = static_cast<float>(a.eps), full_scale = static_cast<float>(a.full_scale);
-    const int64_t length = a.length_B ? min(a.length_B[blockIdx.z], a.length) : a.length;  // not waited for yet
+    const int64_t length = a.length_B ? min(a.length_B[blockIdx.z], a.length) : a.length;  // the load is still pending
     const int first = blockIdx.x * kTile;
     const int t = threadIdx.x;
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
@@ -45,7 +44,7 @@ __device__ __forceinline__ void fold_row(const ObserveRow &a) {
         if (t + i * kThreads < room && !a.fresh) vector[i] = state[t + i * kThreads];
     }
 
-    // Averages move to the score by a weight; peaks, the last score among them, fall by so much and never below it.
+    // Averages move towards the score by a weight; peaks (and the last score) fall by a step, but not below the score.
     bool averages[4];
     float fold[4];
 #pragma unroll
@@ -64,7 +63,7 @@ __device__ __forceinline__ void fold_row(const ObserveRow &a) {
     const float *given = a.given + row * rows * a.columns + first + t;
     const int64_t *block = a.block + row * a.slots;
     const int64_t near = a.given == nullptr && t < a.slots ? block[t] : -1;
-    float share = -INFINITY;  // counts for nothing where there is no block yet
+    float share = -INFINITY;  // stays without effect for blocks that do not exist yet
     if (a.given == nullptr && a.peak != nullptr && t < kTile && first + t < a.columns) {
         const float *peak = a.peak + row * group * a.columns + first + t;
         share = largest_share([&](int m) { return peak[m * a.columns]; }, total, group);

@@ -1,4 +1,4 @@
-"""Rows of block scores, folded into the state of the time filters, as torch operations.
+"""Updates the time filters' state with score rows, as torch operations.
 
 Suffixes: B sequences, G KV heads, H query heads, S slots, R rows, N blocks, C state channels.
 """
@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc.binding import address, check, check_on_gpu
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
@@ -48,23 +47,23 @@ def observe_row(
     length_B: Tensor | None,
     row_BGN: Tensor | None,
 ) -> None:
-    """Make a step's row of the logits it found, and fold it into the state; on a GPU.
+    """Compute a step's score row from its logits, and update the state with it; on a GPU.
 
-    A block's score is exp(logit − total), the largest of the group's heads: by the exact logit where a slot holds the
-    block, else by the estimated one (``row_of_logits`` in ``predictor/history.py``).
+    A block's score is exp(logit − total), the maximum over the query heads of a KV head. It uses the exact logit if a
+    slot holds the block, else the estimated one (``row_of_logits`` in ``predictor/history.py``).
 
     Args:
         peak_BHN: fp32 estimated largest logit of each block, ``-inf`` for a score of zero; ``None``: zero for all.
         block_BGS: int64 block in each slot, none twice in a row; -1 for a slot that takes no part.
         slot_peak_BHS: fp32 exact largest logit of each slot.
         total_BH: fp32 log-sum-exp of all logits.
-        rest_BH: fp32 log-sum-exp of those that ``total_BH`` lacks, if it lacks any.
-        state_BGNC: fp32 state, with even room for blocks; those beyond the sequence are left as they are.
-        fold_C: fp32 weight of the new score in each average, then how far each peak falls (``FilterPredictor.packed``).
+        rest_BH: fp32 log-sum-exp of logits not included in ``total_BH``, or ``None``.
+        state_BGNC: fp32 state of even capacity; blocks beyond the sequence are not changed.
+        fold_C: fp32 weight of the new score in each average, then each peak's fall (``FilterPredictor.packed``).
         eps: Of the logarithmic scale.
         block_size, length: Tokens of a block and of the sequence, the new one included.
         length_B: int64 true lengths on the device, at most ``length``; ``None``: ``length``.
-        row_BGN: Takes the row, if it is wanted; fp32.
+        row_BGN: fp32 output for the row, or ``None``.
     """
     B, G, S = block_BGS.shape
     H, n_blocks = total_BH.shape[1], -(-length // block_size)
@@ -98,10 +97,9 @@ def observe_row(
 
 @torch.library.custom_op("attention_predictor::fold_rows", mutates_args=("state_BGNC",))
 def fold_rows(rows_BGRN: Tensor, state_BGNC: Tensor, fold_C: Tensor, eps: float, fresh: bool) -> None:
-    """Fold rows of scores, fp32, the oldest first, into the state of the blocks they cover; on a GPU.
+    """Update the state with fp32 score rows, oldest first; on a GPU.
 
-    ``fresh``: there is no state yet, and the first row is taken to have held forever before. Other arguments as for
-    ``observe_row``.
+    ``fresh``: there is no state yet, and the averages start at the first row. Other arguments as in ``observe_row``.
     """
     B, G, R, N = rows_BGRN.shape
     _check_state(state_BGNC, fold_C, B, G, N)
@@ -115,8 +113,7 @@ def fold_rows(rows_BGRN: Tensor, state_BGNC: Tensor, fold_C: Tensor, eps: float,
 
 def _check_state(state_BGNC: Tensor, fold_C: Tensor, batch: int, kv_heads: int, n_blocks: int) -> None:
     device, room = state_BGNC.device, state_BGNC.shape[2]
-    if not binding.on_gpu(device):
-        raise ValueError(f"state_BGNC is on {device}, expected a GPU: this kernel is written for no other device")
+    check_on_gpu("state_BGNC", device)
     check("state_BGNC", state_BGNC, (batch, kv_heads, room, FILTERS + PEAKS), torch.float32, device)
     check("fold_C", fold_C, (FILTERS + PEAKS,), torch.float32, device)
     if room % 2 or room < n_blocks:

@@ -1,4 +1,4 @@
-"""All kernels as functions: arguments checked, a reason where there are none, and which of them a model needs."""
+"""All kernels as functions, why a device has none, and which kernels a model needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attention_predictor.csrc import (
     window,
 )
 from attention_predictor.csrc.attention import fits, sparse_decode
-from attention_predictor.csrc.available import missing, prepare
+from attention_predictor.csrc.available import prepare, why_no_kernels
 from attention_predictor.csrc.binding import ELEMENTS
 from attention_predictor.csrc.gate import Activation, gate_up
 from attention_predictor.csrc.gather import append_token, gather_to_host, move_blocks, note_time
@@ -34,7 +34,7 @@ from attention_predictor.csrc.select import (
     SlotTensors,
     choose_by_estimates,
     choose_by_scores,
-    most_slots,
+    max_slots,
 )
 from attention_predictor.csrc.sketch import sketch_append, sketch_scores, sketch_store
 from attention_predictor.csrc.window import pack_network, push_window, score_window
@@ -54,10 +54,8 @@ __all__ = [
     "gate_up",
     "gather_to_host",
     "kernels_of",
-    "missing",
-    "most_slots",
+    "max_slots",
     "move_blocks",
-    "no_sketch_kernel",
     "note_time",
     "observe_row",
     "pack_convolutions",
@@ -75,6 +73,8 @@ __all__ = [
     "sketch_scores",
     "sketch_store",
     "sparse_decode",
+    "why_no_kernels",
+    "why_no_sketch_kernel",
 ]
 
 # By the architecture of the predictor (`AttentionPredictor.arch`).
@@ -84,35 +84,35 @@ OF_PREDICTOR = {
 }
 
 
-def no_sketch_kernel(
+def why_no_sketch_kernel(
     device: torch.device, dtype: torch.dtype, head_dim: int, group: int, block_size: int | None = None
 ) -> str | None:
     """Why no kernel scores blocks of `block_size` tokens by such a sketch, on one line; ``None`` if one does.
 
-    Without a `block_size`: why none makes codes of its keys.
+    Without `block_size`: why no kernel quantises its keys.
     """
-    return missing(device) or sketch.unserved(device, dtype, head_dim, group, block_size)
+    return why_no_kernels(device) or sketch.why_unsupported(device, dtype, head_dim, group, block_size)
 
 
 def reduces(device: torch.device, block_size: int) -> bool:
-    """Whether a kernel brings a prompt's logits down to blocks of that size."""
-    return reduce.serves(device, block_size) and missing(device) is None
+    """Whether a kernel reduces a prompt's logits to blocks of that size."""
+    return reduce.serves(device, block_size) and why_no_kernels(device) is None
 
 
 def kernels_of(
     dtype: torch.dtype, head_dim: int, *, sketch_bits: int | None, predictor: str | None, fused: bool = True
 ) -> list[Kernel]:
-    """All that a GPU needs for a prompt and decoding steps, to be given to ``prepare``.
+    """The kernels that prompts and decoding steps need on a GPU, for ``prepare``.
 
     Args:
-        dtype, head_dim: Of the keys; kernels that none are written for are left out.
-        sketch_bits: Of a sketch's codes; ``None`` where there is no sketch.
-        predictor: Its architecture, if there is one.
-        fused: Captured steps use the kernels for norms, gated MLPs and rotary embeddings.
+        dtype, head_dim: Of the keys; kernels that don't support them are left out.
+        sketch_bits: Of a sketch's codes; ``None``: no sketch.
+        predictor: Its architecture, or ``None``.
+        fused: Whether captured steps use the kernels for norms, gated MLPs and rotary embeddings.
     """
-    # What takes longest to compile comes first.
+    # Those that take longest to compile come first.
     found = [select.BY_ESTIMATES, select.BY_SCORES, gather.MOVE, gather.APPEND, gather.NOTE_TIME]
-    if dtype in ELEMENTS and head_dim <= attention.MOST_HEAD_DIM:
+    if dtype in ELEMENTS and head_dim <= attention.MAX_HEAD_DIM:
         if sketch_bits is not None:
             found += [sketch.score_kernel(sketch_bits, head_dim)[0], sketch.store_kernel(dtype)]
         found += [attention.kernel(dtype, head_dim, values) for values in (True, False)]
@@ -122,12 +122,12 @@ def kernels_of(
 
 
 def fusing(dtype: torch.dtype) -> list[Kernel]:
-    """For norms, gated MLPs and rotary embeddings of that type, one of ``ELEMENTS``."""
+    """The kernels of norms, gated MLPs and rotary embeddings, for one dtype of ``ELEMENTS``."""
     return [norm.kernel(dtype), gate.kernel(dtype), rotary.kernel(dtype)]
 
 
 def every_kernel() -> list[Kernel]:
-    """All that can ever be asked for."""
+    """All kernels, for every dtype, head size, sketch and predictor."""
     found = [
         kernel
         for dtype in ELEMENTS

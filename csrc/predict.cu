@@ -1,10 +1,9 @@
-// The next step's scores of the candidate blocks: all four convolutions over blocks in one pass.
+// The candidates' scores for the next step: all four convolutions over blocks in one pass.
 //
-// A thread block takes a tile of blocks of one KV head, and as many more at each end as the convolutions after the first reach
-// across. Each convolution computes all rows of the tile; those next to its ends are wrong, one more with each, and what is
-// left in the middle is written. Rows lie in shared memory in fp16, a row a block, and a tap of a convolution is the same rows,
-// read one further. The tensor cores sum in fp32; the residual stream stays in fp32, in the registers of the warp that has the
-// rows.
+// A thread block takes a tile of blocks of one KV head, plus a margin at each end for the convolutions after the first. Each
+// convolution computes all rows of the tile; one more row at each end becomes wrong, and the rows in the middle are written. A
+// row is a block, in fp16 in shared memory, and a tap of a convolution reads the same rows, shifted by one. Tensor cores sum in
+// fp32; the residual stream stays in fp32, in the registers of the rows' warp.
 
 #include "device.cuh"
 #include "predict.h"
@@ -13,7 +12,7 @@ namespace {
 
 using namespace device;
 
-constexpr int kChannels = 14, kInputs = 16;  // of the state, and as the tensor cores read it
+constexpr int kChannels = 14, kInputs = 16;  // channels of the state, padded for the tensor cores
 constexpr int kHidden = 32;
 constexpr int kFurther = 3;  // convolutions after the first
 constexpr int kTaps = 3;
@@ -24,18 +23,18 @@ constexpr int kStride = kHidden + 8;           // elements of a row: eight rows 
 constexpr int kSlice = 16 * kHidden;           // weights from 16 inputs of one tap
 constexpr int kSlices = kTaps * (kInputs + kFurther * kHidden) / 16;
 constexpr int kBiases = (1 + kFurther) * kHidden + kHidden + 1;
-constexpr int kLoads = 4;  // of 16 bytes, by which a thread block has the state of its rows, two more, and to spare
+constexpr int kLoads = 4;  // 16-byte loads per thread: enough for the state of a thread block's rows and two more
 
 __device__ constexpr int rows_of(int warps) { return kRows * warps; }
 __device__ constexpr int outputs_of(int warps) { return rows_of(warps) - 2 * kFurther; }
-// Two channels of the state, numbered from the first row's first.
+// Stores two channels of the state; `element` counts from the first row's first channel.
 __device__ __forceinline__ void put(__half *rows, int element, int held, int low, int high, float x, float y) {
     const int i = element / kChannels, channel = element % kChannels;
     if (i >= held) return;
     const bool counts = i >= low && i < high;
     auto *to = reinterpret_cast<__half2 *>(rows + i * kStride + channel);
     to[0] = __floats2half2_rn(counts ? x : 0.f, counts ? y : 0.f);
-    if (channel == kChannels - 2) to[1] = __floats2half2_rn(0.f, 0.f);  // up to what the tensor cores read
+    if (channel == kChannels - 2) to[1] = __floats2half2_rn(0.f, 0.f);  // padding for the tensor cores
 }
 
 // sums = bias + convolution of the warp's rows, whose neighbours are read as well.
@@ -91,8 +90,8 @@ __device__ __forceinline__ void score_tiles(const PredictBlocks &a) {
     for (int i = threadIdx.x; i < kSlices * kSlice / 8; i += blockDim.x)
         copy_async(weight + i, static_cast<const uint4 *>(a.weight) + i);
     commit_copies();
-    // Row i is block origin + i. What is no candidate counts as zero, for this and for every further convolution. The origin
-    // and the capacity are even: 16 bytes, which may begin in one block and end in the next, stay within a head's state.
+    // Row i is block origin + i. Blocks that are no candidates count as zero in every convolution. Origin and capacity are even,
+    // so 16 bytes that begin in one block and end in the next stay within a head's state.
     const int origin = begin - kReach, held = rows_of(warps) + 2;
     const int low = first - origin, high = last - origin;
     const auto *state = reinterpret_cast<const float4 *>(a.state + (row * a.capacity + origin) * kChannels);

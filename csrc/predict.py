@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention_predictor.csrc import binding, candidates
-from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc.binding import address, check, check_on_gpu
 from attention_predictor.csrc.candidates import Candidates
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import integers, pointers
@@ -74,21 +74,20 @@ def predict_blocks(
     length_B: Tensor,
     padding_B: Tensor | None = None,
 ) -> Tensor:
-    """Scores of the candidates for the next step: ``FilterPredictor.forward`` on their states alone; on a GPU.
+    """The candidates' scores for the next step: ``FilterPredictor.forward`` on their states; on a GPU.
 
     Args:
-        state_BGNC: fp32 state, with even room for blocks.
-        weight, bias: By ``pack_convolutions``.
-        columns: Blocks of the result, for which the state has room.
-        first, recent, block_size, length_B, padding_B: As of ``candidates.checked``.
+        state_BGNC: fp32 state of even capacity.
+        weight, bias: From ``pack_convolutions``.
+        columns: Blocks of the result, at most the capacity.
+        first, recent, block_size, length_B, padding_B: As in ``candidates.checked``.
 
     Returns:
-        fp32 scores_BGN, ``-inf`` where there is no candidate.
+        fp32 scores_BGN, ``-inf`` for blocks that are no candidates.
     """
     B, G, room, _ = state_BGNC.shape
     device = state_BGNC.device
-    if not binding.on_gpu(device):
-        raise ValueError(f"state_BGNC is on {device}, expected a GPU: this kernel is written for no other device")
+    check_on_gpu("state_BGNC", device)
     check("state_BGNC", state_BGNC, (B, G, room, CHANNELS), torch.float32, device)
     check("weight", weight, (SLICES * SLICE * HIDDEN,), torch.float16, device)
     check("bias", bias, (BIASES,), torch.float32, device)

@@ -1,7 +1,7 @@
-// Logits to blocks, in one pass: scaled, capped and masked on the way to their maximum and log-sum-exp.
+// Reduces logits to blocks in one pass: scales, caps and masks them, then takes maximum and log-sum-exp.
 //
-// A few lanes share a block, four tokens each at a time; a product is read once, or twice where a block has more than 128
-// tokens, and then the second time from a cache.
+// A few lanes share a block, four tokens each at a time. A product is read once; if a block has more than 128 tokens, twice, the
+// second time from the cache.
 
 #include "device.cuh"
 #include "reduce.h"
@@ -12,10 +12,10 @@ using device::kAll;
 
 constexpr int kThreads = 256;
 constexpr int kFour = 4;
-constexpr int kMostLanes = 32;
+constexpr int kMaxLanes = 32;
 
 __device__ __forceinline__ void reduce_logits(const ReduceLogits &a) {
-    const int size = static_cast<int>(a.block_size), lanes = min(size / kFour, kMostLanes), tokens = static_cast<int>(a.tokens);
+    const int size = static_cast<int>(a.block_size), lanes = min(size / kFour, kMaxLanes), tokens = static_cast<int>(a.tokens);
     const int first_key = static_cast<int>(a.first_key), first_block = first_key / size;
     const int touched = (first_key + tokens + size - 1) / size - first_block;
     const int place = blockIdx.x * kThreads + threadIdx.x, lane = place % lanes, block = place / lanes;
@@ -26,7 +26,7 @@ __device__ __forceinline__ void reduce_logits(const ReduceLogits &a) {
         const float *product = a.product + row * a.tokens;
         const int query = static_cast<int>(a.first_query + row % a.queries);
         const uint8_t *real = a.real == nullptr ? nullptr : a.real + row / (a.heads * a.queries) * a.length;
-        // Four logits of the block, -inf where there is none that counts; the number of the first.
+        // Reads four logits of the block from key `key` on; -inf for masked ones.
         const auto four = [&](int key, float(&x)[kFour]) {
             const int t = key - first_key;
             const bool inside = block < touched && t >= 0 && t + kFour <= tokens;
@@ -54,7 +54,7 @@ __device__ __forceinline__ void reduce_logits(const ReduceLogits &a) {
         for (int o = 1; o < lanes; o *= 2) peak = fmaxf(peak, __shfl_xor_sync(kAll, peak, o));
         const float from = peak > -INFINITY ? peak : 0.f;
         for (int key = begin; key < end; key += lanes * kFour) {
-            if (begin + lanes * kFour < end) four(key, x);  // else it is still there
+            if (begin + lanes * kFour < end) four(key, x);  // else it is still in registers
 #pragma unroll
             for (int j = 0; j < kFour; ++j) sum += expf(x[j] - from);
         }

@@ -1,7 +1,7 @@
 #pragma once
 #include "kernels.h"
 
-// Logits of a prompt's last queries over some keys, reduced to blocks and joined to what other keys gave.
+// Reduces logits of a prompt's last queries over some keys to blocks, and merges them with those of other keys.
 struct ReduceLogits {
     const float *product;    // [B, H, Q, T] query times key
     const uint8_t *real;     // [B, length] 0 at padding; null: no padding

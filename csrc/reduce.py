@@ -12,14 +12,14 @@ from torch import Tensor
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc.binding import address, check, check_on_gpu
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
-LEAST_BLOCK = 4  # tokens: those that a thread reads together
+MIN_BLOCK = 4  # tokens: those that a thread reads together
 THREADS = 256  # of a thread block
-MOST_LANES = 32  # threads that share a block
-MOST_ROWS = 65535  # of a grid
+MAX_LANES = 32  # threads that share a block
+MAX_ROWS = 65535  # of a grid
 
 
 class ReduceLogits(ctypes.Structure):
@@ -34,13 +34,13 @@ class ReduceLogits(ctypes.Structure):
     ]
 
 
-CONSTANTS = {"kThreads": THREADS, "kFour": LEAST_BLOCK, "kMostLanes": MOST_LANES}
+CONSTANTS = {"kThreads": THREADS, "kFour": MIN_BLOCK, "kMaxLanes": MAX_LANES}
 KERNEL = Kernel("reduce.cu", "reduce_logits", ReduceLogits, THREADS, constants=CONSTANTS)
 
 
 def serves(device: torch.device, block_size: int) -> bool:
     """Whether there is a kernel of this kind of device for blocks of that size: a power of two, at least 4."""
-    return block_size >= LEAST_BLOCK and block_size & (block_size - 1) == 0 and binding.on_gpu(device)
+    return block_size >= MIN_BLOCK and block_size & (block_size - 1) == 0 and binding.on_gpu(device)
 
 
 @torch.library.custom_op("attention_predictor::reduce_logits", mutates_args=("peak_BHQN", "sum_BHQN"))
@@ -69,15 +69,14 @@ def reduce_logits(
     """
     device, (B, H, Q, T) = product_BHQT.device, product_BHQT.shape
     N, length = peak_BHQN.shape[-1], 0 if real_BL is None else real_BL.shape[1]
-    if not binding.on_gpu(device):
-        raise ValueError(f"product_BHQT is on {device}, expected a GPU: this kernel is written for no other device")
+    check_on_gpu("product_BHQT", device)
     check("product_BHQT", product_BHQT, (B, H, Q, T), torch.float32, device)
     check("peak_BHQN", peak_BHQN, (B, H, Q, N), torch.float32, device)
     check("sum_BHQN", sum_BHQN, (B, H, Q, N), torch.float32, device)
     if real_BL is not None:
         check("real_BL", real_BL, (B, length), torch.bool, device)
-    if block_size < LEAST_BLOCK or block_size & (block_size - 1):
-        raise ValueError(f"block_size is {block_size}, expected a power of two, at least {LEAST_BLOCK}")
+    if block_size < MIN_BLOCK or block_size & (block_size - 1):
+        raise ValueError(f"block_size is {block_size}, expected a power of two, at least {MIN_BLOCK}")
     if first_key + T > N * block_size or (real_BL is not None and first_key + T > length):
         raise ValueError(
             f"keys {first_key} to {first_key + T}: expected them within {N} blocks of {block_size} tokens"
@@ -87,7 +86,7 @@ def reduce_logits(
         *map(address, (product_BHQT, real_BL, peak_BHQN, sum_BHQN)),
         *(B, H, Q, T, N, length, first_key, first_query, block_size, scaling, softcap),
     )
-    lanes = min(block_size // LEAST_BLOCK, MOST_LANES)
+    lanes = min(block_size // MIN_BLOCK, MAX_LANES)
     touched = ceil_div(first_key + T, block_size) - first_key // block_size
     columns = ceil_div(touched * lanes, KERNEL.threads) if T else 0
-    KERNEL.launch(device, (columns, min(B * H * Q, MOST_ROWS), 1), arguments)
+    KERNEL.launch(device, (columns, min(B * H * Q, MAX_ROWS), 1), arguments)

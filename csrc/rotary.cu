@@ -1,7 +1,6 @@
-// The rotary embedding of queries and keys in one launch: x · cos + rotate_half(x) · sin, each operation rounded as torch's are.
+// Rotary embedding of queries and keys in one launch: x · cos + rotate_half(x) · sin, each operation rounded as in torch.
 //
-// A thread takes 16 bytes of a head's first half with those they turn with, of the second; or, behind what is rotated, 16 bytes
-// that are copied.
+// A thread takes 16 bytes of a head's first half with the matching 16 bytes of the second; or copies 16 bytes that are not rotated.
 
 #include "rotary.h"
 #include "vector.cuh"

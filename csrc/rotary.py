@@ -11,14 +11,13 @@ import functools
 import torch
 from torch import Tensor
 
-from attention_predictor.csrc import binding
-from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address
+from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, check_on_gpu
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import integers, pointers
 from attention_predictor.csrc.norm import VECTOR_BYTES, is_wide
 
 THREADS = 128
-MOST_ROWS = 65535  # of a grid
+MAX_ROWS = 65535  # of a grid
 
 
 class Rotary(ctypes.Structure):
@@ -70,8 +69,7 @@ def rotate(query_BHTD: Tensor, key_BGTD: Tensor, cosine_BTE: Tensor, sine_BTE: T
         ValueError: Arguments that don't go together, or a device without kernels.
     """
     device = query_BHTD.device
-    if not binding.on_gpu(device):
-        raise ValueError(f"query_BHTD is on {device}, expected a GPU: this kernel is written for no other device")
+    check_on_gpu("query_BHTD", device)
     given = (query_BHTD, key_BGTD, cosine_BTE, sine_BTE)
     if not rotates(*given):
         found = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in given)
@@ -89,7 +87,7 @@ def rotate(query_BHTD: Tensor, key_BGTD: Tensor, cosine_BTE: Tensor, sine_BTE: T
     arguments = Rotary(*map(address, tensors), B, H, G, T, D, E, *strides, int(wide))
     size = VECTOR_BYTES // query_BHTD.itemsize if wide else 1
     lanes = (D - E // 2) // size
-    kernel(query_BHTD.dtype).launch(device, (-(-(H + G) * lanes // THREADS), min(B * T, MOST_ROWS), 1), arguments)
+    kernel(query_BHTD.dtype).launch(device, (-(-(H + G) * lanes // THREADS), min(B * T, MAX_ROWS), 1), arguments)
     return query_out, key_out
 
 

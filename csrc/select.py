@@ -1,4 +1,4 @@
-"""Selection and residency on the GPU.
+"""Selection and residency on the GPU: chooses blocks, gives them slots, lists the moves.
 
 Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, S slots, N blocks, C capacity in blocks.
 """
@@ -17,8 +17,8 @@ from attention_predictor.csrc.binding import address, check
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import integers, pointers
 
-STATIC_BYTES = 5 << 10  # of shared memory, at most, whose size the kernel declares
-SLOT_BYTES, LIST_BYTES = 60, 8 << 10  # of what it is given: for each slot, and for keys that are compared
+STATIC_BYTES = 5 << 10  # most static shared memory of the kernel
+SLOT_BYTES, LIST_BYTES = 60, 8 << 10  # dynamic shared memory per slot, and for keys to compare
 
 
 class Table(ctypes.Structure):
@@ -30,7 +30,7 @@ class Table(ctypes.Structure):
 class Bounds(ctypes.Structure):
     """As in select.h."""
 
-    _fields_ = [*pointers("length padding less"), *integers("kv_heads block_size limit sink_blocks recent")]
+    _fields_ = [*pointers("length padding deficit"), *integers("kv_heads block_size limit sink_blocks recent")]
 
 
 class Select(ctypes.Structure):
@@ -44,19 +44,19 @@ class Select(ctypes.Structure):
     ]
 
 
-# Half a multiprocessor's registers, for the choice that runs beside the model; all of them, to hold estimates.
+# By scores: half a multiprocessor's registers, as it runs beside the model. By estimates: all, to hold the estimates.
 BY_SCORES = Kernel("select.cu", "select_blocks<true>", Select, threads=512, at_once=2)
 BY_ESTIMATES = Kernel("select.cu", "select_blocks<false>", Select, threads=512, at_once=1)
 
 
 class SlotTensors(NamedTuple):
-    """Which block is in which slot, and what must move for it.
+    """Which block is in which slot, and the blocks to move.
 
     Attributes:
-        block_RS, active_RS, use_RS: int64, of each slot: its block, -1 for none; its block if chosen, else -1; when it
-            was chosen last.
-        slot_RC: int32, the slot of each block, -1 for one that is absent.
-        move_block_RS, move_slot_RS, moves_R: int32, written: what is to be fetched where; how many of them.
+        block_RS, active_RS, use_RS: int64, for each slot: its block, -1 for none; its block if chosen, else -1; the
+            step that last chose it.
+        slot_RC: int32, the slot of each block, -1 if absent.
+        move_block_RS, move_slot_RS, moves_R: int32, output: blocks to fetch, their slots, and their number.
     """
 
     block_RS: Tensor
@@ -68,7 +68,7 @@ class SlotTensors(NamedTuple):
     moves_R: Tensor
 
     def checked(self) -> Table:
-        """As the kernel reads it; ValueError where the tensors don't fit each other."""
+        """The kernel's struct; ValueError if the tensors don't fit each other."""
         device, (R, S), C = self.block_RS.device, self.block_RS.shape, self.slot_RC.shape[1]
         for name, tensor in self._asdict().items():
             shape = {"RS": (R, S), "RC": (R, C), "R": (R,)}[name.rpartition("_")[2]]
@@ -78,45 +78,45 @@ class SlotTensors(NamedTuple):
 
 
 class ChoiceBounds(NamedTuple):
-    """What bounds a choice of blocks.
+    """Bounds of a choice of blocks.
 
     Attributes:
         length_B: int64, tokens of each sequence, the newest included.
-        padding_B: int64, tokens of left padding of each; ``None`` where there is none.
-        less_G: int64, tokens by which a KV head's limit is lower; ``None`` where all have the same.
+        padding_B: int64, left padding of each sequence in tokens; ``None``: no padding.
+        deficit_G: int64, tokens by which a KV head's limit is lower; ``None``: same limit for all.
         block_size: Tokens of a block, a power of two.
-        limit: Tokens chosen at most.
+        limit: Most tokens to choose.
         sink_blocks, recent: Always chosen, in blocks and tokens.
     """
 
     length_B: Tensor
     padding_B: Tensor | None
-    less_G: Tensor | None
+    deficit_G: Tensor | None
     block_size: int
     limit: int
     sink_blocks: int
     recent: int
 
     def checked(self, kv_heads: int, device: torch.device) -> Bounds:
-        """As the kernel reads them; ValueError where they are not what they must be."""
+        """The kernel's struct; ValueError for invalid bounds."""
         B = len(self.length_B)
         check("length_B", self.length_B, (B,), torch.int64, device)
         if self.padding_B is not None:
             check("padding_B", self.padding_B, (B,), torch.int64, device)
-        if self.less_G is not None:
-            check("less_G", self.less_G, (kv_heads,), torch.int64, device)
+        if self.deficit_G is not None:
+            check("deficit_G", self.deficit_G, (kv_heads,), torch.int64, device)
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size is {self.block_size}, expected a power of two")
-        addresses = map(address, (self.length_B, self.padding_B, self.less_G))
+        addresses = map(address, (self.length_B, self.padding_B, self.deficit_G))
         return Bounds(*addresses, kv_heads, self.block_size, self.limit, self.sink_blocks, self.recent)
 
 
 class Estimates(NamedTuple):
-    """What a query is thought to make of every block, and what it does make of the slots.
+    """A query's estimated scores of every block, and exact scores of the slots.
 
     Attributes:
-        peak_BHC, sum_BHC: fp32, largest logit and log-sum-exp of each block's tokens.
-        slot_peak_BHS, slot_sum_BHS: The same of each slot, exactly; ``None`` where nobody asks.
+        peak_BHC, sum_BHC: fp32, estimated largest logit and log-sum-exp of each block's tokens.
+        slot_peak_BHS, slot_sum_BHS: The exact ones of each slot; ``None`` if not needed.
     """
 
     peak_BHC: Tensor
@@ -125,9 +125,9 @@ class Estimates(NamedTuple):
     slot_sum_BHS: Tensor | None = None
 
 
-def most_slots(device: torch.device, capacity: int) -> int:
-    """Slots of a row that the kernel has room for, where a sequence has up to ``capacity`` blocks."""
-    return (binding.most_shared(device) - STATIC_BYTES - _shared_bytes(0, capacity)) // SLOT_BYTES
+def max_slots(device: torch.device, capacity: int) -> int:
+    """Most slots of a row that the kernel supports, for sequences of up to ``capacity`` blocks."""
+    return (binding.max_shared_memory(device) - STATIC_BYTES - _shared_bytes(0, capacity)) // SLOT_BYTES
 
 
 def choose_by_scores(
@@ -136,14 +136,14 @@ def choose_by_scores(
     """Choose blocks by their scores, and give them slots.
 
     Args:
-        bounds: Their lengths are the tokens now, also where the next token's blocks are chosen.
-        score_BGC: fp32, ``-inf`` for never; ``None``: what is always chosen, and no other.
-        count_2: int64, adds up the blocks chosen, and those of them that are to be fetched.
-        ahead: For the next token, not for the newest.
-        late: Absent blocks chosen at most.
+        bounds: With the current lengths, even when choosing for the next token.
+        score_BGC: fp32, ``-inf`` for never; ``None``: only blocks that are always chosen.
+        count_2: int64, incremented by the blocks chosen and by those to fetch.
+        ahead: Choose for the next token, not the newest.
+        late: Most absent blocks to choose.
 
     Raises:
-        ValueError: An argument's shape, dtype, device or layout; more slots than ``most_slots``.
+        ValueError: An argument's shape, dtype, device or layout; more slots than ``max_slots``.
     """
     B, (R, C) = len(bounds.length_B), table.slot_RC.shape
     if score_BGC is not None:
@@ -155,11 +155,11 @@ def choose_by_scores(
 def choose_by_estimates(
     table: SlotTensors, bounds: ChoiceBounds, estimates: Estimates, count_2: Tensor, *, late: int | None
 ) -> Tensor:
-    """Choose the newest token's blocks by their shares of what its query attends to, and give them slots.
+    """Choose the newest token's blocks by estimated mass, and give them slots.
 
     Args:
-        estimates: The exact scores of slots count for what is resident; their peaks are put in place of the others.
-        late: Absent blocks chosen at most; ``None``: the active blocks stay as they are, and only the rest is found.
+        estimates: Resident blocks use the slots' exact scores; their exact peaks overwrite the estimates.
+        late: Most absent blocks to choose; ``None``: keep the active blocks, and only compute the rest.
 
     Returns:
         fp32 rest_BH, the log-sum-exp of all blocks that are not active.
@@ -193,9 +193,9 @@ def _choose(
     device, (R, S), C = table.block_RS.device, table.block_RS.shape, table.slot_RC.shape[1]
     kv_heads = R // len(bounds.length_B)
     check("count_2", count_2, (2,), torch.int64, device)
-    if (most := most_slots(device, C)) < S:
-        raise ValueError(f"there are {S} slots for {C} blocks, expected at most {most}")
-    shared_bytes, room = _shared_bytes(S, C), binding.most_shared(device) - STATIC_BYTES
+    if (limit := max_slots(device, C)) < S:
+        raise ValueError(f"there are {S} slots for {C} blocks, expected at most {limit}")
+    shared_bytes, room = _shared_bytes(S, C), binding.max_shared_memory(device) - STATIC_BYTES
     keys_bytes = 16 * ceil_div(C, 4)
     keys_here = shared_bytes + keys_bytes <= room
     key_RC = None if keys_here else table.slot_RC.new_empty(R, C)
@@ -210,5 +210,5 @@ def _choose(
 
 
 def _shared_bytes(slots: int, capacity: int) -> int:
-    """Without keys of all blocks; two sets of blocks have a bit for each."""
+    """Dynamic shared memory without the sort keys; includes two bit sets of blocks."""
     return SLOT_BYTES * slots + LIST_BYTES + 8 * ceil_div(capacity, 32)

@@ -79,7 +79,7 @@ void score_row(const SketchScores &a, int64_t row) {
 
 extern "C" int sketch_scores(const SketchScores *a) {
     return with_element(a->sketch.element, [&](auto number) {
-        share(a->sketch.batch * a->sketch.kv_heads, a->workers,
+        parallel_for(a->sketch.batch * a->sketch.kv_heads, a->workers,
               [&](int64_t row) { score_row<decltype(number)>(*a, row); });
     });
 }

@@ -1,13 +1,13 @@
-// What one query makes of every block, by the few-bit keys of a sketch: one pass over them, at the speed of the memory.
+// Scores of every block for one query, by the few-bit keys of a sketch: one pass over them, bound by memory bandwidth.
 //
-// A warp takes a group of tokens at a time, its codes, scales and zeros in registers; they are loaded while the group before is
-// finished. Products are the tensor cores': 16 tokens × 16 channels of codes, times 16 channels × 8 columns of query times
-// scale.
-//   Codes need no conversion. Masked out of their bytes, each byte spread to 16 bits, they are half-precision numbers as they
-// stand, subnormal ones: code · 2^(bits · plane − 24), with `pack`'s planes (predictor/quantise.py). Bytes 0 and 2 of a word
-// make one register of the matrix, 1 and 3 another; any order of channels in a sum will do.
-//   Half precision is too coarse for query times scale, so each of 4 heads has two columns: the rounded product, and what the
-// rounding left out. Their sum has 22 bits.
+// A warp takes one group of tokens at a time, with codes, scales and zeros in registers; it loads the next group while it
+// finishes the current one. Tensor cores compute the products: 16 tokens × 16 channels of codes, times 16 channels × 8 columns
+// of query times scale.
+//   Codes need no conversion. Masked out of their bytes and spread to 16 bits, they are subnormal half-precision numbers:
+// code · 2^(bits · plane − 24), with `pack`'s planes (predictor/quantise.py). Bytes 0 and 2 of a word form one register of the
+// matrix, 1 and 3 another, as the order of channels in a sum is free.
+//   Half precision is too coarse for query times scale, so each of 4 heads has two columns: the rounded product, and the
+// rounding error. Their sum has 22 bits.
 
 #include "device.cuh"
 #include "sketch.h"
@@ -20,13 +20,13 @@ constexpr int kGroup = 64;      // tokens
 constexpr int kTiles = 4;       // of 16 tokens in a group
 constexpr int kOcts = 8;        // of 8 tokens in a group, two a tile
 constexpr int kTogether = 4;    // heads of one product
-constexpr int kMostHeads = 8;   // of a KV head in one thread block
+constexpr int kMaxHeads = 8;   // query heads of a KV head in one thread block
 constexpr int kWarps = 4;       // of a thread block
 constexpr int kSubnormal = 24;  // the integer n, as bits of a half-precision number, is n · 2^-24
 constexpr int kLogitRow = kGroup + 8;
 
-// Wide codes have small scales: query times scale is kept this many powers of two larger. The most that never overflows, as keys
-// are within 65504 of zero, and a scale is at most 1.4 times their range over the largest code.
+// Wide codes have small scales, so query times scale is multiplied by this power of two. It is the largest that never overflows:
+// keys are within ±65504, and a scale is at most 1.4 times their range divided by the largest code.
 __host__ __device__ constexpr int lift(int bits) { return bits == 8 ? 6 : bits == 4 ? 2 : 0; }
 
 template <int kWords>
@@ -45,13 +45,13 @@ __device__ __forceinline__ void load_words(uint32_t (&to)[kWords], const void *f
     }
 }
 
-// A lane's part of a group's channels of one width: of every eighth row of codes, kWords · 4 channels. Four lanes share a row,
-// eight rows are read at once, so that all of it is in one piece.
+// A lane's part of a group's channels of one width: kWords · 4 channels of every eighth row of codes. Four lanes share a row, and
+// a warp reads eight rows at once, which are contiguous.
 template <int kBits, int kWords>
 struct Codes {
     uint32_t word[kBits][kWords];  // 4 channels each
     uint32_t scale[2 * kWords];    // 2 each
-    const uint8_t *codes_at;       // what is to be loaded
+    const uint8_t *codes_at;       // next codes to load
     const uint16_t *scales_at;
     int channels, first;           // of all lanes; of this one
 
@@ -66,7 +66,7 @@ struct Codes {
         scales_at += static_cast<int64_t>(groups) * all_channels;
     }
 
-    // Channels that a head lacks are zeros.
+    // Missing channels are zeros.
     __device__ __forceinline__ void load() {
         if (channels == 16 * kWords) {
 #pragma unroll
@@ -74,7 +74,7 @@ struct Codes {
             load_words(scale, scales_at);
             return;
         }
-        // There is an even number of channels; no more is known of how addresses are aligned.
+        // The number of channels is even; no further alignment is guaranteed.
 #pragma unroll
         for (int w = 0; w < 2 * kWords; ++w) {
             const bool there = first + 2 * w < channels;
@@ -107,7 +107,7 @@ struct Codes {
         }
     }
 
-    // What a sum must still be multiplied with, for the tokens of an oct.
+    // The remaining factor of a sum, for the tokens of an oct.
     static __device__ constexpr float of_plane(int oct) {
         return 1.f / static_cast<float>(1 << (oct / kBits * kBits + lift(kBits)));
     }
@@ -119,7 +119,7 @@ private:
         return x;
     }
 
-    // In a head's first column the rounded product; in its second, where all of `mask` is set, what that leaves out.
+    // A head's first column has the rounded product; its second, where `mask` is all ones, has the rounding error.
     static __device__ __forceinline__ uint32_t column(uint32_t upper, uint32_t lower, uint32_t scales, uint32_t mask) {
         const __half2 by = halves(scales), minus_first = __hmul2(halves((upper ^ 0x80008000u) & mask), by);
         const __half2 x = __hfma2(halves(lower), by, __hfma2(halves(upper), by, minus_first));
@@ -129,7 +129,7 @@ private:
     }
 };
 
-// Without channels of that width.
+// No channels of that width.
 template <int kWords>
 struct Codes<0, kWords> {
     __device__ Codes(const uint8_t *, const uint16_t *, int, int) {}
@@ -160,19 +160,19 @@ __device__ __forceinline__ void load_eight(const void *from, int64_t index, int6
     for (int i = 0; i < 8; ++i) to[i] = to_number(full ? word[i] : word[i / 2] >> i % 2 * 16 & 0xffffu, element);
 }
 
-// The queries of one thread block's heads, channels in the sketch's order; zeros where there is no head or channel.
-template <int kWideWords, int kWords, int kMostDim>
+// The queries of one thread block's heads, channels in the sketch's order; zeros for missing heads and channels.
+template <int kWideWords, int kWords, int kMaxDim>
 struct Queries {
-    // For products with codes: relative to a power of two above the head's largest, each the sum of two half-precision numbers.
-    // For a word of codes and each of a head's two columns, what each of the four lanes of a row needs: the upper ones of
-    // channels 0, 2, 1, 3, then the lower ones, which the first column leaves out.
-    uint4 pairs[kMostHeads][kWideWords + kWords][2][4];
-    float4 ranked[kMostHeads / kTogether][kMostDim / 4][kTogether];  // for products with zeros: times the scaling
-    float unit[kMostHeads];                                          // what a sum over codes must be multiplied with
+    // For products with codes: relative to a power of two above the head's largest element, each as the sum of two
+    // half-precision numbers. For a word of codes and each of a head's two columns, the operands of the four lanes of a row:
+    // the upper halves of channels 0, 2, 1, 3, then the lower halves, the first column's rounding error.
+    uint4 pairs[kMaxHeads][kWideWords + kWords][2][4];
+    float4 ranked[kMaxHeads / kTogether][kMaxDim / 4][kTogether];  // for products with zeros: times the scaling
+    float unit[kMaxHeads];                                          // factor of a sum over codes
 
     template <int kBits, int kWideBits>
     __device__ void prepare(const SketchScores &a, int64_t row, uint32_t head0, int heads) {
-        constexpr int kParts = (kMostDim + kWarp - 1) / kWarp;
+        constexpr int kParts = (kMaxDim + kWarp - 1) / kWarp;
         const int lane = threadIdx.x % kWarp, D = static_cast<int>(a.sketch.head_dim);
         const int wide = static_cast<int>(a.sketch.wide_channels), coded = static_cast<int>(a.sketch.coded);
         const int64_t *order = a.sketch.order + row * D;
@@ -186,13 +186,13 @@ struct Queries {
                 x[i] = m < heads && c < D ? load_number(a.query, at + order[c], a.sketch.element) : 0.f;
                 largest = fmaxf(largest, fabsf(x[i]));
             }
-            // 2^exponent is above it; within limits that keep all powers of two used here normal numbers.
+            // 2^exponent is above it, clamped so that all powers of two used here are normal numbers.
             const int exponent = min(max(__float_as_int(warp_max(largest)) >> 23, 1), 228) - 126;
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < kParts; ++i) {
                 const int c = lane + i * kWarp;
-                if (c >= kMostDim) continue;
+                if (c >= kMaxDim) continue;
                 auto *quad = reinterpret_cast<float *>(&ranked[m / kTogether][c / 4][m % kTogether]);
                 quad[c % 4] = x[i] * static_cast<float>(a.scaling);
                 if (c >= coded) continue;
@@ -215,10 +215,10 @@ private:
     static __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 };
 
-// Where a token of a group stands in a row of logits: lanes of `score_blocks` that read at once are in different banks.
+// Index of a group's token in a row of logits, padded so that `score_blocks` has no bank conflicts.
 __device__ __forceinline__ int logit_place(int token) { return token + token / 32 * 4; }
 
-// Peak and log-sum-exp of the blocks of the 64 tokens from `begin` on, from their logits in 4 heads' rows of shared memory.
+// Peak and log-sum-exp of the blocks of the 64 tokens from `begin` on, from their logits of 4 heads in shared memory.
 __device__ __forceinline__ void score_blocks(const SketchScores &a, float *logits, int length, int begin, uint32_t head0,
                                              int heads) {
     constexpr int kOwn = 8;  // tokens of a lane
@@ -261,12 +261,12 @@ __device__ __forceinline__ void score_blocks(const SketchScores &a, float *logit
     }
 }
 
-// Logits of the exact keys behind the last whole group, and -inf for the rest of theirs: a warp takes 16 tokens, four lanes two
-// of these. Everything is asked for at once; `query` is room for the heads' numbers.
-template <int kMostDim>
+// Logits of the exact keys after the last whole group, and -inf for the rest of that group: a warp takes 16 tokens, four lanes
+// take two of them. All loads are issued first; `query` is scratch for the heads' queries.
+template <int kMaxDim>
 __device__ void multiply_tail(const SketchScores &a, float *query, float *logits, int tokens, int64_t row, uint32_t head0,
                               int heads) {
-    constexpr int kParts = kMostDim / 32;  // of 8 channels, in a lane
+    constexpr int kParts = kMaxDim / 32;  // of 8 channels, in a lane
     const int lane = threadIdx.x % kWarp, D = static_cast<int>(a.sketch.head_dim);
     const int first = threadIdx.x / kWarp * 16 + lane / 4, channel = lane % 4 * 8;
     float key[2][kParts][8];
@@ -303,30 +303,30 @@ __device__ void multiply_tail(const SketchScores &a, float *query, float *logits
     }
 }
 
-// For heads up to a size of kMostDim: a lane holds kWords of each row of narrow codes, and half as many of wide ones. The first
-// thread block of a row takes its tail, the others share its groups.
+// For head sizes up to kMaxDim: a lane holds kWords words of each row of narrow codes, and half as many of wide ones. The first
+// thread block of a row takes its tail, the others its groups.
 template <int kWideBits, int kBits, int kWords>
 __device__ __forceinline__ void score_groups(const SketchScores &a) {
     constexpr int kWideWords = kWideBits ? kWords / 2 : 0;
-    constexpr int kMostDim = kWideBits ? 32 * kWords : 16 * kWords;
-    constexpr int kZeros = kMostDim / 32;  // of 4 channels, in a lane
-    __shared__ Queries<kWideWords, kWords, kMostDim> queries;
+    constexpr int kMaxDim = kWideBits ? 32 * kWords : 16 * kWords;
+    constexpr int kZeros = kMaxDim / 32;  // of 4 channels, in a lane
+    __shared__ Queries<kWideWords, kWords, kMaxDim> queries;
     __shared__ float4 logit_rows[kWarps][kTogether * kLogitRow / 4];
 
     const Sketch &s = a.sketch;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int D = static_cast<int>(s.head_dim), of_group = static_cast<int>(a.heads / s.kv_heads);
-    const int pieces = (of_group + kMostHeads - 1) / kMostHeads;
-    const int kv_head = blockIdx.y / pieces, first_head = blockIdx.y % pieces * kMostHeads;
-    const int heads = min(kMostHeads, of_group - first_head);
+    const int pieces = (of_group + kMaxHeads - 1) / kMaxHeads;
+    const int kv_head = blockIdx.y / pieces, first_head = blockIdx.y % pieces * kMaxHeads;
+    const int heads = min(kMaxHeads, of_group - first_head);
     const int64_t row = blockIdx.z * s.kv_heads + kv_head;
     const uint32_t head0 = row * of_group + first_head;  // over all sequences
 
     if (blockIdx.x == 0) {
         const int length = static_cast<int>(a.length_B ? a.length_B[blockIdx.z] : a.length), begin = length / kGroup * kGroup;
         if (begin == length) return;
-        static_assert(sizeof(queries) >= kMostHeads * kMostDim * sizeof(float), "queries of the tail have the same room");
-        multiply_tail<kMostDim>(a, reinterpret_cast<float *>(&queries), reinterpret_cast<float *>(logit_rows), length - begin,
+        static_assert(sizeof(queries) >= kMaxHeads * kMaxDim * sizeof(float), "queries of the tail have the same room");
+        multiply_tail<kMaxDim>(a, reinterpret_cast<float *>(&queries), reinterpret_cast<float *>(logit_rows), length - begin,
                                    row, head0, heads);
         __syncthreads();
         const int m = warp * kTogether;
@@ -352,8 +352,8 @@ __device__ __forceinline__ void score_groups(const SketchScores &a) {
     };
     wide.skip(group, coded);
     narrow.skip(group, coded);
-    const int64_t found = a.length_B ? a.length_B[blockIdx.z] : a.length;  // not waited for yet
-    // Even before it is known whether there are so many.
+    const int64_t found = a.length_B ? a.length_B[blockIdx.z] : a.length;  // the load is still pending
+    // Speculatively, before the length is known.
     if (group < static_cast<int>(a.length) / kGroup) load();
     queries.template prepare<kBits, kWideBits>(a, row, head0, heads);
     const int length = static_cast<int>(found), groups = length / kGroup;
@@ -363,7 +363,7 @@ __device__ __forceinline__ void score_groups(const SketchScores &a) {
     auto *logits = reinterpret_cast<float *>(logit_rows[warp]);
     for (; group < groups; group += step) {
         for (int m = 0; m < heads; m += kTogether) {
-            // A column of the product belongs to head lane / 8; in the sums a lane has those of head lane % 4.
+            // A column of the product belongs to head lane / 8; in the sums a lane has head lane % 4.
             const uint4 *query = &queries.pairs[m + lane / 8][0][lane / 4 % 2][lane % 4];
             float sum[kTiles][4] = {};
             if constexpr (kWideBits != 0) {

@@ -1,19 +1,19 @@
 #pragma once
 #include "kernels.h"
 
-// What a sketch is made of (`KeySketch`): K groups of tokens, room for `capacity` of them, J bytes of a group. Channels stand in
-// the order of their importance, but for those of `tail`.
+// The data of a sketch (`KeySketch`): K groups of tokens, `capacity` of them allocated, J bytes per group. Channels are ordered by
+// importance, except in `tail`.
 struct Sketch {
     uint16_t *zero;           // [B, G, capacity, D] fp16
     uint16_t *scale;          // [B, G, capacity, coded] fp16
     uint8_t *wide;            // [B, G, capacity, group · wide_bits / 8, wide_channels]; null: there are none
     uint8_t *narrow;          // [B, G, capacity, group · bits / 8, coded − wide_channels]
     void *tail;               // [B, G, group, D] exact keys of the last, partial group
-    const int64_t *order;     // [B, G, D] channels, from the most important one on
+    const int64_t *order;     // [B, G, D] channels, most important first
     int64_t batch, kv_heads, head_dim, capacity, group, coded, wide_channels, wide_bits, bits, element;
 };
 
-// What one query makes of every block.
+// Scores of every block for one query.
 struct SketchScores {
     Sketch sketch;
     const void *query;        // [B, H, D]
@@ -26,13 +26,13 @@ struct SketchScores {
     double scaling, softcap;  // softcap 0: none
 };
 
-// Keys that become codes: `groups` whole groups, or one token, which goes to the tail and may complete its group. GPU alone.
+// Quantises keys: `groups` whole groups, or one token, which is added to the tail and may complete its group. GPU only.
 struct SketchStore {
     Sketch sketch;
     const void *key;          // [B, G, T, D]
     const int64_t *length_B;  // tokens of each sequence, this one included; null: length
-    int64_t of_batch, of_head, of_token;  // elements of `key` from one to the next
-    int64_t first, groups;    // groups `first` on are stored
+    int64_t of_batch, of_head, of_token;  // strides of `key` in elements
+    int64_t first, groups;    // stores groups from `first` on
     int64_t append;           // 1: one token, the last of the sequence
     int64_t length;
 };

@@ -1,4 +1,4 @@
-"""A key sketch on kernels, as torch operations: scores of all blocks, and new keys that become codes.
+"""Key sketch kernels as torch operations: score all blocks, and quantise new keys.
 
 Suffixes: B sequences, G KV heads, H query heads, T tokens, L tokens of the sequence (or room for them), D head size,
 N blocks, K groups of tokens, J bytes of a group, R channels with codes, C those of one width. ``KeySketch`` says what
@@ -20,10 +20,10 @@ from attention_predictor.csrc.function import Function
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import doubles, integers, pointers
 
-MOST_BLOCKS = 2**31 - 1  # of a grid
-GROUP = 64  # tokens of a group that the GPU's kernels are made for
-BLOCK_SIZES = (8, 16, 32, 64)  # tokens of a block, likewise
-MOST_HEAD_DIM = 256
+MAX_BLOCKS = 2**31 - 1  # of a grid
+GROUP = 64  # tokens of a group that the GPU kernels support
+BLOCK_SIZES = (8, 16, 32, 64)  # block sizes that they support
+MAX_HEAD_DIM = 256
 WIDE_BITS = {1: 2, 2: 4, 4: 8, 8: 0}  # of the channels that weigh most, by those of the others; 0: there are none
 WARPS, HEADS = 4, 8  # of a thread block: warps, and query heads of a KV head
 
@@ -70,45 +70,43 @@ ON_CPU = Function("sketch.cpp", "sketch_scores", SketchScores, ELEMENT_TYPES)
 
 @functools.cache
 def score_kernel(bits: int, head_dim: int) -> tuple[Kernel, int]:
-    """The GPU kernel that scores blocks by codes of ``bits``, and its thread blocks at once on a multiprocessor."""
+    """The GPU kernel that scores blocks by codes of ``bits``, and its thread blocks per multiprocessor."""
     wide_bits = WIDE_BITS[bits]
     size = next(i for i in (1, 2, 4) if head_dim <= 64 * i)
     words = size * (2 if wide_bits else 4)  # of a lane
     wide_words = words // 2 if wide_bits else 0
-    # A multiprocessor's registers must do for what a lane holds of a group.
+    # Registers must suffice for a lane's part of a group.
     registers = (bits + 2) * words + (wide_bits + 2) * wide_words + 4 * size
     at_once = 5 if registers <= 40 else 3 if registers <= 80 else 2
     function = f"score_groups<{wide_bits}, {bits}, {words}>"
-    constants = {"kGroup": GROUP, "kWarps": WARPS, "kMostHeads": HEADS}
+    constants = {"kGroup": GROUP, "kWarps": WARPS, "kMaxHeads": HEADS}
     return Kernel("sketch.cu", function, SketchScores, 32 * WARPS, at_once, constants), at_once
 
 
 @functools.cache
 def store_kernel(dtype: torch.dtype) -> Kernel:
-    """The GPU kernel that makes codes of keys of this dtype."""
+    """The GPU kernel that quantises keys of this dtype."""
     function, constants = f"store_groups<{IN_CPP[dtype]}>", {"kGroup": GROUP, "kWarps": 8}
     return Kernel("sketch_store.cu", function, SketchStore, threads=256, at_once=3, constants=constants)
 
 
-def unserved(
+def why_unsupported(
     device: torch.device, dtype: torch.dtype, head_dim: int, group: int, block_size: int | None = None
 ) -> str | None:
     """Why no kernel for this kind of device scores blocks of `block_size` tokens by such a sketch, on one line.
 
-    ``None`` if one does. Without a `block_size`: why none makes codes of its keys.
+    ``None`` if one does. Without `block_size`: why no kernel quantises its keys.
     """
     if dtype not in ELEMENTS:
-        return f"none for a sketch of {dtype} keys"
+        return f"no kernel for a sketch of {dtype} keys"
     if not binding.on_gpu(device):
-        return "none on a CPU that makes codes of a sketch's keys" if block_size is None else None
+        return "no CPU kernel quantises a sketch's keys" if block_size is None else None
     if group != GROUP:
-        return f"none for a sketch in groups of {group} tokens, only of {GROUP}"
-    if head_dim % 8 or head_dim > MOST_HEAD_DIM:
-        return f"none for a sketch with a head size of {head_dim}, only for multiples of 8 up to {MOST_HEAD_DIM}"
+        return f"no kernel for a sketch in groups of {group} tokens, only of {GROUP}"
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        return f"no kernel for a sketch with a head size of {head_dim}, only for multiples of 8 up to {MAX_HEAD_DIM}"
     if block_size is not None and block_size not in BLOCK_SIZES:
-        return (
-            f"none for a sketch's scores of blocks of {block_size} tokens, only of {', '.join(map(str, BLOCK_SIZES))}"
-        )
+        return f"no kernel for a sketch with blocks of {block_size} tokens, only of {', '.join(map(str, BLOCK_SIZES))}"
     return None
 
 
@@ -128,12 +126,12 @@ def sketch_scores(
     scaling: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """What one query makes of every block, by the few-bit keys of a sketch.
+    """Scores of every block for one query, by the few-bit keys of a sketch.
 
     Args:
-        query_BHD: In the dtype of the keys, channels in the model's order; query heads of one KV head lie side by side.
-        length: Tokens of the sequence, or room for them where `length_B` is given.
-        length_B: int64 on the device, tokens of each sequence; blocks behind it are left as they come.
+        query_BHD: In the dtype of the keys, channels in the model's order; query heads of one KV head are adjacent.
+        length: Tokens of the sequence; with `length_B`, the capacity.
+        length_B: int64 on the device, tokens of each sequence; results of blocks beyond it are undefined.
         real_BL: bool, False at padding, or ``None``.
         scaling, softcap: Logits are softcap·tanh(scaling·q·k / softcap), or scaling·q·k for a softcap of 0.
 
@@ -159,7 +157,7 @@ def sketch_scores(
     if not binding.on_gpu(device):
         ON_CPU.call(arguments)
         return peak_BHN, sum_BHN
-    # As many thread blocks as run at once; their warps take several groups each, one after the other.
+    # As many thread blocks as run at once; their warps take several groups each.
     kernel, at_once = score_kernel(sketch.bits, D)
     pieces = ceil_div(H, G * HEADS)
     most = at_once * binding.multiprocessors(device) // (B * G * pieces) - 1
@@ -193,12 +191,12 @@ def sketch_append(
     length: int,
     length_B: Tensor | None,
 ) -> None:
-    """The newest token's key goes to the tail; a group that it completes becomes codes, as by ``quantise``. On a GPU.
+    """Add the newest token's key to the tail, and quantise the group that it completes. On a GPU.
 
     The order of the channels must be known: the caller leaves a sequence's first group to ``KeySketch.extend``.
 
     Args:
-        length: Tokens of the sequence, this one included, or room for them where `length_B` is given.
+        length: Tokens of the sequence, this one included; with `length_B`, the capacity.
         length_B: int64 on the device, tokens of each sequence, this one included.
     """
     device, (B, G, D) = order_BGD.device, order_BGD.shape
@@ -225,10 +223,10 @@ def sketch_store(
     narrow_BGKJC: Tensor,
     first: int,
 ) -> None:
-    """Whole groups of keys become codes, as ``quantise`` has them: groups `first` on. On a GPU.
+    """Quantise whole groups of keys, as ``quantise`` does, to groups from `first` on. On a GPU.
 
     Args:
-        key_BGTD: In the dtype of the tail; its channels must be side by side, tokens and heads may be apart.
+        key_BGTD: In the dtype of the tail; its channels must be contiguous, tokens and heads may have any stride.
     """
     device, (B, G, D), T = order_BGD.device, order_BGD.shape, key_BGTD.shape[2]
     sketch = _sketch(order_BGD, tail_BGTD, zero_BGKD, scale_BGKR, wide_BGKJC, narrow_BGKJC)
@@ -244,7 +242,7 @@ def sketch_store(
         raise ValueError(f"groups {first} to {first + T // group} are to be stored, there is room for {K}")
     _check_served(tail_BGTD, None)
     arguments = SketchStore(sketch, address(key_BGTD), None, *key_BGTD.stride()[:3], first, T // group, 0, 0)
-    store_kernel(key_BGTD.dtype).launch(device, (min(B * G * (T // group), MOST_BLOCKS), 1, 1), arguments)
+    store_kernel(key_BGTD.dtype).launch(device, (min(B * G * (T // group), MAX_BLOCKS), 1, 1), arguments)
 
 
 def _sketch(
@@ -282,5 +280,5 @@ def _check_length(length: int, length_B: Tensor | None, B: int, room: int, group
 
 def _check_served(tail_BGTD: Tensor, block_size: int | None) -> None:
     _, _, group, D = tail_BGTD.shape
-    if (reason := unserved(tail_BGTD.device, tail_BGTD.dtype, D, group, block_size)) is not None:
-        raise ValueError(f"no kernel: {reason}")
+    if (reason := why_unsupported(tail_BGTD.device, tail_BGTD.dtype, D, group, block_size)) is not None:
+        raise ValueError(reason)

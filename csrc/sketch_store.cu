@@ -1,8 +1,8 @@
-// Keys that become the few-bit codes of a sketch: whole groups of a prompt, or one token, which may complete a group. What
-// `quantise` and `pack` (predictor/quantise.py) do, sums in another order.
+// Quantises keys to the few-bit codes of a sketch: whole groups of a prompt, or one token, which may complete a group. The same
+// as `quantise` and `pack` (predictor/quantise.py), except for the order of sums.
 //
-// Four lanes share a channel, 16 tokens each, held in registers: those whose codes share bytes, so that a lane has its bytes
-// to itself. A warp takes 8 channels of one width at a time.
+// Four lanes share a channel, each with 16 tokens in registers. A lane's tokens are those whose codes share bytes, so that no two
+// lanes write the same byte. A warp takes 8 channels of one width at a time.
 
 #include "device.cuh"
 #include "sketch.h"
@@ -43,7 +43,7 @@ __device__ __forceinline__ float rounded_to_half(float x) {
     return to_float(y);
 }
 
-// The nearest codes; all 0 where the scale is one that half precision rounds to 0.
+// The nearest codes; all 0 if half precision rounds the scale to 0.
 template <int kTop>
 struct Nearest {
     float zero, inverse;
@@ -51,8 +51,8 @@ struct Nearest {
     __device__ float operator()(float key) const { return fminf(fmaxf(rintf((key - zero) * inverse), 0.f), float(kTop)); }
 };
 
-// A channel whose codes are `kBits` wide. `key` is its element of the group's first token, `stride` those from token to token;
-// `codes` is its byte of the group's first row, `channels` those of a row. Lanes that are not `wanted` only keep step.
+// Quantises a channel to codes of `kBits`. `key` points to its element of the group's first token, `stride` is the distance of
+// tokens; `codes` points to its byte in the group's first row of `channels` bytes. Lanes that are not `wanted` write nothing.
 template <int kBits, typename E>
 __device__ void store_channel(const E *key, int stride, bool wanted, uint16_t *zero_to, uint16_t *scale_to, uint8_t *codes,
                               int channels) {
@@ -70,7 +70,7 @@ __device__ void store_channel(const E *key, int stride, bool wanted, uint16_t *z
     low = over_channel(low, [](float a, float b) { return fminf(a, b); });
     high = over_channel(high, [](float a, float b) { return fmaxf(a, b); });
 
-    // The best of a few ranges around the centre.
+    // Choose the best of a few ranges around the centre.
     const float centre = low / 2 + high / 2, half = high / 2 - low / 2;
     float zero = centre - half, scale = half * (2.f / kTop);
     if (kBits == 2) {
@@ -94,7 +94,7 @@ __device__ void store_channel(const E *key, int stride, bool wanted, uint16_t *z
         }
     }
 
-    // The line key = zero + scale · code through its tokens.
+    // Least-squares fit of key = zero + scale · code over the tokens.
     const Nearest<kTop> first(zero, scale);
     float key_mean = 0.f, code_mean = 0.f;
 #pragma unroll
@@ -120,7 +120,7 @@ __device__ void store_channel(const E *key, int stride, bool wanted, uint16_t *z
         *zero_to = half_bits(zero);
         *scale_to = half_bits(scale);
     }
-    // Codes are chosen for the rounded scale and zero, so that their rounding costs as little as it can.
+    // Choose codes for the rounded scale and zero, to minimise the effect of their rounding.
     const Nearest<kTop> last(rounded_to_half(zero), rounded_to_half(scale));
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
@@ -132,7 +132,7 @@ __device__ void store_channel(const E *key, int stride, bool wanted, uint16_t *z
     }
 }
 
-// A channel of which the mean alone stays.
+// Stores only the mean of a channel.
 template <typename E>
 __device__ void store_mean(const E *key, int stride, bool wanted, uint16_t *zero_to) {
     float sum = 0.f;
@@ -142,7 +142,7 @@ __device__ void store_mean(const E *key, int stride, bool wanted, uint16_t *zero
     if (wanted && threadIdx.x % 4 == 0) *zero_to = half_bits(sum / kGroup);
 }
 
-// A thread block takes one group of one row after the other; with a token to append, it is the row's last, and mostly not full.
+// A thread block takes groups of rows in turn. To append a token, it takes the row's last group, which is usually not full.
 template <typename E>
 __device__ __forceinline__ void store_groups(const SketchStore &a) {
     const Sketch &s = a.sketch;
@@ -170,10 +170,10 @@ __device__ __forceinline__ void store_groups(const SketchStore &a) {
         const int64_t *order = s.order + row * D;
         const int first = threadIdx.x / kWarp * kChannels;  // of this warp's
 #pragma unroll 1
-        for (int tier = 0; tier < 2; ++tier) {
-            const int begin = tier ? wide : 0, end = tier ? coded : wide, channels = end - begin;
-            const int bits = static_cast<int>(tier ? s.bits : s.wide_bits);
-            uint8_t *codes = (tier ? s.narrow : s.wide) + at * (kGroup / 8 * bits * channels);
+        for (int narrow = 0; narrow < 2; ++narrow) {
+            const int begin = narrow ? wide : 0, end = narrow ? coded : wide, channels = end - begin;
+            const int bits = static_cast<int>(narrow ? s.bits : s.wide_bits);
+            uint8_t *codes = (narrow ? s.narrow : s.wide) + at * (kGroup / 8 * bits * channels);
             for (int i = first; i < channels; i += kWarps * kChannels) {
                 const int wanted = i + threadIdx.x % kWarp / 4, own = min(wanted, channels - 1), c = begin + own;
                 const E *from = key + order[c];

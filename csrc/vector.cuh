@@ -1,4 +1,4 @@
-// 16 bytes of elements, as a thread reads and writes them; one by one where rows don't begin at multiples of 16 bytes.
+// 16 bytes of elements, loaded and stored at once, or one by one if rows don't begin at multiples of 16 bytes.
 #pragma once
 #include "device.cuh"
 
@@ -10,8 +10,8 @@ struct alignas(16) Vector {
     E element[kSize];
 };
 
-// `wide`: there are `kSize` elements, and the address is a multiple of 16 bytes. Else the first `count` are read, if that many
-// fit in; the others are zeros.
+// `wide`: loads `kSize` elements from an address that is a multiple of 16 bytes. Else loads the first `count` (at most `kSize`);
+// the others are zeros.
 template <typename E>
 __device__ __forceinline__ Vector<E> load(const E *from, bool wide, int count) {
     Vector<E> x;
@@ -38,8 +38,8 @@ __device__ __forceinline__ void store(const Vector<E> &x, E *to, bool wide, int 
     }
 }
 
-// As torch's operations leave a number in memory. Between two of them nothing may be contracted to a fused multiply-add,
-// which would round once: therefore products and sums below are written as intrinsics.
+// A number rounded as a torch operation stores it. No fused multiply-add may replace two torch operations, since it rounds only
+// once: therefore products and sums below are intrinsics.
 template <typename E>
 __device__ __forceinline__ float rounded(float x) {
     E y;

@@ -1,12 +1,12 @@
-// The published network, streamed (predictor/streaming.py says which rows of features a step needs), without a feature map in
-// memory.
+// The published network, evaluated incrementally (predictor/incremental.py says which rows of features a step needs), without
+// feature maps in memory.
 //
-// What is computed is always the same: two 3 × 3 convolutions of a band of five lines, over as many positions as a thread block
-// has threads. Lines are rows of the window and positions its columns; at the ends of the predicted range, whose columns are
-// computed over the whole window, lines are columns and positions rows, and the filters are turned. The first convolution is
-// done in fp32, a thread a position, three lines of maps at once. The second is done on the tensor cores: 16 maps of one tap
-// are a slice of its sum, and a tap is the maps of another line or position. Sums leave exactly what entered them: the same
-// instructions on the same numbers.
+// Every thread block computes two 3 × 3 convolutions of a band of five lines, over one position per thread. Lines are rows of
+// the window and positions its columns. At the ends of the predicted range, whose columns are computed over the whole window,
+// lines are columns, positions are rows, and the filters are transposed. The first convolution is in fp32, one thread per
+// position, three lines of maps at once. The second uses the tensor cores: the 16 maps of one tap are one slice of the sum, and
+// a tap is the maps of another line or position. Sums subtract exactly what they added: the same instructions on the same
+// numbers.
 
 #include "device.cuh"
 #include "window.h"
@@ -19,24 +19,24 @@ constexpr int kRows = 64;
 constexpr int kMaps = 16, kFeatures = 32, kTaps = 9;
 constexpr int kLines = 5, kPlanes = kLines - 2;  // of a band, and of its maps
 constexpr int kWarps = 4, kPositions = 32 * kWarps;
-constexpr int kOutputs = kPositions - 2;  // the features of the first and the last position lack a neighbour
+constexpr int kOutputs = kPositions - 2;  // features of the first and last position would need another neighbour
 constexpr int kTall = 2, kWide = kFeatures / 8;
-constexpr int kStride = kMaps + 8;  // elements of a position's maps: eight of them lie in different banks
+constexpr int kStride = kMaps + 8;  // elements per position, so that eight positions are in different banks
 constexpr int kBias1 = kMaps * kTaps, kBias2 = kBias1 + kMaps, kThird = kBias2 + kFeatures, kRest = kThird + kFeatures + 1;
 constexpr int kReach = 2;  // columns to each side that a score depends on
 
 using Sums = float[kTall][kWide][4];
 
-struct Shared {
+struct SharedMemory {
     uint4 weight[kTaps * kMaps * kFeatures / 8];
     uint4 maps[kPlanes][kPositions + 2][kStride / 8];
-    __half line[2][kLines][kPositions + 2];  // of two bands, with a position before the first and one behind the last
+    __half line[2][kLines][kPositions + 2];  // two bands, with one extra position at each end
     float rest[kRest];
     float total[kWarps][2][kFeatures];
 };
 
-// The network; filters turned where lines are columns.
-__device__ __forceinline__ void load_network(Shared &s, const WindowStep &a, bool turned) {
+// Loads the network; filters are transposed if lines are columns.
+__device__ __forceinline__ void load_network(SharedMemory &s, const WindowStep &a, bool turned) {
     for (int i = threadIdx.x; i < kTaps * kMaps * kFeatures / 8; i += kPositions)
         copy_async(s.weight + i, static_cast<const uint4 *>(a.weight) + i);
     commit_copies();
@@ -49,8 +49,8 @@ __device__ __forceinline__ void load_network(Shared &s, const WindowStep &a, boo
     wait_copies<0>();
 }
 
-// Maps of the band's three inner lines at this thread's position; zero where it does not count.
-__device__ __forceinline__ void make_maps(Shared &s, int band, bool counts) {
+// Computes the maps of the band's three inner lines at this thread's position; zero if the position does not count.
+__device__ __forceinline__ void make_maps(SharedMemory &s, int band, bool counts) {
     const int p = threadIdx.x;
     float x[kLines][3];
 #pragma unroll
@@ -86,10 +86,10 @@ __device__ __forceinline__ void make_maps(Shared &s, int band, bool counts) {
     }
 }
 
-// Features of the warp's positions on the middle line; kShift: of the line before (1) or behind it (−1), beyond which the band
-// ends.
+// Computes features of the warp's positions on the middle line; kShift: on the line before it (1) or after it (−1), at the end of
+// the band.
 template <int kShift>
-__device__ __forceinline__ void make_features(Sums &sums, const Shared &s, bool turned) {
+__device__ __forceinline__ void make_features(Sums &sums, const SharedMemory &s, bool turned) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int w = 0; w < kWide; ++w)
@@ -143,7 +143,7 @@ __device__ __forceinline__ int position(int t, int i) {
 // Feature of sums[.][w][i].
 __device__ __forceinline__ int feature(int w, int i) { return 8 * w + threadIdx.x % 4 * 2 + i % 2; }
 
-// Eight rows of a column of the window, from row `from` on; zeros where there is no such column.
+// Reads eight rows of a column of the window, from row `from` on; zeros if there is no such column.
 __device__ __forceinline__ void read_column(const WindowStep &a, int64_t row, int column, int from, __half (&to)[8]) {
     uint4 raw = make_uint4(0, 0, 0, 0);
     const auto *window = static_cast<const __half *>(a.window) + row * a.capacity * kRows;
@@ -151,9 +151,9 @@ __device__ __forceinline__ void read_column(const WindowStep &a, int64_t row, in
     memcpy(to, &raw, sizeof raw);
 }
 
-// The first rows of the window, from line kLow of one band on, and its last ones, up to line kHigh of the other.
+// Loads the window's first rows to one band, from line kLow on, and its last rows to the other, up to line kHigh.
 template <int kLow, int kHigh>
-__device__ __forceinline__ void load_lines(Shared &s, const WindowStep &a, int64_t row, int base) {
+__device__ __forceinline__ void load_lines(SharedMemory &s, const WindowStep &a, int64_t row, int base) {
     for (int p = static_cast<int>(threadIdx.x) - 1; p <= kPositions; p += kPositions) {
         __half first[8], last[8];
         read_column(a, row, base + p, 0, first);
@@ -166,9 +166,9 @@ __device__ __forceinline__ void load_lines(Shared &s, const WindowStep &a, int64
     }
 }
 
-// Takes the features of the row that leaves the interior off the sums, and adds those of the row that enters it.
+// Subtracts the features of the row that leaves the interior from the sums, and adds those of the row that enters it.
 __device__ __forceinline__ void slide_sums(const WindowStep &a) {
-    __shared__ Shared s;
+    __shared__ SharedMemory s;
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
     const int base = static_cast<int>(blockIdx.x) * kOutputs - 1;  // column of position 0
     load_lines<0, kLines - 1>(s, a, row, base);
@@ -199,7 +199,7 @@ __device__ __forceinline__ void slide_sums(const WindowStep &a) {
             }
 }
 
-// Moves the window up by one row and puts the step's in the last place: 8 threads a column.
+// Shifts the window by one row and appends the step's row; 8 threads per column.
 __device__ __forceinline__ void slide_window(const WindowStep &a) {
     const int column = (blockIdx.x * blockDim.x + threadIdx.x) / 8, part = threadIdx.x % 8;
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
@@ -219,13 +219,13 @@ __device__ __forceinline__ void slide_window(const WindowStep &a) {
                                                 x.w >> 16 | next << 16);
 }
 
-// Scores from the sums and the two rows of features at each end of the window; those of the two columns at each end of the
-// range, where features and not scores are padded, over the whole window, by two more thread blocks.
+// Computes scores from the sums and the two rows of features at each end of the window. Two more thread blocks compute the two
+// columns at each end of the range, where the network pads features, over the whole window.
 __device__ __forceinline__ void score_columns(const WindowStep &a) {
-    __shared__ Shared s;
+    __shared__ SharedMemory s;
     const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
     const Range range = range_of(a.candidates, blockIdx.z, static_cast<int>(a.columns));
-    // A shuffle keeps the compiler from carrying along what they are made of: 10 registers, and one thread block of four.
+    // The shuffle makes the compiler keep the result, not its inputs: saves 10 registers, and fits a fourth thread block.
     const int first = __shfl_sync(kAll, range.first, 0), last = __shfl_sync(kAll, range.last, 0);
     const int end = static_cast<int>(blockIdx.x) - (static_cast<int>(gridDim.x) - 2);  // 0, 1: an end of the range
     const bool turned = end >= 0;
@@ -235,7 +235,7 @@ __device__ __forceinline__ void score_columns(const WindowStep &a) {
     if (turned) {
         const int among = last - first;  // columns, which may be fewer than the two at each end
         if (among <= 0) return;
-        // Lines are four columns, and zeros outside of the range; those at the first end come behind a line of zeros.
+        // Lines are four columns, zeros outside of the range; at the first end they come after a line of zeros.
         for (int l = 0; l < kLines; ++l)
             for (int p = threadIdx.x; p < kPositions + 2; p += kPositions) s.line[0][l][p] = __float2half_rn(0.f);
         load_network(s, a, true);
@@ -250,7 +250,7 @@ __device__ __forceinline__ void score_columns(const WindowStep &a) {
         }
         __syncthreads();
         make_maps(s, 0, threadIdx.x < kRows);
-        // Where there are fewer columns than lines of maps, the network pads these.
+        // With fewer columns than lines of maps, the network pads the maps.
 #pragma unroll 1
         for (int m = among; m < kPlanes; ++m)
             for (uint4 &part : s.maps[end ? kPlanes - 1 - m : m][threadIdx.x + 1]) part = make_uint4(0, 0, 0, 0);
@@ -321,7 +321,7 @@ __device__ __forceinline__ void score_columns(const WindowStep &a) {
         __syncthreads();
         make_features<0>(features, s, false);
         add(sums, features);
-        __syncthreads();  // else the compiler keeps in registers what both features read, which are too few for that
+        __syncthreads();  // else the compiler keeps the inputs of both features in registers, and spills
         if (band) make_features<-1>(features, s, false);
         else make_features<1>(features, s, false);
         add(sums, features);

@@ -1,7 +1,7 @@
 #pragma once
 #include "candidates.cuh"
 
-// A step of the published network, streamed: the window of R = 64 rows, and sums of its features over the rows between the ends.
+// An incremental step of the published network: the window of R = 64 rows, and sums of features over all rows but the ends.
 struct WindowStep {
     const float *row;       // [B, G, columns] the step's scores
     void *window;           // [B, G, capacity, R] fp16, oldest first
@@ -9,6 +9,6 @@ struct WindowStep {
     const void *weight;     // fp16, of the second convolution, as `pack_network` lays it out
     const float *rest;      // [16 · 9 + 16] of the first convolution; [32] biases of the second; [32 + 1] of the third
     float *scores;          // [B, G, columns]
-    Candidates candidates;  // which are scored
+    Candidates candidates;  // blocks to score
     int64_t batch, kv_heads, columns, capacity;
 };

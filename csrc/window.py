@@ -1,4 +1,4 @@
-"""A step of the published network, streamed, as torch operations.
+"""An incremental step of the published network, as torch operations.
 
 Suffixes: B sequences, G KV heads, R window rows (oldest first), N blocks, C feature maps.
 """
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attention_predictor.arithmetic import ceil_div
-from attention_predictor.csrc import binding, candidates
-from attention_predictor.csrc.binding import address, check
+from attention_predictor.csrc import candidates
+from attention_predictor.csrc.binding import address, check, check_on_gpu
 from attention_predictor.csrc.candidates import Candidates
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import integers, pointers
@@ -36,7 +36,7 @@ class WindowStep(ctypes.Structure):
     ]
 
 
-TILE, SLID = 126, 32  # columns of a thread block: where features are computed, and where the window moves
+TILE, SLID = 126, 32  # columns of a thread block: to compute features, and to move the window
 CONSTANTS = {
     "kRows": ROWS,
     "kMaps": MAPS,
@@ -61,7 +61,7 @@ def pack_network(conv1: nn.Conv2d, conv2: nn.Conv2d, conv3: nn.Conv1d) -> tuple[
 
 @torch.library.custom_op("attention_predictor::push_window", mutates_args=("window_BGNR", "sum_BGCN"))
 def push_window(row_BGN: Tensor, window_BGNR: Tensor, sum_BGCN: Tensor, weight: Tensor, rest: Tensor) -> None:
-    """Move the window up by a row, and the sums of features between its ends with it; on a GPU.
+    """Push a row into the window, and update the sums of features between its ends; on a GPU.
 
     Args:
         row_BGN: fp32 scores of the step, zero where there is no block yet.
@@ -91,7 +91,7 @@ def score_window(
     length_B: Tensor,
     padding_B: Tensor | None = None,
 ) -> Tensor:
-    """Scores of the candidates for the next step: ``WindowPredictor.forward`` on their windows alone; on a GPU.
+    """The candidates' scores for the next step: ``WindowPredictor.forward`` on their windows; on a GPU.
 
     Args:
         window_BGNR, sum_BGCN, weight, rest: As of ``push_window``.
@@ -120,8 +120,7 @@ def _(window_BGNR, sum_BGCN, weight, rest, columns, first, recent, block_size, l
 
 def _check(window_BGNR: Tensor, sum_BGCN: Tensor, weight: Tensor, rest: Tensor) -> None:
     (B, G, N, _), device = window_BGNR.shape, window_BGNR.device
-    if not binding.on_gpu(device):
-        raise ValueError(f"window_BGNR is on {device}, expected a GPU: this kernel is written for no other device")
+    check_on_gpu("window_BGNR", device)
     check("window_BGNR", window_BGNR, (B, G, N, ROWS), torch.float16, device)
     check("sum_BGCN", sum_BGCN, (B, G, FEATURES, N), torch.float64, device)
     check("weight", weight, (WEIGHTS,), torch.float16, device)

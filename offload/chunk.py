@@ -1,4 +1,4 @@
-"""Chunk: keys and values of some tokens, as they come from host memory and as attention takes them.
+"""Chunk: keys and values of consecutive tokens, as read from host memory and passed to attention.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, D head size.
 """
@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# Most tokens of a chunk. Merging a piece costs each query about as much as attention to a few hundred keys.
+# Most tokens of a chunk. Merging one costs a query about as much as attention to a few hundred keys.
 CHUNK_TOKENS = 16384
-# Most tokens of which plain operations hold logits at once; a chunk has no fewer, unless there are no more.
+# Most tokens whose logits the torch operations hold at once; also the smallest chunk, except for the last.
 LOGITS_TOKENS = 4096
 
 
@@ -28,19 +28,19 @@ class Chunk(NamedTuple):
         return self.start + self.key_BGTD.shape[2]
 
     def tokens(self, start: int, end: int) -> Chunk:
-        """The tokens that lie within these numbers, which count from the first of the sequence."""
+        """The part of the chunk from token ``start`` to ``end`` of the sequence."""
         start = min(max(start, self.start), self.end)
         part = slice(start - self.start, max(end, start) - self.start)
         return Chunk(start, self.key_BGTD[:, :, part], self.value_BGTD[:, :, part])
 
 
 def chunk_tokens(query_BHQD: Tensor) -> int:
-    """Tokens that a chunk from host memory should have: many where many queries make merging dear."""
+    """Best chunk size for these queries: larger for many queries, whose merging is expensive."""
     return min(max(query_BHQD.shape[2], LOGITS_TOKENS), CHUNK_TOKENS)
 
 
 def split(chunk: Chunk, tokens: int) -> Iterator[Chunk]:
-    """The same in chunks that end where a multiple of so many tokens does."""
+    """Split a chunk at multiples of ``tokens``."""
     start = chunk.start
     while start < chunk.end:
         end = min((start // tokens + 1) * tokens, chunk.end)

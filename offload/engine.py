@@ -1,4 +1,4 @@
-"""Engine: what attaching to a model gives. It generates, tells what happened, and detaches."""
+"""Engine: the handle of an attached model. It generates, reports statistics, and detaches."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Engine:
 
     @property
     def attached(self) -> bool:
-        """Until ``detach``."""
+        """True until ``detach``."""
         return self.runtime.open
 
     @property
@@ -50,7 +50,7 @@ class Engine:
 
     @property
     def stats(self) -> Stats:
-        """What happened so far, the next token's fetches included; to be read anew: steps count on the device."""
+        """The statistics so far, the next token's fetches included. Steps count on the device: read it anew."""
         self.runtime.prefetcher.drain()
         self.runtime.counts.move_into(self.runtime.stats)
         return self.runtime.stats
@@ -74,25 +74,25 @@ class Engine:
         prefill_chunk_size: int | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """Continue prompts by the shortest loop there is: tokens are chosen on the device, for the next step there.
+        """Continue prompts by a minimal loop that chooses tokens on the device and hardly waits for it.
 
-        ``model.generate`` can do more, and waits for the device at every token.
+        ``model.generate`` has more features, but waits for the device at every token.
 
         Args:
             input_ids: int64 ``[B, T]``; shorter prompts are padded on the left, with zeros in ``attention_mask``.
             max_new_tokens: New tokens at most.
             temperature, top_k, top_p: ``Sampling``; a temperature of 0 is greedy.
-            eos_token_id: Ends a sequence; as the model's generation config says, if ``None``.
-            pad_token_id: Fills up sequences that have ended before others.
-            prefill_chunk_size: Tokens of the prompt that go through the model at once; all, if ``None``.
-            seed: Of the random numbers; torch's own state, if ``None``.
+            eos_token_id: Ends a sequence; ``None``: from the model's generation config.
+            pad_token_id: Fills sequences that end before others; ``None``: from the model's generation config.
+            prefill_chunk_size: Prompt tokens per forward; ``None``: the whole prompt.
+            seed: Seed of the random numbers; ``None``: torch's global state.
 
         Returns:
             int64 ``[B, T + new]``, prompts included.
 
         Raises:
             ConfigError: An argument that is not allowed.
-            ContextLengthError, HostMemoryError: What ``check_fits`` refuses.
+            ContextLengthError, HostMemoryError: See ``check_fits``.
         """
         self.runtime.check_open()
         check_arguments(input_ids, attention_mask, max_new_tokens, prefill_chunk_size)
@@ -113,11 +113,11 @@ class Engine:
         )
 
     def check_fits(self, *, batch: int, tokens: int) -> None:
-        """Refuse, before any work is done, what the model or the host memory can't hold.
+        """Refuse, before any work, a context that the model or the host memory can't hold.
 
         Args:
-            batch: Sequences.
-            tokens: Length that each will have. The last token of an answer is not among them: it is never read.
+            batch: Number of sequences.
+            tokens: Final length of each. The last generated token does not count: it is never cached.
 
         Raises:
             ContextLengthError: More tokens than the model has positions.
@@ -127,12 +127,12 @@ class Engine:
         self.runtime.room.check(batch=batch, tokens=tokens, room=0)
 
     def detach(self) -> None:
-        """Give the model back as it was. Caches made by this engine can't be used any more. Idempotent."""
+        """Restore the model. Caches of this engine can't be used any more. Idempotent."""
         if not self.runtime.open:
             return
         self.runtime.open = False
         try:
-            self._attachment.undo()  # first: whatever else fails, the model is whole
+            self._attachment.undo()  # first: the model is restored even if the rest fails
             if self._captured is not None:
                 self._captured.leave()
         finally:

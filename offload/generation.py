@@ -1,4 +1,4 @@
-"""The shortest decoding loop: tokens are chosen on the device, and the host hardly ever waits for them.
+"""A minimal decoding loop: tokens are chosen on the device, and the host rarely waits for them.
 
 Suffixes: B sequences, T tokens, V vocabulary.
 """
@@ -17,7 +17,7 @@ from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.graph import LEFT_PADDING
 from attention_predictor.offload.hf.versions import with_cache
 
-LOOK_EVERY = 16  # tokens, from one look at whether all sequences have ended to the next
+CHECK_INTERVAL = 16  # tokens between checks, on the host, whether all sequences have ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +26,8 @@ class Sampling:
 
     Attributes:
         temperature: Divides the logits; 0 takes the largest one.
-        top_k: Only so many of the largest logits take part; 0: all.
-        top_p: Only the smallest set of tokens with this much probability takes part.
+        top_k: Sample among this many largest logits; 0: all.
+        top_p: Sample among the smallest set of tokens with this probability.
 
     Raises:
         ConfigError: A value that is not allowed.
@@ -47,7 +47,7 @@ class Sampling:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: expected {allowed}")
 
     def choose(self, logits_BV: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Next tokens [B, 1]; the host doesn't wait."""
+        """Next tokens [B, 1], without host synchronisation."""
         if self.temperature == 0:
             return logits_BV.argmax(-1, keepdim=True)
         logits_BV = logits_BV.float() / self.temperature
@@ -56,9 +56,9 @@ class Sampling:
             logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
         if self.top_p < 1:
             sorted_BV, order_BV = logits_BV.softmax(-1).sort(-1, descending=True)
-            beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= self.top_p  # what comes before is enough
+            beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= self.top_p  # the tokens before it reach top_p
             logits_BV = logits_BV.masked_fill(beyond_BV.scatter(1, order_BV, beyond_BV), -torch.inf)
-        # The largest of p / e for exponential e is a draw from p: no look at the numbers, as multinomial takes.
+        # argmax of p / e with exponential e is a sample of p; multinomial would read the numbers on the host.
         draw_BV = torch.empty_like(logits_BV).exponential_(generator=generator)
         return (logits_BV.softmax(-1) / draw_BV).argmax(-1, keepdim=True)
 
@@ -91,7 +91,7 @@ def generate(
     prefill_chunk_size: int | None,
     seed: int | None,
 ) -> Tensor:
-    """See ``Engine.generate``, which checks the arguments, and that the cache, new and empty, will fit."""
+    """See ``Engine.generate``, which checks the arguments and that the new, empty cache will fit."""
     (B, T), device = ids_BT.shape, ids_BT.device
     padded = attention_mask is not None and not bool(attention_mask.all())
     mask_BT = attention_mask.to(device) if padded and attention_mask is not None else None
@@ -109,14 +109,14 @@ def generate(
         new_BT[:, count : count + 1] = token_B1
         if len(ends):
             ended_B1 = ended_B1 | (token_B1 == ends).any(-1, keepdim=True)
-            if count % LOOK_EVERY == LOOK_EVERY - 1 and bool(ended_B1.all()):
+            if count % CHECK_INTERVAL == CHECK_INTERVAL - 1 and bool(ended_B1.all()):
                 break
         if count + 1 == max_new_tokens:
             break
         if mask_BT is not None:
             mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
             if only_left:
-                setattr(mask_BT, LEFT_PADDING, True)  # so that no step waits for the device to look at it
+                setattr(mask_BT, LEFT_PADDING, True)  # so that steps need not read the mask
         inputs = {"attention_mask": mask_BT, "position_ids": position_B1, "use_cache": True}
         output = model(token_B1, **inputs, **with_cache(model, cache))
         logits_BV, position_B1 = output.logits[:, -1], position_B1 + 1
@@ -126,7 +126,7 @@ def generate(
 def _prefill(
     model: PreTrainedModel, cache: TieredCache, ids_BT: Tensor, mask_BT: Tensor | None, chunk: int | None
 ) -> Tensor:
-    """Logits behind the prompt, [B, V]."""
+    """Logits after the prompt, [B, V]."""
     position_BT = None if mask_BT is None else (mask_BT.long().cumsum(-1) - 1).clamp_min(0)
     for start in range(0, ids_BT.shape[1], chunk or ids_BT.shape[1]):
         stop = min(start + (chunk or ids_BT.shape[1]), ids_BT.shape[1])
@@ -142,7 +142,7 @@ def _prefill(
 
 
 def _until_all_ended(new_BT: Tensor, ends: Tensor) -> int:
-    """Tokens up to where the last sequence ends, its end included."""
+    """Number of tokens until the last sequence ends, its end token included."""
     if not len(ends):
         return new_BT.shape[1]
     is_end_BT = (new_BT[..., None] == ends).any(-1)

@@ -8,7 +8,7 @@ BUILT_IN = {
     "streaming": ("streaming", "Streaming"),
     "quest": ("quest", "Quest"),
     "quest-ahead": ("quest", "QuestAhead"),
-    "predictor": ("predictor", "Predictor"),
+    "predictor": ("predictor", "PredictorPolicy"),
     "oracle": ("oracle", "Oracle"),
     "h2o": ("h2o", "H2O"),
     "snapkv": ("snapkv", "SnapKV"),

@@ -1,4 +1,4 @@
-"""Runtime: what all caches of one engine share. Layers know it, and not the engine or the model."""
+"""Runtime: what all caches of one engine share. Layers refer to it, not to the engine or the model."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Runtime:
     """Settings, figures, host memory and the prefetcher of an engine.
 
     Attributes:
-        text_config: The settings of the model's language model.
+        text_config: The configuration of the model's language model.
         predictor: ``None`` for policies without one.
-        layers: Of the language model, tiered or not.
-        first_budgets: Tokens that a step may attend to in each tiered layer, until a prompt decides otherwise.
-        stats: Without what steps have counted on the device since it was last read (``counts``).
-        open: Until the engine is detached.
+        layers: Number of layers of the language model, tiered or not.
+        first_budgets: Budget of each tiered layer before any prompt.
+        stats: Figures so far; counts of later steps are still on the device (``counts``).
+        open: False once the engine is detached.
     """
 
     config: OffloadConfig
@@ -53,7 +53,7 @@ class Runtime:
 
     @property
     def memory(self) -> HostMemory:
-        """What lends host memory to the caches."""
+        """The host memory that caches borrow slabs from."""
         return self.room.memory
 
     def check_open(self) -> None:
@@ -62,17 +62,17 @@ class Runtime:
             raise AttachError("this engine is detached from its model; attach again")
 
     def is_first(self, number: int) -> bool:
-        """Whether this is the layer by which steps are counted."""
+        """Whether this is the first tiered layer, which counts the steps."""
         return number == min(self.first_budgets)
 
     def note_fallback(self, message: str) -> None:
-        """Something runs otherwise than asked for: logged once, counted in ``stats.fallbacks``."""
+        """Record that something runs differently from the settings: logged once, counted in ``stats.fallbacks``."""
         if message not in self.stats.fallbacks:
             logger.warning(message)
         self.stats.fallbacks[message] += 1
 
     def close(self) -> None:
-        """End the prefetcher, and give host memory back as caches die."""
+        """Stop the prefetcher; return free host memory now and the rest as caches die."""
         self.prefetcher.close()
         self.memory.close()
 

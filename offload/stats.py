@@ -1,4 +1,4 @@
-"""What an engine did: counted as it happens, read as one snapshot."""
+"""Stats: counts and memory figures of an engine."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ class Stats:
 
     Attributes:
         steps: Decoding steps, counted in the first offloaded layer (one a token).
-        captured_steps: Those of them that were captured steps (``offload/hf/graph.py``).
-        wanted_blocks, hit_blocks: Blocks that attention read, and those of them that were resident before any late
+        captured_steps: How many of them were captured steps (``offload/hf/graph.py``).
+        wanted_blocks, hit_blocks: Blocks that attention read, and how many of them were resident before any late
             fetch.
         ahead_blocks, late_blocks: Blocks fetched before and during the step that used them.
-        planned_blocks: Blocks wished for ahead; what was not fetched of them had stayed resident.
-        ahead_bytes, late_bytes, streamed_bytes: Host to device traffic; ``streamed`` are keys and values that passed
-            through for full attention, exact rows or the measurement of recovery.
-        exposed_wait_ms: Time the generating thread stood still for a fetch, ahead (not there yet) or late.
-        recovery_sum, relative_recovery_sum, recovery_count: Measured only on request.
+        planned_blocks: Blocks selected ahead. Those that were not fetched had stayed resident.
+        ahead_bytes, late_bytes, streamed_bytes: Host to device traffic; ``streamed``: keys and values read for full
+            attention, exact score rows or the measurement of recovery.
+        exposed_wait_ms: Time the generating thread waited for a fetch, ahead or late.
+        recovery_sum, relative_recovery_sum, recovery_count: Measured only if ``measure_recovery`` is set.
         device_bytes: Device memory by layer and part at the last step.
-        layer_budgets: Tokens a step may attend to, by layer or KV head, at the last step; of layers that select.
-        host_bytes, full_bytes: Host memory, and what the whole cache would take on the device, by layer.
-        prefetch: How blocks are fetched ahead, as ``config.prefetch`` came out on this device, and why.
-        fused: Modules of the model that captured steps run as one kernel each; empty where that is not asked for.
-        fallbacks: What ran otherwise than asked for, by message.
-        evicts: Whether the policy gives blocks up for good, by definition; the store holds them all the same.
+        layer_budgets: Budgets in tokens at the last step, by layer or KV head; only of layers that select.
+        host_bytes, full_bytes: Host memory, and the size of the whole cache on the device, by layer.
+        prefetch: How blocks are fetched ahead on this device, given ``config.prefetch``, and why.
+        fused: Modules of the model that captured steps run as one kernel each; empty if fusing is off.
+        fallbacks: How often something ran differently from the settings, by message.
+        evicts: Whether the policy never selects a dropped block again, by definition; the store still holds it.
     """
 
     steps: int = 0
@@ -62,12 +62,12 @@ class Stats:
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of the blocks that attention read that no late fetch had to bring; 1 where nothing is fetched late."""
+        """Share of attended blocks that were resident before any late fetch; 1 without late fetches."""
         return self.hit_blocks / self.wanted_blocks if self.wanted_blocks else None
 
     @property
     def reuse_rate(self) -> float | None:
-        """Share of the blocks wished for ahead that were still resident from the step before."""
+        """Share of the blocks selected ahead that were still resident from the step before."""
         return 1 - self.ahead_blocks / self.planned_blocks if self.planned_blocks else None
 
     @property
@@ -82,12 +82,12 @@ class Stats:
 
     @property
     def relative_recovery(self) -> float | None:
-        """Mean of recovery over what the best selection of the same size recovers."""
+        """Mean ratio of recovery to that of the best selection of the same size."""
         return self.relative_recovery_sum / self.recovery_count if self.recovery_count else None
 
     @property
     def device_kv_bytes(self) -> int:
-        """Device memory of pool, sketch, history and whatever else the policy keeps, over all layers."""
+        """Device memory of pool, sketch, history and other policy state, over all layers."""
         return sum(sum(parts.values()) for parts in self.device_bytes.values())
 
     @property
@@ -97,7 +97,7 @@ class Stats:
 
     @property
     def full_kv_bytes(self) -> int:
-        """What the same tokens would take as an ordinary cache on the device."""
+        """Size of the same tokens in an ordinary cache on the device."""
         return sum(self.full_bytes.values())
 
     def device_kv_parts(self) -> dict[str, int]:
@@ -108,13 +108,13 @@ class Stats:
         return dict(parts)
 
     def reset(self) -> None:
-        """Start counting anew; memory figures stay, since the memory does."""
+        """Reset the counts; memory figures stay."""
         stay = ("device_bytes", "layer_budgets", "host_bytes", "full_bytes", "prefetch", "fused", "evicts")
         kept = {name: getattr(self, name) for name in stay}
         self.__init__(**kept)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures people ask for, as plain values."""
+        """The main figures as plain values."""
         return {
             "steps": self.steps,
             "captured_steps": self.captured_steps,
@@ -173,7 +173,7 @@ class Stats:
         return "\n".join(f"{name:<26}{value}" for name, value in rows)
 
     def _share(self) -> str:
-        """How much of the whole cache is on the device; pool and sketch have room for more than a short context."""
+        """The device memory as a share of the full cache, or a note if a short context makes it larger."""
         if not self.full_kv_bytes:
             return ""
         if self.device_kv_bytes > self.full_kv_bytes:
@@ -182,23 +182,23 @@ class Stats:
         return f" ({self.device_kv_bytes / self.full_kv_bytes:.1%} of the full cache)"
 
 
-KINDS = 5  # of counts, as `DeviceCounts.of_layer` lists them
+N_COUNTS = 5  # per layer, as `DeviceCounts.of_layer` lists them
 
 
 class DeviceCounts:
-    """What steps count on the device, until someone asks.
+    """Counts that steps keep on the device, until ``Stats`` is read.
 
-    Suffixes: N layers, K kinds of counts.
+    Suffixes: N layers, K counts of a layer.
 
     Attributes:
-        spent_1: int64 nanoseconds for which steps stood still.
+        stall_ns_1: int64 nanoseconds for which steps waited for fetches.
     """
 
-    @torch.inference_mode(False)  # whoever attaches in it, steps are taken outside of it too
+    @torch.inference_mode(False)  # inference tensors can't be written to outside of that mode
     def __init__(self, device: torch.device, layers: int) -> None:
-        self._all = torch.zeros(1 + KINDS * layers, dtype=torch.int64, device=device)  # together: read by one copy
-        self.spent_1, self._counts_NK = _apart(self._all)
-        # Only ever read here: a step on another thread may be adding to it.
+        self._all = torch.zeros(1 + N_COUNTS * layers, dtype=torch.int64, device=device)  # one tensor: read by one copy
+        self.stall_ns_1, self._counts_NK = _apart(self._all)
+        # Counts already in the stats. Device counts are never reset: another thread may be adding to them.
         self._seen = torch.zeros_like(self._all, device="cpu")
         self._block_bytes: dict[int, int] = {}
 
@@ -208,7 +208,7 @@ class DeviceCounts:
         return self._counts_NK[number]
 
     def move_into(self, stats: Stats) -> None:
-        """Add what is new to the figures; waits for the device.
+        """Add new counts to ``stats``; waits for the device.
 
         Raises:
             IntegrityError: A token's block had no slot.
@@ -216,9 +216,9 @@ class DeviceCounts:
         if not self._block_bytes:
             return
         now = self._all.to("cpu", copy=True)
-        spent_1, counts_NK = _apart(now - self._seen)
+        stall_ns_1, counts_NK = _apart(now - self._seen)
         self._seen = now
-        stats.exposed_wait_ms += int(spent_1) / 1e6
+        stats.exposed_wait_ms += int(stall_ns_1) / 1e6
         for number, block_bytes in self._block_bytes.items():
             attended, late, planned, ahead, lost = counts_NK[number].tolist()
             if lost:
@@ -233,7 +233,7 @@ class DeviceCounts:
 
 
 def _apart(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    return numbers[:1], numbers[1:].view(-1, KINDS)
+    return numbers[:1], numbers[1:].view(-1, N_COUNTS)
 
 
 def _percent(value: float | None) -> str:

@@ -1,7 +1,7 @@
-"""What every predictor is: a network or rule that ranks the blocks the next token will attend to.
+"""AttentionPredictor: the interface of predictors, networks or rules that rank the blocks the next token attends to.
 
-One predictor serves every layer and head. It never sees the rows of the past itself but a *state* per
-block, into which each new row is folded; `predictor/history.py` keeps that state for a growing sequence.
+One predictor serves every layer and head. It does not read past score rows, but a *state* per block that each new row
+updates. `predictor/history.py` keeps the state of a growing sequence.
 
 Suffixes: B sequences, G KV heads, R history rows (oldest first), S chosen rows among them, N blocks, C
 state channels.
@@ -34,13 +34,13 @@ def register(cls: Class) -> Class:
 
 
 def architectures() -> dict[str, type[AttentionPredictor]]:
-    """All of them by name, whichever module was imported first."""
+    """All architectures by name, independent of the order of imports."""
     importlib.import_module("attention_predictor.predictor.model")  # registers them
     return ARCHITECTURES
 
 
 def architecture(name: str) -> type[AttentionPredictor]:
-    """The class of an architecture name; ConfigError, listing the valid names, for any other."""
+    """The class with this architecture name; ConfigError with the valid names for any other."""
     known = architectures()
     if name not in known:
         raise ConfigError(f"arch={name!r} is not a predictor; choose from {', '.join(sorted(known))}")
@@ -48,38 +48,38 @@ def architecture(name: str) -> type[AttentionPredictor]:
 
 
 class AttentionPredictor(nn.Module):
-    """Common interface. Rows are block scores in [0, 1] (`scores.block_scores`); absent history is zero."""
+    """Interface of all predictors. Score rows are in [0, 1] (`scores.block_scores`); missing history is zero."""
 
     arch: ClassVar[str]
-    rows: ClassVar[int] = PROMPT_ROWS  # last prompt rows that `start` makes use of
+    rows: ClassVar[int] = PROMPT_ROWS  # how many of the last prompt rows `start` uses
     channels: ClassVar[int]  # C
     state_dtype: ClassVar[torch.dtype] = torch.float32
     learned: ClassVar[bool] = True  # False: a fixed rule, loadable by name without any file
-    gives_logits: ClassVar[bool] = False  # its scores are logarithms of shares, not on the scale of the rows
+    gives_logits: ClassVar[bool] = False  # its scores are logits, not on the scale of score rows
 
     def __init__(self, *, block_size: int = 16):
         super().__init__()
-        self.block_size = block_size  # tokens a block; a learned predictor is only valid for the one it saw
+        self.block_size = block_size  # tokens; a learned predictor is valid only for the size it was trained on
         self.training_facts: dict[str, Any] = {}
 
     def start(self, rows_BGRN: Tensor) -> Tensor:
-        """State after the prompt, state_BGNC, from its last R rows; only the last `rows` of them count."""
+        """State after the prompt, state_BGNC, from its last R score rows, of which it uses the last `rows`."""
         raise NotImplementedError
 
     def observe(self, state_BGNC: Tensor, row_BGN: Tensor) -> Tensor:
-        """Fold one more row into the state, in place; returns the same tensor."""
+        """Update the state with one more score row, in place; returns the same tensor."""
         raise NotImplementedError
 
     def forward(self, state_BGNC: Tensor, candidate_BN: Tensor | None = None) -> Tensor:
-        """The next token's scores, scores_BGN in fp32, on any scale: only their order among blocks counts.
+        """The next token's scores, scores_BGN in fp32, on any scale: only their order within a row matters.
 
-        `candidate_BN`, bool: the blocks, side by side, that are scored, as if there were no others; what comes out
-        elsewhere counts for nothing. `None`: all of them.
+        `candidate_BN`, bool: the contiguous blocks to score, as if there were no others; results elsewhere are
+        undefined. `None`: all blocks.
         """
         raise NotImplementedError
 
     def unroll(self, rows_BGRN: Tensor, steps_S: Tensor) -> Tensor:
-        """States after each of the rows `steps_S` (ascending), state_BGSNC, when started from row 0."""
+        """States after each of the rows `steps_S` (ascending), state_BGSNC, starting from row 0."""
         wanted = set(steps_S.tolist())
         state_BGNC = self.start(rows_BGRN[:, :, :1])
         states = [state_BGNC.clone()] if 0 in wanted else []
@@ -90,7 +90,7 @@ class AttentionPredictor(nn.Module):
         return torch.stack(states, dim=2)
 
     def describe(self) -> dict[str, Any]:
-        """What `config.json` says of this predictor, training facts included."""
+        """The content of `config.json`, training facts included."""
         return {
             "arch": self.arch,
             "block_size": self.block_size,
@@ -100,7 +100,7 @@ class AttentionPredictor(nn.Module):
         }
 
     def save(self, directory: str | PathLike[str]) -> None:
-        """Write `model.safetensors` and `config.json` into `directory`, over those already there."""
+        """Write `model.safetensors` and `config.json` into `directory`; overwrites existing ones."""
         checkpoint.write(Path(directory), self.describe(), self.state_dict())
 
     @classmethod
@@ -113,9 +113,9 @@ class AttentionPredictor(nn.Module):
     ) -> AttentionPredictor:
         """Load "default", a rule by name ("last", "ema", "mean"), or a directory that `save` wrote.
 
-        Names win over directories of the same name (write "./last" for those). The result is in evaluation
-        mode and must have been trained for `block_size`. Anything wrong with the files raises
-        CheckpointError with one line naming the file, what was found and what is allowed.
+        Names take precedence over directories of the same name (write "./last" for those). The result is in
+        evaluation mode and must have been trained for `block_size`. A bad file raises CheckpointError with one line
+        that names the file, what was found and what is allowed.
         """
         known = architectures()
         named = known.get(str(name_or_path)) if isinstance(name_or_path, str) else None
@@ -143,10 +143,10 @@ class AttentionPredictor(nn.Module):
     def from_upstream(
         cls, path: str | PathLike[str], device: torch.device | str | None = None, *, block_size: int = 16
     ) -> AttentionPredictor:
-        """Load weights as the method's authors publish them (`best_model.pth`): the "paper" architecture.
+        """Load weights in the form that the method's authors publish (`best_model.pth`): the "paper" architecture.
 
-        The file is a pickled state-dict with `conv1.weight` [16, 1, 3, 3] to `conv3.bias` [1]; nothing but tensors is
-        unpickled. CheckpointError names missing and unexpected keys, or what else is wrong.
+        The file is a pickled state-dict with `conv1.weight` [16, 1, 3, 3] to `conv3.bias` [1]; only tensors are
+        unpickled. CheckpointError names missing and unexpected keys, or another fault.
         """
         predictor = architecture("paper")(block_size=block_size)
         predictor.load_state_dict(checkpoint.read_upstream(Path(path), predictor.state_dict()))

@@ -1,4 +1,4 @@
-"""Predictor weights on disk: `model.safetensors` beside `config.json`, and every reason to refuse them."""
+"""Checkpoint files of a predictor, `model.safetensors` and `config.json`: writing, reading and checking."""
 
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ CONFIG_FILE = "config.json"
 
 
 def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files, each whole or not at all; CheckpointError where that can't be done."""
+    """Write both files, each atomically; CheckpointError if that fails."""
     weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     text = json_bytes({"format_version": FORMAT_VERSION, **config}, indent=2) + b"\n"
     try:
@@ -32,7 +32,7 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
 
 
 def read_config(directory: Path, architectures: Iterable[str], block_size: int) -> dict[str, Any]:
-    """The configuration, checked as far as it can be without the weights."""
+    """Read the configuration and check everything that does not need the weights."""
     path = directory / CONFIG_FILE
     if not path.exists():
         raise CheckpointError(f"{path}: file is missing; allowed: a directory written by save()")
@@ -57,7 +57,7 @@ def read_config(directory: Path, architectures: Iterable[str], block_size: int) 
 
 
 def _check_block_size(path: Path, found: Any, asked: int) -> None:
-    """A predictor judges blocks of the size it was trained on."""
+    """A predictor works only with the block size it was trained on."""
     again = ""
     if type(found) is int and found != asked:
         again = (
@@ -68,7 +68,7 @@ def _check_block_size(path: Path, found: Any, asked: int) -> None:
 
 
 def check_rows(directory: Path, config: Mapping[str, Any], rows: int) -> None:
-    """The number of prompt rows belongs to an architecture; a file that says otherwise is another's."""
+    """Refuse a file whose number of prompt rows is not the architecture's."""
     _expect(directory / CONFIG_FILE, "rows", config.get("rows"), [rows], str(rows))
 
 
@@ -93,7 +93,7 @@ def read_upstream(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tenso
         )
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle trips over anything
+    except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{path}: not a file of weights alone ({one_line(error)})") from error
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"{path}: found {type(tensors).__name__}, expected tensors by name: {sorted(expected)}")

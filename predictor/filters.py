@@ -16,15 +16,14 @@ from attention_predictor.csrc.observe import FILTERS
 from attention_predictor.csrc.predict import CHANNELS, FURTHER, HIDDEN
 from attention_predictor.predictor.base import AttentionPredictor, register
 
-CHUNK_ROWS = 16  # rows weighted at once: the work for many steps grows with it, the number of operations falls
+CHUNK_ROWS = 16  # rows weighted at once: a larger number means more work for many steps, but fewer operations
 
 
 def exponential_averages(x_RN: Tensor, decay_F: Tensor, steps: list[int]) -> Tensor:
     """Averages y ← decay·y + (1 − decay)·row of `x_RN` [..., R, N] after `steps` (ascending): [..., S, N, F].
 
-    Row 0 is taken to have held forever before: the average then starts at a level that real scores have, not at
-    a zero that long memories would take hundreds of steps to forget.
-    In closed form, a stretch of rows at a time, and differentiable with respect to rows and decays.
+    The averages start at row 0, as if it had always held. Starting from zero would take long memories hundreds of steps
+    to correct. Computed in closed form, CHUNK_ROWS rows at a time; differentiable with respect to rows and decays.
     """
     average_NF = x_RN[..., 0, :, None]
     averages, begin = [], 0
@@ -47,7 +46,7 @@ def exponential_averages(x_RN: Tensor, decay_F: Tensor, steps: list[int]) -> Ten
 def held_peaks(x_RN: Tensor, drop_P: Tensor, steps: list[int]) -> Tensor:
     """Peaks y ← max(y − drop, row of `x_RN` [..., R, N] ≥ 0) after `steps` (ascending): [..., S, N, P].
 
-    In closed form: a peak's value after step s is max over r ≤ s of (row r + drop·r), less drop·s.
+    In closed form: a peak's value after step s is max over r ≤ s of (row r + drop·r) − drop·s.
     """
     step_R = torch.arange(steps[-1] + 1, dtype=x_RN.dtype, device=x_RN.device)
     peaks = []
@@ -60,12 +59,12 @@ def held_peaks(x_RN: Tensor, drop_P: Tensor, steps: list[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedFilters:
-    """A FilterPredictor as the kernels read it (`csrc/observe.py`, `csrc/predict.py`).
+    """A FilterPredictor's weights in the kernels' layout (`csrc/observe.py`, `csrc/predict.py`).
 
     Attributes:
-        fold_C: Weight of the new score in each average; how far each peak falls, the last score's by all there is.
+        fold_C: Weight of the new score in each average; the fall of each peak per step (infinite for the last score).
         eps: Of the logarithmic scale.
-        weight, bias: Of the convolutions, by `pack_convolutions`.
+        weight, bias: Of the convolutions, from `pack_convolutions`.
     """
 
     fold_C: Tensor
@@ -76,17 +75,17 @@ class PackedFilters:
 
 @register
 class FilterPredictor(AttentionPredictor):
-    """Filters over time, then small convolutions over blocks: better, and without a window.
+    """Filters over time, then small convolutions over blocks. Better than the published network, and without a window.
 
-    Ours, in the place of the network of AttentionPredictor (arXiv 2502.04077, section 4). Attention is
-    heavy-tailed, so 8 exponential averages with learned decays run over its logarithm. An average forgets a block that
-    was looked at hard, but once; a head that comes back to it tokens later (to answer with what it found at the
-    question) needs it kept, so 5 peaks of the logarithm are held, each falling linearly, in about 10 to 170 steps from
-    top to bottom. With the last row that makes 14 channels a block; more of them, and other kinds, were no better
-    (docs/LOG.md). A look at one block announces looks at the next ones, into which a statement goes on; three further
-    convolutions, each added to what it reads, carry it over up to 4 blocks. None of this needs a window: a step costs
-    about 30 operations to observe and 10,600 multiply-adds to predict per block, against 300,000 for the published
-    network.
+    Ours, in place of the network of AttentionPredictor (arXiv 2502.04077, section 4). Attention is heavy-tailed, so 8
+    exponential averages with learned decays run over its logarithm. An average forgets a block that got much attention
+    only once. But a head may return to it tokens later, to answer with what it found at the question. So 5 peaks of the
+    logarithm are kept, each falling linearly, from top to bottom in about 10 to 170 steps. With the last row that makes
+    14 channels per block; more channels, or other kinds, were no better (docs/LOG.md). Attention to one block often
+    moves on to the next ones, as a statement continues; three residual convolutions spread it over up to 4 blocks. A
+    step costs about 30 operations per block to observe and 10,600 multiply-adds to predict, against 300,000 for the
+    published network.
+
     Its scores are logits: softmax over the candidates estimates each block's share of their attention mass.
     """
 
@@ -95,8 +94,8 @@ class FilterPredictor(AttentionPredictor):
     filters = 8
     hidden = 32
     further = 3
-    drops = (0.1, 0.05, 0.025, 0.012, 0.006)  # a step, of the log scale from 0 to 1
-    channels = filters + 1 + len(drops)  # averages of log scores, those of the last row, peaks
+    drops = (0.1, 0.05, 0.025, 0.012, 0.006)  # fall per step, on the log scale from 0 to 1
+    channels = filters + 1 + len(drops)  # averages of log scores, the last log scores, peaks
     eps: Tensor
     drop: Tensor
 
@@ -107,25 +106,24 @@ class FilterPredictor(AttentionPredictor):
         self.conv1 = nn.Conv1d(self.channels, self.hidden, 3, padding=1)
         self.spread = nn.ModuleList(nn.Conv1d(self.hidden, self.hidden, 3, padding=1) for _ in range(self.further))
         self.conv2 = nn.Conv1d(self.hidden, 1, 1)
-        self.register_buffer("eps", torch.tensor(1e-5))  # below it scores count as equal; saved with the weights
+        self.register_buffer("eps", torch.tensor(1e-5))  # scores below it count as equal; saved with the weights
         self.register_buffer("drop", torch.tensor(self.drops))
         self._packed: tuple[list[tuple[int, int]], PackedFilters] | None = None
 
-    @property
-    def no_kernel(self) -> str | None:
+    def why_no_kernel(self) -> str | None:
         """Why the kernels don't compute this predictor; `None` if they do."""
         found = (self.filters, self.channels, self.hidden, self.further)
         expected = (FILTERS, CHANNELS, HIDDEN, FURTHER)
         if found == expected:
             return None
-        return "none for {} filters, {} channels, {} hidden ones and {} further convolutions".format(*found)
+        return "no kernel for {} filters, {} channels, {} hidden ones and {} further convolutions".format(*found)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def packed(self) -> PackedFilters:
-        """What the kernels read; made anew where a parameter has changed or moved since.
+        """The weights in the kernels' layout, cached until a parameter changes or moves.
 
-        Making it reads a number back from the device: not while a CUDA graph is captured.
+        Building it reads a number back from the device, so it must not happen while a CUDA graph is captured.
         """
         tensors = (*self.parameters(), *self.buffers())
         found = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
@@ -137,11 +135,11 @@ class FilterPredictor(AttentionPredictor):
         return self._packed[1]
 
     def log_scale(self, scores: Tensor) -> Tensor:
-        """Map [0, 1] to [0, 1] logarithmically; zero stays zero, so a new block enters as zeros."""
+        """Map [0, 1] to [0, 1] logarithmically; zero stays zero, so a new block starts as zeros."""
         return torch.log1p(scores.float() / self.eps) / torch.log1p(1 / self.eps)
 
     def start(self, rows_BGRN: Tensor) -> Tensor:
-        """As `AttentionPredictor.start`; the first of these rows is taken to have held forever before."""
+        """As `AttentionPredictor.start`; averages start at the first of these rows."""
         rows_BGRN = rows_BGRN[:, :, -self.rows :]
         return self._states(rows_BGRN, [rows_BGRN.shape[2] - 1])[:, :, 0]
 
@@ -166,7 +164,7 @@ class FilterPredictor(AttentionPredictor):
     def forward(self, state_BGNC: Tensor, candidate_BN: Tensor | None = None) -> Tensor:
         batch, kv_heads, n_blocks, channels = state_BGNC.shape
         state_XCN = state_BGNC.reshape(-1, n_blocks, channels).transpose(1, 2)
-        # A convolution finds zeros beside the candidates, as it does at the ends where there is nothing else.
+        # Blocks beside the candidates count as zeros, like the padding of a convolution at the ends.
         mask_X1N: Tensor | float = 1.0
         if candidate_BN is not None:
             mask_X1N = candidate_BN.repeat_interleave(kv_heads, 0)[:, None].to(state_XCN.dtype)

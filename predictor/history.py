@@ -1,7 +1,7 @@
-"""ScoreHistory: what a predictor must remember of one layer, for a sequence that grows.
+"""ScoreHistory: the predictor's state of one layer, for growing sequences.
 
-Suffixes: B sequences, G KV heads, H query heads, S slots, R history rows (oldest first), N blocks, C
-blocks there is room for; of a state, whose last dimension they are, C channels.
+Suffixes: B sequences, G KV heads, H query heads, S slots, R score rows (oldest first), N blocks, C block capacity; as
+the last dimension of a state, C channels.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from attention_predictor.predictor.filters import FilterPredictor, PackedFilters
 CHUNK_BLOCKS = 64  # capacity grows by this many blocks: doubling would waste the memory this library saves
 
 
-def no_kernel(predictor: AttentionPredictor, device: torch.device | str) -> str | None:
-    """Why no kernel keeps this predictor's history on that device; `None` if one does."""
+def why_no_kernel(predictor: AttentionPredictor, device: torch.device | str) -> str | None:
+    """Why no kernel supports this predictor's history on that device; `None` if one does."""
     device = torch.device(device)
     if not isinstance(predictor, FilterPredictor):
-        return f"none evaluates the predictor {predictor.arch!r}"
+        return f"no kernel for the predictor {predictor.arch!r}"
     if not binding.on_gpu(device):
-        return f"the predictor's are written for GPUs, not for {device.type}"
-    return predictor.no_kernel or ops.missing(device)
+        return f"the predictor's kernels need a GPU, the device is {device.type}"
+    return predictor.why_no_kernel() or ops.why_no_kernels(device)
 
 
 def row_of_logits(
     peak_BHC: Tensor | None, block_BGS: Tensor, slot_peak_BHS: Tensor, total_BH: Tensor, capacity: int
 ) -> Tensor:
-    """The row of a step, row_BGC: exp(logit − total) of each block, the largest among the heads of a KV head.
+    """A step's score row, row_BGC: exp(logit − total) of each block, the maximum over the query heads of a KV head.
 
-    By the exact logit where a slot holds the block, else by the estimated one.
+    Uses the exact logit if a slot holds the block, else the estimated one.
 
     Args:
-        peak_BHC: fp32 estimated largest logit of each block; `None`: nothing is known.
+        peak_BHC: fp32 estimated largest logit of each block; `None`: there are no estimates.
         block_BGS: int64 block in each slot, none twice in a row; -1 for a slot that takes no part.
         slot_peak_BHS: fp32 exact largest logit of each slot.
         total_BH: fp32 log-sum-exp of all logits.
@@ -57,10 +57,10 @@ def row_of_logits(
 def candidates_of(
     columns: int, first: int, recent: int, block_size: int, length_B: Tensor, padding_B: Tensor | None
 ) -> Tensor:
-    """bool ``[B, C]``: the blocks, among the first columns, that a step leaves to the predictor to judge.
+    """The predictor's candidates among the first ``columns`` blocks, bool ``[B, C]``.
 
-    Others are the sink, blocks of padding, and those of the recent tokens in the step at length + 1.
-    `csrc/candidates.cuh` has the same; arguments are those of `ScoreHistory.predict_ahead`.
+    Not candidates: the sink, padding, and the recent blocks of the step at length + 1. `csrc/candidates.cuh` computes
+    the same; arguments are those of `ScoreHistory.predict_ahead`.
     """
     block_C = torch.arange(columns, device=length_B.device)
     first_B = torch.full_like(length_B, first) if padding_B is None else padding_B // block_size + first
@@ -72,11 +72,11 @@ def candidates_of(
 class ScoreHistory:
     """The predictor's state of every block of one layer, state_BGNC in the predictor's `state_dtype`.
 
-    A block that appears enters as zeros. Spare capacity is kept at zero, so growing within it is free.
-    Copies made by `copy.deepcopy` own their state and share the predictor.
+    A new block starts as zeros. Spare capacity is kept at zero, so growing within it is free. Copies made by
+    `copy.deepcopy` own their state and share the predictor.
 
-    With `kernel`, decoded steps are observed and predicted by kernels (`csrc/observe.py`, `csrc/predict.py`), else by
-    the predictor's own operations; ConfigError where there is none (`no_kernel`).
+    With `kernel`, kernels observe and predict decoding steps (`csrc/observe.py`, `csrc/predict.py`), else the
+    predictor's own operations; ConfigError if there is none (`why_no_kernel`).
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class ScoreHistory:
         device: torch.device | str,
         kernel: bool = False,
     ) -> None:
-        if kernel and (reason := no_kernel(predictor, device)) is not None:
-            raise ConfigError(f"kernel=True, but there is no kernel: {reason}")
+        if kernel and (reason := why_no_kernel(predictor, device)) is not None:
+            raise ConfigError(f"kernel=True is not possible: {reason}")
         self.predictor = predictor
         self.kernel = kernel
         self.n_blocks = 0
         self.started = False
         self._packed: PackedFilters | None = None
-        # Not under inference mode: what is made there could not be updated outside of it later.
+        # Not in inference mode: inference tensors can't be written to outside of it.
         with torch.inference_mode(False):
             shape = (batch, kv_heads, 0, predictor.channels)
             self._state_BGNC = torch.zeros(shape, dtype=predictor.state_dtype, device=device)
@@ -103,7 +103,7 @@ class ScoreHistory:
     @torch.inference_mode(False)
     @torch.no_grad()
     def start(self, rows_BGRN: Tensor) -> None:
-        """Forget everything, then take the prompt's last rows (1 or more; N sets the number of blocks)."""
+        """Forget everything and start from the prompt's last score rows (at least 1); N sets the number of blocks."""
         self._check("rows_BGRN", rows_BGRN, dims=4, at_least=0)
         self.crop(0)
         self._packed = None
@@ -119,9 +119,9 @@ class ScoreHistory:
     @torch.inference_mode(False)
     @torch.no_grad()
     def extend(self, rows_BGRN: Tensor) -> None:
-        """Take several further rows (a prompt chunk, tokens to verify); N may have grown.
+        """Observe several further rows (a prompt chunk, tokens to verify); N may have grown.
 
-        As many rows as the predictor starts from make earlier ones irrelevant: the same as `start`.
+        With as many rows as the predictor starts from, earlier ones don't matter: the same as `start`.
         """
         if not self.started or rows_BGRN.shape[2] >= self.predictor.rows:
             if rows_BGRN.shape[2]:
@@ -137,21 +137,21 @@ class ScoreHistory:
             self.push(row_BGN)
 
     def push(self, row_BGN: Tensor) -> None:
-        """Count the blocks of a row and take it: it covers every known block and may bring new ones."""
+        """Observe a row that covers every block so far and may add new ones."""
         self._check("row_BGN", row_BGN, dims=3, at_least=self.n_blocks)
         self._grow(row_BGN.shape[-1])
         self.observe_row(F.pad(row_BGN, (0, self.capacity - row_BGN.shape[-1])))
 
-    # What follows never asks the host: lengths are the device's, shapes those of the room there is, and the state stays
-    # in its place, so that the same operations run one by one or as part of a CUDA graph. `advance` has counted the
-    # token.
+    # The methods below need no host synchronisation: lengths are tensors, shapes follow from the capacity, and the
+    # state is updated in place. So the same operations run one by one or as part of a CUDA graph. `advance` has counted
+    # the token.
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def observe_row(self, row_BGC: Tensor) -> None:
-        """Take one decoding step's row of all blocks there is room for, zero for those that have not begun.
+        """Observe one decoding step's row over the whole capacity, zero for blocks without tokens.
 
-        A score of zero leaves a state of zeros as it is, for every predictor. The first row of all starts the history.
+        For every predictor, a score of zero leaves a state of zeros unchanged. The first row starts the history.
         """
         self._check("row_BGC", row_BGC, dims=3, at_least=self.capacity)
         if not self.started:
@@ -178,15 +178,15 @@ class ScoreHistory:
         length_B: Tensor,
         rest_BH: Tensor | None = None,
     ) -> None:
-        """Take the row that `row_of_logits` makes of these arguments; a kernel makes and folds it at once.
+        """Observe the row that `row_of_logits` computes from these arguments; a kernel does both in one pass.
 
         Args:
-            peak_BHC: fp32 estimates of C blocks, at most those there is room for and all that have begun; those of
-                others count for nothing. `None`: nothing is known.
-            block_BGS, slot_peak_BHS: As of `row_of_logits`.
+            peak_BHC: fp32 estimates of C blocks, between the blocks that hold tokens and the capacity; those of blocks
+                without tokens are ignored. `None`: there are no estimates.
+            block_BGS, slot_peak_BHS: As in `row_of_logits`.
             total_BH: fp32 log-sum-exp of all logits.
             length_B: int64 tokens of each sequence, the new one included.
-            rest_BH: fp32 log-sum-exp of the logits that `total_BH` lacks; `None`: it lacks none.
+            rest_BH: fp32 log-sum-exp of logits that `total_BH` does not include; `None`: it includes all.
         """
         size, columns = self.predictor.block_size, self.capacity if peak_BHC is None else peak_BHC.shape[-1]
         if self.kernel and self.started:
@@ -206,15 +206,15 @@ class ScoreHistory:
     ) -> Tensor:
         """Scores for the step after the one at `length_B` tokens, fp32 scores_BGC of `capacity` blocks.
 
-        Sink and recent blocks are always kept: they are cut off *before* the prediction
-        (AttentionPredictor, arXiv 2502.04077, section 4), so their large scores don't leak into their
-        neighbours. They have −inf, as have blocks that have not begun.
+        Sink and recent blocks are always kept. They are excluded *before* the prediction (AttentionPredictor, arXiv
+        2502.04077, section 4), so that their large scores don't leak into their neighbours. They get −inf, and so do
+        blocks without tokens.
 
         Args:
-            first: First candidate, counted from the first block with a token that is no padding.
-            recent: Tokens at the end, one at least, whose blocks are no candidates in the step at length + 1.
-            length_B, padding_B: int64, tokens of each sequence, and those of left padding; `None` where there is none.
-            capacity: C, at most the blocks there is room for.
+            first: First candidate, counted from the first block that is not all padding.
+            recent: Last tokens (at least one) whose blocks are no candidates in the step at length + 1.
+            length_B, padding_B: int64, tokens and left padding of each sequence; `None`: no padding.
+            capacity: C, at most the history's capacity.
         """
         if not self.started:
             raise ValueError("predict_ahead needs a history that has started")
@@ -234,22 +234,22 @@ class ScoreHistory:
         return torch.where(candidate_BC[:, None], scores_BGC.float(), -torch.inf)
 
     def advance(self, n_blocks: int) -> None:
-        """The host's count follows, before the step that it counts: its row has so many blocks."""
+        """Set the host's count of blocks, before the step whose row has that many."""
         if not self.n_blocks <= n_blocks <= self.capacity:
             raise ValueError(f"n_blocks must lie within {self.n_blocks}..{self.capacity}, got {n_blocks}")
         self.n_blocks = n_blocks
 
     @property
     def capacity(self) -> int:
-        """Blocks there is room for."""
+        """Blocks that the state has places for."""
         return self._state_BGNC.shape[2]
 
     @torch.no_grad()
     def crop(self, n_blocks: int) -> None:
         """Forget the blocks from `n_blocks` on.
 
-        Rows already folded into the blocks that stay can't be taken out again; a few rows of rejected draft
-        tokens only blur the ranking for a while.
+        Rows already observed by the remaining blocks can't be removed; a few rows of rejected draft tokens only blur
+        the ranking for a while.
         """
         if not 0 <= n_blocks <= self.n_blocks:
             raise ValueError(f"n_blocks must lie within 0..{self.n_blocks}, got {n_blocks}")
@@ -266,7 +266,7 @@ class ScoreHistory:
     @torch.inference_mode(False)
     @torch.no_grad()
     def reserve(self, n_blocks: int) -> None:
-        """Make room for that many blocks at least, and keep what is there; the state may move."""
+        """Grow the capacity to at least `n_blocks`, keeping contents; the state may be reallocated."""
         batch, kv_heads, capacity, channels = self._state_BGNC.shape
         if n_blocks > capacity:
             chunks = ceil_div(n_blocks, CHUNK_BLOCKS)
@@ -276,12 +276,12 @@ class ScoreHistory:
 
     @property
     def state_BGNC(self) -> Tensor:
-        """The state itself, spare capacity included, which stays zero; it moves when the history grows beyond it."""
+        """The state, including spare capacity (zeros); reallocated when the history grows beyond it."""
         return self._state_BGNC
 
     @property
     def packed(self) -> PackedFilters:
-        """The predictor as the kernels read it, as of the first step after `start`: its memory stays in place."""
+        """The predictor's weights in the kernels' layout, made at the first step after `start`, then kept in place."""
         if self._packed is None:
             assert isinstance(self.predictor, FilterPredictor)  # the only one with kernels
             self._packed = self.predictor.packed()
@@ -293,7 +293,7 @@ class ScoreHistory:
         return self._state_BGNC.numel() * self._state_BGNC.element_size()
 
     def check_integrity(self) -> None:
-        """Raise IntegrityError if the state's form, numbers or spare columns are not what they must be."""
+        """Raise IntegrityError if the state's shape, dtype, numbers or spare capacity are wrong."""
         state_BGNC, predictor = self._state_BGNC, self.predictor
         if state_BGNC.shape[3] != predictor.channels or state_BGNC.dtype != predictor.state_dtype:
             raise IntegrityError(

@@ -1,3 +1,3 @@
-"""How much of a prompt a history starts with."""
+"""The number of prompt rows that start a history."""
 
-PROMPT_ROWS = 64  # last rows: H of the published method
+PROMPT_ROWS = 64  # the last ones; H of the published method

@@ -1,13 +1,12 @@
-"""Few-bit codes of keys: per channel and group of tokens, a scale, a zero and one small integer a token.
+"""Few-bit codes of keys: a scale and a zero per channel and group of tokens, and one small integer per token.
 
-The grouping is KIVI's (arXiv 2402.02750, section 3: keys per channel, because some channels are large in
-every token). The choice of scale and zero is ours. Largest and smallest value as outer levels, the usual
-choice, waste levels on rare values; here the best of a few narrower ranges is taken and then fitted by
-least squares. Measured on five kinds of made-up keys (normal, with channel means, heavy-tailed, slowly
-varying, aligned with a query; most with RoPE), root mean square error of the logits relative
-to their spread: 1 bit 0.82–2.2 → 0.35–0.65, 2 bits 0.26–0.66 → 0.19–0.43, 4 bits 0.050–0.131 → 0.049–0.127.
-Scale and zero from mean and deviation instead did as well on normal keys and lost the outliers of
-heavy-tailed ones.
+The grouping is KIVI's (arXiv 2402.02750, section 3: keys per channel, because some channels are large in every token).
+The choice of scale and zero is ours. The usual choice, smallest and largest value as outer levels, wastes levels on
+rare values. Here the best of a few narrower ranges is chosen and then fitted by least squares. Measured on five kinds
+of synthetic keys (normal, with channel means, heavy-tailed, slowly varying, aligned with a query; most with RoPE), root
+mean square error of the logits relative to their spread: 1 bit 0.82–2.2 → 0.35–0.65, 2 bits 0.26–0.66 → 0.19–0.43, 4
+bits 0.050–0.131 → 0.049–0.127. Scale and zero from mean and deviation were as good on normal keys, but lost the
+outliers of heavy-tailed ones.
 
 Suffixes: ... any, T tokens of one group, D channels, P planes (codes a byte), J bytes.
 """
@@ -17,15 +16,15 @@ import functools
 import torch
 from torch import Tensor
 
-# Widths tried, as shares of the full range. Only 2 bits gain by it: with 1 bit the fit undoes it, with 4 or
-# more the outer levels cost little anyway. A second round of fitting gained 1% more.
+# Ranges to try, as shares of the full range. Only 2 bits gain: with 1 bit the fit undoes the choice, with 4 or more the
+# outer levels cost little. A second round of fitting gained 1% more.
 SHARES = {1: (1.0,), 2: (1.0, 0.8, 0.6), 4: (1.0,), 8: (1.0,)}
 LARGEST = torch.finfo(torch.float16).max
 
 
 def quantise(key_TD: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of `key_TD` [..., T, D] in uint8, scale and zero [..., D] in fp16: key ≈ zero + scale · code."""
-    # fp16 can't express a zero beyond its largest number, and an infinity would spread to the whole group.
+    # fp16 can't represent larger zeros, and an infinity would spread to the whole group.
     key_TD = key_TD.float().clamp(-LARGEST, LARGEST)
     top = 2**bits - 1
     low_1D, high_1D = key_TD.amin(-2, keepdim=True), key_TD.amax(-2, keepdim=True)
@@ -42,7 +41,7 @@ def quantise(key_TD: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         error_1D = torch.minimum(trial_error_1D, error_1D)
     zero_1D, scale_1D = _least_squares(key_TD, _nearest(key_TD, zero_1D, scale_1D, top))
     zero_1D, scale_1D = zero_1D.half(), scale_1D.half()
-    # Codes are chosen for the rounded scale and zero, so that their rounding costs as little as it can.
+    # Choose codes for the rounded scale and zero, to minimise the effect of their rounding.
     code_TD = _nearest(key_TD, zero_1D.float(), scale_1D.float(), top)
     return code_TD.to(torch.uint8), scale_1D.squeeze(-2), zero_1D.squeeze(-2)
 
@@ -78,9 +77,9 @@ def pack(code_TD: Tensor, bits: int) -> Tensor:
 @functools.cache
 @torch.inference_mode(False)
 def masks(bits: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """For `unpack`: each plane's bit mask, uint8 [P, 1, 1], and the factor that its values lack, fp32 [P].
+    """For `unpack`: each plane's bit mask, uint8 [P, 1, 1], and the factor that corrects its shift, fp32 [P].
 
-    Made once: what comes from the host would hold a prompt up in every layer.
+    Cached, since a copy from the host would delay a prompt in every layer.
     """
     shifts_P = torch.arange(0, 8, bits)
     mask_P11 = ((2**bits - 1) << shifts_P).to(torch.uint8).view(-1, 1, 1)
@@ -88,8 +87,8 @@ def masks(bits: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
 
 
 def unpack(packed_JD: Tensor, mask_P11: Tensor) -> Tensor:
-    """Codes [..., T, D] in fp32, those of plane p still shifted, that is too large by 2^(p·bits).
+    """Codes [..., T, D] in fp32; codes of plane p are still shifted, too large by a factor of 2^(p·bits).
 
-    The shift is left to the reader: a product with the codes is far smaller than the codes are.
+    The caller corrects the shift in its products with the codes, which are far smaller than the codes.
     """
     return (packed_JD.unsqueeze(-3) & mask_P11).to(torch.float32).flatten(-3, -2)

@@ -1,4 +1,4 @@
-"""Predictors without weights, behind the same interface: what a learned one has to beat.
+"""Predictors without weights: baselines that a learned one has to beat.
 
 Suffixes: B sequences, G KV heads, R history rows (oldest first), N blocks, C state channels.
 """
@@ -12,7 +12,7 @@ from attention_predictor.predictor.window import RowWindow
 
 @register
 class LastRow(AttentionPredictor):
-    """The next token attends as the last one did."""
+    """Predicts the last token's scores."""
 
     arch = "last"
     rows = 1
@@ -31,9 +31,9 @@ class LastRow(AttentionPredictor):
 
 @register
 class ExponentialAverage(AttentionPredictor):
-    """An exponential average of the rows; the first is taken to have held forever before.
+    """An exponential average of the score rows, starting at the first one.
 
-    With a decay of 0.9 it recovers as much mass as the published network: never compare without it.
+    With a decay of 0.9 it recovers as much mass as the published network, so every comparison should include it.
     """
 
     arch = "ema"
@@ -55,7 +55,7 @@ class ExponentialAverage(AttentionPredictor):
 
 @register
 class WindowMean(RowWindow):
-    """The mean of the last 64 rows."""
+    """The mean of the last 64 score rows."""
 
     arch = "mean"
     learned = False

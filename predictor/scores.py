@@ -1,4 +1,4 @@
-"""What a row of history is: one step's attention, pooled to blocks of tokens.
+"""Block scores and block mass: one step's attention probabilities reduced to blocks; and recovery.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, N blocks, T tokens.
 """
@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAST_MASS = 1e-12  # below it there is nothing to recover
+MIN_MASS = 1e-12  # avoids division by zero
 
 
 class Recovery(NamedTuple):
-    """How much of the true attention mass a choice of blocks holds.
+    """The true attention mass on the chosen blocks.
 
     Attributes:
-        share: Of all mass; fp32, without the dimension of blocks.
-        relative: Its ratio to that of the best choice.
+        share: As a share of all mass; fp32, shape ``[...]``.
+        relative: Ratio of ``share`` to that of the best choice.
     """
 
     share: Tensor
@@ -25,35 +25,35 @@ class Recovery(NamedTuple):
 
 
 def recovery(mass_N: Tensor, chosen_N: Tensor, best_N: Tensor) -> Recovery:
-    """Recovery of the chosen blocks, and relative to the best ones: bool masks ``[..., N]`` as the mass."""
-    got, most = (mass_N.masked_fill(~mask_N, 0).sum(-1) for mask_N in (chosen_N, best_N))
-    total = mass_N.sum(-1)  # below 1 where an attention sink takes its share
-    return Recovery(got / total.clamp_min(LEAST_MASS), got / most.clamp_min(LEAST_MASS))
+    """Recovery of the chosen blocks. ``chosen_N`` and ``best_N`` are bool masks of the mass's shape ``[..., N]``."""
+    got, best = (mass_N.masked_fill(~mask_N, 0).sum(-1) for mask_N in (chosen_N, best_N))
+    total = mass_N.sum(-1)  # below 1 if the model has sink logits
+    return Recovery(got / total.clamp_min(MIN_MASS), got / best.clamp_min(MIN_MASS))
 
 
 def block_scores(prob_BHQT: Tensor, kv_heads: int, block_size: int) -> Tensor:
-    """What a predictor reads: each block's largest probability, over its tokens and its group's heads.
+    """Score rows: each block's largest probability over its tokens and over the query heads of its KV head.
 
-    Pooling over tokens is AttentionPredictor's (arXiv 2502.04077, section 4); pooling over the query heads
-    that share a KV head is ours: those heads fetch the same block, so one of them wanting it is enough.
+    The maximum over tokens is AttentionPredictor's (arXiv 2502.04077, section 4). The maximum over query heads is ours:
+    they fetch the same blocks, so it is enough that one of them needs a block.
 
-    `prob_BHQT` holds softmax probabilities, query heads of one KV head side by side. T may end inside a
-    block. Returns scores_BGQN in [0, 1], of the same dtype.
+    `prob_BHQT` holds softmax probabilities; query heads of one KV head are adjacent. T may end inside a block. Returns
+    scores_BGQN in [0, 1], of the same dtype.
     """
     return _blocks(prob_BHQT, kv_heads, block_size).amax(dim=(2, 5))
 
 
 def block_mass(prob_BHQT: Tensor, kv_heads: int, block_size: int) -> Tensor:
-    """Attention mass of each block: its probability sum, averaged over the group's heads.
+    """Attention mass of each block: the sum of its probabilities, averaged over the query heads of its KV head.
 
-    Recovery is measured in it and predictors are trained towards it; over all blocks it sums to 1.
-    Returns mass_BGQN in [0, 1], of the same dtype.
+    Used for recovery and as the training target; it sums to 1 over all blocks. Returns mass_BGQN in [0, 1], of the same
+    dtype.
     """
     return _blocks(prob_BHQT, kv_heads, block_size).sum(dim=5).mean(dim=2)
 
 
 def _blocks(prob_BHQT: Tensor, kv_heads: int, block_size: int) -> Tensor:
-    """View as [B, G, heads of a group, Q, N, block_size]; the last block is filled up with zeros."""
+    """View as [B, G, query heads of a KV head, Q, N, block_size]; the last block is padded with zeros."""
     if prob_BHQT.dim() != 4:
         raise ValueError(f"prob_BHQT must have 4 dimensions [B, H, Q, T], got shape {tuple(prob_BHQT.shape)}")
     batch, heads, queries, tokens = prob_BHQT.shape

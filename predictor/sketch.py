@@ -18,20 +18,21 @@ from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.quantise import LARGEST, SHARES, masks, pack, quantise, unpack
 from attention_predictor.predictor.scores import block_peak_and_sum
 
-# Share of the channels whose codes have twice the bits, and of those that have none, so that the mean stays. In the
-# pocket model 1/8 errs a little less over all layers, but more in the layer that looks up single tokens (docs/LOG.md).
+# Share of channels whose codes have twice the bits; the same share has no codes, which keeps the mean. In the pocket
+# model a share of 1/8 has slightly less error over all layers, but more in the layer that looks up single tokens
+# (docs/LOG.md).
 WIDE_SHARE = 1 / 4
-RECENT_QUERIES = 64  # of each `extend` enter the channels' importance
+RECENT_QUERIES = 64  # last queries of each `extend` that count for the channels' importance
 
-CHUNK_GROUPS = 16  # storage grows by this many groups: doubling would waste the memory this library saves
-# Elements of fp32 in use at once. On a CPU they should stay in its cache; on a GPU few launches matter.
+CHUNK_GROUPS = 16  # the capacity grows by this many groups: doubling would waste the memory this library saves
+# fp32 elements in use at once. On a CPU they should fit in its cache; on a GPU fewer launches matter more.
 SCRATCH_ELEMENTS = {"cpu": 1 << 18}
 SCRATCH_ELEMENTS_GPU = 1 << 24
 
 
 @dataclass
-class Tier:
-    """Channels with codes of one width: their ranks by importance, and the codes."""
+class CodedChannels:
+    """The channels with codes of one width: their ranks by importance, and the codes."""
 
     bits: int
     ranks: slice
@@ -41,18 +42,18 @@ class Tier:
 
 
 class KeySketch:
-    """One layer's keys in `bits` + 28/`group` bits an element; those of the last partial group are exact.
+    """One layer's keys at `bits` + 28/`group` bits per element; keys of the last partial group are exact.
 
-    It replaces the published calibration, which reads all keys every few steps: at 2 bits a row computed
-    from it *every* step selects better than exact rows every fifth step, and needs no transfer.
-    2.44 bits an element are 15% of bf16 keys, 8% of the KV cache.
+    It replaces the published calibration, which reads all keys every few steps. At 2 bits, estimates at *every* step
+    select better than exact rows every fifth step, and need no transfer. 2.44 bits per element are 15% of bf16 keys, 8%
+    of the KV cache.
 
-    `bits` is the mean over channels. What a channel's error does to the logits grows with the channel's
-    *importance*: the mean square of its queries times its keys' mean variance within a group. The most important
-    quarter of each KV head's channels has codes of twice the bits, the least important quarter none but the group's
-    mean, as reverse water-filling has it. (At 8 bits all channels have 8: nothing is left to gain.) The order of
-    the channels is found when a sequence's first whole group is stored, and stays. Everything stored is in that
-    order, so that a reader permutes the query and never the codes.
+    `bits` is the mean over channels. A channel's effect on the logits' error grows with its *importance*: the mean
+    square of its queries times the mean variance of its keys within a group. As in reverse water-filling, the most
+    important quarter of each KV head's channels has codes of twice the bits, and the least important quarter has only
+    the group's mean. (At 8 bits all channels have 8: there is nothing left to gain.) The order of channels is fixed
+    when a sequence's first whole group is stored. All data is stored in that order, so readers permute the query and
+    never the codes.
     """
 
     def __init__(
@@ -73,19 +74,19 @@ class KeySketch:
         self.bits, self.group, self.length = bits, group, 0
         wide = int(head_dim * WIDE_SHARE) if 2 * bits in SHARES else 0
         coded = head_dim - wide
-        # Not under inference mode: what is made there could not be updated outside of it later.
+        # Not in inference mode: inference tensors can't be written to outside of it.
         with torch.inference_mode(False):
-            self._tiers = []
+            self._coded = []
             for width, ranks in ((2 * bits, slice(0, wide)), (bits, slice(wide, coded))):
                 if ranks.stop > ranks.start:
                     shape = (batch, kv_heads, 0, group * width // 8, ranks.stop - ranks.start)
                     codes_BGKJC = torch.zeros(shape, dtype=torch.uint8, device=device)
-                    self._tiers.append(Tier(width, ranks, codes_BGKJC, *masks(width, device)))
-            self._widest = max(tier.ranks.stop - tier.ranks.start for tier in self._tiers)
+                    self._coded.append(CodedChannels(width, ranks, codes_BGKJC, *masks(width, device)))
+            self._widest = max(channels.ranks.stop - channels.ranks.start for channels in self._coded)
             self._scale_BGKR = torch.zeros(batch, kv_heads, 0, coded, dtype=torch.float16, device=device)
             self._zero_BGKD = torch.zeros(batch, kv_heads, 0, head_dim, dtype=torch.float16, device=device)
             self._tail_BGTD = torch.zeros(batch, kv_heads, group, head_dim, dtype=dtype, device=device)
-            # Sum of the squares of queries, and the channels from the most important one on.
+            # Sum of squared queries, and the channels ordered by falling importance.
             self._square_BGD = torch.zeros(batch, kv_heads, head_dim, device=device)
             self._order_BGD = torch.arange(head_dim, device=device).repeat(batch, kv_heads, 1)
 
@@ -98,9 +99,9 @@ class KeySketch:
     def extend(self, key_BGTD: Tensor, query_BHQD: Tensor, *, kernel: bool = False) -> None:
         """Take the keys of the next T tokens and their queries, as the attention uses them (after RoPE).
 
-        The last queries tell which channels matter. They are read until there is a whole group; only the sum of their
-        squares is kept. Query heads that share a KV head lie side by side. With `kernel`, and on a GPU where there is
-        one, keys become codes in one pass over them.
+        The last queries decide which channels are important. They are read until there is a whole group; only the sum
+        of their squares is kept. Query heads of one KV head are adjacent. With `kernel`, on a GPU that has one, a
+        kernel quantises the keys in one pass.
         """
         batch, kv_heads, _, head_dim = self._tail_BGTD.shape
         self._check("key_BGTD", key_BGTD, (batch, kv_heads, -1, head_dim))
@@ -126,12 +127,12 @@ class KeySketch:
 
     @property
     def capacity(self) -> int:
-        """Tokens there is room for; until there are more, no tensor moves."""
+        """Tokens that the tensors can hold without reallocation."""
         return (self._zero_BGKD.shape[2] + 1) * self.group - 1
 
     @torch.inference_mode(False)
     def reserve(self, tokens: int) -> None:
-        """Make room for so many tokens, for callers that `append`."""
+        """Grow the capacity to at least `tokens`; required before `append`."""
         n_groups, held = tokens // self.group, self._zero_BGKD.shape[2]
         if n_groups <= held:
             return
@@ -149,14 +150,14 @@ class KeySketch:
     @torch.inference_mode(False)
     @torch.no_grad()
     def append(self, key_BGD: Tensor, query_BHD: Tensor, length_B: Tensor, *, kernel: bool = False) -> None:
-        """Take the key and query of one more token, which `advance` has counted.
+        """Take the key and query of one more token, which `advance` has counted; requires capacity (`reserve`).
 
-        With `kernel`, on a GPU where there is one, by one kernel that reads the length on the device; but for the first
-        group, with which the order of the channels is found. There must be room (`reserve`).
+        With `kernel`, on a GPU that has one, a kernel does this and reads the length on the device; except in the first
+        group, which decides the order of the channels.
 
         `length_B`: int64, tokens of each sequence, this one included.
         """
-        if kernel and self.length > self.group and self._no_kernel(None) is None:
+        if kernel and self.length > self.group and self._why_no_kernel(None) is None:
             if self.length > self.capacity:
                 raise ValueError(f"there is room for {self.capacity} tokens, this would be number {self.length}")
             key_BGD = key_BGD.to(self._tail_BGTD.dtype).contiguous()
@@ -170,8 +171,8 @@ class KeySketch:
         """Approximate attention logits of one query over all tokens, logits_BHT in fp32.
 
         `scaling` multiplies the products, then `softcap` bounds them by softcap · tanh(logits / softcap).
-        Query heads that share a KV head lie side by side. As key ≈ zero + scale · code, zero and scale are
-        folded into the query, once a group of tokens, and codes are multiplied as they are.
+        Query heads of one KV head are adjacent. As key ≈ zero + scale · code, zero and scale are applied to the query,
+        once per group of tokens, and codes are multiplied unscaled.
         """
         batch, kv_heads, _, head_dim = self._tail_BGTD.shape
         self._check("query_BHD", query_BHD, (batch, -1, head_dim))
@@ -183,12 +184,13 @@ class KeySketch:
             zero_BGKD = self._zero_BGKD[:, :, first:last].float()
             offset_BGhK = ranked_BGhD @ zero_BGKD.transpose(-1, -2)
             part_BGKhT = offset_BGhK.transpose(2, 3)[..., None]
-            for tier in self._tiers:
-                scale_BGK1C = self._scale_BGKR[:, :, first:last, None, tier.ranks].float()
-                code_BGKTC = unpack(tier.codes_BGKJC[:, :, first:last], tier.mask_P11)
-                product_BGKhT = (ranked_BGhD[:, :, None, :, tier.ranks] * scale_BGK1C) @ code_BGKTC.transpose(-1, -2)
-                product_BGKhT.unflatten(-1, (len(tier.factor_P), -1)).mul_(tier.factor_P[:, None])
-                part_BGKhT = product_BGKhT.add_(part_BGKhT)  # begins as the zeros' share, one number a group
+            for channels in self._coded:
+                scale_BGK1C = self._scale_BGKR[:, :, first:last, None, channels.ranks].float()
+                code_BGKTC = unpack(channels.codes_BGKJC[:, :, first:last], channels.mask_P11)
+                query_BG1hC = ranked_BGhD[:, :, None, :, channels.ranks]
+                product_BGKhT = (query_BG1hC * scale_BGK1C) @ code_BGKTC.transpose(-1, -2)
+                product_BGKhT.unflatten(-1, (len(channels.factor_P), -1)).mul_(channels.factor_P[:, None])
+                part_BGKhT = product_BGKhT.add_(part_BGKhT)  # starts as the zeros' contribution, one number per group
             block_BGhT = logits_BGhT[..., first * self.group : last * self.group]
             block_BGhT.unflatten(-1, (last - first, self.group)).copy_(part_BGKhT.transpose(2, 3))
         exact_BGTD = self._tail_BGTD[:, :, : self.length % self.group].float()
@@ -212,16 +214,16 @@ class KeySketch:
     ) -> tuple[Tensor, Tensor]:
         """Largest logit and log-sum-exp of each block's tokens, peak_BHC and sum_BHC in fp32.
 
-        `real_BL` is False at padding; a block of nothing else has ``-inf``. With `kernel`, where there is one
-        (`no_kernel`), it is done in one pass that never holds the logits.
+        `real_BL` is False at padding; a block of padding only gets ``-inf``. With `kernel`, if there is one
+        (`why_no_kernel`), a kernel does this in one pass without storing the logits.
 
         Args:
-            capacity: C, blocks of the result; `None`: those of the sequence. Those that have not begun have ``-inf``,
-                or what comes where a kernel is used.
-            length_B: int64 on the device, tokens of each sequence, if there is a capacity. Without a kernel `length`
-                counts, and such a step can't be captured.
+            capacity: C, blocks of the result; `None`: those of the sequence. Blocks without tokens get ``-inf``, or
+                undefined numbers from a kernel.
+            length_B: int64 on the device, tokens of each sequence, required with `capacity`. Without a kernel the
+                host's `length` is used, so the step can't be captured.
         """
-        if kernel and self.no_kernel(block_size) is None:
+        if kernel and self.why_no_kernel(block_size) is None:
             return ops.sketch_scores(
                 query_BHD.to(self._tail_BGTD.dtype).contiguous(),
                 *self._tensors(),
@@ -239,20 +241,20 @@ class KeySketch:
         more = 0 if capacity is None else capacity - peak_BHN.shape[-1]
         return F.pad(peak_BHN, (0, more), value=-torch.inf), F.pad(sum_BHN, (0, more), value=-torch.inf)
 
-    def no_kernel(self, block_size: int) -> str | None:
-        """Why no kernel scores blocks of that size by this sketch, on one line; ``None`` if one does."""
-        return self._no_kernel(block_size)
+    def why_no_kernel(self, block_size: int) -> str | None:
+        """Why no kernel supports this sketch with blocks of that size, on one line; ``None`` if one does."""
+        return self._why_no_kernel(block_size)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def crop(self, length: int, tail_key_BGTD: Tensor | None = None) -> None:
         """Forget the tokens from `length` on.
 
-        If no whole group is left, the order of the channels is found anew with the next one, from the queries read
-        until then; at length 0 these are forgotten as well.
+        If no whole group is left, the next one decides the order of the channels again, from all queries read until
+        then; at length 0 these are forgotten too.
 
-        `tail_key_BGTD` are the exact keys of tokens `tail_start(length)` to `length` − 1, of which only
-        codes are left; without any such token, or while they are still in the exact tail, it may be None.
+        `tail_key_BGTD` are the exact keys of tokens `tail_start(length)` to `length` − 1, which exist only as codes.
+        It may be None if there are no such tokens, or if they are still in the exact tail.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"length must lie within 0..{self.length}, got {length}")
@@ -269,18 +271,18 @@ class KeySketch:
 
     @torch.no_grad()
     def dequantise(self) -> Tensor:
-        """All keys as the sketch knows them, key_BGTD in the keys' dtype: to measure its error."""
+        """All keys as decoded from the sketch, key_BGTD in the keys' dtype: to measure its error."""
         batch, kv_heads, _, head_dim = self._tail_BGTD.shape
         key_BGTD = self._tail_BGTD.new_empty(batch, kv_heads, self.length, head_dim)
         rank_BGD = self._order_BGD.argsort(-1)
         for first, last in self._chunks(self.length // self.group, head_dim):
             zero_BGK1D = self._zero_BGKD[:, :, first:last, None].float()
             restored_BGKTD = zero_BGK1D.repeat(1, 1, 1, self.group, 1)
-            for tier in self._tiers:
-                scale_BGK1C = self._scale_BGKR[:, :, first:last, None, tier.ranks].float()
-                code_BGKTC = unpack(tier.codes_BGKJC[:, :, first:last], tier.mask_P11)
-                code_BGKTC.unflatten(-2, (len(tier.factor_P), -1)).mul_(tier.factor_P[:, None, None])
-                restored_BGKTD[..., tier.ranks] += scale_BGK1C * code_BGKTC
+            for channels in self._coded:
+                scale_BGK1C = self._scale_BGKR[:, :, first:last, None, channels.ranks].float()
+                code_BGKTC = unpack(channels.codes_BGKJC[:, :, first:last], channels.mask_P11)
+                code_BGKTC.unflatten(-2, (len(channels.factor_P), -1)).mul_(channels.factor_P[:, None, None])
+                restored_BGKTD[..., channels.ranks] += scale_BGK1C * code_BGKTC
             restored_BGTD = restored_BGKTD.flatten(2, 3)
             restored_BGTD = restored_BGTD.gather(-1, rank_BGD[:, :, None].expand_as(restored_BGTD))
             key_BGTD[:, :, first * self.group : last * self.group] = restored_BGTD
@@ -302,7 +304,7 @@ class KeySketch:
         return sum(getattr(owner, name).nbytes for owner, name in self._held())
 
     def check_integrity(self) -> None:
-        """Raise IntegrityError if storage and length disagree or a number that is read isn't finite."""
+        """Raise IntegrityError if storage and length disagree, or if a stored number is invalid."""
         n_groups, tail = divmod(self.length, self.group)
         room = {getattr(owner, name).shape[2] for owner, name in self._grouped()}
         if len(room) != 1 or min(room) < n_groups:
@@ -318,33 +320,33 @@ class KeySketch:
         if not torch.isfinite(self._tail_BGTD[:, :, :tail]).all():
             raise IntegrityError("exact keys of the sketch hold NaN or infinity")
 
-    def _no_kernel(self, block_size: int | None) -> str | None:
+    def _why_no_kernel(self, block_size: int | None) -> str | None:
         tail_BGTD = self._tail_BGTD
-        return ops.no_sketch_kernel(tail_BGTD.device, tail_BGTD.dtype, tail_BGTD.shape[3], self.group, block_size)
+        return ops.why_no_sketch_kernel(tail_BGTD.device, tail_BGTD.dtype, tail_BGTD.shape[3], self.group, block_size)
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-        """What kernels work on, as they want it."""
-        *wide, narrow = (tier.codes_BGKJC for tier in self._tiers)
+        """The sketch's tensors, in the order of the kernels' arguments."""
+        *wide, narrow = (channels.codes_BGKJC for channels in self._coded)
         exact_and_coded = (self._order_BGD, self._tail_BGTD, self._zero_BGKD, self._scale_BGKR)
         return *exact_and_coded, wide[0] if wide else None, narrow
 
     def _grouped(self) -> list[tuple[object, str]]:
         """Owner and name of the tensors that grow with the groups."""
-        return [(self, "_scale_BGKR"), (self, "_zero_BGKD"), *((tier, "codes_BGKJC") for tier in self._tiers)]
+        return [(self, "_scale_BGKR"), (self, "_zero_BGKD"), *((channels, "codes_BGKJC") for channels in self._coded)]
 
     def _held(self) -> list[tuple[object, str]]:
-        """Owner and name of all tensors, one entry a sequence each."""
+        """Owner and name of all tensors; their first dimension is sequences."""
         return [*self._grouped(), (self, "_tail_BGTD"), (self, "_square_BGD"), (self, "_order_BGD")]
 
     def _chunks(self, n_groups: int, channels: int) -> list[tuple[int, int]]:
-        """Ranges of groups of which that many channels a token, in fp32, fit the scratch limit."""
+        """Ranges of groups whose `channels` fp32 numbers per token fit the scratch limit."""
         batch, kv_heads = self._tail_BGTD.shape[:2]
         limit = SCRATCH_ELEMENTS.get(self._tail_BGTD.device.type, SCRATCH_ELEMENTS_GPU)
         step = max(1, limit // max(1, batch * kv_heads * self.group * channels))
         return [(first, min(first + step, n_groups)) for first in range(0, n_groups, step)]
 
     def _variance(self, key_BGTD: Tensor) -> Tensor:
-        """Variance within groups of each channel of whole groups of keys, summed over the groups, [B, G, D] in fp32."""
+        """Each channel's variance within groups, summed over whole groups of keys; fp32 [B, G, D]."""
         variance_BGD = torch.zeros_like(self._square_BGD)
         for low, high in self._chunks(key_BGTD.shape[2] // self.group, 2 * key_BGTD.shape[3]):
             part_BGKTD = key_BGTD[:, :, low * self.group : high * self.group].unflatten(2, (-1, self.group))
@@ -352,8 +354,8 @@ class KeySketch:
         return variance_BGD
 
     def _store(self, first: int, key_BGTD: Tensor, kernel: bool) -> None:
-        """Write whole groups of keys as codes from group `first` on."""
-        if kernel and self._no_kernel(None) is None:
+        """Quantise and store whole groups of keys, from group `first` on."""
+        if kernel and self._why_no_kernel(None) is None:
             ops.sketch_store(key_BGTD.to(self._tail_BGTD.dtype), *self._tensors(), first)
             return
         for low, high in self._chunks(key_BGTD.shape[2] // self.group, 8 * self._widest):  # copies in quantise
@@ -361,11 +363,11 @@ class KeySketch:
             part_BGTD = key_BGTD[:, :, low * self.group : high * self.group]
             part_BGTD = part_BGTD.gather(-1, self._order_BGD[:, :, None].expand_as(part_BGTD))
             part_BGKTD = part_BGTD.unflatten(2, (-1, self.group))
-            for tier in self._tiers:
-                code_BGKTC, scale_BGKC, zero_BGKC = quantise(part_BGKTD[..., tier.ranks], tier.bits)
-                tier.codes_BGKJC[:, :, groups] = pack(code_BGKTC, tier.bits)
-                self._scale_BGKR[:, :, groups, tier.ranks] = scale_BGKC
-                self._zero_BGKD[:, :, groups, tier.ranks] = zero_BGKC
+            for channels in self._coded:
+                code_BGKTC, scale_BGKC, zero_BGKC = quantise(part_BGKTD[..., channels.ranks], channels.bits)
+                channels.codes_BGKJC[:, :, groups] = pack(code_BGKTC, channels.bits)
+                self._scale_BGKR[:, :, groups, channels.ranks] = scale_BGKC
+                self._zero_BGKD[:, :, groups, channels.ranks] = zero_BGKC
             coded = self._scale_BGKR.shape[3]
             mean_BGKC = part_BGKTD[..., coded:].float().clamp(-LARGEST, LARGEST).mean(3)
             self._zero_BGKD[:, :, groups, coded:] = mean_BGKC

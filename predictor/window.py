@@ -17,7 +17,7 @@ TILE_ELEMENTS = 1 << 19  # window elements convolved at once: 32 feature maps of
 class RowWindow(AttentionPredictor):
     """The state is the window of the last 64 rows, oldest first, with zero rows before a short prompt.
 
-    fp16 halves the memory and moves no score by more than 0.05%, far below what a ranking notices.
+    fp16 halves the memory and changes no score by more than 0.05%, too little to affect the ranking.
     """
 
     channels = WINDOW_ROWS
@@ -55,12 +55,12 @@ class WindowPredictor(RowWindow):
     def forward(self, state_BGNC: Tensor, candidate_BN: Tensor | None = None) -> Tensor:
         batch, kv_heads, n_blocks, rows = state_BGNC.shape
         window_XRN = state_BGNC.reshape(-1, n_blocks, rows).transpose(1, 2).to(self.conv1.weight.dtype)
-        # A convolution finds zeros beside the candidates, as it does at the ends where there is nothing else.
+        # Blocks beside the candidates count as zeros, like the padding of a convolution at the ends.
         mask_X11N = window_XRN.new_ones(1, 1, 1, n_blocks)
         if candidate_BN is not None:
             mask_X11N = candidate_BN.repeat_interleave(kv_heads, 0)[:, None, None].to(window_XRN.dtype)
-        # The feature maps are 48 times the window: never all columns of all heads at once. Two 3-wide
-        # convolutions reach 2 columns to each side, so tiles with that margin give the same numbers.
+        # Feature maps take 48 times the window, so columns are computed in tiles. Two 3-wide convolutions reach 2
+        # columns to each side, so tiles with that margin give the same numbers.
         width = max(64, TILE_ELEMENTS // (rows * max(1, batch * kv_heads)))
         tiles = []
         for first in range(0, n_blocks, width):

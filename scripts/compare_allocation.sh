@@ -21,6 +21,6 @@ run() { # NAME BENCHMARK OPTIONS…
     echo "== $1"
     attnpred eval "$2" "${common[@]}" "${@:3}" | tee "$out/$1.txt"
 }
-run questions recovery --tasks kv,facts --questions "$questions" --per-document 10 --recovery 4 --out "$out/questions.json"
-run text recovery --tail 64 --documents "$documents" --out "$out/text.json"
+run questions recovery --tasks kv,facts --questions "$questions" --per-document 10 --recovery 4 --out "$out/questions"
+run text recovery --tail 64 --documents "$documents" --out "$out/text"
 run perplexity perplexity --tail 128 --limit "$documents" --out "$out/perplexity"

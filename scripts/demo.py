@@ -23,8 +23,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from attention_predictor import OffloadConfig, attach
-from attention_predictor.arguments import add_model_arguments
-from attention_predictor.eval import synthetic
+from attention_predictor.arguments import add_model_arguments, check_model_arguments
+from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
 from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.hf.versions import with_cache
 
@@ -99,6 +99,7 @@ def main() -> int:
     add_model_arguments(parser)
     parser.add_argument("--budget", type=int, default=512, help="tokens a step reads (%(default)s)")
     args = parser.parse_args()
+    check_model_arguments(args)
     config = OffloadConfig(budget=args.budget)
     tokenizer, model = load_tokenizer(args.model), load_model(args.model, args.device, args.dtype)
     length = len(tokenizer(document())["input_ids"])

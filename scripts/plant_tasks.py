@@ -12,9 +12,9 @@ import argparse
 import json
 from pathlib import Path
 
-from attention_predictor.arguments import add_model_arguments
-from attention_predictor.eval import synthetic
-from attention_predictor.eval.tasks import plant, read_texts
+from attention_predictor.arguments import add_model_arguments, check_model_arguments
+from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
+from attention_predictor.eval.benchmarks.synthetic.documents import plant, read_texts
 from attention_predictor.loading import load_tokenizer
 
 
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=8, help="a document (%(default)s)")
     parser.add_argument("--context", type=int, default=8192, help="tokens of a document and a question (%(default)s)")
     args = parser.parse_args()
+    check_model_arguments(args)
     samples = plant(
         load_tokenizer(args.model),
         read_texts(args.data),

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1
-tests=(attach model_kinds contracts graph hybrid_graph faults prefill cli)
+tests=(attach model_kinds contracts graph hybrid_graph faults prefill cli loading)
 [ $# -gt 0 ] || set -- 5.17.0 5.23.0 newest
 mkdir -p .venv-transformers
 grep -v '^transformers==\|^huggingface_hub==\|^tokenizers==' constraints.txt >.venv-transformers/constraints.txt

@@ -3,7 +3,8 @@
 
 The library needs a model that fits into the repository and still uses its whole context, so that selection policies
 can be compared by what they do to right answers. Plain text alone doesn't give one at this size; half of the training
-samples therefore are retrieval tasks (`attention_predictor.eval.synthetic`) whose answers weigh more in the loss.
+samples therefore are retrieval tasks (`attention_predictor.eval.benchmarks.synthetic`) whose answers weigh more in the
+loss.
 
 Steps: byte-level BPE tokenizer and corpus to token ids (both kept for the next run); training under a time budget
 (Muon for matrices, AdamW for embedding and norms, context grows by stages, learning rate decays to zero at the end);
@@ -69,7 +70,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from attention_predictor.eval import synthetic
+from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 8192
@@ -691,9 +692,9 @@ inputs = tokenizer(prompt, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=8, tokenizer=tokenizer, stop_strings=["\\n\\n"])
 ```
 
-An answer ends with a blank line. `attention_predictor.eval.synthetic` has the exact wording of statements and
-questions. The model was trained on at most {context} tokens at a time, and on a small corpus many times over: it has
-memorised some of it, and loss on new text is clearly higher than on its own.
+An answer ends with a blank line. `attention_predictor.eval.benchmarks.synthetic` has the exact wording of
+statements and questions. The model was trained on at most {context} tokens at a time, and on a small corpus many times
+over: it has memorised some of it, and loss on new text is clearly higher than on its own.
 
 ## Measured
 

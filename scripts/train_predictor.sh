@@ -29,7 +29,7 @@ rules=(
 )
 judge=(attnpred eval recovery --context "$context" --device "$device" --dtype float32 "${rules[@]}")
 "${judge[@]}" --rule full --rule streaming --data "$heldout" --tasks kv,facts --questions "$questions" --per-document 10 \
-    --recovery 6 --out "$out/questions.json"
+    --recovery 6 --out "$out/questions"
 for data in "$heldout" "${more[@]}"; do
-    "${judge[@]}" --data "$data" --tail 64 --per-file 2 --documents 30 --recovery 6 --out "$out/tails-$(basename "$data").json"
+    "${judge[@]}" --data "$data" --tail 64 --per-file 2 --documents 30 --recovery 6 --out "$out/tails-$(basename "$data")"
 done

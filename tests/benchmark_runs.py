@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from attention_predictor.cli import main
-from attention_predictor.eval import runner
-from attention_predictor.eval.folder import RunFolder
+from attention_predictor.eval.harness import runner
+from attention_predictor.eval.harness.run_folder import RunFolder
 
 
 def make_text(seed: int = 0, sentences: int = 400) -> str:

@@ -20,10 +20,10 @@ from attention_predictor.csrc.kernel import Kernel, program_text
 from attention_predictor.offload.blocks import room
 from attention_predictor.offload.hf import graph
 from attention_predictor.offload.hf.cache import TieredCache
-from attention_predictor.offload.hf.graph import Graphed
+from attention_predictor.offload.hf.graph import CacheGraph
 from attention_predictor.offload.hf.layer import TieredLayer
-from attention_predictor.offload.policies.predictor import Predictor
-from attention_predictor.predictor.history import no_kernel
+from attention_predictor.offload.policies.predictor import PredictorPolicy
+from attention_predictor.predictor.history import why_no_kernel
 
 HEADERS = Path(__file__).parent / "emulation"
 
@@ -66,32 +66,32 @@ def emulated_gpu() -> Iterator[None]:
         mock.patch.object(Kernel, "launch", launch),
         mock.patch.object(binding, "on_gpu", return_value=True),
         mock.patch.object(binding, "multiprocessors", return_value=4),
-        mock.patch.object(binding, "most_shared", return_value=48 << 10),
+        mock.patch.object(binding, "max_shared_memory", return_value=48 << 10),
     ):
         yield
 
 
 def emulate_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured steps on the CPU, by the emulated GPU's kernels; all else as on a CPU."""
-    run = Graphed.run
+    run = CacheGraph.run
 
-    def emulated_run(self: Graphed, cache: TieredCache, kwargs: dict[str, Any]) -> object:
+    def emulated_run(self: CacheGraph, cache: TieredCache, kwargs: dict[str, Any]) -> object:
         for layer in self.layers:
             layer.blocks.settle()  # the prefetch thread keeps to the CPU's kernels
-        histories = [layer.policy.history for layer in self.layers if isinstance(layer.policy, Predictor)]
+        histories = [layer.policy.history for layer in self.layers if isinstance(layer.policy, PredictorPolicy)]
         with emulated_gpu():
             for history in histories:
-                history.kernel = no_kernel(history.predictor, "cpu") is None
+                history.kernel = why_no_kernel(history.predictor, "cpu") is None
             try:
                 return run(self, cache, kwargs)
             finally:
                 for history in histories:
                     history.kernel = False
 
-    def of_the_policy(cache: TieredCache, graphed: Graphed | None) -> str | None:
+    def of_the_policy(cache: TieredCache, cache_graph: CacheGraph | None) -> str | None:
         layer = next(layer for layer in cache.layers if isinstance(layer, TieredLayer))
-        return layer.policy.not_captured(layer.runtime.config)
+        return layer.policy.why_never_captured(layer.runtime.config)
 
-    monkeypatch.setattr(Graphed, "run", emulated_run)
-    monkeypatch.setattr(graph, "why_not", of_the_policy)
+    monkeypatch.setattr(CacheGraph, "run", emulated_run)
+    monkeypatch.setattr(graph, "why_not_captured", of_the_policy)
     monkeypatch.setattr(room, "GROWTH", 128)

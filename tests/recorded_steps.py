@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_predictor.csrc.kernel import Kernel
-from attention_predictor.offload.hf.graph import EAGER_STEPS, Graphed
+from attention_predictor.offload.hf.graph import EAGER_STEPS, CacheGraph
 
 # Operations whose result, or the shape of it, the host must know.
 ASKING = {
@@ -96,9 +96,9 @@ def recorded_steps() -> Iterator[list[list[str]]]:
     The first ones, which come before a capture, may ask the host: things are made once, in the step that needs them.
     """
     steps: list[list[str]] = []
-    step, launch = Graphed._step, emulated.launch
+    step, launch = CacheGraph._step, emulated.launch
 
-    def recorded(self: Graphed, *args: Any) -> Any:
+    def recorded(self: CacheGraph, *args: Any) -> Any:
         recorder = Recorder(may_ask=len(steps) < EAGER_STEPS)
 
         def noted(kernel: Kernel, device: Any, grid: Any, arguments: ctypes.Structure, **options: Any) -> None:
@@ -110,5 +110,5 @@ def recorded_steps() -> Iterator[list[list[str]]]:
         steps.append(recorder.calls)
         return output
 
-    with mock.patch.object(Graphed, "_step", recorded):
+    with mock.patch.object(CacheGraph, "_step", recorded):
         yield steps

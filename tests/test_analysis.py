@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import eager_mask
 
 from attention_predictor.documents import Excerpt
-from attention_predictor.eval.analysis import watch
+from attention_predictor.eval.analysis import observed_attention as watch
 from attention_predictor.eval.analysis.correlation import rank_correlation
 from attention_predictor.eval.analysis.document import Judgement, analyse
-from attention_predictor.eval.analysis.foresight import Foresight
 from attention_predictor.eval.analysis.layer_map import LayerMap
+from attention_predictor.eval.analysis.observed_attention import Attended, watching
+from attention_predictor.eval.analysis.predictability import Predictability
 from attention_predictor.eval.analysis.rope import Rotation
-from attention_predictor.eval.analysis.watch import Attended, watching
 from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import Selection
@@ -280,7 +280,7 @@ class TestForesight:
         """Step by step, as a policy that attends to everything would."""
         steps, length, one = 40, 700, AttentionPredictor.from_pretrained(predictor)
         prompt_BGRN, rows = self.rows(steps, length)
-        found = Foresight(one, prompt_BGRN).over(rows, length, SELECTION)
+        found = Predictability(one, prompt_BGRN).over(rows, length, SELECTION)
         history = ScoreHistory(one, batch=2, kv_heads=3, device="cpu")
         history.start(prompt_BGRN)
         shares, relatives, far_got, far_most = [], [], 0.0, 0.0
@@ -309,7 +309,7 @@ class TestForesight:
         rows = self.rows(1, 700)[1]
         still = ScoreRows(*(x.expand(2, 3, 10, 44) for x in rows))  # 700 tokens and 10 less have 44 blocks
         same = rows.scores_BGQN[..., :44].clone()
-        found = Foresight(AttentionPredictor.from_pretrained("last"), same).over(still, 702, SELECTION)
+        found = Predictability(AttentionPredictor.from_pretrained("last"), same).over(still, 702, SELECTION)
         assert torch.allclose(found.relative_BG, torch.ones(2, 3))
         assert torch.allclose(found.far_BG, torch.ones(2, 3))
         assert torch.equal(found.chosen_BGQN, found.best_BGQN)
@@ -318,7 +318,7 @@ class TestForesight:
         prompt_BGRN, rows = self.rows(4, 700)
         mass = torch.zeros_like(rows.mass_BGQN)
         mass[..., 0] = 1.0
-        found = Foresight(AttentionPredictor.from_pretrained("last"), prompt_BGRN).over(
+        found = Predictability(AttentionPredictor.from_pretrained("last"), prompt_BGRN).over(
             ScoreRows(mass, mass), 700, SELECTION
         )
         assert found.far_BG.isnan().all()

@@ -13,13 +13,13 @@ from transformers import DeepseekV3Config
 
 from attention_predictor.cli import main
 from attention_predictor.errors import DataError
-from attention_predictor.eval import runner
 from attention_predictor.eval.analysis import document
 from attention_predictor.eval.analysis.examples import BOTH, MISSED, NEEDLESS, NEITHER, Example, Image, choices
 from attention_predictor.eval.analysis.gallery import gallery
 from attention_predictor.eval.analysis.patterns import CLASSES
 from attention_predictor.eval.analysis.summary import summarise
-from attention_predictor.eval.folder import RunFolder
+from attention_predictor.eval.harness import runner
+from attention_predictor.eval.harness.run_folder import RunFolder
 
 FEW = ("--context", 400, "--tail", 16, "--window", 8, "--budget", 208)
 
@@ -51,8 +51,10 @@ def test_what_it_writes(given, tmp_path, capsys):
     pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    assert analyse(*given, "--parquet") == 0
+    pytest.importorskip("matplotlib")
+    assert analyse(*given, "--parquet", "--plot", tmp_path / "plots" / "heads.png") == 0
     out = tmp_path / "out"
+    assert (tmp_path / "plots" / "heads.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert [line.split("  ")[0] for line in said.splitlines()[1:4]] == ["layer 0", "layer 1", "all layers"]
     assert "rank correlation over query heads" in said

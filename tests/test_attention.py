@@ -66,7 +66,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(dense, "LOGITS_BYTES", 4 * B * H * 3 * 8)
         monkeypatch.setattr(dense, "LOGITS_TOKENS", 8)
     if request.param == "fused":
-        monkeypatch.setattr(dense, "FUSED_TOKENS", 1)
+        monkeypatch.setattr(dense, "MIN_FUSED_TOKENS", 1)
         monkeypatch.setattr(dense, "MASK_ELEMENTS", 0)
     return request.param
 
@@ -106,7 +106,7 @@ class TestFused:
 
     @pytest.fixture
     def calls(self, monkeypatch):
-        monkeypatch.setattr(dense, "FUSED_TOKENS", 1)
+        monkeypatch.setattr(dense, "MIN_FUSED_TOKENS", 1)
         calls, real = [], fused.attend_piece
 
         def counted(query, *args, **kwargs):
@@ -175,7 +175,7 @@ class TestFused:
             logits = dense._masked(dense.scaled_logits(query, key, terms), 0, k.shape[1] - q.shape[1], mask)
             return out.float().transpose(1, 2), logits.logsumexp(-1), None
 
-        monkeypatch.setattr(dense, "FUSED_TOKENS", 1)
+        monkeypatch.setattr(dense, "MIN_FUSED_TOKENS", 1)
         monkeypatch.setattr(fused, "flash_attn", lambda query, softcap: flash_attn_func)
         query, key, value = tensors(23, Q)
         terms = Terms(D**-0.5, softcap)

@@ -242,10 +242,10 @@ class TestBlockValues:
 def test_newest_first():
     scores = torch.tensor([[[0.5, NEVER, 3.0, 0.1, 0.2]]]).expand(2, -1, -1)
     extent = Extent(torch.tensor([80, 80]), None, 5, 16)
-    ordered = newest_first(scores, torch.tensor([3, 5]), extent)
+    ordered = newest_first(scores, torch.tensor([[3], [5]]), extent)
     assert ordered[0, 0].argsort(descending=True).tolist() == [4, 3, 2, 0, 1]
     assert torch.equal(ordered[1], scores[1])
-    nothing = newest_first(torch.full((2, 1, 5), NEVER), torch.tensor([3, 4]), extent)
+    nothing = newest_first(torch.full((2, 1, 5), NEVER), torch.tensor([[3], [4]]), extent)
     assert nothing[:, 0].tolist() == [[NEVER] * 3 + [1.0, 2.0], [NEVER] * 4 + [1.0]]
 
 
@@ -283,6 +283,62 @@ def test_h2o_keeps_the_newest_half_and_the_heavy_hitters():
     assert wanted(policy, 321) == {0, 5, 17, 18, 19, 20}
 
 
+# ---- blocks of one token: the published formulas themselves ----------------------------------------------------------
+
+
+def published_snapkv(attention_BHQK: torch.Tensor, window: int) -> torch.Tensor:
+    """SnapKV's scores of the keys before the window, by KV head: Li et al., listing 1, average pooling."""
+    votes_BHK = attention_BHQK[:, :, -window:, :-window].mean(2)
+    return F.avg_pool1d(votes_BHK, 5, stride=1, padding=2).unflatten(1, (G, -1)).mean(2)
+
+
+def published_cake(attention_BHQK: torch.Tensor, window: int) -> torch.Tensor:
+    """CAKE's indicator with γ = 200; of the mean of the query heads, as here."""
+    rows_BGQK = attention_BHQK[:, :, -window:, :-window].unflatten(1, (G, -1)).mean(2)
+    return F.avg_pool1d(rows_BGQK.mean(2) + 200 * rows_BGQK.var(2), 5, stride=1, padding=2)
+
+
+def published_h2o(attention_BHQK: torch.Tensor, window: int) -> torch.Tensor:
+    """H2O's accumulated scores, algorithm 1: all attention that a key has had."""
+    return attention_BHQK.unflatten(1, (G, -1)).mean(2).sum(2)[..., :-window]
+
+
+@pytest.mark.parametrize(
+    ("policy", "scores", "window"),
+    [
+        ("snapkv", published_snapkv, 32),
+        ("pyramidkv", published_snapkv, 8),
+        ("cake", published_cake, 32),
+        ("tappa", published_cake, 32),
+        ("h2o", published_h2o, None),
+        ("streaming", None, None),
+    ],
+)
+def test_with_blocks_of_one_token_the_choice_is_the_published_one(tiny_model, ids, policy, scores, window):
+    """Of the first step, for every layer and head: the newest tokens, and the best by the formula of those before."""
+    model, prompt, budget = tiny_model(), ids(300, batch=2), 97
+    sink, recent = (4, 0) if policy == "streaming" else (0, window or 0)
+    settings = {"policy": policy, "block_size": 1, "budget": budget, "sink": sink, "recent": recent}
+    with torch.no_grad():
+        attentions = model(prompt, output_attentions=True).attentions
+        with attach(model, OffloadConfig(**settings)) as engine:
+            cache = engine.new_cache()
+            model(prompt, **with_cache(model, cache))
+            cache.check_integrity()
+    for layer, attention_BHQK in zip(cache.layers, attentions, strict=True):
+        own = layer.selection.budget - 1  # of the prompt's tokens; one is the next
+        newest = {"h2o": budget // 2 - 1, "streaming": own - sink}.get(policy, window)
+        chosen = [set(range(300 - newest, 300)) | set(range(sink)) for _ in range(B * G)]
+        if scores is not None:
+            best_BGK = scores(attention_BHQK, newest).topk(own - newest).indices
+            chosen = [one | set(best) for one, best in zip(chosen, best_BGK.flatten(0, 1).tolist(), strict=True)]
+        ours = [set(row) - {-1, 300} for row in layer.blocks.active_BGS.flatten(0, 1).tolist()]
+        assert [len(one) for one in ours] == [own] * (B * G)
+        assert ours == chosen
+    if policy == "pyramidkv":  # 9 tokens, and 1.95 or 0.05 times the 88 others
+        assert [layer.selection.budget for layer in cache.layers] == [97 + 84, 97 - 84]
+
+
 # ---- SnapKV ----------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +346,7 @@ def test_h2o_keeps_the_newest_half_and_the_heavy_hitters():
 @given(
     blocks=st.integers(1, 12),
     kernel=st.sampled_from([1, 3, 5, 7, 15]),
-    block_size=st.sampled_from([8, 16, 32]),
+    block_size=st.sampled_from([1, 2, 4, 8, 16, 32]),
     seed=st.integers(0, 99),
 )
 def test_pooled_is_average_pooling_over_tokens(blocks, kernel, block_size, seed):
@@ -299,6 +355,12 @@ def test_pooled_is_average_pooling_over_tokens(blocks, kernel, block_size, seed)
     tokens = (sums / block_size).repeat_interleave(block_size, -1)
     true = F.avg_pool1d(tokens, kernel, stride=1, padding=kernel // 2).unflatten(-1, (blocks, block_size)).sum(-1)
     assert (pooled(sums, kernel, block_size) - true).abs().max() < 1e-5
+
+
+def pooled_apart(votes_BGN: torch.Tensor, window: int) -> torch.Tensor:
+    """Pooled over 5 tokens of blocks of 16, the last ``window`` blocks by themselves."""
+    before_BGN, window_BGN = votes_BGN.split([votes_BGN.shape[-1] - window, window], -1)
+    return torch.cat([pooled(before_BGN, 5, 16), pooled(window_BGN, 5, 16)], -1)
 
 
 @pytest.mark.parametrize("chunk", [300, 100])
@@ -310,7 +372,7 @@ def test_snapkv_votes_are_the_windows(tiny_model, ids, chunk):
             model(part, **with_cache(model, cache))
     for layer, mass_BGQN in zip(cache.layers, attention_mass(model, prompt), strict=True):
         votes_BGN = mass_BGQN[:, :, -32:].mean(2)
-        assert (spread(pooled(votes_BGN, 5, 16)) - layer.policy.votes.value_BGC).abs().max() < 1e-4
+        assert (spread(pooled_apart(votes_BGN, 2)) - layer.policy.votes.value_BGC).abs().max() < 1e-4
 
 
 def test_snapkv_a_short_last_chunk_has_its_share_of_the_window():
@@ -318,20 +380,21 @@ def test_snapkv_a_short_last_chunk_has_its_share_of_the_window():
     policy.observe_rows(rows(votes[:32]))
     policy.observe_rows(rows(votes[32:]))
     expected = 0.75 * votes[:32].mean(0) + 0.25 * votes[32:].mean(0)
-    assert (policy.votes.value_BGC - pooled(expected.expand(B, G, 20), 5, 16)).abs().max() < 1e-6
+    assert (policy.votes.value_BGC - pooled_apart(expected.expand(B, G, 20), 2)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "pyramidkv", "cake", "tappa"])
 def test_static_selection(tiny_model, ids, monkeypatch, policy):
-    """Decoding changes no vote; blocks of the prompt only ever leave, those with the fewest votes first."""
+    """Decoding changes no vote; blocks before the window only ever leave, those with the fewest votes first."""
     seen = observing(monkeypatch, policy)
     cache, _ = decode(tiny_model(num_hidden_layers=1), ids(320), policy, steps=80, budget=160)
     votes_GC = cache.layers[0].policy.votes.value_BGC[0]
     assert not votes_GC[:, 20:].any()
+    voted = 19 if policy == "pyramidkv" else 18  # blocks before the window of 8 or 32 queries
     before = [set(range(18))] * G
     for policy_object, step in seen:
         assert torch.equal(policy_object.votes.value_BGC[0], votes_GC)
-        newest = min(step.blocks - 2, 20)  # recent tokens, and all that has been generated
+        newest = min(step.blocks - 2, voted)  # recent tokens, the window, and all that has been generated
         for head in range(G):
             best = votes_GC[head, 1:newest].topk(10 - 1 - (step.blocks - newest)).indices + 1
             kept = set(step.attended_BGC[0, head].nonzero().flatten().tolist())
@@ -422,7 +485,7 @@ def test_cake_prefers_what_is_looked_at_now_and_then():
         policy.observe_rows(rows(mass_QN))
     votes = cake.votes.value_BGC[0, 0, :20]
     expected = mass_QN.mean(0) + 200 * mass_QN.var(0)
-    assert torch.allclose(votes, pooled(expected[None, None], 5, 16)[0, 0])
+    assert torch.allclose(votes, pooled_apart(expected[None, None], 2)[0, 0])
     assert votes[10] > 10 * votes[4]
     assert torch.isclose(*snapkv.votes.value_BGC[0, 0, [4, 10]])
 

@@ -19,15 +19,17 @@ from transformers import DynamicCache, PreTrainedModel
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
 from attention_predictor.errors import ConfigError, DataError
-from attention_predictor.eval import synthetic_cache, trial, ways
-from attention_predictor.eval.breakdown import STAGES, SUMS, breakdown, covered, short_name, stage_of, summed
-from attention_predictor.eval.comparison import compare, where_time_goes
-from attention_predictor.eval.perplexity_time import FIGURES
-from attention_predictor.eval.shapes import SHAPES, random_model, shape_config
-from attention_predictor.eval.static_step import StaticStep, plain_static_cache
-from attention_predictor.eval.steps_taken import how_taken, why_not_captured
-from attention_predictor.eval.synthetic_cache import PAST, Locality, SyntheticCache
-from attention_predictor.eval.timings import TimingsFile
+from attention_predictor.eval.bench import cache_sessions as cache_sessions
+from attention_predictor.eval.bench import decode_timing as decode_timing
+from attention_predictor.eval.bench import synthetic_cache
+from attention_predictor.eval.bench.breakdown import STAGES, SUMS, breakdown, covered, short_name, stage_of, summed
+from attention_predictor.eval.bench.capture_status import how_taken, why_not_captured
+from attention_predictor.eval.bench.comparison import breakdown_lines, compare
+from attention_predictor.eval.bench.perplexity import FIGURES
+from attention_predictor.eval.bench.random_models import SHAPES, random_model, shape_config
+from attention_predictor.eval.bench.static_step import StaticStep, plain_static_cache
+from attention_predictor.eval.bench.synthetic_cache import PAST, Locality, SyntheticCache
+from attention_predictor.eval.bench.timings_file import TimingsFile
 from attention_predictor.offload.attention.dense import scaled_logits
 from attention_predictor.offload.blocks import host_memory, room
 from attention_predictor.offload.hf.versions import with_cache
@@ -151,7 +153,7 @@ def test_a_sweep_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main([*decode(*both), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["timings"]
     assert [(one["way"], one["context"]) for one in rows] == [
-        (way, context) for context in (512, 1024) for way in ("thread", "device")
+        (setup, context) for context in (512, 1024) for setup in ("thread", "device")
     ]
     assert out.read_text().startswith(before)
     assert len(out.read_text().splitlines()) == 1 + 4
@@ -171,7 +173,7 @@ def test_what_does_not_fit_is_skipped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     memory = namedtuple("memory", "available")(3 << 20)  # for a slab in each layer, but not for two
-    monkeypatch.setattr(ways.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(cache_sessions.psutil, "virtual_memory", lambda: memory)
     for module in (host_memory, room):
         monkeypatch.setattr(module, "SPARE_BYTES", 0)
     out = tmp_path / "rows.jsonl"
@@ -206,7 +208,9 @@ def test_every_way_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     rows = json.loads(capsys.readouterr().out)["timings"]
-    assert {one["way"] for one in rows} == {name for name, way in ways.WAYS.items() if way.by_default}
+    assert {one["way"] for one in rows} == {
+        name for name, setup in cache_sessions.CACHE_SETUPS.items() if setup.by_default
+    }
     for one in rows:
         assert one["median_ms"] > 0
         assert one["breakdown"]["idle_ms"] >= 0
@@ -299,10 +303,10 @@ def test_what_is_of_no_stage_stands_under_its_own_name() -> None:
         "of no stage": 0.5,
     }
     assert list(found["stages_ms"]) == ["linear layers", "sketch", "history", "aten::mul", "copies"]
-    shown = where_time_goes(found | {"idle_ms": 0.125})
+    shown = breakdown_lines(found | {"idle_ms": 0.125})
     assert shown[0].endswith("the model's own 4.00; of no stage 0.50; nothing 0.12")
     assert shown[1] == "ms in detail: linear layers 4.00; sketch 2.00; history 1.00; aten::mul 0.50; copies 0.25"
-    assert where_time_goes(summed({"gemv": 99.5, "aten::mul": 0.5}))[1].endswith("linear layers 99.50; 1 more 0.50")
+    assert breakdown_lines(summed({"gemv": 99.5, "aten::mul": 0.5}))[1].endswith("linear layers 99.50; 1 more 0.50")
 
 
 def test_covered() -> None:
@@ -446,13 +450,13 @@ def test_a_way_leaves_nothing_behind(model: PreTrainedModel, monkeypatch: pytest
         SyntheticCache, "fill", lambda made, cache: (caches.append(weakref.ref(cache)), fill(made, cache))
     )
     found: list[bool] = []
-    monkeypatch.setattr(trial, "release", lambda device: (gc.collect(), found.append(caches[-1]() is None)))
+    monkeypatch.setattr(decode_timing, "release", lambda device: (gc.collect(), found.append(caches[-1]() is None)))
     ids = torch.arange(600)[None] % 512
-    steps = trial.steps_within(1)
+    steps = decode_timing.steps_within(1)
     made = SyntheticCache(model, ids[:, : PAST + steps], 600 - steps)
-    work = trial.Workload(ids, steps=1, batch=1, budget=160, seconds=9.0, synthetic=made)
-    for way in ("thread", "device"):
-        assert trial.try_way(model, ways.WAYS[way], work)["median_ms"] > 0
+    work = decode_timing.Workload(ids, steps=1, batch=1, budget=160, seconds=9.0, synthetic=made)
+    for setup in ("thread", "device"):
+        assert decode_timing.time_setup(model, cache_sessions.CACHE_SETUPS[setup], work)["median_ms"] > 0
     assert found == [True, True]
     assert getattr(model, "_attention_predictor_engine", None) is None
 

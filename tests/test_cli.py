@@ -15,6 +15,7 @@ from tiny_models import make_tiny_model
 
 from attention_predictor.cli import COMMANDS, main
 from attention_predictor.errors import CheckpointError
+from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.loading import load_model
 from attention_predictor.predictor.model import AttentionPredictor
 
@@ -228,28 +229,30 @@ class TestRecordTrainEval:
         metrics = json.loads(capsys.readouterr().out)
         assert metrics["steps"] == 4
         assert AttentionPredictor.from_pretrained(checkpoint).training_facts["recorded_from"] == "pocket-lm"
-        table = tmp_path / "table.json"
+        run = tmp_path / "questions"
         judge = ["eval", "recovery", "--data", texts, "--tasks", "kv", "--questions", 4, "--per-document", 4]
-        judge += ["--context", 900, "--budgets", 256, "--recovery", 2, "--out", table, "--rule", "full"]
+        judge += ["--context", 1500, "--budgets", 256, "--recovery", 2, "--out", run, "--rule", "full"]
         judge += ["--rule", f"mine: predictor,predictor={checkpoint}", "--rule", "streaming"]
         assert main([str(one) for one in judge]) == 0
-        cells = {cell["rule"]: cell for cell in json.loads(table.read_text())["cells"]}
-        assert cells["full"]["found"] >= 3
-        assert cells["streaming"]["found"] <= 1
-        assert 0.5 < cells["mine"]["relative_recovery"] <= 1
-        assert "| mine |" in capsys.readouterr().out
-        saved = json.loads(table.read_text())["settings"]
-        assert saved["context"] == "900"
-        assert not any(" at 0x" in value for value in saved.values())  # else another process would refuse the file
-        judge[judge.index(900)] = 800
-        assert "of other settings (context)" in fails(capsys, *judge)
-        tails = ["eval", "recovery", "--data", texts, "--tail", 12, "--context", 600, "--budgets", 256]
-        table = tmp_path / "tails.json"
-        assert main([str(one) for one in [*tails, "--out", table, "--rule", "last: predictor,predictor=last"]]) == 0
+        folder = RunFolder(run)
+        records = {variant: folder.records(variant, "kv")[0] for variant in folder.variants}
+        assert sum(records["full"]["found"]) >= 3
+        assert sum(records["streaming-256"]["found"]) <= 1
+        assert 0.5 < records["mine-256"]["relative_recovery"] <= 1
+        assert "\nmine-256 " in capsys.readouterr().out
+        assert folder.description["settings"]["context"] == 1500
+        assert " at 0x" not in json.dumps(folder.description)  # else another process would refuse the directory
+        judge[judge.index(1500)] = 1400
+        assert "settings.context is 1500 there, asked for 1400" in fails(capsys, *judge)
+        tails = ["eval", "recovery", "--data", texts, "--tail", 12, "--context", 1000, "--budgets", 256]
+        run = tmp_path / "tails"
+        assert main([str(one) for one in [*tails, "--out", run, "--rule", "last: predictor,predictor=last"]]) == 0
         assert "relative ±" in capsys.readouterr().out
-        (cell,) = json.loads(table.read_text())["cells"]
-        assert cell["asked"] == 0
-        assert 0.5 < cell["relative_recovery"] <= 1
+        folder = RunFolder(run)
+        (task,) = folder.tasks
+        records = folder.records("last-256", task)
+        assert not any("found" in one for one in records)
+        assert all(0.5 < one["relative_recovery"] <= 1 for one in records)
         assert "no document has 8192 tokens" in fails(capsys, *tails[:-4], "--context", 8192)
         assert "--tail 12: expected" in fails(capsys, *tails[:-4], "--context", 8)
 

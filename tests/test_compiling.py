@@ -22,7 +22,7 @@ import torch
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.csrc import attention, available, build, compiler, gather, kernel, ops
 from attention_predictor.csrc.function import Function
-from attention_predictor.csrc.gather import Moment
+from attention_predictor.csrc.gather import Timestamp
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import Fields, assertions, doubles, equal, integers, pointers
 from attention_predictor.errors import BuildError
@@ -54,7 +54,7 @@ def directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
 
 
 def library_times(_: int) -> list[int]:
-    assert ops.missing(torch.device("cpu")) is None
+    assert ops.why_no_kernels(torch.device("cpu")) is None
     return sorted(path.stat().st_mtime_ns for path in build.cache_directory().glob("*.so"))
 
 
@@ -179,8 +179,8 @@ def test_every_program_compares_its_struct() -> None:
 
 
 def test_a_function_takes_the_struct_that_python_gives_it() -> None:
-    with pytest.raises(BuildError, match="gather_blocks does not take Moment alone"):
-        Function("gather.cpp", "gather_blocks", Moment).load()
+    with pytest.raises(BuildError, match="gather_blocks does not take Timestamp alone"):
+        Function("gather.cpp", "gather_blocks", Timestamp).load()
 
 
 @pytest.mark.slow
@@ -254,7 +254,7 @@ def test_where_nothing_can_be_kept_all_is_compiled_anew(counting: Counting, monk
         assert len(compiler.compiled(some_kernels()[:3], (9, 0), counting)) == 3
     assert len(counting.compiled()) == 6
     assert sum("can't be kept in" in line for line in caplog.messages) == 1
-    assert ops.missing(torch.device("cpu")) is None
+    assert ops.why_no_kernels(torch.device("cpu")) is None
 
 
 def compile_some(counting: Counting) -> list[bytes]:
@@ -334,7 +334,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, counting: Counting) -> mock.MagicMoc
 
 
 def test_a_launch(driver: mock.MagicMock) -> None:
-    one, arguments = Kernel("gather.cu", "note_time", Moment, threads=64), Moment(0xABC, -1)
+    one, arguments = Kernel("gather.cu", "note_time", Timestamp, threads=64), Timestamp(0xABC, -1)
     one.launch(GPU, (5, 4, 3), arguments)
     one.launch(GPU, (1, 1, 1), arguments, threads=32, shared_bytes=100)
     one.launch(GPU, (2, 1, 1), arguments, shared_bytes=50)
@@ -358,23 +358,23 @@ def test_a_launch(driver: mock.MagicMock) -> None:
 
 
 def test_what_is_prepared_is_compiled_together_and_loaded(driver: mock.MagicMock, counting: Counting, caplog) -> None:
-    kernels = [Kernel("gather.cu", name, Moment, threads=1) for name in ("append_token", "move_blocks")]
-    assert ops.missing(GPU) is None
+    kernels = [Kernel("gather.cu", name, Timestamp, threads=1) for name in ("append_token", "move_blocks")]
+    assert ops.why_no_kernels(GPU) is None
     with caplog.at_level(logging.WARNING):
         assert ops.prepare(GPU, kernels) is None
     assert caplog.messages[0].startswith("compiling 2 GPU kernels")
     before = len(counting.compiled())
-    kernels[0].launch(GPU, (1, 1, 1), Moment())
+    kernels[0].launch(GPU, (1, 1, 1), Timestamp())
     assert len(counting.compiled()) == before
     assert len(driver.launched) == 1
 
 
 def test_a_kernel_that_does_not_compile_is_said_once(driver: mock.MagicMock, counting: Counting, caplog) -> None:
-    assert ops.missing(GPU) is None
+    assert ops.why_no_kernels(GPU) is None
     counting.compile = mock.Mock(side_effect=BuildError("one refused move_blocks\nline 3: no"))  # type: ignore[method-assign]
     for _ in range(2):
-        assert ops.prepare(GPU, [Kernel("gather.cu", "move_blocks", Moment, threads=1)]) == "one refused move_blocks"
-    assert ops.missing(GPU) == "one refused move_blocks"
+        assert ops.prepare(GPU, [Kernel("gather.cu", "move_blocks", Timestamp, threads=1)]) == "one refused move_blocks"
+    assert ops.why_no_kernels(GPU) == "one refused move_blocks"
     assert sum("line 3: no" in line for line in caplog.messages) == 1
 
 
@@ -382,11 +382,11 @@ def test_a_kernel_that_does_not_compile_is_said_once(driver: mock.MagicMock, cou
 
 
 def test_reasons(driver: mock.MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ops.missing(torch.device("meta")) == "none are written for meta"
+    assert ops.why_no_kernels(torch.device("meta")) == "no kernels are written for meta"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "capability below 8.0, this one has 7.5" in (ops.missing(GPU) or "")
+    assert "capability 8.0 or higher, this one has 7.5" in (ops.why_no_kernels(GPU) or "")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert ops.missing(torch.device("cuda", 0)) == "none are written for ROCm"
+    assert ops.why_no_kernels(torch.device("cuda", 0)) == "no kernels are written for ROCm"
 
 
 def nvrtc(**changes: object) -> dict[str, object]:
@@ -423,7 +423,7 @@ def test_without_a_cuda_compiler(monkeypatch, modules: dict, version: str, reaso
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(kernel, "bindings", lambda module: mock.MagicMock())
     monkeypatch.setenv("CUDACXX", "no-such-compiler")
-    assert (ops.missing(GPU) or "").startswith(reason)
+    assert (ops.why_no_kernels(GPU) or "").startswith(reason)
     monkeypatch.setenv("CUDACXX", "c++")  # as good as nvcc here
     compiler.chosen.cache_clear()
     assert isinstance(compiler.chosen(), compiler.Nvcc)

@@ -124,8 +124,8 @@ class TestInSteps:
         """Compiled layers come first."""
         with attached(tiny_model("llama"), **settings) as engine:
             assert engine.stats.fused == ""
-            faster = engine._captured.faster
-            assert isinstance(faster, CompiledLayers) if "compile" in settings else faster is None
+            step_modules = engine._captured.step_modules
+            assert isinstance(step_modules, CompiledLayers) if "compile" in settings else step_modules is None
 
     def test_a_cpu_has_none(self, tiny_model) -> None:
         with attach(tiny_model("llama"), OffloadConfig(**SETTINGS)) as engine:

@@ -206,7 +206,11 @@ def test_many_tokens_with_integrity_checks(tiny_model, ids) -> None:
 def test_random_delays_on_both_streams_change_nothing(tiny_model, ids, monkeypatch) -> None:
     model, prompt = tiny_model("llama").cuda(), ids(300).cuda()
     generator = torch.Generator().manual_seed(0)
-    append, estimate, ahead = LayerBlocks.append_token, StreamSchedule.estimate, StreamSchedule.ahead
+    append, estimate, ahead = (
+        LayerBlocks.append_token,
+        StreamSchedule.on_sketch_stream,
+        StreamSchedule.on_prefetch_stream,
+    )
 
     def sleep() -> None:
         torch.cuda._sleep(int(torch.randint(1_000_000, (1,), generator=generator)))
@@ -233,8 +237,8 @@ def test_random_delays_on_both_streams_change_nothing(tiny_model, ids, monkeypat
 
     plain = run()
     monkeypatch.setattr(LayerBlocks, "append_token", slow_append)
-    monkeypatch.setattr(StreamSchedule, "estimate", lambda self: slow(estimate(self)))
-    monkeypatch.setattr(StreamSchedule, "ahead", lambda self, held: slow(ahead(self, held)))
+    monkeypatch.setattr(StreamSchedule, "on_sketch_stream", lambda self: slow(estimate(self)))
+    monkeypatch.setattr(StreamSchedule, "on_prefetch_stream", lambda self, held: slow(ahead(self, held)))
     assert torch.equal(run(), plain)
 
 

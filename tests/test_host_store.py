@@ -20,7 +20,7 @@ from attention_predictor.errors import HostMemoryError, IntegrityError
 from attention_predictor.offload.blocks import host_memory
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.host_store import UNSETTLED_TOKENS, HostStore
-from attention_predictor.offload.blocks.transfer import SMALL_BYTES, Outbox, outbox
+from attention_predictor.offload.blocks.transfer import SMALL_BYTES, HostCopier, host_copier
 
 SHAPE = {"batch": 2, "kv_heads": 3, "head_dim": 4, "dtype": torch.float32}
 
@@ -45,7 +45,7 @@ def blocks_of(key_BGTD: Tensor, value_BGTD: Tensor, block_size: int) -> Tensor:
     return padded.unflatten(2, (blocks, block_size)).permute(1, 2, 0, 3, 4)
 
 
-class LateOutbox:
+class LateHostCopier:
     """The slowest copies there can be: none is made before somebody waits for it."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class LateOutbox:
                 raise KeyboardInterrupt
             self.pieces_left -= 1
             self.under_way.append(piece)
-        return LateShipment(self)
+        return LateCopy(self)
 
     def drain(self):
         for target, parts in self.under_way:
@@ -66,7 +66,7 @@ class LateOutbox:
         self.under_way.clear()
 
 
-class LateShipment:
+class LateCopy:
     def __init__(self, sender):
         self.wait = sender.drain
 
@@ -76,14 +76,14 @@ class LateStore(HostStore):
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
-        self.outbox = LateOutbox()
+        self.host_copier = LateHostCopier()
 
-    def _way(self, device):
-        return self.outbox
+    def _copier(self, device):
+        return self.host_copier
 
     def __deepcopy__(self, memo):
         twin = super().__deepcopy__(memo)
-        twin.outbox = LateOutbox()
+        twin.host_copier = LateHostCopier()
         return twin
 
 
@@ -202,7 +202,7 @@ class LateStoreMachine(StoreMachine):
     store_class = LateStore
 
     def let_fail(self, patch, calls):
-        patch.setattr(self.store.outbox, "pieces_left", calls)
+        patch.setattr(self.store.host_copier, "pieces_left", calls)
 
     @rule(share=st.floats(0, 1))
     def settle(self, share):
@@ -216,7 +216,7 @@ class LateStoreMachine(StoreMachine):
     def append_from_the_cpu(self, tokens):
         key, value = random_kv(tokens, self.store.batch)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LateStore, "_way", HostStore._way)
+            patch.setattr(LateStore, "_copier", HostStore._copier)
             self.store.append(key, value)
         self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
 
@@ -230,19 +230,19 @@ TestLateStoreMachine = LateStoreMachine.TestCase
 def append_from_the_cpu(store):
     torch.manual_seed(2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(store), "_way", HostStore._way)
+        patch.setattr(type(store), "_copier", HostStore._copier)
         store.append(*random_kv(3))
 
 
 def fail_to_append(store):
     with pytest.MonkeyPatch.context() as patch:
         if isinstance(store, LateStore):
-            patch.setattr(store.outbox, "pieces_left", 2)
+            patch.setattr(store.host_copier, "pieces_left", 2)
         else:
             patch.setattr(store, "_put", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             store.append(*random_kv(70))
-    assert not (isinstance(store, LateStore) and store.outbox.under_way)  # nothing arrives later
+    assert not (isinstance(store, LateStore) and store.host_copier.under_way)  # nothing arrives later
 
 
 def interrupt_after_all_was_done(store):
@@ -431,7 +431,7 @@ def test_a_copy_that_fails_half_way_leaves_nothing_behind(monkeypatch):
     assert torch.equal(store.gather(torch.tensor([0]), torch.tensor([1])), blocks_of(key, value, 16)[0, 1:2])
 
 
-class TestOutbox:
+class TestHostCopier:
     """What is held and waited for, with events that happen when somebody waits for them."""
 
     class Event:
@@ -443,7 +443,7 @@ class TestOutbox:
 
     @pytest.fixture
     def made(self, monkeypatch):
-        out, events = Outbox(torch.device("cpu")), []
+        out, events = HostCopier(torch.device("cpu")), []
 
         def event(stream):
             events.append(self.Event())
@@ -484,7 +484,7 @@ class TestOutbox:
         out, events = made
         piece = self.piece(2 * SMALL_BYTES)
         alive = weakref.ref(piece[1][0])
-        out.send([piece])  # and its shipment is gone
+        out.send([piece])  # and its PendingCopy is gone
         del piece
         gc.collect()
         assert alive() is None
@@ -492,7 +492,7 @@ class TestOutbox:
         assert not events[0].waited
 
     def test_a_device_has_one(self):
-        assert outbox(torch.device("cpu")) is outbox(torch.device("cpu"))
+        assert host_copier(torch.device("cpu")) is host_copier(torch.device("cpu"))
 
 
 def test_late_tokens_do_not_pile_up():

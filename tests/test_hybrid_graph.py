@@ -17,7 +17,7 @@ from attention_predictor import Engine, OffloadConfig, attach
 from attention_predictor.offload.hf import graph as graph_module
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.fixed_layer import FixedLayer, why_not_fixed
-from attention_predictor.offload.hf.graph import Graphed
+from attention_predictor.offload.hf.graph import CacheGraph
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import with_cache
 
@@ -42,15 +42,15 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Emulated steps, where stock layers can be stood in for."""
 
     emulate_steps(monkeypatch)
-    of_the_policy = graph_module.why_not
+    of_the_policy = graph_module.why_not_captured
 
-    def why_not(cache: TieredCache, graphed: Graphed | None) -> str | None:
+    def why_not_captured(cache: TieredCache, cache_graph: CacheGraph | None) -> str | None:
         for number, layer in enumerate(cache.layers):
             if not isinstance(layer, TieredLayer) and (reason := why_not_fixed(layer, number)) is not None:
                 return reason
-        return of_the_policy(cache, graphed)
+        return of_the_policy(cache, cache_graph)
 
-    monkeypatch.setattr(graph_module, "why_not", why_not)
+    monkeypatch.setattr(graph_module, "why_not_captured", why_not_captured)
 
 
 def forward(model, cache, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from attention_predictor.csrc import binding, ops
 from attention_predictor.errors import ConfigError
 from attention_predictor.offload.blocks.selection import Selection
-from attention_predictor.predictor.history import ScoreHistory, candidates_of, no_kernel, row_of_logits
+from attention_predictor.predictor.history import ScoreHistory, candidates_of, row_of_logits, why_no_kernel
 from attention_predictor.predictor.model import AttentionPredictor, ExponentialAverage, FilterPredictor
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
@@ -390,11 +390,14 @@ def test_steps_without_the_host(device: str, trained: FilterPredictor) -> None:
 def test_where_there_is_no_kernel(trained: FilterPredictor, monkeypatch: pytest.MonkeyPatch) -> None:
     small = type("Small", (FilterPredictor,), {"hidden": 16})()
     with emulated_gpu():
-        assert no_kernel(trained, "cpu") is None
-        assert no_kernel(ExponentialAverage(), "cpu") == "none evaluates the predictor 'ema'"
-        assert no_kernel(small, "cpu") == "none for 8 filters, 14 channels, 16 hidden ones and 3 further convolutions"
-    assert no_kernel(trained, "cpu") == "the predictor's are written for GPUs, not for cpu"
-    with pytest.raises(ConfigError, match="kernel=True, but there is no kernel: the predictor's are written for GPUs"):
+        assert why_no_kernel(trained, "cpu") is None
+        assert why_no_kernel(ExponentialAverage(), "cpu") == "no kernel for the predictor 'ema'"
+        assert (
+            why_no_kernel(small, "cpu")
+            == "no kernel for 8 filters, 14 channels, 16 hidden ones and 3 further convolutions"
+        )
+    assert why_no_kernel(trained, "cpu") == "the predictor's kernels need a GPU, the device is cpu"
+    with pytest.raises(ConfigError, match="kernel=True is not possible: the predictor's kernels need a GPU"):
         ScoreHistory(trained, batch=1, kv_heads=1, device="cpu", kernel=True)
     state_BGNC, packed = torch.zeros(1, 1, 2, C), trained.packed()
     with pytest.raises(ValueError, match="state_BGNC is on cpu, expected a GPU"):

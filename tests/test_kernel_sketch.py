@@ -61,10 +61,10 @@ def exact_scores(
     """What the codes say, in fp64."""
     whole = sketch.length // sketch.group
     key_BGKTD = sketch._zero_BGKD[:, :, :whole, None].double().repeat(1, 1, 1, sketch.group, 1)
-    for tier in sketch._tiers:
-        code_BGKTC = unpack(tier.codes_BGKJC[:, :, :whole], tier.mask_P11).double()
-        code_BGKTC.unflatten(-2, (len(tier.factor_P), -1)).mul_(tier.factor_P[:, None, None].double())
-        key_BGKTD[..., tier.ranks] += code_BGKTC * sketch._scale_BGKR[:, :, :whole, None, tier.ranks].double()
+    for channels in sketch._coded:
+        code_BGKTC = unpack(channels.codes_BGKJC[:, :, :whole], channels.mask_P11).double()
+        code_BGKTC.unflatten(-2, (len(channels.factor_P), -1)).mul_(channels.factor_P[:, None, None].double())
+        key_BGKTD[..., channels.ranks] += code_BGKTC * sketch._scale_BGKR[:, :, :whole, None, channels.ranks].double()
     key_BGTD = key_BGKTD.flatten(2, 3)
     key_BGTD = key_BGTD.gather(-1, sketch._order_BGD.argsort(-1)[:, :, None].expand_as(key_BGTD))
     key_BGTD = torch.cat([key_BGTD, sketch._tail_BGTD[:, :, : sketch.length % sketch.group].double()], 2)
@@ -200,12 +200,12 @@ def test_what_no_kernel_reads_is_named_and_left_to_torch(device: str) -> None:
     cases = {
         "in groups of 16 tokens, only of 64": ({}, 16, 16),
         "head size of 12, only for multiples of 8 up to 256": ({"D": 12}, GROUP, 16),
-        "of blocks of 24 tokens, only of 8, 16, 32, 64": ({}, GROUP, 24),
+        "with blocks of 24 tokens, only of 8, 16, 32, 64": ({}, GROUP, 24),
     }
     for reason, (shape, group, block_size) in cases.items():
         key_BGTD, query_BHTD = keys_and_queries(200, **shape, dtype=torch.float32, device=device)
         sketch, query_BHD = filled(key_BGTD, query_BHTD, group=group), query_BHTD[:, :, -1]
-        assert reason in (sketch.no_kernel(block_size) or "")
+        assert reason in (sketch.why_no_kernel(block_size) or "")
         wanted = sketch.block_scores(query_BHD, 0.2, block_size=block_size)
         found = sketch.block_scores(query_BHD, 0.2, block_size=block_size, kernel=True)
         assert all(map(torch.equal, found, wanted))
@@ -226,7 +226,7 @@ def check_alike(found: KeySketch, wanted: KeySketch, key_BGTD: Tensor) -> None:
         # Of two widths that err alike either may be taken; all else differs in the last bit, and seldom.
         assert (~torch.isclose(one, other, atol=2**-24, rtol=2**-10)).float().mean() < 0.01
         assert (one != other).float().mean() < 0.02
-    for one, other in zip(found._tiers, wanted._tiers, strict=True):
+    for one, other in zip(found._coded, wanted._coded, strict=True):
         assert (one.codes_BGKJC[:, :, :whole] != other.codes_BGKJC[:, :, :whole]).float().mean() < 0.01
     error, own = ((sketch.dequantise().double() - key_BGTD.double()).square().mean() for sketch in (found, wanted))
     assert error <= 1.001 * own + 1e-12
@@ -339,7 +339,7 @@ def test_torch_compile_knows_the_shapes(device: str) -> None:
     sketch = filled(key_BGTD, query_BHTD)
     scores = (query_BHTD[:, :, -1].contiguous(), *sketch._tensors(), sketch.length, None, None, 16, 0.2, 0.0)
     torch.library.opcheck(ops.sketch_scores, scores, test_utils=("test_schema", "test_faketensor"))
-    if sketch._no_kernel(None) is None:
+    if sketch._why_no_kernel(None) is None:
         append = (key_BGTD[:, :, 0].contiguous(), *sketch._tensors(), sketch.length + 1, None)
         torch.library.opcheck(ops.sketch_append, append, test_utils=("test_schema", "test_faketensor"))
         store = (key_BGTD[:, :, :GROUP], *sketch._tensors(), 0)
@@ -369,7 +369,7 @@ def test_wrong_arguments_are_named() -> None:
         bad = [tensor.double() if i == place else tensor for i, tensor in enumerate(tensors) if tensor is not None]
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             ops.sketch_scores(query_BHD, *bad, 131, None, *rest)
-    with pytest.raises(ValueError, match=r"^no kernel: none on a CPU that makes codes of a sketch's keys"):
+    with pytest.raises(ValueError, match=r"^no CPU kernel quantises a sketch's keys"):
         ops.sketch_append(key_BGTD[:, :, 0].contiguous(), *tensors, 132, None)
     with pytest.raises(ValueError, match=re.escape("key_BGTD: expected torch.float32 [2, 2, -1, 48]")):
         ops.sketch_store(key_BGTD[:, :, :70], *tensors, 0)

@@ -1,4 +1,4 @@
-"""The published network streamed by kernels, against the network over its whole window on the same rows."""
+"""The published network, incrementally by kernels, against the network over its whole window on the same rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from attention_predictor.csrc import ops
 from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.history import ScoreHistory
-from attention_predictor.predictor.streaming import StreamedHistory, no_kernel
+from attention_predictor.predictor.incremental import IncrementalHistory, why_no_kernel
 from attention_predictor.predictor.window import WindowPredictor
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
@@ -47,14 +47,16 @@ def rows_of(count: int, blocks: int, *, batch: int = 1, kv_heads: int = 1, seed:
     return torch.rand(batch, kv_heads, count, blocks, generator=torch.Generator().manual_seed(seed)) ** 8
 
 
-def compare(network: WindowPredictor, windowed: ScoreHistory, streamed: StreamedHistory, first: int, last: int) -> None:
+def compare(
+    network: WindowPredictor, windowed: ScoreHistory, incremental: IncrementalHistory, first: int, last: int
+) -> None:
     """Errors against fp64, at most twice those of the network in half precision."""
-    assert torch.equal(streamed.state_BGNC, windowed.state_BGNC)
+    assert torch.equal(incremental.state_BGNC, windowed.state_BGNC)
     window_BGNC = windowed.state_BGNC[:, :, first:last].cpu()
     with torch.no_grad():
         exact = copy.deepcopy(network).double()(window_BGNC)  # the scores come out in fp32
         in_half = copy.deepcopy(network).half()(window_BGNC)
-    found = predicted(streamed, first, last).cpu()
+    found = predicted(incremental, first, last).cpu()
     assert found.shape[2] == windowed.n_blocks
     assert torch.equal(found.isinf(), predicted(windowed, first, last).cpu().isinf())
     own = float((in_half - exact).abs().max())
@@ -66,29 +68,29 @@ def test_many_steps_with_blocks_arriving(device: str, start: int, steps: int, ne
     """More steps than the window has rows; draft tokens are taken back, sequences reordered and copied on the way."""
     on_device = copy.deepcopy(network).to(device)
     shape = {"batch": 1, "kv_heads": 1, "device": device}
-    windowed, streamed = ScoreHistory(on_device, **shape), StreamedHistory(on_device, **shape, kernel=True)
+    windowed, incremental = ScoreHistory(on_device, **shape), IncrementalHistory(on_device, **shape, kernel=True)
     blocks = 20
-    for history in (windowed, streamed):
+    for history in (windowed, incremental):
         history.start(rows_of(start, blocks).to(device))
     for step in range(steps):
         if step == 33:
             blocks -= 2
-            for history in (windowed, streamed):
+            for history in (windowed, incremental):
                 history.crop(blocks)
         if step == 44:
-            streamed.index(torch.tensor([0]))
-            streamed = copy.deepcopy(streamed)
+            incremental.index(torch.tensor([0]))
+            incremental = copy.deepcopy(incremental)
         blocks += step % 16 == 0
         row_BGN = rows_of(1, blocks, seed=step)[:, :, 0].to(device)
-        for history in (windowed, streamed):
+        for history in (windowed, incremental):
             history.push(row_BGN)
         if step % 13 == 0:
-            compare(network, windowed, streamed, 2, blocks - 3)
-    compare(network, windowed, streamed, 0, blocks)
-    streamed.check_integrity()
-    streamed._sum_BGCN[0, 0, 0, 3] *= 1.1
+            compare(network, windowed, incremental, 2, blocks - 3)
+    compare(network, windowed, incremental, 0, blocks)
+    incremental.check_integrity()
+    incremental._sum_BGCN[0, 0, 0, 3] *= 1.1
     with pytest.raises(IntegrityError, match="feature sums differ"):
-        streamed.check_integrity()
+        incremental.check_integrity()
 
 
 @pytest.mark.parametrize(
@@ -110,19 +112,19 @@ def test_many_steps_with_blocks_arriving(device: str, start: int, steps: int, ne
 def test_tiles_and_ends(device: str, blocks: int, first: int, last: int, network: WindowPredictor) -> None:
     on_device = copy.deepcopy(network).to(device)
     shape = {"batch": 2, "kv_heads": 1, "device": device}
-    windowed, streamed = ScoreHistory(on_device, **shape), StreamedHistory(on_device, **shape, kernel=True)
-    for history in (windowed, streamed):
+    windowed, incremental = ScoreHistory(on_device, **shape), IncrementalHistory(on_device, **shape, kernel=True)
+    for history in (windowed, incremental):
         history.start(rows_of(70, blocks - 1, batch=2).to(device))
         history.push(rows_of(1, blocks - 1, batch=2, seed=1)[:, :, 0].to(device))
         history.push(rows_of(1, blocks, batch=2, seed=2)[:, :, 0].to(device))  # one more block
-    compare(network, windowed, streamed, first, last)
+    compare(network, windowed, incremental, first, last)
 
 
 @pytest.mark.parametrize("lengths", [[470, 200], [2060, 90], [64, 1], [112, 95]])
 def test_sequences_of_unlike_length_and_padding(device: str, lengths: list[int], network: WindowPredictor) -> None:
     """Each has its own candidates; the operations are the same whatever the lengths."""
     on_device, capacity = copy.deepcopy(network).to(device), 130
-    history = StreamedHistory(on_device, batch=2, kv_heads=1, device=device, kernel=True)
+    history = IncrementalHistory(on_device, batch=2, kv_heads=1, device=device, kernel=True)
     rows_BGRN = rows_of(70, capacity, batch=2)
     for b, length in enumerate(lengths):
         rows_BGRN[b, ..., -(-length // 16) :] = 0
@@ -158,7 +160,7 @@ def test_sequences_of_unlike_length_and_padding(device: str, lengths: list[int],
 @pytest.mark.slow
 def test_sums_lose_what_they_took(device: str, network: WindowPredictor) -> None:
     """Once the prompt's rows have left, the same rows make the same sums, but for the last bits of fp64."""
-    history = StreamedHistory(copy.deepcopy(network).to(device), batch=1, kv_heads=1, device=device, kernel=True)
+    history = IncrementalHistory(copy.deepcopy(network).to(device), batch=1, kv_heads=1, device=device, kernel=True)
     history.start(rows_of(64, 12).to(device))
     same = rows_of(1, 12, seed=5)[:, :, 0].to(device)
     for _ in range(64):
@@ -174,11 +176,11 @@ def test_sums_lose_what_they_took(device: str, network: WindowPredictor) -> None
 def test_where_there_is_no_kernel(network: WindowPredictor) -> None:
     short = type("Short", (WindowPredictor,), {"channels": 24, "rows": 24})()
     with emulated_gpu():
-        assert no_kernel(network, "cpu") is None
-        assert no_kernel(short, "cpu") == "none for a window of 24 rows, 16 maps and 32 features"
-    assert no_kernel(network, "cpu") == "the predictor's are written for GPUs, not for cpu"
-    with pytest.raises(ConfigError, match="kernel=True, but there is no kernel: the predictor's are written for GPUs"):
-        StreamedHistory(network, batch=1, kv_heads=1, device="cpu", kernel=True)
+        assert why_no_kernel(network, "cpu") is None
+        assert why_no_kernel(short, "cpu") == "no kernel for a window of 24 rows, 16 maps and 32 features"
+    assert why_no_kernel(network, "cpu") == "the predictor's kernels need a GPU, the device is cpu"
+    with pytest.raises(ConfigError, match="kernel=True is not possible: the predictor's kernels need a GPU"):
+        IncrementalHistory(network, batch=1, kv_heads=1, device="cpu", kernel=True)
 
 
 def test_wrong_arguments_are_named(network: WindowPredictor) -> None:

@@ -27,16 +27,16 @@ from tiny_text_model import (
 
 from attention_predictor.cli import main
 from attention_predictor.errors import ConfigError, DataError
-from attention_predictor.eval import runner as runner_module
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.longbench import metrics
-from attention_predictor.eval.longbench.benchmark import LongBench
-from attention_predictor.eval.longbench.data import open_source
-from attention_predictor.eval.longbench.rouge import DEEPEST, rouge_l
-from attention_predictor.eval.longbench.scorer import ENGLISH, sample_scores, score
-from attention_predictor.eval.longbench.tasks import CATEGORIES, TASKS, choose_tasks
-from attention_predictor.eval.prompts import fitted_ids, prompt_ids
-from attention_predictor.eval.subject import Subject
+from attention_predictor.eval.benchmarks.longbench import metrics
+from attention_predictor.eval.benchmarks.longbench.benchmark import LongBench
+from attention_predictor.eval.benchmarks.longbench.data import open_source
+from attention_predictor.eval.benchmarks.longbench.rouge import DEEPEST, rouge_l
+from attention_predictor.eval.benchmarks.longbench.scorer import ENGLISH, sample_scores, score
+from attention_predictor.eval.benchmarks.longbench.tasks import CATEGORIES, TASKS, choose_tasks
+from attention_predictor.eval.harness import runner as runner_module
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
+from attention_predictor.eval.harness.prompts import fitted_ids, prompt_ids
+from attention_predictor.eval.harness.run_folder import RunFolder
 
 
 def rouge_f(precision: float, recall: float) -> float:
@@ -349,7 +349,7 @@ class TestBenchmark:
         rows = open_source(str(write_longbench(tmp_path, ["samsum"], samples=1)))
         bench = LongBench(tokenizer, rows, ["samsum"])
         (sample,) = bench.samples("samsum")
-        found = bench.predict(Subject(model, None), "samsum", sample)
+        found = bench.predict(EvaluatedModel(model, None), "samsum", sample)
         assert found["pred"] == "aa\n"  # no end at the first token: the next best
         assert found["new_tokens"] == 3
 
@@ -357,14 +357,14 @@ class TestBenchmark:
         rows = open_source(str(write_longbench(tmp_path, ["trec"], samples=1)))
         bench = benchmark(rows, ["trec"])
         (sample,) = bench.samples("trec")
-        assert bench.predict(Subject(make_tiny_model(), None), "trec", sample)["new_tokens"] == 64
+        assert bench.predict(EvaluatedModel(make_tiny_model(), None), "trec", sample)["new_tokens"] == 64
 
     def test_prompt_and_answer_fill_the_context_at_most(self, tmp_path):
         rows = open_source(str(write_longbench(tmp_path, ["trec"], samples=1)))
         model = make_tiny_model(max_position_embeddings=256)
         bench = benchmark(rows, ["trec"])
         (sample,) = bench.samples("trec")
-        found = bench.predict(Subject(model, None), "trec", sample)
+        found = bench.predict(EvaluatedModel(model, None), "trec", sample)
         assert found["truncated"]
         assert 190 <= found["prompt_tokens"] <= 192
         assert found["new_tokens"] == 64
@@ -374,7 +374,7 @@ class TestBenchmark:
         bench = benchmark(rows, ["hotpotqa"], chat=False, answer_likelihood=True)
         (sample,) = bench.samples("hotpotqa")
         model, tokenizer = make_tiny_model(), bench.tokenizer
-        found = bench.predict(Subject(model, None), "hotpotqa", sample)
+        found = bench.predict(EvaluatedModel(model, None), "hotpotqa", sample)
         prompt = tokenizer(sample.prompt)["input_ids"]
         answer = tokenizer(" nothing at all", add_special_tokens=False)["input_ids"]
         logits = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
@@ -533,7 +533,7 @@ class TestWithoutJieba:
 
     @pytest.mark.parametrize("task", NEEDING)
     def test_a_task_that_needs_it_is_refused_at_once(self, task, tiny, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr("attention_predictor.eval.longbench.command.main", None)
+        monkeypatch.setattr("attention_predictor.eval.benchmarks.longbench.command.main", None)
         assert main(options(tiny, tmp_path, "--no-chat", "--tasks", f"qasper,{task}")) == 2
         said = capsys.readouterr().err
         assert "Chinese tasks are scored with jieba: pip install 'attention-predictor[eval]'" in said
@@ -579,11 +579,11 @@ class TestCommand:
     def test_failures_below_the_table(self, tiny, tmp_path, capsys, monkeypatch):
         predict, asked = LongBench.predict, []
 
-        def failing(self, subject, task, sample):
+        def failing(self, evaluated, task, sample):
             asked.append(task)
             if len(asked) == 1:
                 raise torch.OutOfMemoryError("no room")
-            return predict(self, subject, task, sample)
+            return predict(self, evaluated, task, sample)
 
         monkeypatch.setattr(LongBench, "predict", failing)
         given = options(tiny, tmp_path, "--tasks", "trec,triviaqa", "--policies", "full")

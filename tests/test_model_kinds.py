@@ -14,8 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attention_predictor import AttachError, OffloadConfig, attach
 from attention_predictor.offload.hf.forwards import Forwards
-from attention_predictor.offload.hf.rehearsal import rehearse
 from attention_predictor.offload.hf.versions import cache_of, with_cache
+from attention_predictor.offload.hf.warm_up import warm_up
 from attention_predictor.offload.stats import Stats
 
 WHOLE = OffloadConfig(predictor="ema")  # a budget that covers the context
@@ -549,13 +549,13 @@ class TestMasksThatChange:
         assert (ours - stock).abs().max() < 1e-4
 
 
-def test_a_rehearsal_leaves_nothing_behind(tiny_model, ids) -> None:
+def test_warming_up_leaves_nothing_behind(tiny_model, ids) -> None:
     """What a GPU is made to load at attach is no step, no fetch, and holds no memory."""
     for family in ("llama", "gemma3", "gpt-oss", "phi3"):
         model = tiny_model(family)
         with attach(model, SPARSE) as engine:
             before = engine.stats.to_dict()
-            rehearse(engine.runtime, engine.runtime.text_config, torch.float32)
+            warm_up(engine.runtime, engine.runtime.text_config, torch.float32)
             assert engine.stats.to_dict() == before == Stats(prefetch=engine.stats.prefetch).to_dict()
             assert engine.runtime.memory.lent_bytes == 0
             assert model.generate(ids(80), **GREEDY).shape == (1, 92)

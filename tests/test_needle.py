@@ -10,9 +10,17 @@ from benchmark_runs import evaluate, make_text, refused, results, write_texts
 from conftest import POCKET
 from tiny_text_model import make_tiny_tokenizer, save_tiny_text_model, write_jsonl
 
-from attention_predictor.eval.filled import Haystack
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.needle import KINDS, Needle, NeedleTest, contains, grid, read_needles, sample_scores
+from attention_predictor.eval.benchmarks.fixed_length import Haystack
+from attention_predictor.eval.benchmarks.needle import (
+    KINDS,
+    Needle,
+    NeedleTest,
+    contains,
+    grid,
+    read_needles,
+    sample_scores,
+)
+from attention_predictor.eval.harness.run_folder import RunFolder
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import torch
 from benchmark_runs import evaluate, refused, results, write_texts
 from tiny_text_model import save_tiny_text_model
 
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.perplexity import bits_per_token, sample_scores
-from attention_predictor.eval.sources import Windows, parse_sources
+from attention_predictor.eval.benchmarks.perplexity import bits_per_token, sample_scores
+from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.harness.windows import Windows, parse_sources
 from attention_predictor.loading import load_model, load_tokenizer
 
 

@@ -63,7 +63,7 @@ def test_a_fifth_holds_in_half_precision_too():
     sketch.extend(torch.randn(1, 2, 8192, 64).bfloat16(), torch.randn(1, 6, 64, 64).bfloat16())
     history = new_history(AttentionPredictor.from_pretrained("default"), batch=1, kv_heads=2, device="cpu")
     history.start(torch.rand(1, 2, 64, 512))
-    pool = BlockPool(**shape, slots=Selection.of(config).most_slots, block_size=config.block_size, device="cpu")
+    pool = BlockPool(**shape, slots=Selection.of(config).max_slots, block_size=config.block_size, device="cpu")
     assert sketch.nbytes + history.nbytes + pool.nbytes <= 2 * 2 * 8192 * 64 * 2 / 5
 
 

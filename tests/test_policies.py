@@ -16,7 +16,7 @@ from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.slot_table import chosen_blocks
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import LayerSpec, Policy, policy_class
-from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.offload.policies.predictor import PredictorPolicy
 from attention_predictor.offload.policies.quest import KeyBounds, QuestAhead
 from attention_predictor.offload.policy_names import BUILT_IN
 from attention_predictor.predictor.scores import block_peak_and_sum
@@ -41,16 +41,61 @@ def decode(model, prompt, steps=12, each=lambda cache: None, **changes):
         return engine.stats
 
 
-def test_streaming_reads_sink_and_recent_alone(tiny_model, ids):
+SELECTING = tuple(name for name in BUILT_IN if policy_class(name).selects != "all")
+
+
+def attended(monkeypatch, policy: str) -> dict[Policy, list[torch.Tensor]]:
+    """Blocks that each step attends to, counted by sequence and KV head, under each layer's policy."""
+    kind, counts = policy_class(policy), {}
+    observe = kind.observe
+
+    def watched(self, step):
+        counts.setdefault(self, []).append((step.block_BGS >= 0).sum(-1))
+        observe(self, step)
+
+    monkeypatch.setattr(kind, "observe", watched)
+    return counts
+
+
+@pytest.mark.parametrize(
+    "allocation", ["uniform", [192, 128], [(176, 192), (144, 128)]], ids=["uniform", "by layer", "by head"]
+)
+@pytest.mark.parametrize("policy", SELECTING)
+def test_a_step_attends_to_the_whole_budget(tiny_model, ids, monkeypatch, policy, allocation):
+    """Once the context exceeds it: its blocks, the newest perhaps partly filled, no fewer and no more.
+
+    LazyEviction alone attends to fewer for a while: where W tokens are two blocks, it evicts two at a time.
+    """
+    settings = {"policy": policy, "budget": 160, "recent": 32, "budget_allocation": allocation}
+    counts = attended(monkeypatch, policy)
+    real = torch.ones(2, 300, dtype=torch.long)
+    real[1, :37] = 0
+    with attach(tiny_model(), OffloadConfig(**SMALL | settings)) as engine:
+        engine.model.generate(ids(300, batch=2), attention_mask=real, do_sample=False, max_new_tokens=21)
+    layers = [160, 160] if allocation == "uniform" else allocation
+    assert list(engine.stats.layer_budgets.values()) == layers
+    for steps, budget in zip(counts.values(), layers, strict=True):
+        blocks_G = torch.tensor(budget if isinstance(budget, tuple) else (budget, budget)) // 16
+        found_SBG = torch.stack(steps)
+        assert len(found_SBG) == 20
+        assert torch.equal(found_SBG.amax((0, 1)), blocks_G)
+        assert torch.equal(found_SBG.amin((0, 1)), blocks_G - (1 if policy == "lazy-eviction" else 0))
+
+
+def test_streaming_reads_the_sink_and_the_newest(tiny_model, ids):
+    """And fetches what the first step reads: all further blocks are written where they are read."""
+
     def check(cache):
         layer = cache.layers[0]
         layer.check_integrity()  # which waits for what the next token was promised
-        length = layer.blocks.store.length + 1
+        n_blocks = -(-(layer.blocks.store.length + 1) // 16)
         blocks = set(layer.blocks.table.active_RS.flatten().tolist()) - {-1}
-        assert blocks == {0} | set(range((length - 16) // 16, -(-length // 16)))
+        assert blocks == {0} | set(range(n_blocks - 5, n_blocks))
 
-    stats = decode(tiny_model(), ids(300), policy="streaming", each=check)
+    stats = decode(tiny_model(), ids(300), policy="streaming", each=check, steps=40)
     assert stats.late_blocks == 0
+    # Two layers, two KV heads, of 6 blocks the 5 that are no new one, of 16 tokens' keys and values in fp32.
+    assert stats.fetched_bytes <= 2 * 2 * 6 * 16 * 2 * 8 * 4
 
 
 def test_full_streams_everything_and_keeps_nothing(tiny_model, ids):
@@ -134,14 +179,14 @@ class TestCalibration:
     def rows(tiny_model, ids, monkeypatch, **changes):
         """Rows that the history of layer 0 is told, beside the truth and what was attended."""
         told = []
-        observe = Predictor.observe
+        observe = PredictorPolicy.observe
 
         def watched(policy, step):
             exact = step.exact.scores_BGQN[:, :, 0]
             told.append((policy.row(step)[..., : step.blocks], exact, step.attended_BGC[..., : step.blocks]))
             observe(policy, step)
 
-        monkeypatch.setattr(Predictor, "observe", watched)
+        monkeypatch.setattr(PredictorPolicy, "observe", watched)
         decode(tiny_model(num_hidden_layers=1), ids(300), steps=10, **changes)
         return told
 

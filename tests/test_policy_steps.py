@@ -245,7 +245,7 @@ def test_a_length_in_a_shape_is_found():
 
 @pytest.mark.parametrize("policy", BUILT_IN)
 def test_only_what_reads_every_key_is_never_captured(policy):
-    reason = policy_class(policy).not_captured(OffloadConfig(policy=policy))
+    reason = policy_class(policy).why_never_captured(OffloadConfig(policy=policy))
     assert (reason is None) == (policy in CAPTURED)
     assert reason is None or policy in reason
 
@@ -262,7 +262,7 @@ def wanted(selection: Selection, score_BGN: Tensor | None, length: int, padding_
         recent = max(length - max(selection.recent, 1), 0) // SIZE
         always = set(range(first, first + selection.sink // SIZE)) | set(range(max(recent, first), n_blocks))
         for g in range(G):
-            if length <= max(selection.budget, selection.whole):
+            if length <= max(selection.budget, selection.dense_tokens):
                 wanted_BGN[b, g, first:] = True
                 continue
             row = [] if score_BGN is None else score_BGN[b, g].tolist()
@@ -299,15 +299,17 @@ class HostSnapKV:
     def __init__(self, layer: Layer) -> None:
         policy = layer.policy
         mass_BGQN = layer.true_rows(policy.prompt_rows).mass_BGQN
-        self.votes_BGN = pooled(policy.indicator(mass_BGQN), 5, SIZE)
-        self.recent_blocks = layer.selection.recent // SIZE
+        votes_BGN, window = policy.indicator(mass_BGQN), -(-policy.prompt_rows // SIZE)
+        parts = votes_BGN.split([votes_BGN.shape[-1] - window, window], -1)
+        self.votes_BGN = torch.cat([pooled(part_BGN, 5, SIZE) for part_BGN in parts], -1)
+        self.recent_blocks, self.window = layer.selection.recent // SIZE, window
 
     def observe(self, step: Step) -> None:
         """Nothing changes."""
 
     def scores(self, length: int) -> Tensor:
         n_blocks, prompt_blocks = -(-length // SIZE), self.votes_BGN.shape[-1]
-        first = max(min(n_blocks - 1 - self.recent_blocks, prompt_blocks), 0)
+        first = max(min(n_blocks - 1 - self.recent_blocks, prompt_blocks - self.window), 0)
         return newest_first(F.pad(self.votes_BGN, (0, n_blocks - prompt_blocks)), first)
 
 
@@ -349,7 +351,7 @@ class HostLazyEviction:
             rank_BGN[b, :, first : first + sink] = rank_BGN[b, :, recent:] = ALWAYS
             for g in range(G):
                 held = [n for n in range(first, n_blocks) if not self.evicted_BGN[b, g, n]]
-                if length > max(selection.budget, selection.whole) and len(held) > budget:
+                if length > max(selection.budget, selection.dense_tokens) and len(held) > budget:
                     for n in sorted(held, key=lambda n: float(rank_BGN[b, g, n]))[: len(held) - keep]:
                         self.evicted_BGN[b, g, n] = True
         return torch.zeros(self.evicted_BGN.shape).masked_fill(self.evicted_BGN, NEVER)

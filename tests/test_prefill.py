@@ -21,7 +21,7 @@ from attention_predictor.offload.attention.dense import Terms, attend, attend_pr
 from attention_predictor.offload.blocks.block_pool import BlockPool
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.host_store import HostStore
-from attention_predictor.offload.blocks.transfer import SMALL_BYTES, inward, outbox
+from attention_predictor.offload.blocks.transfer import SMALL_BYTES, host_copier, upload_stream
 from attention_predictor.offload.chunk import Chunk, split
 from attention_predictor.offload.hf.versions import cache_of, with_cache
 
@@ -50,7 +50,7 @@ def in_chunks(model, prompt, chunk, cache=None, mask=None):
 @pytest.mark.usefixtures("exact_matmul")
 def test_chunks_change_nothing(ids, monkeypatch, family, chunk, kernels, device):
     """Causal, capped logits, sinks; padded and not; by fused kernels for however few keys, and by plain operations."""
-    monkeypatch.setattr(dense, "FUSED_TOKENS", 1 if kernels else 10**9)
+    monkeypatch.setattr(dense, "MIN_FUSED_TOKENS", 1 if kernels else 10**9)
     monkeypatch.setattr("attention_predictor.offload.chunk.CHUNK_TOKENS", 32)
     model, prompt = make_tiny_model(family).to(device), ids(300, batch=2).to(device)
     mask = (torch.arange(300) >= torch.tensor([[0], [70]])).long().to(device)
@@ -180,7 +180,7 @@ def test_appended_bits_survive_delays_and_reuse_of_memory(seed):
     """Keys and values are freed, and their memory written to, as soon as ``append`` has returned."""
     generator = torch.Generator().manual_seed(seed)
     side, store = (
-        outbox(torch.device("cuda", 0))._stream,
+        host_copier(torch.device("cuda", 0))._stream,
         HostStore(**SHAPE, slab_blocks=4, memory=HostMemory(torch.device("cuda"))),
     )
     expected = []
@@ -227,7 +227,7 @@ def test_append_waits_for_nobody(tokens):
 def test_the_device_reads_what_was_appended_before():
     """The gather of another stream begins with the bits of an append that was late."""
     store = HostStore(**SHAPE, slab_blocks=4, memory=HostMemory(torch.device("cuda")))
-    if (reason := ops.missing(torch.device("cuda", 0))) is not None:
+    if (reason := ops.why_no_kernels(torch.device("cuda", 0))) is not None:
         pytest.skip(reason)
     key, value = on_gpu(200, 0)
     pool = BlockPool(batch=2, kv_heads=3, slots=4, block_size=16, head_dim=64, dtype=torch.bfloat16, device="cuda")
@@ -253,7 +253,7 @@ def test_the_device_reads_what_was_appended_before():
 @pytest.mark.parametrize("seed", range(3))
 def test_streamed_bits_survive_delays(seed):
     generator = torch.Generator().manual_seed(seed)
-    device, side = torch.device("cuda", 0), inward(torch.device("cuda", 0))
+    device, side = torch.device("cuda", 0), upload_stream(torch.device("cuda", 0))
     store = HostStore(**SHAPE, slab_blocks=4, memory=HostMemory(torch.device("cuda")))
     kept = torch.stack(on_gpu(1000, seed))
     store.append(*kept)

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
 from attention_predictor.errors import AttachError, ConfigError, DataError
-from attention_predictor.eval.pruning.measure import block_influence, measure
-from attention_predictor.eval.pruning.plan import Plan, importance, normalised, order, read_scores
-from attention_predictor.eval.pruning.shorten import save, without_layers
-from attention_predictor.eval.pruning.sweep import RANDOM, Sweep, bits_per_token, make_orders
+from attention_predictor.eval.analysis.pruning.layer_scores import block_influence, measure
+from attention_predictor.eval.analysis.pruning.plan import Plan, importance, normalised, order, read_scores
+from attention_predictor.eval.analysis.pruning.shorten import save, without_layers
+from attention_predictor.eval.analysis.pruning.sweep import RANDOM, Sweep, bits_per_token, make_orders
 from attention_predictor.offload.policies.query_similarity import query_similarity
 
 # Four layers each, so that something is left; lists by layer are as long.
@@ -404,7 +404,9 @@ def test_a_sweep_from_the_command_line(tiny, texts, tmp_path, capsys):
     ],
 )
 def test_bad_options(tiny, texts, tmp_path, capsys, monkeypatch, words, message):
-    monkeypatch.setattr("attention_predictor.eval.prune.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "attention_predictor.eval.analysis.pruning.command.load_model", lambda *_: pytest.fail("the model was loaded")
+    )
     given = ["--model", tiny, "--data", texts, "--context", 100, "--out", tmp_path / "out", *words]
     assert prune(*given) == 2
     error = capsys.readouterr().err
@@ -414,7 +416,9 @@ def test_bad_options(tiny, texts, tmp_path, capsys, monkeypatch, words, message)
 
 
 def test_bad_scores_and_places(tiny, texts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("attention_predictor.eval.prune.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "attention_predictor.eval.analysis.pruning.command.load_model", lambda *_: pytest.fail("the model was loaded")
+    )
     (tmp_path / "five.json").write_text('{"bi": [1, 2, 3, 4, 5], "q_similarity": [1, 2, 3, 4, 5]}')
     (tmp_path / "four.json").write_text('{"bi": [1, 2, 3, 4]}')
     five, four, out = tmp_path / "five.json", tmp_path / "four.json", tmp_path / "out"

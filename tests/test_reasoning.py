@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from tiny_text_model import CHAT, make_tiny_tokenizer, save_tiny_text_model, write_jsonl
 
 from attention_predictor.errors import ConfigError, DataError
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.reasoning.answers import find_answer, same_answer
-from attention_predictor.eval.reasoning.benchmark import (
+from attention_predictor.eval.benchmarks.reasoning.answers import find_answer, same_answer
+from attention_predictor.eval.benchmarks.reasoning.benchmark import (
     KINDS,
     Reasoning,
     Sampling,
@@ -23,8 +22,9 @@ from attention_predictor.eval.reasoning.benchmark import (
     read_problem,
     sample_scores,
 )
-from attention_predictor.eval.reasoning.latex import normalise, value
-from attention_predictor.eval.reasoning.prompts import as_task, behind_examples
+from attention_predictor.eval.benchmarks.reasoning.latex import normalise, value
+from attention_predictor.eval.benchmarks.reasoning.prompts import as_task, behind_examples
+from attention_predictor.eval.harness.run_folder import RunFolder
 
 # What a model wrote, and the answer in it.
 NUMERIC = [

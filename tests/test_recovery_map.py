@@ -10,10 +10,10 @@ from benchmark_runs import evaluate, refused, results, write_texts
 from tiny_models import make_tiny_model
 from tiny_text_model import save_tiny_text_model, write_jsonl
 
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.recovery_map import mean_map, sample_scores
-from attention_predictor.eval.tails import decode_tails, prefill
-from attention_predictor.eval.watched import watch
+from attention_predictor.eval.benchmarks.recovery.head_recovery import measure_heads
+from attention_predictor.eval.benchmarks.recovery.recovery_map import mean_map, sample_scores
+from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.harness.teacher_forcing import decode_tails, prefill
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
 
@@ -27,7 +27,7 @@ def test_means_are_the_engines(policy, interval, ids):
     with attach(model, config) as engine:
         cache = engine.new_cache()
         prefill(model, cache, ids(500)[0].tolist(), 3)
-        found = watch(cache, interval)
+        found = measure_heads(cache, interval)
         decode_tails(model, cache, ids(12, batch=3, seed=1).tolist())
     assert sorted(found) == [0, 1]
     assert all(layer.measured == 12 // interval for layer in found.values())
@@ -51,7 +51,7 @@ def test_watching_changes_no_token(ids):
             cache = engine.new_cache()
             prefill(model, cache, ids(400)[0].tolist(), 2)
             if watching:
-                watch(cache, 2)
+                measure_heads(cache, 2)
             best.append(decode_tails(model, cache, tails))
     assert torch.equal(*best)
 

@@ -15,13 +15,13 @@ import pytest
 from tiny_text_model import write_jsonl
 
 from attention_predictor.cli import main
-from attention_predictor.eval.bootstrap import interval, resampled_means
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.longbench.scorer import score_folder
-from attention_predictor.eval.longbench.tasks import TASKS
-from attention_predictor.eval.page.charts import Point, legend_mark, line_chart, nice_ticks
-from attention_predictor.eval.sheet import make_sheets
-from attention_predictor.eval.tables import escape_latex, escape_markdown, latex, markdown, signed
+from attention_predictor.eval.benchmarks.longbench.scorer import score_folder
+from attention_predictor.eval.benchmarks.longbench.tasks import TASKS
+from attention_predictor.eval.display.line_charts import Point, legend_mark, line_chart, nice_ticks
+from attention_predictor.eval.harness.bootstrap import interval, resampled_means
+from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.report.results_table import make_tables
+from attention_predictor.eval.report.text_formats import escape_latex, escape_markdown, latex, markdown, signed
 
 FAILED = {"pred": "", "error": "OutOfMemoryError: no"}
 
@@ -130,12 +130,12 @@ class TestBootstrap:
 
 class TestFigures:
     def test_values_and_differences(self, tmp_path):
-        (sheet,) = make_sheets([needle_run(tmp_path / "run")])
-        assert [row.name for row in sheet.rows] == [
+        (table,) = make_tables([needle_run(tmp_path / "run")])
+        assert [row.name for row in table.rows] == [
             *("full", "quest-256", "predictor-256", "predictor-512", "quest-512")
         ]
-        assert [column.title for column in sheet.columns] == ["2048", "4096", "mean"]
-        values = {row.name: [sheet.figures[row.name, one.title].value for one in sheet.columns] for row in sheet.rows}
+        assert [column.title for column in table.columns] == ["2048", "4096", "mean"]
+        values = {row.name: [table.figures[row.name, one.title].value for one in table.columns] for row in table.rows}
         assert values == {
             "full": [100, 100, 100],
             "quest-256": [25, 50, 37.5],
@@ -143,12 +143,12 @@ class TestFigures:
             "predictor-512": [100, 75, 87.5],
             "quest-512": [75, 75, 75],
         }
-        assert sheet.figures["quest-256", "mean"].delta == -62.5
-        assert sheet.figures["full", "mean"].delta is None
+        assert table.figures["quest-256", "mean"].delta == -62.5
+        assert table.figures["full", "mean"].delta is None
 
     def test_best_at_each_budget(self, tmp_path):
-        (sheet,) = make_sheets([needle_run(tmp_path / "run")])
-        best = {key for key, figure in sheet.figures.items() if figure.best}
+        (table,) = make_tables([needle_run(tmp_path / "run")])
+        best = {key for key, figure in table.figures.items() if figure.best}
         assert best == {
             ("predictor-256", "2048"),
             *((name, "4096") for name in ("quest-256", "predictor-256", "quest-512", "predictor-512")),  # as good
@@ -158,58 +158,58 @@ class TestFigures:
 
     def test_one_policy_is_not_best(self, tmp_path):
         results = {"full": {"8": answers("++")}, "quest-64": {"8": answers("+-")}}
-        (sheet,) = make_sheets([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
-        assert not any(figure.best for figure in sheet.figures.values())
+        (table,) = make_tables([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
+        assert not any(figure.best for figure in table.figures.values())
 
     def test_intervals(self, tmp_path):
-        (sheet,) = make_sheets([needle_run(tmp_path / "run")], seed=5)
+        (table,) = make_tables([needle_run(tmp_path / "run")], seed=5)
         drawn = {
             task: np.random.default_rng([5, *task.encode()]).integers(4, size=(2000, 4))
-            for task in sheet.rows[0].outcomes
+            for task in table.rows[0].outcomes
         }
         quest = {"2048": np.array([100, 0, 0, 0]), "4096": np.array([100, 0, 100, 0])}
         means = {task: quest[task][drawn[task]].mean(1) for task in quest}
-        figure = sheet.figures["quest-256", "2048"]
+        figure = table.figures["quest-256", "2048"]
         assert figure.interval == pytest.approx(tuple(np.quantile(means["2048"], (0.025, 0.975))))
         assert figure.delta_interval == pytest.approx(tuple(np.quantile(means["2048"] - 100, (0.025, 0.975))))
         both = (means["2048"] + means["4096"]) / 2
-        assert sheet.figures["quest-256", "mean"].interval == pytest.approx(tuple(np.quantile(both, (0.025, 0.975))))
-        assert sheet.figures["full", "mean"].interval == (100, 100)
+        assert table.figures["quest-256", "mean"].interval == pytest.approx(tuple(np.quantile(both, (0.025, 0.975))))
+        assert table.figures["full", "mean"].interval == (100, 100)
 
     def test_no_interval_of_one_sample(self, tmp_path):
         results = {"full": {"8": answers("+")}}
-        (sheet,) = make_sheets([write_run(tmp_path / "run", "needle", results, depths=[0])])
-        assert sheet.figures["full", "8"].interval is None
+        (table,) = make_tables([write_run(tmp_path / "run", "needle", results, depths=[0])])
+        assert table.figures["full", "8"].interval is None
 
     def test_no_interval_of_a_mean_with_such_a_task(self, tmp_path):
         results = {"full": {"8": answers("+"), "16": answers("+-+")}}
-        (sheet,) = make_sheets([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
-        assert sheet.figures["full", "16"].interval is not None
-        assert sheet.figures["full", "mean"].interval is None
+        (table,) = make_tables([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
+        assert table.figures["full", "16"].interval is not None
+        assert table.figures["full", "mean"].interval is None
 
     def test_traffic(self, tmp_path):
-        (sheet,) = make_sheets([needle_run(tmp_path / "run")])
-        rows = {row.name: row for row in sheet.rows}
+        (table,) = make_tables([needle_run(tmp_path / "run")])
+        rows = {row.name: row for row in table.rows}
         assert rows["predictor-256"].hit_rate == 0.5
         assert rows["predictor-256"].fetched_bytes == 2048  # a token
         assert rows["full"].hit_rate is rows["full"].fetched_bytes is None
 
     def test_failed_and_unfinished(self, tmp_path):
         results = {"full": {"8": answers("+++-")}, "quest-64": {"8": answers("-!")}}
-        (sheet,) = make_sheets([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
-        assert sheet.notes == [
+        (table,) = make_tables([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
+        assert table.notes == [
             "failed, counted as 0: quest-64 8 1 of 2",
             "not finished (differences are over samples that both have): quest-64 8 2 of 4",
         ]
-        assert sheet.figures["full", "8"].value == 75
-        assert sheet.figures["quest-64", "8"].delta == -100  # of the two
+        assert table.figures["full", "8"].value == 75
+        assert table.figures["quest-64", "8"].delta == -100  # of the two
 
     def test_task_without_results(self, tmp_path):
         results = {"full": {"8": answers("++"), "16": answers("++")}, "quest-64": {"8": answers("+-")}}
-        (sheet,) = make_sheets([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
-        assert ("quest-64", "16") not in sheet.figures
-        assert ("quest-64", "mean") not in sheet.figures
-        assert sheet.notes == ["not finished (differences are over samples that both have): quest-64 16 0 of 2"]
+        (table,) = make_tables([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
+        assert ("quest-64", "16") not in table.figures
+        assert ("quest-64", "mean") not in table.figures
+        assert table.notes == ["not finished (differences are over samples that both have): quest-64 16 0 of 2"]
 
     def test_perplexity(self, tmp_path):
         def tails(*bits: float) -> list[dict[str, Any]]:
@@ -224,20 +224,20 @@ class TestFigures:
             "a-8": {"books": failing},
             "b-8": {"books": tails(3, 5)},
         }
-        (sheet,) = make_sheets([write_run(tmp_path / "run", "perplexity", results)])
-        assert sheet.figures["full", "books"].value == pytest.approx((10 * 2 + 30 * 4 + 10 * 2) / 50)
-        figure = sheet.figures["a-8", "books"]
+        (table,) = make_tables([write_run(tmp_path / "run", "perplexity", results)])
+        assert table.figures["full", "books"].value == pytest.approx((10 * 2 + 30 * 4 + 10 * 2) / 50)
+        figure = table.figures["a-8", "books"]
         assert figure.value == pytest.approx(4.0)  # over all tokens, without the one that failed
         assert figure.delta == pytest.approx(0.5)
         assert figure.best  # less is better
-        assert not sheet.figures["b-8", "books"].best
-        assert sheet.notes[0] == "failed, left out of the figures: a-8 books 1 of 3"
+        assert not table.figures["b-8", "books"].best
+        assert table.notes[0] == "failed, left out of the figures: a-8 books 1 of 3"
 
     def test_the_oracle_is_never_the_best(self, tmp_path):
         lines = {"oracle-64": "++++", "quest-64": "+++-", "streaming-64": "+---", "full": "++++"}
         results = {name: {"2048": answers(right)} for name, right in lines.items()}
-        (sheet,) = make_sheets([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
-        assert [name for (name, _), figure in sheet.figures.items() if figure.best] == ["quest-64"]
+        (table,) = make_tables([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
+        assert [name for (name, _), figure in table.figures.items() if figure.best] == ["quest-64"]
 
 
 class TestLongBench:
@@ -254,14 +254,14 @@ class TestLongBench:
 
     def test_as_scored(self, tmp_path):
         path = self.run(tmp_path / "run")
-        (sheet,) = make_sheets([path])
-        assert [column.title for column in sheet.columns if column.average] == [
+        (table,) = make_tables([path])
+        assert [column.title for column in table.columns if column.average] == [
             *("single-document QA", "multi-document QA")
         ]
         for name, scores in score_folder(RunFolder.finished(path)).items():
-            for column in sheet.columns:
+            for column in table.columns:
                 known = scores.categories if column.average else scores.tasks
-                assert sheet.figures[name, column.title].value == known[column.title]
+                assert table.figures[name, column.title].value == known[column.title]
 
     def test_english_average(self, tmp_path):
         english = [name for name, task in TASKS.items() if not task.chinese]
@@ -269,9 +269,9 @@ class TestLongBench:
         lines = [{"pred": one, "answers": ["Paragraph 3"], "all_classes": ["Paragraph 3"]} for one in said]
         results = {"full": dict.fromkeys(english, lines)}
         path = write_run(tmp_path / "run", "longbench", results, extended=False)
-        (sheet,) = make_sheets([path])
+        (table,) = make_tables([path])
         expected = score_folder(RunFolder.finished(path))["full"].english_average
-        assert sheet.figures["full", "16 English tasks"].value == expected
+        assert table.figures["full", "16 English tasks"].value == expected
 
     def test_likelihood_of_the_answers(self, tmp_path):
         known = [(-2.0, 4), (-6.0, 4), (-3.0, 8)]
@@ -279,7 +279,7 @@ class TestLongBench:
         lines = [said | {"answer_log_likelihood": sum_, "answer_tokens": tokens} for sum_, tokens in known]
         results = {"full": {"qasper": lines}, "quest-64": {"qasper": [*lines[:2], said | {"error": "no"}]}}
         path = write_run(tmp_path / "run", "longbench", results, extended=False, answer_likelihood=True)
-        scores, answers_ = make_sheets([path])
+        scores, answers_ = make_tables([path])
         assert scores.title == "LongBench · tiny"
         assert answers_.title == "LongBench's answers · tiny"
         assert answers_.figures["full", "qasper"].value == pytest.approx(11 / 16 / np.log(2))
@@ -288,14 +288,14 @@ class TestLongBench:
 
     def test_by_length(self, tmp_path):
         path = self.run(tmp_path / "run", extended=True)
-        sheets = make_sheets([path])
-        assert [sheet.title for sheet in sheets] == [
+        tables = make_tables([path])
+        assert [table.title for table in tables] == [
             *("LongBench-E · 0-4k · tiny", "LongBench-E · 4-8k · tiny", "LongBench-E · 8k+ · tiny")
         ]
         scores = score_folder(RunFolder.finished(path))
-        for sheet, length in zip(sheets, ("0-4k", "4-8k", "8k+"), strict=True):
+        for table, length in zip(tables, ("0-4k", "4-8k", "8k+"), strict=True):
             for name, one in scores.items():
-                assert sheet.figures[name, "qasper"].value == one.buckets["qasper"][length]
+                assert table.figures[name, "qasper"].value == one.buckets["qasper"][length]
 
 
 class TestSheets:
@@ -306,10 +306,10 @@ class TestSheets:
         second = write_run(
             tmp_path / "b", "needle", {"full": {"8": answers("--")}, "b-4": {"8": answers("--")}}, depths=[0, 100]
         )
-        (sheet,) = make_sheets([first, second])
-        assert [row.name for row in sheet.rows] == ["full", "a-4", "b-4"]
-        assert sheet.figures["full", "8"].value == 100
-        assert sheet.notes == ["in more than one of the runs, taken from the first: full 8"]
+        (table,) = make_tables([first, second])
+        assert [row.name for row in table.rows] == ["full", "a-4", "b-4"]
+        assert table.figures["full", "8"].value == 100
+        assert table.notes == ["in more than one of the runs, taken from the first: full 8"]
 
     def test_others_have_their_own(self, tmp_path):
         first = needle_run(tmp_path / "a")
@@ -317,7 +317,7 @@ class TestSheets:
         third = write_run(
             tmp_path / "c", "synthetic", {"full": {"kv": [{"found": [True, False], "answers": ["a", "b"]}]}}
         )
-        assert [sheet.title for sheet in make_sheets([first, third, second])] == [
+        assert [table.title for table in make_tables([first, third, second])] == [
             f"Needle in a haystack · tiny · {first}",
             "Synthetic tasks · tiny",
             f"Needle in a haystack · tiny · {second}",
@@ -329,8 +329,8 @@ class TestSheets:
                 f"{task}-{length}": [{"pred": "7", "answers": ["7"]}] for length in (8, 16) for task in ("vt", "cwe")
             }
         }
-        (sheet,) = make_sheets([write_run(tmp_path / "run", "ruler", results)])
-        averages = {column.title: column.tasks for column in sheet.columns if column.average}
+        (table,) = make_tables([write_run(tmp_path / "run", "ruler", results)])
+        averages = {column.title: column.tasks for column in table.columns if column.average}
         assert averages == {
             "mean at 8": ("vt-8", "cwe-8"),
             "mean at 16": ("vt-16", "cwe-16"),
@@ -341,8 +341,8 @@ class TestSheets:
 class TestTables:
     def test_markdown(self, tmp_path):
         results = {"full": {"8": answers("++")}, "a_b-4": {"8": answers("++")}, "c-4": {"8": answers("--")}}
-        (sheet,) = make_sheets([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
-        assert markdown(sheet).splitlines() == [
+        (table,) = make_tables([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
+        assert markdown(table).splitlines() == [
             "## Needle in a haystack · tiny",
             "",
             "| policy | budget | 8 |",
@@ -364,8 +364,8 @@ class TestTables:
 
     def test_latex(self, tmp_path):
         results = {"full": {"8": answers("++")}, "a_b-4": {"8": answers("++")}, "c-4": {"8": answers("--")}}
-        (sheet,) = make_sheets([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
-        text = latex(sheet)
+        (table,) = make_tables([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
+        text = latex(table)
         assert r"a\_b & 4 & \textbf{100.00} \\" in text
         assert r"c & 4 & $-$100.00 {\scriptsize [$-$100.00, $-$100.00]} \\" in text
         assert r"full & all & 100.00 \\" in text

@@ -14,15 +14,15 @@ from tiny_text_model import make_tiny_tokenizer, save_tiny_text_model, write_jso
 from transformers import AutoTokenizer
 
 from attention_predictor.errors import ConfigError, DataError
-from attention_predictor.eval.filled import Haystack
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.ruler import command
-from attention_predictor.eval.ruler.base import Sources
-from attention_predictor.eval.ruler.benchmark import GivenRuler, MadeRuler, find_files
-from attention_predictor.eval.ruler.families import FAMILIES, choose_families
-from attention_predictor.eval.ruler.passages import Passages
-from attention_predictor.eval.ruler.scorer import sample_scores
-from attention_predictor.eval.ruler.words import compounds
+from attention_predictor.eval.benchmarks.fixed_length import Haystack
+from attention_predictor.eval.benchmarks.ruler import command
+from attention_predictor.eval.benchmarks.ruler.base import Sources
+from attention_predictor.eval.benchmarks.ruler.benchmark import GivenRuler, MadeRuler, find_files
+from attention_predictor.eval.benchmarks.ruler.families import FAMILIES, choose_families
+from attention_predictor.eval.benchmarks.ruler.passages import Passages
+from attention_predictor.eval.benchmarks.ruler.scorer import sample_scores
+from attention_predictor.eval.benchmarks.ruler.words import compounds
+from attention_predictor.eval.harness.run_folder import RunFolder
 
 NIAH = [name for name in FAMILIES if name.startswith("niah")]
 NEEDLE = re.compile(r"One of the special magic (numbers|uuids) for (\S+) is: (\S+)\.(?=\s|$)")

@@ -22,18 +22,19 @@ from transformers import DynamicCache
 
 from attention_predictor import progress as progress_module
 from attention_predictor.cli import main
+from attention_predictor.commands.run_options import add_run_arguments
 from attention_predictor.errors import ConfigError, ContextLengthError, DataError
-from attention_predictor.eval import runner as runner_module
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.judge import Rule
-from attention_predictor.eval.plain_table import plain_table
-from attention_predictor.eval.predictions import Appender, cut_torn_line, fold, gather, part, read_lines
-from attention_predictor.eval.processes import Processes
-from attention_predictor.eval.prompts import prompt_ids
-from attention_predictor.eval.provenance import git_state
-from attention_predictor.eval.runner import Benchmark, Plan, Sample, add_run_arguments, describe, run
-from attention_predictor.eval.subject import Subject
-from attention_predictor.eval.variants import make_variants
+from attention_predictor.eval.display.text_table import text_table
+from attention_predictor.eval.harness import runner as runner_module
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
+from attention_predictor.eval.harness.predictions import Appender, cut_torn_line, fold, gather, part, read_lines
+from attention_predictor.eval.harness.processes import Processes
+from attention_predictor.eval.harness.prompts import prompt_ids
+from attention_predictor.eval.harness.provenance import git_state
+from attention_predictor.eval.harness.rules import Rule
+from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, describe, run
+from attention_predictor.eval.harness.variants import make_variants
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.hf.versions import with_cache
@@ -61,12 +62,12 @@ class Toy(Benchmark):
         for number in range(self.count):
             yield Sample(f"id{number}", f"{task}{number}: " + self.words * 15, {"answers": [str(number)]})
 
-    def predict(self, subject, task, sample):
+    def predict(self, evaluated, task, sample):
         self.asked.append((task, sample.id))
         if error := self.failing.pop((task, sample.id), None):
             raise error
         ids = prompt_ids(self.tokenizer, sample.prompt, chat=False)
-        tokens = subject.generate(ids, 5, **self.options)
+        tokens = evaluated.generate(ids, 5, **self.options)
         return {"pred": self.tokenizer.decode(tokens), "tokens": tokens}
 
 
@@ -403,17 +404,17 @@ class TestSubject:
         prompt, text = ids(100)[0].tolist(), ids(9, seed=1)[0].tolist()
         logits = model(torch.tensor([prompt + text])).logits[0].log_softmax(-1)
         expected = [logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(text)]
-        assert Subject(model, None).log_likelihoods(prompt, text) == pytest.approx(expected, abs=1e-4)
+        assert EvaluatedModel(model, None).log_likelihoods(prompt, text) == pytest.approx(expected, abs=1e-4)
         with attach(model, OffloadConfig(budget=144)) as engine:
-            assert Subject(model, engine).log_likelihoods(prompt, text) == pytest.approx(expected, abs=1e-4)
-            assert Subject(model, engine).log_likelihoods(prompt, []) == []
+            assert EvaluatedModel(model, engine).log_likelihoods(prompt, text) == pytest.approx(expected, abs=1e-4)
+            assert EvaluatedModel(model, engine).log_likelihoods(prompt, []) == []
 
     def test_a_budget_shows_in_log_likelihoods(self, ids):
         model = make_tiny_model()
         prompt, text = ids(600)[0].tolist(), ids(9, seed=1)[0].tolist()
-        stock = Subject(model, None).log_likelihoods(prompt, text)
+        stock = EvaluatedModel(model, None).log_likelihoods(prompt, text)
         with attach(model, OffloadConfig(budget=144, policy="streaming")) as engine:
-            sparse = Subject(model, engine).log_likelihoods(prompt, text)
+            sparse = EvaluatedModel(model, engine).log_likelihoods(prompt, text)
         assert sparse[0] == pytest.approx(stock[0], abs=1e-4)  # from the prefill
         assert sparse[1:] != pytest.approx(stock[1:], abs=1e-2)
 
@@ -421,22 +422,22 @@ class TestSubject:
         model = make_tiny_model()
         model.generation_config.update(do_sample=True, temperature=3.0)
         prompt = ids(50)[0].tolist()
-        tokens = Subject(model, None).generate(prompt, 8)
+        tokens = EvaluatedModel(model, None).generate(prompt, 8)
         cache, expected, token = DynamicCache(), [], torch.tensor([prompt])
         for _ in range(8):
             token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
             expected.append(token.item())
         assert tokens == expected
         first = expected.index(expected[3])
-        assert Subject(model, None).generate(prompt, 8, stop=[expected[3]]) == expected[: first + 1]
+        assert EvaluatedModel(model, None).generate(prompt, 8, stop=[expected[3]]) == expected[: first + 1]
 
     def test_what_does_not_fit(self, ids):
-        subject = Subject(make_tiny_model(max_position_embeddings=64), None)
-        assert subject.context == 64
+        evaluated = EvaluatedModel(make_tiny_model(max_position_embeddings=64), None)
+        assert evaluated.context == 64
         with pytest.raises(ContextLengthError, match="positions for 64"):
-            subject.generate(ids(60)[0].tolist(), 5)
+            evaluated.generate(ids(60)[0].tolist(), 5)
         with pytest.raises(ContextLengthError, match="positions for 64"):
-            subject.log_likelihoods(ids(60)[0].tolist(), [1] * 5)
+            evaluated.log_likelihoods(ids(60)[0].tolist(), [1] * 5)
 
 
 def test_variants_by_rule_and_budget():
@@ -457,7 +458,7 @@ def test_variants_prefetch_as_is_fastest_or_as_their_rules_say():
     rules.append(Rule("paper", {"policy": "predictor", "calibration": "exact"}))
     found = [one.config.prefetch for one in make_variants(rules, [256]) if one.config is not None]
     assert found == ["auto", "auto", "none", "auto"]  # the engine knows where steps can be captured
-    found = [one.config.prefetch for one in make_variants(rules, [256], "thread") if one.config is not None]
+    found = [one.config.prefetch for one in make_variants(rules, [256], prefetch="thread") if one.config is not None]
     assert found == ["thread", "thread", "none", "thread"]
 
 
@@ -480,7 +481,7 @@ def test_git_state(tmp_path):
 
 
 def test_plain_table():
-    table = plain_table(("score", "a", "多"), [("full", 1.0, None), ("predictor-512", 33.333, 7)], ["note"])
+    table = text_table(("score", "a", "多"), [("full", 1.0, None), ("predictor-512", 33.333, 7)], ["note"])
     assert table.splitlines() == [
         "score              a  多",
         "full            1.00   –",

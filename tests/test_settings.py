@@ -15,7 +15,7 @@ import pytest
 
 from attention_predictor.cli import main, make_parser
 from attention_predictor.errors import ConfigError, SettingError
-from attention_predictor.eval.rules import Rule
+from attention_predictor.eval.harness.rules import Rule
 from attention_predictor.kinds import Kind
 from attention_predictor.offload.config import GROUPS, OffloadConfig
 from attention_predictor.offload.policy_names import BUILT_IN

@@ -110,7 +110,7 @@ def test_each_head_has_as_many_as_it_may():
 
 
 def test_a_mean_budget_holds_in_layers_that_have_less():
-    selection = Selection(96, SIZE, 16, 16, whole=160, heads=(64, 96))
+    selection = Selection(96, SIZE, 16, 16, dense_tokens=160, heads=(64, 96))
     assert selection.limits(160) == Limits(160, (), 1, 16)
     assert selection.limits(161) == Limits(96, (64, 96), 1, 16)
     assert selection.limits(161, more=2) == Limits(128, (96, 128), 1, 16)
@@ -269,10 +269,10 @@ def test_limits_by_head_are_made_once() -> None:
     for more in (0, 16, 0):
         limits = Limits(112 + more, (80 + more, 112 + more), 2, 32)
         table.choose_ahead(limits, extent_of([500, 90]), None, counts, kernel=False)
-        made.append(table._less(limits))
+        made.append(table._deficit(limits))
     assert made[0] is made[1] is made[2]
     assert made[0].tolist() == [32, 0]
-    assert table._less(Limits(112, (), 2, 32)) is None
+    assert table._deficit(Limits(112, (), 2, 32)) is None
 
 
 class Twins:
@@ -409,7 +409,7 @@ def test_the_kernel_at_its_bounds(kind: str, length: list[int], capacity: int, h
 def test_the_most_slots_are_known_beforehand(capacity: int) -> None:
     """As many are served, with keys in shared memory or without; more are refused."""
     with emulated_gpu():
-        most = ops.most_slots(CPU, capacity)
+        most = ops.max_slots(CPU, capacity)
     twins = Twins("emulated", Limits(SIZE * most, (), 2, 32), [SIZE * capacity - 20], slots=most, capacity=capacity)
     twins.ahead(twins.random(G))
     assert twins.counts[1].tolist() == [0, 0, G * most, G * most, 0]

@@ -17,8 +17,8 @@ from recordings import make_recording
 from tiny_text_model import longbench_row, save_tiny_text_model, write_jsonl, write_longbench
 
 from attention_predictor.cli import main
-from attention_predictor.eval import predictions
-from attention_predictor.eval.folder import RunFolder
+from attention_predictor.eval.harness import predictions
+from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.train import dataset as dataset_module
 from attention_predictor.train.dataset import HistoryDataset
@@ -165,31 +165,27 @@ class TestFullDisks:
         assert run(*given) == 0
         assert HistoryDataset(tmp_path / "out").documents == ["a.txt#0", "b.txt#0", "c.txt#0"]
 
-    def test_a_table_of_recovery_keeps_its_cells(self, model, tmp_path, monkeypatch, capsys):
-        texts, out = write_texts(tmp_path / "texts", 1), tmp_path / "table.json"
-        given = [
-            "eval",
-            "recovery",
-            "--model",
-            model,
-            "--data",
-            texts,
-            "--tail",
-            8,
-            "--context",
-            300,
-            "--device",
-            "cpu",
-        ]
-        given += ["--budgets", 144, "--recovery", 4, "--out", out, "--rule", "streaming", "--rule", "predictor"]
+    def test_a_run_of_recovery_keeps_its_variants(self, model, tmp_path, monkeypatch, capsys):
+        texts, out = write_texts(tmp_path / "texts", 1), tmp_path / "out"
+        given = ["eval", "recovery", "--model", model, "--data", texts, "--tail", 8, "--context", 300]
+        given += ["--device", "cpu", "--budgets", 144, "--recovery", 4, "--out", out]
+        given += ["--rule", "streaming", "--rule", "predictor"]
+
+        def done() -> list[str]:
+            folder = RunFolder(out)
+            return [one for one in folder.variants if folder.records(one, "texts")]
+
         with monkeypatch.context() as patch:
-            full_after(patch, predictions, 1, errno.ENOSPC)
+            full_after(patch, predictions, 2, errno.ENOSPC)  # run.json, one sample
             capsys.readouterr()
             assert run(*given) == 2
-        assert capsys.readouterr().err.endswith(f"attnpred eval: {out}: can't be written: No space left on device\n")
-        assert [cell["rule"] for cell in json.loads(out.read_text())["cells"]] == ["streaming"]
+        path = out / "predictor-144" / "texts.jsonl"
+        assert capsys.readouterr().err.endswith(f"attnpred eval: {path}: can't be written: No space left on device\n")
+        kept = RunFolder(out).records("streaming-144", "texts")
+        assert len(kept) == 1
         assert run(*given) == 0
-        assert [cell["rule"] for cell in json.loads(out.read_text())["cells"]] == ["streaming", "predictor"]
+        assert RunFolder(out).records("streaming-144", "texts") == kept  # with its seconds: it did not run again
+        assert done() == ["streaming-144", "predictor-144"]
 
 
 def attnpred(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -262,7 +258,7 @@ class TestLoneSurrogates:
 
     @pytest.mark.parametrize("name", ["context", "input"])
     def test_in_a_prompt_it_is_refused_before_the_model_loads(self, name, model, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr("attention_predictor.eval.runner.load_model", None)
+        monkeypatch.setattr("attention_predictor.eval.harness.runner.load_model", None)
         data = tmp_path / "data"
         data.mkdir()
         rows = [longbench_row("qasper", 0), longbench_row("qasper", 1, **{name: "a \ud800"})]

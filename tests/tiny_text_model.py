@@ -11,7 +11,7 @@ from tiny_models import VOCABULARY, make_tiny_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from attention_predictor.eval.longbench.tasks import TASKS
+from attention_predictor.eval.benchmarks.longbench.tasks import TASKS
 
 CHARACTERS = (string.ascii_letters + string.digits + " \n" + string.punctuation)[: VOCABULARY - 4]  # the rest: unknown
 CHAT = "{% for turn in messages %}<{{ turn['content'] }}>{% endfor %}{% if add_generation_prompt %}A: {% endif %}"

@@ -1,4 +1,4 @@
-"""Recorded histories on disk: what attention did, step by step, for predictors to learn from.
+"""Recorded histories on disk: attention scores and mass, step by step, to train predictors on.
 
 A recording is a directory with one parquet shard per document, readable by `datasets`, beside a `meta.json`
 that lists them. One table row is one (document, sequence, layer, KV head): its block scores at Q consecutive
@@ -28,16 +28,16 @@ from attention_predictor.train.shards import Record, Recording, encode, pyarrow_
 from attention_predictor.writing import json_bytes, write_atomically, writing
 
 FORMAT_VERSION = 3
-META_FILE = "meta.json"  # of the first writer; those of others beside it are meta-1.json, …
+META_FILE = "meta.json"  # of the first process; the others write meta-1.json, …
 SHARDS = "shards"
-IDENTITY = ("block_size", "sink", "recent", "model", "rows")  # what all documents of one recording share
-# These too, where they are given: they decide what the rows of a document mean.
+IDENTITY = ("block_size", "sink", "recent", "model", "rows")  # the same for all documents of a recording
+# These too, if given: they decide what a document's rows mean.
 SETTINGS = ("max_tokens", "steps", "predictor", "budgets")
-ROW_GROUP = 16  # records written at once: bounds memory, whatever the number of layers
+ROW_GROUP = 16  # records written at once, which bounds memory for any number of layers
 
 
 class HistoryWriter:
-    """Adds documents to a recording; each is there whole or not at all, so that a killed run can go on.
+    """Adds documents to a recording, each atomically, so that a killed run can be continued.
 
     Several processes may write at once, each with a `part` of its own and documents of its own.
 
@@ -52,7 +52,7 @@ class HistoryWriter:
         if missing:
             raise DataError(f"meta of a recording lacks {', '.join(missing)}")
         self.meta: dict[str, Any] = {"format_version": FORMAT_VERSION, **meta, "documents": {}}
-        self.others: dict[str, Any] = {}  # documents that other parts have
+        self.others: dict[str, Any] = {}  # documents that other processes have recorded
         for path in meta_files(self.directory):
             found = read_meta_file(path)
             for name in (*IDENTITY, *SETTINGS):
@@ -71,14 +71,14 @@ class HistoryWriter:
             raise DataError(f"{self.directory}: can't hold a recording: {error.strerror or error}") from error
 
     def has(self, document: str) -> bool:
-        """Whether the document is already recorded, its shard as large as it was."""
+        """Whether the document is recorded and its shard has the recorded size."""
         entries = (parts[document] for parts in (self.meta["documents"], self.others) if document in parts)
         return any(is_whole(self.directory, entry) for entry in entries)
 
     def write(
         self, document: str, records: Iterable[Record], *, split: str | None = None, group: str | None = None
     ) -> None:
-        """Add one document, replacing it if it is there.
+        """Add one document, replacing an existing one.
 
         `split` "validation" keeps it from training. Documents of a `group` may overlap and are held out together.
         """
@@ -117,7 +117,7 @@ class HistoryWriter:
 
 
 class HistoryDataset:
-    """A recording, checked: DataError with one line naming the file for whatever is wrong with it.
+    """A recording. Faults raise DataError with one line that names the file.
 
     `block_size` is what the recording must have, `None` for any.
 
@@ -146,16 +146,16 @@ class HistoryDataset:
         return list(self.meta["documents"])
 
     def split(self, document: str) -> str | None:
-        """The split that was asked for when the document was recorded."""
+        """The split that was requested when the document was recorded."""
         return self.meta["documents"][document].get("split")
 
     def group(self, document: str) -> str:
-        """What the document has its text from; the document itself where that was not recorded."""
+        """The source of the document's text; the document itself if that was not recorded."""
         return self.meta["documents"][document].get("group") or document
 
     @property
     def fingerprint(self) -> str:
-        """Changes when documents come, go, or are recorded anew."""
+        """A hash that changes when documents are added, removed or recorded again."""
         entries = sorted((name, entry["bytes"], entry.get("split")) for name, entry in self.meta["documents"].items())
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""What a recording will take, said before it starts: room on disk, and time."""
+"""Disk space and time that a recording will need, estimated before it starts."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.sizes import size_text
 from attention_predictor.train.recorder import record
 
-PROBE = 8  # a probe has so many times fewer tokens than a document
+PROBE = 8  # a probe has 1/PROBE of a document's tokens
 PROBE_STEPS = 4
 
 
 def largest_size(model: PreTrainedModel, sequences: int, max_tokens: int, steps: int, block_size: int) -> int:
-    """Bytes that a recording may take on disk: scores and mass in fp16, before they are compressed."""
+    """Most bytes that a recording takes on disk: scores and mass in fp16, before compression."""
     config = model.config.get_text_config(decoder=True)
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return 2 * 2 * sequences * config.num_hidden_layers * kv_heads * steps * ceil_div(max_tokens, block_size)
 
 
 def check_space(directory: Path, needed: int) -> str:
-    """How large the recording may get, in words; DataError if the disk has no room for it."""
+    """The recording's largest size, in words; DataError if the disk has less free space."""
     there = next(parent for parent in (directory.absolute(), *directory.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
@@ -44,13 +44,13 @@ def check_space(directory: Path, needed: int) -> str:
 def seconds_a_document(model: PreTrainedModel, like: Sequence[Excerpt], config: OffloadConfig) -> float:
     """Rough time to record a document, from probes of an eighth and a quarter of its tokens.
 
-    The prompt is taken to cost a·n + b·n² in its tokens n, and a step c + d·n.
+    Assumes that a prompt of n tokens costs a·n + b·n², and a step c + d·n.
     """
     tokens = max(len(one.prompt) for one in like)
     sequences = max(len(one.tails) for one in like)
     steps = sum(len(one.tails[0]) for one in like) / len(like)
     small = min(max(tokens // PROBE, PROMPT_ROWS + config.sink + config.recent), tokens // 2)
-    _probe(model, small, sequences, 1, config)  # the first call of anything is slow
+    _probe(model, small, sequences, 1, config)  # warm-up
     prompts, a_step = [], []
     for size in (small, 2 * small):
         start = _probe(model, size, sequences, 1, config)

@@ -1,4 +1,4 @@
-"""``attnpred train``: a predictor fitted to recorded histories, step by step."""
+"""``attnpred train``: fit a predictor to recorded histories."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from attention_predictor.train.tracking import check_tracker, start_tracker
 from attention_predictor.train.validate import Metrics, mean_ahead, validate
 from attention_predictor.writing import write_atomically
 
-DOCUMENTS = 4  # documents that one step's records come from
-CACHE_SHARE = 0.25  # of the memory that is free at the start, for recordings already read; all processes together
-RULES = ("last", "ema", "mean")  # judged beside the trained predictor
+DOCUMENTS = 4  # documents per step, from which its records are drawn
+CACHE_SHARE = 0.25  # share of the memory free at the start that caches recordings, over all processes
+RULES = ("last", "ema", "mean")  # evaluated alongside the trained predictor
 
 
 def fit(
@@ -54,14 +54,14 @@ def fit(
     alone, so that a continued run repeats nothing and leaves out nothing.
 
     Args:
-        device: "cpu", or "auto" for what `accelerate` finds: one GPU, several processes it launched, else the CPU.
-        tracker: "none", "tensorboard" or "wandb" (offline where there is no key).
-        resume: Go on from the state that an unfinished run left in `out`.
-        block_size: The recording must have it; `None` takes the recording's own.
+        device: "cpu", or "auto" for what `accelerate` finds: one GPU, several launched processes, else the CPU.
+        tracker: "none", "tensorboard" or "wandb" (offline without a key).
+        resume: Continue from the state that an unfinished run left in `out`.
+        block_size: Required block size of the recording; `None` accepts any.
 
     Raises:
-        ConfigError, DataError, CheckpointError: One line on what is wrong, before any training.
-        WriteError: The disk is full, for one; the last state that was saved is as it was, to be resumed.
+        ConfigError, DataError, CheckpointError: Bad input; raised before any training.
+        WriteError: Writing failed, for example on a full disk; the last saved state is intact and can be resumed.
     """
     options = options if options is not None else TrainOptions()
     check_tracker(tracker)
@@ -71,7 +71,7 @@ def fit(
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # better now than after the training
+    except OSError as error:  # fail now, not after the training
         raise ConfigError(f"out={str(out)!r} can't be made: {error.strerror or error}") from error
     training, held_out = split_documents(dataset, options.val_fraction, options.seed)
     meta, cache = dataset.meta, Cache(dataset, accelerator.num_processes)
@@ -94,7 +94,7 @@ def fit(
         restore(out, state, predictor, optimizer)
         run = {name: state[name] for name in run}
     quiet = not (progress and accelerator.is_main_process)
-    # A damaged shard is found now, not hours into the run. Held-out documents last: they are judged by next.
+    # Find damaged shards now, not hours into the run. Held-out documents come last: they are used next.
     with Progress("reading", len(dataset.documents), "documents", ends=False, quiet=quiet) as reading:
         for document in [*training, *held_out]:
             cache.load(document)
@@ -129,7 +129,7 @@ def fit(
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        bar.close(finished=False)  # where that is not done yet
+        bar.close(finished=False)  # if not closed yet
     accelerator.end_training()
     if not accelerator.is_main_process:
         return {}
@@ -155,10 +155,11 @@ def fit(
 
 
 def start(device: str, precision: str, tracker: str, out: str | PathLike[str]) -> Accelerator:
-    """The device or devices to train on; ConfigError where that can't be."""
+    """The device or devices to train on; ConfigError if not available."""
     if device not in ("auto", "cpu"):
         raise ConfigError(f"device={device!r} can't be used; choose auto (what accelerate finds) or cpu")
-    AcceleratorState._reset_state(reset_partial_state=False)  # or a second run in this process would keep its precision
+    # Else a second run in this process would keep the first one's precision.
+    AcceleratorState._reset_state(reset_partial_state=False)
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision=precision,
@@ -177,7 +178,7 @@ def initial(options: TrainOptions, device: torch.device, block_size: int) -> Att
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the largest learning rate at a step, from 1 on: a short rise, then down along a cosine."""
+    """The learning rate at a step (from 1 on) as a share of the largest: a short warm-up, then a cosine."""
     return min(step / max(1, steps // 20), 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)))
 
 
@@ -212,8 +213,8 @@ def train_step(
         if part is not None:
             (part / len(chosen)).backward()
             total += part.item() / len(chosen)
-    # A few thousand numbers: one reduction of them all, and no wrapper around a module of which more than `forward`
-    # is differentiated.
+    # A few thousand numbers: one reduction for all. No DDP wrapper, since methods other than `forward` are
+    # differentiated too.
     gradients = torch.cat([_gradient(parameter).flatten() for parameter in predictor.parameters()])
     gradients = accelerator.reduce(torch.cat([gradients, gradients.new_tensor([total])]), "mean")
     total = float(gradients[-1])
@@ -232,7 +233,7 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def keep(run: dict[str, Any], arch: str, predictor: AttentionPredictor, now: Metrics, step: int, loss: float) -> None:
-    """Note a validation; the weights too, if they are the best so far."""
+    """Record a validation, and save the weights if they are the best so far."""
     recovered = mean_ahead(now)
     run["step"] = step
     run["curve"].append({"step": step, "loss": loss, "recovered": recovered})
@@ -245,7 +246,7 @@ def flat(metrics: Metrics) -> dict[str, float]:
 
 
 class Cache:
-    """Recordings loaded once while they fit in memory; the oldest go first."""
+    """Cache of loaded recordings; the oldest are dropped when memory is short."""
 
     def __init__(self, dataset: HistoryDataset, processes: int) -> None:
         self.dataset, self.held = dataset, dict[str, Recording]()
@@ -260,7 +261,7 @@ class Cache:
 
 
 def split_documents(dataset: HistoryDataset, val_fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """Documents to train on and to judge by: as recorded where splits were given, else random groups of them."""
+    """Training and held-out documents: the recorded splits if given, else random groups."""
     held_out = [document for document in dataset.documents if dataset.split(document) == "validation"]
     if not held_out:
         groups = sorted({dataset.group(document) for document in dataset.documents})
@@ -278,7 +279,7 @@ def copied(predictor: AttentionPredictor) -> dict[str, Tensor]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """130 when interrupted (the best so far is saved)."""
+    """Run the command. Returns the exit code: 130 if interrupted (the best weights so far are saved)."""
     options = TrainOptions.of(args)
     metrics = fit(
         args.data,
@@ -289,7 +290,7 @@ def main(args: argparse.Namespace) -> int:
         resume=args.resume,
         progress=True,
     )
-    if not metrics:  # a process of several, not the one that reports
+    if not metrics:  # not the process that reports
         return 0
     if args.json:
         print(json.dumps({"out": str(args.out), **metrics}))

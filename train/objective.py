@@ -1,4 +1,4 @@
-"""What a predictor is trained for: to rank, one step ahead, the blocks that will hold the attention mass.
+"""The training objective: rank, one step ahead, the blocks that will hold the attention mass.
 
 Suffixes: X records (sequences × layers × KV heads), Q steps, S chosen steps, N blocks, C state channels.
 """
@@ -18,7 +18,7 @@ from attention_predictor.train.options import TARGETS
 from attention_predictor.train.shards import Recording
 from attention_predictor.train.validate import WARM, candidates
 
-WEIGHT_FLOOR = 0.01  # of a step in the loss, however flat its target
+WEIGHT_FLOOR = 0.01  # smallest weight of a step in the loss, however flat its target
 
 
 def document_loss(
@@ -46,13 +46,13 @@ def document_loss(
     picked = rng.sample(range(len(recording.layers)), min(count, len(recording.layers)))
     rows_1XQN = recording.scores_XQN[picked, : steps[-1] + 1][None].to(device, torch.float32)
     state_XSNC = predictor.unroll(rows_1XQN, torch.tensor(steps, device=device))[0]
-    # The published network was fitted to the next row's scores; what is wanted is where the mass will be.
+    # The published network was fitted to the next row's scores; the goal is to predict where the mass will be.
     target = recording.mass_XQN if loss == "ce" else recording.scores_XQN
     target_XQN = target[picked].to(device, torch.float32)
-    # Towards the end of the recording there are fewer steps left to look ahead.
+    # Near the end of the recording fewer future steps remain.
     target_XSN = torch.stack([target_XQN[:, step + 1 : step + 1 + horizon].amax(1) for step in steps], 1)
-    # Sink and recent are cut off before the prediction, and recent moves: steps of one cut go together, so
-    # that the edges that the convolution sees are those of decoding.
+    # Sink and recent blocks are excluded before the prediction, and the recent window moves. Steps with the same
+    # candidates are computed together, so that the convolution sees the same edges as in decoding.
     cuts = [candidates(recording.first_tokens + step + 1, meta) for step in steps]
     sizes = [len(list(same)) for _, same in groupby(cuts)]
     total, weight = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -67,7 +67,7 @@ def document_loss(
 
 
 def prediction_loss(scores_XSN: Tensor, target_XSN: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """Loss of each prediction over its candidate blocks, and the weight it has in the mean: both [X, S].
+    """Loss of each prediction over its candidate blocks, and its weight in the mean: both [X, S].
 
     "ce": cross-entropy between softmax(scores) and the normalised target, weighted by the target's peak: a head about
     to look hard at one block matters more than one that looks everywhere a little. "mse": squared error of raw scores,

@@ -1,4 +1,4 @@
-"""TrainOptions: everything that decides what a training run computes."""
+"""TrainOptions: all settings that affect the result of a training run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from attention_predictor.errors import ConfigError
 from attention_predictor.kinds import Kind, number, one_of, whole
 
-# Architectures that can be trained, and steps of a document learned from at once. Neighbouring steps teach the same;
-# the window network shares no work.
+# Architectures that can be trained, and the number of steps of a document per sample. Neighbouring steps add little,
+# and the window network can't share work between steps.
 TARGETS = {"paper": 2, "time-filters": 16}
 LOSSES = ("ce", "mse")
 PRECISIONS = ("no", "bf16")
@@ -25,19 +25,19 @@ NUMBERS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Settings of a run; a run is only continued with the same ones.
+    """Settings of a run. A run can be continued only with the same settings.
 
     Attributes:
         arch: Architecture to train.
         init: Checkpoint of that architecture to start from, or ``None``.
         loss: ``"ce"``, cross-entropy on block mass, or ``"mse"``, squared error of scores as published.
-        horizon: Steps ahead whose largest mass is the target.
+        horizon: The target is the largest mass within this many steps ahead.
         steps: Optimiser steps.
         batch: Records (layer, KV head) a step, over all processes.
         lr: Largest learning rate; warm-up over the first twentieth, then half a cosine down to 0.
-        seed: Of everything random.
-        val_fraction: Share of texts (files, or rows of a data set) held out where the recording names none.
-        log_every: Steps from one validation, and one saved state, to the next.
+        seed: Seed of all random numbers.
+        val_fraction: Share of texts (files, or rows of a data set) held out if the recording defines no split.
+        log_every: Steps between validations, after each of which the state is saved.
         precision: ``"bf16"`` runs the network in bf16; weights, states and loss stay in fp32.
 
     Raises:
@@ -58,7 +58,7 @@ class TrainOptions:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> TrainOptions:
-        """As the options of ``attnpred train`` say."""
+        """From the options of ``attnpred train``."""
         return cls(**{one.name: getattr(args, one.name) for one in fields(cls)})
 
     def __post_init__(self) -> None:

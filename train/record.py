@@ -1,4 +1,4 @@
-"""``attnpred record``: attention-score histories of a model, document by document."""
+"""``attnpred record``: record attention-score histories of a model, document by document."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from attention_predictor.train.dataset import HistoryWriter
 from attention_predictor.train.estimate import check_space, in_words, largest_size, seconds_a_document
 from attention_predictor.train.recorder import FullRecorder, SparseRecorder, attach_recorder, record
 
-SAMPLE = 4  # documents that the estimate of time is made from
+SAMPLE = 4  # documents that the time estimate uses
 
 
 def is_validation(group: str, share: float) -> bool:
-    """Whether a group of documents is kept from training: by a hash, so that it is the same in every run."""
+    """Whether a group of documents is held out from training; by a hash, so it is the same in every run."""
     return zlib.crc32(group.encode()) % 1000 < 1000 * share
 
 
 def recording_configs(args: argparse.Namespace) -> list[OffloadConfig]:
-    """Engine settings that documents are recorded under, in turn."""
+    """Engine settings for recording; documents use them in turn."""
     shape = {name: getattr(args, name) for name in ("block_size", "sink", "recent")}
     if args.rows == "full":
-        least = args.sink + args.recent + args.block_size  # a budget that is never used
+        least = args.sink + args.recent + args.block_size  # unused, as the recorder attends to everything, but checked
         return [
             OffloadConfig(
                 policy=FullRecorder.name, history=args.steps, prefetch="none", budget=max(least, 1024), **shape
             )
         ]
     budgets = whole_numbers("--budgets", args.budgets)
-    # Refused now, not when the model is loaded.
+    # Refuse bad input now, not after loading the model.
     AttentionPredictor.from_pretrained(args.predictor, block_size=args.block_size)
     sparse = {"policy": SparseRecorder.name, "predictor": args.predictor, "late_fetch": 0.0, "prefetch": "none"}
     return [OffloadConfig(budget=budget, **sparse, **shape) for budget in budgets]
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
     if processes.num_processes > 1 and args.device != "cpu":
         args.device = str(processes.device)
     model = load_model(args.model, args.device, args.dtype)
-    attach_recorder(model, defaults).detach()  # refused now, before anything is written
+    attach_recorder(model, defaults).detach()  # refuse a bad model now, before anything is written
     check_positions(model.config.get_text_config(decoder=True), args.max_tokens)
     meta = {
         "block_size": defaults.block_size,
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
     space = check_space(args.out, largest_size(model, sequences, args.max_tokens, args.steps, defaults.block_size))
     mine = range(len(documents))[processes.process_index :: processes.num_processes]
     left = [number for number in mine if missing[number]]
-    # Budgets take turns within a file and from one to the next: of a short file only the first document is recorded.
+    # Budgets alternate within and across files, since only the first document of a short file is recorded.
     files = groupby(documents, key=lambda document: document.group)
     turns = [number + part for number, (_, same) in enumerate(files) for part, _ in enumerate(same)]
 
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
         return found if len(found.prompt) > PROMPT_ROWS + defaults.sink + defaults.recent else None
 
     def is_repeat(number: int, found: Excerpt) -> bool:
-        # Places ascend within a file, so that what is taken twice is taken twice in a row.
+        # Positions ascend within a file, so repeated excerpts are adjacent.
         before = documents[max(number - 1, 0)]
         return number > 0 and before.group == documents[number].group and taken(before) == found
 
@@ -115,6 +115,6 @@ def main(args: argparse.Namespace) -> int:
         print(f"{short} of {len(mine)} documents have no more than {least} tokens and were left out")
     if repeats:
         print(f"{repeats} of {len(mine)} documents repeat another one of their file and were left out")
-    if short == len(mine) and processes.num_processes == 1:  # of several, another one may have longer documents
+    if short == len(mine) and processes.num_processes == 1:  # with several processes, another may have longer documents
         raise DataError(f"no document of {args.data} has more than {least} tokens")
     return 0

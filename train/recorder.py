@@ -1,4 +1,4 @@
-"""Recording one document: two policies that watch attention, one attending to all, one decoding as the predictor does.
+"""Records one document with one of two policies: one attends to everything, one decodes as the predictor policy does.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, N blocks, D head size.
 """
@@ -20,16 +20,16 @@ from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import LayerSpec, Policy, Step, register
-from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.offload.policies.predictor import PredictorPolicy
 from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.train.shards import Record
 
-SEQUENCES = 16  # decoded at once: a sequence's cache and rows are as large as the prompt is long
+SEQUENCES = 16  # decoded at once; each needs memory in proportion to the prompt
 
 
 @register
 class FullRecorder(Policy):
-    """Attends to everything and keeps the rows it is shown: of the prompt's last queries, then of all."""
+    """Attends to everything and keeps the score rows: of the prompt's last queries, then of every step."""
 
     name = "record-full"
     selects = "all"
@@ -51,16 +51,16 @@ class FullRecorder(Policy):
 
 
 @register
-class SparseRecorder(Predictor):
-    """Decodes as the predictor policy does; keeps the rows its history is told and, beside them, the true mass."""
+class SparseRecorder(PredictorPolicy):
+    """Decodes as the predictor policy does; keeps the rows that its history observes, and the true mass."""
 
     name = "record-sparse"
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)
-        self.prompt_rows = PROMPT_ROWS  # whatever the rule that selects makes use of
+        self.prompt_rows = PROMPT_ROWS  # also if the selecting rule uses fewer
         self.prompt: list[ScoreRows] = []
-        self.told: list[Tensor] = []
+        self.observed: list[Tensor] = []
         self.queries: list[Tensor] = []
         self.last: Step | None = None
 
@@ -71,25 +71,25 @@ class SparseRecorder(Predictor):
     def observe(self, step: Step) -> None:
         super().observe(step)
         row_BGN = self.row(step)[..., : step.blocks]
-        self.told.append(row_BGN[:, :, None])
+        self.observed.append(row_BGN[:, :, None])
         self.queries.append(step.query_BHD[:, :, None])
         self.last = step
 
     def index(self, batch_index: Tensor) -> None:
         super().index(batch_index)
         self.prompt = [_indexed(rows, batch_index) for rows in self.prompt]
-        self.told, self.queries = ([one[batch_index] for one in kept] for kept in (self.told, self.queries))
+        self.observed, self.queries = ([one[batch_index] for one in kept] for kept in (self.observed, self.queries))
 
     def shown(self) -> ScoreRows:
         if self.last is None:
             return _joined(self.prompt)
-        # The truth of all steps is read from host memory in one go.
+        # One pass over the keys in host memory gives the true rows of all steps.
         truth = self.last.true_rows(torch.cat(self.queries, dim=2))
-        return _joined([*self.prompt, ScoreRows(_padded(self.told), truth.mass_BGQN)])
+        return _joined([*self.prompt, ScoreRows(_padded(self.observed), truth.mass_BGQN)])
 
 
 def attach_recorder(model: PreTrainedModel, config: OffloadConfig) -> Engine:
-    """Attach one of the two recording policies; AttachError or ConfigError where it would see nothing."""
+    """Attach one of the two recording policies; AttachError or ConfigError if there is nothing to record."""
     engine = attach(model, config)
     if not engine.tiered_layers:
         engine.detach()
@@ -99,7 +99,7 @@ def attach_recorder(model: PreTrainedModel, config: OffloadConfig) -> Engine:
 
 @torch.no_grad()
 def record(model: PreTrainedModel, excerpt: Excerpt, config: OffloadConfig) -> Iterator[Record]:
-    """Records of an excerpt under one of the two recording policies.
+    """Record an excerpt with one of the two recording policies.
 
     A record holds the prompt's last ``PROMPT_ROWS`` rows and those of one tail. With ``FullRecorder``, ``history`` must
     be at least a tail's length. Many tails are taken ``SEQUENCES`` at a time, with a prefill each.
@@ -114,7 +114,7 @@ def record(model: PreTrainedModel, excerpt: Excerpt, config: OffloadConfig) -> I
 
 
 def _decoded(model: PreTrainedModel, engine: Engine, excerpt: Excerpt, first: int) -> Iterator[Record]:
-    """Records of tails decoded together, their sequences counted from ``first``."""
+    """Records of tails decoded together; sequence numbers start at ``first``."""
     cache = engine.new_cache()
     model(torch.tensor([excerpt.prompt], device=model.device), **with_cache(model, cache), logits_to_keep=1)
     tails_BQ = torch.tensor(excerpt.tails, device=model.device)
@@ -147,6 +147,6 @@ def _joined(rows: list[ScoreRows]) -> ScoreRows:
 
 
 def _padded(rows: list[Tensor]) -> Tensor:
-    """Rows one after the other; those from before a block existed have zeros for it."""
+    """Concatenated rows, with zeros for blocks that did not exist yet."""
     blocks = rows[-1].shape[-1]
     return torch.cat([torch.nn.functional.pad(part, (0, blocks - part.shape[-1])) for part in rows], dim=-2)

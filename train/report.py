@@ -1,4 +1,4 @@
-"""What a training run leaves for people: learning curves as a picture, and a card."""
+"""Reports of a training run: learning curves and a model card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CARD_FILE = "README.md"
 
 
 def draw_curves(path: Path, curve: list[dict[str, Any]], rules: dict[str, float], arch: str) -> None:
-    """Loss, and relative recovery ahead on the held-out documents beside that of the rules, over steps."""
+    """Plot loss and relative recovery ahead on held-out documents, with the rules' recovery, over steps."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -37,7 +37,7 @@ def draw_curves(path: Path, curve: list[dict[str, Any]], rules: dict[str, float]
 
 
 def summary(metrics: dict[str, Any], options: TrainOptions, out: str) -> str:
-    """A small table: how the predictor compares with rules, on the held-out documents."""
+    """A small table that compares the predictor with rules on held-out documents."""
     found = metrics["validation"]
     budgets = list(found[options.arch]["relative_recovery"])
     width = max(map(len, ("budget", *found)))
@@ -54,7 +54,7 @@ def summary(metrics: dict[str, Any], options: TrainOptions, out: str) -> str:
 
 
 def card(facts: dict[str, Any], options: TrainOptions, data: str, out: str) -> str:
-    """A model card in Markdown: what it was trained on, with which command, and how it compares."""
+    """A model card in Markdown: training data, command, and comparison with rules."""
     arch, default = options.arch, TrainOptions()
     changed = [one.name for one in fields(options) if getattr(options, one.name) != getattr(default, one.name)]
     command = ["attnpred", "train", "--data", data, "--out", out]

@@ -1,4 +1,4 @@
-"""The rows of a recording's parquet shards: what one holds, and how it becomes tensors again.
+"""Encoding of a recording's parquet shards: records to table rows, and back to tensors.
 
 Suffixes: Q steps, N blocks, X records (sequences × layers × KV heads).
 """
@@ -24,10 +24,10 @@ LARGEST = 1.01  # fp16 sums of probabilities may round above 1
 class Record:
     """One KV head of one layer over Q steps of one sequence; N blocks are those of the last step."""
 
-    sequence: int  # of those that follow one prompt
+    sequence: int  # number among those that follow one prompt
     layer: int
     head: int
-    first_tokens: int  # tokens that the first step attends over, its own included
+    first_tokens: int  # length at the first step, its own token included
     scores_QN: Tensor
     mass_QN: Tensor
 
@@ -54,7 +54,7 @@ class Recording:
 
 
 def encode(document: str, split: str | None, record: Record, block_size: int) -> dict[str, Any]:
-    """One table row; DataError where the record's shapes or numbers can't be right."""
+    """Encode a record as one table row; DataError if its shapes or numbers are invalid."""
     steps, blocks = record.scores_QN.shape
     expected = ceil_div(record.first_tokens + steps - 1, block_size)
     where = f"document {document!r}, sequence {record.sequence}, layer {record.layer}, head {record.head}"
@@ -75,13 +75,13 @@ def encode(document: str, split: str | None, record: Record, block_size: int) ->
 
 
 def stack(path: Path, rows: list[dict[str, Any]], column: str, shape: tuple[int, int]) -> Tensor:
-    """A binary column of all rows as one fp16 tensor [X, Q, N], checked; `path` is for messages."""
+    """Decode and check a binary column as one fp16 tensor [X, Q, N]; `path` is for messages."""
     wanted = 2 * shape[0] * shape[1]
     for row in rows:
         if len(row[column]) != wanted:
             raise DataError(f"{path}: {column} have {len(row[column])} bytes, {shape} in fp16 take {wanted}")
     joined = np.frombuffer(b"".join(row[column] for row in rows), "<f2")
-    # Non-negative fp16 numbers are ordered as their bits are; negative ones, infinity and NaN have larger bits.
+    # The bits of non-negative fp16 numbers have the numbers' order; negative ones, infinity and NaN have larger bits.
     if joined.view("<u2").max(initial=0) > np.float16(LARGEST).view(np.uint16):
         if not np.isfinite(joined).all():
             raise DataError(f"{path}: {column} hold NaN or infinity")
@@ -101,7 +101,7 @@ def schema(pa: types.ModuleType) -> Any:
 
 
 def pyarrow_modules() -> tuple[types.ModuleType, types.ModuleType]:
-    """pyarrow and pyarrow.parquet, which only training needs."""
+    """Import pyarrow and pyarrow.parquet, which only training needs."""
     try:
         import pyarrow
         import pyarrow.parquet

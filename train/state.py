@@ -1,4 +1,4 @@
-"""The state of an unfinished run, from which it continues to the same loss curve."""
+"""The state of an unfinished training run, from which it continues with the same loss curve."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PARTS = {"step", "best", "best_mean", "validation", "curve", "predictor", "optim
 
 
 def write_state(directory: Path, state: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    packed = io.BytesIO()  # to a file on a full disk torch.save fails with an error that does not say so
+    """Write the state atomically."""
+    packed = io.BytesIO()  # on a full disk torch.save to a file raises an unclear error
     torch.save({"format_version": FORMAT_VERSION, **state}, packed)
     write_atomically(directory / STATE_FILE, packed.getvalue())
 
 
 def read_state(directory: Path, options: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
-    """What the run in `directory` left, `None` if there is nothing to continue.
+    """The state of the run in `directory`; `None` if there is nothing to continue.
 
     ConfigError if there is and `resume` is not asked for, or if its `options` were others; CheckpointError for a file
     that can't be read or was not written by `write_state`.
@@ -37,7 +37,7 @@ def read_state(directory: Path, options: dict[str, Any], *, resume: bool) -> dic
         raise ConfigError(f"{path}: an unfinished run is here; continue it with --resume, or delete the file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle trips over anything
+    except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{path}: not a training state ({one_line(error)})") from error
     version = state.get("format_version") if isinstance(state, dict) else None
     if version != FORMAT_VERSION:
@@ -56,7 +56,7 @@ def read_state(directory: Path, options: dict[str, Any], *, resume: bool) -> dic
 
 
 def restore(directory: Path, state: dict[str, Any], predictor: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give predictor and optimiser back what they were; CheckpointError where that belongs to others."""
+    """Restore predictor and optimiser; CheckpointError if the state does not fit them."""
     try:
         for part in ("best", "predictor"):
             predictor.load_state_dict(state[part])

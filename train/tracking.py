@@ -1,4 +1,4 @@
-"""Experiment trackers: where the figures of a run go besides its own files."""
+"""Experiment trackers, which receive a run's figures in addition to its own files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROJECT = "attention-predictor"
 
 
 def check_tracker(name: str) -> None:
-    """ConfigError for an unknown tracker, or one whose package is missing."""
+    """Raise ConfigError for an unknown tracker, or one whose package is missing."""
     if name not in TRACKERS:
         raise ConfigError(f"tracker={name!r} is not one of {', '.join(TRACKERS)}")
     if name != "none" and importlib.util.find_spec(name) is None:
@@ -24,7 +24,7 @@ def check_tracker(name: str) -> None:
 
 
 def start_tracker(accelerator: Accelerator, name: str, directory: str, options: dict[str, Any]) -> None:
-    """Begin a run. Without a key wandb works offline: it never asks, and the run can be sent later (`wandb sync`)."""
+    """Start a run. Without a key wandb works offline: it does not prompt, and `wandb sync` can upload the run later."""
     if name == "none":
         return
     arguments: dict[str, Any] = {}
@@ -42,4 +42,4 @@ def _has_wandb_key() -> bool:
     try:
         return netrc.netrc().authenticators("api.wandb.ai") is not None
     except (OSError, netrc.NetrcParseError):
-        return False  # no such file, or none that wandb could read either
+        return False  # no such file, or not readable for wandb either

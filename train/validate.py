@@ -1,4 +1,4 @@
-"""How good a predictor is on recorded histories: the attention mass that its choice of blocks would hold.
+"""Evaluates a predictor on recorded histories: the attention mass on the blocks it would choose.
 
 Suffixes: X records (sequences × layers × KV heads), Q steps, S chosen steps, N blocks, M candidates, C state channels.
 """
@@ -18,31 +18,31 @@ from attention_predictor.predictor.scores import recovery
 from attention_predictor.train.dataset import Recording
 
 BUDGETS = (256, 512, 1024)  # tokens per KV head, sink and recent included
-STEPS = 12  # steps judged in each document, evenly spread
-RECORDS = 32  # heads judged in each document, evenly spread
-WARM = 64  # rows that predictors have seen before they are judged
+STEPS = 12  # steps evaluated in each document, evenly spaced
+RECORDS = 32  # heads evaluated in each document, evenly spaced
+WARM = 64  # rows that predictors observe before they are evaluated
 
 METRICS = ("mse", "recovery", "relative_recovery", "relative_recovery_ahead", "overlap")
 Metrics = dict[str, dict[str, float]]
 
 
 def candidates(tokens: int, meta: Mapping[str, Any]) -> tuple[int, int]:
-    """Blocks first to last − 1 that a step over `tokens` tokens may choose from: all but sink and recent."""
+    """Range (first, end) of the candidates of a step over `tokens` tokens: all but sink and recent."""
     return meta["sink"] // meta["block_size"], max(tokens - meta["recent"], 0) // meta["block_size"]
 
 
 def room(tokens: int, meta: Mapping[str, Any], budget: int) -> int:
-    """Candidates that a budget has room for, beside sink and recent."""
+    """Number of candidates within a budget, beside sink and recent."""
     first, last = candidates(tokens, meta)
     return budget // meta["block_size"] - (ceil_div(tokens, meta["block_size"]) - (last - first))
 
 
 def attended(scores_XM: Tensor, choice: int, first: int, n_blocks: int) -> Tensor:
-    """bool [X, N], the blocks of a step: sink, recent, and of the candidates those with the highest scores.
+    """The blocks of a step, bool [X, N]: sink, recent, and the candidates with the highest scores.
 
     Args:
-        scores_XM: Of the candidates.
-        choice: How many of these are chosen.
+        scores_XM: Scores of the candidates.
+        choice: Number of candidates to choose.
         first: Number of the first candidate.
         n_blocks: N.
     """
@@ -59,9 +59,9 @@ def validate(
     device: torch.device,
     horizon: int = 1,
 ) -> Metrics:
-    """Means over records and steps: `{metric: {budget: value}}`, and `{"mse": {"share": value}}`.
+    """Metrics averaged over records and steps: `{metric: {budget: value}}`, and `{"mse": {"share": value}}`.
 
-    Judged ahead: state after row t, mass of row t + 1.
+    Evaluated ahead: state after row t, mass of row t + 1.
 
     - recovery: share of the mass on sink, recent and chosen blocks. relative_recovery: its ratio to the best choice of
       that size.
@@ -70,7 +70,7 @@ def validate(
     - mse: squared error of the predicted share of the candidates' mass, a block. Scores that are no logits are
       normalised as they are.
 
-    Steps that fit a budget whole don't count for it; a budget without any step is left out.
+    Steps that fit a budget whole are not counted for it; a budget without any step is left out.
     """
     found: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     for recording in recordings:
@@ -114,15 +114,15 @@ def _normalised(x_XM: Tensor) -> Tensor:
 
 
 def mean_ahead(metrics: Metrics) -> float:
-    """Relative recovery ahead, over budgets: what the best checkpoint is chosen by.
+    """Relative recovery ahead, averaged over budgets: the criterion for the best checkpoint.
 
-    Not that of the next step alone, which is highest early in a training whose target reaches further.
+    Recovery of the next step alone would be highest early in training, since the target reaches further.
     """
     by_budget = metrics["relative_recovery_ahead"]
     return sum(by_budget.values()) / len(by_budget)
 
 
 def spread(first: int, end: int, count: int) -> list[int]:
-    """At most `count` whole numbers from first to end − 1, evenly spread, both ends included."""
+    """At most `count` integers from first to end − 1, evenly spaced, both ends included."""
     first = max(first, 0)
     return sorted({round(x) for x in torch.linspace(first, end - 1, min(count, end - first)).tolist()})

@@ -1,16 +1,17 @@
-"""The analysis as a benchmark of the runner: a document is a sample, and a run goes on where it was stopped."""
+"""The analysis as a benchmark of the runner: a document is a sample."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from attention_predictor.documents import Excerpt
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.analysis.document import Judgement, analyse
-from attention_predictor.eval.runner import Benchmark, Sample
-from attention_predictor.eval.sources import Windows
-from attention_predictor.eval.subject import Subject
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
+from attention_predictor.eval.harness.runner import Sample
+from attention_predictor.eval.harness.windows import WindowBenchmark, Windows
 from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.predictor.base import AttentionPredictor
 
@@ -18,19 +19,18 @@ VARIANT = "attention"  # attends to everything, from host memory
 PREDICTORS = ("predictor", "last")  # as columns name them; the second repeats the last row
 
 
-class Analysis(Benchmark):
-    """Documents, each a sample, whose maps are judged.
+class Analysis(WindowBenchmark):
+    """Documents; the attention maps of each are classified.
 
     Args:
         windows: Prompts and what follows them.
-        tails: Of a row with continuations, at most so many.
+        tails: At most this many continuations of a row.
         window: Tokens over which query similarity is taken.
         predictor: Whose foresight is measured: a name or a directory.
         selection: What it may choose.
     """
 
     name = "analyze"
-    missing: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, windows: Windows, *, tails: int, window: int, predictor: str, selection: Selection) -> None:
         if window < 2:
@@ -39,7 +39,7 @@ class Analysis(Benchmark):
             raise ConfigError(f"--tails {tails}: expected at least 1")
         if windows.tail < 2:
             raise ConfigError(f"--tail {windows.tail}: expected at least 2 steps, to compare")
-        self.windows, self.tasks = windows, windows.names
+        super().__init__(windows)
         self.tails, self.window, self.predictor, self.selection = tails, window, predictor, selection
         size = selection.block_size
         self._predictors = {
@@ -48,14 +48,14 @@ class Analysis(Benchmark):
         }
 
     def settings(self) -> dict[str, Any]:
-        windows = {name: getattr(self.windows, name) for name in ("context", "tail", "per_file")}
         own = {"tails": self.tails, "window": self.window, "predictor": self.predictor}
-        return windows | own | {"budget": self.selection.budget}
+        return super().settings() | own | {"budget": self.selection.budget}
 
     def samples(self, task: str) -> Iterator[Sample]:
-        for name, part in self.windows.of(task):
-            if len(part.prompt) > self._least and len(part.tails[0]) > 1:
-                yield Sample(name, "", {}, {"prompt": part.prompt, "tails": part.tails[: self.tails]})
+        for one in super().samples(task):
+            prompt, tails = one.hidden["prompt"], one.hidden["tails"]
+            if len(prompt) > self._least and len(tails[0]) > 1:
+                yield replace(one, hidden={"prompt": prompt, "tails": tails[: self.tails]})
 
     def check(self, task: str, limit: int | None) -> dict[str, Any]:
         if next(self.samples(task), None) is None:
@@ -65,13 +65,13 @@ class Analysis(Benchmark):
 
     @property
     def _least(self) -> int:
-        """A prompt is longer: within the budget there is nothing to choose."""
+        """A prompt must be longer: below the budget every block is selected."""
         return max(self.selection.budget, self.window)
 
-    def predict(self, subject: Subject, task: str, sample: Sample) -> dict[str, Any]:
-        assert subject.engine is not None  # the variant is not the stock model
-        predictors = {name: one.to(subject.model.device) for name, one in self._predictors.items()}
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
+        assert evaluated.engine is not None  # the variant is not the stock model
+        predictors = {name: one.to(evaluated.model.device) for name, one in self._predictors.items()}
         excerpt = Excerpt(**sample.hidden)
-        found = analyse(subject.engine, excerpt, Judgement(predictors, self.selection, self.window))
+        found = analyse(evaluated.engine, excerpt, Judgement(predictors, self.selection, self.window))
         sizes = {"prompt_tokens": len(excerpt.prompt), "new_tokens": sum(map(len, excerpt.tails))}
         return found | sizes

@@ -1,4 +1,4 @@
-"""By which RoPE channels a head tells the keys that it attends to from the others.
+"""Which RoPE channels separate the keys a head attends to from other keys.
 
 A score is the sum, over pairs of channels that turn together, of their part of q·k. Its mean over keys weighted by
 attention, less the plain mean over the same keys, is what made the difference; taken pair by pair it says which
@@ -18,7 +18,7 @@ from attention_predictor.eval.analysis.rope import Rotation
 
 
 class ChannelSums:
-    """Sums over the keys of one layer, seen a chunk at a time; of the part of each head's map that is judged."""
+    """Sums over the keys of one layer, chunk by chunk, within the judged part of each head's map."""
 
     def __init__(self, part: Part, kv_heads: int, head_dim: int) -> None:
         B, H, Q, _ = part.mass_BHQN.shape

@@ -1,22 +1,24 @@
-"""``attnpred analyze``: documents judged, and what all of them say written and shown."""
+"""``attnpred analyze``: runs the analysis and writes its tables, files and gallery."""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 
 from attention_predictor.errors import AttachError, ConfigError
 from attention_predictor.eval.analysis.benchmark import VARIANT, Analysis
 from attention_predictor.eval.analysis.gallery import LEVELS, NAMES, correlation_text, gallery
 from attention_predictor.eval.analysis.patterns import CLASSES
+from attention_predictor.eval.analysis.scatter import plot_similarity
 from attention_predictor.eval.analysis.summary import FILES, Head, Summary, summarise
-from attention_predictor.eval.folder import RunFolder
-from attention_predictor.eval.plain_table import plain_table
-from attention_predictor.eval.prompts import context_length
-from attention_predictor.eval.runner import Plan, run
-from attention_predictor.eval.sources import Windows, parse_sources
+from attention_predictor.eval.display.text_table import text_table
+from attention_predictor.eval.harness.prompts import context_length
+from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.eval.harness.runner import Plan, run
+from attention_predictor.eval.harness.windows import Windows, parse_sources
 from attention_predictor.loading import load_config, load_tokenizer
 from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.config import OffloadConfig
@@ -50,11 +52,11 @@ def main(args: argparse.Namespace) -> int:
     windows = Windows(parse_sources(args.data), tokenizer, args.context, args.tail, args.per_file, continuations=True)
     options = {"tails": args.tails, "window": args.window, "predictor": args.predictor}
     folder = run(Analysis(windows, **options, selection=selection), plan)
-    return 0 if folder is None else conclude(folder, parquet=args.parquet)
+    return 0 if folder is None else conclude(folder, parquet=args.parquet, plot=args.plot)
 
 
 def check_model(name: str) -> None:
-    """Refuse a model whose attention can't be seen, by its configuration."""
+    """Raise ``ConfigError`` for a model whose attention can't be observed, by its configuration."""
     config = load_config(name)
     text_config = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
@@ -65,8 +67,8 @@ def check_model(name: str) -> None:
         raise AttachError(f"--model {name}: {config.model_type} has no full-attention layer here: nothing to analyse")
 
 
-def conclude(folder: RunFolder, *, parquet: bool) -> int:
-    """Make everything that documents together say; 1 where not one of them succeeded."""
+def conclude(folder: RunFolder, *, parquet: bool, plot: Path | None) -> int:
+    """Summarise all documents, write and print the results; returns 1 if every document failed."""
     summary = summarise(folder)
     if not summary.heads:
         print(f"no document succeeded: {summary.failures[0] if summary.failures else 'none is done'}")
@@ -75,6 +77,8 @@ def conclude(folder: RunFolder, *, parquet: bool) -> int:
         write_atomically(folder.path / name, text)
     if parquet:
         summary.write_parquet(folder.path / FILES.parquet)
+    if plot is not None:
+        plot_similarity(summary, plot)
     print(table(summary))
     print(f"gallery: {folder.path / FILES.page}")
     return 0
@@ -94,7 +98,7 @@ def table(summary: Summary) -> str:
         if one.startswith("qsim_prompt") and other.startswith("predictor")
     ]
     notes += [f"failed, left out: {failure}" for failure in summary.failures]
-    return plain_table(titles, rows, notes)
+    return text_table(titles, rows, notes)
 
 
 def _figures(heads: Sequence[Head]) -> list[float | None]:

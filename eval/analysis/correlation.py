@@ -1,4 +1,4 @@
-"""Rank correlation, and how far it can be trusted: Spearman's rho, with a percentile bootstrap over the pairs.
+"""Spearman's rank correlation with a percentile bootstrap interval over the pairs.
 
 Suffixes: X pairs, K different values, R resamples.
 """
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attention_predictor.eval.bootstrap import RESAMPLES, interval
+from attention_predictor.eval.harness.bootstrap import RESAMPLES, interval
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Of two figures, over so many pairs; the interval is that of 95%, ``None`` where half the draws have none."""
+    """Correlation of two figures over ``pairs`` pairs; ``interval`` (95%) is ``None`` if half the draws have no rho."""
 
     rho: float | None
     interval: tuple[float, float] | None
@@ -40,7 +40,7 @@ def rank_correlation(found: Sequence[tuple[float | None, float | None]], seed: i
 
 
 def spearman(one_X: np.ndarray, other_X: np.ndarray, times_RX: np.ndarray) -> np.ndarray:
-    """Correlation of ranks ``[R]`` where each pair is there so many times; NaN where either has but one value."""
+    """Correlation of ranks ``[R]`` with each pair repeated ``counts`` times; NaN if either figure has one value."""
     ranks = [_ranks(values_X, times_RX) for values_X in (one_X, other_X)]
     one_RX, other_RX = (rank_RX - (times_RX.sum(1, keepdims=True) - 1) / 2 for rank_RX in ranks)  # less their mean
     product, one, other = ((times_RX * x).sum(1) for x in (one_RX * other_RX, one_RX**2, other_RX**2))

@@ -1,4 +1,4 @@
-"""One document: prompt and steps go through the model once, and what each layer shows is written down.
+"""Analyses one document: one pass over prompt and steps, figures of every layer and head.
 
 Nothing is kept of a layer but its figures, the state of the predictors between prompt and steps, and the clearest maps
 so far: for each pattern one judged beyond sink and recent, and one judged as a whole.
@@ -17,10 +17,10 @@ import torch
 
 from attention_predictor.documents import Excerpt
 from attention_predictor.eval.analysis.examples import Example
-from attention_predictor.eval.analysis.foresight import Foreseen, Foresight
 from attention_predictor.eval.analysis.layer_map import LayerMap, head_scorer, pooled
+from attention_predictor.eval.analysis.observed_attention import Attended, watching
+from attention_predictor.eval.analysis.predictability import Foreseen, Predictability
 from attention_predictor.eval.analysis.qsim import over_windows
-from attention_predictor.eval.analysis.watch import Attended, watching
 from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.engine import Engine
@@ -33,7 +33,7 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class Judgement:
-    """By what documents are judged.
+    """Predictors and settings of the analysis.
 
     Attributes:
         predictors: By name; the first one's choices are drawn.
@@ -69,16 +69,16 @@ def analyse(engine: Engine, excerpt: Excerpt, judgement: Judgement) -> dict[str,
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What is known of a layer once the prompt is through."""
+    """Figures of a layer after the prompt."""
 
     similarity_H: list[float]
     plain_H: list[float | None]
-    foresights: dict[str, Foresight]  # by KV head
-    head_foresights: dict[str, Foresight]  # by query head
+    foresights: dict[str, Predictability]  # by KV head
+    head_foresights: dict[str, Predictability]  # by query head
 
 
 class _Findings:
-    """What has been seen so far, layer by layer: of the prompt, then of the steps."""
+    """Figures so far by layer: of the prompt, then of the steps."""
 
     def __init__(self, judgement: Judgement) -> None:
         self.judgement = judgement
@@ -96,8 +96,8 @@ class _Findings:
         self.prompts[attended.number] = _Prompt(
             similarity_H=query_similarity(last.query_BHQD)[0].tolist(),
             plain_H=_unknown(last)[0] if plain_BHTD is None else query_similarity(plain_BHTD)[0].tolist(),
-            foresights={name: Foresight(one, grouped.scores_BGQN) for name, one in predictors.items()},
-            head_foresights={name: Foresight(one, rows.scores_BGQN) for name, one in predictors.items()},
+            foresights={name: Predictability(one, grouped.scores_BGQN) for name, one in predictors.items()},
+            head_foresights={name: Predictability(one, rows.scores_BGQN) for name, one in predictors.items()},
         )
 
     def see_steps(self, attended: Attended) -> None:
@@ -129,7 +129,7 @@ class _Findings:
                     self.clearest[kind] = (measures.clarity, example)
 
     def _foreseen(
-        self, foresights: Mapping[str, Foresight], attended: Attended, rows: ScoreRows
+        self, foresights: Mapping[str, Predictability], attended: Attended, rows: ScoreRows
     ) -> dict[str, Foreseen]:
         found = {}
         for name, foresight in foresights.items():
@@ -147,7 +147,7 @@ def _recoveries(foreseen: Mapping[str, Foreseen], sequence: int, head: int, suff
 
 
 def _unknown(attended: Attended) -> list[list[float | None]]:
-    """What is not known of any head, by sequence and head."""
+    """``None`` for every sequence and head."""
     B, H, _, _ = attended.query_BHQD.shape
     return [[None] * H for _ in range(B)]
 

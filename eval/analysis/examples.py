@@ -1,4 +1,4 @@
-"""A head's map, packed small enough to be kept beside the figures: what the gallery shows.
+"""A head's attention map, compressed to be stored in a record; the gallery shows it.
 
 Suffixes: Q steps, N blocks, C columns, T tokens.
 """
@@ -20,7 +20,7 @@ from attention_predictor.errors import DataError
 COLUMNS = 512  # of a map of the whole context; where there are more blocks, some share one
 ZOOMED = 12  # blocks that are shown token by token
 LEAST = 1e-4  # probability that is drawn as nothing; the scale is logarithmic from there to 1
-NEITHER, BOTH, MISSED, NEEDLESS = range(4)  # a block chosen, and one of the best: what it is
+NEITHER, BOTH, MISSED, NEEDLESS = range(4)  # a block: neither, chosen and best, best only, chosen only
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def choices(chosen_QN: Tensor, best_QN: Tensor) -> Tensor:
 
 
 def busiest(mass_N: Tensor) -> int:
-    """The first of those ``ZOOMED`` neighbouring blocks that hold most mass."""
+    """Index of the first of the ``ZOOMED`` neighbouring blocks with the most mass."""
     if len(mass_N) <= ZOOMED:
         return 0
     return int(mass_N.unfold(0, ZOOMED, 1).sum(-1).argmax())

@@ -1,4 +1,4 @@
-"""The gallery of an analysis: one HTML page that loads nothing."""
+"""The gallery of an analysis: one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from attention_predictor.eval.analysis import pictures
+from attention_predictor.eval.analysis import map_images as pictures
 from attention_predictor.eval.analysis.correlation import Correlation
-from attention_predictor.eval.analysis.examples import Example
+from attention_predictor.eval.analysis.examples import LEAST, Example
 from attention_predictor.eval.analysis.patterns import CLASSES, ECHO, FAR, FOCUS, HOLDS, RETURN
 from attention_predictor.eval.analysis.summary import COMPARED, SIMILARITIES, Head, Summary
-from attention_predictor.eval.heatmap import Axes, Panel
-from attention_predictor.eval.page.grids import colour_bar, heat_map
-from attention_predictor.eval.page.style import STYLE
+from attention_predictor.eval.display.heatmap import Axes, Panel
+from attention_predictor.eval.display.page_style import STYLE
+from attention_predictor.eval.display.svg_heatmap import colour_bar, heat_map
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 NAMES = {
@@ -83,7 +83,7 @@ def _lead(summary: Summary) -> str:
 
 
 def _similarity(summary: Summary) -> str:
-    """The similarity that theory speaks of, or the next best where rotations can't be undone."""
+    """Query similarity before RoPE, or after it where the rotation can't be undone."""
     plain = "qsim_prompt_plain"
     return plain if any(head.means[plain] is not None for head in summary.heads) else "qsim_prompt"
 
@@ -135,7 +135,7 @@ def _heat_maps(maps: Sequence[tuple[str, list[list[float | None]]]], axes: Axes)
         f"{_scroll(heat_map(Panel(title, rows), axes, low, high))}</figure>"
         for title, rows in maps
     )
-    return f'<p>{colour_bar(low, high)}</p><div class="maps">{figures}</div>'
+    return f'<p>{colour_bar(f"{low:.2f}", f"{high:.2f}")}</p><div class="maps">{figures}</div>'
 
 
 def _scatters(summary: Summary) -> str:
@@ -198,7 +198,7 @@ def _patterns(summary: Summary) -> str:
         f"{FAR:.0%} of their mass, all of it. {total} maps (documents, or what follows each, × heads):</p>",
         f'<div class="charts"><figure>{pictures.counts_bar(counts)}</figure></div>{pictures.class_key()}',
         "<p>In the maps below, steps go down and tokens across. Colours are logarithmic:</p>",
-        f"<p>{pictures.ramp_key()}</p>{pictures.kind_key()}",
+        f"<p>{colour_bar(f'{LEAST:g}', '1')}</p>{pictures.kind_key()}",
     ]
     for name in CLASSES:
         share = f"{counts[name]} of {total} maps" if total else "no maps"

@@ -1,4 +1,4 @@
-"""The attention map of one layer's last steps: gone through once it is attended, chunk by chunk, and judged.
+"""The attention map of one layer's last steps: computed chunk by chunk after the layer attended, then classified.
 
 There is never more of it than its score rows (steps × blocks) and one chunk (steps × some tokens).
 
@@ -15,15 +15,15 @@ from torch import Tensor
 from attention_predictor.eval.analysis import examples
 from attention_predictor.eval.analysis.channels import ChannelSums
 from attention_predictor.eval.analysis.examples import Example, Image
-from attention_predictor.eval.analysis.foresight import Foreseen
+from attention_predictor.eval.analysis.observed_attention import Attended
 from attention_predictor.eval.analysis.patterns import MapSums, Measures, Part
-from attention_predictor.eval.analysis.watch import Attended
+from attention_predictor.eval.analysis.predictability import Foreseen
 from attention_predictor.offload.attention.dense import Scorer, ScoreRows, total_of
 from attention_predictor.offload.blocks.selection import Selection
 
 
 class LayerMap:
-    """What a layer's map shows.
+    """Classifies a layer's attention map.
 
     Attributes:
         rows: Scores and mass by block, of every query head.

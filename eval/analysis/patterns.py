@@ -1,7 +1,7 @@
-"""What pattern an attention map shows, by criteria that can be read off it.
+"""Classifies attention maps into patterns (TAPPA, arXiv 2601.21709).
 
 TAPPA (arXiv 2601.21709) tells patterns that can be foreseen, re-access (vertical lines), sequential (diagonals) and
-seasonal (periodic diagonals), from those that can't. The thresholds here are ours.
+seasonal (periodic diagonals), from unpredictable maps. The thresholds are ours.
 
 A map has a row for each of Q consecutive steps and a column for each token. A part of it is judged: ``far``, what lies
 beyond sink and recent, since these are kept anyway; of a head that looks there with less than ``FAR`` of its mass,
@@ -22,7 +22,7 @@ The pattern is the first that applies:
 1. ``seasonal``: diagonal ``HOLDS`` and echo is at least ``ECHO``; or return is at least ``RETURN``;
 2. ``sequential`` or ``re-access``: diagonal, or vertical, ``HOLDS``, and is the larger of the two;
 3. ``retrieval``: the mass is on few tokens (focus at least ``FOCUS``), and one step doesn't say which are the next's;
-4. ``unpredictable``: none of these; also what is spread evenly.
+4. ``unpredictable``: no pattern, or evenly spread attention.
 
 Suffixes: B sequences, H query heads, Q steps, T tokens of a chunk, N blocks, X distances.
 """
@@ -38,20 +38,20 @@ from torch import Tensor
 from attention_predictor.offload.blocks.selection import Selection
 
 CLASSES = ("re-access", "sequential", "seasonal", "retrieval", "unpredictable")
-FAR = 0.1  # of a head's mass beyond sink and recent, from which on that alone is judged
+FAR = 0.1  # share of mass beyond sink and recent from which only that part is classified
 HOLDS = 0.3  # of what there is beyond chance
 ROOM = 0.25
 ECHO, RETURN = 0.25, 0.25
 FOCUS = 1 / 32  # the mass is on two blocks' worth of tokens
 SHIFTS = (5, 11, 23, 47)  # tokens; no two have a small common period
 DISTANCES = 2048  # tokens back, as far as the profile reaches
-PERIODS = range(3, 257)  # of tokens or steps; less can't be told from a line with gaps
+PERIODS = range(3, 257)  # tokens or steps; a shorter period looks like a line with gaps
 NEARLY = 0.9  # of the highest peak: the first one as high is the period, later ones are its multiples
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured of one head's map; see the module for the figures.
+    """Figures of one head's map; the module docstring defines them.
 
     Attributes:
         part: ``far`` or ``all``.
@@ -97,7 +97,7 @@ class Measures:
 
     @property
     def clarity(self) -> float:
-        """How clearly the map shows its pattern: the figure it was told by, or the lack of all of them."""
+        """Strength of the pattern: the figure that decided it, or for ``unpredictable`` the absence of all."""
         lines = max(self.vertical, self.diagonal)
         return {
             "seasonal": max(self.echo, self.back),
@@ -109,12 +109,12 @@ class Measures:
 
 
 class Part:
-    """The part of each head's map that is judged.
+    """The part of each head's map to classify.
 
     Args:
         mass_BHQN: fp32, every step's mass of every block.
         length: Tokens at the last step.
-        selection: Says what is sink and what recent.
+        selection: Defines sink and recent tokens.
     """
 
     def __init__(self, mass_BHQN: Tensor, length: int, selection: Selection) -> None:
@@ -130,7 +130,7 @@ class Part:
         self.far_BH = self.far_mass_BH >= FAR
         self.mass_BHQN = mass_BHQN.where(far_QN | ~self.far_BH[..., None, None], torch.zeros_like(mass_BHQN))
         self.first_token = first * selection.block_size
-        self.end_Q = last_Q * selection.block_size  # token behind the last far one
+        self.end_Q = last_Q * selection.block_size  # one past the last far token
 
     def cut(self, start: int, prob_BHQT: Tensor) -> Tensor:
         """Probabilities of the tokens from ``start`` on, zero outside of the part."""
@@ -140,7 +140,7 @@ class Part:
 
 
 class MapSums:
-    """What a map adds up to, seen a few columns at a time."""
+    """Sums over a map, added up in column chunks."""
 
     def __init__(self, part: Part) -> None:
         self.part, self.mass_BHQN = part, part.mass_BHQN
@@ -149,7 +149,7 @@ class MapSums:
         self.in_common = {shift: zeros_BH.clone() for shift in (0, 1, *SHIFTS)}
         self.square_BHQ = part.mass_BHQN.new_zeros(B, H, Q)
         self.profile_BHX = part.mass_BHQN.new_zeros(B, H, DISTANCES)
-        self.before_BHQT = part.mass_BHQN.new_zeros(B, H, Q, max(SHIFTS))  # the columns left of those to come
+        self.before_BHQT = part.mass_BHQN.new_zeros(B, H, Q, max(SHIFTS))  # columns left of the next ones
 
     def add(self, start: int, prob_BHQT: Tensor) -> None:
         """The next columns: probabilities of tokens ``start`` on, as ``Part.cut`` leaves them."""
@@ -225,11 +225,11 @@ def _strongest(share_BHX: Tensor) -> tuple[Tensor, Tensor]:
     peak_BHX = height_BHX[..., 1:-1].where((inner >= before) & (inner >= behind), torch.zeros_like(inner))
     peak_BHX[..., : PERIODS.start - 1] = 0
     most_BH1 = peak_BHX.amax(-1, keepdim=True)
-    place_BH1 = (peak_BHX >= NEARLY * most_BH1).float().argmax(-1, keepdim=True)  # the first of these
+    place_BH1 = (peak_BHX >= NEARLY * most_BH1).float().argmax(-1, keepdim=True)  # the first peak nearly as high
     height_BH1 = peak_BHX.gather(-1, place_BH1)
     return height_BH1[..., 0], ((place_BH1 + 1) * (height_BH1 > 0))[..., 0].to(share_BHX.dtype)
 
 
 def most_common(patterns: Sequence[str]) -> str:
-    """The pattern that most maps show; of equally many the first of ``CLASSES``."""
+    """The most common pattern; ties go to the first of ``CLASSES``."""
     return max(CLASSES, key=lambda name: (patterns.count(name), -CLASSES.index(name)))

@@ -1,4 +1,4 @@
-"""The rotation that a model gives its queries and keys: undone, and a score taken apart by it.
+"""RoPE: undoes a model's rotation, and splits attention logits by channel pair.
 
 RoPE (RoFormer, arXiv 2104.09864) turns pairs of channels by an angle that grows with the position. Which channels make
 a pair, and whether all are turned, differs by family. Nothing of that is assumed: the family's own function is applied
@@ -37,7 +37,7 @@ class Rotation:
 
     @classmethod
     def of(cls, layer: nn.Module, cos_BQR: Tensor, sin_BQR: Tensor, head_dim: int) -> Rotation | None:
-        """The rotation by ``layer``, given what it was given; ``None`` if its module has no function that tells."""
+        """The rotation of ``layer`` from its inputs; ``None`` if its module has no rotation function."""
         function = getattr(sys.modules[type(layer).__module__], FUNCTION, None)
         if function is None:
             return None
@@ -74,7 +74,7 @@ class Rotation:
         def turned(tokens: int) -> Tensor:
             return torch.remainder(angle_QP[tokens] - angle_QP[0] + math.pi, math.tau).sub(math.pi).abs()
 
-        # Slow pairs hardly move from one token to the next: what they turn in many is more exact.
+        # Slow pairs hardly turn from one token to the next; their turn over many tokens is more exact.
         far = len(angle_QP) - 1
         near_P, far_P = turned(1), turned(far) / far
         step_P = far_P.where(near_P * far < math.pi / 2, near_P)

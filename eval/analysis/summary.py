@@ -1,4 +1,4 @@
-"""What all documents of an analysis together say of each head, and of query similarity against recovery."""
+"""Summary over all documents: figures of each head, and query similarity against recovery."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from attention_predictor.eval.analysis.benchmark import PREDICTORS, VARIANT
 from attention_predictor.eval.analysis.correlation import Correlation, rank_correlation
 from attention_predictor.eval.analysis.examples import Example
 from attention_predictor.eval.analysis.patterns import CLASSES, most_common
-from attention_predictor.eval.folder import RunFolder
+from attention_predictor.eval.harness.run_folder import RunFolder
 
 SIMILARITIES = ("qsim_prompt_plain", "qsim_prompt", "qsim_steps_plain", "qsim_steps")
 RECOVERIES = tuple(f"{name}_{what}" for name in PREDICTORS for what in ("relative", "far"))
 COMPARED = (*RECOVERIES, "far_mass")  # with similarity; where little lies far, there is little to recover
-BY_HEAD = "_head"  # behind the name of a recovery: of a query head by itself, not of all that share its KV head
+BY_HEAD = "_head"  # suffix of a recovery computed for a single query head, not for all heads of its KV head
 MEANS = (
     *SIMILARITIES,
     *(f"{name}_{what}{of}" for of in ("", BY_HEAD) for name in PREDICTORS for what in ("share", "relative", "far")),
@@ -30,14 +30,14 @@ MEANS = (
 
 
 class FILES:
-    """What is written beside the documents' results."""
+    """Files written into the run's directory."""
 
     heads, correlation, parquet, page = "heads.json", "correlation.json", "heads.parquet", "gallery.html"
 
 
 @dataclass(frozen=True)
 class Head:
-    """A query head, over all its maps.
+    """A query head, averaged over its maps.
 
     Attributes:
         means: Of ``MEANS``, over the maps that have the figure; ``None`` where none has.
@@ -74,7 +74,7 @@ class Summary:
         documents: By the name of their data.
         wavelengths: Of the pairs of channels, by layer, in tokens.
         examples: By pattern, each with the name of its document.
-        correlations: Over ``head`` or ``kv_head``, by similarity and what it is compared with.
+        correlations: By level (``head`` or ``kv_head``), similarity, and the figure compared with.
         failures: What each document that failed says.
     """
 
@@ -183,7 +183,7 @@ def _head(layer: int, number: int, rows: Sequence[Mapping[str, Any]]) -> Head:
 
 
 def _clearest(found: Sequence[tuple[str, Example]]) -> list[tuple[str, Example]]:
-    """The clearest map that was judged beyond sink and recent, and the clearest of those judged as a whole."""
+    """The clearest map classified beyond sink and recent, and the clearest one classified as a whole."""
     kept: dict[str, tuple[str, Example]] = {}
     for name, example in sorted(found, key=lambda one: -one[1].head["clarity"]):
         kept.setdefault(example.head["part"], (name, example))

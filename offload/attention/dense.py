@@ -1,9 +1,8 @@
-"""Attention over all keys, a chunk at a time: what prefill, later turns and every reference need.
+"""Attention over all keys, one chunk at a time, for prefill, later turns and references.
 
-Keys and values of what is cached come as an iterator of chunks, so that a cache in host memory passes through the
-device without ever being there as a whole. Each chunk gives a ``Piece``, by a fused kernel where one can do it
-(``fused.py``), else by the plain operations here, which honour every mask; pieces are merged by their log-sum-exp
-(Milakov and Gimelshein 2018, "Online normalizer calculation for softmax").
+Cached keys and values come as an iterator of chunks, so a cache in host memory is never on the device as a whole. Each
+chunk gives a ``Piece``: by a fused kernel if one applies (``fused.py``), else by torch operations, which support every
+mask. Pieces are merged by their log-sum-exp (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax").
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens of a chunk, D head size, N blocks.
 """
@@ -25,24 +24,24 @@ from attention_predictor.offload.attention.fused import Piece
 from attention_predictor.offload.chunk import LOGITS_TOKENS, Chunk, split
 from attention_predictor.predictor.scores import block_peak_and_sum
 
-# Of what the plain operations hold at once: bytes of fp32 logits; and at most ``LOGITS_TOKENS`` tokens.
+# Most bytes of fp32 logits that the torch operations hold at once, for at most ``LOGITS_TOKENS`` tokens.
 LOGITS_BYTES = 1 << 27
-# Elements that a mask of queries by keys may have. Longer prompts are attended sequence by sequence, or plainly.
+# Most elements of a mask of queries by keys. Longer prompts are computed sequence by sequence, or by torch operations.
 MASK_ELEMENTS = 1 << 24
-# Fewer keys are not worth a kernel, and some kernels do not take so few.
-FUSED_TOKENS = 64
-# Log-sum-exp of no key at all. Finite, so that differences of two of them are.
+# Fewer keys are not worth a fused kernel, and some kernels don't support so few.
+MIN_FUSED_TOKENS = 64
+# Log-sum-exp of no key at all; finite, so that the difference of two is finite.
 NOTHING = -1e30
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How logits are made from queries and keys, and which keys a query may see.
+    """How logits follow from queries and keys, and which keys a query may attend to.
 
     Attributes:
         scaling: Factor on q·k.
         softcap: Logits become ``softcap * tanh(logits / softcap)`` (Gemma 2), or ``None``.
-        sinks_H: Logit of one more softmax column without a value for each head (GPT-OSS), or ``None``.
+        sinks_H: Logit of an extra softmax column without a value, per head (GPT-OSS), or ``None``.
         mask: ``None`` (causal), bool ``[B, length]`` (causal, and True where the key is no padding), or
             ``[B, 1 or H, Q, length]``, bool (True where allowed) or additive.
     """
@@ -53,14 +52,14 @@ class Terms:
     mask: Tensor | None = None
 
     def queries(self, low: int, high: int) -> Terms:
-        """The same terms for queries ``low`` to ``high`` alone."""
+        """The terms of queries ``low`` to ``high``."""
         if self.mask is None or self.mask.dim() == 2:
             return self
         return replace(self, mask=self.mask[:, :, low:high])
 
 
 class ScoreRows(NamedTuple):
-    """Softmax probabilities of some queries, pooled by block (see ``predictor/scores.py``)."""
+    """Softmax probabilities of some queries, reduced to blocks (see ``predictor/scores.py``)."""
 
     scores_BGQN: Tensor
     mass_BGQN: Tensor
@@ -72,9 +71,9 @@ class ScoreRows(NamedTuple):
 def attend_prompt(
     query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms, *, causal: bool = True
 ) -> Tensor:
-    """Attention of the last Q of T tokens that are all on the device: torch's own where it can do it.
+    """Attention of the last Q of T tokens that are all on the device; by torch's own function where possible.
 
-    ``causal=False`` lets each query see every key that the mask allows.
+    ``causal=False``: each query may attend to every key that the mask allows.
     """
     B, H, Q, _ = query_BHQD.shape
     length, mask = key_BGTD.shape[2], terms.mask
@@ -84,7 +83,7 @@ def attend_prompt(
         terms = replace(terms, mask=mask)
     plain = terms.softcap is None and terms.sinks_H is None
     if mask is None:
-        # is_causal means from the top left, which is wrong behind tokens that are cached.
+        # torch's is_causal aligns at the top left, which is wrong after cached tokens.
         ours = Q not in (1, length) or fused.takes_flash_attn(query_BHQD)
     else:
         ours = mask.dim() == 2 and B * Q * length > MASK_ELEMENTS
@@ -94,7 +93,7 @@ def attend_prompt(
         causal_QL = torch.ones(Q, length, dtype=torch.bool, device=mask.device).tril(length - Q)
         mask = causal_QL & mask[:, None, None]
     groups = H // key_BGTD.shape[1]
-    if mask is not None and groups > 1:  # with a mask, fused kernels on CUDA want the heads repeated
+    if mask is not None and groups > 1:  # with a mask, fused CUDA kernels need repeated heads
         key_BGTD, value_BGTD = key_BGTD.repeat_interleave(groups, 1), value_BGTD.repeat_interleave(groups, 1)
     return torch.nn.functional.scaled_dot_product_attention(
         query_BHQD,
@@ -108,13 +107,13 @@ def attend_prompt(
 
 
 def attend(query_BHQD: Tensor, own: Chunk, terms: Terms, past: Iterable[Chunk] = ()) -> Tensor:
-    """Softmax attention of the last Q tokens of ``own``: to ``own``, and to the chunks of what came before it.
+    """Softmax attention of the last Q tokens of ``own``, to ``own`` and to earlier tokens, in the chunks ``past``.
 
     Returns:
-        ``[B, H, Q, D]`` in the dtype of the query; a query that may see no key gives zeros.
+        ``[B, H, Q, D]`` in the dtype of the query; zeros for a query without visible keys.
     """
     first_query = own.end - query_BHQD.shape[2]
-    unpadded = _unpadded(terms.mask) if no_fused(query_BHQD, own.key_BGTD, terms) is None else None
+    unpadded = _unpadded(terms.mask) if why_not_fused(query_BHQD, own.key_BGTD, terms) is None else None
     parts = unpadded or [_Part(slice(None), 0)]
     for chunk in chain(past, (own.tokens(own.start, first_query), own.tokens(first_query, own.end))):
         for part in parts if chunk.end > chunk.start else ():
@@ -126,25 +125,25 @@ def attend(query_BHQD: Tensor, own: Chunk, terms: Terms, past: Iterable[Chunk] =
     return _joined(query_BHQD, parts, first_query, terms.sinks_H)
 
 
-def no_fused(query_BHQD: Tensor, key_BGTD: Tensor, terms: Terms) -> str | None:
-    """Why ``attend`` has to use plain operations, or ``None`` (padding that is not on the left is found only there)."""
+def why_not_fused(query_BHQD: Tensor, key_BGTD: Tensor, terms: Terms) -> str | None:
+    """Why ``attend`` must use torch operations, or ``None``. Padding that is not on the left is found only there."""
     if terms.mask is not None and terms.mask.dim() == 4:
         return "the model gives a mask of its own"
-    return fused.missing(query_BHQD, key_BGTD, terms.softcap)
+    return fused.why_no_kernel(query_BHQD, key_BGTD, terms.softcap)
 
 
 def merge(one: Piece | None, other: Piece | None) -> Piece | None:
-    """Attention to the keys of both, which have none in common; ``None`` is attention to no key."""
+    """Attention to the keys of both pieces, which must be disjoint; ``None`` stands for no keys."""
     if one is None or other is None:
         return one or other
-    share_BHQ = torch.sigmoid(other.lse_BHQ - one.lse_BHQ)  # of the weights, what the other's keys have
+    share_BHQ = torch.sigmoid(other.lse_BHQ - one.lse_BHQ)  # the other piece's share of the softmax weight
     out_BHQD = torch.lerp(one.out_BHQD.float(), other.out_BHQD.float(), share_BHQ[..., None])
     return Piece(out_BHQD, torch.logaddexp(one.lse_BHQ, other.lse_BHQ))
 
 
 @dataclass
 class _Part:
-    """Sequences that are attended together, without their padding: what is before token ``first``."""
+    """Sequences that are computed together, without their padding, the tokens before ``first``."""
 
     sequences: slice
     first: int
@@ -152,10 +151,10 @@ class _Part:
 
 
 def _unpadded(mask: Tensor | None) -> list[_Part] | None:
-    """What is to be attended where kernels know no mask; ``None`` where padding is not on the left alone."""
+    """Parts whose attention needs no mask; ``None`` if padding is not only on the left."""
     if mask is None:
         return [_Part(slice(None), 0)]
-    # The one place where a prompt waits for the device: kernels need to be told the sizes.
+    # The only place where a prompt waits for the device: kernels need the sizes on the host.
     first_and_real = torch.stack([mask.int().argmax(-1), mask.sum(-1)], -1).tolist()
     length = mask.shape[1]
     if any(real and first + real != length for first, real in first_and_real):
@@ -164,7 +163,7 @@ def _unpadded(mask: Tensor | None) -> list[_Part] | None:
 
 
 def _fused(query_BHQD: Tensor, chunk: Chunk, first_query: int, terms: Terms, part: _Part) -> Piece | None:
-    """Attention of a part's queries to a chunk by a kernel; the chunk is all before the queries, or all theirs."""
+    """Attention of a part's queries to a chunk by a kernel. The chunk lies before the queries, or is theirs."""
     low = max(part.first - first_query, 0)
     query_BHQD = query_BHQD[part.sequences, :, low:]
     keys = Chunk(chunk.start, chunk.key_BGTD[part.sequences], chunk.value_BGTD[part.sequences])
@@ -173,14 +172,14 @@ def _fused(query_BHQD: Tensor, chunk: Chunk, first_query: int, terms: Terms, par
     if tokens == 0:
         return None
     piece = None
-    if tokens >= FUSED_TOKENS:
+    if tokens >= MIN_FUSED_TOKENS:
         form = (query_BHQD, keys.key_BGTD, keys.value_BGTD, terms.scaling, terms.softcap)
         piece = fused.attend_piece(*form, causal=keys.start >= first_query)
     return piece or _plain(query_BHQD, keys, first_query + low, replace(terms, mask=None))
 
 
 def _plain(query_BHQD: Tensor, chunk: Chunk, first_query: int, terms: Terms) -> Piece:
-    """Attention to a chunk by plain operations, in tiles of queries and keys whose logits are few enough."""
+    """Attention to a chunk by torch operations, in tiles of queries and keys that bound the logits' size."""
     B, H, Q, _ = query_BHQD.shape
     rows = max(LOGITS_BYTES // (4 * B * H * min(chunk.end - chunk.start, LOGITS_TOKENS)), 1)
     pieces = []
@@ -200,7 +199,7 @@ def _plain(query_BHQD: Tensor, chunk: Chunk, first_query: int, terms: Terms) -> 
 def _tile(query_BHQD: Tensor, keys: Chunk, first_query: int, terms: Terms) -> Piece:
     logits_BHQT = _masked(scaled_logits(query_BHQD, keys.key_BGTD, terms), keys.start, first_query, terms.mask)
     peak_BHQ1 = logits_BHQT.amax(-1, keepdim=True)
-    # A row that sees no key has a peak of -inf; 0 stands in, so that exp gives 0 and not nan.
+    # A query without visible keys has a peak of -inf; use 0, so that exp gives 0 and not nan.
     peak_BHQ1 = peak_BHQ1.masked_fill(peak_BHQ1 == float("-inf"), 0.0)
     weight_BHQT = torch.exp(logits_BHQT - peak_BHQ1)
     total_BHQ1 = weight_BHQT.sum(-1, keepdim=True)
@@ -212,7 +211,7 @@ def _tile(query_BHQD: Tensor, keys: Chunk, first_query: int, terms: Terms) -> Pi
 
 
 def _joined(query_BHQD: Tensor, parts: list[_Part], first_query: int, sinks_H: Tensor | None) -> Tensor:
-    """The output of all parts, sinks counted; zeros for queries that belong to none."""
+    """The output of all parts, with sinks applied; zeros for queries in no part."""
     outs = []
     for part in parts:
         piece = part.so_far
@@ -233,7 +232,7 @@ def _joined(query_BHQD: Tensor, parts: list[_Part], first_query: int, sinks_H: T
 
 
 def scaled_logits(query_BHQD: Tensor, key_BGTD: Tensor, terms: Terms) -> Tensor:
-    """fp32 ``[B, H, Q, T]`` logits before any mask; the query heads of a KV head share its keys unrepeated."""
+    """fp32 ``[B, H, Q, T]`` logits before any mask; keys are not repeated for the query heads of a KV head."""
     logits_BHQT = _products(query_BHQD, key_BGTD).mul_(terms.scaling)
     if terms.softcap is not None:
         logits_BHQT = terms.softcap * torch.tanh(logits_BHQT / terms.softcap)
@@ -248,7 +247,7 @@ def _products(query_BHQD: Tensor, key_BGTD: Tensor) -> Tensor:
 
 
 def total_of(sum_BHQN: Tensor, terms: Terms) -> Tensor:
-    """Log-sum-exp of all logits, fp32 ``[B, H, Q, 1]``, from that of each block; an attention sink counts."""
+    """Log-sum-exp of all logits, fp32 ``[B, H, Q, 1]``, from each block's; includes attention sinks."""
     total_BHQ1 = torch.logsumexp(sum_BHQN, -1, keepdim=True)
     if terms.sinks_H is None:
         return total_BHQ1
@@ -256,10 +255,10 @@ def total_of(sum_BHQN: Tensor, terms: Terms) -> Tensor:
 
 
 class Scorer:
-    """True block scores and block mass of the last Q of ``length`` tokens, from every key, shown chunk by chunk.
+    """True block scores and mass of the last Q of ``length`` tokens, from every key, added chunk by chunk.
 
-    No matrix of queries by keys is ever whole: each chunk leaves one maximum and one log-sum-exp a block, which are two
-    fp32 numbers for each query, query head and block. With ``kernel``, on a GPU, logits become these in one pass.
+    The matrix of queries by keys is never whole: a chunk adds one maximum and one log-sum-exp per block, two fp32
+    numbers for each query, query head and block. With ``kernel``, on a GPU, one pass reduces logits to these.
     """
 
     @torch.no_grad()
@@ -277,17 +276,17 @@ class Scorer:
 
     @torch.no_grad()
     def add(self, chunk: Chunk) -> None:
-        """Take keys that were not shown before."""
+        """Add a chunk of keys, each key once."""
         size = self.block_size
-        most = min(LOGITS_BYTES // (4 * self.query_BHQD[..., 0].numel()), LOGITS_TOKENS)
-        for keys in split(chunk, max(most // size, 1) * size):
+        max_tokens = min(LOGITS_BYTES // (4 * self.query_BHQD[..., 0].numel()), LOGITS_TOKENS)
+        for keys in split(chunk, max(max_tokens // size, 1) * size):
             if self.kernel:
                 self._reduce(keys)
                 continue
             logits_BHQT = scaled_logits(self.query_BHQD, keys.key_BGTD, self.terms)
             logits_BHQT = _masked(logits_BHQT, keys.start, self.first_query, self.terms.mask)
             first, short = divmod(keys.start, size)
-            if short:  # the block has begun in another chunk
+            if short:  # the block began in another chunk
                 logits_BHQT = torch.nn.functional.pad(logits_BHQT, (short, 0), value=float("-inf"))
             peak_BHQN, sum_BHQN = block_peak_and_sum(logits_BHQT, size)
             blocks = slice(first, first + peak_BHQN.shape[-1])
@@ -295,14 +294,14 @@ class Scorer:
             torch.logaddexp(self.sum_BHQN[..., blocks], sum_BHQN, out=self.sum_BHQN[..., blocks])
 
     def watch(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """The same chunks, each taken before it is handed on."""
+        """Yield the same chunks, adding each first."""
         for chunk in chunks:
             self.add(chunk)
             yield chunk
 
     @torch.no_grad()
     def rows(self) -> ScoreRows:
-        """The rows, once all keys have been shown; the scorer is used up."""
+        """The score rows, after all keys were added. Call it once: it overwrites the sums."""
         total_BHQ1 = total_of(self.sum_BHQN, self.terms)
         total_BHQ1 = total_BHQ1.masked_fill(total_BHQ1 == float("-inf"), 0.0)
         scores_BHQN, mass_BHQN = (x.sub_(total_BHQ1).exp_() for x in (self.peak_BHQN, self.sum_BHQN))
@@ -327,7 +326,7 @@ class Scorer:
 def score_rows(
     query_BHQD: Tensor, chunks: Iterable[Chunk], length: int, terms: Terms, *, kv_heads: int, block_size: int
 ) -> ScoreRows:
-    """True rows of the last Q of ``length`` tokens, in one pass over the keys (``Scorer``)."""
+    """True score rows of the last Q of ``length`` tokens, in one pass over the keys (``Scorer``)."""
     scorer = Scorer(query_BHQD, length, terms, kv_heads=kv_heads, block_size=block_size)
     for chunk in chunks:
         scorer.add(chunk)
@@ -335,7 +334,7 @@ def score_rows(
 
 
 def _product(one_BGMK: Tensor, other_BGKN: Tensor) -> Tensor:
-    """fp32 matrix product; what is multiplied with half precision on a GPU is rounded to it, for its tensor cores."""
+    """fp32 matrix product. On a GPU with half-precision keys, ``one_BGMK`` is rounded to theirs, for tensor cores."""
     half = other_BGKN.dtype in (torch.float16, torch.bfloat16)
     if one_BGMK.is_cuda and half and not torch.is_grad_enabled():
         pair = (one_BGMK.to(other_BGKN.dtype).flatten(0, 1), other_BGKN.flatten(0, 1))
@@ -344,7 +343,7 @@ def _product(one_BGMK: Tensor, other_BGKN: Tensor) -> Tensor:
 
 
 def _masked(logits_BHQT: Tensor, first_key: int, first_query: int, mask: Tensor | None) -> Tensor:
-    """Rule out the keys that a query may not see; numbers of the first key and query in the sequence."""
+    """Mask keys that a query may not attend to; ``first_key``, ``first_query``: positions in the sequence."""
     Q, T = logits_BHQT.shape[-2:]
     if mask is not None and mask.dim() == 4:
         part = mask[..., first_key : first_key + T]

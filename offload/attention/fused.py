@@ -1,8 +1,8 @@
-"""Attention by a fused kernel that also gives the log-sum-exp of the logits, by which pieces of attention are merged.
+"""Attention by a fused kernel that also returns the log-sum-exp of the logits, needed to merge partial results.
 
-Kernels are flash-attn's where it is installed, for half precision on a GPU; otherwise the one that torch's
-``scaled_dot_product_attention`` would take (FlashAttention, cuDNN, memory-efficient; on a CPU its own). That function
-keeps the log-sum-exp to itself, so the operations beneath it are called.
+Uses flash-attn if installed, for half precision on a GPU; otherwise the kernel that torch's
+``scaled_dot_product_attention`` would use (FlashAttention, cuDNN, memory-efficient; on a CPU its own). That function
+does not return the log-sum-exp, so the underlying operations are called.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, D head size.
 """
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
-    """Attention to some of the keys: the output, normalised over them, and the fp32 log-sum-exp of their logits."""
+    """Attention to some of the keys: the output normalised over them, and the fp32 log-sum-exp of their logits."""
 
     out_BHQD: Tensor
     lse_BHQ: Tensor
 
 
-def missing(query_BHQD: Tensor, key_BGTD: Tensor, softcap: float | None) -> str | None:
-    """Why no kernel can do it, or ``None`` where one can."""
+def why_no_kernel(query_BHQD: Tensor, key_BGTD: Tensor, softcap: float | None) -> str | None:
+    """Why no fused kernel supports these tensors, or ``None``."""
     if torch.is_grad_enabled() and query_BHQD.requires_grad:
         return "gradients are recorded (torch.no_grad() prevents it)"
     if flash_attn(query_BHQD, softcap) is not None:
@@ -47,9 +47,9 @@ def missing(query_BHQD: Tensor, key_BGTD: Tensor, softcap: float | None) -> str 
 def attend_piece(
     query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scaling: float, softcap: float | None, *, causal: bool
 ) -> Piece | None:
-    """Attention of all queries to all keys or, if ``causal`` (Q = T), of each to its own and those before.
+    """Attention of all queries to all keys or, if ``causal`` (Q = T), to its own and earlier keys.
 
-    ``missing`` must have found nothing in the way; ``None`` where torch has no kernel for just these sizes.
+    ``why_no_kernel`` must have returned ``None``. Returns ``None`` if torch has no kernel for exactly these sizes.
     """
     if (kernel := flash_attn(query_BHQD, softcap)) is not None:
         capped = {} if softcap is None else {"softcap": softcap}
@@ -69,17 +69,17 @@ def attend_piece(
         return None
     out_BHQD, lse, *_ = _OPERATIONS[backend](query_BHQD, key_BGTD, value_BGTD, scaling, causal)
     B, H, Q, _ = query_BHQD.shape
-    return Piece(out_BHQD, lse.reshape(B, H, -1)[..., :Q])  # some pad the queries, some have one dimension more
+    return Piece(out_BHQD, lse.reshape(B, H, -1)[..., :Q])  # some kernels pad the queries, some add a dimension
 
 
 def takes_flash_attn(query_BHQD: Tensor) -> bool:
-    """Whether flash-attn would do plain attention."""
+    """Whether flash-attn supports attention of these queries."""
     recorded = torch.is_grad_enabled() and query_BHQD.requires_grad
     return not recorded and flash_attn(query_BHQD, None) is not None
 
 
 def flash_attn(query_BHQD: Tensor, softcap: float | None) -> Callable[..., Any] | None:
-    """flash-attn's function, where it is installed and can do this."""
+    """flash-attn's function, if it is installed and supports this call; else ``None``."""
     half = query_BHQD.dtype in (torch.float16, torch.bfloat16)
     D = query_BHQD.shape[-1]
     if not (query_BHQD.is_cuda and half and D % 8 == 0 and D <= 256) or (kernel := _installed()) is None:
@@ -102,15 +102,15 @@ def _installed() -> Callable[..., Any] | None:
 
 
 def _backend(query_BHQD: Tensor, key_BGTD: Tensor, *, causal: bool) -> SDPBackend | None:
-    """The backend that torch would take, if it gives the log-sum-exp."""
+    """The backend that torch would choose, if it returns the log-sum-exp; else ``None``."""
     groups = query_BHQD.shape[1] // key_BGTD.shape[1]
-    # The memory-efficient kernel takes no shared keys: it is asked for with as many heads as there are queries.
+    # The memory-efficient kernel does not support grouped queries: ask for it with one KV head per query head.
     alike = key_BGTD[:, :1].expand(-1, query_BHQD.shape[1], -1, -1)
     for keys in (key_BGTD, alike) if groups > 1 else (key_BGTD,):
         shared = keys is key_BGTD and groups > 1
         try:
             choice = int(torch._fused_sdp_choice(query_BHQD, keys, keys, is_causal=causal, enable_gqa=shared))
-        except RuntimeError:  # the backends that the caller allows can't do it at all
+        except RuntimeError:  # none of the backends that the caller allows
             continue
         backend = SDPBackend(choice)
         if backend in _OPERATIONS and not (shared and backend == SDPBackend.EFFICIENT_ATTENTION):

@@ -1,4 +1,4 @@
-"""Attention of one new token over the blocks in the pool: by a kernel, or in plain torch operations.
+"""Attention of one new token over the blocks in the pool, by a kernel or by torch operations.
 
 Suffixes: B sequences, G KV heads, H query heads, S slots, T tokens of a block, L tokens of the sequence, D head size.
 """
@@ -13,17 +13,17 @@ from torch import Tensor
 from attention_predictor.csrc import ops
 from attention_predictor.offload.attention.dense import Terms, scaled_logits
 
-# Room of a sequence for a kernel that is told of no padding: lengths are read on the device.
-MOST_TOKENS = 1 << 30
+# Length bound passed to a kernel without a padding mask; it reads the lengths themselves on the device.
+MAX_TOKENS = 1 << 30
 
 
 class Reach(NamedTuple):
-    """Which of a sequence's tokens the newest one sees, apart from those ruled out one by one.
+    """Which earlier tokens the newest one may attend to.
 
     Attributes:
-        padding_B: int64, tokens of left padding of each sequence; ``None`` where there is none.
-        window: Only so many of the last tokens, itself included; 0: all.
-        chunk: Tokens form chunks of so many, from the first behind the padding on; only those of its own. 0: all.
+        padding_B: int64, left padding of each sequence in tokens; ``None`` if there is none.
+        window: Only this many last tokens, itself included; 0: all.
+        chunk: Only tokens of its own chunk; chunks of this many tokens begin after the padding. 0: all.
     """
 
     padding_B: Tensor | None = None
@@ -31,7 +31,7 @@ class Reach(NamedTuple):
     chunk: int = 0
 
     def first_B(self, length_B: Tensor) -> Tensor:
-        """int64, the first token that is seen, in sequences of so many tokens."""
+        """int64, the first visible token in sequences of ``length_B`` tokens."""
         padding_B = torch.zeros_like(length_B) if self.padding_B is None else self.padding_B
         first_B = padding_B
         if self.window:
@@ -46,7 +46,7 @@ WHOLE = Reach()
 
 
 class SlotScores(NamedTuple):
-    """What a query makes of the slots, in fp32; ``-inf`` where one takes no part.
+    """A query's scores of the slots, fp32; ``-inf`` for slots that take no part.
 
     Attributes:
         peak_BHS: Largest logit of a slot's tokens.
@@ -62,7 +62,7 @@ class SparseAttention(NamedTuple):
 
     Attributes:
         out_BHD: In the dtype of the query.
-        scores: Of the slots.
+        scores: The slots' scores.
         lse_BH: fp32 log-sum-exp of the logits, the sink column included.
     """
 
@@ -71,12 +71,14 @@ class SparseAttention(NamedTuple):
     lse_BH: Tensor
 
 
-def no_kernel(key_BGSTD: Tensor) -> str | None:
-    """Why no kernel reads such a pool; ``None`` if one does."""
-    if (reason := ops.missing(key_BGSTD.device)) is not None:
+def why_no_kernel(key_BGSTD: Tensor) -> str | None:
+    """Why no kernel supports this pool; ``None`` if one does."""
+    if (reason := ops.why_no_kernels(key_BGSTD.device)) is not None:
         return reason
     T, D = key_BGSTD.shape[3:]
-    return None if ops.fits(key_BGSTD) else f"none for {key_BGSTD.dtype}, blocks of {T} tokens and a head size of {D}"
+    return (
+        None if ops.fits(key_BGSTD) else f"no kernel for {key_BGSTD.dtype}, blocks of {T} tokens and a head size of {D}"
+    )
 
 
 def attend_slots(
@@ -99,11 +101,11 @@ def attend_slots(
         key_BGSTD, value_BGSTD: The pool.
         block_BGS: int64 block in each slot, -1 for a slot that takes no part.
         length_B: int64 on the device, tokens of each sequence, the new one included; the last block ends there.
-        real_BL: bool, False at padding; of all tokens there is room for. ``None`` where there is no padding.
+        real_BL: bool, False at padding, for the whole capacity; ``None`` if there is no padding.
         terms: Scaling, softcap and sinks; its mask is not used.
-        kernel: By the kernel, which must be there (``no_kernel``); else by the reference.
-        arrived_BH: int32 zeros for the kernel, to be kept from call to call (``ops.sparse_decode``).
-        reach: How far back the new token sees.
+        kernel: Use the kernel, which must be available (``why_no_kernel``); else the reference.
+        arrived_BH: int32 zeros for the kernel; pass the same tensor to each call (``ops.sparse_decode``).
+        reach: Which earlier tokens are visible.
     """
     if kernel:
         pool = (key_BGSTD, value_BGSTD, block_BGS)
@@ -131,7 +133,7 @@ def score_slots(
     *,
     kernel: bool = False,
 ) -> SlotScores:
-    """The scores alone, the same as with values; arguments as for ``attend_slots``."""
+    """Only the scores of ``attend_slots``, with the same arguments."""
     if kernel:
         return SlotScores(*_run(query_BHD, key_BGSTD, None, block_BGS, length_B, real_BL, terms)[1:3])
     return _reduced(slot_logits(query_BHD, key_BGSTD, block_BGS, length_B, real_BL, terms))
@@ -146,7 +148,7 @@ def slot_logits(
     terms: Terms,
     reach: Reach = WHOLE,
 ) -> Tensor:
-    """Logits of the tokens of the blocks in the slots, logits_BHST in fp32; ``-inf`` where one takes no part."""
+    """Logits of the slots' tokens, logits_BHST in fp32; ``-inf`` for tokens that take no part."""
     B, G, S, T, D = key_BGSTD.shape
     H = query_BHD.shape[1]
     token_BGST = block_BGS[..., None] * T + torch.arange(T, device=block_BGS.device)
@@ -181,7 +183,7 @@ def _run(
         key_BGSTD,
         value_BGSTD,
         block_BGS.contiguous(),
-        MOST_TOKENS if real_BL is None else real_BL.shape[1],
+        MAX_TOKENS if real_BL is None else real_BL.shape[1],
         None if real_BL is None else real_BL.contiguous(),
         None if terms.sinks_H is None else terms.sinks_H.float().contiguous(),
         terms.scaling,

@@ -1,4 +1,4 @@
-"""How much more host memory this process may take: what the machine has left, and what its control groups allow."""
+"""Host memory that this process may still allocate, limited by the machine and by control groups (containers)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_f
 
 
 def available_memory() -> int:
-    """Bytes: the least of what the system reports as available and what each limited control group has left.
+    """The least, in bytes, of what the system reports as available and what each limited control group has left.
 
-    A process that takes more is killed, in a container mostly by its control group.
+    A process that allocates more is killed, in a container usually by its control group.
     """
     return max(min([psutil.virtual_memory().available, *left_in_cgroups(CGROUPS, MEMBERSHIP)]), 0)
 
@@ -32,7 +32,7 @@ def left_in_cgroups(root: Path, membership: Path) -> Iterator[int]:
 
 
 def _left_up_to(root: Path, path: str, names: tuple[str, str, str]) -> Iterator[int]:
-    """Of a group and those that it lies in."""
+    """Bytes left in a group and in the groups that contain it."""
     limit_name, usage_name, droppable = names
     group = root / path.strip("/")
     if not group.is_dir():  # in a container the path may be the host's, and the root is the container's own group
@@ -48,7 +48,7 @@ def _left_up_to(root: Path, path: str, names: tuple[str, str, str]) -> Iterator[
 
 
 def _read(file: Path) -> str | None:
-    """The text of a file; ``None`` where it can't be read: other systems, and the root group, lack some."""
+    """The text of a file; ``None`` if unreadable: some are missing on other systems and in the root group."""
     try:
         return file.read_text("ascii")
     except OSError:

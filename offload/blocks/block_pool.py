@@ -1,7 +1,7 @@
-"""The blocks that attention can read now: a fixed number of slots per row, in device memory.
+"""BlockPool: the resident blocks of one layer in device memory, a fixed number of slots per row.
 
-Letters: B sequences, G KV heads, R rows = B·G (row = b*G + g), S slots, T tokens in a block, D head size,
-n list entries; 2 is keys then values.
+Suffixes: B sequences, G KV heads, R = B·G rows (row = b*G + g), S slots, T tokens in a block, D head size, n list
+entries; 2 is keys then values.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from attention_predictor.errors import IntegrityError
 class BlockPool:
     """Keys and values of the resident blocks of one layer.
 
-    `key_BGSTD` and `value_BGSTD` are contiguous, so attention reads them as [B, G, S*T, D] without a copy.
-    Which block a slot holds is SlotTable's to know. Before `grow` and `index`, which replace both
-    tensors, wait for outstanding fetches.
+    `key_BGSTD` and `value_BGSTD` are contiguous, so attention reads them as [B, G, S*T, D] without a copy. `SlotTable`
+    knows which block a slot holds. Before `grow` and `index`, which replace both tensors, wait for outstanding fetches.
     """
 
     def __init__(
@@ -34,8 +33,8 @@ class BlockPool:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        # Zeros, because a masked slot's values are still multiplied, by zero, and 0 · NaN is NaN.
-        # Outside of inference mode, whose tensors cannot be written to elsewhere.
+        # Zeros, because values of masked slots are multiplied by zero, and 0 · NaN is NaN.
+        # Not in inference mode: inference tensors can't be written to outside of it.
         with torch.inference_mode(False):
             self.key_BGSTD = torch.zeros((batch, kv_heads, slots, block_size, head_dim), dtype=dtype, device=device)
             self.value_BGSTD = torch.zeros_like(self.key_BGSTD)
@@ -52,10 +51,10 @@ class BlockPool:
 
     @torch.no_grad()
     def write_blocks(self, row_n: Tensor, slot_n: Tensor, kv_n2TD: Tensor) -> None:
-        """Puts block i of kv [n, 2, block_size, D] into slot `slot_n[i]` of row `row_n[i]`. Any devices.
+        """Writes block i of kv [n, 2, block_size, D] to slot `slot_n[i]` of row `row_n[i]`. Tensors on any device.
 
-        A pinned `kv_n2TD` is copied asynchronously: keep it unchanged until this device's current stream is
-        through. Raises ValueError for a wrong shape or dtype, IndexError for a slot that does not exist.
+        A pinned `kv_n2TD` is copied asynchronously: keep it unchanged until this device's current stream is done.
+        Raises ValueError for a wrong shape or dtype, IndexError for a slot that does not exist.
         """
         expected = (row_n.numel(), 2, *self.key_BGSTD.shape[3:])
         self._check("kv", kv_n2TD, expected)
@@ -66,7 +65,7 @@ class BlockPool:
 
     @torch.no_grad()
     def write_token(self, slot_R: Tensor, offset_R: Tensor, key_BG1D: Tensor, value_BG1D: Tensor) -> None:
-        """Puts one new token of every row at `offset_R` (tokens) of the slot that holds the row's tail block.
+        """Writes one new token of every row at `offset_R` (tokens) in the slot that holds the row's tail block.
 
         Raises ValueError for a wrong shape or dtype, IndexError for a slot that does not exist.
         """
@@ -79,18 +78,18 @@ class BlockPool:
         self.value_BGSTD.flatten(0, 3).index_copy_(0, index_R, value_BG1D.flatten(0, 2))
 
     def grow(self, slots: int) -> None:
-        """Adds empty slots, keeping contents: only while the context is shorter than the budget."""
+        """Adds empty slots, keeping contents. Used only while the context is shorter than the budget."""
         if slots < self.slots:
             raise ValueError(f"slots must be at least {self.slots}, got {slots}")
         self._replace(lambda kv_BGSTD: pad(kv_BGSTD, (0, 0, 0, 0, 0, slots - self.slots)))
 
     def index(self, batch_index: Tensor) -> None:
-        """Makes sequence i what sequence `batch_index[i]` was: reorders, repeats or selects (beams)."""
+        """Reorders, repeats or selects sequences: sequence i becomes the former sequence `batch_index[i]` (beams)."""
         batch_index = batch_index.to(self.key_BGSTD.device)
         self._replace(lambda kv_BGSTD: kv_BGSTD.index_select(0, batch_index))
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError, naming what was found, unless attention can read both tensors alike."""
+        """Raises IntegrityError, naming what was found, unless keys and values have the same valid form."""
         key, value = self.key_BGSTD, self.value_BGSTD
         for what in ("shape", "dtype", "device"):
             if getattr(key, what) != getattr(value, what):
@@ -101,7 +100,7 @@ class BlockPool:
             raise IntegrityError("keys and values share their memory")
 
     def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
-        # Both are computed before either is replaced: running out of device memory leaves the pool as it was.
+        # Both are computed before either is replaced, so running out of device memory leaves the pool unchanged.
         with torch.inference_mode(False), torch.no_grad():
             self.key_BGSTD, self.value_BGSTD = change(self.key_BGSTD), change(self.value_BGSTD)
 
@@ -112,12 +111,12 @@ class BlockPool:
             raise ValueError(f"size mismatch for {name}: expected {dtype} {list(expected)}, got {found}")
 
     def _flat_slots(self, row_n: Tensor, slot_n: Tensor) -> Tensor:
-        """Numbers of the slots counted over all rows, on the pool's device."""
+        """Slot numbers counted over all rows, on the pool's device."""
         if row_n.shape != slot_n.shape:
             raise ValueError(f"size mismatch for slot: expected {list(row_n.shape)}, got {list(slot_n.shape)}")
         rows = self.key_BGSTD.shape[0] * self.key_BGSTD.shape[1]
         for name, number_n, count in (("row", row_n, rows), ("slot", slot_n, self.slots)):
-            # A number out of range would land in another row. Device tensors are not asked: that would wait.
+            # A number out of range would address another row. Device tensors are not checked: that would synchronise.
             if number_n.device.type != "cpu" or not number_n.numel():
                 continue
             low, high = (int(end) for end in number_n.aminmax())

@@ -1,6 +1,6 @@
-"""Extent: how far the sequences of a cache have come, as values on the device.
+"""Extent: the lengths of a cache's sequences, as tensors on the device.
 
-Suffixes: B sequences, C blocks there is room for.
+Suffixes: B sequences, C block capacity.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from attention_predictor.arithmetic import ceil_div
 
 @dataclass(frozen=True)
 class Extent:
-    """Lengths of sequences, of which the host knows the room alone: the same operations serve every length within it.
+    """Lengths of sequences. The host knows only the capacity, so the same operations serve every length within it.
 
     Attributes:
         length_B: int64 on the compute device, tokens of each sequence, the newest included.
-        padding_B: int64, tokens of left padding of each; ``None`` where there is none.
-        capacity: C, blocks that there is room for.
+        padding_B: int64, left padding of each sequence in tokens; ``None`` if there is none.
+        capacity: C, blocks that tensors have places for.
         block_size: Tokens of a block.
     """
 
@@ -42,19 +42,19 @@ class Extent:
 
     @cached_property
     def first_block_B(self) -> Tensor:
-        """First block that is not padding alone."""
+        """First block that is not all padding."""
         return torch.zeros_like(self.length_B) if self.padding_B is None else self.padding_B // self.block_size
 
     def first_recent_B(self, tokens: int) -> Tensor:
-        """The block in which the last ``tokens`` begin; the newest token is always one of them."""
+        """The block where the last ``tokens`` tokens begin, at least the newest one."""
         return (self.length_B - max(tokens, 1)).clamp_min(0) // self.block_size
 
     @cached_property
     def begun_BC(self) -> Tensor:
-        """bool, True for blocks that hold a token."""
+        """bool, True for blocks that hold at least one token."""
         return self.block_C < self.n_blocks_B[:, None]
 
     @cached_property
     def next(self) -> Extent:
-        """The same one token later."""
+        """The extent after one more token."""
         return Extent(self.length_B + 1, self.padding_B, self.capacity, self.block_size)

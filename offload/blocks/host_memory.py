@@ -1,7 +1,7 @@
-"""HostMemory: the host memory of one engine's caches. Exact in size, pinned in parallel, free the moment a slab dies.
+"""HostMemory: the host memory of one engine's caches. Exact in size, pinned in parallel, freed when a slab dies.
 
-torch's own allocator of pinned memory rounds every block up to a power of two, pins with one thread, and pins anew what
-garbage has not given back yet.
+torch's own allocator of pinned memory rounds every block up to a power of two, pins with one thread, and reuses memory
+only after garbage collection.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from attention_predictor.offload.blocks.available_memory import available_memory
 from attention_predictor.sizes import size_text
 
 logger = logging.getLogger(__name__)
-# The driver pins one piece at a time, and nobody else gets through meanwhile: the thread that launches the model's
-# kernels should have one rival for the driver, not WORKERS of them.
+# The driver pins one piece at a time and blocks other calls meanwhile. With this lock, the thread that launches the
+# model's kernels competes with one worker for the driver, not with all of them.
 _pinning = threading.Lock()
 
-ALIGNMENT = 256  # bytes: a slab begins at a multiple
-SEGMENT_BYTES = 64 << 20  # of a segment at most, unless one slab needs more: the first is ready in some 30 ms
-SMALL_BYTES = 1 << 20  # a segment of fewer is made at once, by whoever asks
-WORKERS = 16  # threads that make them, at most
+ALIGNMENT = 256  # bytes; slabs begin at multiples
+SEGMENT_BYTES = 64 << 20  # largest segment, unless one slab needs more; the first is ready in some 30 ms
+SMALL_BYTES = 1 << 20  # smaller segments are allocated synchronously
+WORKERS = 16  # most threads that allocate segments
 SPARE_BYTES = 256 << 20  # left to the rest of the system
 
 
 class Segment:
-    """A piece of anonymous memory, pinned if asked for, of which spans are lent. Made by a worker: ``ready`` says when.
+    """A piece of anonymous memory, pinned on request, whose spans are lent. A worker allocates it: see ``ready``.
 
     Attributes:
-        pinned: Whether it is; known once it is ready.
-        free: Start and size of each free span, in order; no two of them touch.
+        pinned: Whether it is pinned; valid once it is ready.
+        free: Start and size of each free span, in order, never adjacent.
+        ready: Done when a worker has allocated and pinned the memory.
     """
 
     def __init__(self, nbytes: int, pin_for: torch.device | None, workers: Callable[[], Executor]) -> None:
@@ -65,7 +66,7 @@ class Segment:
         self.free[at : at + 1] = [(start + nbytes, size - nbytes)] if size > nbytes else []
 
     def put_back(self, start: int, nbytes: int) -> None:
-        """Free a span, and join it with free ones beside it."""
+        """Free a span, and merge it with adjacent free ones."""
         joined: list[tuple[int, int]] = []
         for begin, size in sorted([*self.free, (start, nbytes)]):
             if joined and sum(joined[-1]) == begin:
@@ -79,13 +80,13 @@ class Segment:
         return self.free == [(0, self.nbytes)]
 
     def close(self) -> None:
-        """Unpin the memory, which is the system's again as soon as the last tensor of it has died."""
+        """Unpin the memory. The system gets it back when its last tensor has died."""
         self.ready.exception()  # waits
         if self._unpin is not None:
             self._unpin()
 
     def _make(self, pin_for: torch.device | None) -> None:
-        # Touched first, a byte a page: the system gives fresh pages to several threads at once, but pins with one.
+        # Touch each page first: the system provides pages to several threads in parallel, but pins with one.
         self.bytes.numpy()[:: mmap.PAGESIZE] = 0
         if pin_for is None:
             return
@@ -96,13 +97,13 @@ class Segment:
             self.refusal = str(torch.cuda.CudaError(code))
             return
         self.pinned = True
-        # Also for a segment that nobody closes: memory that went back to the system pinned could not be pinned again.
+        # Runs even if nobody calls close(): memory returned to the system while pinned could not be pinned again.
         self._unpin = weakref.finalize(self, _unpin, address, pin_for)
         self._unpin.atexit = False
 
 
 def _register(address: int, nbytes: int) -> int:
-    """Pin memory for every device; CUDA's code, 0 if it did."""
+    """Pin memory for every device. Returns CUDA's error code, 0 on success."""
     portable = 1
     return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, portable))
 
@@ -113,18 +114,18 @@ def _unpin(address: int, device: torch.device) -> None:
 
 
 class HostMemory:
-    """Lends slabs. What a slab takes is lent again when its tensor has died; no garbage collection is needed.
+    """Lends slabs. A slab's memory is free again as soon as its tensor has died, without garbage collection.
 
-    Any thread may borrow, and a slab may die on any. Segments stay until ``close``, or until another needs their room.
+    Slabs may be borrowed and die on any thread. Segments stay until ``close``, or until their memory is needed.
     """
 
     def __init__(self, pin_for: torch.device | None = None, note: Callable[[str], None] = logger.warning) -> None:
-        """``pin_for``: a GPU that reads the memory, which is page-locked for it; ``note`` hears if that is refused."""
+        """``pin_for``: the GPU that the memory is pinned for; ``note`` is called with a message if pinning fails."""
         self.pin_for, self.note = pin_for, note
         self._refused = False
         self._segments: list[Segment] = []
-        self._full: dict[int, int] = {}  # by size: segments at the beginning that have no room for it
-        self._returned: deque[tuple[Segment, int, int]] = deque()  # by finalizers, which must not wait for a lock
+        self._full: dict[int, int] = {}  # by size: number of leading segments without a large enough span
+        self._returned: deque[tuple[Segment, int, int]] = deque()  # filled by finalizers, which must not take a lock
         self._lock = threading.RLock()
         self._workers: ThreadPoolExecutor | None = None
         self._closed = False
@@ -141,12 +142,12 @@ class HostMemory:
 
     @property
     def unready_bytes(self) -> int:
-        """Bytes of segments that are being made; the system still counts much of them as available."""
+        """Bytes of segments being allocated, which the system may still report as available."""
         return sum(segment.nbytes for segment in self._segments if not segment.ready.done())
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that can be lent without taking more from the system."""
+        """Bytes that can be lent without allocating more."""
         with self._lock:
             self._collect()
             return sum(size for segment in self._segments for _, size in segment.free)
@@ -155,7 +156,7 @@ class HostMemory:
         """A slab, uninitialised, and whether it is pinned.
 
         Raises:
-            HostMemoryError: The system has too little left.
+            HostMemoryError: Too little memory is available.
         """
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes == 0:
@@ -183,10 +184,10 @@ class HostMemory:
         return slab, segment.pinned
 
     def prepare(self, slabs: Iterable[tuple[int, int]]) -> None:
-        """Begin to make room for so many slabs of so many bytes each (pairs), beside what the caller does next.
+        """Start allocating memory for slabs, given as pairs (bytes of each, number), in the background.
 
         Raises:
-            HostMemoryError: The system has too little left.
+            HostMemoryError: Too little memory is available.
         """
         with self._lock:
             self._collect()
@@ -199,7 +200,7 @@ class HostMemory:
                         spans[at] = size - taken * room, segment
                         counted.append(segment)
                         count -= taken
-                # As many segments as there are workers, within what is worth one.
+                # One segment per worker, within the limits of a segment's size.
                 size = min(max(ceil_div(count * room, WORKERS), SMALL_BYTES), SEGMENT_BYTES)
                 each = max(size // room, 1)
                 while count > 0:
@@ -207,7 +208,7 @@ class HostMemory:
                     count -= each
 
     def close(self) -> None:
-        """Give everything back to the system: now what is free, the rest when its slabs die. Idempotent."""
+        """Return memory to the system: free segments now, others when their slabs die. Idempotent."""
         with self._lock:
             self._closed = True
             self._collect()
@@ -215,7 +216,7 @@ class HostMemory:
                 self._workers.shutdown(wait=False)
 
     def check_integrity(self) -> None:
-        """Raise ``IntegrityError`` unless free spans lie within their segments, in order, and apart."""
+        """Raise ``IntegrityError`` unless free spans are within their segments, in order, and not adjacent."""
         with self._lock:
             self._collect()
             for segment in self._segments:
@@ -225,7 +226,7 @@ class HostMemory:
                     raise IntegrityError(f"a segment of {segment.nbytes} bytes has free spans {segment.free}")
 
     def _find(self, room: int) -> tuple[Segment, int] | None:
-        """The first segment with room, and the smallest span in it that does."""
+        """The first segment with a large enough span, and the start of its smallest such span."""
         for number in range(self._full.get(room, 0), len(self._segments)):
             segment = self._segments[number]
             fitting = [(size, start) for start, size in segment.free if size >= room]
@@ -235,7 +236,7 @@ class HostMemory:
         return None
 
     def _add(self, nbytes: int, keep: Sequence[Segment] = ()) -> Segment:
-        """One more segment; free ones but for ``keep`` give way where the system has too little left."""
+        """Allocate a segment; if memory is short, drop free segments that are not in ``keep``."""
         limit = available_memory() - SPARE_BYTES - self.unready_bytes
         for segment in [one for one in self._segments if one.is_free and one not in keep]:
             if nbytes <= limit:
@@ -271,7 +272,7 @@ class HostMemory:
             self.close()
 
     def _collect(self) -> None:
-        """Free what has been given back since. The device may still copy to it or read it."""
+        """Free the spans of slabs that have died, after waiting for the device, which may still use them."""
         if self._returned and self.pin_for is not None:
             torch.cuda.synchronize(self.pin_for)
         while self._returned:

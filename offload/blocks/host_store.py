@@ -1,7 +1,7 @@
-"""Every block that ever existed, of one layer, in CPU memory: the tier that nothing is lost from.
+"""HostStore: all keys and values of one layer in CPU memory. It keeps every block that ever existed.
 
-Letters: B sequences, G KV heads, R rows = B·G (row = b*G + g), T tokens in a call, D head size, S slabs of a
-chunk, n list entries; 2 is keys then values.
+Suffixes: B sequences, G KV heads, R = B·G rows (row = b*G + g), T tokens in a call, D head size, S slabs of a chunk, n
+list entries; 2 is keys then values.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from torch import Tensor
 from attention_predictor.csrc import ops
 from attention_predictor.errors import IntegrityError
 from attention_predictor.offload.blocks.host_memory import HostMemory
-from attention_predictor.offload.blocks.transfer import Outbox, Shipment, inward, outbox
+from attention_predictor.offload.blocks.transfer import HostCopier, PendingCopy, host_copier, upload_stream
 
-UNSETTLED_TOKENS = 64  # at the end, that may be late where nothing is read for a while
+UNSETTLED_TOKENS = 64  # last tokens whose copies `append` does not wait for
 
 
 class _Arrival(NamedTuple):
-    """Appended tokens that are on their way: the copies, the first token, and what has to be put in its place then."""
+    """Appended tokens whose copies are pending, and staged parts that must be scattered to slabs afterwards."""
 
-    shipment: Shipment
+    pending_copy: PendingCopy
     start: int
-    staged: list[tuple[int, Tensor]]  # first token, and a run of tokens as `_target` is shaped
+    staged: list[tuple[int, Tensor]]  # first token, and a run of tokens in the shape of `_target`
 
 
 class HostStore:
     """Append-only keys and values of one layer, in slabs [B, G, slab_blocks, 2, block_size, D].
 
-    A block's keys and values are contiguous, so one block is one copy. Slabs, rather than one tensor that
-    doubles, keep the memory over what is needed under one slab and never move what was written.
+    A block's keys and values are contiguous, so one block is one copy. Slabs waste less than one slab of memory and
+    never move written data, unlike one tensor that doubles.
 
-    From a GPU to pinned slabs, `append` returns before its copies are made. Whatever reads or changes slabs begins
-    with `settle`, which waits for them; so must whoever is given the slabs' `addresses`.
+    From a GPU to pinned slabs, `append` returns before its copies are done. Every method that reads or changes slabs
+    first calls `settle`, which waits for them. Callers that use the slabs' `addresses` must do the same.
 
-    Another thread may `gather` while this one appends, as long as it leaves the block being written alone.
-    Before `truncate` and `index`, wait for outstanding fetches, also for a GPU that reads the slabs itself.
+    Another thread may `gather` while this one appends, but not the block being written. Before `truncate` and `index`,
+    wait for outstanding fetches, including those that a GPU does itself.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class HostStore:
         memory: HostMemory | None = None,
         kernel: bool = True,
     ) -> None:
-        """`memory` lends the slabs; without one they are pageable, and of this store alone.
+        """`memory` lends the slabs; `None`: pageable memory of this store's own.
 
-        `kernel`: `gather` uses the compiled one where it can be built.
+        `kernel`: whether `gather` uses the compiled kernel, if it can be built.
         """
         self.batch, self.kv_heads, self.head_dim, self.dtype = batch, kv_heads, head_dim, dtype
         self.block_size, self.slab_blocks = block_size, slab_blocks
         self.memory = HostMemory() if memory is None else memory
-        self.pinned = self.memory.pin_for is not None  # until a slab is not
+        self.pinned = self.memory.pin_for is not None  # False once a slab is not pinned
         self.kernel = kernel
         self.length = 0
         self._slabs: list[Tensor] = []
-        self._addresses_made: tuple[list[int], Tensor] | None = None  # from what, and the tensor
+        self._addresses_made: tuple[list[int], Tensor] | None = None  # the addresses, and the tensor made from them
         self._arrivals: deque[_Arrival] = deque()
         self._settling = threading.Lock()
         self._written_by_gpu = False  # since the last `settle`, by `advance`
@@ -80,7 +80,7 @@ class HostStore:
 
     @property
     def room(self) -> int:
-        """Tokens that the slabs have room for."""
+        """Tokens that the slabs can hold."""
         return len(self._slabs) * self.slab_blocks * self.block_size
 
     @property
@@ -90,7 +90,7 @@ class HostStore:
 
     @torch.no_grad()
     def append(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
-        """Adds T ≥ 0 tokens from any device. They must not be changed before `settle`.
+        """Appends T ≥ 0 tokens from any device. The tensors must not be changed before `settle`.
 
         Raises ValueError (wrong shape or dtype) or HostMemoryError, leaving the store as it was.
         """
@@ -98,21 +98,21 @@ class HostStore:
         self._check_input("key", key_BGTD, tokens)
         self._check_input("value", value_BGTD, tokens)
         length, slabs = self.length, len(self._slabs)
-        way = self._way(key_BGTD.device)
+        copier = self._copier(key_BGTD.device)
         try:
             self._reserve(length + tokens)
-            if way is None:
+            if copier is None:
                 self._write(key_BGTD, value_BGTD)
             else:
-                self._send(way, key_BGTD, value_BGTD)
+                self._send(copier, key_BGTD, value_BGTD)
             self.length = length + tokens
-        except BaseException:  # out of memory, or interrupted: drop what is half written
-            self._undo(length, slabs, way)
+        except BaseException:  # out of memory, or interrupted: remove partly written tokens
+            self._undo(length, slabs, copier)
             raise
 
     @torch.no_grad()
     def settle(self, stop: int | None = None) -> None:
-        """Returns when every token appended, or every one before `stop`, is in the slabs."""
+        """Waits until all appended tokens, or those before `stop`, are in the slabs."""
         with self._settling:
             if self._written_by_gpu:
                 self._written_by_gpu = False
@@ -120,10 +120,10 @@ class HostStore:
                     torch.cuda.synchronize()
             while self._arrivals and (stop is None or self._arrivals[0].start < stop):
                 arrival = self._arrivals[0]
-                arrival.shipment.wait()
+                arrival.pending_copy.wait()
                 for start, kv in arrival.staged:
                     self._put(start, kv)
-                self._arrivals.popleft()  # last: after an interrupt the same is done again
+                self._arrivals.popleft()  # last, so that it is repeated after an interrupt
 
     def gather(self, row_n: Tensor, block_n: Tensor, out: Tensor | None = None) -> Tensor:
         """Blocks as kv [n, 2, block_size, D]; tokens not yet written read as zeros.
@@ -138,7 +138,7 @@ class HostStore:
         if kv_n2TD.shape != (expected := (n, 2, self.block_size, self.head_dim)):
             raise ValueError(f"size mismatch for out: expected {list(expected)}, got {list(kv_n2TD.shape)}")
         host = kv_n2TD.device
-        if n and self.kernel and ops.missing(host) is None:
+        if n and self.kernel and ops.why_no_kernels(host) is None:
             slab_s = self.addresses(host)
             ops.gather_to_host(slab_s, self.slab_blocks, row_n.contiguous(), block_n.contiguous(), kv_n2TD)
         elif n:
@@ -164,32 +164,32 @@ class HostStore:
         return key_BGTD, value_BGTD
 
     def stream(self, stop: int, tokens: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The tokens before `stop`, in order, about `tokens` at a time: first token, keys and values [B, G, T, D].
+        """Yields the tokens before `stop` in order, about `tokens` at a time: first token, keys, values [B, G, T, D].
 
-        They are valid until the next are asked for, on the stream that is current now; the copies of the next run
-        beside what is done with these. Raises IndexError beyond what is stored.
+        They are valid until the next request, on the stream that is current now. The next copies overlap with the use
+        of these. Raises IndexError beyond the stored tokens.
         """
         if not 0 <= stop <= self.length:
             raise IndexError(f"token range [0, {stop}) is outside of the {self.length} tokens stored")
         self.settle(stop)
         slab_tokens = self.slab_blocks * self.block_size
         n_slabs = self._slabs_for(stop)
-        S = min(max(tokens // slab_tokens, 1), n_slabs)  # in whole slabs, which are contiguous
+        S = min(max(tokens // slab_tokens, 1), n_slabs)  # whole slabs, which are contiguous
         chunks = range(0, n_slabs, max(S, 1))
-        streams, side = torch.get_device_module(device), inward(device)
+        streams, side = torch.get_device_module(device), upload_stream(device)
         current = streams.current_stream(device)
         shape = (2, self.batch, self.kv_heads, S, self.slab_blocks, self.block_size, self.head_dim)
         like: dict[str, Any] = {"dtype": self.dtype, "device": device}
-        with streams.stream(side):  # memory of that stream: what it does there is in order with the last call's
+        with streams.stream(side):  # allocated on that stream, so that its use is ordered after the last call's
             kv_2BGSnTD = [torch.empty(shape, **like) for _ in chunks[:2]]
-            # Slabs as they are, whose layout the GPU changes; on a CPU one copy does both.
+            # The GPU gets slabs unchanged and rearranges them; on a CPU one copy does both.
             raw = None if device.type == "cpu" else torch.empty((S, *self._slab_shape(self.batch)), **like)
 
         def load(number: int) -> Any:
             slabs = self._slabs[chunks[number] : min(chunks[number] + S, n_slabs)]
             into = kv_2BGSnTD[number % 2][:, :, :, : len(slabs)]
             if number > 1:
-                side.wait_stream(current)  # what was there has been used
+                side.wait_stream(current)  # the previous contents have been used
             with streams.stream(side):
                 for i, slab in enumerate(slabs):
                     if raw is None:
@@ -212,8 +212,8 @@ class HostStore:
                 key_BGTD, value_BGTD = kv_2BGSnTD[number % 2].flatten(3, 5)[:, :, :, : stop - start]
                 yield start, key_BGTD, value_BGTD
         finally:
-            # Also when the caller has had enough: whoever waits for its stream has waited for the slabs to be read,
-            # and the next call writes to the same memory.
+            # Even if the caller stops early: waiting for its stream then includes the slabs' reads, and the next call
+            # may reuse the memory.
             current.wait_stream(side)
             side.wait_stream(current)
 
@@ -227,13 +227,13 @@ class HostStore:
         self._clear_tail()
 
     def index(self, batch_index: Tensor) -> None:
-        """Makes sequence i what sequence `batch_index[i]` was: reorders, repeats or selects (beams)."""
+        """Reorders, repeats or selects sequences: sequence i becomes the former sequence `batch_index[i]` (beams)."""
         self.settle()
         batch_index = batch_index.cpu()
         batch = batch_index.numel()
         if batch == self.batch:
             if not torch.equal(batch_index, torch.arange(batch)):
-                for slab in self._slabs:  # in place: beams reorder every step, and only one slab is held twice
+                for slab in self._slabs:  # in place: beams reorder every step, and only one slab is copied at a time
                     slab.copy_(slab.index_select(0, batch_index))
             return
         slabs = []
@@ -243,7 +243,7 @@ class HostStore:
         self._slabs, self.batch = slabs, batch
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError, naming what was found, unless the slabs are what the length asks for."""
+        """Raises IntegrityError, naming what was found, unless the slabs fit the length."""
         self.settle()
         if len(self._slabs) < (needed := self._slabs_for(self.length)):
             raise IntegrityError(f"{self.length} tokens need {needed} slabs, found {len(self._slabs)}")
@@ -262,7 +262,7 @@ class HostStore:
                 raise IntegrityError(f"{written} numbers beyond token {self.length} are not zero")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostStore:
-        """A store with its own memory: a pinned one stays pinned, which a copied tensor would not."""
+        """A store with its own memory; pinned stays pinned, unlike in a copied tensor."""
         self.settle()
         twin = memo[id(self)] = copy.copy(self)
         twin._arrivals, twin._settling = deque(), threading.Lock()
@@ -270,21 +270,21 @@ class HostStore:
         return twin
 
     def reserve(self, tokens: int) -> None:
-        """Room for so many tokens in all: until then `append` allocates nothing, and `addresses` stays as it is.
+        """Allocates slabs for `tokens` tokens in all. Until then `append` allocates nothing; `addresses` is constant.
 
-        Raises HostMemoryError; what was allocated until then is kept.
+        Raises HostMemoryError; slabs allocated before the error are kept.
         """
         self._reserve(tokens)
 
     def advance(self, tokens: int) -> None:
-        """Count tokens that a GPU has written into the room there is (`csrc/gather.cu`)."""
+        """Counts tokens that a GPU has written to the slabs itself (`csrc/gather.cu`)."""
         if self._slabs_for(self.length + tokens) > len(self._slabs):
             raise ValueError(f"no room for {tokens} tokens beyond {self.length}")
         self.length += tokens
         self._written_by_gpu = True
 
     def addresses(self, device: torch.device) -> Tensor:
-        """The slabs' addresses, int64; made anew when the slabs have changed, or for another device."""
+        """The slabs' addresses, int64; cached until slabs or device change."""
         self.settle()
         found, made = [slab.data_ptr() for slab in self._slabs], self._addresses_made
         if made is None or made[0] != found or made[1].device != device:
@@ -306,35 +306,37 @@ class HostStore:
         missing = self._slabs_for(tokens) - len(self._slabs)
         self._slabs += [self._new_slab(self.batch) for _ in range(missing)]
 
-    def _way(self, device: torch.device) -> Outbox | None:
-        """What copies from there beside the computation; None where `append` copies itself."""
-        return outbox(device) if self.pinned and device.type == "cuda" else None
+    def _copier(self, device: torch.device) -> HostCopier | None:
+        """The asynchronous copier for this device; None if `append` copies synchronously."""
+        return host_copier(device) if self.pinned and device.type == "cuda" else None
 
     def _write(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
-        self.settle()  # what is on its way may be of the same block
+        self.settle()  # pending copies may belong to the same block
         for start, parts in self._runs(key_BGTD, value_BGTD):
-            # Stacked where the tokens are: one transfer carries both keys and values.
+            # Stacked on the source device, so that one transfer carries keys and values.
             self._put(start, torch.stack(parts, dim=-3))
 
-    def _send(self, way: Outbox, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
-        self.settle(self.length - UNSETTLED_TOKENS)  # long there, but someone has to put them in their places
-        # What is sent is kept until it has been read; a view would keep all it is a view of, such as the queries.
+    def _send(self, copier: HostCopier, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+        self.settle(self.length - UNSETTLED_TOKENS)  # these copies are long done, but staged parts must be scattered
+        # Tensors are kept alive until copied. A view would keep its whole storage alive, such as the queries.
         whole = [kv if kv.untyped_storage().nbytes() == kv.nbytes else kv.clone() for kv in (key_BGTD, value_BGTD)]
         pieces, staged = [], []
         for start, parts in self._runs(*whole):
             target = self._target(start, parts[0])
-            if not target.is_contiguous():  # scattered copies are slow: one copy now, and `settle` scatters it
+            if (
+                not target.is_contiguous()
+            ):  # scattered copies are slow: copy to a staging tensor, which `settle` scatters
                 with torch.inference_mode(False):  # `settle` may be called outside of that mode
                     target = torch.empty(target.shape, dtype=self.dtype, pin_memory=self.pinned)
                 staged.append((start, target))
             pieces.append((target, parts))
         if pieces:
-            self._arrivals.append(_Arrival(way.send(pieces), self.length, staged))
+            self._arrivals.append(_Arrival(copier.send(pieces), self.length, staged))
 
-    def _undo(self, length: int, slabs: int, way: Outbox | None) -> None:
-        """Makes the store what it was before an `append` that failed."""
-        if way is not None:
-            way.drain()  # else it would go on writing to slabs that are freed or written to otherwise
+    def _undo(self, length: int, slabs: int, copier: HostCopier | None) -> None:
+        """Restores the store after a failed `append`."""
+        if copier is not None:
+            copier.drain()  # else it would write to slabs that are freed or reused
         with self._settling:
             while self._arrivals and self._arrivals[-1].start >= length:
                 self._arrivals.pop()
@@ -343,15 +345,15 @@ class HostStore:
         self._clear_tail()
 
     def _clear_tail(self) -> None:
-        """Zeros beyond the last token in its block."""
+        """Zeros the last block beyond the last token."""
         block, offset = divmod(self.length, self.block_size)
         if offset:
             self._slabs[block // self.slab_blocks][:, :, block % self.slab_blocks, :, offset:].zero_()
 
     def _runs(self, key_BGTD: Tensor, value_BGTD: Tensor) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """New tokens cut at slabs, and where a block is not whole: first token, keys and values.
+        """Splits new tokens at slab boundaries and into whole and partial blocks: first token, keys, values.
 
-        Whole blocks are [B, G, blocks, block_size, D], a part of one is [B, G, T, D].
+        Whole blocks are [B, G, blocks, block_size, D], a partial block is [B, G, T, D].
         """
         done, tokens = 0, key_BGTD.shape[2]
         while done < tokens:
@@ -369,7 +371,7 @@ class HostStore:
             done += taken
 
     def _target(self, start: int, part: Tensor) -> Tensor:
-        """Where keys and values of a run belong, of which `part` is the keys: a view [B, G, …, 2, T, D]."""
+        """The slab view [B, G, …, 2, T, D] for a run's keys and values; `part` is the run's keys."""
         block, offset = divmod(start, self.block_size)
         slab, first = self._slabs[block // self.slab_blocks], block % self.slab_blocks
         if part.dim() == 5:
@@ -377,11 +379,11 @@ class HostStore:
         return slab[:, :, first, :, offset : offset + part.shape[2]]
 
     def _put(self, start: int, kv: Tensor) -> None:
-        """Copies a run's keys and values, stacked in dimension −3, to their place."""
+        """Copies a run's keys and values, stacked in dimension −3, to the slab."""
         target = self._target(start, kv.select(-3, 0))
         if kv.dim() == 5 and start % self.block_size == 0:
-            # Slabs come uninitialised (zeroing gigabytes would cost seconds), so a partly filled block is zeroed
-            # when it is opened; full blocks are overwritten whole.
+            # Slabs are uninitialised (zeroing gigabytes would take seconds), so a new partial block is zeroed first;
+            # full blocks are overwritten whole.
             block = start // self.block_size
             self._slabs[block // self.slab_blocks][:, :, block % self.slab_blocks].zero_()
         target.copy_(kv)
@@ -411,11 +413,11 @@ class HostStore:
 
 
 def gather_reference(slabs: list[Tensor], row_n: Tensor, block_n: Tensor, out_n2TD: Tensor) -> None:
-    """What `ops.gather_to_host` does, in torch operations."""
+    """The reference of `ops.gather_to_host`, in torch operations."""
     slab_blocks = slabs[0].shape[2]
     slab_n = block_n // slab_blocks
     entry_n = row_n * slab_blocks + block_n % slab_blocks
-    # Grouped by slab: one vectorised read a slab, then one pass that restores the caller's order.
+    # Grouped by slab: one vectorised read per slab, then one pass to restore the caller's order.
     order_n = torch.argsort(slab_n, stable=True)
     sorted_n, grouped_n2TD = entry_n[order_n], torch.empty_like(out_n2TD)
     start = 0

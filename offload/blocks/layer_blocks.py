@@ -1,7 +1,7 @@
-"""LayerBlocks: one layer's blocks, all of them in host memory, those that matter in a pool on the device.
+"""LayerBlocks: one layer's blocks, all in host memory and the selected ones in a pool on the device.
 
-Suffixes: B sequences, G KV heads, R rows = B·G, T tokens, D head size, S slots, C blocks there is room for; n: one
-entry a moved block.
+Suffixes: B sequences, G KV heads, R = B·G rows, T tokens, D head size, S slots, C block capacity; n: one entry per
+moved block.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from attention_predictor.offload.config import OffloadConfig
     from attention_predictor.offload.stats import DeviceCounts, Stats
 
-ROOM_BLOCKS = 64  # by which the room for blocks grows: doubling would waste the memory this library saves
-POOL_STEP = 16  # slots by which the pool grows while the context is shorter than the budget
+CAPACITY_BLOCKS = 64  # the capacity grows by this many blocks: doubling would waste the memory this library saves
+POOL_STEP = 16  # the pool grows by this many slots while the context is shorter than the budget
 
 
-class Common(Protocol):
-    """What the blocks of all layers have in common (``Runtime``)."""
+class BlockRuntime(Protocol):
+    """What ``LayerBlocks`` needs of ``Runtime``."""
 
     config: OffloadConfig
     stats: Stats
@@ -48,13 +48,13 @@ class Common(Protocol):
 
 
 class LayerBlocks:
-    """``HostStore``, ``BlockPool`` and ``SlotTable`` of one layer, and every way a block takes between them.
+    """``HostStore``, ``BlockPool`` and ``SlotTable`` of one layer, and all moves of blocks between them.
 
-    A GPU with kernels and pinned memory moves blocks by itself; else the host reads what is to be moved, and moves it.
-    After ``fetch_ahead`` the prefetch thread may be at work on pool and table: ``settle`` comes before anything else.
+    A GPU with kernels and pinned memory moves blocks itself. Otherwise the host reads the move lists and moves blocks.
+    After ``fetch_ahead`` the prefetch thread may be changing pool and table: call ``settle`` before anything else.
 
     Attributes:
-        capacity: Blocks that table and policy have room for.
+        capacity: Blocks that table and policy have places for.
         counts: int64 on the device, as ``DeviceCounts.of_layer``.
 
     Raises:
@@ -63,7 +63,7 @@ class LayerBlocks:
 
     def __init__(
         self,
-        runtime: Common,
+        runtime: BlockRuntime,
         number: int,
         *,
         batch: int,
@@ -86,10 +86,10 @@ class LayerBlocks:
         self.counts = runtime.counts.of_layer(number, self.block_bytes)
         self.capacity = 0
         self.ticket: Ticket | None = None
-        self._may_move = kernels and binding.on_gpu(device) and ops.missing(device) is None
+        self._may_move = kernels and binding.on_gpu(device) and ops.why_no_kernels(device) is None
         self._slab_s: Tensor | None = None
-        self.padding_B: Tensor | None = None  # int64, tokens of left padding of each sequence; None: there is none
-        self._device_length_B: Tensor | None = None  # while captured steps count for themselves
+        self.padding_B: Tensor | None = None  # int64, left padding of each sequence in tokens; None: no padding
+        self._device_length_B: Tensor | None = None  # during captured steps, which count tokens on the device
         self._length_B = self._counted(0)
 
     @property
@@ -100,10 +100,10 @@ class LayerBlocks:
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
     def reserve(self, tokens: int) -> None:
-        """Room for so many tokens, where the GPU writes them itself; in the table for one more."""
+        """Reserve host memory for ``tokens`` tokens if the GPU writes them itself, and table places for one more."""
         blocks = ceil_div(tokens + 1, self.block_size)
         if blocks > self.capacity:
-            self.capacity = ceil_div(blocks, ROOM_BLOCKS) * ROOM_BLOCKS
+            self.capacity = ceil_div(blocks, CAPACITY_BLOCKS) * CAPACITY_BLOCKS
             self.table.reserve(self.capacity)
         if self.device_moves and tokens > self.store.room:
             self.store.reserve(tokens)
@@ -111,7 +111,7 @@ class LayerBlocks:
 
     @property
     def device_moves(self) -> bool:
-        """Whether the GPU reads and writes host memory itself."""
+        """Whether the GPU itself reads and writes host memory."""
         return self._device_length_B is not None or (self._may_move and self.store.pinned)
 
     def append(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
@@ -120,11 +120,11 @@ class LayerBlocks:
         self.store.append(key_BGTD, value_BGTD)
         self._slab_s = None
         self.reserve(self.store.length)
-        self.table.drop_from(start // self.block_size)  # the tail block has grown behind the pool's back
+        self.table.drop_from(start // self.block_size)  # the pool's copy of the tail block is outdated
         self._length_B = self._counted(0)
 
     def advance(self) -> None:
-        """Count the token of the step that comes; the host's part of it."""
+        """Count the next step's token on the host."""
         if self._device_length_B is not None:
             self.store.advance(1)
             return
@@ -134,7 +134,7 @@ class LayerBlocks:
         self._length_B = self._counted(0 if self.device_moves else 1)
 
     def append_token(self, key_BGD: Tensor, value_BGD: Tensor, extent: Extent) -> None:
-        """Write the step's token to its block in host memory and in the pool; ``extent`` counts it already."""
+        """Write the step's token to its block in host memory and in the pool. ``extent`` already counts the token."""
         pool, length_B = self.pool, extent.length_B
         if self.device_moves:
             into = (pool.key_BGSTD, pool.value_BGSTD, self._slabs(), self.store.slab_blocks)
@@ -150,9 +150,9 @@ class LayerBlocks:
         pool.write_token(slot_R, offset_R, key_BG1D, value_BG1D)
 
     def stream(self, tokens: int, stop: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """First token, keys and values of those before ``stop`` (all), from host memory, about ``tokens`` at a time.
+        """Keys and values before token ``stop`` (default: all), from host memory, about ``tokens`` tokens at a time.
 
-        They are valid until the next are asked for.
+        Yields the first token's number, keys and values, valid until the next request.
         """
         stop = self.store.length if stop is None else stop
         for start, key_BGTD, value_BGTD in self.store.stream(stop, tokens, self.device):
@@ -164,13 +164,13 @@ class LayerBlocks:
     def choose(
         self, selection: Selection, extent: Extent, scores: Tensor | Estimates, late_blocks: int | None
     ) -> Tensor | None:
-        """Choose what this step attends to and fetch what is missing, within the step; as ``SlotTable.choose``."""
+        """Choose the blocks of this step and fetch the absent ones within the step; see ``SlotTable.choose``."""
         limits = selection.limits(self.length)
         rest_BH = self.table.choose(limits, extent, scores, late_blocks, self.counts, self._kernel)
         if late_blocks is not None:
             started = time.perf_counter()
             try:
-                moved = self._move(self.runtime.counts.spent_1)
+                moved = self._move(self.runtime.counts.stall_ns_1)
             except Exception as error:
                 raise FetchError(f"layer {self.number}: a late fetch failed: {error!r}") from error
             if moved:
@@ -185,7 +185,7 @@ class LayerBlocks:
         more: int,
         run: Callable[[Callable[[], None]], Ticket | None],
     ) -> None:
-        """Choose what the next token attends to, and ``more`` blocks, and fetch them; ``run`` says when."""
+        """Choose and fetch the blocks of the next token and ``more`` others; ``run`` starts the job."""
         self._fit_pool(selection)
         limits = selection.limits(self.length + 1, more)
         self.ticket = run(partial(self._choose_ahead, limits, extent, score_BGC))
@@ -195,18 +195,18 @@ class LayerBlocks:
         self._move(None)
 
     def settle(self) -> None:
-        """Wait until the blocks fetched ahead are in the pool."""
+        """Wait until the blocks fetched ahead are in the pool; the time counts as exposed wait."""
         if self.ticket is not None:
             ticket, self.ticket = self.ticket, None
             self.runtime.stats.exposed_wait_ms += self.runtime.prefetcher.wait(ticket)
 
     def count_attended(self) -> None:
-        """Count the active blocks, where no choice has."""
+        """Count the active blocks, for policies whose step does not choose."""
         self.counts[0] += (self.table.active_RS >= 0).sum()
 
     @property
     def active_BGS(self) -> Tensor:
-        """int64, the block in each slot that attention reads, -1 for the others."""
+        """int64, the block in each slot that attention reads, -1 for other slots."""
         return self.table.active_RS.unflatten(0, (-1, self.kv_heads))
 
     @property
@@ -216,16 +216,16 @@ class LayerBlocks:
 
     @property
     def _kernel(self) -> bool:
-        """Whether a kernel chooses."""
-        return self.device_moves and self.pool.slots <= ops.most_slots(self.device, self.capacity)
+        """Whether a kernel chooses blocks."""
+        return self.device_moves and self.pool.slots <= ops.max_slots(self.device, self.capacity)
 
-    def _move(self, spent_1: Tensor | None) -> int:
-        """Fetch what the table lists; the blocks moved, where the host knows."""
+    def _move(self, stall_ns_1: Tensor | None) -> int:
+        """Fetch the blocks that the table lists. Returns their number if the host moved them, else 0."""
         table, pool = self.table, self.pool
         if self.device_moves:
             moves = table.tensors[4:7]
             slabs = (self._slabs(), self.store.slab_blocks)
-            ops.move_blocks(*slabs, *moves, pool.key_BGSTD, pool.value_BGSTD, spent_1)
+            ops.move_blocks(*slabs, *moves, pool.key_BGSTD, pool.value_BGSTD, stall_ns_1)
             return 0
         row_n, block_n, slot_n = table.moves()
         if len(row_n):
@@ -233,17 +233,16 @@ class LayerBlocks:
         return len(row_n)
 
     def _slabs(self) -> Tensor:
-        """Addresses of the store's slabs; to find them anew waits for what is on its way there."""
+        """Addresses of the store's slabs, cached. Looking them up waits for copies to host memory."""
         if self._slab_s is None:
             self._slab_s = self.store.addresses(self.device)
         return self._slab_s
 
     def _fit_pool(self, selection: Selection) -> None:
-        """Slots for the next token: more while the context is shorter than the budget, fewer once a smaller one holds.
-
-        A pool that shrinks is emptied: what is chosen next is fetched anew.
+        """Size the pool for the next token. It grows with a context shorter than the budget, and shrinks once a
+        smaller budget takes effect; a pool that shrinks is emptied.
         """
-        slots, most = selection.slots(self.length + 1), selection.most_slots_at(self.length + 1)
+        slots, most = selection.slots(self.length + 1), selection.max_slots_at(self.length + 1)
         if slots > self.pool.slots:
             self.grow(min(slots + POOL_STEP, most))
         elif most < self.pool.slots:
@@ -257,7 +256,7 @@ class LayerBlocks:
             self.table.reserve(self.capacity)
 
     def grow(self, slots: int) -> None:
-        """At least so many slots a row."""
+        """Grow to at least ``slots`` slots per row."""
         if slots > self.pool.slots:
             self.pool.grow(slots)
             self.table.grow(slots)
@@ -265,7 +264,7 @@ class LayerBlocks:
     # ---- captured steps --------------------------------------------------------------------------------------------
 
     def enter(self, length_B: Tensor, tokens: int, slots: int) -> None:
-        """From now on whoever takes the steps counts tokens in ``length_B``; nothing moves until there are so many."""
+        """Switch to captured steps, which count tokens in ``length_B``. No tensor is reallocated up to ``tokens``."""
         self.settle()
         self._device_length_B = self._length_B = length_B
         self.grow(slots)
@@ -273,23 +272,23 @@ class LayerBlocks:
         self._slabs()
 
     def leave(self) -> None:
-        """The host counts again."""
+        """Switch back: the host counts tokens."""
         self._device_length_B = None
         self._length_B = self._counted(0)
 
     @property
     def extent(self) -> Extent:
-        """How far the sequences have come; one object a step, so that nothing of an earlier one is kept in a graph."""
+        """The sequences' lengths. A new object each step: a graph must not keep tensors that an earlier step cached."""
         return Extent(self._length_B, self.padding_B, self.capacity, self.block_size)
 
     def _counted(self, coming: int) -> Tensor:
-        """The length of the sequences: of the tokens stored and as many more, by the host, or by captured steps."""
+        """The sequences' lengths: tokens stored plus ``coming``; during captured steps their own counter."""
         if self._device_length_B is not None:
             return self._device_length_B
         with torch.inference_mode(False):
             return torch.full((self.store.batch,), self.store.length + coming, device=self.device)
 
-    # ---- sequences that shrink, and change places --------------------------------------------------------------------
+    # ---- cropping and reordering ------------------------------------------------------------------------------------
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from ``length`` on."""
@@ -312,13 +311,13 @@ class LayerBlocks:
         self._length_B = self._counted(0)
 
     def _release(self) -> None:
-        """Wait until the GPU no longer reads host memory, which is about to change."""
+        """Wait until the GPU no longer reads host memory that is about to change."""
         if self.device.type == "cuda":
-            # ``settle`` has ordered the fetches before it, and so has ``HostStore.stream`` its copies.
+            # ``settle`` and ``HostStore.stream`` have ordered their copies before this stream's later work.
             torch.cuda.current_stream(self.device).synchronize()
 
     def check_integrity(self) -> None:
-        """Raise ``IntegrityError`` if anything contradicts itself: a resident block must equal its host block."""
+        """Raise ``IntegrityError`` on inconsistent state; every resident block must equal its host block."""
         self.settle()
         self.store.check_integrity()
         self.pool.check_integrity()
@@ -336,7 +335,7 @@ class LayerBlocks:
             raise IntegrityError(f"layer {self.number}: a resident block differs from its block in host memory")
 
     def __deepcopy__(self, memo: dict) -> LayerBlocks:
-        """With memory of its own, but the engine's counts."""
+        """A copy with its own memory that shares the engine's counts."""
         self.settle()
         memo[id(self.counts)] = self.counts
         twin = self.__class__.__new__(self.__class__)

@@ -1,7 +1,7 @@
-"""Runs fetches beside the model: one worker thread with a stream of its own, or none at all.
+"""Prefetchers: run fetches in a worker thread with its own CUDA stream, or synchronously.
 
-A job is any callable that fetches. Jobs run one at a time, in the order of `submit`, without gradients and in
-the inference mode of whoever submitted them.
+A job is any callable that fetches. Jobs run one at a time, in the order of `submit`, without gradients and in the
+caller's inference mode.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import torch
 
 from attention_predictor.errors import ConfigError, FetchError, IntegrityError
 
-POLL_S = 0.05  # how often a blocked caller looks whether the worker is still alive
-CLOSE_S = 5.0  # how long close() lets submitted jobs finish
+POLL_S = 0.05  # interval at which a blocked caller checks that the worker is alive
+CLOSE_S = 5.0  # time that close() gives submitted jobs to finish
 
 
 class Ticket:
-    """Stands for one submitted job. `done`: the job has returned; `wait` makes its result safe to read."""
+    """One submitted job. `done`: the job has returned; its result may be read after `wait`."""
 
     def __init__(self, job: Callable[[], None]) -> None:
         self.done = False
@@ -35,8 +35,8 @@ class Ticket:
         self._wait_ms = 0.0  # time of a job that ran in submit
         self._submitted: torch.cuda.Event | None = None
         self._finished: torch.cuda.Event | None = None
-        # Held until the job is done. A bare lock, because a thread killed inside one of Python's conditions
-        # can leave that locked for ever.
+        # Held until the job is done. A plain lock, because a thread killed inside a threading.Condition can leave it
+        # locked for ever.
         self._undone = threading.Lock()
         self._undone.acquire()
 
@@ -55,9 +55,9 @@ class Ticket:
 
 
 class Prefetcher(ABC):
-    """Takes jobs, tells when they are done, and brings their errors to the thread that waits.
+    """Runs jobs, and raises their errors in the thread that waits.
 
-    After a failure nothing runs any more and every later `submit` and `wait` raises FetchError.
+    After a failure no job runs, and every later `submit` and `wait` raises FetchError.
     """
 
     @abstractmethod
@@ -66,23 +66,23 @@ class Prefetcher(ABC):
 
     @abstractmethod
     def wait(self, ticket: Ticket) -> float:
-        """Returns when the caller's current stream may use what the job wrote.
+        """Returns when the caller's current stream may use the job's result.
 
-        The result is the exposed wait in ms: host time for which this call stood still, without what the
-        device may wait. Raises FetchError, from the job's own error, when this or another job failed.
+        Returns the exposed wait in ms: host time that this call took, without waits on the device. Raises FetchError,
+        from the job's own error, if this or another job failed.
         """
 
     @abstractmethod
     def drain(self) -> None:
-        """Returns when no job is unfinished, or the worker is gone. Never raises."""
+        """Waits until all jobs are finished or the worker is gone. Never raises."""
 
     @abstractmethod
     def close(self) -> None:
-        """Finishes what was submitted and ends the worker. Never raises; also after a failure, or again."""
+        """Finishes submitted jobs and ends the worker. Never raises; may be called after a failure, or twice."""
 
     @abstractmethod
     def check_integrity(self) -> None:
-        """Raises IntegrityError, naming what was found, unless what is outstanding is what can be."""
+        """Raises IntegrityError, naming what was found, if the outstanding jobs are inconsistent."""
 
     def __enter__(self) -> Prefetcher:
         return self
@@ -93,7 +93,7 @@ class Prefetcher(ABC):
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prefetcher:
-        """The same object: a prefetcher is shared by the caches that hold it, copied or not."""
+        """The same object: copied caches share the prefetcher."""
         return self
 
 
@@ -131,7 +131,7 @@ class SyncPrefetcher(Prefetcher):
         self._closed = True
 
     def check_integrity(self) -> None:
-        """Always whole: nothing is ever outstanding."""
+        """Nothing to check: no job is ever outstanding."""
 
     def _check(self) -> None:
         if self._error is not None:
@@ -139,7 +139,7 @@ class SyncPrefetcher(Prefetcher):
 
 
 class _Mailbox:
-    """All that the worker knows: not the prefetcher itself, which could then never be collected."""
+    """State shared with the worker. Not the prefetcher itself: the worker's reference would keep it alive."""
 
     def __init__(self) -> None:
         self.jobs: SimpleQueue[Ticket | None] = SimpleQueue()  # None: no more jobs
@@ -150,10 +150,9 @@ class _Mailbox:
 class ThreadPrefetcher(Prefetcher):
     """Runs jobs in one daemon thread, started by the first `submit`; on CUDA in a stream of its own.
 
-    There, a job's work begins when the stream current at `submit` has got that far, and `wait` orders the
-    current stream behind it. The next job is called when that work is through, so that jobs may share a
-    staging buffer.
-    At most `depth` jobs are unfinished: then `submit` blocks.
+    On CUDA, a job's work starts after the work already queued on the stream current at `submit`, and `wait` makes the
+    current stream wait for it. The next job runs when that work is done, so jobs may share a staging buffer. `submit`
+    blocks while `depth` jobs are unfinished.
     """
 
     def __init__(self, device: torch.device | str, *, depth: int = 64) -> None:
@@ -166,7 +165,7 @@ class ThreadPrefetcher(Prefetcher):
         self._submitting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
-        # Also ends the worker of a prefetcher that nobody closed.
+        # Ends the worker even if nobody calls close().
         self._end = weakref.finalize(self, self._mailbox.jobs.put, None)
 
     def submit(self, job: Callable[[], None]) -> Ticket:
@@ -183,7 +182,7 @@ class ThreadPrefetcher(Prefetcher):
                     self._check()
             if self.device.type == "cuda":
                 ticket._submitted = torch.cuda.current_stream(self.device).record_event()
-            # In this order: a ticket that an interrupt kept from the worker would be waited for, and never be done.
+            # In this order: after an interrupt in between, no ticket is waited for that the worker never got.
             self._mailbox.jobs.put(ticket)
             self._unfinished.append(ticket)
         return ticket
@@ -208,12 +207,12 @@ class ThreadPrefetcher(Prefetcher):
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(CLOSE_S)
-            self._mailbox.cancelled = True  # too slow: the job in progress is the last one
+            self._mailbox.cancelled = True  # timeout: the current job is the last one
 
     def check_integrity(self) -> None:
         """Raises IntegrityError, naming what was found, unless at most `depth` jobs are unfinished, they finish in
         order, the worker's queue holds no others, and the worker lives unless it was closed or has failed."""
-        # The worker goes on meanwhile. Each read comes before those that its progress could make contradict it.
+        # The worker runs meanwhile. The order of reads ensures that its progress can't cause a false alarm.
         with self._submitting:
             if (unfinished := len(self._unfinished)) > self.depth:
                 raise IntegrityError(f"at most {self.depth} jobs may be unfinished, found {unfinished}")
@@ -221,7 +220,7 @@ class ThreadPrefetcher(Prefetcher):
             if done != sorted(done):
                 raise IntegrityError(f"a job is done before one submitted earlier; last to first: {done}")
             queued = self._mailbox.jobs.qsize()
-            queued -= not self._end.alive  # the end of all jobs is queued as well
+            queued -= not self._end.alive  # close() queues an end marker as well
             if queued > (undone := done.count(False)):
                 raise IntegrityError(f"{undone} jobs are not done, found {queued} in the queue")
             alive = self._thread is None or self._thread.is_alive()
@@ -238,7 +237,7 @@ class ThreadPrefetcher(Prefetcher):
 
     def _check(self, ticket: Ticket | None = None) -> None:
         """Raises FetchError if a job failed or the worker is gone; without a ticket, also when closed."""
-        # Asked before `done` and `error` are read: a worker may finish a job and end in between.
+        # Read before `done` and `error`: a worker may finish a job and end in between.
         alive = self._thread is None or self._thread.is_alive()
         if (error := self._mailbox.error) is not None:
             raise FetchError(f"a fetch failed: {error!r}") from error
@@ -250,9 +249,9 @@ class ThreadPrefetcher(Prefetcher):
 
 
 def make_prefetcher(kind: str, device: torch.device | str) -> Prefetcher:
-    """The prefetcher of a configuration's `prefetch`. Raises ConfigError for another name.
+    """The prefetcher for a configuration's `prefetch`. Raises ConfigError for other names.
 
-    Captured steps fetch by themselves; around them, the thread does.
+    Captured steps fetch by themselves; the thread serves all other forwards.
     """
     if kind in ("auto", "graph", "thread"):
         return ThreadPrefetcher(device)
@@ -262,16 +261,16 @@ def make_prefetcher(kind: str, device: torch.device | str) -> Prefetcher:
 
 
 def _work(mailbox: _Mailbox, device: torch.device) -> None:
-    """The worker thread: runs jobs until told to end or until one fails.
+    """The worker thread: runs jobs until the end marker or a failure.
 
-    To fail is to end, so that no job queued behind a failed one can run.
+    It ends at the first failure, so that no later job runs.
     """
     try:
         with _own_stream(device):
             while (ticket := mailbox.jobs.get()) is not None and not mailbox.cancelled:
                 _run_ordered(ticket)
-                del ticket  # what a job holds must not live on until the next one comes
-    except BaseException as error:  # SystemExit too: whoever waits has to know
+                del ticket  # else the job's tensors would live until the next job
+    except BaseException as error:  # SystemExit too: the waiting thread must see it
         mailbox.error = error
 
 
@@ -293,6 +292,6 @@ def _run_ordered(ticket: Ticket) -> None:
     ticket._run()
     ticket._finished = stream.record_event()
     ticket._finish()
-    # The job's tensors stay alive until the device is through with them.
+    # Keep the job's tensors alive until the device has used them.
     ticket._finished.synchronize()
     ticket._job = None

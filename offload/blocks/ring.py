@@ -1,7 +1,7 @@
-"""Ring: the last tokens of sequences in a pool of fixed shape, written and read without a length of the host's.
+"""Ring: the last tokens of sequences in a buffer of fixed shape. It needs no lengths on the host.
 
-Token t stands at place t % P, so that block n is in slot n % S and a new block takes the oldest one's slot. With room
-for all tokens a ring never turns, and is a plain buffer.
+Token t is at place t % P, so block n is in slot n % S, and a new block overwrites the oldest one. A ring with places
+for all tokens never wraps, and is a plain buffer.
 
 Suffixes: B sequences, G KV heads, T tokens of a block (or of what is copied), D head size, S slots, P = S·T places.
 """
@@ -15,16 +15,16 @@ from attention_predictor.arithmetic import ceil_div
 
 
 def slots_for(window: int, block_size: int) -> int:
-    """Slots that hold the last ``window`` tokens wherever in a block they begin."""
+    """Slots that hold the last ``window`` tokens, wherever in a block they begin."""
     return ceil_div(window - 1, block_size) + 1
 
 
 class RingTable:
-    """Where the newest token goes and which block is in which slot: found once a step, for all rings of one shape.
+    """The newest token's place and each slot's block, computed once a step for all rings of one shape.
 
     Attributes:
         place_B: int64, place of the newest token.
-        block_BGS: int64, block in each slot; -1 for one in which no token has been yet.
+        block_BGS: int64, block in each slot; -1 for a slot that is still empty.
     """
 
     place_B: Tensor
@@ -35,7 +35,7 @@ class RingTable:
         self.slot_S = torch.arange(slots, device=device)
 
     def update(self, length_B: Tensor) -> None:
-        """Follow the sequences to these lengths, the newest token included; tensor arithmetic alone."""
+        """Set the sequences' lengths, the newest token included. Uses tensor arithmetic only."""
         token_B, slots = length_B - 1, len(self.slot_S)
         self.place_B = token_B % (slots * self.block_size)
         newest_B1 = token_B[:, None] // self.block_size
@@ -47,17 +47,17 @@ class Ring:
     """Keys and values of one layer.
 
     Args:
-        key_BGTD: A tensor whose shape but for T, dtype and device are taken.
+        key_BGTD: Gives B, G, D, dtype and device.
     """
 
     def __init__(self, key_BGTD: Tensor, slots: int, block_size: int) -> None:
         B, G, _, D = key_BGTD.shape
-        # What no token has been written to must be a number: a weight of 0 makes nothing of it, but NaN of NaN.
+        # Zeros, because unwritten values are multiplied by a weight of 0, and 0 · NaN is NaN.
         self.key_BGSTD, self.value_BGSTD = (key_BGTD.new_zeros(B, G, slots, block_size, D) for _ in range(2))
 
     @property
     def places(self) -> int:
-        """Tokens that there is room for."""
+        """Number of places."""
         return self.key_BGSTD.shape[2] * self.key_BGSTD.shape[3]
 
     @property
@@ -72,7 +72,7 @@ class Ring:
         self.value_BGSTD.flatten(2, 3).scatter_(2, index_BG1D, value_BG1D)
 
     def fill(self, start: int, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
-        """Write the tokens from ``start`` on, ``places`` at most."""
+        """Write the tokens from number ``start`` on, at most ``places`` of them."""
         place_T = self._places(start, start + key_BGTD.shape[2])
         self.key_BGSTD.flatten(2, 3).index_copy_(2, place_T, key_BGTD)
         self.value_BGSTD.flatten(2, 3).index_copy_(2, place_T, value_BGTD)

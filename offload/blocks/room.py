@@ -1,7 +1,4 @@
-"""Room: how much host memory caches will take, asked before any work is done, and made beside it.
-
-Suffixes: none; all counts are of tokens, slabs or bytes.
-"""
+"""Room: how much host memory caches need, checked before any work and allocated in parallel to it."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from attention_predictor.offload.blocks.host_memory import SPARE_BYTES, HostMemo
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.sizes import size_text
 
-GROWTH = 4096  # tokens by which captured steps have more room than they need: then they are captured anew
+GROWTH = 4096  # tokens that captured steps reserve ahead; when they are used up, steps are captured again
 
 
 class KVShape(NamedTuple):
-    """What a token takes in one layer: keys and values of so many heads."""
+    """The shape of one token's keys or values in one layer."""
 
     kv_heads: int
     head_dim: int
@@ -30,11 +27,11 @@ class KVShape(NamedTuple):
 
 
 class Room:
-    """Host memory of an engine's caches: what they need, whether it fits, and its preparation.
+    """Host memory of an engine's caches: how much they need, whether it fits, and its allocation.
 
     Attributes:
-        shapes: Of each tiered layer; ``None`` where only its first tensors will tell.
-        captures: Whether steps may be captured, which takes more room ahead.
+        shapes: KV shape of each tiered layer; ``None`` until its first tensors show it.
+        captures: Whether steps may be captured, which reserves memory ahead.
     """
 
     def __init__(
@@ -42,26 +39,26 @@ class Room:
     ) -> None:
         self.config, self.memory, self.shapes, self.captures = config, memory, shapes, captures
         self.slab_tokens = config.slab_blocks * config.block_size
-        self._tight = False  # too little memory for all of GROWTH
+        self._tight = False  # too little memory to reserve GROWTH tokens
 
-    def learn(self, number: int, shape: KVShape) -> None:
-        """What a layer's first tensors have shown."""
+    def set_shape(self, number: int, shape: KVShape) -> None:
+        """Set a layer's KV shape, found from its first tensors."""
         self.shapes[number] = shape
 
     def bytes_for(self, batch: int, tokens: int) -> int:
-        """What a cache of these sequences takes, in whole slabs; of the layers whose shape is known."""
+        """Bytes of a cache of these sequences, in whole slabs, over layers of known shape."""
         slabs = ceil_div(tokens, self.slab_tokens)
         known = (shape for shape in self.shapes.values() if shape is not None)
         return sum(batch * slabs * self.slab_tokens * shape.token_bytes for shape in known)
 
-    def captured(self, tokens: int) -> int:
-        """Tokens that captured steps have room for if they begin at so many: two more at least, the next one's too."""
-        # A limit on host memory is kept to the slab.
+    def captured_tokens(self, tokens: int) -> int:
+        """Tokens to reserve for captured steps that begin at ``tokens``: at least two more."""
+        # With a limit on host memory, reserve no more than the next slab.
         growth = self.slab_tokens if self._tight or self.config.host_memory is not None else GROWTH
         return ((tokens + 2) // growth + 1) * growth
 
     def check(self, *, batch: int, tokens: int, room: int) -> None:
-        """Refuse what does not fit. The answer also decides how much room captured steps take ahead.
+        """Refuse a cache that does not fit. Also decides how much memory captured steps reserve ahead.
 
         Args:
             batch, tokens: Sequences, and the length that each will have.
@@ -88,11 +85,11 @@ class Room:
             )
 
     def prepare(self, *, batch: int, tokens: int, room: int) -> None:
-        """Begin to make what ``check`` has found to fit, beside the forward that will need it."""
+        """Start allocating, in the background, the memory that ``check`` found to fit."""
         if tokens <= room:
             return
         if self.captures:
-            tokens = self.captured(tokens)
+            tokens = self.captured_tokens(tokens)
         slabs = ceil_div(tokens, self.slab_tokens) - room // self.slab_tokens
         sizes = [batch * self.slab_tokens * shape.token_bytes for shape in self.shapes.values() if shape is not None]
         self.memory.prepare([(size, slabs * sizes.count(size)) for size in sorted(set(sizes), reverse=True)])

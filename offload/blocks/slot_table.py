@@ -1,10 +1,10 @@
 """SlotTable: which block is in which slot, and the choice of the blocks that a step attends to.
 
-Everything lies on the compute device and has the room's shape: blocks are chosen without asking the host. By a kernel
-(``csrc/select.cu``), or by the torch operations here, which are its reference: both leave the same blocks resident and
-active for the same scores, whatever slots they are in.
+All tensors are on the compute device, with shapes of the capacity, so choosing needs no host synchronisation. A kernel
+chooses (``csrc/select.cu``), or the torch operations here, which are its reference: for the same scores both leave the
+same blocks resident and active, though perhaps in other slots.
 
-Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, S slots, C blocks there is room for; n: one entry a
+Suffixes: B sequences, G KV heads, R = B·G rows of the table, H query heads, S slots, C block capacity; n: one entry per
 moved block.
 """
 
@@ -21,14 +21,14 @@ from attention_predictor.errors import IntegrityError
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import ALWAYS, NEVER, Limits
 
-USE_SHIFT = 32  # a slot's age is one number: the step that wanted its block last, and the block
+USE_SHIFT = 32  # a slot's age is one number: the step that last selected its block (upper bits), and the block
 
 
 class SlotTable:
-    """Block to slot and slot to block, of every row of one layer.
+    """Maps block to slot and slot to block, for every sequence and KV head of one layer.
 
-    What is chosen and absent takes the place of what has gone unwanted the longest: empty slots first, of blocks last
-    wanted at the same time the lowest. The lists of moves say which block is to be fetched to which slot.
+    A chosen block that is absent replaces the least recently selected one (empty slots first; of equally old ones the
+    lowest block). The move lists say which block is to be fetched to which slot.
     """
 
     def __init__(self, *, rows: int, device: torch.device) -> None:
@@ -37,7 +37,9 @@ class SlotTable:
             slot_RC, *moves = torch.full((3, rows, 0), -1, dtype=torch.int32, device=device)
             moves_R = torch.zeros(rows, dtype=torch.int32, device=device)
             self.tensors = SlotTensors._make([*slots, slot_RC, *moves, moves_R])
-        self._less_G: dict[tuple[int, ...], Tensor] = {}  # kept: a captured step reads the same tensor again
+        self._deficit_G: dict[
+            tuple[int, ...], Tensor
+        ] = {}  # cached: a CUDA graph reads the same tensor at every replay
 
     @property
     def block_RS(self) -> Tensor:
@@ -46,7 +48,7 @@ class SlotTable:
 
     @property
     def active_RS(self) -> Tensor:
-        """int64, the same for the slots that attention reads, -1 for all others."""
+        """int64, the block in each slot that attention reads, -1 for all other slots."""
         return self.tensors.active_RS
 
     @property
@@ -70,12 +72,12 @@ class SlotTable:
         counts: Tensor,
         kernel: bool,
     ) -> Tensor | None:
-        """Choose what the newest token attends to, with its own query.
+        """Choose the blocks that the newest token attends to, from scores of its own query.
 
         Args:
-            scores: fp32 score_BGC, ``-inf`` for never; or estimates, by which blocks count as they share in what a head
-                attends to. The exact peaks of resident blocks are put into ``peak_BHC`` then.
-            late_blocks: Absent blocks chosen at most; ``None``: nothing is chosen, only the rest is found.
+            scores: fp32 score_BGC, ``-inf`` for never; or estimates, whose blocks are ranked by estimated mass. With
+                estimates, the exact peaks of resident blocks are written into ``peak_BHC``.
+            late_blocks: Most absent blocks to choose; ``None``: choose nothing, only compute the rest.
             counts: int64, as ``DeviceCounts.of_layer``.
 
         Returns:
@@ -91,7 +93,7 @@ class SlotTable:
             return None
         sum_BHC: Tensor | None
         if isinstance(scores, Estimates):
-            sum_BHC, score_BGC = self._shares(scores, extent)
+            sum_BHC, score_BGC = self._estimated_mass(scores, extent)
         else:
             sum_BHC, score_BGC = None, scores
         if late_blocks is not None:
@@ -99,7 +101,7 @@ class SlotTable:
             absent_BGC = score_BGC.masked_fill(resident_BGC | ~extent.begun_BC[:, None], NEVER)
             reach_BGC = best_blocks(absent_BGC, min(late_blocks, extent.capacity)) | resident_BGC
             score_BGC = score_BGC.masked_fill(~reach_BGC, NEVER)
-            chosen_BGC = chosen_blocks(limits, extent, score_BGC, self._less(limits))
+            chosen_BGC = chosen_blocks(limits, extent, score_BGC, self._deficit(limits))
             self._assign(chosen_BGC, extent, 2 * extent.length_B, counts[:2])
         if sum_BHC is None:
             return None
@@ -110,11 +112,11 @@ class SlotTable:
     def choose_ahead(
         self, limits: Limits, extent: Extent, score_BGC: Tensor | None, counts: Tensor, kernel: bool
     ) -> None:
-        """Choose what the next token attends to; arguments as of ``choose``.
+        """Choose the blocks that the next token attends to; arguments as in ``choose``.
 
         Args:
-            extent: Of the tokens now.
-            score_BGC: ``None`` keeps sink and recent alone.
+            extent: Before the next token.
+            score_BGC: ``None``: only sink and recent.
         """
         if kernel:
             bounds = self._bounds(limits, extent)
@@ -126,23 +128,23 @@ class SlotTable:
         if score_BGC is None:
             score_BGC = torch.full((B, G, extent.capacity), NEVER, device=extent.length_B.device)
         score_BGC = score_BGC.masked_fill(~extent.begun_BC[:, None], NEVER)
-        chosen_BGC = chosen_blocks(limits, extent.next, score_BGC, self._less(limits))
+        chosen_BGC = chosen_blocks(limits, extent.next, score_BGC, self._deficit(limits))
         self._assign(chosen_BGC, extent, 2 * extent.length_B + 1, counts[2:4])
 
     def _bounds(self, limits: Limits, extent: Extent) -> ChoiceBounds:
-        less_G = self._less(limits)
+        deficit_G = self._deficit(limits)
         numbers = (extent.block_size, limits.tokens, limits.sink_blocks, limits.recent)
-        return ChoiceBounds(extent.length_B, extent.padding_B, less_G, *numbers)
+        return ChoiceBounds(extent.length_B, extent.padding_B, deficit_G, *numbers)
 
-    def _less(self, limits: Limits) -> Tensor | None:
-        """``limits.less_G``, kept by its table."""
-        less_G = self._less_G.get(limits.less)
-        if less_G is None and (made_G := limits.less_G(self.block_RS.device)) is not None:
-            less_G = self._less_G[limits.less] = made_G
-        return less_G
+    def _deficit(self, limits: Limits) -> Tensor | None:
+        """``limits.deficit_G``, cached."""
+        deficit_G = self._deficit_G.get(limits.deficit)
+        if deficit_G is None and (made_G := limits.deficit_G(self.block_RS.device)) is not None:
+            deficit_G = self._deficit_G[limits.deficit] = made_G
+        return deficit_G
 
-    def _shares(self, estimates: Estimates, extent: Extent) -> tuple[Tensor, Tensor]:
-        """sum_BHC with exact ones for what is resident, where they are given; the shares of blocks, score_BGC."""
+    def _estimated_mass(self, estimates: Estimates, extent: Extent) -> tuple[Tensor, Tensor]:
+        """sum_BHC, with exact sums for resident blocks if given; and each block's estimated mass, score_BGC."""
         sum_BHC = estimates.sum_BHC.masked_fill(~extent.begun_BC[:, None], NEVER)
         (B, H, _), R = sum_BHC.shape, len(self.block_RS)
         if estimates.slot_sum_BHS is not None and estimates.slot_peak_BHS is not None:
@@ -153,37 +155,37 @@ class SlotTable:
         return sum_BHC, torch.exp(sum_BHC - total_BH1).unflatten(1, (R // B, -1)).sum(2)
 
     def _assign(self, chosen_BGC: Tensor, extent: Extent, use_B: Tensor, count_2: Tensor) -> None:
-        """Give every chosen block a slot; list what must be fetched, and last the block that has not begun."""
+        """Give every chosen block a slot, and list the blocks to fetch. A block without tokens yet comes last."""
         block_RS, active_RS, last_use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R = self.tensors
         (R, S), G = block_RS.shape, chosen_BGC.shape[1]
         chosen_RC, use_R1 = chosen_BGC.flatten(0, 1), use_B.repeat_interleave(G)[:, None]
         begun_RC = extent.begun_BC.repeat_interleave(G, 0)
         kept_RS = (block_RS >= 0) & chosen_RC.gather(1, block_RS.clamp_min(0))
         absent_RC = chosen_RC & (slot_RC < 0)
-        # The absent ones in rising order: the one that may not have begun is the last.
+        # Absent blocks in rising order: one that holds no token yet is the last.
         place_RC = torch.where(absent_RC, absent_RC.cumsum(1) - 1, -1)
         place_RC = place_RC.masked_fill(place_RC >= S, -1)
         block_RC = extent.block_C.expand(R, -1)
-        missing_RS = scatter_or_drop(torch.full_like(block_RS, -1), place_RC, block_RC)
-        # Slots in the order in which they are given away: those that are kept never are.
+        fetched_RS = scatter_or_drop(torch.full_like(block_RS, -1), place_RC, block_RC)
+        # Slots by age, oldest first; kept slots come last and are never given away.
         age_RS = torch.where(block_RS < 0, -1, (last_use_RS << USE_SHIFT) + block_RS)
         given_RS = age_RS.masked_fill(kept_RS, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
-        filled_RS = missing_RS >= 0
+        filled_RS = fetched_RS >= 0
         lost_RS = block_RS.gather(1, given_RS).masked_fill(~filled_RS, -1)
         slot_RC.copy_(scatter_or_drop(slot_RC, lost_RS, -1))
-        slot_RC.copy_(scatter_or_drop(slot_RC, missing_RS, given_RS.int()))
+        slot_RC.copy_(scatter_or_drop(slot_RC, fetched_RS, given_RS.int()))
         to_RS = given_RS.masked_fill(~filled_RS, -1)
-        block_RS.copy_(scatter_or_drop(block_RS, to_RS, missing_RS))
+        block_RS.copy_(scatter_or_drop(block_RS, to_RS, fetched_RS))
         active_RS.copy_(
-            torch.where(kept_RS, block_RS, scatter_or_drop(torch.full_like(block_RS, -1), to_RS, missing_RS))
+            torch.where(kept_RS, block_RS, scatter_or_drop(torch.full_like(block_RS, -1), to_RS, fetched_RS))
         )
         last_use_RS.copy_(torch.where(active_RS >= 0, use_R1, last_use_RS))
-        move_block_RS.copy_(missing_RS)
+        move_block_RS.copy_(fetched_RS)
         move_slot_RS.copy_(given_RS)
         moves_R.copy_((absent_RC & begun_RC).sum(1))
         count_2 += torch.stack([(chosen_RC & begun_RC).sum(), moves_R.sum()])
 
-    # ---- what the host asks ----------------------------------------------------------------------------------------
+    # ---- for the host -------------------------------------------------------------------------------------------
 
     def active_RC(self, capacity: int) -> Tensor:
         """bool, True for the blocks that attention reads."""
@@ -191,19 +193,19 @@ class SlotTable:
         return scatter_or_drop(empty_RC, self.active_RS, True)
 
     def slot_of(self, block_B: Tensor) -> Tensor:
-        """int64 ``[R]``, the slot of one block of each sequence in every row, -1 where it is not resident."""
+        """int64 ``[R]``, the slot of block ``block_B`` in every row, -1 where it is not resident."""
         block_R1 = block_B.repeat_interleave(len(self.block_RS) // len(block_B))[:, None]
         return self.tensors.slot_RC.gather(1, block_R1)[:, 0].long()
 
     def moves(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, blocks and slots of what is to be fetched, on the CPU; int64."""
+        """Rows, blocks and slots to fetch; int64 on the CPU."""
         move_block_RS, move_slot_RS, moves_R = (tensor.cpu() for tensor in self.tensors[4:7])
         row_n, place_n = (torch.arange(move_block_RS.shape[1]) < moves_R[:, None]).nonzero(as_tuple=True)
         return row_n, move_block_RS[row_n, place_n].long(), move_slot_RS[row_n, place_n].long()
 
     @torch.inference_mode(False)
     def grow(self, slots: int) -> None:
-        """So many slots, the further ones empty."""
+        """Grow to ``slots`` slots; the new ones are empty."""
         if (more := slots - self.block_RS.shape[1]) < 0:
             raise ValueError(f"slots must be at least {self.block_RS.shape[1]}, got {slots}")
         block_RS, active_RS, use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R = self.tensors
@@ -213,7 +215,7 @@ class SlotTable:
 
     @torch.inference_mode(False)
     def reserve(self, capacity: int) -> None:
-        """Room for so many blocks."""
+        """Grow the capacity to at least ``capacity`` blocks."""
         more = capacity - self.tensors.slot_RC.shape[1]
         if more > 0:
             self.tensors = self.tensors._replace(slot_RC=F.pad(self.tensors.slot_RC, (0, more), value=-1))
@@ -244,44 +246,45 @@ class SlotTable:
             raise IntegrityError(f"{wrong} active slots hold another block")
 
 
-def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor, less_G: Tensor | None = None) -> Tensor:
-    """What a step at ``extent`` attends to, bool BGC: sink and recent, the best others up to the limit; all within it.
+def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor, deficit_G: Tensor | None = None) -> Tensor:
+    """The blocks that a step attends to, bool BGC: sink, recent, and the best others up to the limit.
 
-    Blocks of padding alone are never chosen; the sink begins at the first real token.
+    A sequence within the limit is attended to whole. Blocks that are all padding are never chosen; the sink begins at
+    the first real token.
 
     Args:
         score_BGC: ``-inf`` for never.
-        less_G: ``limits.less_G``, from whoever keeps it; ``None``: made here.
+        deficit_G: ``limits.deficit_G`` if the caller has it cached; ``None``: computed here.
     """
     block_C, length_B1, first_B1 = extent.block_C, extent.length_B[:, None], extent.first_block_B[:, None]
     real_BC = extent.begun_BC & (block_C >= first_B1)
     recent_B1 = extent.first_recent_B(limits.recent)[:, None]
     always_BC = real_BC & ((block_C < first_B1 + limits.sink_blocks) | (block_C >= recent_B1))
-    less_G = limits.less_G(block_C.device) if less_G is None else less_G
-    limit_G: int | Tensor = limits.tokens if less_G is None else limits.tokens - less_G
+    deficit_G = limits.deficit_G(block_C.device) if deficit_G is None else deficit_G
+    limit_G: int | Tensor = limits.tokens if deficit_G is None else limits.tokens - deficit_G
     whole_BG1 = (length_B1 <= limit_G)[:, :, None]
     always_BGC = always_BC[:, None] | (real_BC[:, None] & whole_BG1)
     score_BGC = score_BGC.masked_fill(~real_BC[:, None], NEVER).masked_fill(always_BGC, ALWAYS)
-    most = min(limits.tokens // extent.block_size, extent.capacity)
-    most_G1 = None if less_G is None else ((limits.tokens - less_G) // extent.block_size)[:, None]
-    return best_blocks(score_BGC, most, most_G1) | always_BGC
+    count = min(limits.tokens // extent.block_size, extent.capacity)
+    count_G1 = None if deficit_G is None else ((limits.tokens - deficit_G) // extent.block_size)[:, None]
+    return best_blocks(score_BGC, count, count_G1) | always_BGC
 
 
-def best_blocks(score_BGC: Tensor, most: int, most_G1: Tensor | None = None) -> Tensor:
-    """The best ``most`` blocks of each row, as a mask; of equal ones the lowest, and none that is ``-inf``.
+def best_blocks(score_BGC: Tensor, count: int, count_G1: Tensor | None = None) -> Tensor:
+    """Mask of the ``count`` best blocks of each row. Ties go to the lowest block; ``-inf`` is never chosen.
 
-    ``torch.topk`` leaves it open which of equal ones it takes.
+    ``torch.topk`` does not define which of equal scores it takes.
 
     Args:
-        most_G1: For each KV head as many at most, from 1 to ``most``; ``None``: ``most`` for all.
+        count_G1: Own count of each KV head, from 1 to ``count``; ``None``: ``count`` for all.
     """
-    if most == 0:
+    if count == 0:
         return torch.zeros_like(score_BGC, dtype=torch.bool)
-    best_BGW = score_BGC.topk(most, dim=-1).values
-    if most_G1 is None:
-        least_BG1 = best_BGW[..., -1:]
+    best_BGW = score_BGC.topk(count, dim=-1).values
+    if count_G1 is None:
+        threshold_BG1 = best_BGW[..., -1:]
     else:
-        least_BG1 = best_BGW.gather(-1, (most_G1.clamp(max=most) - 1).expand(len(score_BGC), -1, -1))
-    above_BGC, level_BGC = score_BGC > least_BG1, (score_BGC == least_BG1) & (score_BGC > NEVER)
-    left_BG1 = (most if most_G1 is None else most_G1) - above_BGC.sum(-1, keepdim=True)
+        threshold_BG1 = best_BGW.gather(-1, (count_G1.clamp(max=count) - 1).expand(len(score_BGC), -1, -1))
+    above_BGC, level_BGC = score_BGC > threshold_BG1, (score_BGC == threshold_BG1) & (score_BGC > NEVER)
+    left_BG1 = (count if count_G1 is None else count_G1) - above_BGC.sum(-1, keepdim=True)
     return above_BGC | (level_BGC & (level_BGC.cumsum(-1) <= left_BG1))

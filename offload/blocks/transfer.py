@@ -1,6 +1,6 @@
-"""Copies between a device and pinned memory that run beside the computation, on one stream for each direction.
+"""Asynchronous copies between a device and pinned memory, on one stream per direction.
 
-A copy begins when the caller's stream has done what it was given before. On a CPU the same calls do everything at once.
+A copy starts after the work already queued on the caller's stream. On a CPU the same calls copy synchronously.
 """
 
 from __future__ import annotations
@@ -14,63 +14,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Up to this many bytes, those of decoding steps, a stream of its own is more trouble than a copy.
+# Up to this many bytes (a decoding step's), copying on the caller's stream is cheaper than using another one.
 SMALL_BYTES = 1 << 20
 
 
-class Shipment:
-    """What one `Outbox.send` copies. It keeps the tensors that are read, until they have been."""
+class PendingCopy:
+    """The copies of one `HostCopier.send`. It keeps their source tensors alive until they have been read."""
 
-    def __init__(self, read: Any, held: tuple[Tensor, ...]) -> None:
-        self._read, self._held = read, held  # an event behind the last copy
+    def __init__(self, done: Any, held: tuple[Tensor, ...]) -> None:
+        self._done, self._held = done, held  # event after the last copy, source tensors
 
     def wait(self) -> None:
         """Returns when everything is in host memory."""
-        self._read.synchronize()
+        self._done.synchronize()
         self._held = ()
 
 
-class Outbox:
+class HostCopier:
     """Copies from one device to pinned memory. Several threads may send.
 
-    The host may be far ahead of the device, and what is sent lives until it has been read. So `send` first waits for
-    what was sent before: of a prefill, the keys and values of two layers are alive at most, those that leave and those
-    that are being computed. Little is copied by the caller's stream, and neither kept nor waited for.
+    Source tensors live until they are copied, and the host may be far ahead of the device. So `send` first waits for
+    the previous large copy: during a prefill the keys and values of at most two layers are alive, one being copied and
+    one being computed. Small copies run on the caller's stream; they are neither held nor waited for.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._streams = torch.get_device_module(device)
-        self._stream = side_stream(device)
-        # Weak: what belongs to a cache must not outlive it, so its `HostStore` holds the shipments.
-        self._last: Callable[[], Shipment | None] = lambda: None
+        self._stream = copy_stream(device)
+        # Weak: tensors of a cache must not outlive it, so its `HostStore` holds the pending copies.
+        self._last: Callable[[], PendingCopy | None] = lambda: None
         self._sending = threading.Lock()
 
-    def send(self, pieces: Sequence[tuple[Tensor, tuple[Tensor, Tensor]]]) -> Shipment:
-        """Copies, for each (target, (keys, values)), the two, stacked in dimension −3, to the contiguous target.
+    def send(self, pieces: Sequence[tuple[Tensor, tuple[Tensor, Tensor]]]) -> PendingCopy:
+        """Copies keys and values of each (target, (keys, values)), stacked in dimension −3, to the contiguous target.
 
-        If it raises, pieces may be under way: `drain` before their targets are used for anything else.
+        If it raises, some copies may be in flight: call `drain` before using their targets.
         """
         held = {part.untyped_storage().data_ptr(): part for _, parts in pieces for part in parts}
         nbytes = sum(part.untyped_storage().nbytes() for part in held.values())
         with self._sending:
             stream = current = self._streams.current_stream(self._device)
-            if beside := nbytes > SMALL_BYTES:
+            if is_large := nbytes > SMALL_BYTES:
                 if (last := self._last()) is not None:
                     last.wait()
                 stream = self._stream
                 stream.wait_stream(current)
             with self._streams.stream(stream):
                 for target, parts in pieces:
-                    # A piece at a time: the stream's own memory, where they are stacked, is that of one piece.
+                    # One piece at a time, so that the stacked copy takes the memory of one piece.
                     target.copy_(torch.stack(parts, dim=-3), non_blocking=True)
-            shipment = Shipment(self._event(stream), tuple(held.values()) if beside else ())
-            if beside:
-                self._last = weakref.ref(shipment)
-        return shipment
+            pending_copy = PendingCopy(self._event(stream), tuple(held.values()) if is_large else ())
+            if is_large:
+                self._last = weakref.ref(pending_copy)
+        return pending_copy
 
     def drain(self) -> None:
-        """Returns when no copy is under way, and the caller's stream has done all it was given."""
+        """Returns when all copies and all work queued on the caller's stream are done."""
         for stream in (self._stream, self._streams.current_stream(self._device)):
             self._event(stream).synchronize()
 
@@ -81,17 +81,17 @@ class Outbox:
 
 
 @functools.cache
-def outbox(device: torch.device) -> Outbox:
-    """The one outbox of a device."""
-    return Outbox(device)
+def host_copier(device: torch.device) -> HostCopier:
+    """The device's only `HostCopier`."""
+    return HostCopier(device)
 
 
 @functools.cache
-def inward(device: torch.device) -> Any:
-    """The one stream of a device for copies from host memory."""
-    return side_stream(device)
+def upload_stream(device: torch.device) -> Any:
+    """The device's only stream for copies from host memory."""
+    return copy_stream(device)
 
 
-def side_stream(device: torch.device) -> Any:
-    """A stream whose few small kernels go before those of the model."""
+def copy_stream(device: torch.device) -> Any:
+    """A new high-priority stream: its few small kernels run before the model's."""
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else torch.cpu.Stream()

@@ -1,4 +1,4 @@
-"""attach: put the engine under a Hugging Face model, or say in one line why that can't be."""
+"""attach: offload a Hugging Face model's KV cache, or say in one line why that is not possible."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from attention_predictor.offload.hf.compiled import CompiledLayers
 from attention_predictor.offload.hf.forwards import Forwards
 from attention_predictor.offload.hf.fused.modules import FusedModules
 from attention_predictor.offload.hf.graph import CapturedSteps
-from attention_predictor.offload.hf.rehearsal import rehearse
 from attention_predictor.offload.hf.shapes import expected_shapes
 from attention_predictor.offload.hf.versions import decoder_layers, layer_config, makes_own_cache
+from attention_predictor.offload.hf.warm_up import warm_up
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.allocation import first_budgets
-from attention_predictor.offload.policies.predictor import Predictor
+from attention_predictor.offload.policies.predictor import PredictorPolicy
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.stats import DeviceCounts, Stats
 from attention_predictor.predictor.model import AttentionPredictor
 
-ENGINE = "_attention_predictor_engine"  # the attribute of an attached model
+ENGINE = "_attention_predictor_engine"  # attribute of an attached model
 
 
 def attach(model: PreTrainedModel, config: OffloadConfig | None = None) -> Engine:
     """Offload the model's KV cache to host memory.
 
-    From here on ``model.generate(...)``, pipelines and direct calls use tiered caches, until ``engine.detach()`` or
-    the end of the ``with`` block. Nothing but this model is changed: the attention implementation of its language
-    model is switched to a registered one, and attributes of this object stand in front of methods of its class.
+    ``model.generate(...)``, pipelines and direct calls then use tiered caches, until ``engine.detach()`` or the end of
+    the ``with`` block. Only this model object is changed: its language model gets a registered attention
+    implementation, and some attributes of the object override methods of its class.
 
     Args:
-        model: Any causal language model of transformers that uses its attention interface; of a model for images or
-            sound the language model alone is offloaded. A model that peft or ``torch.compile`` wraps is attached too.
+        model: A causal language model of transformers that uses its attention interface. Of a model for images or
+            sound only the language model is offloaded. A model wrapped by peft or ``torch.compile`` works too.
         config: Settings; the defaults suit a context of 8K tokens and more.
 
     Raises:
@@ -88,14 +88,14 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -
             f"{name} ignores the attention interface: its implementation stayed {decoder.config._attn_implementation!r}"
         )
     if runtime.device.type == "cuda" and config.kernels == "auto":
-        ops.prepare(runtime.device, _kernels(runtime, decoder.dtype))  # where there are none, layers say why
+        ops.prepare(runtime.device, _kernels(runtime, decoder.dtype))  # if this fails, layers report why
     if runtime.device.type == "cuda":
-        rehearse(runtime, text_config, decoder.dtype)
-    captured, reason = None, policy_class(config.policy).not_captured(config)
+        warm_up(runtime, text_config, decoder.dtype)
+    captured, reason = None, policy_class(config.policy).why_never_captured(config)
     if reason is not None and config.prefetch == "graph":
         runtime.note_fallback(f"the prefetch thread in place of captured steps: {reason}")
     elif runtime.room.captures or config.prefetch == "graph":
-        captured = CapturedSteps(name, model.forward, text_config, runtime, _faster(decoder, runtime))
+        captured = CapturedSteps(name, model.forward, text_config, runtime, _step_modules(decoder, runtime))
     engine = Engine(model, runtime, attachment, captured)
     Forwards(model, decoder, runtime, attachment, captured).install()
     attachment.attribute(model, ENGINE, engine)
@@ -111,12 +111,17 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -
     return engine
 
 
-def _faster(decoder: PreTrainedModel, runtime: Runtime) -> CompiledLayers | FusedModules | None:
-    """What makes captured steps out of fewer launches, as the settings and the device have it."""
+def _step_modules(decoder: PreTrainedModel, runtime: Runtime) -> CompiledLayers | FusedModules | None:
+    """Compiled layers or fused modules for captured steps, if settings and device allow them."""
     config, device = runtime.config, runtime.device
     if config.compile:
         return CompiledLayers(decoder)
-    if config.unfused or config.kernels == "none" or not binding.on_gpu(device) or ops.missing(device) is not None:
+    if (
+        config.unfused
+        or config.kernels == "none"
+        or not binding.on_gpu(device)
+        or ops.why_no_kernels(device) is not None
+    ):
         return None
     modules = FusedModules(decoder)
     runtime.stats.fused = str(modules)
@@ -124,7 +129,7 @@ def _faster(decoder: PreTrainedModel, runtime: Runtime) -> CompiledLayers | Fuse
 
 
 def _kernels(runtime: Runtime, dtype: torch.dtype) -> list[Kernel]:
-    """All that prompts and steps will need, to be compiled at once, in parallel."""
+    """All kernels that prompts and steps will need, to be compiled in parallel."""
     config, predictor = runtime.config, runtime.predictor
     found: dict[str, Kernel] = {}
     for head_dim in {shape.head_dim for shape in runtime.room.shapes.values() if shape is not None}:
@@ -166,12 +171,12 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig) -> Runtime:
     heads = {shape.kv_heads for shape in shapes.values() if shape is not None}
     budgets = first_budgets(config, len(layers), heads.pop() if len(heads) == 1 else None)
     predictor = None
-    if issubclass(policy_class(config.policy), Predictor):
+    if issubclass(policy_class(config.policy), PredictorPolicy):
         predictor = AttentionPredictor.from_pretrained(config.predictor, device=device, block_size=config.block_size)
     stats = Stats(prefetch=_prefetch(config, device), evicts=policy_class(config.policy).evicts)
     memory = HostMemory(device if device.type == "cuda" else None)
     captures = config.prefetch in CAPTURING and device.type == "cuda"
-    captures = captures and policy_class(config.policy).not_captured(config) is None
+    captures = captures and policy_class(config.policy).why_never_captured(config) is None
     runtime = Runtime(
         config=config,
         text_config=text_config,
@@ -189,10 +194,10 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig) -> Runtime:
 
 
 def _prefetch(config: OffloadConfig, device: torch.device) -> str:
-    """What the setting comes to."""
+    """How blocks will be fetched with these settings on this device, for ``Stats.prefetch``."""
     if config.prefetch not in CAPTURING:
         return config.prefetch
-    if (reason := policy_class(config.policy).not_captured(config)) is not None:
+    if (reason := policy_class(config.policy).why_never_captured(config)) is not None:
         return f"thread: {reason}"
     if device.type != "cuda":
         return f"thread: steps are captured on a CUDA device, the model is on {device}"
@@ -200,7 +205,7 @@ def _prefetch(config: OffloadConfig, device: torch.device) -> str:
 
 
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The part that has the layers and uses the cache; the model itself where it can't be told."""
+    """The submodule that has the layers and uses the cache; the model itself if it is unknown."""
     decoder = model.get_decoder()
     return decoder if isinstance(decoder, PreTrainedModel) else model
 
@@ -234,7 +239,7 @@ def _check_layers(name: str, text_config: PreTrainedConfig, config: OffloadConfi
 
 
 def _check_placement(name: str, model: nn.Module) -> None:
-    """Refuse weights that are elsewhere than on one device."""
+    """Refuse a model whose weights are not all on one device."""
     devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
     hooked = [module for module in model.modules() if getattr(getattr(module, "_hf_hook", None), "offload", False)]
     if "meta" in devices or hooked:

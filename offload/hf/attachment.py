@@ -1,4 +1,4 @@
-"""Attachment: what attaching changes on a model, and the one place that takes it back."""
+"""Attachment: the changes that attaching makes to a model, and their undoing."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _ABSENT: Any = object()
 
 
 class Attachment:
-    """Attention implementations of configs and attributes of modules, each with what stood there before.
+    """Changed attention implementations of configs and attributes of modules, each with its previous value.
 
-    Nothing else of a model is changed: no class, no function of transformers, no hook.
+    Nothing else is changed: no class, no function of transformers, no hook.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Attachment:
     def implementations_set_by(
         self, change: Callable[[], None], configs: list[PreTrainedConfig], keep: list[Any]
     ) -> None:
-        """Run ``change``, take back what it did to configs other than those of ``keep``, remember the rest."""
+        """Run ``change``, undo its effect on configs outside ``keep``, and remember its effect on those in ``keep``."""
         before = [(config, config._attn_implementation_internal) for config in configs]
         try:
             change()
@@ -40,18 +40,18 @@ class Attachment:
                     config._attn_implementation_internal = implementation
 
     def attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """Set an attribute of this module alone, in front of its class's."""
+        """Set an attribute on this module object, overriding its class's."""
         self._attributes.append((module, name, vars(module).get(name, _ABSENT), value))
         vars(module)[name] = value
 
     def undo(self) -> None:
-        """The model as it was. Also after an undo that was interrupted, or a change that failed half way."""
+        """Restore the model. Safe to repeat, and after a change that failed half way."""
         self._set_attributes(ours=False)
         self._set_implementations(ours=False)
 
     @contextmanager
     def stock_attention(self) -> Iterator[None]:
-        """Within it the model attends as it did before: its own functions, its own masks."""
+        """Within it the model uses its own attention functions and masks."""
         self._set_implementations(ours=False)
         try:
             yield
@@ -60,7 +60,7 @@ class Attachment:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Within it the model is the stock one in every respect."""
+        """Within it the model is the stock model."""
         self.undo()
         try:
             yield

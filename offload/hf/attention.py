@@ -21,7 +21,7 @@ from attention_predictor.offload.hf.layer import TieredLayer, as_under_autocast
 NAME = "attention_predictor"
 
 
-@torch.compiler.disable  # all that is to be fused lies around it
+@torch.compiler.disable  # compiled layers fuse only the operations around it
 def tiered_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -40,17 +40,17 @@ def tiered_attention(
 
     Args:
         query: ``[B, H, Q, D]``; key and value ``[B, G, T, D]``.
-        attention_mask: What ``tiered_mask`` made, or a 4-D mask of the caller's.
+        attention_mask: The result of ``tiered_mask``, or the caller's 4-D mask.
         softcap: Gemma 2's cap on the logits.
-        s_aux: GPT-OSS's sink logits, one a head.
-        is_causal: Whether queries see earlier tokens alone; as ``module.is_causal`` says, if ``None``.
+        s_aux: GPT-OSS's sink logits, one per head.
+        is_causal: Whether queries see only earlier tokens; ``None``: as ``module.is_causal`` says.
 
     Returns:
         ``[B, Q, H, D]`` contiguous, and no weights.
 
     Raises:
-        AttachError: The model asks for what tiered attention can't do; a tiered layer's keys, values or mask are not
-            those that the cache and ``tiered_mask`` gave it.
+        AttachError: The model needs something that tiered attention does not support, or changed the keys, values or
+            mask that the cache and ``tiered_mask`` returned.
     """
     layer: TieredLayer | FixedLayer | None = getattr(key, HANDLE, None)
     if biases := sorted(name for name, given in kwargs.items() if "bias" in name and given is not None):
@@ -58,11 +58,12 @@ def tiered_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     terms = Terms(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux, attention_mask)
     if layer is not None:
-        if layer.handed is not None and layer.armed:  # of layers that share keys, another one may have attended to them
+        # If layers share keys, the other layer may have attended to them already.
+        if layer.handed is not None and layer.awaits_attention:
             layer.handed.check(layer.number, key, value, query)
         if dropout:
             layer.runtime.note_fallback(f"attention dropout of {dropout:g} is left out of a model in training mode")
-        if isinstance(layer, TieredLayer):  # others read no mask: what is visible is known on the device
+        if isinstance(layer, TieredLayer):  # a fixed layer reads no mask: lengths on the device decide
             layer.check_terms(terms, causal)
     query, key, value = as_under_autocast(query, key, value)
     with torch.autocast(query.device.type, enabled=False):
@@ -85,9 +86,9 @@ def tiered_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """``None`` for plain causal attention, ``[B, kv_length]`` where padding adds to it, else the stock 4-D mask.
+    """``None`` for causal attention, ``[B, kv_length]`` for causal attention with padding, else the stock 4-D mask.
 
-    The two short forms keep a prompt of 128K tokens from making a mask of 16 GB, and a decoding step from making any.
+    The short forms save the 16 GB mask of a prompt of 128K tokens, and any mask in a decoding step.
     """
     plain = (
         mask_function is causal_mask_function
@@ -108,7 +109,7 @@ def tiered_mask(
         mask_function=mask_function,
         attention_mask=attention_mask,
         local_size=local_size,
-        # A skipped mask would be read as plain causal, which a local mask is not once the window is full.
+        # ``None`` would mean causal here, which a local mask is not once the window is full.
         allow_is_causal_skip=False,
         **kwargs,
     )

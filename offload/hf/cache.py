@@ -9,14 +9,14 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from attention_predictor.errors import AttachError, IntegrityError
 from attention_predictor.offload.hf.layer import TieredLayer
-from attention_predictor.offload.policies.allocation import Sharing
+from attention_predictor.offload.policies.allocation import PromptAllocation
 
 if TYPE_CHECKING:
     from attention_predictor.offload.runtime import Runtime
 
 
 class TieredCache(DynamicCache):
-    """Give it to the attached model as its cache; ``engine.new_cache()`` makes one.
+    """The cache of an attached model; ``engine.new_cache()`` makes one.
 
     Sliding, chunked and linear-attention layers keep their stock caches, and so do ``skip_layers``.
     """
@@ -27,12 +27,12 @@ class TieredCache(DynamicCache):
 
     @property
     def room(self) -> int:
-        """Tokens for which every tiered layer has host memory."""
+        """Tokens that allocated host memory can hold in every tiered layer."""
         rooms = [layer.room for layer in self.layers if isinstance(layer, TieredLayer)]
         return min(rooms) if rooms else 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Leave ``get_seq_length()`` less what to remove, also where an interrupted forward left layers uneven."""
+        """Crop all layers to one length, even if an interrupted forward left them with different lengths."""
         length = int(self.get_seq_length())
         lengths = layer_lengths(self)
         for number, layer in enumerate(self.layers):
@@ -41,7 +41,7 @@ class TieredCache(DynamicCache):
             layer.crop(remove)  # type: ignore[union-attr]  # as transformers' own `crop`, of layers of any kind
 
     def check_integrity(self) -> None:
-        """Check every tiered layer, that all are of one length, and the prefetcher; raises ``IntegrityError``."""
+        """Check every tiered layer, equal lengths, and the prefetcher; raises ``IntegrityError``."""
         tiered = [layer for layer in self.layers if isinstance(layer, TieredLayer)]
         for layer in tiered:
             layer.check_integrity()
@@ -52,7 +52,7 @@ class TieredCache(DynamicCache):
 
 
 def adopt(cache: Cache, runtime: Runtime) -> None:
-    """Turn an empty stock cache into a tiered one, in place: whoever made it keeps using the same object."""
+    """Turn an empty stock cache into a tiered one in place, since its owner keeps using the same object."""
     layers = cache.layers or DynamicCache(config=runtime.text_config).layers
     if cache.get_seq_length() > 0:
         raise AttachError(
@@ -60,14 +60,14 @@ def adopt(cache: Cache, runtime: Runtime) -> None:
             "start from an empty one, or from engine.new_cache()"
         )
     tiered = runtime.tiered_layers
-    sharing = Sharing.of(runtime.config, [number for number in range(len(layers)) if number in tiered])
+    allocation = PromptAllocation.of(runtime.config, [number for number in range(len(layers)) if number in tiered])
     cache.layers = [
-        TieredLayer(runtime, number, sharing) if number in tiered else layer
+        TieredLayer(runtime, number, allocation) if number in tiered else layer
         for number, layer in enumerate(layers[: runtime.layers])  # some configurations count an encoder's
     ]
     cache.layer_class_to_replicate = None
     if type(cache) is DynamicCache:
-        cache.__class__ = TieredCache  # the layers alone would lack `crop` over uneven ones and `check_integrity`
+        cache.__class__ = TieredCache  # for its `crop` and `check_integrity`
 
 
 def is_tiered(cache: Cache) -> bool:
@@ -85,7 +85,7 @@ def layer_lengths(cache: Cache) -> dict[int, int]:
 
 
 def describe_unevenness(cache: Cache) -> str | None:
-    """What is wrong, and how to go on, where layers differ in length: a forward was interrupted between them."""
+    """What is wrong and how to go on if layers differ in length after an interrupted forward; else ``None``."""
     lengths = layer_lengths(cache).values()
     if len(set(lengths)) < 2:
         return None

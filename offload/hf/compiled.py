@@ -1,4 +1,4 @@
-"""CompiledLayers: a model's decoder layers under torch.compile, for as long as a step needs them so."""
+"""CompiledLayers: a model's decoder layers under torch.compile, during captured steps only."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from attention_predictor.offload.hf.versions import decoder_layers
 
 
 class CompiledLayers:
-    """Within ``with``, the decoder layers' forwards are compiled: small operations around the linear layers are fused.
+    """Within ``with``, the decoder layers' forwards are compiled, which fuses small operations around linear layers.
 
-    The cache and the attention stay as they are (``torch.compiler.disable``).
-
-    One compilation serves all layers and lasts as long as this object.
+    Cache and attention are not compiled (``torch.compiler.disable``). One compilation serves all layers, for this
+    object's lifetime.
 
     Raises:
         AttachError: The model's decoder layers are not where transformers' models have them.
@@ -31,7 +30,7 @@ class CompiledLayers:
         ]
 
     def __enter__(self) -> None:
-        # The number of a layer is read by every layer, and would make another program of each.
+        # Every layer reads its own number; a number fixed at compile time would mean one program per layer.
         self._settings = torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=256)
         self._settings.__enter__()
         for layer, _, compiled in self._layers:

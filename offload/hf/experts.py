@@ -1,4 +1,4 @@
-"""Experts of a mixture, computed in a way that can be captured."""
+"""Mixture-of-experts implementations that can be captured."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedConfig
 
-# transformers' ways to compute experts for which the host must know which tokens go where, at least in some precisions,
-# and one for which it need not: it gathers the weights of those chosen. `generate` takes it too to decode on GPUs.
-ASKING, CAPTURABLE = ("eager", "grouped_mm"), "batched_mm"
+# transformers' implementations that read the routing on the host, at least in some precisions; and one that does not:
+# it gathers the chosen experts' weights. `generate` also uses it to decode on GPUs.
+SYNCHRONISING, CAPTURABLE = ("eager", "grouped_mm"), "batched_mm"
 
 
 @contextmanager
 def capturable_experts(config: PreTrainedConfig) -> Iterator[None]:
-    """Within it, the experts of the model with this configuration don't ask the host."""
+    """Within it, experts of the model with this configuration need no host synchronisation."""
     before = getattr(config, "_experts_implementation", None)
-    if before not in ASKING:
+    if before not in SYNCHRONISING:
         yield
         return
     config._experts_implementation = CAPTURABLE

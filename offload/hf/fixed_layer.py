@@ -1,6 +1,7 @@
-"""FixedLayer: what a layer that is not tiered keeps while steps are captured.
+"""FixedLayer: the cache of a layer that is not tiered, with fixed shapes, while steps are captured.
 
-transformers' own layers grow by concatenation: their tensors move at every token, which no CUDA graph can follow.
+transformers' own layers grow by concatenation, so their tensors move at every token; a CUDA graph needs fixed
+addresses.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, D head size.
 """
@@ -19,20 +20,20 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import AttachError
 from attention_predictor.offload.attention.dense import Terms
-from attention_predictor.offload.attention.sparse import Reach, attend_slots, no_kernel
+from attention_predictor.offload.attention.sparse import Reach, attend_slots, why_no_kernel
 from attention_predictor.offload.blocks.ring import Ring, RingTable, slots_for
 from attention_predictor.offload.hf.handed import Handed, hand_over
 from attention_predictor.offload.hf.versions import layer_config
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.hf.layer import Captor
+    from attention_predictor.offload.hf.layer import StepGraph
     from attention_predictor.offload.runtime import Runtime
 
 EMPTY = "DummyLayer"  # transformers' layer without a cache, of models that share keys between layers
 
 
 def why_not_fixed(layer: object, number: int) -> str | None:
-    """Why no ``FixedLayer`` can stand in for a layer of transformers; ``None`` if one can, or none needs to."""
+    """Why no ``FixedLayer`` can replace this layer of transformers; ``None`` if one can, or none is needed."""
     name = type(layer).__name__
     if name == EMPTY or isinstance(layer, FixedLayer):
         return None
@@ -48,7 +49,7 @@ def why_not_fixed(layer: object, number: int) -> str | None:
 
 
 def is_chunked(config: PreTrainedConfig, number: int) -> bool:
-    """Whether the window of a layer moves by whole chunks (Llama 4), not token by token."""
+    """Whether a layer's window moves by whole chunks (Llama 4) instead of token by token."""
     types = getattr(config, "layer_types", None)
     if types is not None:
         return bool(types[number] == "chunked_attention")
@@ -56,17 +57,17 @@ def is_chunked(config: PreTrainedConfig, number: int) -> bool:
 
 
 class FixedLayer(CacheLayerMixin):
-    """Stands in a cache's list of layers for ``stock``, with the same tokens in a ring, until ``leave``.
+    """Replaces ``stock`` in a cache's list of layers until ``leave``, with the same tokens in a ring.
 
-    Whatever but a captured step asks for the cache gets the stock layer, as it would be after the same tokens.
+    Any other use of the cache than a captured step puts the stock layer back, as it would be after the same tokens.
 
     Args:
-        graphed: Who captures the steps.
-        tables: Of the rings of one cache, by shape; the one that this layer needs is added.
-        tokens: So many there must be room for.
+        cache_graph: The graph that captures the steps.
+        tables: The cache's ring tables, by shape; this layer adds the one it needs.
+        tokens: Length up to which a layer without a window must hold all tokens.
 
     Raises:
-        AttachError: The model asks of a captured step what it does not give.
+        AttachError: The model uses its cache in a way that captured steps don't support.
     """
 
     is_croppable = True
@@ -76,20 +77,20 @@ class FixedLayer(CacheLayerMixin):
         stock: DynamicLayer,
         number: int,
         runtime: Runtime,
-        graphed: Captor,
+        cache_graph: StepGraph,
         tables: dict[tuple[int, int], RingTable],
         padding_B: Tensor | None,
         tokens: int,
     ) -> None:
-        # Not the base class's: it would empty what the properties below lead to.
+        # Not the base class's __init__: it would set ``keys`` and ``values``, which lead to the stock layer here.
         self.stock, self.number, self.runtime = stock, number, runtime
         self.is_initialized = True
         self.is_sliding = stock.is_sliding
-        self.armed = False  # between `update` and `attend`
+        self.awaits_attention = False  # between `update` and `attend`
         self.handed: Handed | None = None
-        self.arrived_BH: Tensor | None = None  # made for the first query: it tells how many heads there are
-        # Weakly, as this layer is held by whom it refers to.
-        self._graphed = weakref.ref(graphed)
+        self.arrived_BH: Tensor | None = None  # made at the first query, which shows the number of heads
+        # Weak: the graph refers to this layer.
+        self._cache_graph = weakref.ref(cache_graph)
         self.length = int(stock.get_seq_length())
         window = stock.sliding_window if isinstance(stock, DynamicSlidingWindowLayer) else 0
         chunked = bool(window) and is_chunked(runtime.text_config, number)
@@ -101,8 +102,10 @@ class FixedLayer(CacheLayerMixin):
         slots = slots_for(window, size) if window else ceil_div(tokens, size)
         self.ring = Ring(key_BGTD, slots, size)
         self.ring.fill(self.length - key_BGTD.shape[2], key_BGTD, value_BGTD)
-        stock.keys, stock.values = (x.new_empty(0) for x in (key_BGTD, value_BGTD))  # memory of a whole context
-        self.kernel = runtime.config.kernels == "auto" and no_kernel(self.ring.key_BGSTD) is None
+        stock.keys, stock.values = (
+            x.new_empty(0) for x in (key_BGTD, value_BGTD)
+        )  # frees the memory of a whole context
+        self.kernel = runtime.config.kernels == "auto" and why_no_kernel(self.ring.key_BGSTD) is None
         shape = (key_BGTD.shape[1], slots)
         self.table = tables.setdefault(shape, RingTable(*shape, size, key_BGTD.device))
 
@@ -116,14 +119,14 @@ class FixedLayer(CacheLayerMixin):
         return stock
 
     def advance(self) -> None:
-        """The host counts the token of the step that comes."""
+        """Count the next step's token on the host."""
         self.length += 1
 
     # ---- captured steps ----------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the new token; the returned key leads the attention function to this layer."""
+        """Store the new token. The returned key carries this layer to the attention function."""
         if not self._running:
             return self._given_back().update(key_states, value_states, *args, **kwargs)
         key_BGSTD = self.ring.key_BGSTD
@@ -135,47 +138,47 @@ class FixedLayer(CacheLayerMixin):
                     f"{list(found.shape)} of {found.dtype}"
                 )
         self.ring.write(self.table.place_B, key_states, value_states)
-        self.armed = True
+        self.awaits_attention = True
         key_states, self.handed = hand_over(self, key_states, value_states)
         return key_states, value_states
 
     def attend(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
-        """Attention of the newest token over the ring, ``[B, H, 1, D]``; or of another layer that shares its keys."""
+        """Attention of the newest token over the ring, also for a layer that shares its keys; ``[B, H, 1, D]``."""
         ring, table, dtype = self.ring, self.table, query_BHQD.dtype
         query_BHD = query_BHQD[:, :, 0].to(ring.key_BGSTD.dtype).contiguous()
         if self.arrived_BH is None:
             self.arrived_BH = query_BHD.new_zeros(query_BHD.shape[:2], dtype=torch.int32)
-        graphed = self._graphed()
-        assert graphed is not None  # who runs this step
+        cache_graph = self._cache_graph()
+        assert cache_graph is not None  # it runs this step
         attention = attend_slots(
             query_BHD,
             ring.key_BGSTD,
             ring.value_BGSTD,
             table.block_BGS,
-            graphed.length_B,
+            cache_graph.length_B,
             None,
             terms,
             kernel=self.kernel,
             arrived_BH=self.arrived_BH,
             reach=self.reach,
         )
-        self.armed = False
+        self.awaits_attention = False
         return attention.out_BHD[:, :, None].to(dtype)
 
     @property
     def _running(self) -> bool:
-        graphed = self._graphed()
-        return graphed is not None and graphed.running
+        cache_graph = self._cache_graph()
+        return cache_graph is not None and cache_graph.running
 
     # ---- what transformers asks of a cache layer -------------------------------------------------------------------
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override]  # as of static layers
-        """Tokens stored. Within a captured step a tensor on the device, so that no graph keeps the host's number."""
-        graphed = self._graphed()
-        return graphed.past if graphed is not None and graphed.running else self.length
+        """Tokens stored. Within a captured step a device tensor, so that the graph does not bake in a number."""
+        cache_graph = self._cache_graph()
+        return cache_graph.past if cache_graph is not None and cache_graph.running else self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Within a captured step a size that stays: no mask is read there."""
+        """Within a captured step a constant size: no mask is read there."""
         if self._running:
             return self.ring.places, 0
         return self._given_back().get_mask_sizes(query_length)
@@ -184,17 +187,17 @@ class FixedLayer(CacheLayerMixin):
         return int(self.stock.get_max_length())
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: only a layer that has tokens is stood in for."""
+        """Nothing to do: only layers that hold tokens are replaced."""
 
     def _given_back(self) -> DynamicLayer:
-        """The stock layer, back in its place."""
+        """Put the stock layer back and return it."""
         if self._running:
             raise AttachError(
                 f"layer {self.number}: the model reads or changes its cache itself in a captured step: not supported; "
                 'attach with prefetch="thread"'
             )
-        if (graphed := self._graphed()) is not None:
-            graphed.leave()
+        if (cache_graph := self._cache_graph()) is not None:
+            cache_graph.leave()
         return self.stock
 
     def reset(self) -> None:
@@ -219,7 +222,7 @@ class FixedLayer(CacheLayerMixin):
         self._given_back().prefetch()
 
     def activate_past_recording(self) -> None:
-        """Of sliding layers, for assisted decoding."""
+        """Called on sliding layers by assisted decoding."""
         if hasattr(stock := self._given_back(), "activate_past_recording"):
             stock.activate_past_recording()
 

@@ -1,7 +1,7 @@
-"""Forwards: what happens around each forward of an attached model.
+"""Forwards: wraps each forward of an attached model.
 
-A forward is offloaded, or runs as the stock model's and says so, or is refused with one line. Before it, its cache is
-made a tiered one; after it, each tiered layer must have stored and attended to exactly its tokens.
+A forward is offloaded, or runs as stock with a note in the stats, or is refused with one line. Before it, its cache
+becomes a tiered one. After it, each tiered layer must have stored and attended to exactly its tokens.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Forward = Callable[..., Any]
 
 @dataclass
 class _Call:
-    """The forward in progress on this thread. ``tokens``: as the decoder is given them."""
+    """The forward in progress on this thread. ``tokens``: sequences and new tokens that the decoder received."""
 
     tokens: tuple[int, int] | None = None
 
 
 class Forwards:
-    """Stands around the forwards of a model, of its base model and of its decoder, whichever is called first."""
+    """Wraps the forwards of a model, its base model and its decoder; the outermost call does the work."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Forwards:
         self._thread = threading.local()
 
     def install(self) -> None:
-        """Put this in front of the forwards of these modules alone; the attachment takes it back."""
+        """Replace the forwards of these module objects; the attachment restores them."""
         modules = {id(module): module for module in (self.model, self.model.base_model, self.decoder)}
         names = {key: cache_argument(module.forward) for key, module in modules.items()}
         known = next((name for name in names.values() if name is not None), None)
@@ -77,7 +77,7 @@ class Forwards:
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = dict(zip(parameters, args, strict=False)) | kwargs
             call: _Call | None = getattr(self._thread, "call", None)
-            if call is not None:  # within another of these forwards
+            if call is not None:  # called within another wrapped forward
                 if module is self.decoder:
                     call.tokens = _batch_and_length(given)
                 return own(**given)
@@ -110,7 +110,7 @@ class Forwards:
     # ---- before ----------------------------------------------------------------------------------------------------
 
     def _runs_as_stock(self, given: dict[str, Any]) -> bool:
-        """Whether a forward without a cache of the caller's is to have no tiered one."""
+        """Whether a forward without a caller's cache runs without a tiered cache."""
         use_cache = given.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self.text_config, "use_cache", False)
@@ -130,7 +130,7 @@ class Forwards:
         return any(tensor.requires_grad for tensor in (*tensors, *self.model.parameters()))
 
     def _prepare(self, cache: Cache, batch: int, new: int, given: dict[str, Any]) -> int:
-        """Make the cache a tiered one, refuse what can't work; the tokens cached so far."""
+        """Make the cache tiered and check the call. Returns the number of cached tokens."""
         self._check_cache(cache)
         if _wanted(given, self.text_config, "output_attentions"):
             raise AttachError("output_attentions: sparse attention keeps no weights; detach the engine to see them")
@@ -149,7 +149,7 @@ class Forwards:
         return cached
 
     def _check_positions(self, cached: int, new: int) -> None:
-        """Refuse a prompt beyond the model's positions. What is generated goes on behind them, as the stock model."""
+        """Refuse a prompt beyond the model's positions. Generation may pass them, as in the stock model."""
         positions = getattr(self.text_config, "max_position_embeddings", None)
         if positions is None or cached + new <= positions:
             return
@@ -168,7 +168,7 @@ class Forwards:
             if isinstance(layer, TieredLayer):
                 if layer.runtime is not self.runtime:
                     raise AttachError("the cache belongs to another engine; make one with engine.new_cache()")
-                layer.check_attended()  # before unevenness, which cropping could mend
+                layer.check_attended()  # first: uneven layers can be cropped, this can't
         if is_tiered(cache) and (unevenness := describe_unevenness(cache)):
             raise AttachError(unevenness)
 
@@ -200,7 +200,7 @@ def check_positions(text_config: PreTrainedConfig, tokens: int) -> None:
 
 
 def _take_cache(given: dict[str, Any]) -> Any:
-    """Take the cache out of a forward's arguments, whatever its name; by its old name too, and without a warning."""
+    """Remove the cache from a forward's arguments, under its old or new name, and return it."""
     names = [name for name, value in given.items() if name in CACHE_NAMES or isinstance(value, Cache)]
     caches = [value for value in map(given.pop, names) if value is not None]
     return caches[0] if caches else None

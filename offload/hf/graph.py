@@ -1,4 +1,4 @@
-"""Decoding steps without the host: a model's one-token forward over a tiered cache, captured as one CUDA graph.
+"""Captured steps: a model's one-token forward over a tiered cache, as one CUDA graph that needs no CPU work.
 
 Suffixes: B sequences, L tokens of the sequence.
 """
@@ -27,58 +27,63 @@ from attention_predictor.offload.hf.versions import CACHE_NAMES, cache_argument,
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.step.schedule import StreamSchedule
 
-WORTH_IT, IN_VAIN = 8, 3  # steps that pay for capturing one; times that fewer are taken before it is given up
-EAGER_STEPS = 2  # taken before one is captured: libraries set themselves up in them
+MIN_STEPS_PER_CAPTURE = 8  # a capture that serves fewer steps has cost more than it saved: it was wasted
+MAX_WASTED_CAPTURES = 3  # in a row; after them the cache is no longer captured
+EAGER_STEPS = 2  # run before the capture: libraries initialise themselves in them
 INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep", *CACHE_NAMES}
-LEFT_PADDING = "_attention_predictor_left_padding"  # of a mask that is known to rule out what the prompt's did
+LEFT_PADDING = "_attention_predictor_left_padding"  # attribute of a mask known to hide exactly the prompt's padding
 
 Forward = Callable[..., Any]
-Faster = CompiledLayers | FusedModules | None
+StepModules = CompiledLayers | FusedModules | None
 
 
 class CapturedSteps:
-    """Which forwards of a model are captured steps, and who takes them: one ``Graphed`` a cache, as long as it lives.
+    """Decides which forwards of a model run as captured steps, and keeps one ``CacheGraph`` per living cache.
 
     Args:
-        name: The model's, for what is noted.
-        forward: The model's own.
-        faster: Its layers compiled, or its modules fused, within steps alone; ``None`` leaves them as they are.
+        name: The model's name, for messages.
+        forward: The model's own forward.
+        step_modules: Replacements used during captured steps only: compiled layers or fused modules; ``None``: the
+            model's own.
     """
 
-    def __init__(self, name: str, forward: Forward, config: PreTrainedConfig, runtime: Runtime, faster: Faster) -> None:
-        self.name, self.forward, self.config, self.runtime, self.faster = name, forward, config, runtime, faster
-        self._failure: str | None = None  # of a capture; the next would fail alike
-        self._graphed: weakref.WeakKeyDictionary[TieredCache, Graphed] = weakref.WeakKeyDictionary()
+    def __init__(
+        self, name: str, forward: Forward, config: PreTrainedConfig, runtime: Runtime, step_modules: StepModules
+    ) -> None:
+        self.name, self.forward, self.config, self.runtime = name, forward, config, runtime
+        self.step_modules = step_modules
+        self._failure: str | None = None  # why a capture failed; the next one would fail too
+        self._cache_graphs: weakref.WeakKeyDictionary[TieredCache, CacheGraph] = weakref.WeakKeyDictionary()
 
     def step(self, cache: TieredCache, given: dict[str, Any]) -> Any:
-        """The model's output, where this forward is a step that can be captured; else ``None``, and the host has it."""
-        graphed = self._graphed.get(cache)
+        """Run this forward as a captured step and return its output; ``None`` if the host has to run it."""
+        cache_graph = self._cache_graphs.get(cache)
         if is_one_token(given) and is_ready(cache):
-            reason = self._failure or odd_argument(given, self.config)
-            if reason is None and (graphed is None or not graphed.entered):
-                reason = why_not(cache, graphed)
+            reason = self._failure or why_unsupported_call(given, self.config)
+            if reason is None and (cache_graph is None or not cache_graph.entered):
+                reason = why_not_captured(cache, cache_graph)
             if reason is None and not keeps_padding(cache, given.get("attention_mask")):
-                reason = "the attention mask rules out more than the prompt's padding on the left, or less"
+                reason = "the attention mask does not hide exactly the prompt's left padding"
             if reason is None:
-                if graphed is None:
-                    graphed = self._graphed[cache] = Graphed(cache, self.forward, self.faster)
+                if cache_graph is None:
+                    cache_graph = self._cache_graphs[cache] = CacheGraph(cache, self.forward, self.step_modules)
                 try:
-                    return graphed.run(cache, given)
+                    return cache_graph.run(cache, given)
                 except CaptureError as error:
                     reason = self._failure = f"{self.name} can't be captured: {error}"
             self.runtime.note_fallback(f"the prefetch thread in place of captured steps: {reason}")
-        if graphed is not None:
-            graphed.leave()
+        if cache_graph is not None:
+            cache_graph.leave()
         return None
 
     def leave(self) -> None:
-        """Hand all caches back to the host."""
-        for graphed in list(self._graphed.values()):
-            graphed.leave()
+        """End captured steps on all caches; the host runs their next steps."""
+        for cache_graph in list(self._cache_graphs.values()):
+            cache_graph.leave()
 
 
-def why_not(cache: TieredCache, graphed: Graphed | None) -> str | None:
-    """Why steps over this cache can't be captured; ``None`` if they can."""
+def why_not_captured(cache: TieredCache, cache_graph: CacheGraph | None) -> str | None:
+    """Why steps over this cache can't be captured, or ``None``."""
     for number, layer in enumerate(cache.layers):
         if not isinstance(layer, TieredLayer):
             if (reason := why_not_fixed(layer, number)) is not None:
@@ -90,22 +95,24 @@ def why_not(cache: TieredCache, graphed: Graphed | None) -> str | None:
             return "they need the kernels"
         if not layer.blocks.store.pinned:
             return "they need pinned host memory"
-        if (reason := layer.policy.not_captured(layer.runtime.config) or layer.policy.lacks_kernel) is not None:
+        if (
+            reason := layer.policy.why_never_captured(layer.runtime.config) or layer.policy.why_no_kernel()
+        ) is not None:
             return reason
-    if graphed is not None and graphed.in_vain >= IN_VAIN:
-        return "something else changes the cache every few tokens, as beams do"
+    if cache_graph is not None and cache_graph.wasted_captures >= MAX_WASTED_CAPTURES:
+        return "the cache changes every few tokens for another reason, such as beam search"
     return None
 
 
 def is_one_token(given: dict[str, Any]) -> bool:
-    """Whether a forward's arguments are those of a decoding step by token ids, none of which records gradients."""
+    """Whether a forward is a decoding step of one token id a sequence, without gradients."""
     ids = given.get("input_ids")
     return ids is not None and ids.shape[1] == 1 and not torch.is_grad_enabled()
 
 
-def odd_argument(given: dict[str, Any], config: PreTrainedConfig) -> str | None:
-    """What a step is asked for that a captured one does not give; ``None`` where it is nothing."""
-    # What is absent, or False, asks for nothing.
+def why_unsupported_call(given: dict[str, Any], config: PreTrainedConfig) -> str | None:
+    """Which arguments of the call captured steps don't support, as one line; ``None`` if they support all."""
+    # An argument that is absent, None or False requests nothing.
     odd = sorted({name for name, value in given.items() if value is not None and value is not False} - INPUTS)
     odd += [name for name in ("return_dict", "use_cache") if given.get(name) is False]
     odd += [f"config.{name}" for name in ("output_hidden_states",) if given.get(name) is None and getattr(config, name)]
@@ -118,7 +125,7 @@ def odd_argument(given: dict[str, Any], config: PreTrainedConfig) -> str | None:
 
 
 def keeps_padding(cache: TieredCache, mask_BL: Tensor | None) -> bool:
-    """Whether the mask of a step rules out what the prompt's did and nothing else; reads it back from the device."""
+    """Whether a step's mask hides exactly the prompt's left padding. Reads the mask back from the device."""
     first = next(layer for layer in cache.layers if isinstance(layer, TieredLayer))
     if mask_BL is None:
         return not first.is_padded
@@ -131,50 +138,51 @@ def keeps_padding(cache: TieredCache, mask_BL: Tensor | None) -> bool:
 
 
 def is_ready(cache: TieredCache) -> bool:
-    """Whether the cache has come so far that a step over it can be captured: later, if not now."""
+    """Whether the cache holds enough tokens for a captured step. If not now, it will later."""
     tiered = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
     return bool(tiered) and all(
         layer.is_initialized
         and layer.policy.is_started
         and layer.blocks.pool.slots
-        and layer.selection.decides(layer.blocks.length + 1)
+        and layer.selection.is_sparse_at(layer.blocks.length + 1)
         for layer in tiered
     )
 
 
 class CaptureError(Exception):
-    """The model asks the host within its forward."""
+    """The model's forward can't be captured: it reads a value back to the host."""
 
 
 def _end_capture_of_random_numbers(device: torch.device) -> None:
-    """A capture that has failed leaves torch's generator as if it were still captured: it would refuse to work."""
+    """Reset torch's random generator, which a failed capture leaves in its capturing state, unusable."""
     index = torch.cuda.current_device() if device.index is None else device.index
     generator = torch.cuda.default_generators[index]
     generator.graphsafe_set_state(generator.clone_state())
 
 
-class Graphed:
-    """The steps of one cache. ``run`` takes one; ``leave`` gives the cache back to the host, as if it had kept it.
+class CacheGraph:
+    """The CUDA graph of one cache's steps. ``run`` takes a step; ``leave`` returns the cache to the host.
 
-    The first steps run kernel by kernel, then one is captured, then replayed for every token until the room is used up.
+    The first steps run kernel by kernel. Then one is captured, and replayed for every token until the cache's reserved
+    capacity is used up.
     """
 
-    def __init__(self, cache: TieredCache, forward: Forward, faster: Faster) -> None:
+    def __init__(self, cache: TieredCache, forward: Forward, step_modules: StepModules) -> None:
         self.layers = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
-        # Not the cache, which owns this and must not be kept alive by it.
+        # Its list, not the cache: the cache owns this object, and a reference back would keep it alive.
         self._layers_of_cache = cache.layers
-        self.fixed: list[FixedLayer] = []  # while steps are captured, in the places of transformers' own layers
+        self.fixed: list[FixedLayer] = []  # in place of transformers' own layers while steps are captured
         self.tables: dict[tuple[int, int], RingTable] = {}
         self.runtime = self.layers[0].runtime
-        self.forward, self.faster = forward, faster
+        self.forward, self.step_modules = forward, step_modules
         self.cache_name = cache_argument(forward) or CACHE_NAMES[0]
-        # Some policies read all keys at some steps, which are then not captured.
+        # Some policies read all keys in some steps; those steps are not captured.
         self.may_read_all_keys = any(layer.may_read_all_keys for layer in self.layers)
         self.entered = False
         self.running = False
-        self.taken = 0  # steps since the cache was entered
-        self.in_vain = 0  # times that it was left before captured steps paid
-        self.eager_steps = 0  # to be taken yet
+        self.steps_taken = 0  # since `_enter`
+        self.wasted_captures = 0  # in a row
+        self.eager_steps_left = 0  # before the capture
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: Any = None
 
@@ -182,13 +190,13 @@ class Graphed:
 
     @torch.no_grad()
     def run(self, cache: TieredCache, kwargs: dict[str, Any]) -> Any:
-        """One forward; its result is the model's own kind of output, with logits that the next step leaves alone."""
+        """One forward. Returns the model's own output type; the next step does not overwrite its logits."""
         ids_B1, position = kwargs["input_ids"], kwargs.get("position_ids")
         if position is None:
             position = torch.full_like(ids_B1, self._length())
         elif position.dim() == 2:
             position = position.expand_as(ids_B1)
-        # Room for this token, and for the next one, whose blocks are chosen.
+        # This token, and the next one, whose blocks are chosen in this step.
         fits = self.entered and self._length() + 2 <= self.room
         if self.entered and not (fits and self.ids_B1.shape == ids_B1.shape and self.position.shape == position.shape):
             self.leave()
@@ -196,26 +204,27 @@ class Graphed:
             self._enter(ids_B1, position)
         self.ids_B1.copy_(ids_B1)
         self.position.copy_(position)
-        if self.graph is None and not self.eager_steps and ids_B1.device.type == "cuda" and not self._reads_all_keys():
+        may_capture = self.graph is None and not self.eager_steps_left and ids_B1.device.type == "cuda"
+        if may_capture and not self._reads_all_keys():
             self._capture(cache)
         stats = self.runtime.stats
         stats.steps += 1
         try:
             self.running = True
             output = self._take(cache)
-            self.taken += 1
+            self.steps_taken += 1
         except BaseException:
             for layer in self.layers:
-                layer.armed = True  # how far the device has come is unknown: no further step on this cache
+                layer.awaits_attention = True  # the device's state is unknown: refuse further steps on this cache
             raise
         finally:
             self.running = False
-        # With logits of its own, which the next step leaves alone.
+        # A copy: the next replay overwrites the graph's logits.
         return changed(output, cache=cache, logits=output.logits.clone())
 
-    def join(self) -> None:
-        """The model waits for all that prepares the next token."""
-        self.schedule.join()
+    def join_prefetch(self) -> None:
+        """Make the model's stream wait for the prefetch stream."""
+        self.schedule.join_prefetch()
 
     @property
     def past(self) -> Tensor:
@@ -223,11 +232,11 @@ class Graphed:
         return self.length_B[0] - 1
 
     def leave(self) -> None:
-        """Hand the cache back to the host; waits for the device."""
+        """End captured steps; the host runs the next ones. Waits for the device."""
         if not self.entered or self.running:
             return
         self.entered = False
-        self.in_vain = self.in_vain + 1 if self.taken < WORTH_IT else 0
+        self.wasted_captures = self.wasted_captures + 1 if self.steps_taken < MIN_STEPS_PER_CAPTURE else 0
         self.graph = self.output = None
         if self.runtime.device.type == "cuda":
             torch.cuda.synchronize(self.runtime.device)
@@ -237,7 +246,7 @@ class Graphed:
             self._layers_of_cache[fixed.number] = fixed.leave()
         self.fixed, self.tables = [], {}
 
-    # ---- how -------------------------------------------------------------------------------------------------------
+    # ---- internals -------------------------------------------------------------------------------------------------
 
     @property
     def _all_layers(self) -> list[TieredLayer | FixedLayer]:
@@ -249,18 +258,18 @@ class Graphed:
     @torch.inference_mode(False)
     def _enter(self, ids_B1: Tensor, position: Tensor) -> None:
         device, batch = ids_B1.device, self.layers[0].batch
-        self.room = self.runtime.room.captured(self._length())
+        self.room = self.runtime.room.captured_tokens(self._length())
         self.length_B = torch.full((batch,), self._length(), device=device)
-        self.schedule = StreamSchedule(device, self.runtime.counts.spent_1)
+        self.schedule = StreamSchedule(device, self.runtime.counts.stall_ns_1)
         self.ids_B1 = torch.zeros_like(ids_B1)
         self.position = torch.zeros_like(position)
-        self.eager_steps, self.taken = EAGER_STEPS, 0
+        self.eager_steps_left, self.steps_taken = EAGER_STEPS, 0
         for layer in self.layers:
             layer.enter(self, self.schedule, self.length_B, self.room)
         self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         padding_B = self.layers[0].padding_B if self.layers[0].is_padded else None
         for number, stock in enumerate(self._layers_of_cache):
-            if isinstance(stock, DynamicLayer):  # not a tiered one, or one of models that share keys, which has none
+            if isinstance(stock, DynamicLayer):  # neither tiered nor an empty layer of a model that shares keys
                 fixed = FixedLayer(stock, number, self.runtime, self, self.tables, padding_B, self.room)
                 self._layers_of_cache[number] = fixed
                 self.fixed.append(fixed)
@@ -270,19 +279,19 @@ class Graphed:
         return self.may_read_all_keys and any(layer.reads_all_keys for layer in self.layers)
 
     def _take(self, cache: TieredCache) -> Any:
-        """One step, captured unless it reads all keys; and the host's counts."""
-        at_once = None if self.may_read_all_keys else self.graph
-        if at_once is not None:  # the host counts beside it
-            at_once.replay()
+        """Run one step, by the graph unless it reads all keys, and advance the host's counts."""
+        early_graph = None if self.may_read_all_keys else self.graph
+        if early_graph is not None:  # replayed first, so that the device works while the host counts
+            early_graph.replay()
         for one in self._all_layers:
             one.advance()
         if self._reads_all_keys():
-            return self._step(cache)  # from host memory, between captured steps
+            return self._step(cache)  # reads keys from host memory: not captured
         self.runtime.stats.captured_steps += 1
         if self.graph is None:
-            self.eager_steps = max(self.eager_steps - 1, 0)
+            self.eager_steps_left = max(self.eager_steps_left - 1, 0)
             return self._step(cache)
-        if at_once is None:
+        if early_graph is None:
             self.graph.replay()
         return self.output
 
@@ -291,12 +300,12 @@ class Graphed:
         for table in self.tables.values():
             table.update(self.length_B)
         given = {"input_ids": self.ids_B1, "position_ids": self.position, "use_cache": True, self.cache_name: cache}
-        faster = self.faster if self.faster is not None else nullcontext()
-        with faster, capturable_experts(self.runtime.text_config):
-            # A mask of four dimensions is taken as it is, so that none is made for the host's lengths. None is read:
-            # what each layer sees follows from lengths and padding on the device.
+        step_modules = self.step_modules if self.step_modules is not None else nullcontext()
+        with step_modules, capturable_experts(self.runtime.text_config):
+            # transformers passes a 4-D mask through and builds none from the host's lengths. No layer reads it: what a
+            # layer sees follows from lengths and padding on the device.
             output = self.forward(attention_mask=self.mask, **given)
-        self.schedule.join()
+        self.schedule.join_prefetch()
         return output
 
     def _capture(self, cache: TieredCache) -> None:
@@ -306,12 +315,12 @@ class Graphed:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 output = self._step(cache)
         except RuntimeError as error:
-            # Nothing has run: capturing only notes what would.
+            # A capture records kernels and runs none, so the layers' state is as before.
             for one in self._all_layers:
-                one.armed = False
+                one.awaits_attention = False
             _end_capture_of_random_numbers(self.runtime.device)
             raise CaptureError(str(error).splitlines()[0]) from error
         finally:
             self.running = False
-        # Without the cache, which must not be kept alive by what it owns.
+        # Without the cache: it owns this object, and a reference back would keep it alive.
         self.graph, self.output = graph, changed(output, cache=None)

@@ -1,4 +1,4 @@
-"""Handed: what a cache layer has handed to the model, to be recognised when attention is asked for.
+"""Handed: identifies the tensors that a cache layer returned to the model, to check them when attention is called.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, D head size.
 """
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from attention_predictor.errors import AttachError
 
-# The key that a layer's `update` returns carries the layer under this name to the attention function.
+# Attribute of the key that a layer's `update` returns; it carries the layer to the attention function.
 HANDLE = "_attention_predictor_layer"
 
 
 class Handed(NamedTuple):
-    """What ``update`` has handed to the model; none of the tensors."""
+    """Identities of the key and value that ``update`` returned; it holds no tensor."""
 
     tokens: int
     key: tuple[Any, ...]
     value: tuple[Any, ...]
 
     def check(self, number: int, key_BGTD: Tensor, value_BGTD: Tensor, query_BHQD: Tensor) -> None:
-        """Raise ``AttachError`` unless layer ``number`` is asked to attend with these tensors, for those tokens."""
+        """Raise ``AttachError`` unless these are layer ``number``'s unchanged tensors, with one query per new token."""
         for what, found, handed in (("keys", key_BGTD, self.key), ("values", value_BGTD, self.value)):
             if _identity(found) != handed:
                 raise AttachError(
@@ -36,10 +36,10 @@ class Handed(NamedTuple):
 
 
 def hand_over(layer: object, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Handed]:
-    """The key as the model is to have it, leading to ``layer``, and by what it is recognised.
+    """A view of the key that carries ``layer`` to the attention function, and its ``Handed``.
 
-    It is a view of its own, so that no reference from the tensor to the layer outlives the call. The layer must never
-    hold the tensor in turn: that cycle would keep the whole prefill alive.
+    A new view, so that the reference from tensor to layer ends with the call. The layer must not hold the view: that
+    cycle would keep the whole prefill alive.
     """
     key_BGTD = key_BGTD.view_as(key_BGTD)
     setattr(key_BGTD, HANDLE, layer)
@@ -47,6 +47,6 @@ def hand_over(layer: object, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tens
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """What tells a tensor from others, and from itself once it has been written to."""
+    """Identifies a tensor and its version: a later write to it changes the result."""
     version = None if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version

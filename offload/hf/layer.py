@@ -1,11 +1,11 @@
 """TieredLayer: one layer's KV cache as transformers sees it, and the attention over it.
 
-The way of a token: ``update`` waits for what was fetched ahead; ``attend`` takes a decoding step over the pool
-(``step/step.py``), or attends to everything and stores it (prompts, later turns, drafts). What lies where, and how it
-moves, is ``LayerBlocks``'.
+For each forward, ``update`` waits for the blocks fetched ahead. ``attend`` then runs a decoding step over the pool
+(``step/step.py``), or, for prompts, later turns and drafts, stores the tokens and attends to everything.
+``LayerBlocks`` stores and moves the blocks.
 
-Suffixes: B sequences, G KV heads, H query heads, R rows = B·G, Q queries, T tokens, L tokens of the sequence, D head
-size, N blocks, C blocks there is room for.
+Suffixes: B sequences, G KV heads, H query heads, R the last queries that are scored, Q queries, T tokens, L tokens of
+the sequence, D head size, N blocks.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from attention_predictor.errors import AttachError
-from attention_predictor.offload.attention.dense import Scorer, ScoreRows, Terms, attend, attend_prompt, no_fused
-from attention_predictor.offload.attention.sparse import no_kernel
+from attention_predictor.offload.attention.dense import Scorer, ScoreRows, Terms, attend, attend_prompt, why_not_fused
+from attention_predictor.offload.attention.sparse import why_no_kernel
 from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
 from attention_predictor.offload.blocks.room import KVShape
 from attention_predictor.offload.blocks.selection import Budget, Selection
@@ -34,16 +34,16 @@ from attention_predictor.offload.step.schedule import EagerSchedule, Schedule
 from attention_predictor.offload.step.step import attend_again, chunks, decode, fetch_ahead
 
 if TYPE_CHECKING:
-    from attention_predictor.offload.policies.allocation import Sharing
+    from attention_predictor.offload.policies.allocation import PromptAllocation
     from attention_predictor.offload.runtime import Runtime
 
 
-class Captor(Protocol):
-    """Who captures the steps of a cache (``Graphed``).
+class StepGraph(Protocol):
+    """What a layer needs of the object that captures its steps (``CacheGraph``).
 
     Attributes:
         running: Whether a step is in progress.
-        length_B: int64 on the device, tokens of each sequence, the one in progress included.
+        length_B: int64 on the device, tokens of each sequence, the current step's included.
     """
 
     running: bool
@@ -51,15 +51,15 @@ class Captor(Protocol):
 
     @property
     def past(self) -> Tensor:
-        """int64 without dimensions, on the device: tokens before the step in progress."""
+        """int64 scalar on the device: tokens before the current step."""
         ...
 
-    def join(self) -> None:
-        """The model waits for all that prepares the next token."""
+    def join_prefetch(self) -> None:
+        """Make the model's stream wait for the prefetch stream."""
         ...
 
     def leave(self) -> None:
-        """Hand the cache back to the host, unless it is running a step itself."""
+        """End captured steps, unless one is running."""
         ...
 
 
@@ -67,34 +67,35 @@ class TieredLayer(CacheLayerMixin):
     """One full-attention layer of a ``TieredCache``.
 
     Raises:
-        AttachError: A model without the registered attention function, a detached engine, an interrupted step.
+        AttachError: The model bypasses the registered attention function, the engine is detached, or a step was
+            interrupted.
         FetchError: A fetch failed; the cache must not be used further.
     """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, runtime: Runtime, number: int, sharing: Sharing | None = None) -> None:
-        # Before the base class, which empties what transformers' own layers hold.
+    def __init__(self, runtime: Runtime, number: int, allocation: PromptAllocation | None = None) -> None:
+        # Before the base class's __init__, which sets ``keys`` and ``values`` by the setters below.
         self.runtime = runtime
         self.number = number
         super().__init__()
-        self.sharing = sharing  # of the budget, with the other layers of the cache; None if it is fixed
+        self.prompt_allocation = allocation  # shared by the layers of the cache; None if budgets are fixed
         self.block_size = runtime.config.block_size
         self._clear()
 
     def _clear(self) -> None:
         self.is_initialized = False
-        self.armed = False  # between `update` and `attend`
+        self.awaits_attention = False  # between `update` and `attend`
         self.handed: Handed | None = None
-        self.is_padded = False  # whether the last mask ruled out any token
+        self.is_padded = False  # whether the last mask hid any token
         self.selection = Selection.of(self.runtime.config, self.runtime.first_budgets[self.number])
         self.schedule: Schedule = EagerSchedule(self.runtime.prefetcher)
-        self.arrived_BH: Tensor | None = None  # made for the first captured query: it tells how many heads there are
-        self.real_BL: Tensor | None = None  # of captured steps
-        # Who captures this layer's steps, while someone does, and holds this layer: a reference back would keep the
-        # cache's memory until garbage is collected.
-        self._graphed: weakref.ref[Captor] | None = None
+        self.arrived_BH: Tensor | None = None  # made at the first captured query, which shows the number of heads
+        self.real_BL: Tensor | None = None  # during captured steps
+        # Set during captured steps. Weak: the graph refers to this layer, and a cycle would keep the cache's memory
+        # until Python collects garbage.
+        self._cache_graph: weakref.ref[StepGraph] | None = None
 
     # ---- what transformers asks of a cache layer -------------------------------------------------------------------
 
@@ -116,16 +117,16 @@ class TieredLayer(CacheLayerMixin):
         self.policy = policy_class(config.policy)(spec)
         self.policy.selection = self.selection
         wanted = config.kernels == "auto"
-        reason = no_kernel(self.blocks.pool.key_BGSTD) if wanted else None
+        reason = why_no_kernel(self.blocks.pool.key_BGSTD) if wanted else None
         self.kernel = wanted and reason is None
         if reason is not None:
             self.runtime.note_fallback(f"plain torch operations in place of kernels: {reason}")
-        self.runtime.room.learn(self.number, KVShape(G, D, self.dtype.itemsize))
+        self.runtime.room.set_shape(self.number, KVShape(G, D, self.dtype.itemsize))
         self.is_initialized = True
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take the new tokens; the returned key leads the attention function to this layer, which stores them."""
+        """Accept the new tokens. The returned key carries this layer to the attention function, which stores them."""
         self.runtime.check_open()
         self.check_attended()
         key_states, value_states = as_under_autocast(key_states, value_states)
@@ -133,7 +134,7 @@ class TieredLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._settle()
-        self.armed = True
+        self.awaits_attention = True
         key_states, self.handed = hand_over(self, key_states, value_states)
         return key_states, value_states
 
@@ -152,60 +153,60 @@ class TieredLayer(CacheLayerMixin):
 
     def check_attended(self) -> None:
         """Raise ``AttachError`` if the last step ended between ``update`` and the end of ``attend``."""
-        if self.armed:
+        if self.awaits_attention:
             raise AttachError(
                 f"layer {self.number}: its last step did not reach the attention function; either the step was "
                 "interrupted (use a new cache) or the model ignores the attention interface (unsupported)"
             )
 
     def _settle(self) -> None:
-        """Let the host have the blocks: after fetches under way, and captured steps."""
-        if self._graphed is not None and (graphed := self._graphed()) is not None:
-            graphed.leave()  # but for a step that it is running itself
+        """Give the blocks to the host: end captured steps and wait for fetches."""
+        if self._cache_graph is not None and (cache_graph := self._cache_graph()) is not None:
+            cache_graph.leave()  # does nothing within its own step
         self.blocks.settle()
 
     def advance(self) -> None:
-        """The host counts the token of the step that comes."""
+        """Count the next step's token on the host."""
         self.blocks.advance()
-        if self._graphed is None:  # else there is room
+        if self._cache_graph is None:  # captured steps have reserved the capacity
             self.policy.reserve(self.blocks.capacity)
         self.policy.advance()
 
     @property
     def may_read_all_keys(self) -> bool:
-        """Whether any step may."""
+        """Whether any step may read all keys from host memory."""
         return bool(self.runtime.config.measure_recovery) or self.policy.may_read_all_keys
 
     @property
     def reads_all_keys(self) -> bool:
-        """Whether the step that ``advance`` has counted reads all keys from host memory, which can't be captured."""
+        """Whether the step that ``advance`` counted reads all keys from host memory, so it can't be captured."""
         return self.policy.reads_all_keys or self._is_measured()
 
-    def enter(self, graphed: Captor, schedule: Schedule, length_B: Tensor, tokens: int) -> None:
-        """From now on ``graphed`` runs the steps, up to so many tokens, on the device alone."""
-        self.blocks.enter(length_B, tokens, self.selection.most_slots_at(self.blocks.length + 1))
+    def enter(self, cache_graph: StepGraph, schedule: Schedule, length_B: Tensor, tokens: int) -> None:
+        """Switch to captured steps, run by ``cache_graph`` up to a length of ``tokens``."""
+        self.blocks.enter(length_B, tokens, self.selection.max_slots_at(self.blocks.length + 1))
         self.policy.reserve(self.blocks.capacity)
         self.blocks.padding_B = self.padding_B if self.is_padded else None
         self.real_BL = self._real_tokens(None) if self.is_padded else None
-        self._graphed, self.schedule = weakref.ref(graphed), schedule
+        self._cache_graph, self.schedule = weakref.ref(cache_graph), schedule
         self.note_memory()
 
     def leave(self) -> None:
-        """The host runs the steps again."""
-        self._graphed, self.schedule = None, EagerSchedule(self.runtime.prefetcher)
+        """Switch back to steps run by the host."""
+        self._cache_graph, self.schedule = None, EagerSchedule(self.runtime.prefetcher)
         self.arrived_BH = self.real_BL = None
         self.blocks.leave()
         self.note_memory()
 
     @property
     def room(self) -> int:
-        """Tokens for which there is host memory."""
+        """Tokens that allocated host memory can hold."""
         return self.blocks.store.room if self.is_initialized else 0
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override]  # as of static layers
-        """Tokens stored. Within a captured step a tensor on the device, so that no graph keeps the host's number."""
-        if self._graphed is not None and (graphed := self._graphed()) is not None and graphed.running:
-            return graphed.past
+        """Tokens stored. Within a captured step a device tensor, so that the graph does not bake in a number."""
+        if self._cache_graph is not None and (cache_graph := self._cache_graph()) is not None and cache_graph.running:
+            return cache_graph.past
         return self.blocks.length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -224,7 +225,7 @@ class TieredLayer(CacheLayerMixin):
         tokens_to_remove = int(tokens_to_remove)  # some versions of transformers give a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
-        self.check_attended()  # else the policy may lack tokens that are in the store
+        self.check_attended()  # else the policy may have missed tokens that are stored
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         self._settle()
@@ -256,7 +257,7 @@ class TieredLayer(CacheLayerMixin):
         if self.is_initialized:
             self.reorder_cache(torch.arange(self.batch)[indices.cpu()])
 
-    # Set by the base class, and read by models that look into their cache instead of calling `update`.
+    # The base class sets these; models that bypass `update` read them.
     @property
     def keys(self) -> Tensor | None:
         return self._not_there("keys")
@@ -286,7 +287,7 @@ class TieredLayer(CacheLayerMixin):
         """Nothing to do: the cache is in host memory already."""
 
     def prefetch(self) -> None:
-        """Nothing to do: blocks are fetched by the engine's own prefetcher."""
+        """Nothing to do: the engine's own prefetcher fetches blocks."""
 
     @torch.inference_mode(False)  # copies made under it could not be written to outside of it
     def __deepcopy__(self, memo: dict) -> TieredLayer:
@@ -300,14 +301,14 @@ class TieredLayer(CacheLayerMixin):
     # ---- attention -------------------------------------------------------------------------------------------------
 
     def check_terms(self, terms: Terms, causal: bool) -> None:
-        """Raise ``AttachError`` where attention is asked for that steps over the pool could not do."""
+        """Raise ``AttachError`` if the model asks for attention that steps over the pool can't compute."""
         mask = terms.mask
         if not causal and self.handed is not None and self.handed.tokens > 1 and (mask is None or mask.dim() == 2):
             raise AttachError(f"layer {self.number}: its attention is not causal: not supported")
         if mask is None or mask.dim() == 2 or (mask.dtype == torch.bool and mask.shape[1] == 1):
             return
         if mask.dtype != torch.bool:
-            # A mask says yes or no. Numbers between are a bias, which a step over the pool would not know.
+            # Values other than 0 and the minimum are a bias on the logits, which a step over the pool can't apply.
             hidden = torch.finfo(mask.dtype).min / 2
             if not bool(((mask == 0) | (mask <= hidden)).all()):
                 raise AttachError(f"layer {self.number}: the model's mask adds to the logits: not supported")
@@ -316,36 +317,36 @@ class TieredLayer(CacheLayerMixin):
             raise AttachError(f"layer {self.number}: the model's mask differs between heads: not supported")
 
     def attend(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
-        """Attention of the tokens that ``update`` has just stored, ``key_BGTD`` and no others; ``[B, H, Q, D]``."""
-        if self._graphed is not None:
+        """Attention of the tokens just passed to ``update``; ``[B, H, Q, D]``."""
+        if self._cache_graph is not None:
             out_BHQD = self._attend_captured(query_BHQD, key_BGTD, value_BGTD, terms)
         else:
             out_BHQD = self._attend_eager(query_BHQD, key_BGTD, value_BGTD, terms)
-        self.armed = False  # not before: a step that fails on its way leaves the layer unusable, as it should
+        self.awaits_attention = False  # only here: a step that failed half way must leave the layer unusable
         return out_BHQD
 
     def _attend_captured(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
-        """A step that is captured, or may be: nothing is asked of the device, and no mask is read."""
+        """A step that may be captured: it reads neither device values nor the mask."""
         if query_BHQD.shape[2] != 1 or key_BGTD.shape[2] != 1:
             raise AttachError(f"a captured step takes one token a sequence, got {key_BGTD.shape[2]}")
         if self.arrived_BH is None:
             self.arrived_BH = query_BHQD.new_zeros(query_BHQD.shape[:2], dtype=torch.int32)
-        if not self.armed:
-            assert self._graphed is not None
-            if (graphed := self._graphed()) is not None:
-                graphed.join()
+        if not self.awaits_attention:
+            assert self._cache_graph is not None
+            if (cache_graph := self._cache_graph()) is not None:
+                cache_graph.join_prefetch()
             return attend_again(self, query_BHQD, terms, self.real_BL)
         watch = self._measure_recovery if self._is_measured() else None
         return decode(self, query_BHQD, key_BGTD, value_BGTD, terms, self.real_BL, self.schedule, watch)
 
     def _attend_eager(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
         padding_B = _left_padding(terms.mask, self.batch, self.device)
-        # The slots hold blocks that were wanted for one more token, padded as before; all else attends to everything.
+        # The pool holds blocks selected for one more token with the same padding; anything else attends to all keys.
         was_padded, self.is_padded = self.is_padded, terms.mask is not None
         as_before = not (was_padded or self.is_padded) or torch.equal(padding_B, self.padding_B)
         self.padding_B = padding_B
         self.blocks.padding_B = padding_B if self.is_padded else None
-        new = self.armed  # not where layers share keys, and attention comes back for the same ones
+        new = self.awaits_attention  # False if layers share keys and another one attends to the same tokens
         one = query_BHQD.shape[2] == 1 and self.blocks.pool.slots > 0 and as_before
         if one and not new:
             self.blocks.settle()
@@ -361,23 +362,23 @@ class TieredLayer(CacheLayerMixin):
             return out_BHQD
         if new:
             self.store(key_BGTD.detach(), value_BGTD.detach(), query_BHQD.detach())
-        sharing = self._sharing_now(query_BHQD.shape[2])
-        out_BHQD = self._attend_all(query_BHQD, key_BGTD, value_BGTD, terms, sharing)
-        if sharing is None:
+        allocation = self._allocation_for(query_BHQD.shape[2])
+        out_BHQD = self._attend_all(query_BHQD, key_BGTD, value_BGTD, terms, allocation)
+        if allocation is None:
             self._fetch_ahead()
             self.note_memory()
         return out_BHQD
 
     def store(self, key_BGTD: Tensor, value_BGTD: Tensor, query_BHQD: Tensor) -> None:
-        """Take the tokens of a forward that is no decoding step: into the blocks, and to the policy."""
+        """Store the tokens of a forward that is not a decoding step, and show them to the policy."""
         self.blocks.append(key_BGTD, value_BGTD)
         self.policy.reserve(self.blocks.capacity)
         self.policy.extend(key_BGTD, query_BHQD)
 
     def _real_tokens(self, mask: Tensor | None) -> Tensor | None:
-        """bool ``[B, L]`` of all tokens there is room for, False at padding: by the mask, or without one on the left.
+        """bool ``[B, L]`` over the whole capacity, False at padding: from the mask, else from the left padding.
 
-        ``None`` where nothing is padded.
+        ``None`` if there is no padding.
         """
         tokens = self.blocks.capacity * self.block_size
         if mask is None and not self.is_padded:
@@ -393,40 +394,46 @@ class TieredLayer(CacheLayerMixin):
         interval = self.runtime.config.measure_recovery
         return bool(interval) and self.runtime.stats.steps % interval == 0
 
-    def _sharing_now(self, queries: int) -> Sharing | None:
-        """Who decides about this layer's budget once so many queries have gone through all layers, if anyone does."""
-        if self.sharing is None or not self.armed or not self.sharing.heeds(queries, self.blocks.length):
+    def _allocation_for(self, queries: int) -> PromptAllocation | None:
+        """The allocation that sets budgets from this forward of ``queries`` tokens, or ``None``."""
+        allocation = self.prompt_allocation
+        if allocation is None or not self.awaits_attention or not allocation.applies_to(queries, self.blocks.length):
             return None
-        return self.sharing
+        return allocation
 
     def _attend_all(
-        self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms, sharing: Sharing | None
+        self,
+        query_BHQD: Tensor,
+        key_BGTD: Tensor,
+        value_BGTD: Tensor,
+        terms: Terms,
+        allocation: PromptAllocation | None,
     ) -> Tensor:
-        """Prefill, later turns, verification, and every step of full attention."""
+        """Attend to all keys: prefill, later turns, verification of drafts, and every step of full attention."""
         length, queries = self.blocks.length, query_BHQD.shape[2]
-        rows = min(max(self.policy.prompt_rows, sharing.rows if sharing is not None else 0), queries)
+        rows = min(max(self.policy.prompt_rows, allocation.rows if allocation is not None else 0), queries)
         last_BHRD, last_terms = query_BHQD[:, :, queries - rows :], terms.queries(queries - rows, queries)
         scorer = None
         if rows:
             form = (last_BHRD, length, last_terms)
             scorer = Scorer(*form, kv_heads=self.kv_heads, block_size=self.block_size, kernel=self.kernel)
-        # What has just been computed is on the device; only what came before is read back, and once.
+        # The new tokens are on the device; earlier ones are read back from host memory, once.
         own = Chunk(length - key_BGTD.shape[2], key_BGTD, value_BGTD)
         if own.start == 0:
             out_BHQD = attend_prompt(query_BHQD, key_BGTD, value_BGTD, terms)
         else:
             past = chunks(self.blocks, query_BHQD, own.start)
             out_BHQD = attend(query_BHQD, own, terms, past if scorer is None else scorer.watch(past))
-            if query_BHQD.is_cuda and (reason := no_fused(query_BHQD, key_BGTD, terms)) is not None:
-                self.runtime.note_fallback(f"plain torch operations attend to what is cached: {reason}")
+            if query_BHQD.is_cuda and (reason := why_not_fused(query_BHQD, key_BGTD, terms)) is not None:
+                self.runtime.note_fallback(f"plain torch operations attend to cached tokens: {reason}")
         found: ScoreRows | None = None
         if scorer is not None:
             scorer.add(own)
             found = scorer.rows()
             if own_rows := self.policy.prompt_rows:
                 self.policy.observe_rows(ScoreRows(*(rows_BGQN[:, :, -own_rows:] for rows_BGQN in found)))
-        if sharing is not None:
-            sharing.tell(self, query_BHQD.detach(), found, _real_keys(terms.mask))
+        if allocation is not None:
+            allocation.record(self, query_BHQD.detach(), found, _real_keys(terms.mask))
         if queries == 1 and self.runtime.is_first(self.number):
             self.runtime.stats.steps += 1
         return out_BHQD
@@ -434,14 +441,14 @@ class TieredLayer(CacheLayerMixin):
     # ---- choosing blocks -------------------------------------------------------------------------------------------
 
     def set_budget(self, budget: Budget) -> None:
-        """Attend to so many tokens from the next step on, once all layers have told what they need."""
+        """Attend to ``budget`` tokens from the next step on."""
         self.selection = self.policy.selection = Selection.of(self.runtime.config, budget)
         self._fetch_ahead()
         self.note_memory()
 
     def _fetch_ahead(self) -> None:
-        """Choose and fetch what the next token attends to, where no step has done so."""
-        self.blocks.settle()  # where layers share keys, one may have begun to fetch
+        """Choose and fetch the next token's blocks after a forward that was not a step."""
+        self.blocks.settle()  # a layer that shares these keys may have started a fetch
         if self.policy.selects != "all":
             fetch_ahead(self, self.blocks.extent, self.schedule)
 
@@ -454,7 +461,7 @@ class TieredLayer(CacheLayerMixin):
         stats.recovery_count += found.share.numel()
 
     def note_memory(self) -> None:
-        """Tell the stats what this layer holds."""
+        """Record this layer's memory in the stats."""
         stats = self.runtime.stats
         if self.policy.selects != "all":
             stats.layer_budgets[self.number] = self.selection.heads or self.selection.budget
@@ -466,7 +473,7 @@ class TieredLayer(CacheLayerMixin):
         stats.full_bytes[self.number] = 2 * tokens * self.head_dim * self.dtype.itemsize
 
     def check_integrity(self) -> None:
-        """Raise ``IntegrityError`` if the tiers or what the policy holds contradict themselves."""
+        """Raise ``IntegrityError`` if the blocks' or the policy's state is inconsistent."""
         if self.is_initialized:
             self._settle()
             self.blocks.check_integrity()
@@ -474,7 +481,7 @@ class TieredLayer(CacheLayerMixin):
 
 
 def as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as attention takes them: within autocast in its dtype, in which stock attention would compute too."""
+    """The tensors, cast to autocast's dtype within autocast, as stock attention would compute."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors

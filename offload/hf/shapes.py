@@ -1,4 +1,4 @@
-"""Shapes of a model's keys and values, read from its modules and settings before any tensor is there."""
+"""Shapes of a model's keys and values, derived from its modules and configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attention_predictor.offload.hf.versions import layer_config
 def expected_shapes(
     model: nn.Module, config: PreTrainedConfig, layers: list[int], itemsize: int
 ) -> dict[int, KVShape | None]:
-    """The shapes of layers before any tensor is there, by their attention modules and the model's settings."""
+    """The KV shape of each layer; ``None`` where modules and configuration do not determine it."""
     modules: dict[int, nn.Module] = {}
     for module in model.modules():
         number = getattr(module, "layer_idx", None)

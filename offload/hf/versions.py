@@ -1,7 +1,8 @@
-"""What differs between versions of transformers and between its models: names, and where things stand.
+"""Differences between versions of transformers and between its models.
 
 Version 5.24 renames ``past_key_values`` to ``cache``: in forwards, in outputs, and in ``generate``. The names are read
-from what a forward and an output have, not from the version: models outside of transformers keep the old one.
+from the forward's signature and the output's fields, not from the version: models outside transformers keep the old
+names.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def cache_argument(forward: Callable[..., Any]) -> str | None:
-    """The name under which a forward takes its cache; ``None`` if it takes none that is known."""
+    """The name of a forward's cache argument; ``None`` if it has none of the known ones."""
     parameters = inspect.signature(forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
 def with_cache(model: nn.Module, cache: Cache) -> dict[str, Cache]:
-    """The argument that gives the model a cache: ``model(ids, **with_cache(model, cache))``."""
+    """The cache as a keyword argument of the model: ``model(ids, **with_cache(model, cache))``."""
     return {_argument_of(type(model).forward): cache}
 
 
@@ -42,9 +43,9 @@ def cache_of(output: ModelOutput) -> Cache | None:
 
 
 def changed(output: ModelOutput, *, cache: Cache | None, **changes: Any) -> ModelOutput:
-    """A copy of a model's output with another cache, or none, and other changes.
+    """A copy of a model's output with another cache (or ``None``) and other changed fields.
 
-    To set a field to ``None`` would not do: an output is a dictionary as well, which keeps what it held.
+    Setting a field to ``None`` is not enough: an output is also a dictionary, which would keep the old value.
     """
     return type(output)(**dict(output.items()) | {_cache_field(output): cache} | changes)
 
@@ -55,7 +56,7 @@ def _cache_field(output: ModelOutput) -> str:
 
 
 def makes_own_cache(model: nn.Module) -> bool:
-    """Whether ``generate`` leaves it to the model to make a cache of its own kind."""
+    """Whether the model makes its own kind of cache in ``generate``."""
     return not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
 
 
@@ -66,5 +67,5 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList | None:
 
 
 def layer_config(config: PreTrainedConfig, number: int) -> PreTrainedConfig:
-    """The settings of one layer, where layers may have their own: to read those of the whole raises an error there."""
+    """One layer's configuration. In heterogeneous models, reading such values from the whole configuration raises."""
     return config.per_layer_config[number] if getattr(config, "is_heterogeneous", False) else config

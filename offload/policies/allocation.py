@@ -1,20 +1,21 @@
-"""How layers share the budget: equally, by a form, as given, or by what the prompt shows of each of them.
+"""How layers share the total budget: equally, by a fixed form, as configured, or by statistics of the prompt.
 
 - ``uniform``: each layer has the configured budget.
-- ``pyramid`` (PyramidKV, arXiv 2406.02069, section 4): budgets fall by the same step from layer to layer, the top layer
-  having 1/20 of the mean.
-- ``qsim`` (TAPPA, ICLR 2026, arXiv 2601.21709): a layer's preference for room is 1 − q, q being the similarity of its
-  last 32 prompt queries (``query_similarity``), averaged over heads. Where queries turn, more is kept.
-- ``cake`` (CAKE, ICLR 2025, arXiv 2503.12491): by entropy and variance of the attention of the last 32 prompt queries
-  over what stands before them (``policies/cake.py``, ``preference``).
-- ``qsim-heads``, ``cake-heads``: the same for each KV head by itself, all heads of all layers sharing one total.
-- budgets in tokens, one a layer, or one for each of its KV heads.
+- ``pyramid`` (PyramidKV, arXiv 2406.02069, section 4): budgets fall by the same step from layer to layer; the top layer
+  has 1/20 of the mean.
+- ``qsim`` (TAPPA, ICLR 2026, arXiv 2601.21709): a layer's weight is 1 − q, where q is the similarity of its last 32
+  prompt queries (``query_similarity``), averaged over heads. Layers whose queries change keep more.
+- ``cake`` (CAKE, ICLR 2025, arXiv 2503.12491): the weight comes from entropy and variance of the attention of the last
+  32 prompt queries over the blocks before them (``policies/cake.py``, ``preference``).
+- ``qsim-heads``, ``cake-heads``: the same for each KV head; all heads of all layers share one total.
+- a list of budgets in tokens: one per layer, or one per KV head of each layer.
 
-Adapted: layers, or heads, have sink, recent and one block in any case, and what is left of the total goes in proportion
-(``share_budget``); the papers give all of it so, but for a window. A layer's pool has as many slots for each KV head,
-as many as the largest budget among them asks for. A batch has one set of budgets, from the mean of its sequences'
-shares. What the prompt decides is known when it has gone through the last layer: no layer fetches before. It is decided
-anew by every forward of 32 tokens and more; shorter ones, such as drafts, leave it alone.
+Adapted: every layer or head has sink, recent and one block; only the rest of the total is shared by weight
+(``share_budget``). The papers share everything but a window. A layer's budget beyond the context is not used;
+PyramidKV's authors give it to upper layers, but these budgets hold for contexts that grow. A layer's pool has the same
+number of slots for each KV head: as many as its largest budget needs. A batch has one set of budgets, from the mean of
+its sequences' shares. Prompt statistics are complete after the last layer, so no layer fetches before. Every forward of
+at least 32 tokens sets the budgets anew; shorter ones, such as drafts, do not.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, L tokens of the sequence, D head size, N blocks,
 Y layers, or the KV heads of all layers.
@@ -46,10 +47,10 @@ FROM_PROMPT = ("qsim", "cake", "qsim" + BY_HEAD, "cake" + BY_HEAD)
 
 
 def share_budget(config: OffloadConfig, weights: Sequence[float]) -> list[int]:
-    """Budgets of layers, or of KV heads, in tokens, their sum exactly that of equal ones (in whole blocks).
+    """Budgets in tokens, one per weight (a layer or a KV head); their sum is that of equal budgets, in whole blocks.
 
-    Each gets sink, recent and one block; what is left of the sum goes by weight, rounded to blocks so that the largest
-    fractions are rounded up, and of equal ones those of the lower layers. Weights of zero alone are equal weights.
+    Each gets sink, recent and one block. The rest of the sum is shared by weight and rounded to blocks: the largest
+    fractions are rounded up, ties in favour of lower layers. If all weights are zero, they count as equal.
     """
     least = (config.sink + config.recent) // config.block_size + 1
     free = len(weights) * (config.budget // config.block_size - least)
@@ -63,7 +64,7 @@ def share_budget(config: OffloadConfig, weights: Sequence[float]) -> list[int]:
 
 
 def first_budgets(config: OffloadConfig, layers: int, kv_heads: int | None = None) -> list[Budget]:
-    """The budgets of so many layers before any prompt; ``ConfigError`` where those given don't fit the model."""
+    """The layers' budgets before any prompt; ``ConfigError`` where configured budgets don't fit the model."""
     kind = allocation_of(config)
     if not isinstance(kind, str):
         if len(kind) != layers:
@@ -81,13 +82,13 @@ def first_budgets(config: OffloadConfig, layers: int, kv_heads: int | None = Non
 
 
 def allocation_of(config: OffloadConfig) -> str | Sequence[int | Sequence[int]]:
-    """What ``config.budget_allocation`` comes to, ``"policy"`` being what the policy's paper has."""
+    """``config.budget_allocation``, with ``"policy"`` replaced by the allocation of the policy's paper."""
     policy = policy_class(config.policy)
     return policy.allocation if config.budget_allocation == "policy" else config.budget_allocation
 
 
-class Sharer(Protocol):
-    """A layer that takes part."""
+class AllocatedLayer(Protocol):
+    """What the allocation needs of a layer."""
 
     number: int
     batch: int
@@ -96,15 +97,16 @@ class Sharer(Protocol):
     blocks: LayerBlocks
 
     def set_budget(self, budget: Budget) -> None:
-        """Attend to so many tokens from the next step on."""
+        """Attend to ``budget`` tokens from the next step on."""
         ...
 
 
-class Sharing:
-    """How the layers of one cache come to budgets that their prompt decides: each tells, the last one shares.
+class PromptAllocation:
+    """Budgets that the prompt decides, for the layers of one cache. Each layer records its statistics; the last layer's
+    call sets all budgets.
 
     Attributes:
-        rows: Score rows of the last queries that a layer is to show.
+        rows: How many of the last queries' score rows a layer has to pass to ``record``.
     """
 
     def __init__(self, config: OffloadConfig, layers: Sequence[int]) -> None:
@@ -113,47 +115,49 @@ class Sharing:
         self.config, self.layers = config, sorted(layers)
         self.by_queries, self.by_head = kind.startswith("qsim"), kind.endswith(BY_HEAD)
         self.rows = 0 if self.by_queries else WINDOW
-        self.told: dict[int, tuple[Sharer, Tensor]] = {}
+        self.recorded: dict[int, tuple[AllocatedLayer, Tensor]] = {}
 
     @classmethod
-    def of(cls, config: OffloadConfig, layers: Sequence[int]) -> Sharing | None:
+    def of(cls, config: OffloadConfig, layers: Sequence[int]) -> PromptAllocation | None:
         """``None`` where budgets don't depend on the prompt."""
         if allocation_of(config) not in FROM_PROMPT or policy_class(config.policy).selects == "all":
             return None
         return cls(config, layers)
 
-    def heeds(self, queries: int, length: int) -> bool:
-        """Whether a forward of so many queries, at ``length`` tokens with them, decides about budgets."""
+    def applies_to(self, queries: int, length: int) -> bool:
+        """Whether a forward of ``queries`` tokens sets budgets; ``length`` is the cache's length including them."""
         return queries >= WINDOW or 1 < queries == length
 
-    def tell(self, layer: Sharer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None) -> None:
-        """What a layer shows of itself; the last one's word sets the budgets of all of them.
+    def record(self, layer: AllocatedLayer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None) -> None:
+        """Record this layer's statistics; the last layer's call sets all budgets.
 
         Args:
-            query_BHQD: Of the prompt, or of as much of it as has gone through the layer now.
-            rows: Of the last ``self.rows`` of them, or of more; ``None`` if none are wanted.
+            query_BHQD: Queries of this forward: the prompt, or a chunk of it.
+            rows: Score rows of at least the last ``self.rows`` queries; ``None`` if ``self.rows`` is 0.
             real_BL: bool, False at padding; ``None`` where there is none.
         """
         if layer.number == self.layers[0]:
-            self.told = {}  # what is left of a forward that was interrupted
-        self.told[layer.number] = layer, self._preference(layer, query_BHQD, rows, real_BL)
+            self.recorded = {}  # drop records of an interrupted forward
+        self.recorded[layer.number] = layer, self._preference(layer, query_BHQD, rows, real_BL)
         if layer.number == self.layers[-1]:
-            # Emptied before anything else: a cycle of layer and sharing would keep the cache's memory.
-            told, self.told = self.told, {}
-            preference_YB = torch.cat([preference_BY.T for _, preference_BY in told.values()])
+            # Emptied first: a reference cycle of layer and allocation would keep the cache's memory alive.
+            recorded, self.recorded = self.recorded, {}
+            preference_YB = torch.cat([preference_BY.T for _, preference_BY in recorded.values()])
             budgets = iter(share_budget(self.config, mean_shares(preference_YB)))
-            for one, preference_BY in told.values():
+            for one, preference_BY in recorded.values():
                 own = tuple(islice(budgets, preference_BY.shape[1]))
                 one.set_budget(own if self.by_head else own[0])
 
-    def _preference(self, layer: Sharer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None) -> Tensor:
-        """fp32 ``[B, 1]``, or ``[B, G]`` by KV head; NaN for a sequence that shows nothing."""
+    def _preference(
+        self, layer: AllocatedLayer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None
+    ) -> Tensor:
+        """fp32 ``[B, 1]``, or ``[B, G]`` by KV head; NaN for a sequence with too few queries to judge."""
         parts = layer.kv_heads if self.by_head else 1
         if self.by_queries:
             last_BHTD = query_BHQD[:, :, -WINDOW:]
             real_BT = None if real_BL is None else real_BL[:, -last_BHTD.shape[2] :]
             return (1 - query_similarity(last_BHTD, real_BT).unflatten(1, (parts, -1)).mean(2)).clamp_min(0)
-        assert rows is not None  # the layer has been asked for them
+        assert rows is not None  # ``self.rows`` > 0, so the layer computed them
         mass_BGQN = rows.mass_BGQN[:, :, -WINDOW:]
         before = (layer.blocks.length - mass_BGQN.shape[2]) // layer.block_size  # whole blocks before the window
         if not before:
@@ -162,6 +166,6 @@ class Sharing:
 
 
 def mean_shares(preference_YB: Tensor) -> list[float]:
-    """Shares of the layers or heads, from preferences of each sequence; zeros, if no sequence prefers anything."""
+    """Each layer's (or head's) share of the total, averaged over sequences; zeros if all preferences are zero."""
     share_YB = preference_YB / preference_YB.sum(0)
     return share_YB.nanmean(1).nan_to_num(0).tolist()

@@ -1,11 +1,11 @@
-"""What a selection policy is: one layer's judgement of which blocks matter.
+"""Policy: the interface of selection policies, which rank one layer's blocks.
 
-A policy's part in a decoding step is tensor arithmetic: lengths are tensors (``Extent``), what it remembers has the
-shape of the room there is and is written in place, and no value is read by the host. So the same lines run one by one,
-beside the model, or captured in a CUDA graph.
+In a decoding step a policy uses tensor arithmetic only: lengths are tensors (``Extent``), its state has the shape of
+the capacity and is written in place, and the host reads no value. So the same code runs eagerly, on another stream, or
+captured in a CUDA graph.
 
-Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, T tokens, L tokens there is room for, D head size, C
-blocks there is room for, N blocks, Q queries, S slots.
+Suffixes: B sequences, G KV heads, H query heads, T tokens, L token capacity, D head size, C block capacity, N blocks, Q
+queries, S slots.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ReadKeys = Callable[[int, int], Tensor]
 
 
 class Part(Protocol):
-    """Device state that follows its sequences: a history, a sketch, block bounds."""
+    """A part of a policy's device state, such as a history, a sketch or block bounds."""
 
     @property
     def nbytes(self) -> int: ...
@@ -50,7 +50,7 @@ class Part(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What a policy is built from: the shape of one layer's cache and the engine's settings."""
+    """The arguments of a policy: the shape of one layer's cache, and the engine's settings."""
 
     config: OffloadConfig
     predictor: AttentionPredictor | None
@@ -61,21 +61,21 @@ class LayerSpec:
     device: torch.device
 
     def __deepcopy__(self, memo: dict) -> LayerSpec:
-        return self  # settings and shared weights: copies of a cache use the same
+        return self  # copies of a cache share settings and weights
 
 
 class BlockValues:
-    """One number for each block, value_BGC on the device: what a policy remembers of a layer. Written in place."""
+    """One number per block, value_BGC on the device: state of a policy in one layer, written in place."""
 
     def __init__(self, spec: LayerSpec, fill: float | bool = 0.0) -> None:
         dtype = torch.bool if isinstance(fill, bool) else torch.float32
         self.fill = fill
-        with torch.inference_mode(False):  # what is made there could not be written to outside of it later
+        with torch.inference_mode(False):  # inference tensors can't be written to outside of that mode
             self.value_BGC = torch.full((spec.batch, spec.kv_heads, 0), fill, dtype=dtype, device=spec.device)
 
     @torch.inference_mode(False)
     def reserve(self, capacity: int) -> None:
-        """Room for so many blocks."""
+        """Grow to at least ``capacity`` blocks."""
         more = capacity - self.value_BGC.shape[-1]
         if more > 0:
             room_BGC = self.value_BGC.new_full((*self.value_BGC.shape[:2], more), self.fill)
@@ -104,15 +104,15 @@ class Step:
 
     Attributes:
         query_BHD: The new token's queries.
-        extent: How far the sequences have come, the new token included.
+        extent: The sequences' lengths, the new token included.
         real_BL: bool, False at padding, or ``None``.
-        terms: How logits are made.
+        terms: Scaling, softcap and sinks of the logits.
         kernel: Whether kernels read the pool.
-        length: Tokens in the cache, as the host counts them; for ``exact`` alone.
-        stream: Gives all keys and values of the layer, chunk by chunk, from host memory; for ``exact`` alone.
-        estimates: What the policy's ``score_now`` has estimated, with exact peaks where a block was resident.
-        rest_BH: fp32 log-sum-exp of all blocks not attended to, by the estimates.
-        block_BGS, attention: Set once attention has run: the block in each attended slot (-1: none) and the result.
+        length: Tokens in the cache, as the host counts them; only for ``exact``.
+        stream: Yields all keys and values of the layer from host memory, in chunks; only for ``exact``.
+        estimates: The result of the policy's ``score_now``, with exact peaks for resident blocks.
+        rest_BH: fp32 estimated log-sum-exp of all blocks not attended to.
+        block_BGS, attention: Set by attention: the block in each attended slot (-1: none), and the result.
     """
 
     query_BHD: Tensor
@@ -130,11 +130,11 @@ class Step:
 
     @cached_property
     def exact(self) -> ScoreRows:
-        """The true row of this step, N blocks; reads every key of the layer from host memory, which no capture can."""
+        """The true score row of this step, N blocks. Reads every key from host memory, so it can't be captured."""
         return self.true_rows(self.query_BHD[:, :, None])
 
     def true_rows(self, query_BHQD: Tensor) -> ScoreRows:
-        """The true rows of this and the steps before it, given their queries; reads every key once."""
+        """The true score rows of these queries, of this step and those before it. Reads every key once."""
         real_BL = None if self.real_BL is None else self.real_BL[:, : self.length]
         terms = Terms(self.terms.scaling, self.terms.softcap, self.terms.sinks_H, real_BL)
         chunks, size = self.stream(query_BHQD), self.extent.block_size
@@ -142,7 +142,7 @@ class Step:
 
     @property
     def blocks(self) -> int:
-        """N, the blocks that ``length`` tokens take."""
+        """N, the blocks that hold ``length`` tokens."""
         return ceil_div(self.length, self.extent.block_size)
 
     @property
@@ -154,7 +154,7 @@ class Step:
 
     @cached_property
     def seen(self) -> ScoreRows:
-        """The row of this step over the blocks it attended to and normalised over them; zero at the others, Q = 1."""
+        """This step's score row, normalised over the attended blocks; zero for all others, Q = 1."""
         peak_BHS, sum_BHS = (torch.exp(part - self.attention.lse_BH[..., None]) for part in self.attention.scores)
         B, G, _ = self.block_BGS.shape
         zeros_BG1C = sum_BHS.new_zeros((B, G, 1, self.extent.capacity))
@@ -168,101 +168,112 @@ class Step:
 class Policy:
     """Selects the blocks of one layer. A policy overrides what it needs; its name is its entry in the registry.
 
-    ``selects`` says when: ``"ahead"`` for the next token, so that the fetch hides behind this one; ``"now"`` with the
-    current query, so that it can't; ``"all"`` attends to everything and selects nothing. ``evicts`` says that a block
-    once left out is never selected again, by definition; the host store holds it all the same. ``allocation`` is how
-    its paper has layers share the budget (``offload/policies/allocation.py``).
+    ``selects`` says when: ``"ahead"`` for the next token, so that fetches overlap with this one; ``"now"`` with the
+    current query, so that they can't; ``"all"`` attends to everything and selects nothing. ``evicts``: a block once
+    left out is never selected again, by the method's definition; the host store still holds it. ``allocation``: how
+    its paper shares the budget between layers (``offload/policies/allocation.py``).
 
     Attributes:
-        selection: The layer's budget and what goes with it; the layer sets it, anew if its budget changes.
+        budget_G: int64 on the device, the budget of each KV head in tokens, from ``selection``.
     """
 
     name: ClassVar[str]
     selects: ClassVar[When]
     evicts: ClassVar[bool] = False
     allocation: ClassVar[str] = "uniform"
-    prompt_rows: int = 0  # score rows of the last prompt queries it wants to see
+    prompt_rows: int = 0  # how many of the last prompt queries' score rows it observes
 
     def __init__(self, spec: LayerSpec) -> None:
         self.spec = spec
         self.selection = Selection.of(spec.config)
 
     @property
+    def selection(self) -> Selection:
+        """The layer's budget; the layer sets it, again whenever the budget changes."""
+        return self._selection
+
+    @selection.setter
+    @torch.inference_mode(False)
+    def selection(self, selection: Selection) -> None:
+        self._selection = selection
+        own = selection.heads or (selection.budget,) * self.spec.kv_heads
+        self.budget_G = torch.tensor(own, device=self.spec.device)
+
+    @property
     def parts(self) -> dict[str, Part]:
-        """Its device state by name, for memory accounting and for whatever reorders sequences."""
+        """Its device state by name, for memory accounting and for reordering sequences."""
         return {}
 
     @property
     def late_share(self) -> float:
-        """Share of the budget that may be fetched within a step."""
+        """Largest share of the budget that may be fetched within a step."""
         return 1.0 if self.selects == "now" else 0.0
 
     @property
     def chooses(self) -> bool:
-        """Whether it chooses with the current query: among resident blocks, and those it may fetch within the step."""
+        """Whether it chooses with the current query, among resident blocks and a limited number of late fetches."""
         return self.late_share > 0
 
     @classmethod
-    def not_captured(cls, config: OffloadConfig) -> str | None:
-        """Why its steps can't be captured under these settings, whatever the model; ``None`` if they can."""
+    def why_never_captured(cls, config: OffloadConfig) -> str | None:
+        """Why its steps can't be captured with these settings, for any model; ``None`` if they can."""
         return None
 
-    @property
-    def lacks_kernel(self) -> str | None:
-        """Which part of it asks the host on this device, for want of a kernel, so that it can't be captured."""
+    def why_no_kernel(self) -> str | None:
+        """Why a part of its step has no kernel on this device, so that it can't be captured; ``None`` if all have."""
         return None
 
     @property
     def reads_all_keys(self) -> bool:
-        """Whether the step that ``advance`` has counted asks for ``Step.exact``: it is not captured, others are."""
+        """Whether the step that ``advance`` counted uses ``Step.exact``. Such steps are not captured; others are."""
         return False
 
     @property
     def may_read_all_keys(self) -> bool:
-        """Whether any step does."""
+        """Whether any step uses ``Step.exact``."""
         return False
 
     @property
     def is_started(self) -> bool:
-        """Whether it has seen enough for a step that is captured."""
+        """Whether it has enough state for captured steps."""
         return True
 
     def reserve(self, capacity: int) -> None:
-        """Room for so many blocks in its parts."""
+        """Grow its parts to at least ``capacity`` blocks."""
         for part in self.parts.values():
             part.reserve(capacity)
 
     def advance(self) -> None:
-        """The host's counts follow one token on; comes before the step."""
+        """Count the next step's token on the host; called before the step."""
 
     def extend(self, key_BGTD: Tensor, query_BHQD: Tensor) -> None:
-        """Tokens of a forward that is no decoding step, just put into the cache: their keys and queries (Q = T)."""
+        """Take keys and queries (Q = T) of a forward that is not a decoding step, just stored in the cache."""
 
     def observe_rows(self, rows: ScoreRows) -> None:
-        """The true rows of the last ``prompt_rows`` of the queries that were just attended in full, N blocks."""
+        """Take the true score rows, N blocks, of the last ``prompt_rows`` queries of such a forward."""
 
     def append(self, key_BGD: Tensor, query_BHD: Tensor, extent: Extent) -> None:
-        """The step's new token, which ``extent`` counts already: its keys and queries."""
+        """Take the step's new key and query; ``extent`` already counts the token."""
 
     def score_now(self, step: Step) -> Tensor | Estimates | None:
-        """Block scores ``[B, G, C]`` with the current query, before attention: needed if it ``chooses``.
+        """Block scores ``[B, G, C]`` with the current query, before attention; required if it ``chooses``.
 
-        Or estimates of all blocks' logits: blocks are chosen by the share that each has, and what is not attended to
-        is known (``step.rest_BH``), also if it does not choose.
+        Or estimates of all blocks' logits. Then blocks are ranked by estimated mass, and ``step.rest_BH`` is set, even
+        for a policy that does not choose.
         """
         if self.chooses:
             raise TypeError(f"policy {self.name!r} has late_share={self.late_share} but does not score now")
         return None
 
     def observe(self, step: Step) -> None:
-        """A step has attended; ``step.attention`` is set."""
+        """Called after a step's attention; ``step.attention`` is set."""
 
     def score_next(self, extent: Extent) -> Tensor | None:
-        """Block scores ``[B, G, C]`` for the step after the one at ``extent``; ``None``: sink and recent alone."""
+        """Block scores ``[B, G, C]`` for the step after ``extent``; ``None``: sink and recent only."""
         return None
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
-        """Forget all tokens from ``length`` on; ``read_keys(start, stop)`` gives exact keys ``[B, G, T, D]``."""
+        """Forget all tokens from ``length`` on; ``read_keys(start, stop)`` returns exact keys ``[B, G, T, D]``."""
 
     def index(self, batch_index: Tensor) -> None:
         """Reorder, repeat or select sequences."""
@@ -274,8 +285,8 @@ class Policy:
             part.check_integrity()
 
 
-def newest_first(scores_BGC: Tensor, first_B: Tensor, extent: Extent) -> Tensor:
-    """The scores with the blocks from ``first_B`` on above all others, the newest highest."""
+def newest_first(scores_BGC: Tensor, first_BG: Tensor, extent: Extent) -> Tensor:
+    """The scores, raised above all others for blocks from ``first_BG`` (or ``[B, 1]``) on, the newest highest."""
     top_BG1 = scores_BGC.amax(-1, keepdim=True).clamp_min(0)
-    place_BC = extent.block_C - first_B[:, None] + 1
-    return torch.where((place_BC > 0)[:, None], top_BG1 + place_BC[:, None], scores_BGC)
+    place_BGC = extent.block_C - first_BG[..., None] + 1
+    return torch.where(place_BGC > 0, top_BG1 + place_BGC, scores_BGC)

@@ -17,5 +17,5 @@ class Full(Policy):
     selects = "all"
 
     @classmethod
-    def not_captured(cls, config: OffloadConfig) -> str | None:
+    def why_never_captured(cls, config: OffloadConfig) -> str | None:
         return f"policy {cls.name!r} reads every key at every step"

@@ -7,7 +7,7 @@ Adapted: blocks in place of tokens, with the mass of their tokens; KV heads in p
 those that share one; the engine's sink is kept whatever its score. Of a prompt only the last 1,024 queries count (of
 each chunk, if its prefill is chunked): the rows of all queries would take more time and memory than a long prefill.
 
-Suffixes: B sequences, G KV heads, N blocks, C blocks there is room for.
+Suffixes: B sequences, G KV heads, N blocks, C block capacity.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class H2O(Policy):
         self.evicted.value_BGC |= step.extent.begun_BC[:, None] & ~step.attended_BGC
 
     def score_next(self, extent: Extent) -> Tensor:
-        newest = self.selection.least // 2  # tokens: half of the budget
-        first_B = extent.next.first_recent_B(newest)
-        scores_BGC = newest_first(self.attention.value_BGC, first_B, extent)
+        newest_G = self.budget_G // 2
+        first_BG = (extent.next.length_B[:, None] - newest_G).clamp_min(0) // extent.block_size
+        scores_BGC = newest_first(self.attention.value_BGC, first_BG, extent)
         return scores_BGC.masked_fill(self.evicted.value_BGC, NEVER)
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:

@@ -11,10 +11,11 @@ every W tokens, and between times nothing goes. What goes never comes back.
 Adapted: blocks in place of tokens; a block is active if one of its tokens is, for a query head of the KV head. The
 paper keeps the last W tokens and lets the cache grow by W beyond the budget before it evicts. Here W is the engine's
 recent tokens (64; the paper has 27 to 175, by model and task), and room for W tokens is made within the budget, of at
-most half of what sink and recent leave. The last W queries of a prompt count as steps, so that a long one is evicted
-before decoding. α = 5e-4 is the paper's for Llama (1e-4 for its other models).
+most half of what sink and recent leave: a budget is what the device holds at most, so a step attends to W tokens less
+than it at times, where the paper's attends to up to W more. The last W queries of a prompt count as steps, so that a
+long one is evicted before decoding. α = 5e-4 is the paper's for Llama (1e-4 for its other models).
 
-Suffixes: B sequences, G KV heads, Q queries, N blocks, C blocks there is room for, K blocks kept.
+Suffixes: B sequences, G KV heads, Q queries, N blocks, C block capacity, K blocks kept.
 """
 
 from __future__ import annotations
@@ -84,22 +85,22 @@ class LazyEviction(Policy):
     def _evict(self, extent: Extent) -> None:
         """Where a row would hold more than its budget, make room for W tokens, those of the newest block among them."""
         selection, size, block_C = self.selection, extent.block_size, extent.block_C
-        budget, sink_blocks = selection.least // size, selection.sink // size
+        blocks_G, sink_blocks = self.budget_G // size, selection.sink // size
         first_B1, length_B1 = extent.first_block_B[:, None], extent.length_B[:, None]
         real_BC = extent.begun_BC & (block_C >= first_B1)
         held_BG = (real_BC[:, None] & ~self.evicted.value_BGC).sum(-1)
-        due_BG = (held_BG > budget) & (length_B1 > max(selection.least, selection.whole))
+        due_BG = (held_BG > blocks_G) & (length_B1 > self.budget_G.clamp_min(selection.dense_tokens))
         recent_B1 = extent.first_recent_B(selection.recent)[:, None]
-        free_B1 = budget - (sink_blocks + extent.n_blocks_B[:, None] - recent_B1)
-        keep_B1 = budget + 1 - (free_B1 // 2).clamp(max=selection.recent // size).clamp_min(1)
+        free_BG = blocks_G - (sink_blocks + extent.n_blocks_B[:, None] - recent_B1)
+        keep_BG = blocks_G + 1 - (free_BG // 2).clamp(max=selection.recent // size).clamp_min(1)
         # In fp64, so that of equals the newer ones stay and nothing else changes places.
         rank_BGC = self.importance().double() + 1e-9 * block_C
         # A padded sequence's sink begins behind its padding.
         always_BC = (block_C < first_B1 + sink_blocks) | (block_C >= recent_B1)
         rank_BGC = rank_BGC.masked_fill(always_BC[:, None], ALWAYS)
         rank_BGC = rank_BGC.masked_fill(self.evicted.value_BGC | ~real_BC[:, None], NEVER)
-        best_BGK = rank_BGC.topk(min(budget, extent.capacity), dim=-1).values
-        kth_BG1 = (keep_B1.clamp(max=best_BGK.shape[-1]) - 1)[:, None].expand(-1, best_BGK.shape[1], -1)
+        best_BGK = rank_BGC.topk(min(selection.budget // size, extent.capacity), dim=-1).values
+        kth_BG1 = (keep_BG.clamp(max=best_BGK.shape[-1]) - 1)[..., None]
         lost_BGC = real_BC[:, None] & (rank_BGC < best_BGK.gather(-1, kth_BG1))
         self.evicted.value_BGC |= lost_BGC & due_BG[..., None]
 

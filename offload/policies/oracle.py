@@ -20,7 +20,7 @@ class Oracle(Policy):
     selects = "now"
 
     @classmethod
-    def not_captured(cls, config: OffloadConfig) -> str | None:
+    def why_never_captured(cls, config: OffloadConfig) -> str | None:
         return f"policy {cls.name!r} reads every key at every step"
 
     def score_now(self, step: Step) -> Tensor:

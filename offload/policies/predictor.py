@@ -1,11 +1,11 @@
-"""The project's own policy: a learned predictor chooses ahead, a key sketch calibrates it and corrects it late.
+"""The project's own policy: a learned predictor selects ahead; a key sketch calibrates and corrects it.
 
-AttentionPredictor (NeurIPS 2025, arXiv 2502.04077, section 4) predicts the next step's block scores from their
-history. Blocks that a sparse step did not attend to have no score of their own; what the history is told about them is
-the *calibration*: an estimate from the 2-bit keys at every step, the truth at every few steps, or nothing.
+AttentionPredictor (NeurIPS 2025, arXiv 2502.04077, section 4) predicts the next step's block scores from past ones. A
+sparse step computes no scores of the blocks it did not attend to. *Calibration* supplies them to the history: estimates
+from the 2-bit keys at every step, true scores every few steps, or nothing.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, L tokens of the sequence, D head size, S slots,
-N blocks, C blocks there is room for.
+N blocks, C block capacity.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from attention_predictor.predictor.model import new_history
 from attention_predictor.predictor.sketch import KeySketch
 
 
-class Predictor(Policy):
-    """Predicted block scores for the next token; the sketch's estimate for a bounded late fetch."""
+class PredictorPolicy(Policy):
+    """Selects ahead by predicted block scores, and late, up to a limit, by the sketch's estimates."""
 
     name = "predictor"
     selects = "ahead"
@@ -69,9 +69,8 @@ class Predictor(Policy):
     def chooses(self) -> bool:
         return self.sketch is not None and (self.late_share > 0 or self.spec.config.reserve > 0)
 
-    @property
-    def lacks_kernel(self) -> str | None:
-        return None if self.sketch is None else self.sketch.no_kernel(self.size)
+    def why_no_kernel(self) -> str | None:
+        return None if self.sketch is None else self.sketch.why_no_kernel(self.size)
 
     @property
     def may_read_all_keys(self) -> bool:
@@ -114,7 +113,7 @@ class Predictor(Policy):
             self.history.start(rows.scores_BGQN)
 
     def score_now(self, step: Step) -> Estimates | None:
-        """The sketch's: what it makes of blocks that are resident gives way to what their keys do."""
+        """The sketch's estimates; the step replaces those of resident blocks by exact scores."""
         if self.sketch is None:
             return None
         return Estimates(
@@ -138,7 +137,7 @@ class Predictor(Policy):
         self.history.observe_slots(peak_BHC, *self._attended(step), step.extent.length_B, rest_BH)
 
     def row(self, step: Step) -> Tensor:
-        """What the history is told of this step, ``[B, G, C]``; of an exact one, ``[B, G, N]``."""
+        """The score row that the history observes, ``[B, G, C]``; of an exact step, ``[B, G, N]``."""
         if self.reads_all_keys:
             return step.exact.scores_BGQN[:, :, 0]
         (peak_BHC, rest_BH), (block_BGS, slot_peak_BHS, total_BH) = self._estimates(step), self._attended(step)
@@ -147,7 +146,8 @@ class Predictor(Policy):
         return row_of_logits(peak_BHC, block_BGS, slot_peak_BHS, total_BH, step.extent.capacity)
 
     def _estimates(self, step: Step) -> tuple[Tensor | None, Tensor | None]:
-        """What is said of blocks that the step did not attend to: their peaks and log-sum-exp, or nothing."""
+        """Estimated peaks and log-sum-exp of the blocks that the step did not attend to; ``None`` without sketch
+        calibration."""
         if self.spec.config.calibration != "sketch":
             return None, None
         assert step.estimates is not None
@@ -155,7 +155,7 @@ class Predictor(Policy):
 
     @staticmethod
     def _attended(step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """The blocks that the step attended to, their peaks, and the log-sum-exp of all of them."""
+        """The attended blocks, their peaks, and the log-sum-exp over all of them."""
         return step.block_BGS, step.attention.scores.peak_BHS, step.attention.lse_BH
 
     def score_next(self, extent: Extent) -> Tensor | None:
@@ -166,7 +166,7 @@ class Predictor(Policy):
         return self.history.predict_ahead(first, config.recent, extent.length_B, extent.padding_B, extent.capacity)
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
-        # Rows that rejected tokens added stay in the history: they cost nothing but a little of its sharpness.
+        # Score rows of rejected tokens stay in the history; they blur it only slightly.
         self.length = length
         self.history.crop(min(ceil_div(length, self.size), self.history.n_blocks))
         if self.sketch is not None:

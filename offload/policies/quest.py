@@ -5,7 +5,7 @@ every channel, the best taken with the current query. Its first two layers atten
 does that. Adapted: query heads that share a KV head share its pages, chosen by the largest of their bounds; sink and
 recent are always among them.
 
-Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, D head size, E = 2·D, C blocks there is room for.
+Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, D head size, E = 2·D, C block capacity.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """SnapKV (Li et al., NeurIPS 2024, arXiv 2404.14469, section 4): the end of the prompt votes for the rest of it, once.
 
-As in the paper: the attention of the last prompt queries, summed and pooled over neighbouring tokens, ranks the
-prompt's keys; the choice stays while decoding. The defaults are those of the authors' code: 32 queries, average pooling
-over 5 tokens. Query heads that share a KV head vote together, by their mean (as in NVIDIA's kvpress).
+As in the paper: the attention of the last prompt queries, the observation window, ranks the keys before it, summed and
+pooled over neighbouring tokens; the window stays, and so does the choice while decoding. The defaults are those of the
+authors' code: 32 queries, average pooling over 5 tokens. Query heads that share a KV head vote together, by their mean
+(as in NVIDIA's kvpress). With blocks of one token the choice is kvpress's.
 
 Adapted: blocks in place of tokens. A block's vote is the mass of its tokens, and pooling over tokens spreads a little
-of it to the blocks beside it (``pooled``). The window itself lies within the engine's recent tokens. The paper keeps
-every generated token besides its budget; here the budget holds for all, so that what leaves the recent tokens takes
-the place of the prompt's lowest blocks. No block of the prompt comes in again.
+of it to the blocks beside it (``pooled``). Sink and recent tokens are kept besides the window. The paper keeps every
+generated token besides its budget; here the budget holds for all, so that these take the place of the prompt's lowest
+blocks, and of the window's once no other is left. No block of the prompt comes in again.
 
-Suffixes: B sequences, G KV heads, Q queries, N blocks, C blocks there is room for.
+Suffixes: B sequences, G KV heads, Q queries, N blocks, C block capacity.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.policies.base import BlockValues, LayerSpec, Policy, ReadKeys, newest_first
@@ -39,7 +41,7 @@ class SnapKV(Policy):
         self.votes = BlockValues(spec)
         self.has_voted = False
         with torch.inference_mode(False):  # what is made there could not be written to outside of it
-            self.prompt_blocks_1 = torch.zeros(1, dtype=torch.int64, device=spec.device)  # that were voted on
+            self.voted_blocks_1 = torch.zeros(1, dtype=torch.int64, device=spec.device)  # before the window
 
     @property
     def parts(self) -> dict[str, BlockValues]:  # type: ignore[override]
@@ -51,22 +53,26 @@ class SnapKV(Policy):
 
     @torch.no_grad()
     def observe_rows(self, rows: ScoreRows) -> None:
-        new_BGN = pooled(self.indicator(rows.mass_BGQN), self.kernel, self.spec.config.block_size)
-        share = rows.mass_BGQN.shape[2] / self.prompt_rows if self.has_voted else 1.0
-        n_blocks, self.has_voted = new_BGN.shape[-1], True
-        self.prompt_blocks_1.fill_(n_blocks)
+        queries, n_blocks = rows.mass_BGQN.shape[2:]
+        size = self.spec.config.block_size
+        voted = max(n_blocks - ceil_div(self.prompt_rows, size), 0)
+        sides = self.indicator(rows.mass_BGQN).tensor_split([voted], -1)  # what the window has is not pooled with more
+        new_BGN = torch.cat([pooled(side_BGN, self.kernel, size) for side_BGN in sides], -1)
+        share = queries / self.prompt_rows if self.has_voted else 1.0
+        self.has_voted = True
+        self.voted_blocks_1.fill_(voted)
         self.votes.reserve(n_blocks)
         self.votes.value_BGC[..., :n_blocks].lerp_(new_BGN, share)
 
     def score_next(self, extent: Extent) -> Tensor:
         # The recent tokens touch one block more unless they are aligned: counted always, lest one come and go.
         first_recent_B = extent.next.n_blocks_B - 1 - self.spec.config.recent // extent.block_size
-        first_B = torch.minimum(first_recent_B.clamp_min(0), self.prompt_blocks_1)
-        return newest_first(self.votes.value_BGC, first_B, extent)
+        first_B = torch.minimum(first_recent_B.clamp_min(0), self.voted_blocks_1)
+        return newest_first(self.votes.value_BGC, first_B[:, None], extent)
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
         n_blocks = self.selection.n_blocks(length)
-        self.prompt_blocks_1.clamp_(max=n_blocks)
+        self.voted_blocks_1.clamp_(max=n_blocks)
         self.votes.crop(n_blocks)
 
 
@@ -75,10 +81,13 @@ def pooled(x_BGN: Tensor, kernel: int, block_size: int) -> Tensor:
 
     Args:
         x_BGN: Block sums.
-        kernel: Tokens; odd, and its half at most a block.
+        kernel: Tokens; odd.
     """
-    reach = kernel // 2
-    # Of the token p places from a border, (reach - p) / kernel crosses it.
-    across = reach * (reach + 1) / (2 * kernel * block_size)
-    before_BGN, after_BGN = F.pad(x_BGN, (1, 0))[..., :-1], F.pad(x_BGN, (0, 1))[..., 1:]
-    return (1 - 2 * across) * x_BGN + across * (before_BGN + after_BGN)
+    N, reach = x_BGN.shape[-1], kernel // 2
+    away = ceil_div(reach, block_size)  # blocks
+    wider_BGN, pooled_BGN = F.pad(x_BGN, (away, away)), torch.zeros_like(x_BGN)
+    for blocks in range(-away, away + 1):
+        apart = (blocks * block_size + shift for shift in range(-reach, reach + 1))
+        pairs = sum(max(block_size - abs(tokens), 0) for tokens in apart)  # of a token and one that it is pooled with
+        pooled_BGN += pairs / (kernel * block_size) * wider_BGN[..., away + blocks : away + blocks + N]
+    return pooled_BGN

@@ -1,6 +1,6 @@
-"""Recovery of a decoding step, measured: what it attended to, against the truth. Reads every key of the layer.
+"""Measures a decoding step's recovery against the true attention mass. Reads every key of the layer.
 
-Suffixes: B sequences, G KV heads, C blocks there is room for.
+Suffixes: B sequences, G KV heads, N blocks, C block capacity.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from attention_predictor.predictor.scores import Recovery, recovery
 
 
 class Measured(NamedTuple):
-    """One step.
+    """Recovery of one step.
 
     Attributes:
         mass_BGC: fp32, true attention mass of each block.
         best_BGC: bool, the best blocks within the layer's budget.
-        recovery: Of the blocks attended to, ``[B, G]``.
+        recovery: Recovery of the attended blocks, ``[B, G]``.
     """
 
     mass_BGC: Tensor
@@ -31,7 +31,7 @@ class Measured(NamedTuple):
 
 
 def measure(step: Step, selection: Selection) -> Measured:
-    """What a step that has attended has recovered, by KV head."""
+    """Recovery by KV head of a step, after its attention."""
     mass_BGN = step.exact.mass_BGQN[:, :, 0]
     mass_BGC = F.pad(mass_BGN, (0, step.extent.capacity - mass_BGN.shape[-1]))
     best_BGC = chosen_blocks(selection.limits(step.length), step.extent, mass_BGC)

@@ -1,7 +1,4 @@
-"""Schedules: what of a decoding step runs beside what. Eagerly with the prefetcher, or on CUDA streams in a graph.
-
-The order of a step stands in ``step.py``; a schedule decides on which thread or stream each part of it runs.
-"""
+"""Schedules: on which thread or CUDA stream each part of a decoding step runs. The order is ``step.py``'s."""
 
 from __future__ import annotations
 
@@ -16,51 +13,52 @@ from torch import Tensor
 from attention_predictor.csrc import ops
 from attention_predictor.offload.blocks.prefetch import Prefetcher, Ticket
 
-# Layers whose fetches for the next token may be under way before the next layer's step waits for the first of them:
-# what a step holds in the meantime takes memory, and four layers are enough to hide behind.
-DEPTH = 4
+# Layers whose work on the prefetch stream may be unfinished before the next layer waits for the oldest. Each keeps its
+# step's tensors alive; four are enough to hide the fetches.
+MAX_LAYERS_AHEAD = 4
 
 
 class Schedule(Protocol):
     """Where the parts of a step run."""
 
     def begin(self) -> None:
-        """A step begins: its query, key and value are there."""
+        """Start a step: its query, key and value have been queued on the model's stream."""
         ...
 
-    def estimate(self) -> AbstractContextManager[None]:
-        """Around what needs these alone; its results may be used after ``join_estimate``."""
+    def on_sketch_stream(self) -> AbstractContextManager[None]:
+        """Run the body on the sketch stream. It may read what was queued before ``begin``; its results may be used
+        after ``join_sketch``."""
         ...
 
-    def join_estimate(self) -> None:
-        """What follows comes after the estimate."""
+    def join_sketch(self) -> None:
+        """Make the model's stream wait for the sketch stream."""
         ...
 
-    def ahead(self, held: object) -> AbstractContextManager[None]:
-        """Around what the next token is prepared by; ``held`` are the tensors that it reads."""
+    def on_prefetch_stream(self, held: object) -> AbstractContextManager[None]:
+        """Run the body on the prefetch stream, after work already queued. ``held``: the tensors that the body reads."""
         ...
 
     def fetch(self, job: Callable[[], None]) -> Ticket | None:
-        """Run the fetch for the next token; what waits for it, if anything has to."""
+        """Run the fetch for the next token. Returns a ticket to wait for, or ``None`` if streams order it."""
         ...
 
 
 class EagerSchedule:
-    """One operation after another, as they come; fetches for the next token are the prefetcher's."""
+    """Runs everything on the caller's stream, in order; the prefetcher runs the fetches for the next token."""
 
     def __init__(self, prefetcher: Prefetcher) -> None:
         self.prefetcher = prefetcher
 
     def begin(self) -> None:
-        """Nothing runs beside a step."""
+        """Nothing to do."""
 
-    def estimate(self) -> AbstractContextManager[None]:
+    def on_sketch_stream(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def join_estimate(self) -> None:
+    def join_sketch(self) -> None:
         """Nothing to wait for."""
 
-    def ahead(self, held: object) -> AbstractContextManager[None]:
+    def on_prefetch_stream(self, held: object) -> AbstractContextManager[None]:
         return nullcontext()
 
     def fetch(self, job: Callable[[], None]) -> Ticket:
@@ -71,66 +69,66 @@ class EagerSchedule:
 
 
 class StreamSchedule:
-    """Two CUDA streams beside the model's: for the estimate, and for what prepares the next token.
+    """Uses two CUDA streams beside the model's: one for the sketch's scores, one to prepare the next token.
 
-    No host takes part, so that all layers' steps can be one CUDA graph. On a CPU everything runs in order.
+    It needs no CPU work, so the steps of all layers can be one CUDA graph. On a CPU everything runs in order.
 
     Attributes:
-        spent_1: int64 nanoseconds for which the model's stream stood still: late fetches, and waiting for the last
-            fetches ahead.
+        stall_ns_1: int64, nanoseconds for which the model's stream waited for late fetches, and for the last fetches
+            ahead.
     """
 
-    def __init__(self, device: torch.device, spent_1: Tensor) -> None:
-        self.spent_1 = spent_1
-        self._estimating, self._preparing = (
+    def __init__(self, device: torch.device, stall_ns_1: Tensor) -> None:
+        self.stall_ns_1 = stall_ns_1
+        self._sketch_stream, self._prefetch_stream = (
             torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2)
         )
-        self._under_way: deque[tuple[Any, Any]] = deque()
+        self._unfinished: deque[tuple[Any, Any]] = deque()  # of each layer: event at its end, tensors that it reads
 
     def begin(self) -> None:
-        if self._estimating is not None:
-            self._estimating.wait_stream(torch.cuda.current_stream(self._estimating.device))
+        if self._sketch_stream is not None:
+            self._sketch_stream.wait_stream(torch.cuda.current_stream(self._sketch_stream.device))
 
     @contextmanager
-    def estimate(self) -> Iterator[None]:
-        """What is made within is the stream's own memory: used again when that stream comes to the next layer, behind
-        whatever the model's stream does now."""
-        if self._estimating is None:
+    def on_sketch_stream(self) -> Iterator[None]:
+        """As in ``Schedule``. Memory allocated within belongs to the sketch stream: it is reused only by the next
+        layer's body, which waits for the model's stream."""
+        if self._sketch_stream is None:
             yield
             return
-        with torch.cuda.stream(self._estimating):
+        with torch.cuda.stream(self._sketch_stream):
             yield
 
-    def join_estimate(self) -> None:
-        if self._estimating is not None:
-            torch.cuda.current_stream(self._estimating.device).wait_stream(self._estimating)
+    def join_sketch(self) -> None:
+        if self._sketch_stream is not None:
+            torch.cuda.current_stream(self._sketch_stream.device).wait_stream(self._sketch_stream)
 
     @contextmanager
-    def ahead(self, held: object) -> Iterator[None]:
-        """``held`` stays alive until this is done: its memory must not be used again before."""
-        if self._preparing is None:
+    def on_prefetch_stream(self, held: object) -> Iterator[None]:
+        """As in ``Schedule``. ``held`` stays alive until the body has run: its memory must not be reused before."""
+        if self._prefetch_stream is None:
             yield
             return
-        model = torch.cuda.current_stream(self._preparing.device)
-        while len(self._under_way) >= DEPTH:
-            self._wait(model)
-        self._preparing.wait_stream(model)
-        with torch.cuda.stream(self._preparing):
+        model_stream = torch.cuda.current_stream(self._prefetch_stream.device)
+        while len(self._unfinished) >= MAX_LAYERS_AHEAD:
+            self._wait_for_oldest(model_stream)
+        self._prefetch_stream.wait_stream(model_stream)
+        with torch.cuda.stream(self._prefetch_stream):
             yield
             done = torch.cuda.Event()
-            done.record(self._preparing)
-        self._under_way.append((done, held))
+            done.record(self._prefetch_stream)
+        self._unfinished.append((done, held))
 
     def fetch(self, job: Callable[[], None]) -> None:
         job()
 
-    def join(self) -> None:
-        """The model's stream waits for all that prepares the next token; that time counts as exposed."""
-        ops.note_time(self.spent_1, -1)
-        while self._preparing is not None and self._under_way:
-            self._wait(torch.cuda.current_stream(self._preparing.device))
-        ops.note_time(self.spent_1, 1)
+    def join_prefetch(self) -> None:
+        """Make the model's stream wait for the prefetch stream; that time counts as exposed wait."""
+        ops.note_time(self.stall_ns_1, -1)
+        while self._prefetch_stream is not None and self._unfinished:
+            self._wait_for_oldest(torch.cuda.current_stream(self._prefetch_stream.device))
+        ops.note_time(self.stall_ns_1, 1)
 
-    def _wait(self, model: torch.cuda.Stream) -> None:
-        done, _ = self._under_way.popleft()
-        model.wait_event(done)
+    def _wait_for_oldest(self, model_stream: torch.cuda.Stream) -> None:
+        done, _ = self._unfinished.popleft()
+        model_stream.wait_event(done)

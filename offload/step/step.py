@@ -1,9 +1,9 @@
-"""One decoding step of one layer: the order of its parts, for every policy, on every device, eager or captured.
+"""One decoding step of one layer: the order of its parts, for every policy and device, eager or captured.
 
 append → estimate → choose (late) → attend → observe → predict → choose ahead → fetch
 
-Nothing here or below asks the host for a value that the device has: lengths are tensors, shapes those of the room there
-is, so that the same operations are run one by one or captured as part of a CUDA graph.
+No operation here or below reads a device value on the host: lengths are tensors, and shapes follow from the capacity.
+So the same operations run one by one or as part of a CUDA graph.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, D head size.
 """
@@ -47,12 +47,12 @@ def decode(
     schedule: Schedule,
     watch: Callable[[Step], None] | None = None,
 ) -> Tensor:
-    """Attention of one new token a sequence, which ``layer.blocks.extent`` counts already; ``[B, H, 1, D]``.
+    """Attention of one new token per sequence, already counted in ``layer.blocks.extent``; ``[B, H, 1, D]``.
 
     Args:
         query_BHQD, key_BGTD, value_BGTD: Of the new token: Q = T = 1.
-        real_BL: bool, False at padding, of all tokens there is room for; ``None`` where there is no padding.
-        watch: Shown the step once it has attended, before the policy is.
+        real_BL: bool, False at padding, for the whole capacity; ``None`` if there is no padding.
+        watch: Called with the step after attention, before the policy observes it.
     """
     blocks, policy, selection = layer.blocks, layer.policy, layer.selection
     query_BHD, key_BGD, value_BGD = (x[:, :, 0].contiguous() for x in (query_BHQD, key_BGTD, value_BGTD))
@@ -69,18 +69,18 @@ def decode(
         length=blocks.length,
         stream=partial(chunks, blocks),
     )
-    room = (extent.length_B, real_BL, terms)
-    with schedule.estimate():
+    visible = (extent.length_B, real_BL, terms)
+    with schedule.on_sketch_stream():
         policy.append(key_BGD, query_BHD, extent)
         scores = policy.score_now(step)
     if isinstance(scores, Estimates):
-        if policy.chooses:  # what is resident is known exactly
-            resident = score_slots(query_BHD, pool.key_BGSTD, blocks.block_BGS, *room, kernel=layer.kernel)
+        if policy.chooses:  # resident blocks have exact scores
+            resident = score_slots(query_BHD, pool.key_BGSTD, blocks.block_BGS, *visible, kernel=layer.kernel)
             scores = scores._replace(slot_peak_BHS=resident.peak_BHS, slot_sum_BHS=resident.sum_BHS)
         step.estimates = scores
-    schedule.join_estimate()
+    schedule.join_sketch()
     if scores is not None:
-        late_blocks = selection.share(policy.late_share) if policy.chooses else None
+        late_blocks = selection.share_of_budget(policy.late_share) if policy.chooses else None
         step.rest_BH = blocks.choose(selection, extent, scores, late_blocks)
     step.block_BGS = blocks.active_BGS
     step.attention = attend_slots(
@@ -88,13 +88,13 @@ def decode(
         pool.key_BGSTD,
         pool.value_BGSTD,
         step.block_BGS,
-        *room,
+        *visible,
         kernel=layer.kernel,
         arrived_BH=layer.arrived_BH,
     )
     if watch is not None:
         watch(step)
-    with schedule.ahead(step):
+    with schedule.on_prefetch_stream(step):
         if not policy.chooses:
             blocks.count_attended()
         policy.observe(step)
@@ -103,27 +103,27 @@ def decode(
 
 
 def fetch_ahead(layer: Layer, extent: Extent, schedule: Schedule) -> None:
-    """Choose and fetch what the next token attends to, behind the tokens that ``extent`` counts."""
+    """Choose and fetch the blocks for the token that follows ``extent``."""
     more = layer.selection.ahead_blocks if layer.policy.chooses else 0
     score_BGC = layer.policy.score_next(extent)
     layer.blocks.fetch_ahead(layer.selection, extent, score_BGC, more, schedule.fetch)
 
 
 def chunks(blocks: LayerBlocks, query_BHQD: Tensor, stop: int | None = None) -> Iterator[Chunk]:
-    """Keys and values of the tokens before ``stop`` (all), from host memory, in chunks that suit the query.
+    """Keys and values of the tokens before ``stop`` (default: all), from host memory, in chunks sized for the query.
 
-    A chunk is valid until the next is asked for.
+    A chunk is valid until the next one is requested.
     """
     return (Chunk(*part) for part in blocks.stream(chunk_tokens(query_BHQD), stop))
 
 
 def attend_again(layer: Layer, query_BHQD: Tensor, terms: Terms, real_BL: Tensor | None) -> Tensor:
-    """Attention over the pool by a layer that has no keys of its own and reads this one's; ``[B, H, 1, D]``.
+    """Attention of another layer that shares this layer's keys, over the same pool; ``[B, H, 1, D]``.
 
-    What is fetched for the next token must be there: it is what the pool holds.
+    The fetches for the next token must be complete: its blocks are the active ones now.
     """
     pool, block_BGS = layer.blocks.pool, layer.blocks.active_BGS
-    room = (layer.blocks.extent.length_B, real_BL, terms)
+    visible = (layer.blocks.extent.length_B, real_BL, terms)
     query_BHD = query_BHQD[:, :, 0].contiguous()
-    attention = attend_slots(query_BHD, pool.key_BGSTD, pool.value_BGSTD, block_BGS, *room, kernel=layer.kernel)
+    attention = attend_slots(query_BHD, pool.key_BGSTD, pool.value_BGSTD, block_BGS, *visible, kernel=layer.kernel)
     return attention.out_BHD[:, :, None]

@@ -1,4 +1,4 @@
-"""Options that several commands and scripts take, and how the value of one is checked."""
+"""Options that several commands and scripts share, and the check of an option's value."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from attention_predictor.errors import CheckpointError, ConfigError
+from attention_predictor.gguf_file import GgufFile, check_packages, gguf_files, hub_parts, is_gguf
 from attention_predictor.kinds import Kind, NotAllowedError, whole
 from attention_predictor.kinds import whole_numbers as read_whole_numbers
 
 AUTO = "auto"
 DTYPE_NAMES = (AUTO, "float32", "bfloat16", "float16")
-GGUF = ".gguf"
+PACKED = "packed"
+MODEL_DTYPES = (*DTYPE_NAMES, PACKED)
 
 # The folders of the package are links into a checkout; an installed wheel has no models beside it.
 _POCKET = Path(__file__).resolve().parents[2] / "models" / "pocket-lm"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--model --device --dtype --seed``."""
+    """``--model --gguf-file --device --dtype --seed``."""
     default = str(_POCKET) if _POCKET.is_dir() else None
     shown = "the pocket model" if default else "required: no pocket model beside this installation"
-    parser.add_argument("--model", default=default, metavar="M", help=f"directory or hub name (default: {shown})")
+    what = f"directory, hub name or GGUF file (default: {shown})"
+    parser.add_argument("--model", default=default, metavar="M", help=what)
+    parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take of a directory or hub name")
     add_device_argument(parser)
-    parser.add_argument(
-        "--dtype", default=AUTO, help=f"one of {', '.join(DTYPE_NAMES)}; auto is the model's, float32 on a CPU"
-    )
+    what = f"one of {', '.join(MODEL_DTYPES)}; auto is the model's, float32 on a CPU; packed: GGUF weights as they are"
+    parser.add_argument("--dtype", default=AUTO, help=f"{what} in the file, not unpacked")
     add_option(parser, "--seed", whole(), 0, "seed of everything random")
 
 
@@ -39,39 +42,65 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:
-    """Refuse what can be known to be wrong with them without loading anything."""
+    """Refuse wrong model arguments that need no loading to detect; merges ``--gguf-file`` into ``--model``."""
+    if args.gguf_file is not None:
+        args.model, args.gguf_file = _join(args.model, args.gguf_file), None
     check_model_name(args.model)
     check_dtype(args.dtype)
+    if args.dtype == PACKED and not is_gguf(args.model):
+        raise ConfigError(f"--dtype {PACKED}: --model {args.model} is no GGUF file")
 
 
 def check_model_name(name: str | None) -> str:
-    """The name itself; ``ConfigError`` if there is none, ``CheckpointError`` if it is of GGUF files."""
+    """The name itself, if it may be a model's.
+
+    Raises:
+        ConfigError: There is none.
+        CheckpointError: A GGUF file is not there, damaged, or can't be read for want of a package; or a directory holds
+            nothing but GGUF files, and the name says not which.
+    """
     if name is None:
         raise ConfigError("--model is required: no pocket model beside this installation")
     path = Path(name)
-    file = path if path.suffix.lower() == GGUF else None
-    if file is None and path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        file = next((one for one in sorted(path.iterdir()) if one.suffix.lower() == GGUF), None)
-    if file is None:
-        return name
-    source = f"{str(file.parent)!r}, gguf_file={file.name!r}"
-    raise CheckpointError(
-        f"{name!r} is a model in GGUF: convert it once with transformers, "
-        f"AutoModelForCausalLM.from_pretrained({source}).save_pretrained('converted') and "
-        f"AutoTokenizer.from_pretrained({source}).save_pretrained('converted'), then give --model converted"
-    )
+    if path.is_dir():
+        if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")) and (files := gguf_files(path)):
+            raise CheckpointError(f"{name!r} holds models in GGUF: choose one by --gguf-file: {', '.join(files)}")
+    elif is_gguf(name):
+        check_packages(name)
+        if path.exists():
+            GgufFile.read(path)
+        elif hub_parts(name) is None:
+            raise CheckpointError(f"{name!r} is no file here, nor one of the hub: owner/name/file.gguf")
+    return name
+
+
+def _join(model: str | None, file: str) -> str:
+    """The name of a GGUF file in a directory or repository."""
+    if model is None:
+        raise ConfigError(f"--gguf-file {file}: --model is required, the directory or hub name that it is of")
+    folder = Path(model)
+    if not is_gguf(file):
+        raise ConfigError(f"--gguf-file {file}: expected a name that ends in .gguf")
+    if folder.is_file():
+        raise ConfigError(f"--gguf-file {file}: --model {model} is a file by itself: leave one of them out")
+    if not folder.is_dir():
+        return f"{model}/{file}"
+    if not (folder / file).is_file():
+        there = ", ".join(gguf_files(folder)) or "no GGUF file"
+        raise CheckpointError(f"--gguf-file {file} is not in {model}, which holds {there}")
+    return str(folder / file)
 
 
 def check_dtype(name: str) -> None:
-    """``ConfigError`` for a name that is no dtype's."""
-    if name not in DTYPE_NAMES:
-        raise ConfigError(f"dtype={name!r} is not allowed: expected one of {', '.join(DTYPE_NAMES)}")
+    """Raise ``ConfigError`` for an unknown dtype."""
+    if name not in MODEL_DTYPES:
+        raise ConfigError(f"dtype={name!r} is not allowed: expected one of {', '.join(MODEL_DTYPES)}")
 
 
 def add_option(
     parser: argparse._ActionsContainer, option: str, kind: Kind, default: Any, says: str, *, required: bool = False
 ) -> None:
-    """An option with a value of a kind; one that is not allowed is refused when it is read.
+    """Add an option whose value has a kind; a value that is not allowed is refused when it is parsed.
 
     Args:
         default: Is shown behind the help text, unless it is ``None``, ``()`` or ``False``.
@@ -91,12 +120,12 @@ def add_option(
 
 
 def refused(option: str, given: str, expected: str) -> ConfigError:
-    """The error of an option's value that is not allowed."""
+    """The error for an option's value that is not allowed."""
     return ConfigError(f"{option} {shlex.quote(given) if not given or ' ' in given else given}: expected {expected}")
 
 
 class _Checked(argparse.Action):
-    """Keeps the value, if it is allowed; else a ``ConfigError`` names the option, the value and what is allowed."""
+    """Stores an allowed value; else raises a ``ConfigError`` that names option, value and what is allowed."""
 
     def __init__(self, *args: Any, kind: Kind, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -115,7 +144,7 @@ class _Checked(argparse.Action):
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
-    """``"256,512"`` as numbers; ConfigError, naming the option, for anything else."""
+    """Parse ``"256,512"``; ConfigError, which names the option, for anything else."""
     try:
         return read_whole_numbers(text, ",")
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Arithmetic that many modules share; importing it imports nothing."""
+"""Arithmetic that many modules share. It imports nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def ceil_div(length: Whole, size: int) -> Whole:
-    """Quotient rounded up: how many blocks of ``size`` hold ``length`` tokens, the last of them perhaps in part.
+    """Quotient rounded up: the number of blocks of ``size`` that hold ``length`` tokens.
 
     Args:
         length: A whole number, or a tensor of integers, which stays on its device.
@@ -21,7 +21,7 @@ def ceil_div(length: Whole, size: int) -> Whole:
 
 
 def scatter_or_drop(into: Tensor, index: Tensor, values: Tensor | float | bool) -> Tensor:
-    """``into`` with ``values`` at ``index`` of the last dimension; what has the index -1 is dropped.
+    """``into`` with ``values`` written at ``index`` of the last dimension; values with index -1 are dropped.
 
     Out of place. It is one column more that takes what is dropped, and is cut off.
 

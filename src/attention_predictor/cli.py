@@ -23,7 +23,7 @@ from attention_predictor.commands import COMMANDS, add_commands
 from attention_predictor.errors import AttentionPredictorError
 from attention_predictor.parser import OptionError, Parser
 
-BAD_INPUT, INTERRUPTED, NO_READER = 2, 130, 141  # exit codes; the others are a command's own
+BAD_INPUT, INTERRUPTED, NO_READER = 2, 130, 141  # exit codes; commands return others themselves
 
 __all__ = ["COMMANDS", "main", "make_parser"]
 
@@ -37,9 +37,9 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 2, with one line on stderr, for bad input or output that can't be had."""
+    """Run a command and return its exit code: 2, with one line on stderr, for bad input or unwritable output."""
     name = "attnpred"
-    with suppress(AttributeError, ValueError):  # not a stream of the system's
+    with suppress(AttributeError, ValueError):  # not a real stream
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         try:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _implementation(args.implementation)(args) or 0
         finally:
             if sys.stdout is not None:  # it may be closed
-                sys.stdout.flush()  # or what can't be written would be found out when all is over
+                sys.stdout.flush()  # report write errors here, not at interpreter exit
     except OptionError as error:
         return _failed(" ".join(error.prog.split()[:2]), str(error), BAD_INPUT)
     except AttentionPredictorError as error:
@@ -68,20 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _implementation(module: str) -> Callable[..., int | None]:
     try:
         return importlib.import_module(module).main
-    except ModuleNotFoundError as error:  # a package that only some commands need
+    except ModuleNotFoundError as error:  # an optional package
         if error.name is None or error.name.startswith("attention_predictor"):
             raise
         raise AttentionPredictorError(f"needs {error.name}: pip install 'attention-predictor[train]'") from error
 
 
 def _failed(name: str, message: str, code: int) -> int:
-    with suppress(OSError):  # of a full disk, perhaps
+    with suppress(OSError):  # for example a full disk
         print(f"{name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
 
 
 def _discard_output() -> None:
-    """If nobody can read standard output, what is left of it must not be tried again when the process ends."""
+    """Drop pending standard output if it can't be written, so that it is not tried again at exit."""
     try:
         sys.stdout.flush()
     except OSError:

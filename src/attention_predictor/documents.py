@@ -1,4 +1,4 @@
-"""Documents to record and to judge by: text files, rows of jsonl and parquet files, data sets of the hub."""
+"""Documents to record and evaluate: text files, rows of jsonl and parquet files, data sets of the hub."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Document:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """What is taken of a document, as token ids.
+    """The part of a document that is used, as token ids.
 
-    The prompt is prefilled for all; each tail is decoded behind it by itself. All tails are equally long.
+    The prompt is prefilled once; each tail is decoded after it, separately. All tails have the same length.
     """
 
     prompt: list[int]
@@ -46,7 +46,7 @@ class Excerpt:
 
     @classmethod
     def cyclic(cls, prompt: list[int], tails: list[list[int]], longest: int | None = None) -> Excerpt:
-        """Of tails of different lengths: a short one goes on with the others, so that every step is one of a tail."""
+        """Extend shorter tails by the other tails, so that every step is a token of a tail."""
         turned = (chain(tails[number:], tails[:number]) for number in range(len(tails)))
         endless = [list(chain.from_iterable(each)) for each in turned]
         length = min(max(map(len, tails)) if longest is None else longest, *map(len, endless))
@@ -81,7 +81,7 @@ def excerpt(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: 
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that begins every prompt of this model, if it has one."""
+    """The token that starts every prompt of this model, if any."""
     return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
 
 
@@ -92,8 +92,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def window(document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[int]:
     """At most ``max_tokens`` token ids of the document."""
-    # Only what can be needed is tokenised: no token is shorter than a character of what it stands for, and few are
-    # longer than 16, so a window of characters around the place is enough.
+    # Only a window of characters is tokenised: no token is shorter than a character, and few are longer than 16.
     spare = max(len(document.text) - 16 * max_tokens, 0)
     start = int(document.place * spare)
     ids = encode(tokenizer, document.text[start : start + 16 * max_tokens])
@@ -109,7 +108,7 @@ def _of_files(path: Path, per_file: int, field: str) -> Iterator[Document]:
     for file in files:
         if file.suffix not in SUFFIXES:
             raise DataError(f"{file}: expected a {', '.join(SUFFIXES)} file, or a directory of them")
-        # Unique within the directory: a document of a known name is taken for recorded.
+        # Unique within the directory, since a document with a known name counts as recorded.
         name = _in_utf8(file.relative_to(path if path.is_dir() else path.parent).as_posix())
         if file.suffix == ".txt":
             text = read_text(file)
@@ -121,16 +120,16 @@ def _of_files(path: Path, per_file: int, field: str) -> Iterator[Document]:
 
 
 def _in_utf8(name: str) -> str:
-    """The name of a file, which on some systems may be any bytes, as text that can be written to a file."""
+    """The name of a file as valid text; on some systems names may be any bytes."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-# A row, and where it is within its file or data set.
+# A row, and its position in its file or data set.
 Rows = Iterator[tuple[str, Any]]
 
 
 def _jsonl(file: Path) -> Rows:
-    # Not splitlines: inside a JSON string other line separators, such as U+2028, may stand as they are.
+    # Not splitlines: JSON strings may contain other line separators, such as U+2028.
     for number, line in enumerate(read_text(file).split("\n"), 1):
         if line.strip().lstrip(BYTE_ORDER_MARK):
             yield f"line {number}", parse_json(line, f"{file}, line {number}")
@@ -141,7 +140,7 @@ def _parquet(file: Path) -> Rows:
     number = 0
     try:
         rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-        for number, row in enumerate(rows, 1):  # what it is when an error comes
+        for number, row in enumerate(rows, 1):  # its number, for errors
             yield f"row {number}", row
     except DataError:
         raise

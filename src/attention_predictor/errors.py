@@ -1,8 +1,8 @@
-"""Every error that this library raises on purpose; each also is the built-in kind that callers expect."""
+"""All errors that this library raises; each also derives from the built-in class that callers expect."""
 
 
 def one_line(error: BaseException, at_most: int = 120) -> str:
-    """What another library's error says, on one line."""
+    """Another library's error message on one line."""
     return (" ".join(str(error).split()) or type(error).__name__)[:at_most]
 
 
@@ -40,7 +40,7 @@ class CheckpointError(AttentionPredictorError, ValueError):
 
 
 class HostMemoryError(AttentionPredictorError, MemoryError):
-    """The CPU memory that the KV blocks need cannot be had."""
+    """There is not enough CPU memory for the KV blocks."""
 
 
 class ContextLengthError(AttentionPredictorError, ValueError):
@@ -52,15 +52,15 @@ class DataError(AttentionPredictorError, ValueError):
 
 
 class WriteError(AttentionPredictorError, OSError):
-    """A file cannot be written: the disk is full, the place read-only, or permission was lost."""
+    """A file cannot be written: the disk is full, the folder is read-only, or permission is missing."""
 
 
 class FetchError(AttentionPredictorError, RuntimeError):
-    """Blocks could not be brought to the device; the cache must not be used further."""
+    """Fetching blocks to the device failed; the cache must not be used further."""
 
 
 class IntegrityError(AttentionPredictorError, AssertionError):
-    """An internal structure contradicts itself: a bug in this library."""
+    """An internal structure is inconsistent: a bug in this library."""
 
 
 class BuildError(AttentionPredictorError, RuntimeError):

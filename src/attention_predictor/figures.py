@@ -1,4 +1,4 @@
-"""Pictures on disk."""
+"""Saves figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attention_predictor.writing import write_atomically, writing
 
 
 def save_figure(figure: Any, path: Path, dpi: int = 160) -> None:
-    """Write a figure of matplotlib, whole or not at all, in the format that the file's name ends in."""
+    """Save a matplotlib figure atomically, in the format of the file's suffix."""
     packed = io.BytesIO()
     figure.savefig(packed, format=path.suffix.removeprefix("."), dpi=dpi)
     with writing(path):

@@ -1,4 +1,4 @@
-"""``attnpred generate``: a prompt continued, and figures of how."""
+"""``attnpred generate``: continue a prompt, and print statistics."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list
 
 
 class _Watcher(BaseStreamer):
-    """Shows the new tokens' progress; also notes when the first of them came, which is when the prefill was over."""
+    """Shows progress, and records the time of the first new token, when the prefill was done."""
 
     def __init__(self, total: int, prompt_tokens: int) -> None:
         self.progress = Progress(f"prefill of {prompt_tokens} tokens", total, "tokens")
@@ -72,7 +72,7 @@ class _Watcher(BaseStreamer):
         self.is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
-        if self.is_prompt:  # generate() shows the streamer the prompt first
+        if self.is_prompt:  # generate() passes the prompt first
             self.is_prompt = False
             return
         if self.first is None:
@@ -105,7 +105,7 @@ def _generate(
             **sampling,
         )
     finally:
-        watcher.progress.close(finished=False)  # where it has not ended
+        watcher.progress.close(finished=False)  # if it has not ended
     tokens = output[0, len(ids) :].tolist()
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     decode_s = watcher.ended - (watcher.first or watcher.started)

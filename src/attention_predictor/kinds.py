@@ -1,4 +1,4 @@
-"""Kinds of values that settings and options have: how text is read as one, and which are allowed."""
+"""Kinds of setting and option values: how to read them from text, and which are allowed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-Rule = tuple[str, Callable[[Any], bool]]  # what is allowed, in words, and whether a value is
+Rule = tuple[str, Callable[[Any], bool]]  # what is allowed, in words; a test of a value
 
 
 class NotAllowedError(ValueError):
-    """Text that is no allowed value; the message says what would be."""
+    """Text that is not an allowed value; the message says what is allowed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What values are allowed.
+    """A kind of value.
 
     Attributes:
         read: Text as a value; ``ValueError`` for text that is none.
@@ -31,7 +31,7 @@ class Kind:
     alone: Any = None
 
     def expected(self, value: object) -> str | None:
-        """What would be allowed in place of this value; ``None`` if it is allowed."""
+        """What is allowed instead of this value; ``None`` if the value is allowed."""
         rules = self.rules()
         broken = next((at for at, (_, holds) in enumerate(rules) if not holds(value)), None)
         return None if broken is None else ", ".join(words for words, _ in rules[broken:])
@@ -42,7 +42,7 @@ class Kind:
         return ", ".join(words for words, _ in self.rules())
 
     def parse(self, text: str) -> Any:
-        """Text as a value that is allowed; ``NotAllowedError`` says what is."""
+        """Parse text to an allowed value; else ``NotAllowedError``, which says what is allowed."""
         try:
             value = self.read(text)
         except ValueError as error:
@@ -52,7 +52,7 @@ class Kind:
         return value
 
     def or_none(self) -> Kind:
-        """The same, or ``None``, written as none."""
+        """This kind, or ``None``, written as none."""
         rules = self.rules
 
         def either(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -66,7 +66,7 @@ class Kind:
 
 
 def whole(least: int | None = None, most: int | None = None, also: Rule | None = None, metavar: str = "N") -> Kind:
-    """Integers from ``least`` to ``most``; ``also`` in place of bounds in words."""
+    """Integers from ``least`` to ``most``; ``also`` is a rule in place of these bounds."""
     rules: list[Rule] = [("an integer", is_whole)]
     if also is not None:
         rules.append(also)
@@ -78,7 +78,7 @@ def whole(least: int | None = None, most: int | None = None, also: Rule | None =
 
 
 def number(words: str, holds: Callable[[float], bool], metavar: str = "X") -> Kind:
-    """Numbers, integers included, that are finite and for which ``holds`` is true."""
+    """Finite numbers, integers included, for which ``holds`` is true."""
     allowed = (words, lambda value: is_number(value) and math.isfinite(value) and holds(value))
     return Kind(read=float, rules=lambda: [allowed], metavar=metavar)
 
@@ -94,7 +94,7 @@ def one_of(names: Sequence[Any] | Callable[[], Sequence[Any]], read: Callable[[s
 
 
 def text(words: str, metavar: str) -> Kind:
-    """Any text that is not empty."""
+    """Non-empty text."""
     allowed = (words, lambda value: isinstance(value, str) and value != "")
     return Kind(read=str, rules=lambda: [allowed], metavar=metavar)
 
@@ -112,17 +112,17 @@ def sizes_in_bytes() -> Kind:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether it is an integer; bools are none."""
+    """Whether the value is an integer; bools are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is an integer or a float; bools are none."""
+    """Whether the value is an integer or a float; bools are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def whole_numbers(text: str, separators: str = ",+") -> list[int]:
-    """``"0,1"`` or, where commas mean something else, ``"0+1"``; ``ValueError`` for anything else."""
+    """Parse ``"0,1"`` or, where commas have another meaning, ``"0+1"``; ``ValueError`` for anything else."""
     for separator in separators[1:]:
         text = text.replace(separator, separators[0])
     return [int(part) for part in text.split(separators[0])]

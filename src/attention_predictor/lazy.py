@@ -1,4 +1,4 @@
-"""Names of a package that load their module when they are first asked for (PEP 562)."""
+"""Package attributes whose module is imported at first access (PEP 562)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str]
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(modules[name]), name)
-        setattr(sys.modules[package], name, value)  # the next time it is found without this function
+        setattr(sys.modules[package], name, value)  # later accesses bypass this function
         return value
 
     def names() -> list[str]:

@@ -1,45 +1,90 @@
-"""Models and tokenizers by directory or hub name, with errors of one line."""
+"""Loads models and tokenizers by directory or hub name, with errors of one line."""
 
 from __future__ import annotations
 
+import logging as python_logging
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+from transformers.integrations.gguf.kernels import get_gguf_kernel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils import cached_file, logging
 
-from attention_predictor.arguments import AUTO, DTYPE_NAMES, GGUF, check_dtype, check_model_name
+from attention_predictor.arguments import AUTO, DTYPE_NAMES, PACKED, check_dtype, check_model_name
 from attention_predictor.errors import CheckpointError, ConfigError, one_line
+from attention_predictor.gguf_file import GgufFile, hub_parts, is_gguf
 
 DTYPES: dict[str, Any] = {name: name if name == AUTO else getattr(torch, name) for name in DTYPE_NAMES}
 SHOWN = 3  # names in an error of one line
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+logger = python_logging.getLogger(__name__)
 
 
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; ``CheckpointError`` if it can't be had."""
+    """The tokenizer of a model; ``CheckpointError`` if it can't be loaded.
+
+    For a GGUF file without one, the tokenizer in its folder.
+    """
     name = check_model_name(name)
+    folder, options = _source(name)
+    if options and not GgufFile.read(Path(options["gguf_file"])).has_tokenizer:
+        options = {}
+        if not any((Path(folder) / file).is_file() for file in TOKENIZER_FILES):
+            raise CheckpointError(
+                f"{name!r} holds no tokenizer, and none lies beside it: expected one of {', '.join(TOKENIZER_FILES)}"
+            )
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever a foreign or damaged one makes the loader raise
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # a foreign or damaged tokenizer may raise anything
         raise CheckpointError(f"cannot load a tokenizer from {name!r}: {_reason(name, error)}") from error
 
 
 def load_config(name: str | None, what: str = "the configuration of") -> Any:
-    """The configuration of a model; ``CheckpointError`` if it can't be had, saying ``what`` was wanted of it."""
+    """The configuration of a model; ``CheckpointError``, which names its use ``what``, if it can't be loaded."""
     name = check_model_name(name)
+    folder, options = _source(name)
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(folder, **options)
     except Exception as error:
         raise CheckpointError(f"cannot load {what} {name!r}: {_reason(name, error)}") from error
 
 
+def gguf_file(name: str) -> GgufFile | None:
+    """The GGUF file with this name, downloaded from the hub if needed; ``None`` for other kinds of models.
+
+    Raises:
+        CheckpointError: It can't be found, or is damaged.
+    """
+    if not is_gguf(name) or Path(name).is_dir():
+        return None
+    path, parts = Path(name), hub_parts(name)
+    if not path.exists() and parts is not None:
+        try:
+            path = Path(str(cached_file(*parts)))
+        except Exception as error:
+            raise CheckpointError(f"{name!r} is no file here, nor to be had of the hub: {one_line(error)}") from error
+    return GgufFile.read(path)
+
+
 def device_name(name: str) -> str:
-    """The same, but for ``auto``: what that stands for here."""
+    """The device's name, with ``auto`` resolved."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == AUTO else name
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; ``ConfigError`` if it can't be used."""
+    """The device with that name; ``ConfigError`` if it can't be used."""
     try:
         device = torch.device(device_name(name))
         torch.empty(0, device=device)
@@ -51,35 +96,100 @@ def find_device(name: str) -> torch.device:
 def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreTrainedModel:
     """A causal language model, in evaluation mode, on the device.
 
-    ``dtype="auto"`` takes the checkpoint's own, but float32 on a CPU, where half precisions are slow.
+    ``dtype="auto"`` takes the checkpoint's own, but float32 on a CPU, where half precisions are slow; of a checkpoint
+    with quantised weights its own everywhere. The weights of a GGUF file are unpacked into the dtype (``"auto"``:
+    bfloat16, where the file holds blocks), or kept as they are with ``"packed"``, which computes in float32.
 
     Raises:
         CheckpointError: It can't be loaded, or lacks weights, which transformers would make up at random.
-        ConfigError: Unknown dtype or device.
+        ConfigError: Unknown dtype or device, or weights can't stay packed.
     """
     name = check_model_name(name)
     check_dtype(dtype)
     target = find_device(device)
-    wanted = torch.float32 if dtype == AUTO and target.type == "cpu" else DTYPES[dtype]
+    folder, options = _source(name)
+    if file := gguf_file(name):
+        options |= _gguf_options(file, target, dtype)
+    elif dtype == PACKED:
+        raise ConfigError(f"dtype={PACKED!r}: {name!r} is no GGUF file")
+    elif method := _quantisation(name):
+        options |= {"dtype": DTYPES[dtype], "device_map": {"": target}}
+    else:
+        options |= {"dtype": torch.float32 if dtype == AUTO and target.type == "cpu" else DTYPES[dtype]}
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # of missing weights it prints a table, and goes on
+    logging.set_verbosity_error()  # else it prints a table of missing weights, and continues
     try:
-        pair: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True)
-    except Exception as error:  # whatever a foreign or damaged checkpoint makes the loader raise
+        pair: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    except Exception as error:  # a foreign or damaged checkpoint may raise anything
         raise CheckpointError(f"cannot load a causal language model from {name!r}: {_reason(name, error)}") from error
     finally:
         logging.enable_progress_bar()
         logging.set_verbosity(verbosity)
     model, info = pair
-    if missing := sorted(info["missing_keys"]):  # tied weights are not among them
+    if missing := sorted(info["missing_keys"]):  # tied weights are not listed
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise CheckpointError(f"{name!r} lacks weights of its model: {', '.join(missing[:SHOWN])}{more}")
-    torch.nn.Module.to(model, target)  # transformers' own `to` is wrapped in a way that mypy can't follow
+    if "device_map" not in options:  # else it is there, and some quantised weights refuse to be moved
+        torch.nn.Module.to(model, target)  # transformers' own `to` is wrapped in a way that mypy can't follow
+    if dtype == PACKED and not any(weight.dtype == torch.uint8 for weight in model.parameters()):
+        raise ConfigError(f"dtype={PACKED!r}: transformers kept no weight of {name!r} packed")
+    if not file and method and not getattr(model, "is_quantized", False):
+        logger.warning("%s: transformers unpacked its %s weights, which it can't compute with here", name, method)
     return model.eval()
+
+
+def _source(name: str) -> tuple[str, dict[str, Any]]:
+    """The arguments of ``from_pretrained``: a directory or hub name, and options.
+
+    The path of a GGUF file is absolute: transformers would prefer a file of that name in the working directory.
+    """
+    file = gguf_file(name)
+    return (name, {}) if file is None else (str(file.path.parent), {"gguf_file": str(file.path.absolute())})
+
+
+def _gguf_options(file: GgufFile, device: torch.device, dtype: str) -> dict[str, Any]:
+    """The options to load a GGUF file; ``ConfigError`` if its weights can't stay packed as requested."""
+    packed = dtype == PACKED
+    options: dict[str, Any] = {"quantization_config": GgufConfig(gguf_file=str(file.path), dequantize=not packed)}
+    if not packed:
+        own = "float32" if device.type == "cpu" else file.dtype
+        return options | {"dtype": DTYPES[own if dtype == AUTO else dtype]}
+    if file.architecture not in GGUF_ARCHS:
+        raise ConfigError(
+            f"dtype={PACKED!r}: transformers {transformers.__version__} can't keep weights of the architecture "
+            f"{file.architecture!r} packed, only of {', '.join(sorted(GGUF_ARCHS))}: leave it out to unpack them"
+        )
+    if device.type == "cpu" or not get_gguf_kernel():
+        raise ConfigError(
+            f"dtype={PACKED!r}: no kernel computes with packed weights on {device}: it takes a GPU, the package "
+            "kernels and the hub; leave it out to unpack them"
+        )
+    # Named, or transformers fetches another attention with the kernel.
+    return options | {"dtype": torch.float32, "device_map": {"": device}, "attn_implementation": "sdpa"}
+
+
+def _quantisation(name: str) -> str | None:
+    """How a checkpoint's weights are quantised, by its configuration: ``bitsandbytes``, ``gptq``, ….
+
+    Raises:
+        CheckpointError: transformers knows no such way; it would take the weights for plain ones.
+    """
+    config = load_config(name, "a causal language model from")
+    for one in (config, config.get_text_config(decoder=True)):
+        if found := getattr(one, "quantization_config", None):
+            settings = dict(found) if isinstance(found, dict) else found.to_dict()
+            method = settings.get("quant_method")
+            method = getattr(method, "value", method)
+            bits = any(settings.get(flag) for flag in ("load_in_4bit", "load_in_8bit"))  # of bitsandbytes
+            if method not in AUTO_QUANTIZATION_CONFIG_MAPPING and not bits:
+                known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+                raise CheckpointError(f"{name!r} is quantised by {method!r}, transformers knows {known}")
+            return str(method)
+    return None
 
 
 def _reason(name: str, error: Exception) -> str:
     """What the loader says; and what to do, where a repository of the hub seems to have GGUF files alone."""
-    hint = ": GGUF files need gguf_file=… of transformers, and to be saved anew" if GGUF[1:] in name.lower() else ""
+    hint = ": GGUF files are named by --gguf-file" if "gguf" in name.lower() and not is_gguf(name) else ""
     return one_line(error) + hint

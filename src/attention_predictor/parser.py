@@ -1,4 +1,4 @@
-"""The parser of the command line: errors of one line that say where help is, and help for narrow terminals."""
+"""The command line's parser: errors of one line that point to the help, and help for narrow terminals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class OptionError(ConfigError):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Fills paragraphs to the width of the terminal; those with indented lines, such as examples, stay as they are."""
+    """Wraps paragraphs to the terminal's width, except those with indented lines, such as examples."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         filled = []
@@ -36,7 +36,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as all errors here do; argparse would print the usage before it.
+    """Reports errors in one line; argparse would print the usage before it.
 
     Attributes:
         commands: Of a group of commands, where the chosen one's name is kept, and what is missing where none was given.
@@ -46,14 +46,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": HelpFormatter} | options)
-        self._given: list[str] = []  # the words that are parsed
+        self._given: list[str] = []  # the arguments being parsed
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Also refuses what is left over, here, where the command whose help tells more is known."""
+        """Refuse unknown arguments here, where the command is known whose help explains them."""
         self._given = list(sys.argv[1:] if args is None else args)
         try:
             found, left = super().parse_known_args(args, namespace)
-        except OptionError:  # of a command of this group
+        except OptionError:  # raised by a subcommand
             raise
         except AttentionPredictorError as error:
             raise OptionError(self.prog, str(error)) from error
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         return found, left
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Not as argparse, which takes no notice of help that can't be written."""
+        """Raise errors of writing the help; argparse would ignore them."""
         try:
             (file or sys.stderr).write(message)
         except OSError:
@@ -73,11 +73,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("the following arguments are required") and (left := self._unknown()):
-            message = f"unrecognized arguments: {' '.join(left)}{self._meant(left)}"  # what is missing may be there
+            message = (
+                f"unrecognized arguments: {' '.join(left)}{self._meant(left)}"  # a missing argument may be among them
+            )
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
 
     def _unknown(self) -> list[str]:
-        """Options among the words given that this command doesn't have, each with its value."""
+        """Given options that this command does not have, each with its value."""
         if self.commands is not None:
             return []  # they may be a subcommand's
         known, found, follows = list(self._option_string_actions), list[str](), False
@@ -91,7 +93,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _meant(self, left: Sequence[str]) -> str:
-        """The option that was meant, where one of a similar name exists."""
+        """A suggestion of an option with a similar name, if any."""
         known = [option for option in self._option_string_actions if option.startswith("--")]
         for word in left:
             if word.startswith("-") and (near := get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.7)):

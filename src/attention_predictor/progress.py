@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, elsewhere a line now and then."""
+"""Progress of long work: a bar on a terminal, elsewhere an occasional line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """Use as a context manager around the work, and ``update`` it.
+    """A context manager around the work, which calls ``update``.
 
     On a terminal a bar. Elsewhere, in a log file for example, a line of what is done, the rate and the time left, at
     most every half minute, and one at the end. A stream that can't be written to never ends the work.
@@ -55,11 +55,11 @@ class Progress:
                 self._bar = tqdm(desc=title, total=total, unit=" " + unit, initial=done, file=self._stream)
 
     def update(self, count: int = 1) -> None:
-        """So many units more are done."""
+        """Count ``count`` more units as done."""
         self.reach(self.done + count)
 
     def reach(self, done: int) -> None:
-        """So many units are done now."""
+        """Set the number of units done."""
         more, self.done = done - self.done, done
         if self._bar is not None:
             self._on_bar(lambda: self._bar.update(more))
@@ -67,26 +67,26 @@ class Progress:
             self._say()
 
     def describe(self, title: str) -> None:
-        """What is being done from here on."""
+        """Set the description of the current work."""
         self.title = title
         if self._bar is not None:
             self._on_bar(lambda: self._bar.set_description(title))
 
     def show(self, **figures: str) -> None:
-        """Figures beside the count, until others come."""
+        """Show figures beside the count, until the next call."""
         self.figures = figures
         if self._bar is not None:
             self._on_bar(lambda: self._bar.set_postfix(**figures))
 
     def write(self, line: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         if self._bar is not None:
             self._on_bar(lambda: self._bar.write(line, file=self._stream))
         else:
             self._print(line)
 
     def close(self, *, finished: bool = True) -> None:
-        """The work is over; where it was not ``finished``, whoever ended it says why."""
+        """End the display; with ``finished=False`` the caller reports why the work ended."""
         if self._ended:
             return
         self._ended = True

@@ -1,4 +1,4 @@
-"""Reads what others wrote: text and JSON, in UTF-8, with or without a byte-order mark.
+"""Reads text and JSON files in UTF-8, with or without a byte-order mark.
 
 Every error is a ``DataError`` of one line that names the file and, where there is one, the line.
 """
@@ -15,13 +15,13 @@ from attention_predictor.errors import DataError
 
 BYTE_ORDER_MARK = "\ufeff"
 SHOWN = 40  # characters of a line, in errors
-DEEPEST = 100  # levels of lists and objects within each other; what is deeper could be read, but not written again
+MAX_DEPTH = 100  # nesting of lists and objects; deeper JSON could be read, but not written again
 
 Row = dict[str, Any]
 
 
 def read_text(path: Path, what: str = "") -> str:
-    """A text file, its line ends as ``\\n``; ``what`` it is comes before its name in errors."""
+    """The text of a file, with line ends ``\\n``; ``what`` describes the file in errors."""
     named = f"{what} {path}".lstrip()
     try:
         return decoded(path.read_bytes(), named).replace("\r\n", "\n").replace("\r", "\n")
@@ -36,7 +36,7 @@ def read_standard_input() -> str:
 
 
 def decoded(data: bytes, name: str) -> str:
-    """Text of bytes; ``name`` says in errors where they are from."""
+    """Decode bytes; ``name`` is their source in errors."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -49,7 +49,7 @@ def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """A file of JSON."""
+    """The content of a JSON file."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -62,9 +62,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    """Line numbers and objects of a jsonl file, one at a time; empty lines are passed over."""
+    """Yield line numbers and objects of a jsonl file; empty lines are skipped."""
     try:
-        with path.open("rb") as file:  # by line feeds alone: other separators may stand inside a JSON string
+        with path.open("rb") as file:  # split at line feeds only: JSON strings may contain other separators
             for number, data in enumerate(file, 1):
                 where = f"{path}, line {number}"
                 try:
@@ -78,7 +78,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def parse_row(line: str, where: str) -> Row:
-    """The object that a line holds; ``where`` names it in errors."""
+    """Parse a line that holds an object; ``where`` names it in errors."""
     row = parse_json(line, where)
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
@@ -86,21 +86,21 @@ def parse_row(line: str, where: str) -> Row:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Any JSON; ``where`` names it in errors."""
-    too_deep = f"{where}: not readable as JSON: nested more than {DEEPEST} levels deep"
+    """Parse any JSON; ``where`` names it in errors."""
+    too_deep = f"{where}: not readable as JSON: nested more than {MAX_DEPTH} levels deep"
     try:
         value = json.loads(text.lstrip(BYTE_ORDER_MARK))
     except RecursionError as error:
         raise DataError(too_deep) from error
     except ValueError as error:
         raise DataError(f"{where}: not readable as JSON: {text[:SHOWN].strip()!r}") from error
-    if text.count("[") + text.count("{") > DEEPEST and _is_deeper(value, DEEPEST):
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
         raise DataError(too_deep)
     return value
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    """Whether a value has more levels of lists and objects within each other."""
+    """Whether a value's lists and objects are nested deeper than ``levels``."""
     level = [value]
     for _ in range(levels + 1):
         inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list)))
@@ -109,7 +109,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 def check_unicode(text: str, where: str) -> str:
-    """The text itself; ``DataError`` for a lone surrogate, of which a tokenizer can make nothing."""
+    """Return the text; ``DataError`` for a lone surrogate, which tokenizers can't process."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""The settings of ``OffloadConfig`` as text: options of a command line, and fields of a rule."""
+"""``OffloadConfig``'s settings as text: command-line options, and fields of a rule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIELDS: dict[str, Field[Any]] = {one.name: one for one in fields(OffloadConfig)}
 
 
 def option_of(name: str) -> str:
-    """The option that a setting is on a command line."""
+    """The name of a setting's command-line option."""
     return "--" + name.replace("_", "-")
 
 
@@ -42,7 +42,7 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def offload_config(args: argparse.Namespace, **changes: Any) -> OffloadConfig:
-    """The settings that options read; ``ConfigError`` names the option whose value is not allowed.
+    """The settings from parsed options; ``ConfigError`` names an option whose value is not allowed.
 
     Args:
         changes: Settings that no option gives, or in place of those that options give.
@@ -57,7 +57,7 @@ def offload_config(args: argparse.Namespace, **changes: Any) -> OffloadConfig:
 
 
 def read_setting(name: str, text: str) -> Any:
-    """The value of a setting; ``ConfigError`` names it, for text that is no allowed value or for an unknown name."""
+    """Parse a setting's value; ``ConfigError`` for a value that is not allowed or an unknown setting."""
     if name not in FIELDS:
         near = get_close_matches(name, FIELDS, n=1)
         meant = f", did you mean {near[0]!r}?" if near else ""

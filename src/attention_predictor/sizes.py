@@ -1,4 +1,4 @@
-"""Sizes in bytes as people read them."""
+"""Human-readable sizes in bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
 def size_text(nbytes: float) -> str:
-    """``"312 bytes"``, ``"1.50 KiB"``, ``"15.26 GiB"``: in the largest unit of which there is at least one."""
+    """``"312 bytes"``, ``"1.50 KiB"``, ``"15.26 GiB"``: in the largest unit that gives at least one."""
     if round(nbytes) < 1024:
         return f"{round(nbytes)} byte{'' if round(nbytes) == 1 else 's'}"
     size, unit = float(nbytes), 0

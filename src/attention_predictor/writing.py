@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, and says in one line why one can't be written."""
+"""Writes files atomically, with errors of one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def json_bytes(value: Any, indent: int | None = None) -> bytes:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader sees the old one or the new one.
+    """Write a file atomically: a reader sees the old content or the new one.
 
     Raises:
         WriteError: Names the file and the reason; the old file is as it was.
@@ -31,7 +31,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 def write_together(files: Mapping[Path, bytes | str]) -> None:
-    """The same for files that belong together: none takes its place before all are on the disk."""
+    """Write files that belong together: none is replaced before all are on the disk."""
     drafts = {path: path.with_name(path.name + ".draft") for path in files}
     try:
         for path, data in files.items():
@@ -51,7 +51,7 @@ def write_together(files: Mapping[Path, bytes | str]) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What goes wrong while this file is written becomes a ``WriteError`` that names it."""
+    """Turn errors of writing this file into a ``WriteError`` that names it."""
     try:
         yield
     except WriteError:

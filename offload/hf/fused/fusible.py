@@ -1,7 +1,7 @@
-"""Fusible: a module whose small operations one kernel can do, recognised by what it computes.
+"""Fusible: a module whose small operations one kernel can replace, recognised by what it computes.
 
-The forward of a candidate's class runs beside the kernel on the same random input, in a copy with random weights: what
-gives the same within the rounding of its type is taken. Names only say what to try.
+A copy of the candidate with random weights and the kernel run on the same random input. The module is fusible if both
+agree within its type's rounding. Names only decide what to try.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 Forward = Callable[..., Any]
 Found = TypeVar("Found")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-OF_THE_CODE = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+FORWARD_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class Fusible:
-    """A module that a kernel serves, as it was found."""
+    """A module that a kernel can replace, and its state when it was found."""
 
-    what: ClassVar[str]  # it is, in the plural, which ends in s
+    what: ClassVar[str]  # the kind of module, in the plural, ending in s
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -32,11 +32,11 @@ class Fusible:
 
     @classmethod
     def find(cls, module: nn.Module, seen: dict[Any, Any]) -> Fusible | None:
-        """``None`` for a module that is something else; ``seen`` remembers what others like it came to."""
+        """The fusible module, or ``None`` if the kernel does not apply. ``seen`` caches results of similar modules."""
         raise NotImplementedError
 
     def is_as_found(self) -> bool:
-        """Whether it still has the forward, mode and parts that were compared, and nobody looks on."""
+        """Whether it still has the forward, mode and children that were compared, and no hooks."""
         children = dict(self.module.named_children())
         return (
             type(self.module).forward is self.own
@@ -47,7 +47,7 @@ class Fusible:
         )
 
     def forward(self) -> Forward:
-        """What to call in place of the module's own forward."""
+        """The replacement of the module's forward."""
         raise NotImplementedError
 
 
@@ -57,13 +57,13 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def takes_one(module: nn.Module) -> bool:
-    """Whether the forward of its class takes one argument and no more."""
+    """Whether its class's forward takes exactly one argument."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())
     return len(parameters) == 2 and all(one.kind is one.POSITIONAL_OR_KEYWORD for one in parameters)
 
 
 def remembered(seen: dict[Any, Any], module: nn.Module, find: Callable[[], Found]) -> Found:
-    """What ``find`` gives; of modules with the same code and settings, one is looked at."""
+    """The result of ``find``, cached for modules with the same code and settings."""
     if (key := _settings(module)) not in seen:
         seen[key] = find()
     found: Found = seen[key]
@@ -71,7 +71,7 @@ def remembered(seen: dict[Any, Any], module: nn.Module, find: Callable[[], Found
 
 
 def _settings(module: nn.Module) -> Any:
-    """All that a module's forward may depend on but the values of its weights; hashable."""
+    """Everything that a module's forward may depend on, except weight values; hashable."""
     plain = (int, float, str, bool, type(None))
     own = tuple(
         (name, value if isinstance(value, plain) else id(value))
@@ -88,7 +88,7 @@ def shell_of(
     parameters: dict[str, nn.Parameter] | None = None,
     children: dict[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """A copy of a module with some parameters and children exchanged; the module stays as it is."""
+    """A shallow copy of a module with some parameters and children replaced."""
     shell = copy.copy(module)
     for name, changes in (("_parameters", parameters), ("_modules", children), ("_buffers", None)):
         vars(shell)[name] = {**vars(module)[name], **(changes or {})}
@@ -96,16 +96,16 @@ def shell_of(
 
 
 def output_of(shell: nn.Module, x: Tensor) -> Tensor | None:
-    """What its class's forward gives; ``None`` if that is no tensor, or the code needs more than the shell has."""
+    """The forward's result; ``None`` if it is no tensor, or if the code fails on the shell."""
     try:
         output = shell.forward(x)
-    except OF_THE_CODE:
+    except FORWARD_ERRORS:
         return None
     return output if isinstance(output, Tensor) else None
 
 
 def random(dtype: torch.dtype, device: torch.device, *shape: int, seed: int = 0) -> Tensor:
-    """Normal numbers; torch's own random state stays as it is."""
+    """Normally distributed numbers, without touching torch's global random state."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 

@@ -29,7 +29,7 @@ SHAPE, HIDDEN, INNER = (8, 4), 48, 80  # of a random input, and of the linear la
 
 
 class FusibleMlp(Fusible):
-    """down(act(gate(x)) · up(x)), of plain linear layers; gate and up may be one."""
+    """down(act(gate(x)) · up(x)) with plain linear layers; gate and up may be one layer."""
 
     what = "MLPs"
 
@@ -62,7 +62,7 @@ def _forward(module: Any, gate_up: Callable[[Tensor, Tensor], Tensor]) -> Forwar
 
 
 def _activation(module: nn.Module, linear: Mapping[str, nn.Linear]) -> ops.Activation | None:
-    """Told in fp32, since half precision blurs the two forms of gelu; then compared in the module's own type."""
+    """Found in fp32, since half precision hides the difference of the two gelus; then checked in the module's type."""
     dtype, device = linear[DOWN].weight.dtype, linear[DOWN].weight.device
     shell, x_xW = _shell(module, linear, torch.float32, device), random(torch.float32, device, *SHAPE, HIDDEN)
     wanted_xW = output_of(shell, x_xW)
@@ -76,14 +76,14 @@ def _activation(module: nn.Module, linear: Mapping[str, nn.Linear]) -> ops.Activ
 
 
 def _shell(module: nn.Module, linear: Mapping[str, nn.Linear], dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The module with small random layers: what its forward does does not depend on their size, or it fails."""
+    """The module with small random layers. A forward that depends on their size fails."""
     children: dict[str, nn.Module] = {}
     for seed, (name, child) in enumerate(linear.items()):
         inputs, outputs = (INNER, HIDDEN) if name == DOWN else (HIDDEN, 2 * INNER if name == BOTH else INNER)
         bias = child.bias is not None
         made = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=device, dtype=dtype)
         for number, parameter in enumerate(made.parameters()):
-            scale = 2 * inputs**-0.5 if parameter.dim() == 2 else 0.5  # large enough to tell activations apart
+            scale = 2 * inputs**-0.5 if parameter.dim() == 2 else 0.5  # large enough to distinguish activations
             parameter.requires_grad_(False).copy_(
                 scale * random(dtype, device, *parameter.shape, seed=2 * seed + number)
             )
@@ -92,7 +92,7 @@ def _shell(module: nn.Module, linear: Mapping[str, nn.Linear], dtype: torch.dtyp
 
 
 def _is_close(found_xW: Tensor, wanted_xW: Tensor | None, share: float) -> bool:
-    """Whether nowhere off by more than a share of the largest number."""
+    """Whether all elements agree within ``share`` of the largest one."""
     if wanted_xW is None or not alike(found_xW, wanted_xW):
         return False
     return float((found_xW.double() - wanted_xW.double()).abs().max()) <= share * float(wanted_xW.double().abs().max())

@@ -1,4 +1,4 @@
-"""FusedModules: a model whose norms, MLPs and rotary embeddings are kernels, for as long as a step needs them so."""
+"""FusedModules: runs a model's norms, MLPs and rotary embeddings as kernels, during captured steps only."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ KINDS: tuple[type[Fusible], ...] = (FusibleNorm, FusibleMlp, FusibleRotary)
 
 
 class FusedModules:
-    """Within ``with``, small operations of a model run as one kernel each, which saves a captured step their launches.
+    """Within ``with``, each fusible module runs as one kernel, which saves launches in captured steps.
 
-    Each module gets a ``forward`` of its own, in front of its class's, and loses it at the end. One that has one
-    already, has hooks, or has other parts than when it was found is left alone.
+    Each module object gets a ``forward`` that overrides its class's, removed at the end. A module is skipped if it
+    already has its own forward, has hooks, or has changed since it was found.
 
     Args:
         decoder: The language model, on a GPU that has the kernels. Its modules are compared with the kernels here

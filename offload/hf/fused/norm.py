@@ -22,11 +22,12 @@ from attention_predictor.offload.hf.fused.fusible import (
 
 EPS_NAMES = ("variance_epsilon", "eps")
 SHAPE = (2, 8, 4)  # of a random input, before its rows
-OFTEN = 0.01  # a share of elements: another order of a sum turns fewer roundings, another form turns more
+# Share of elements that may differ: another summation order changes fewer roundings, another form changes more.
+MAX_DIFFERING = 0.01
 
 
 class FusibleNorm(Fusible):
-    """One whose weight is its only parameter."""
+    """An RMS norm whose weight is its only parameter."""
 
     what = "norms"
 
@@ -66,18 +67,18 @@ def _eps_name(module: nn.Module) -> str | None:
 
 
 def _form(module: nn.Module, weight_W: Tensor, eps: float) -> ops.Form | None:
-    """The first form of the kernel that gives what the module gives."""
+    """The first form of the kernel that agrees with the module, or ``None``."""
     dtype, device, width = weight_W.dtype, weight_W.device, len(weight_W)
     random_W, x_xW = random(dtype, device, width, seed=1), random(dtype, device, *SHAPE, width)
-    x_xW[:, ::2] *= max(eps, 1e-12) ** 0.5  # rows in which eps counts
+    x_xW[:, ::2] *= max(eps, 1e-12) ** 0.5  # small rows, where eps matters
     wanted_xW = output_of(shell_of(module, parameters={"weight": nn.Parameter(random_W, requires_grad=False)}), x_xW)
     if wanted_xW is None or not alike(x_xW, wanted_xW):
         return None
-    # The number that is rounded was summed up in another order: so many units in the last place may it be off.
+    # The sum of squares is taken in another order: allow for some units in the last place.
     half = dtype.itemsize == 2
     allowed_xW = (2 if half else 16) * torch.finfo(dtype).eps * wanted_xW.double().abs() + torch.finfo(dtype).tiny
     for form in ops.Form:
         off_xW = (ops.rms_norm(x_xW, random_W, eps, form).double() - wanted_xW.double()).abs()
-        if bool((off_xW <= allowed_xW).all()) and not (half and float((off_xW > 0).double().mean()) > OFTEN):
+        if bool((off_xW <= allowed_xW).all()) and not (half and float((off_xW > 0).double().mean()) > MAX_DIFFERING):
             return form
     return None

@@ -1,4 +1,4 @@
-"""FusibleRotary: an attention module whose rotary embedding one kernel can do.
+"""FusibleRotary: an attention module whose rotary embedding one kernel can compute.
 
 Suffixes: B sequences, H query heads, G KV heads, T tokens, D head size, E elements of a head that are rotated.
 """
@@ -14,17 +14,17 @@ from torch import nn
 
 from attention_predictor.csrc import ops
 from attention_predictor.csrc.binding import ELEMENTS
-from attention_predictor.offload.hf.fused.fusible import OF_THE_CODE, Forward, Fusible, random
+from attention_predictor.offload.hf.fused.fusible import FORWARD_ERRORS, Forward, Fusible, random
 
 ROTARY = "apply_rotary_pos_emb"  # as transformers' attention modules look it up among their globals
 
 
 class FusibleRotary(Fusible):
-    """One whose forward calls a function for it that turns each half of a head with the other.
+    """An attention module whose forward calls a function that rotates each half of a head with the other.
 
     Args:
-        function: The one called.
-        whole, part: Whether the kernel does the same where whole heads are rotated, and where a part of each is.
+        function: The function it calls.
+        whole, part: Whether the kernel agrees with it on whole heads, and on heads that are rotated in part.
     """
 
     what = "rotary embeddings"
@@ -47,7 +47,7 @@ class FusibleRotary(Fusible):
         return super().is_as_found() and _rotary_of(self.own) is self._function
 
     def forward(self) -> Forward:
-        """A copy of the class's forward that finds another function by that name; its globals stay as they are."""
+        """A copy of the class's forward in which the function's name refers to the kernel; globals are not changed."""
         function, whole, part = self._function, self._whole, self._part
 
         def rotate(*args: Any, **kwargs: Any) -> Any:
@@ -63,7 +63,7 @@ class FusibleRotary(Fusible):
 
 
 def _rotary_of(forward: Forward) -> Forward | None:
-    """The function that a forward calls, if another could stand in its place."""
+    """The rotary function that a forward calls, if it can be replaced."""
     inner = inspect.unwrap(forward)
     if not isinstance(inner, types.FunctionType) or ROTARY not in inner.__code__.co_names:
         return None
@@ -72,15 +72,15 @@ def _rotary_of(forward: Forward) -> Forward | None:
 
 
 def _is_the_kernel(function: Forward, dtype: torch.dtype, device: torch.device, part: bool) -> bool:
-    """Whether a function gives, bit for bit, what the kernel gives."""
+    """Whether function and kernel agree bit for bit."""
     B, H, G, T, D = 2, 4, 2, 3, 64
     E = D // 2 if part else D
-    # Halves of a real embedding's angles are equal; these are not, which shows the order that they are taken in.
+    # A real embedding has equal halves of angles. These differ, to reveal the order in which they are used.
     shapes = ((B, H, T, D), (B, G, T, D), (B, T, E), (B, T, E))
     given = tuple(random(dtype, device, *shape, seed=seed) for seed, shape in enumerate(shapes))
     try:
         wanted = function(*given)
-    except OF_THE_CODE:  # it takes other arguments, or whole heads alone
+    except FORWARD_ERRORS:  # it takes other arguments, or rotates whole heads only
         return False
     if not isinstance(wanted, tuple) or [getattr(x, "dtype", None) for x in wanted] != [dtype, dtype]:
         return False
@@ -88,9 +88,9 @@ def _is_the_kernel(function: Forward, dtype: torch.dtype, device: torch.device, 
 
 
 def _with_global(function: Any, name: str, value: Any) -> types.FunctionType | None:
-    """A copy of a function, and of what it wraps, in which a global name means something else.
+    """A copy of a function, and of the function it wraps, with one global name bound to ``value``.
 
-    A wrapper (``functools.wraps``) has what it wraps in a cell of its closure; ``None`` for one that has not.
+    A wrapper (``functools.wraps``) keeps the wrapped function in a closure cell; ``None`` if it does not.
     """
     if not isinstance(function, types.FunctionType):
         return None

@@ -32,27 +32,32 @@ class Command:
 
 
 EVAL = {
-    "longbench": Command("LongBench and LongBench-E: a table of scores", "eval.longbench.command"),
-    "needle": Command("needle in a haystack: found or not, by depth and length", "eval.needle"),
-    "ruler": Command("RULER's families of tasks, at any length", "eval.ruler.command"),
-    "reasoning": Command("GSM8K, MATH, AIME: problems solved step by step", "eval.reasoning.command"),
-    "perplexity": Command("how well the rest of long documents is predicted", "eval.perplexity"),
-    "synthetic": Command("the pocket model's own tasks: answers found in long documents", "eval.planted"),
-    "recovery": Command("answers found and attention mass recovered", "eval.recovery"),
-    "recovery-map": Command("attention mass recovered, by layer and head", "eval.recovery_map"),
-    "several": Command("several of these in one process, the model loaded once", "eval.several"),
+    "longbench": Command("LongBench and LongBench-E: a table of scores", "eval.benchmarks.longbench.command"),
+    "needle": Command("needle in a haystack: found or not, by depth and length", "eval.benchmarks.needle"),
+    "ruler": Command("RULER's families of tasks, at any length", "eval.benchmarks.ruler.command"),
+    "reasoning": Command("GSM8K, MATH, AIME: problems solved step by step", "eval.benchmarks.reasoning.command"),
+    "perplexity": Command("how well the rest of long documents is predicted", "eval.benchmarks.perplexity"),
+    "synthetic": Command(
+        "the pocket model's own tasks: answers found in long documents", "eval.benchmarks.synthetic.benchmark"
+    ),
+    "recovery": Command("answers found and attention mass recovered", "eval.benchmarks.recovery.command"),
+    "recovery-map": Command("attention mass recovered, by layer and head", "eval.benchmarks.recovery.recovery_map"),
+    "continuation": Command(
+        "long generation: how far it departs from the whole cache's", "eval.benchmarks.continuation"
+    ),
+    "several": Command("several of these in one process, the model loaded once", "eval.harness.suite"),
 }
 BENCH = {
-    "decode": Command("whole steps of a model, against the stock caches", "eval.decode"),
-    "policies": Command("a decoding step under every selection policy", "eval.policies"),
-    "generate": Command("model.generate against engine.generate", "eval.loops"),
-    "perplexity": Command("a token of eval perplexity under every policy", "eval.perplexity_time"),
-    "prefill": Command("the prefill of a long prompt, against the stock caches", "eval.prefill"),
-    "requests": Command("requests one after another: first token, memory", "eval.requests"),
-    "attention": Command("one token over the blocks of a pool", "eval.speed.attention"),
-    "sketch": Command("scores of all blocks by the key sketch", "eval.speed.sketch"),
-    "predictor": Command("scores of all blocks for the next token", "eval.speed.predictor"),
-    "gather": Command("blocks from host memory to the pool", "eval.speed.gather"),
+    "decode": Command("whole steps of a model, against the stock caches", "eval.bench.decode"),
+    "policies": Command("a decoding step under every selection policy", "eval.bench.policies"),
+    "generate": Command("model.generate against engine.generate", "eval.bench.generate"),
+    "perplexity": Command("a token of eval perplexity under every policy", "eval.bench.perplexity"),
+    "prefill": Command("the prefill of a long prompt, against the stock caches", "eval.bench.prefill"),
+    "requests": Command("requests one after another: first token, memory", "eval.bench.requests"),
+    "attention": Command("one token over the blocks of a pool", "eval.bench.parts.attention"),
+    "sketch": Command("scores of all blocks by the key sketch", "eval.bench.parts.sketch"),
+    "predictor": Command("scores of all blocks for the next token", "eval.bench.parts.predictor"),
+    "gather": Command("blocks from host memory to the pool", "eval.bench.parts.gather"),
 }
 COMMANDS = {
     "generate": Command("generate text with the KV cache in host memory", "generate"),
@@ -60,9 +65,9 @@ COMMANDS = {
     "train": Command("train a predictor on recorded histories", "train.fit"),
     "eval": Command("judge a model under selection policies", group=EVAL),
     "analyze": Command("show where attention can be foreseen, and why", "eval.analysis.command"),
-    "score": Command("score predictions of a benchmark again", "eval.score"),
-    "report": Command("tables and a page of what eval has found", "eval.report"),
-    "prune": Command("leave out the layers that matter least, and save the model", "eval.prune"),
+    "score": Command("score predictions of a benchmark again", "eval.benchmarks.longbench.score_command"),
+    "report": Command("tables and a page of what eval has found", "eval.report.command"),
+    "prune": Command("leave out the layers that matter least, and save the model", "eval.analysis.pruning.command"),
     "bench": Command("time decoding, or a part of it, against what it replaces", group=BENCH),
 }
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments
 from attention_predictor.errors import ConfigError
+from attention_predictor.eval.display.plots import check_plot
 from attention_predictor.kinds import whole
 from attention_predictor.settings import add_setting, offload_config
 
@@ -45,11 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting(parser, "budget", default=512, says="tokens that may be chosen for a step")
     add_setting(parser, "predictor", says="predictor that chooses: a name or a directory")
     add("--parquet", action="store_true", help="write heads.parquet too (needs pyarrow)")
+    add("--plot", type=Path, metavar="F", help="query similarity against recovery (.png, .svg, .pdf)")
     add("--retry-errors", action="store_true", help="try documents once more that failed")
 
 
 def check(args: argparse.Namespace) -> None:
     check_model_arguments(args)
+    check_plot(args.plot)
     offload_config(args)
     if args.parquet and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("--parquet needs pyarrow: pip install 'attention-predictor[train]'")

@@ -22,10 +22,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments
+from attention_predictor.arguments import PACKED, add_model_arguments, add_option, check_model_arguments
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.plot import check_plot
-from attention_predictor.eval.pruning.plan import BETA, METRICS
+from attention_predictor.eval.analysis.pruning.plan import BETA, METRICS
+from attention_predictor.eval.display.plots import check_plot
 from attention_predictor.kinds import number, whole
 
 
@@ -71,3 +71,5 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--plot draws what --sweep finds: give both")
     check_plot(args.plot)
     check_model_arguments(args)
+    if args.dtype == PACKED:
+        raise ConfigError(f"--dtype {PACKED}: packed weights can't be saved, and the model that is left is")

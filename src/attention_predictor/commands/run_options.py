@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments, whole_numbers
-from attention_predictor.eval.rules import Rule, check_names, check_variants
+from attention_predictor.eval.harness.rules import Rule, check_names, check_variants
 from attention_predictor.kinds import whole
 from attention_predictor.offload.config import PREFETCHERS
 from attention_predictor.settings import add_setting
@@ -15,19 +15,26 @@ POLICIES = "full,predictor"
 BUDGETS = "512,1024"
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--model`` and others, ``--policies --rule --budgets --prefetch --limit --out --retry-errors``."""
+def add_run_arguments(parser: argparse.ArgumentParser, *, budgets: str = BUDGETS, out_required: bool = True) -> None:
+    """``--model`` and others, ``--policies --rule --budgets --prefetch --limit --out --retry-errors``.
+
+    Args:
+        budgets: Default of ``--budgets``.
+        out_required: Whether the command needs ``--out``.
+    """
     add_model_arguments(parser)
     add = parser.add_argument
     what = f"policies with their default settings ({POLICIES}, unless there are rules); full is the stock model"
     add("--policies", metavar="P,P", help=what)
     what = "[name:] policy[,field=value…]: one more policy, with other settings; may be given several times"
     add("--rule", action="append", metavar="RULE", help=what)
-    add("--budgets", default=BUDGETS, metavar="N,N", help="tokens a step reads, each a row of the table (%(default)s)")
+    add("--budgets", default=budgets, metavar="N,N", help="tokens a step reads, each a row of the table (%(default)s)")
     what = f"of {', '.join(PREFETCHERS)}: how engines prefetch, unless a rule says"
     add_setting(parser, "prefetch", says=what)
     add_option(parser, "--limit", whole(1), None, "the first N samples of each task alone")
-    add("--out", type=Path, required=True, metavar="DIR", help="results; an unfinished run in it goes on")
+    what = "results; an unfinished run in it goes on"
+    what += "" if out_required else "; without it only the table is printed"
+    add("--out", type=Path, required=out_required, metavar="DIR", help=what)
     add("--retry-errors", action="store_true", help="try samples once more that failed")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attention_predictor.eval.longbench.tasks import BENCHMARK
+from attention_predictor.eval.benchmarks.longbench.tasks import BENCHMARK
 
 BENCHMARKS = (BENCHMARK,)
 

@@ -48,8 +48,8 @@ from pathlib import Path
 
 from attention_predictor.arguments import add_option, whole_numbers
 from attention_predictor.commands.bench.model_options import add_shape_arguments, check_shape_arguments
-from attention_predictor.eval.plot import check_plot
-from attention_predictor.eval.way import WAYS, check_ways
+from attention_predictor.eval.bench.cache_setups import CACHE_SETUPS, check_setups
+from attention_predictor.eval.display.plots import check_plot
 from attention_predictor.kinds import number, whole
 
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--context", whole(), 8192, "tokens of prompt and steps")
     add("--contexts", metavar="N,N", help="several of them, in place of --context")
     add("--synthetic", action="store_true", help="make the context up, without a prefill")
-    add("--ways", metavar="W,W", help=f"some of {', '.join(WAYS)}")
+    add("--ways", metavar="W,W", help=f"some of {', '.join(CACHE_SETUPS)}")
     add_option(parser, "--steps", whole(1), 40, "timed, between 5 and 3 more")
     positive = number("more than 0", lambda value: value > 0, "S")
     what = "for the timed steps of a way: then no more are taken"
@@ -75,5 +75,5 @@ def check(args: argparse.Namespace) -> None:
     if args.contexts is not None:
         whole_numbers("--contexts", args.contexts)
     if args.ways is not None:
-        check_ways(args.ways.split(","))
+        check_setups(args.ways.split(","))
     check_plot(args.plot)

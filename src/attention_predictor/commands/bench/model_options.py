@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from attention_predictor.arguments import DTYPE_NAMES, add_model_arguments, add_option, check_model_name
+from attention_predictor.arguments import (
+    DTYPE_NAMES,
+    MODEL_DTYPES,
+    add_model_arguments,
+    add_option,
+    check_model_arguments,
+)
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.named_shapes import SHAPES, check_shape
+from attention_predictor.eval.bench.named_shapes import SHAPES, check_shape
 from attention_predictor.kinds import whole
 from attention_predictor.settings import add_setting, offload_config
 
@@ -23,10 +29,15 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_shape_arguments(args: argparse.Namespace) -> None:
     """Refuse what can be known to be wrong with them."""
-    if args.shape is not None:
-        check_shape(args.shape)
+    allowed = MODEL_DTYPES if args.shape is None else DTYPE_NAMES
+    if args.dtype not in allowed:
+        raise ConfigError(f"--dtype {args.dtype}: expected one of {', '.join(allowed)}")
+    if args.shape is None:
+        check_model_arguments(args)
     else:
-        check_model_name(args.model)
-    if args.dtype not in DTYPE_NAMES:
-        raise ConfigError(f"--dtype {args.dtype}: expected one of {', '.join(DTYPE_NAMES)}")
+        check_shape(args.shape)
+        if args.gguf_file is not None:
+            raise ConfigError(
+                f"--gguf-file {args.gguf_file}: --shape {args.shape} is of random weights, and of no file"
+            )
     offload_config(args)

@@ -22,7 +22,7 @@ import argparse
 from attention_predictor.arguments import add_option
 from attention_predictor.commands.bench.model_options import add_shape_arguments, check_shape_arguments
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.way import PREFILLS
+from attention_predictor.eval.bench.cache_setups import PREFILL_SETUPS
 from attention_predictor.kinds import whole
 
 
@@ -31,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--context", whole(1), 8192, "tokens of the prompt")
     add_option(parser, "--chunk", whole(1), None, "tokens that go through the model at once (default: all)")
     what = "who takes part, and in what order (%(default)s)"
-    parser.add_argument("--ways", default=",".join(PREFILLS), metavar="W,W", help=what)
+    parser.add_argument("--ways", default=",".join(PREFILL_SETUPS), metavar="W,W", help=what)
     add_option(parser, "--repeats", whole(1), 3, "timed, after one more")
 
 
 def check(args: argparse.Namespace) -> None:
     check_shape_arguments(args)
-    if unknown := sorted({name.strip() for name in args.ways.split(",")} - PREFILLS.keys()):
-        raise ConfigError(f"--ways {', '.join(unknown)}: expected some of {', '.join(PREFILLS)}")
+    if unknown := sorted({name.strip() for name in args.ways.split(",")} - PREFILL_SETUPS.keys()):
+        raise ConfigError(f"--ways {', '.join(unknown)}: expected some of {', '.join(PREFILL_SETUPS)}")

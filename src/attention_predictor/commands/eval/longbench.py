@@ -31,7 +31,7 @@ from pathlib import Path
 
 from attention_predictor.arguments import add_option
 from attention_predictor.commands import run_options
-from attention_predictor.eval.longbench.tasks import ALL, TASKS, check_scorers, choose_tasks
+from attention_predictor.eval.benchmarks.longbench.tasks import ALL, TASKS, check_scorers, choose_tasks
 from attention_predictor.kinds import whole
 
 

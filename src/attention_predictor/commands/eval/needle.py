@@ -25,7 +25,7 @@ from pathlib import Path
 
 from attention_predictor.arguments import add_option, whole_numbers
 from attention_predictor.commands import run_options
-from attention_predictor.eval.heatmap import FILE, check_heatmap
+from attention_predictor.eval.display.heatmap import FILE, check_heatmap
 from attention_predictor.kinds import whole
 
 

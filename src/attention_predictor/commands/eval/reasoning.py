@@ -22,7 +22,7 @@ from pathlib import Path
 
 from attention_predictor.arguments import add_option
 from attention_predictor.commands import run_options
-from attention_predictor.eval.reasoning.kinds import KINDS, Sampling
+from attention_predictor.eval.benchmarks.reasoning.kinds import KINDS, Sampling
 from attention_predictor.kinds import number, whole
 
 

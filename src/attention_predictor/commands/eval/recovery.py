@@ -11,7 +11,7 @@ judged.
 examples:
   attnpred eval recovery --data texts/ --tasks kv,facts --questions 100 \\
       --budgets 256,512 --rule full --rule streaming --rule quest \\
-      --rule predictor,late_fetch=0 --rule predictor --out table.json
+      --rule predictor,late_fetch=0 --rule predictor --out runs/questions
   attnpred eval recovery --data texts/ \\
       --rule "paper: predictor,predictor=runs/paper,calibration=exact"
   attnpred eval recovery --data longbench/qasper.jsonl --tail 128 \\
@@ -21,19 +21,19 @@ examples:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments, whole_numbers
+from attention_predictor.arguments import add_option
+from attention_predictor.commands import run_options
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval import synthetic
-from attention_predictor.eval.rules import Rule, check_names
+from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
+from attention_predictor.eval.harness.rules import check_names
 from attention_predictor.kinds import whole
 
-TAIL_INTERVAL = 4  # steps between measurements of recovery where nothing else is judged
+TAIL_INTERVAL = 4  # default steps between measurements with --tail
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    run_options.add_run_arguments(parser, budgets="256,512", out_required=False)
     add = parser.add_argument
     what = "text to plant in: .txt file or directory; with --tail, what attnpred record takes"
     add("--data", required=True, metavar="D", help=what)
@@ -44,27 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--documents", whole(1), 20, "with --tail: at most so many")
     add_option(parser, "--per-file", whole(1), 1, "with --tail: documents of a .txt file")
     add_option(parser, "--context", whole(1), 8192, "tokens of document and question or tail")
-    add("--budgets", default="256,512", metavar="N,N", help="tokens a step reads (%(default)s)")
-    add("--rule", action="append", metavar="RULE", help="[name:] policy[,field=value…]; default: full and predictor")
     what = f"measure it at every N-th step; 0: never, with --tail at every {TAIL_INTERVAL}th"
     add_option(parser, "--recovery", whole(0), 0, what)
-    what = "JSON of all cells, written after each; those done by the same rule are kept"
-    add("--out", type=Path, metavar="F", help=what)
-
-
-def rules_of(args: argparse.Namespace) -> list[Rule]:
-    """What ``--rule`` asks for."""
-    return [Rule.parse(text) for text in args.rule or (["full", "predictor"] if args.tail is None else ["predictor"])]
 
 
 def check(args: argparse.Namespace) -> None:
-    check_model_arguments(args)
-    rules = rules_of(args)
-    check_names(rules, "--rule: names must differ")
-    for rule in rules:
-        for budget in whole_numbers("--budgets", args.budgets):
-            rule.config(budget)
+    if args.tail is not None:
+        if args.policies is None and not args.rule:
+            args.policies = "predictor"  # the stock model has no recovery
+        args.limit = args.limit or args.documents
+    check_names(run_options.rules_of(args), "--rule: names must differ")
+    run_options.check(args)
     if args.tail is None:
-        synthetic.check_tasks(args.tasks.split(","))
+        synthetic.check_tasks(synthetic.parse_tasks(args.tasks))
     elif not 1 <= args.tail < args.context:
         raise ConfigError(f"--tail {args.tail}: expected 1 to below --context {args.context}")

@@ -26,7 +26,7 @@ from attention_predictor.arguments import add_option
 from attention_predictor.commands import run_options
 from attention_predictor.commands.window_options import add_window_arguments, check_window
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.heatmap import FILE, check_heatmap
+from attention_predictor.eval.display.heatmap import FILE, check_heatmap
 from attention_predictor.kinds import whole
 from attention_predictor.offload.config import AUTO
 

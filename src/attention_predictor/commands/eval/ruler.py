@@ -28,8 +28,8 @@ from pathlib import Path
 from attention_predictor.arguments import add_option, whole_numbers
 from attention_predictor.commands import run_options
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.ruler.base import WORDINGS
-from attention_predictor.eval.ruler.families import ALL, FAMILIES, choose_families
+from attention_predictor.eval.benchmarks.ruler.base import WORDINGS
+from attention_predictor.eval.benchmarks.ruler.families import ALL, FAMILIES, choose_families
 from attention_predictor.kinds import whole
 
 LENGTHS, SAMPLES = "4096", 100

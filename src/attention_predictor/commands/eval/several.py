@@ -18,7 +18,6 @@ from attention_predictor.errors import ConfigError
 from attention_predictor.parser import Parser
 
 THEN = "then"
-NOT_AMONG = ("several", "recovery")  # the second is no benchmark of the runner: it keeps nothing to go on from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,12 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Reads what is given into ``args.benchmarks``, and refuses what each of them refuses."""
     parser = Parser(prog="attnpred eval")
-    add_commands(parser, {name: one for name, one in EVAL.items() if name not in NOT_AMONG}, ("eval",))
+    add_commands(parser, {name: one for name, one in EVAL.items() if name != "several"}, ("eval",))
     args.benchmarks = []
     for words in split(args.given):
         one = parser.parse_args(words)
         one.check(one)
         args.benchmarks.append(one)
+    if without := [one.subcommand for one in args.benchmarks if one.out is None]:
+        raise ConfigError(f"{without[0]} has no --out: each benchmark needs its own")
     outs = [one.out.resolve() for one in args.benchmarks]
     for out in outs:
         if outs.count(out) > 1:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from attention_predictor.arguments import add_option
 from attention_predictor.commands import run_options
-from attention_predictor.eval import synthetic
+from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
 from attention_predictor.kinds import whole
 
 
@@ -36,4 +36,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     run_options.check(args)
-    synthetic.check_tasks([name.strip() for name in args.tasks.split(",")])
+    synthetic.check_tasks(synthetic.parse_tasks(args.tasks))

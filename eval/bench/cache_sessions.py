@@ -1,0 +1,113 @@
+"""Opens a cache of a given setup (``cache_setups.py``), with a function that takes one decoding step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
+
+from attention_predictor.errors import ConfigError, one_line
+from attention_predictor.eval.bench.cache_setups import CACHE_SETUPS, CacheSetup, check_setups
+from attention_predictor.eval.bench.static_step import StaticStep, StockModelError, plain_static_cache
+from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.engine import Engine
+from attention_predictor.offload.hf.attach import attach
+from attention_predictor.offload.hf.versions import with_cache
+from attention_predictor.sizes import size_text
+
+
+def choose_setups(names: str | None, device: torch.device) -> list[str]:
+    """Setups named in ``--ways`` (``"graph,device"``), or all that this device can run, in the table's order.
+
+    Raises:
+        ConfigError: An unknown name, or one that can't be measured here.
+    """
+    if names is None:
+        setups = {name: setup for name, setup in CACHE_SETUPS.items() if setup.by_default}
+        if device.type != "cuda":
+            setups = {name: setup for name, setup in setups.items() if not setup.needs_gpu and setup.kind != "static"}
+        return list(setups)
+    asked = names.split(",")
+    check_setups(asked)
+    for name in asked:
+        if CACHE_SETUPS[name].needs_gpu and device.type != "cuda":
+            raise ConfigError(f"--ways {name}: it needs a CUDA device, found {device}")
+    return [name for name in CACHE_SETUPS if name in asked]
+
+
+@dataclass
+class CacheSession:
+    """An open cache and a function that takes one decoding step."""
+
+    cache: Cache
+    step: Callable[[Tensor], object]
+    engine: Engine | None = None
+
+
+@contextmanager
+def open_cache(
+    model: PreTrainedModel, setup: CacheSetup, *, context: int, batch: int, budget: int
+) -> Iterator[CacheSession]:
+    """An empty cache for ``context`` tokens; the model stays attached, or compiled, within the ``with`` block."""
+    config = model.config.get_text_config(decoder=True)
+    with ExitStack() as stack:
+        if setup.options.get("compile"):
+            stack.callback(torch.compiler.reset)  # with what was compiled goes the memory that its graphs hold
+        if setup.kind == "ours":
+            engine = stack.enter_context(attach(model, OffloadConfig(budget=budget, **setup.options)))
+            engine.check_fits(batch=batch, tokens=context)
+            cache: Cache = engine.new_cache()
+            yield CacheSession(cache, lambda token_B1: model(token_B1, **with_cache(model, cache)), engine)
+        elif setup.kind == "dynamic":
+            cache = DynamicCache(config=config, **setup.options)
+            yield CacheSession(cache, lambda token_B1: model(token_B1, **with_cache(model, cache)))
+        elif not setup.options.get("compile"):
+            cache = plain_static_cache(model, context)
+            yield CacheSession(cache, StaticStep(model, cache, context, batch))
+        else:
+            cache = StaticCache(config=config, max_cache_len=context)
+            forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+
+            def step(token_B1: Tensor) -> object:
+                torch.compiler.cudagraph_mark_step_begin()  # the last step's logits may be overwritten
+                try:
+                    return forward(token_B1, **with_cache(model, cache))
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    raise StockModelError(f"the stock model can't be compiled: {one_line(error, 200)}") from error
+
+            yield CacheSession(cache, step)
+
+
+def why_too_large(
+    model: PreTrainedModel, setup: CacheSetup, *, context: int, batch: int, limit_bytes: int | None
+) -> str | None:
+    """Why a stock cache of this size does not fit, else ``None``; ours checks itself (``engine.check_fits``)."""
+    if setup.kind == "ours":
+        return None
+    config, device = model.config.get_text_config(decoder=True), model.device
+    layer_bytes = batch * context * _token_bytes(config, model.dtype)
+    needed = (config.num_hidden_layers + 1) * layer_bytes  # a step makes one layer's anew before the old one is gone
+    if device.type != "cuda" or setup.options.get("offloading"):
+        available, where = psutil.virtual_memory().available, "host memory"
+    else:
+        used = torch.cuda.memory_allocated(device)
+        available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - used
+        if limit_bytes is not None:
+            available = min(available, limit_bytes - used)
+        where = "device memory"
+    if needed <= available:
+        return None
+    return f"keys and values take {size_text(needed)} of {where}, {size_text(available)} are available"
+
+
+def _token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in one layer."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * heads * head_dim * dtype.itemsize

@@ -1,0 +1,68 @@
+"""The caches that timings compare, by name: ours and those of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from attention_predictor.errors import ConfigError
+
+FLOOR_CONTEXT = 1024  # context at which the floor is measured
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSetup:
+    """A cache to time.
+
+    Attributes:
+        name: In tables and plots.
+        kind: Ours, transformers' ``DynamicCache``, or its ``StaticCache`` with the whole step captured.
+        options: Of ``OffloadConfig`` or of the stock cache; ``compile`` of a static one compiles the whole model.
+        needs_gpu: Whether it needs a CUDA device.
+        by_default: Whether it is timed without ``--ways``. (On a CPU, compiled setups are not.)
+    """
+
+    name: str
+    kind: Literal["ours", "dynamic", "static"]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs_gpu: bool = False
+    by_default: bool = True
+
+
+FLOOR, STATIC = "floor", "static"
+AT_FLOOR_CONTEXT = (FLOOR, STATIC)
+CACHE_SETUPS = {
+    FLOOR: CacheSetup("static cache, compiled, 1K context", "static", {"compile": True}),
+    STATIC: CacheSetup("static cache, captured, 1K context", "static"),
+    "ours": CacheSetup("ours, default settings", "ours", by_default=False),
+    "graph": CacheSetup("ours, graph", "ours", {"prefetch": "graph"}, needs_gpu=True),
+    "graph-unfused": CacheSetup(
+        "ours, graph, nothing fused", "ours", {"prefetch": "graph", "unfused": True}, needs_gpu=True, by_default=False
+    ),
+    "graph-compiled": CacheSetup(
+        "ours, graph, compiled layers", "ours", {"prefetch": "graph", "compile": True}, needs_gpu=True
+    ),
+    "thread": CacheSetup("ours, thread", "ours", {"prefetch": "thread"}),
+    "no-kernels": CacheSetup(
+        "ours, thread, no kernels", "ours", {"prefetch": "thread", "kernels": "none"}, by_default=False
+    ),
+    "device": CacheSetup("stock cache on the device", "dynamic"),
+    "offloaded": CacheSetup("stock cache, offloaded", "dynamic", {"offloading": True}, needs_gpu=True),
+}
+
+# Setups of ``attnpred bench prefill``.
+STOCK = "device"
+PREFILL_SETUPS = {
+    "ours": CacheSetup("ours", "ours"),
+    "bare": CacheSetup("ours, without sketch and history", "ours", {"policy": "streaming"}),
+    STOCK: CACHE_SETUPS[STOCK],
+    "offloaded": CACHE_SETUPS["offloaded"],
+}
+
+
+def check_setups(names: Sequence[str]) -> None:
+    """Raise ``ConfigError`` for a name that is not in ``CACHE_SETUPS``."""
+    for name in names:
+        if name not in CACHE_SETUPS:
+            raise ConfigError(f"--ways {name!r} is not known: expected some of {', '.join(CACHE_SETUPS)}")

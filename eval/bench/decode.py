@@ -1,0 +1,88 @@
+"""``attnpred bench decode``: times whole decoding steps of a model, by context and cache setup."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from itertools import groupby
+from operator import itemgetter
+
+import torch
+from transformers import PreTrainedModel
+
+from attention_predictor.arguments import whole_numbers
+from attention_predictor.errors import ConfigError
+from attention_predictor.eval.bench.cache_sessions import choose_setups
+from attention_predictor.eval.bench.cache_setups import AT_FLOOR_CONTEXT, CACHE_SETUPS, FLOOR, FLOOR_CONTEXT, STATIC
+from attention_predictor.eval.bench.comparison import compare, describe
+from attention_predictor.eval.bench.decode_timing import Workload, steps_within, time_setup
+from attention_predictor.eval.bench.random_models import random_or_loaded
+from attention_predictor.eval.bench.synthetic_cache import PAST, Locality
+from attention_predictor.eval.bench.timing_report import machine, report
+from attention_predictor.eval.bench.timings_file import TimingsFile
+from attention_predictor.eval.display.plots import plot_timings
+from attention_predictor.loading import find_device
+from attention_predictor.progress import Progress
+from attention_predictor.sizes import size_text
+
+
+def main(args: argparse.Namespace) -> int:
+    contexts = [args.context] if args.contexts is None else sorted(set(whole_numbers("--contexts", args.contexts)))
+    least = steps_within(args.steps) + (PAST if args.synthetic else 1)
+    if min(contexts) < least:
+        what = f"the {steps_within(args.steps)} steps within it" + (f" and {PAST} tokens before" * args.synthetic)
+        raise ConfigError(f"--context {min(contexts)}: expected at least {least}, for {what}")
+    device = find_device(args.device)
+    limit_bytes = _limit(args.memory_limit, device)
+    setups = choose_setups(args.ways, device)
+    floors = [setup for setup in setups if setup in AT_FLOOR_CONTEXT]
+    if floors and least > FLOOR_CONTEXT:
+        raise ConfigError(f"--steps {args.steps}: too many for the floor's context of {FLOOR_CONTEXT} tokens")
+    settings = {name: getattr(args, name) for name in ("budget", "batch", "steps", "synthetic", "seed", "memory_limit")}
+    settings |= {"model": args.shape or str(args.model), "dtype": args.dtype}
+    if args.synthetic:
+        settings["locality"] = asdict(Locality())
+    timings = TimingsFile(args.out, settings | {"machine": machine(device)})
+
+    plan = [(FLOOR_CONTEXT, setup) for setup in floors]
+    plan += [(context, setup) for context in contexts for setup in setups if setup not in floors]
+    todo = [(context, setup) for context, setup in plan if timings.find(context=context, way=setup) is None]
+    if todo:
+        _sweep(random_or_loaded(args, device, max(contexts)), todo, args, limit_bytes, timings)
+    rows = compare([row for context, setup in plan if (row := timings.find(context=context, way=setup)) is not None])
+    report("decode", device, settings, rows, line=describe, as_json=args.json)
+    if args.plot is not None:
+        title = f"Decoding, {settings['model']}, budget {args.budget}, batch {args.batch}\n{machine(device)}"
+        drawn = [row for row in rows if row["way"] != STATIC or FLOOR not in floors]  # one level
+        plot_timings(drawn, args.plot, title, floor=CACHE_SETUPS[FLOOR if FLOOR in floors else STATIC].name)
+    return 0
+
+
+def _limit(gib: float | None, device: torch.device) -> int | None:
+    if gib is None:
+        return None
+    if device.type != "cuda":
+        raise ConfigError(f"--memory-limit {gib}: for CUDA devices, found {device}")
+    total = torch.cuda.get_device_properties(device).total_memory
+    if not 0 < gib * 2**30 <= total:
+        raise ConfigError(f"--memory-limit {gib}: expected more than 0 and at most {size_text(total)}")
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total, device.index)
+    return int(gib * 2**30)
+
+
+def _sweep(
+    model: PreTrainedModel,
+    todo: list[tuple[int, str]],
+    args: argparse.Namespace,
+    limit_bytes: int | None,
+    timings: TimingsFile,
+) -> None:
+    """Time setups at contexts; all setups of a context share its synthetic cache."""
+    with Progress("decoding", len(todo), "measurements") as progress:
+        for context, group in groupby(todo, key=itemgetter(0)):
+            work = Workload.of(model, context, args, limit_bytes)
+            similarity = {} if work.synthetic is None else {"query_similarity": work.synthetic.query_similarity()}
+            for _, setup in group:
+                progress.describe(f"{CACHE_SETUPS[setup].name}, {context} tokens")
+                timings.add({"way": setup} | time_setup(model, CACHE_SETUPS[setup], work) | similarity)
+                progress.update()

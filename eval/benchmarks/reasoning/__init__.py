@@ -1,0 +1,4 @@
+"""GSM8K, MATH and AIME: problems solved step by step.
+
+Begin with ``benchmark.py``; ``answers.py`` and ``latex.py`` compare answers.
+"""

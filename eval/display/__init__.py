@@ -1,0 +1,1 @@
+"""Text tables, heat maps, plots and SVG charts. Knows nothing of benchmarks."""

@@ -1,0 +1,81 @@
+"""The processes that share a run, started by ``accelerate launch`` or ``torchrun``."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from attention_predictor.errors import AttentionPredictorError, ConfigError
+
+_TIMES = itertools.count()  # joins so far; each join uses its own store prefix
+PATIENCE = timedelta(days=7)  # how long finished processes wait for the others
+
+
+class Processes:
+    """This process among those of a launcher, read from its environment; a single process without one.
+
+    Attributes:
+        rank, count: This process's number, from 0 on, and how many there are.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.count = int(os.environ.get("WORLD_SIZE", "1"))
+            self.rank = int(os.environ["RANK"]) if self.count > 1 else 0
+            self.local_rank = int(os.environ.get("LOCAL_RANK", str(self.rank)))
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE are not those of a launcher: {error}") from error
+        self._group: Any = None
+        self._store: Any = None
+        self._counters = itertools.count()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """The device this process uses for ``--device name``.
+
+        With more processes than GPUs, processes share GPUs round-robin.
+        """
+        if self.count == 1 or name != "cuda":
+            return name
+        return f"cuda:{self.local_rank % max(torch.cuda.device_count(), 1)}"
+
+    def numbers(self, total: int) -> Iterator[int]:
+        """Numbers below ``total`` in order; each goes to the process that asks first.
+
+        Every process must call this for the same things in the same order.
+        """
+        if self.count == 1:
+            return iter(range(total))
+        counter = f"taken{next(self._counters)}"
+        return iter(lambda: min(self._store.add(counter, 1) - 1, total), total)
+
+    def __enter__(self) -> Processes:
+        if self.count > 1:
+            store, rank, count = next(dist.rendezvous("env://"))
+            self._store = dist.PrefixStore(f"run{next(_TIMES)}", store)
+            dist.init_process_group("gloo", store=dist.PrefixStore("group", self._store), rank=rank, world_size=count)
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.count > 1:
+            dist.destroy_process_group()
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.count > 1:
+            try:
+                dist.barrier(group=self._group)
+            except RuntimeError as error:
+                raise AttentionPredictorError(
+                    "another process of this run has ended: see its message; run the command again to go on"
+                ) from error

@@ -1,0 +1,40 @@
+"""``attnpred eval several``: benchmarks one after another, in one process that loads the model once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+
+from transformers import PreTrainedModel
+
+from attention_predictor.eval.harness.processes import Processes
+from attention_predictor.loading import load_model
+
+
+class LastModel:
+    """Loads models and keeps the last one for reuse."""
+
+    def __init__(self) -> None:
+        self._asked: tuple[str, str, str] | None = None
+        self._model: PreTrainedModel | None = None
+
+    def __call__(self, name: str, device: str, dtype: str) -> PreTrainedModel:
+        if self._model is None or self._asked != (name, device, dtype):
+            self._model = None  # before the other one takes its room
+            self._asked, self._model = (name, device, dtype), load_model(name, device, dtype)
+        return self._model
+
+
+def main(args: argparse.Namespace) -> int:
+    load, codes, told = LastModel(), [], Processes().is_main
+    begun = time.perf_counter()
+    for one in args.benchmarks:
+        if told:
+            print(f"{one.subcommand}, {one.out}", flush=True)
+        one.load, started = load, time.perf_counter()
+        codes.append(importlib.import_module(one.implementation).main(one) or 0)
+        if told:
+            took, so_far = time.perf_counter() - started, time.perf_counter() - begun
+            print(f"{one.subcommand}: {took / 60:.1f} minutes, {so_far / 60:.1f} so far\n", flush=True)
+    return max(codes)

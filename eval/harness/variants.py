@@ -1,0 +1,77 @@
+"""Variants: the rows of a table, each a selection policy at a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from attention_predictor.eval.harness.rules import STOCK, Rule, check_names, check_variants
+from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.engine import Engine
+from attention_predictor.offload.hf.attach import attach
+from attention_predictor.offload.policies import policy_class
+from attention_predictor.offload.policies.predictor import PredictorPolicy
+from attention_predictor.predictor.model import AttentionPredictor
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A rule at a budget.
+
+    ``full`` is the stock model with its whole cache, without our code: the reference must not depend on the code under
+    test. It therefore needs the memory of the stock model. If that is too much, a rule such as ``full,prefetch=thread``
+    attends to everything through the engine, streaming from host memory.
+
+    Attributes:
+        name: The rule's name and, unless it attends to everything, the budget: its directory.
+        policy: Its policy.
+        budget: Tokens a step attends to; ``None`` for all.
+        config: Settings of its engine; ``None`` for the stock model.
+    """
+
+    name: str
+    policy: str
+    budget: int | None
+    config: OffloadConfig | None
+
+    @classmethod
+    def of(cls, rule: Rule, budget: int, **defaults: Any) -> Variant:
+        """Check all settings; raises ``ConfigError`` or ``CheckpointError`` for a bad one.
+
+        Args:
+            defaults: Settings of its engine that the rule does not set.
+        """
+        check_rule(rule, budget)
+        policy = rule.settings["policy"]
+        config = None if rule.settings == {"policy": STOCK} else rule.config(budget, **defaults)
+        if policy_class(policy).selects == "all":
+            return cls(rule.name, policy, None, config)
+        return cls(f"{rule.name}-{budget}", policy, budget, config)
+
+    def attached(self, model: PreTrainedModel) -> AbstractContextManager[Engine | None]:
+        """The model under this variant, within a ``with`` block."""
+        return nullcontext() if self.config is None else attach(model, self.config)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides its results."""
+        settings = {} if self.config is None else self.config.to_dict()
+        return settings | {"policy": self.policy, "budget": self.budget, "stock": self.config is None}
+
+
+def check_rule(rule: Rule, budget: int) -> None:
+    """Refuse bad settings, and a predictor that can't be loaded, before anything runs."""
+    config = rule.config(budget)
+    if issubclass(policy_class(config.policy), PredictorPolicy):
+        AttentionPredictor.from_pretrained(config.predictor, block_size=config.block_size)
+
+
+def make_variants(rules: Sequence[Rule], budgets: Sequence[int], **defaults: Any) -> list[Variant]:
+    """Every rule at every budget, in this order; rules that attend to everything appear once."""
+    check_names(rules, "policies must differ in name")
+    check_variants(rules)
+    variants = [Variant.of(rule, budget, **defaults) for rule in rules for budget in budgets]
+    return list({variant.name: variant for variant in variants}.values())
