@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-# One case of every test that is not slow (tests/conftest.py): every area, in less than a minute on two cores.
+# One case of every test that is not slow (tests/conftest.py): every area, in about a minute on two idle cores.
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --fast
 

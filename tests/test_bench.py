@@ -596,6 +596,7 @@ def test_how_steps_were_taken() -> None:
     assert why_not_captured("full", stats) == "it attends to everything"
 
 
+@pytest.mark.slow
 def test_loops_side_by_side(tiny_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model("llama")
     model.generation_config.eos_token_id = list(range(40, 97))  # which would end both at once

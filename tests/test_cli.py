@@ -64,6 +64,7 @@ class TestGenerate:
         assert result["prompt_tokens"] == 5
         assert result["stats"]["device_kv_bytes"] > 0
 
+    @pytest.mark.slow
     def test_offloading_changes_nothing_within_the_budget(self, capsys):
         options = ("--prompt", "It was the", "--max-new-tokens", 20)
         assert generate(capsys, *options)["tokens"] == generate(capsys, *options, "--no-offload")["tokens"]

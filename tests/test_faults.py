@@ -211,6 +211,7 @@ def test_a_model_that_bypasses_the_attention_function_is_caught(tiny_model, ids)
                 model(ids(1), **with_cache(model, cache))
 
 
+@pytest.mark.slow
 def test_two_models_in_two_threads(tiny_model, ids):
     models = [tiny_model("llama"), tiny_model("qwen3")]
     configs = [CONFIG, OffloadConfig(policy="quest", budget=64, sink=16, recent=16)]

@@ -464,7 +464,6 @@ class TestHostCopier:
             alive.append(weakref.ref(piece[1][0]))
             sent.append(out.send([piece]))
             del piece
-            gc.collect()
             assert [event.waited for event in events] == [True] * number + [False]
             assert [one() is not None for one in alive] == [False] * number + [True]
 

@@ -229,6 +229,7 @@ def test_prompt_lookup(steps, tiny_model, ids) -> None:
         assert torch.equal(model.generate(prompt, **form), stock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["eager", "grouped_mm", "batched_mm"])
 def test_the_setting_of_experts_is_restored(steps, tiny_model, ids, setting: str) -> None:
     model, prompt = tiny_model("qwen3-moe"), ids(120)

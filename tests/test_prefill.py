@@ -115,6 +115,7 @@ def test_no_matrix_of_queries_by_keys(monkeypatch, extra, padded, past):
 
 
 class TestBench:
+    @pytest.mark.slow
     @pytest.mark.parametrize("device", DEVICES)
     @pytest.mark.parametrize("options", [[], ["--chunk", "100", "--batch", "2"]])
     def test_figures(self, capsys, device, options):

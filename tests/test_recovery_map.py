@@ -99,6 +99,7 @@ class TestCommand:
         evaluate(*given, "--no-plot", "--limit", 1)
         assert results(RunFolder(tmp_path / "out")) == before
 
+    @pytest.mark.slow
     def test_continuations(self, given, tmp_path):
         path = tmp_path / "asked.jsonl"
         questions = [f"Question: What is it, number {number}?\nAnswer: it" for number in range(10)]

@@ -326,6 +326,7 @@ class TestCommand:
         model = save_tiny_text_model(tmp_path / "model")
         return ("ruler", "--model", model, "--no-chat", "--budgets", 144, "--out", tmp_path / "out")
 
+    @pytest.mark.slow
     def test_made_samples(self, given, tmp_path, capsys):
         options = ("--tasks", "vt,fwe", "--lengths", "2000,2200", "--samples", 1)
         evaluate(*given, *options, "--policies", "full,streaming")

@@ -169,6 +169,7 @@ class TestRun:
         preds = {name: [one["pred"] for one in folder.records(name, "a")] for name in folder.variants}
         assert preds["predictor-4096"] == preds["full"] != preds["predictor-144"]
 
+    @pytest.mark.slow
     def test_goes_on_where_it_was_stopped(self, plan, interruptible):
         expected = results(run(Toy(), plan("--out", plan().out.with_name("undisturbed"))))
         with pytest.raises(KeyboardInterrupt):

@@ -26,6 +26,7 @@ from attention_predictor.offload.policy_names import BUILT_IN
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
+@pytest.mark.slow
 def test_explore_predictor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     writer = make_recording(tmp_path / "recording", 4)
     for document in list(writer.meta["documents"])[:2]:

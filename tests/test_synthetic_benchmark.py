@@ -102,6 +102,7 @@ class TestCommand:
     def test_refuses(self, given, options, said, capsys, monkeypatch):
         assert said in refused(capsys, monkeypatch, *given, *options)
 
+    @pytest.mark.slow
     def test_long_paragraphs_alone_are_refused(self, given, tmp_path, capsys, monkeypatch):
         (tmp_path / "one.txt").write_text("A sentence of a paragraph that never ends. " * 100)
         line = refused(capsys, monkeypatch, *given, "--data", tmp_path / "one.txt")
