@@ -13,7 +13,7 @@ from attention_predictor.eval.analysis.examples import LEAST, Example
 from attention_predictor.eval.analysis.patterns import CLASSES, ECHO, FAR, FOCUS, HOLDS, RETURN
 from attention_predictor.eval.analysis.summary import COMPARED, SIMILARITIES, Head, Summary
 from attention_predictor.eval.display.heatmap import Axes, Panel
-from attention_predictor.eval.display.page_style import STYLE
+from attention_predictor.eval.display.html_document import document
 from attention_predictor.eval.display.svg_heatmap import colour_bar, heat_map
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -48,13 +48,8 @@ def gallery(summary: Summary) -> str:
     """A whole HTML document."""
     title = f"Where the attention of {Path(str(summary.settings['model'])).name} can be foreseen"
     sections = (_lead(summary), _overview(summary), _scatters(summary), _patterns(summary), _settings(summary))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}{pictures.STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
-    )
+    body = f"<h1>{escape(title)}</h1>\n" + "\n".join(sections)
+    return document(title, body, policy=_POLICY, style=pictures.STYLE)
 
 
 def correlation_text(found: Correlation) -> str:

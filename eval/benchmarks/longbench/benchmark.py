@@ -79,13 +79,7 @@ class LongBench(Benchmark):
         options: dict[str, Any] = {}
         if what.stops_at_newline:
             options = {"stop": encode(self.tokenizer, "\n")[-1:], "min_new_tokens": 1}
-        tokens = evaluated.generate(prompt, what.max_new_tokens, **options)
-        found = {
-            "pred": self.tokenizer.decode(tokens, skip_special_tokens=True),
-            "prompt_tokens": len(prompt),
-            "new_tokens": len(tokens),
-            "truncated": cut,
-        }
+        found = evaluated.predict(self.tokenizer, prompt, what.max_new_tokens, **options) | {"truncated": cut}
         return found | (self._likelihood(evaluated, task, sample, prompt, chat) if self.answer_likelihood else {})
 
     def _fitted(self, task: str, sample: Sample, chat: bool, room: int | None) -> tuple[list[int], bool]:

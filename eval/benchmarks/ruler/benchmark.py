@@ -130,7 +130,7 @@ class GivenRuler(Benchmark):
         """Also refuse samples longer than the model's positions, judged by the sample with most characters."""
         found = super().check(task, limit)
         longest = max(self.samples(task), key=lambda one: len(one.prompt))
-        tokens = len(self.prompt(longest)) + self._new_tokens(task)
+        tokens = len(self.prompt(longest)) + FAMILIES[task].new_tokens
         if self.context is not None and tokens > self.context:
             raise DataError(
                 f"{self.files[task]}: sample {longest.id} has {tokens} tokens with its answer, the model has positions "
@@ -139,16 +139,10 @@ class GivenRuler(Benchmark):
         return found
 
     def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
-        prompt = self.prompt(sample)
-        tokens = evaluated.generate(prompt, self._new_tokens(task))
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return {"pred": text, "prompt_tokens": len(prompt), "new_tokens": len(tokens)}
+        return evaluated.predict(self.tokenizer, self.prompt(sample), FAMILIES[task].new_tokens)
 
     def prompt(self, sample: Sample) -> list[int]:
         return prefixed_ids(self.tokenizer, sample.prompt, sample.hidden["prefix"], chat=self.chat)
-
-    def _new_tokens(self, task: str) -> int:
-        return FAMILIES[task].new_tokens
 
 
 def find_files(path: Path, names: Sequence[str] | None) -> dict[str, Path]:
