@@ -16,7 +16,7 @@ from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.predictor.base import AttentionPredictor
 
 VARIANT = "attention"  # attends to everything, from host memory
-PREDICTORS = ("predictor", "last")  # as columns name them; the second repeats the last row
+PREDICTORS = ("predictor", "last")  # names in columns; ``last`` repeats the last row
 
 
 class Analysis(WindowBenchmark):
@@ -27,7 +27,7 @@ class Analysis(WindowBenchmark):
         tails: At most this many continuations of a row.
         window: Tokens over which query similarity is taken.
         predictor: Whose foresight is measured: a name or a directory.
-        selection: What it may choose.
+        selection: Budget, sink and recent tokens of its choices.
     """
 
     name = "analyze"

@@ -36,7 +36,7 @@ class Judgement:
     """Predictors and settings of the analysis.
 
     Attributes:
-        predictors: By name; the first one's choices are drawn.
+        predictors: Predictors by name; the gallery shows the first one's choices.
         selection: Budget, sink and recent of a choice.
         window: Tokens over which query similarity is taken.
     """

@@ -27,8 +27,8 @@ class LayerMap:
 
     Attributes:
         rows: Scores and mass by block, of every query head.
-        measures: By sequence and query head.
-        channels_BHP: In logits (``channels.py``); ``None`` without a rotation.
+        measures: Figures by sequence and query head.
+        channels_BHP: Parts in logits (``channels.py``); ``None`` without a rotation.
     """
 
     def __init__(self, attended: Attended, selection: Selection) -> None:

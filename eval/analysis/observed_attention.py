@@ -22,7 +22,7 @@ from attention_predictor.offload.chunk import Chunk, split
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.step.step import chunks
 
-LEAST_TOKENS = 256  # of a chunk, however many queries there are
+LEAST_TOKENS = 256  # smallest chunk of keys
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Attended:
     """Inputs of a layer's last attention call: queries of the last tokens; the cache stores all keys.
 
     Attributes:
-        number: Of the layer.
-        query_BHQD: As attention took them: normalised and rotated, where the model does so.
+        number: The layer's number.
+        query_BHQD: Queries at the attention call, normalised and rotated if the model does so.
         angles: Cosines and sines that rotated these tokens, and the module that did; ``None`` where nothing was.
     """
 

@@ -39,14 +39,14 @@ from attention_predictor.offload.blocks.selection import Selection
 
 CLASSES = ("re-access", "sequential", "seasonal", "retrieval", "unpredictable")
 FAR = 0.1  # share of mass beyond sink and recent from which only that part is classified
-HOLDS = 0.3  # of what there is beyond chance
+HOLDS = 0.3  # share of the overlap that is possible beyond chance
 ROOM = 0.25
 ECHO, RETURN = 0.25, 0.25
 FOCUS = 1 / 32  # the mass is on two blocks' worth of tokens
 SHIFTS = (5, 11, 23, 47)  # tokens; no two have a small common period
 DISTANCES = 2048  # tokens back, as far as the profile reaches
 PERIODS = range(3, 257)  # tokens or steps; a shorter period looks like a line with gaps
-NEARLY = 0.9  # of the highest peak: the first one as high is the period, later ones are its multiples
+NEARLY = 0.9  # share of the highest peak; the first such peak is the period, later ones its multiples
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Measures:
     Attributes:
         part: ``far`` or ``all``.
         far_mass: Share of the mass beyond sink and recent.
-        echo_period, return_period: In tokens, in steps; 0 for none.
+        echo_period, return_period: Periods in tokens and in steps; 0 for none.
     """
 
     part: str

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-FUNCTION = "apply_rotary_pos_emb"  # what families of transformers call it, each in the module of its layers
+FUNCTION = "apply_rotary_pos_emb"  # name of the function in transformers' model modules
 
 
 @dataclass(frozen=True)

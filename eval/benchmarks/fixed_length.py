@@ -24,7 +24,7 @@ from attention_predictor.eval.harness.prompts import check_chat, prompt_ids
 from attention_predictor.eval.harness.runner import Benchmark, Sample
 
 PROBE = 64  # pieces of filler in the first guess of tokens a piece
-LEAST_FILLED = 0.9  # of the length, where there is only so much filler
+LEAST_FILLED = 0.9  # share of the length that limited filler must reach
 
 
 class FixedLengthBenchmark(Benchmark):

@@ -54,7 +54,7 @@ def document(title: str, body: str, *, policy: str, style: str = "") -> str:
     """A whole HTML document.
 
     Args:
-        title: As plain text.
+        title: Plain text.
         policy: Content security policy.
         style: Rules in addition to ``STYLE``.
     """

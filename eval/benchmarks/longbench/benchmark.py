@@ -25,7 +25,7 @@ class LongBench(Benchmark):
         chat: Put prompts into the chat template, but those of tasks that are examples or code to go on with.
         max_length: Tokens of a prompt before the template; longer ones lose their middle. ``None`` for what the model
             has positions for, less the answer's.
-        templates: In place of the official ones, by task.
+        templates: Replacements of official templates, by task.
         answer_likelihood: Also record how likely the first reference answer is, decoded under the policy.
 
     Raises:

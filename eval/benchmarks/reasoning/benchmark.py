@@ -35,7 +35,7 @@ class Reasoning(Benchmark):
     Args:
         folder: Has ``<task>.jsonl``, the task's name beginning with one of ``KINDS``.
         few_shot: Behind examples, even if there is a chat template.
-        max_new_tokens: In place of the kinds' own.
+        max_new_tokens: Replaces the kinds' own limits.
         context: Tokens that the model has positions for, if limited.
     """
 

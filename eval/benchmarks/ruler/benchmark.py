@@ -21,7 +21,7 @@ from attention_predictor.eval.harness.runner import Benchmark, Sample
 from attention_predictor.kinds import is_number
 from attention_predictor.reading import check_unicode, read_lines
 
-RULER_FILE = "validation"  # what RULER calls the samples of every task, in a directory of the task's name
+RULER_FILE = "validation"  # RULER writes <task>/validation.jsonl
 
 
 class MadeRuler(FixedLengthBenchmark):
@@ -83,7 +83,7 @@ class GivenRuler(Benchmark):
     """Samples in RULER's form: lines of JSON with ``input``, ``outputs`` and perhaps ``answer_prefix``.
 
     Args:
-        files: By task.
+        files: Files by task.
         chat: Inputs as a user's turn in the model's chat template, the answer's beginning behind it where it is given
             by itself. Not for inputs that RULER has put into a template already.
     """
