@@ -8,7 +8,7 @@ from typing import Any
 
 from attention_predictor.documents import Excerpt
 from attention_predictor.errors import ConfigError, DataError
-from attention_predictor.eval.analysis.document import Judgement, analyse
+from attention_predictor.eval.analysis.document import AnalysisSettings, analyse
 from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.runner import Sample
 from attention_predictor.eval.harness.windows import WindowBenchmark, Windows
@@ -72,6 +72,6 @@ class Analysis(WindowBenchmark):
         assert evaluated.engine is not None  # the variant is not the stock model
         predictors = {name: one.to(evaluated.model.device) for name, one in self._predictors.items()}
         excerpt = Excerpt(**sample.hidden)
-        found = analyse(evaluated.engine, excerpt, Judgement(predictors, self.selection, self.window))
+        found = analyse(evaluated.engine, excerpt, AnalysisSettings(predictors, self.selection, self.window))
         sizes = {"prompt_tokens": len(excerpt.prompt), "new_tokens": sum(map(len, excerpt.tails))}
         return found | sizes

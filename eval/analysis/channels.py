@@ -18,7 +18,7 @@ from attention_predictor.eval.analysis.rope import Rotation
 
 
 class ChannelSums:
-    """Sums over the keys of one layer, chunk by chunk, within the judged part of each head's map."""
+    """Sums over the keys of one layer, chunk by chunk, within the classified part of each head's map."""
 
     def __init__(self, part: Part, kv_heads: int, head_dim: int) -> None:
         B, H, Q, _ = part.mass_BHQN.shape

@@ -52,7 +52,7 @@ class Example:
     Attributes:
         head: The head's row of the table.
         whole: Steps by all blocks; ``choice``: which of the blocks were chosen, and which were the best.
-        near: Steps by the tokens from ``first_token`` on, where most of the judged mass is.
+        near: Steps by the tokens from ``first_token`` on, where most of the classified mass is.
         blocks_a_column: Blocks in each column of ``whole``.
         first_step: Tokens at the first step.
     """

@@ -3,9 +3,8 @@
 TAPPA (arXiv 2601.21709) tells patterns that can be foreseen, re-access (vertical lines), sequential (diagonals) and
 seasonal (periodic diagonals), from unpredictable maps. The thresholds are ours.
 
-A map has a row for each of Q consecutive steps and a column for each token. A part of it is judged: ``far``, what lies
-beyond sink and recent, since these are kept anyway; of a head that looks there with less than ``FAR`` of its mass,
-``all``. Every figure is a share of the attention mass within that part, so that steps count by their mass.
+A map has a row for each of Q consecutive steps and a column for each token. Only a part of it is classified: ``far``,
+the tokens beyond sink and recent, which are always kept; or ``all``, for a head with less than ``FAR`` of its mass there. Every figure is a share of the attention mass within that part, so that steps count by their mass.
 
 - *vertical*: what two neighbouring steps have in common, token by token. *Diagonal*: the same, the earlier step moved
   on by one token. *Chance*: the same, moved by distances that mean nothing (median over ``SHIFTS``): what any two rows

@@ -69,7 +69,7 @@ class Row:
     Attributes:
         policy: The rule's name.
         budget: Tokens; ``None`` for a policy that attends to everything.
-        judged: Whether it can be the best; full attention and the oracle can't.
+        can_be_best: Whether it can be the best; full attention and the oracle can't.
         outcomes: Results by task.
         hit_rate: Mean over samples, from 0 to 1; ``None`` without an engine.
         fetched_bytes: Mean of a decoding step over all samples; ``None`` without an engine.
@@ -80,7 +80,7 @@ class Row:
     policy: str
     budget: int | None
     stock: bool
-    judged: bool
+    can_be_best: bool
     outcomes: Mapping[str, TaskResults]
     hit_rate: float | None
     fetched_bytes: float | None
@@ -141,7 +141,7 @@ class ResultsTable:
                 names = [
                     row.name
                     for row in self.rows
-                    if row.judged and row.budget == budget and (row.name, column.title) in found
+                    if row.can_be_best and row.budget == budget and (row.name, column.title) in found
                 ]
                 shown = {name: float(format(found[name, column.title].value, SHOWN)) for name in names}
                 best = max(shown.values(), default=0.0) if self.measure.higher else min(shown.values(), default=0.0)
@@ -291,8 +291,8 @@ def _row(name: str, variant: Mapping[str, Any], outcomes: Mapping[str, TaskResul
     fetched = sum(one.get("fetched_bytes") or 0 for one in records) / steps if steps else None
     hit_rate = fmean(rates) if rates else None
     series = [one["over_steps"] for one in records if "over_steps" in one]
-    stock, judged = bool(variant.get("stock")), budget is not None and variant["policy"] != ORACLE
-    return Row(name, policy, budget, stock, judged, outcomes, hit_rate, fetched, series)
+    stock, can_be_best = bool(variant.get("stock")), budget is not None and variant["policy"] != ORACLE
+    return Row(name, policy, budget, stock, can_be_best, outcomes, hit_rate, fetched, series)
 
 
 def describe(folder: RunFolder) -> str:
