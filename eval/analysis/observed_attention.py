@@ -107,8 +107,8 @@ class Attended:
 def watching(model: PreTrainedModel, cache: Cache, see: Callable[[Attended], None]) -> Iterator[None]:
     """Call ``see`` after every attention over an offloaded layer of this cache; sequences must have no padding.
 
-    The model computes what it always does. Within the block a forward holds, layer by layer, what the next attention
-    was rotated by, and nothing else.
+    The model's results do not change. Within the block, a forward stores the rotation of one layer's next attention
+    call at a time.
     """
     given: dict[int, _Given] = {}
     with ExitStack() as stack:
