@@ -2,7 +2,8 @@
 
 A logit is the sum of q·k over channel pairs. The attention-weighted mean over keys minus the plain mean, computed for
 each pair, shows which frequencies separate attended keys from the others. Fast pairs encode distances of a few tokens;
-slow pairs, and channels that don't turn, encode the content of a key independent of its position (TAPPA, arXiv 2601.21709, on the joint effect of queries, keys and RoPE).
+slow pairs, and channels that don't turn, encode the content of a key independent of its position (TAPPA, arXiv
+2601.21709).
 
 Suffixes: B sequences, G KV heads, H query heads, Q steps, T tokens of a chunk, D head size, P pairs of channels.
 """

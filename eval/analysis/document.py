@@ -1,7 +1,7 @@
 """Analyses one document: one pass over prompt and steps, figures of every layer and head.
 
-Nothing is kept of a layer but its figures, the state of the predictors between prompt and steps, and the clearest maps
-so far: for each pattern one classified beyond sink and recent, and one classified as a whole.
+Of each layer only figures, the predictors' states between prompt and steps, and the clearest maps so far are kept in
+memory: for each pattern one classified beyond sink and recent, and one classified as a whole.
 
 Suffixes: B sequences, G KV heads, H query heads, Q steps, N blocks, R prompt rows, T tokens, D head size.
 """
