@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attention_predictor.eval.benchmarks.synthetic.benchmark import find_answers
 from attention_predictor.eval.benchmarks.synthetic.documents import plant, read_texts
 from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
-from attention_predictor.eval.harness.rules import STOCK, Rule
+from attention_predictor.eval.harness.rules import Rule
 from attention_predictor.eval.harness.variants import Variant
 from attention_predictor.loading import load_model, load_tokenizer
 
@@ -100,15 +100,14 @@ def earned_place(pocket: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Ite
 
         def found(policy: str, **settings: object) -> int:
             right: list[bool] = []
-            engine_settings = {} if policy == STOCK else {"prefetch": prefetch} | settings
-            rule = Rule(policy, {"policy": policy} | engine_settings)
+            rule = Rule(policy, {"policy": policy, "prefetch": prefetch} | settings)
             with Variant.of(rule, 512).attached(model) as engine:
                 for sample in samples:
                     right += find_answers(EvaluatedModel(model, engine), tokenizer, sample)["found"]
             assert len(right) == answers
             return sum(right)
 
-        full = found(STOCK)
+        full = found("full")
         assert full >= 0.95 * answers - spare
         assert found("predictor", late_fetch=0.0) >= ahead * full - spare
         assert found("predictor") >= 0.98 * full - spare

@@ -20,7 +20,7 @@ from transformers.masking_utils import eager_mask
 from attention_predictor.documents import Excerpt
 from attention_predictor.eval.analysis import observed_attention as watch
 from attention_predictor.eval.analysis.correlation import rank_correlation
-from attention_predictor.eval.analysis.document import Judgement, analyse
+from attention_predictor.eval.analysis.document import AnalysisSettings, analyse
 from attention_predictor.eval.analysis.layer_map import LayerMap
 from attention_predictor.eval.analysis.observed_attention import Attended, watching
 from attention_predictor.eval.analysis.predictability import Predictability
@@ -52,7 +52,7 @@ def analysed(model: PreTrainedModel, given: Excerpt) -> dict:
         name: AttentionPredictor.from_pretrained(what) for name, what in (("predictor", "default"), ("last",) * 2)
     }
     with attach(model, CONFIG) as engine:
-        return analyse(engine, given, Judgement(predictors, SELECTION, WINDOW))
+        return analyse(engine, given, AnalysisSettings(predictors, SELECTION, WINDOW))
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from attention_predictor.eval.benchmarks.reasoning.benchmark import (
 )
 from attention_predictor.eval.benchmarks.reasoning.latex import normalise, value
 from attention_predictor.eval.benchmarks.reasoning.prompts import as_task, behind_examples
+from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.run_folder import RunFolder
 
 # What a model wrote, and the answer in it.
@@ -366,6 +367,8 @@ class Talker:
     def generate(self, prompt, max_new_tokens, **options):
         self.asked = {"prompt": self.tokenizer.decode(prompt), "max_new_tokens": max_new_tokens} | options
         return self.tokenizer(self.text, add_special_tokens=False)["input_ids"]
+
+    predict = EvaluatedModel.predict
 
 
 def test_a_model_without_template_is_stopped_at_the_next_problem(data):

@@ -8,7 +8,7 @@ from typing import Any
 
 from attention_predictor.documents import Excerpt
 from attention_predictor.errors import ConfigError, DataError
-from attention_predictor.eval.analysis.document import Judgement, analyse
+from attention_predictor.eval.analysis.document import AnalysisSettings, analyse
 from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.runner import Sample
 from attention_predictor.eval.harness.windows import WindowBenchmark, Windows
@@ -16,7 +16,7 @@ from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.predictor.base import AttentionPredictor
 
 VARIANT = "attention"  # attends to everything, from host memory
-PREDICTORS = ("predictor", "last")  # as columns name them; the second repeats the last row
+PREDICTORS = ("predictor", "last")  # names in columns; ``last`` repeats the last row
 
 
 class Analysis(WindowBenchmark):
@@ -27,7 +27,7 @@ class Analysis(WindowBenchmark):
         tails: At most this many continuations of a row.
         window: Tokens over which query similarity is taken.
         predictor: Whose foresight is measured: a name or a directory.
-        selection: What it may choose.
+        selection: Budget, sink and recent tokens of its choices.
     """
 
     name = "analyze"
@@ -72,6 +72,6 @@ class Analysis(WindowBenchmark):
         assert evaluated.engine is not None  # the variant is not the stock model
         predictors = {name: one.to(evaluated.model.device) for name, one in self._predictors.items()}
         excerpt = Excerpt(**sample.hidden)
-        found = analyse(evaluated.engine, excerpt, Judgement(predictors, self.selection, self.window))
+        found = analyse(evaluated.engine, excerpt, AnalysisSettings(predictors, self.selection, self.window))
         sizes = {"prompt_tokens": len(excerpt.prompt), "new_tokens": sum(map(len, excerpt.tails))}
         return found | sizes

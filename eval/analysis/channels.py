@@ -1,9 +1,9 @@
 """Which RoPE channels separate the keys a head attends to from other keys.
 
-A score is the sum, over pairs of channels that turn together, of their part of q·k. Its mean over keys weighted by
-attention, less the plain mean over the same keys, is what made the difference; taken pair by pair it says which
-frequencies carry a pattern. Fast pairs tell distances of a few tokens, slow ones (and channels that don't turn) tell
-what a key is, wherever it stands (TAPPA, arXiv 2601.21709, on the joint effect of queries, keys and RoPE).
+A logit is the sum of q·k over channel pairs. The attention-weighted mean over keys minus the plain mean, computed for
+each pair, shows which frequencies separate attended keys from the others. Fast pairs encode distances of a few tokens;
+slow pairs, and channels that don't turn, encode the content of a key independent of its position (TAPPA, arXiv
+2601.21709).
 
 Suffixes: B sequences, G KV heads, H query heads, Q steps, T tokens of a chunk, D head size, P pairs of channels.
 """
@@ -18,7 +18,7 @@ from attention_predictor.eval.analysis.rope import Rotation
 
 
 class ChannelSums:
-    """Sums over the keys of one layer, chunk by chunk, within the judged part of each head's map."""
+    """Sums over the keys of one layer, chunk by chunk, within the classified part of each head's map."""
 
     def __init__(self, part: Part, kv_heads: int, head_dim: int) -> None:
         B, H, Q, _ = part.mass_BHQN.shape

@@ -1,7 +1,7 @@
 """Analyses one document: one pass over prompt and steps, figures of every layer and head.
 
-Nothing is kept of a layer but its figures, the state of the predictors between prompt and steps, and the clearest maps
-so far: for each pattern one judged beyond sink and recent, and one judged as a whole.
+Of each layer only figures, the predictors' states between prompt and steps, and the clearest maps so far are kept in
+memory: for each pattern one classified beyond sink and recent, and one classified as a whole.
 
 Suffixes: B sequences, G KV heads, H query heads, Q steps, N blocks, R prompt rows, T tokens, D head size.
 """
@@ -32,11 +32,11 @@ DIGITS = 6
 
 
 @dataclass(frozen=True)
-class Judgement:
+class AnalysisSettings:
     """Predictors and settings of the analysis.
 
     Attributes:
-        predictors: By name; the first one's choices are drawn.
+        predictors: Predictors by name; the gallery shows the first one's choices.
         selection: Budget, sink and recent of a choice.
         window: Tokens over which query similarity is taken.
     """
@@ -47,14 +47,14 @@ class Judgement:
 
 
 @torch.no_grad()
-def analyse(engine: Engine, excerpt: Excerpt, judgement: Judgement) -> dict[str, Any]:
+def analyse(engine: Engine, excerpt: Excerpt, settings: AnalysisSettings) -> dict[str, Any]:
     """Figures of every offloaded layer and query head over an excerpt; the engine must attend to everything.
 
     Returns:
         ``rows``, one for each tail, layer and query head; ``wavelengths`` of the pairs of channels by layer, in tokens;
         ``examples``, the clearest maps of each pattern.
     """
-    model, cache, found = engine.model, engine.new_cache(), _Findings(judgement)
+    model, cache, found = engine.model, engine.new_cache(), _Findings(settings)
     with watching(model, cache, found.see_prompt):
         model(torch.tensor([excerpt.prompt], device=model.device), **with_cache(model, cache), logits_to_keep=1)
     cache.batch_repeat_interleave(len(excerpt.tails))
@@ -80,18 +80,18 @@ class _Prompt:
 class _Findings:
     """Figures so far by layer: of the prompt, then of the steps."""
 
-    def __init__(self, judgement: Judgement) -> None:
-        self.judgement = judgement
+    def __init__(self, settings: AnalysisSettings) -> None:
+        self.settings = settings
         self.prompts: dict[int, _Prompt] = {}
         self.rows: list[dict[str, Any]] = []
         self.wavelengths: dict[int, list[float | None]] = {}
         self.clearest: dict[tuple[str, str], tuple[float, Example]] = {}  # by pattern and part
 
     def see_prompt(self, attended: Attended) -> None:
-        last = attended.last(self.judgement.window)
+        last = attended.last(self.settings.window)
         rows = head_scorer(attended.last(PROMPT_ROWS)).rows()
         grouped = pooled(rows, attended.layer.kv_heads)
-        predictors = self.judgement.predictors
+        predictors = self.settings.predictors
         plain_BHTD = last.plain_BHQD
         self.prompts[attended.number] = _Prompt(
             similarity_H=query_similarity(last.query_BHQD)[0].tolist(),
@@ -101,8 +101,8 @@ class _Findings:
         )
 
     def see_steps(self, attended: Attended) -> None:
-        prompt, window = self.prompts.pop(attended.number), self.judgement.window
-        shown = LayerMap(attended, self.judgement.selection)
+        prompt, window = self.prompts.pop(attended.number), self.settings.window
+        shown = LayerMap(attended, self.settings.selection)
         foreseen = self._foreseen(prompt.foresights, attended, pooled(shown.rows, attended.layer.kv_heads))
         by_head = self._foreseen(prompt.head_foresights, attended, shown.rows)
         plain_BHQD = attended.plain_BHQD
@@ -134,7 +134,7 @@ class _Findings:
         found = {}
         for name, foresight in foresights.items():
             foresight.repeat(len(attended.query_BHQD))
-            found[name] = foresight.over(rows, attended.length, self.judgement.selection)
+            found[name] = foresight.over(rows, attended.length, self.settings.selection)
         return found
 
 

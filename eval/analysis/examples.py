@@ -17,7 +17,7 @@ from torch import Tensor
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import DataError
 
-COLUMNS = 512  # of a map of the whole context; where there are more blocks, some share one
+COLUMNS = 512  # most columns of a whole-context map; more blocks share columns
 ZOOMED = 12  # blocks that are shown token by token
 LEAST = 1e-4  # probability that is drawn as nothing; the scale is logarithmic from there to 1
 NEITHER, BOTH, MISSED, NEEDLESS = range(4)  # a block: neither, chosen and best, best only, chosen only
@@ -50,10 +50,10 @@ class Example:
     """One head's map in one document.
 
     Attributes:
-        head: What the table says of this head (a row of it).
+        head: The head's row of the table.
         whole: Steps by all blocks; ``choice``: which of the blocks were chosen, and which were the best.
-        near: Steps by the tokens from ``first_token`` on, where most of the judged mass is.
-        blocks_a_column: Of ``whole``.
+        near: Steps by the tokens from ``first_token`` on, where most of the classified mass is.
+        blocks_a_column: Blocks in each column of ``whole``.
         first_step: Tokens at the first step.
     """
 

@@ -13,7 +13,7 @@ from attention_predictor.eval.analysis.examples import LEAST, Example
 from attention_predictor.eval.analysis.patterns import CLASSES, ECHO, FAR, FOCUS, HOLDS, RETURN
 from attention_predictor.eval.analysis.summary import COMPARED, SIMILARITIES, Head, Summary
 from attention_predictor.eval.display.heatmap import Axes, Panel
-from attention_predictor.eval.display.page_style import STYLE
+from attention_predictor.eval.display.html_document import document
 from attention_predictor.eval.display.svg_heatmap import colour_bar, heat_map
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -48,13 +48,8 @@ def gallery(summary: Summary) -> str:
     """A whole HTML document."""
     title = f"Where the attention of {Path(str(summary.settings['model'])).name} can be foreseen"
     sections = (_lead(summary), _overview(summary), _scatters(summary), _patterns(summary), _settings(summary))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}{pictures.STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
-    )
+    body = f"<h1>{escape(title)}</h1>\n" + "\n".join(sections)
+    return document(title, body, policy=_POLICY, style=pictures.STYLE)
 
 
 def correlation_text(found: Correlation) -> str:
@@ -71,7 +66,7 @@ def _lead(summary: Summary) -> str:
     found, of_kv = (summary.correlations[level, name, "predictor_relative"] for level in LEVELS)
     said = [
         f"{documents} documents of up to {settings['context']} tokens; the last {settings['tail']} of each, or what is "
-        f"asked behind it, are the steps that are judged. {layers} layers, {len(summary.heads)} query heads, "
+        f"asked behind it, are the steps that are analysed. {layers} layers, {len(summary.heads)} query heads, "
         f"{len(summary.kv_heads)} KV heads.",
         f"Query similarity ({NAMES[name]}) against relative recovery of the predictor: Spearman's ρ = "
         f"<b>{correlation_text(found)}</b> over {found.pairs} query heads, <b>{correlation_text(of_kv)}</b> over "
@@ -194,7 +189,7 @@ def _patterns(summary: Summary) -> str:
     total = sum(counts.values())
     parts = [
         "<h2>Patterns</h2>",
-        "<p>Of each map the part beyond sink and recent is judged; of heads that look there with less than "
+        "<p>Of each map the part beyond sink and recent is classified; of heads that look there with less than "
         f"{FAR:.0%} of their mass, all of it. {total} maps (documents, or what follows each, × heads):</p>",
         f'<div class="charts"><figure>{pictures.counts_bar(counts)}</figure></div>{pictures.class_key()}',
         "<p>In the maps below, steps go down and tokens across. Colours are logarithmic:</p>",
@@ -217,7 +212,7 @@ def _example(summary: Summary, where: str, example: Example) -> str:
     told = (
         f"Layer {head['layer']}, head {head['head']}; {escape(where)}. Vertical {_percent(head['vertical'])}, diagonal "
         f"{_percent(head['diagonal'])}, on {tokens:.{int(tokens < 10)}f} tokens; {_percent(head['far_mass'])} of the "
-        f"mass beyond sink and recent{'' if head['part'] == 'far' else ', so that the whole map is judged'}."
+        f"mass beyond sink and recent{'' if head['part'] == 'far' else ', so that the whole map is classified'}."
     )
     if head["period"]:
         told += f" Period: {head['period']} {head['period_unit']}."

@@ -1,6 +1,6 @@
 """The attention map of one layer's last steps: computed chunk by chunk after the layer attended, then classified.
 
-There is never more of it than its score rows (steps × blocks) and one chunk (steps × some tokens).
+Only its score rows (steps × blocks) and one chunk (steps × some tokens) are in memory at a time.
 
 Suffixes: B sequences, G KV heads, H query heads, Q steps, N blocks, T tokens, P pairs of channels.
 """
@@ -27,8 +27,8 @@ class LayerMap:
 
     Attributes:
         rows: Scores and mass by block, of every query head.
-        measures: By sequence and query head.
-        channels_BHP: In logits (``channels.py``); ``None`` without a rotation.
+        measures: Figures by sequence and query head.
+        channels_BHP: Parts in logits (``channels.py``); ``None`` without a rotation.
     """
 
     def __init__(self, attended: Attended, selection: Selection) -> None:

@@ -22,7 +22,7 @@ from attention_predictor.offload.chunk import Chunk, split
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.step.step import chunks
 
-LEAST_TOKENS = 256  # of a chunk, however many queries there are
+LEAST_TOKENS = 256  # smallest chunk of keys
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Attended:
     """Inputs of a layer's last attention call: queries of the last tokens; the cache stores all keys.
 
     Attributes:
-        number: Of the layer.
-        query_BHQD: As attention took them: normalised and rotated, where the model does so.
+        number: The layer's number.
+        query_BHQD: Queries at the attention call, normalised and rotated if the model does so.
         angles: Cosines and sines that rotated these tokens, and the module that did; ``None`` where nothing was.
     """
 
@@ -107,8 +107,8 @@ class Attended:
 def watching(model: PreTrainedModel, cache: Cache, see: Callable[[Attended], None]) -> Iterator[None]:
     """Call ``see`` after every attention over an offloaded layer of this cache; sequences must have no padding.
 
-    The model computes what it always does. Within the block a forward holds, layer by layer, what the next attention
-    was rotated by, and nothing else.
+    The model's results do not change. Within the block, a forward stores the rotation of one layer's next attention
+    call at a time.
     """
     given: dict[int, _Given] = {}
     with ExitStack() as stack:

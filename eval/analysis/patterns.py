@@ -1,27 +1,26 @@
 """Classifies attention maps into patterns (TAPPA, arXiv 2601.21709).
 
-TAPPA (arXiv 2601.21709) tells patterns that can be foreseen, re-access (vertical lines), sequential (diagonals) and
-seasonal (periodic diagonals), from unpredictable maps. The thresholds are ours.
+TAPPA separates predictable patterns, re-access (vertical lines), sequential (diagonals) and seasonal (periodic
+diagonals), from unpredictable maps. The thresholds are ours.
 
-A map has a row for each of Q consecutive steps and a column for each token. A part of it is judged: ``far``, what lies
-beyond sink and recent, since these are kept anyway; of a head that looks there with less than ``FAR`` of its mass,
-``all``. Every figure is a share of the attention mass within that part, so that steps count by their mass.
+A map has a row for each of Q consecutive steps and a column for each token. Only a part of it is classified: ``far``,
+the tokens beyond sink and recent, which are always kept; or ``all``, for a head with less than ``FAR`` of its mass
+there. Every figure is a share of the attention mass within that part, so steps count by their mass.
 
-- *vertical*: what two neighbouring steps have in common, token by token. *Diagonal*: the same, the earlier step moved
-  on by one token. *Chance*: the same, moved by distances that mean nothing (median over ``SHIFTS``): what any two rows
-  so broad, or so peaked, have in common. Vertical and diagonal are given as far as they are above it,
-  ``(x − chance) / (1 − chance)``; the divisor is at least ``ROOM``, or the least unevenness would make a line.
-- *echo*: what the profile over distance (the mass d tokens back, all steps together) has in common with itself a
-  period on, above the least that it has at a shorter distance: parallel diagonals, a period of tokens apart.
-- *return*: what two steps a period apart have in common, block by block, above the least that steps nearer to each
-  other have: columns that come back after a period of steps.
-- *focus*: the sum of the squared shares of a step; its inverse is the number of tokens that the mass is on.
+- *vertical*: the overlap of neighbouring steps, token by token. *Diagonal*: the overlap with the earlier step shifted
+  by one token. *Chance*: the median overlap over the arbitrary shifts ``SHIFTS``. Vertical and diagonal are given above
+  chance, ``(x − chance) / (1 − chance)``; the divisor is at least ``ROOM``, so that small irregularities are no line.
+- *echo*: the autocorrelation of the profile over distance (mass d tokens back, summed over steps) at a period, above
+  its minimum at shorter distances: parallel diagonals, one period of tokens apart.
+- *return*: the overlap of two steps one period apart, block by block, above its minimum at shorter distances: columns
+  that return after a period of steps.
+- *focus*: the sum of a step's squared shares; its inverse is the effective number of tokens.
 
 The pattern is the first that applies:
 
 1. ``seasonal``: diagonal ``HOLDS`` and echo is at least ``ECHO``; or return is at least ``RETURN``;
 2. ``sequential`` or ``re-access``: diagonal, or vertical, ``HOLDS``, and is the larger of the two;
-3. ``retrieval``: the mass is on few tokens (focus at least ``FOCUS``), and one step doesn't say which are the next's;
+3. ``retrieval``: the mass is on few tokens (focus at least ``FOCUS``), which change from step to step;
 4. ``unpredictable``: no pattern, or evenly spread attention.
 
 Suffixes: B sequences, H query heads, Q steps, T tokens of a chunk, N blocks, X distances.
@@ -39,14 +38,14 @@ from attention_predictor.offload.blocks.selection import Selection
 
 CLASSES = ("re-access", "sequential", "seasonal", "retrieval", "unpredictable")
 FAR = 0.1  # share of mass beyond sink and recent from which only that part is classified
-HOLDS = 0.3  # of what there is beyond chance
+HOLDS = 0.3  # share of the overlap that is possible beyond chance
 ROOM = 0.25
 ECHO, RETURN = 0.25, 0.25
 FOCUS = 1 / 32  # the mass is on two blocks' worth of tokens
 SHIFTS = (5, 11, 23, 47)  # tokens; no two have a small common period
 DISTANCES = 2048  # tokens back, as far as the profile reaches
 PERIODS = range(3, 257)  # tokens or steps; a shorter period looks like a line with gaps
-NEARLY = 0.9  # of the highest peak: the first one as high is the period, later ones are its multiples
+NEARLY = 0.9  # share of the highest peak; the first such peak is the period, later ones its multiples
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Measures:
     Attributes:
         part: ``far`` or ``all``.
         far_mass: Share of the mass beyond sink and recent.
-        echo_period, return_period: In tokens, in steps; 0 for none.
+        echo_period, return_period: Periods in tokens and in steps; 0 for none.
     """
 
     part: str

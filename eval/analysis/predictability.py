@@ -1,8 +1,8 @@
 """Measures how well a predictor foresees the next step's blocks.
 
-The predictor is shown the truth up to a step and chooses blocks for the next one, as the engine would ahead of it. It
-is never shown what a sparse step left out, and nothing is fetched late: what is measured is the attention, not the
-sketch, and not the errors that sparse decoding makes in what comes after.
+The predictor observes the true scores up to a step and chooses blocks for the next one, as the engine does ahead. All
+scores are true and no block is fetched late, so this measures the predictability of attention, without errors of the
+sketch or of sparse decoding.
 
 Suffixes: B sequences, G KV heads, Q steps, N blocks, R prompt rows, C state channels.
 """

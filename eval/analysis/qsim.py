@@ -1,9 +1,8 @@
 """Query similarity of a head, before and after rotation, of a prompt's end and of decoded steps.
 
-TAPPA (arXiv 2601.21709) speaks of queries as projections of the hidden states, the rotation written apart from them:
-its theory is about queries *before* RoPE, as they are after a norm on queries where a model has one. What a cache or an
-attention function sees, and with it code that ranks layers there, is *after* RoPE: turned by their positions, so that
-two queries a few tokens apart differ in their fast channels even where nothing else changed. Both are given.
+TAPPA's theory (arXiv 2601.21709) is about queries *before* RoPE, after the query norm if the model has one. A cache or
+an attention function, and code that ranks layers there, sees queries *after* RoPE: two equal queries a few tokens apart
+then differ in their fast channels. Both similarities are given.
 
 Suffixes: B sequences, H query heads, T tokens, D head size.
 """

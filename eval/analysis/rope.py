@@ -1,8 +1,8 @@
 """RoPE: undoes a model's rotation, and splits attention logits by channel pair.
 
-RoPE (RoFormer, arXiv 2104.09864) turns pairs of channels by an angle that grows with the position. Which channels make
-a pair, and whether all are turned, differs by family. Nothing of that is assumed: the family's own function is applied
-to vectors that tell.
+RoPE (RoFormer, arXiv 2104.09864) turns pairs of channels by an angle that grows with the position. Model families
+differ in which channels form a pair and whether all of them turn. Both are found by applying the family's own function
+to probe vectors.
 
 Suffixes: B sequences, H query heads, Q tokens, D head size, R angles as the model has them, P pairs.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-FUNCTION = "apply_rotary_pos_emb"  # what families of transformers call it, each in the module of its layers
+FUNCTION = "apply_rotary_pos_emb"  # name of the function in transformers' model modules
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Head:
     """A query head, averaged over its maps.
 
     Attributes:
-        means: Of ``MEANS``, over the maps that have the figure; ``None`` where none has.
+        means: Each of ``MEANS``, averaged over the maps that have it; ``None`` if none has.
         maps: How many maps show which pattern.
         pattern: The one that most of them show.
         period, period_unit: Median over its seasonal maps, where it is seasonal.
@@ -70,12 +70,12 @@ class Summary:
     """All of an analysis.
 
     Attributes:
-        settings: Of the run.
-        documents: By the name of their data.
-        wavelengths: Of the pairs of channels, by layer, in tokens.
-        examples: By pattern, each with the name of its document.
+        settings: Settings of the run.
+        documents: Number of documents by data name.
+        wavelengths: Wavelengths of the channel pairs in tokens, by layer.
+        examples: Examples by pattern, each with its document's name.
         correlations: By level (``head`` or ``kv_head``), similarity, and the figure compared with.
-        failures: What each document that failed says.
+        failures: Error messages of failed documents.
     """
 
     settings: Mapping[str, Any]

@@ -16,9 +16,9 @@ class CacheSetup:
     """A cache to time.
 
     Attributes:
-        name: In tables and plots.
+        name: The name in tables and plots.
         kind: Ours, transformers' ``DynamicCache``, or its ``StaticCache`` with the whole step captured.
-        options: Of ``OffloadConfig`` or of the stock cache; ``compile`` of a static one compiles the whole model.
+        options: Fields of ``OffloadConfig`` or of the stock cache; ``compile`` compiles the whole stock model.
         needs_gpu: Whether it needs a CUDA device.
         by_default: Whether it is timed without ``--ways``. (On a CPU, compiled setups are not.)
     """

@@ -34,9 +34,9 @@ class Workload:
     Attributes:
         ids_1T: The prompt, then the tokens of the steps; sequences of a batch are all the same.
         steps: Timed ones; ``WARM_UP`` come before and ``PROFILED`` after.
-        seconds: For the timed steps: then no more are taken, but for the ``LEAST`` first.
+        seconds: Time limit of the timed steps; at least ``LEAST`` are taken.
         synthetic: Fills the caches with synthetic keys; ``None`` for a real prefill.
-        limit_bytes: Of device memory, ``None`` for all there is.
+        limit_bytes: Limit of device memory; ``None`` for all of it.
     """
 
     ids_1T: Tensor

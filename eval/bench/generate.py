@@ -35,7 +35,7 @@ def by_model(engine: Engine, ids_BT: Tensor, new_tokens: int) -> Tensor:
     if model.generation_config.eos_token_id is not None:
         options["min_new_tokens"] = new_tokens
     if model.generation_config.pad_token_id is None:
-        options["pad_token_id"] = 0  # else it warns; nothing is padded
+        options["pad_token_id"] = 0  # avoids a warning; nothing is padded
     return model.generate(  # type: ignore[operator]  # mixed in by a class that mypy does not see
         ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=False, max_new_tokens=new_tokens, **options
     )

@@ -27,7 +27,7 @@ from attention_predictor.offload.hf.forwards import check_positions
 # Shares of an embedding's variance; the rest is the token's own.
 COMMON, DRIFTING = 0.5, 0.3
 DRIFT_TOKENS = 64  # ids over which the drifting part becomes another one
-BRANCH_SCALE = 0.25  # what attention and MLPs add up to over all layers, as a share of the embedding, roughly
+BRANCH_SCALE = 0.25  # contribution of all attention and MLP layers, as a share of the embedding
 ROWS = 8192  # embeddings made at once
 
 

@@ -56,7 +56,7 @@ class StaticStep:
         self.as_bool = config._attn_implementation == "sdpa"  # all others add masks to their logits
         self.batch, self.token_C = batch, torch.arange(context, device=device)
         self.ids_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.position_11: Tensor | None = None  # of the last token taken; known once the cache is filled
+        self.position_11: Tensor | None = None  # position of the last token; set after the cache is filled
         self.graph: torch.cuda.CUDAGraph | None = None
         self.taken = 0
 

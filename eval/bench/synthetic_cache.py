@@ -49,7 +49,7 @@ class Locality:
     about those of the pocket model on books and documentation at budgets of 512 and 1,024 (docs/LOG.md).
 
     Attributes:
-        spans: Of each KV head, together at most a quarter of the tokens.
+        spans: Spans of each KV head, together at most a quarter of the tokens.
         span_tokens: Tokens of a span, which begins in the middle of such a stretch: it lies in two blocks of 16.
         falloff: A span's attention at its time is proportional to rank ** −falloff.
         share: A head's attention on the spans, were all at their time at once; the rest is on the noise.
@@ -105,7 +105,7 @@ class SyntheticCache:
     """Keys and values of ``length`` tokens in each layer of a model.
 
     Args:
-        model: Its layers attend to the whole context, or to a window of it.
+        model: A model whose layers attend to the whole context or to a window.
         ids_1Q: The last ``PAST`` tokens of the prompt, then the tokens to decode.
         length: Tokens of the prompt.
         batch: Sequences, each with keys and values of its own.

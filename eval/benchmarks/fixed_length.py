@@ -24,7 +24,7 @@ from attention_predictor.eval.harness.prompts import check_chat, prompt_ids
 from attention_predictor.eval.harness.runner import Benchmark, Sample
 
 PROBE = 64  # pieces of filler in the first guess of tokens a piece
-LEAST_FILLED = 0.9  # of the length, where there is only so much filler
+LEAST_FILLED = 0.9  # share of the length that limited filler must reach
 
 
 class FixedLengthBenchmark(Benchmark):
@@ -95,9 +95,7 @@ class FixedLengthBenchmark(Benchmark):
 
     def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         prompt = self.prompt(task, sample.hidden["number"])
-        tokens = evaluated.generate(prompt, self.new_tokens(task), stop=self.stop())
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return {"pred": text, "prompt_tokens": len(prompt), "new_tokens": len(tokens)}
+        return evaluated.predict(self.tokenizer, prompt, self.new_tokens(task), stop=self.stop())
 
     def drawn(self, task: str, number: int) -> Draft:
         """The sample of that number, always the same."""

@@ -24,7 +24,7 @@ class Draft:
         fill: The text with a number of filler pieces, question included.
         prefix: How the answer begins; part of the prompt, in a chat as the beginning of the assistant's turn.
         most: Pieces there are; ``None`` for as many as wanted.
-        record: What the sample's line holds besides answers and length.
+        record: Fields of the sample's line besides answers and length.
     """
 
     answers: tuple[str, ...]

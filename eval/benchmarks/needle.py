@@ -60,8 +60,8 @@ class NeedleTest(FixedLengthBenchmark):
     Args:
         haystack: Text to hide needles in.
         lengths: Tokens of prompt and answer.
-        depths: In percent.
-        needles: In turn, in place of made-up ones.
+        depths: Depths in percent.
+        needles: Needles to cycle through; without any, needles are generated.
     """
 
     name = "needle"

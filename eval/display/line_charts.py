@@ -9,7 +9,7 @@ from html import escape
 
 from attention_predictor.eval.display.svg import svg
 
-COLOURS = 8  # of lines, in the page's style; further lines use them again, dashed
+COLOURS = 8  # line colours in the style sheet; further lines reuse them, dashed
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Point:
 
 Lines = Mapping[str, Mapping[int, Point]]  # by name and budget
 Curves = Mapping[str, Sequence[tuple[int, float]]]  # by name: steps and values
-Bounds = tuple[float, float]  # what values can be
+Bounds = tuple[float, float]  # lowest and highest possible value
 
 ANYTHING = (-math.inf, math.inf)
 

@@ -26,7 +26,7 @@ def resampled_means(
 
     Args:
         scores_N, weights_N: float64, one or more.
-        seed: Of ``numpy.random.default_rng``.
+        seed: Seed for ``numpy.random.default_rng``.
 
     Returns:
         ``means_R``, float64.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.forwards import check_positions
@@ -52,6 +52,14 @@ class EvaluatedModel:
             **({"do_sample": False} | options),
         )
         return out_BL[0, len(prompt) :].tolist()
+
+    def predict(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], max_new_tokens: int, /, **options: Any
+    ) -> dict[str, Any]:
+        """``generate`` as a record: the text ``pred``, ``prompt_tokens`` and ``new_tokens``."""
+        tokens = self.generate(prompt, max_new_tokens, **options)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        return {"pred": text, "prompt_tokens": len(prompt), "new_tokens": len(tokens)}
 
     @torch.no_grad()
     def log_likelihoods(self, prompt: Sequence[int], text: Sequence[int]) -> list[float]:

@@ -41,7 +41,7 @@ class Measure:
         title: The benchmark's title.
         what: Name and unit of a score.
         sample_scores: Scores of a task's records; NaN for a sample that does not count.
-        scale: From a sample's score to the unit.
+        scale: Factor from a sample's score to the unit.
         higher: Whether a higher score is better.
         rounded: Round each task before averaging, as LongBench does.
         bounds: The lowest and the highest possible score.

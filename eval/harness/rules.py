@@ -11,7 +11,7 @@ from attention_predictor.errors import ConfigError, SettingError
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.settings import read_setting
 
-STOCK = "full"  # as a rule: the stock model with its whole cache
+STOCK = "full"  # this policy without other settings: the stock model with its whole cache
 _DIRECTORY = re.compile(r"[\w.=,+ -]+")
 
 

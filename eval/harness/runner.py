@@ -74,7 +74,7 @@ class Sample:
     """One question of a task.
 
     Attributes:
-        id: Its name, unique in its task.
+        id: The sample's name, unique in its task.
         prompt: The prompt as text; ``predict`` tokenises it.
         record: Fields of its line besides the prediction, such as ``answers``.
         hidden: Inputs of ``predict`` besides the prompt; not written.
@@ -90,9 +90,9 @@ class Benchmark(ABC):
     """The interface of a benchmark: tasks, their samples, and what to record of each.
 
     Attributes:
-        name: As in ``attnpred eval <name>``.
-        tasks: In the order of the table.
-        missing: What a failed sample's record holds in place of a prediction.
+        name: The name in ``attnpred eval <name>``.
+        tasks: Task names, in the order of the table.
+        missing: Fields of a failed sample's record.
     """
 
     name: ClassVar[str]
@@ -173,7 +173,7 @@ class Plan:
             run_options.rules_of(args), run_options.budgets_of(args), prefetch=args.prefetch, **defaults
         )
         model = _one_path(args.model)
-        load = vars(args).get("load")  # of `eval several`
+        load = vars(args).get("load")  # set by ``eval several``
         return cls(model, name, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants, load)
 
     def settings(self) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
     """Run all samples that are not done; returns the results in the main process, ``None`` in others.
 
     Raises:
-        DataError, ConfigError, CheckpointError: What can't be run, before the model is loaded.
+        DataError, ConfigError, CheckpointError: Bad input, found before the model is loaded.
     """
     description = describe(benchmark, plan)
     RunFolder(plan.out).check(description)

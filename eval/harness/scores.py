@@ -17,7 +17,7 @@ class Mean:
     """Mean score of one variant's samples of one task.
 
     Attributes:
-        value: In the measure's unit; ``None`` while no sample is done.
+        value: The mean in the measure's unit; ``None`` while no sample is done.
         samples, errors, asked: Numbers of samples done, of failed ones, and of all samples of the task.
     """
 
@@ -88,7 +88,7 @@ def show_results(
     """Print a run's table and, with ``plot``, draw its heat maps into its directory.
 
     Args:
-        folder: As ``run`` returns it; ``None`` in processes other than the main one, which print nothing.
+        folder: The result of ``run``; ``None`` in processes other than the main one, which print nothing.
 
     Returns:
         The exit code: 1 if every sample failed, else 0.

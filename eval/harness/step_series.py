@@ -95,7 +95,7 @@ def mean_series(records: Sequence[Record], name: str) -> list[tuple[int, float]]
     """Mean of a figure by step, over samples with that many steps. Steps are counted from 1.
 
     Args:
-        records: Of samples, as ``StepSeries.record`` made them.
+        records: Results of ``StepSeries.record``.
         name: ``hit_rate`` or ``fetched_bytes``.
     """
     stride = max((one["stride"] for one in records), default=1)

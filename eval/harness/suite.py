@@ -21,20 +21,20 @@ class LastModel:
 
     def __call__(self, name: str, device: str, dtype: str) -> PreTrainedModel:
         if self._model is None or self._asked != (name, device, dtype):
-            self._model = None  # before the other one takes its room
+            self._model = None  # freed before the next model is loaded
             self._asked, self._model = (name, device, dtype), load_model(name, device, dtype)
         return self._model
 
 
 def main(args: argparse.Namespace) -> int:
-    load, codes, told = LastModel(), [], Processes().is_main
+    load, codes, is_main = LastModel(), [], Processes().is_main
     begun = time.perf_counter()
     for one in args.benchmarks:
-        if told:
+        if is_main:
             print(f"{one.subcommand}, {one.out}", flush=True)
         one.load, started = load, time.perf_counter()
         codes.append(importlib.import_module(one.implementation).main(one) or 0)
-        if told:
+        if is_main:
             took, so_far = time.perf_counter() - started, time.perf_counter() - begun
             print(f"{one.subcommand}: {took / 60:.1f} minutes, {so_far / 60:.1f} so far\n", flush=True)
     return max(codes)

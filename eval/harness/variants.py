@@ -28,7 +28,7 @@ class Variant:
 
     Attributes:
         name: The rule's name and, unless it attends to everything, the budget: its directory.
-        policy: Its policy.
+        policy: The policy's name.
         budget: Tokens a step attends to; ``None`` for all.
         config: Settings of its engine; ``None`` for the stock model.
     """

@@ -28,7 +28,7 @@ class Source:
     """Documents under one name.
 
     Attributes:
-        name: Of the task.
+        name: The task's name.
         places: Files, directories or data sets of the hub.
     """
 

@@ -9,8 +9,8 @@ from html import escape
 
 from attention_predictor.errors import DataError
 from attention_predictor.eval.display.heatmap import HeatMaps
+from attention_predictor.eval.display.html_document import document
 from attention_predictor.eval.display.line_charts import Bounds, Lines, Point, curve_chart, legend_mark, line_chart
-from attention_predictor.eval.display.page_style import STYLE
 from attention_predictor.eval.display.svg_heatmap import colour_bar, heat_map
 from attention_predictor.eval.display.text_table import MISSING
 from attention_predictor.eval.harness.measure import Column, Measure
@@ -49,14 +49,8 @@ def page(tables: Sequence[ResultsTable]) -> str:
     names = ", ".join(dict.fromkeys(table.measure.title for table in tables))
     sections = "\n".join(map(_section, tables))
     script = f"\n<script>{SCRIPT}</script>" if 'class="viewer"' in sections else ""
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{TITLE}: {escape(names)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{TITLE}</h1>\n"
-        f'<p class="quiet">{escape(names)}</p>\n'
-        f"{sections}{script}\n</body>\n</html>\n"
-    )
+    body = f'<h1>{TITLE}</h1>\n<p class="quiet">{escape(names)}</p>\n{sections}{script}'
+    return document(f"{TITLE}: {names}", body, policy=_POLICY)
 
 
 def _section(table: ResultsTable) -> str:

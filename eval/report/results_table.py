@@ -26,7 +26,7 @@ from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.scores import Mean, notes
 
-SHOWN = ".2f"  # of scores
+SHOWN = ".2f"  # format of scores
 ORACLE = "oracle"  # the policy that selects by the truth
 BENCHMARKS = {name: command for name, command in EVAL.items() if name != "several"}
 
@@ -36,7 +36,7 @@ class TaskResults:
     """One variant's samples of one task.
 
     Attributes:
-        scores: By sample id, with its weight; failed samples that count for nothing are not among them.
+        scores: Score and weight by sample id; samples that do not count are left out.
         samples, errors, asked: Numbers of samples done, of failed ones, and of all samples of the task.
     """
 
@@ -67,20 +67,20 @@ class Row:
     """A variant: a policy at a budget.
 
     Attributes:
-        policy: Its rule's name.
-        budget: In tokens; ``None`` where all is attended to.
-        judged: Whether it may be the best: full attention may not, nor what selects by the truth.
-        outcomes: By task.
-        hit_rate: Mean over samples, from 0 to 1; ``None`` where no engine was at work.
-        fetched_bytes: A decoding step, over all samples; likewise.
-        over_steps: Both step by step, of each sample that has them.
+        policy: The rule's name.
+        budget: Tokens; ``None`` for a policy that attends to everything.
+        can_be_best: Whether it can be the best; full attention and the oracle can't.
+        outcomes: Results by task.
+        hit_rate: Mean over samples, from 0 to 1; ``None`` without an engine.
+        fetched_bytes: Mean of a decoding step over all samples; ``None`` without an engine.
+        over_steps: Both by step (``StepSeries.record``), for each sample that has them.
     """
 
     name: str
     policy: str
     budget: int | None
     stock: bool
-    judged: bool
+    can_be_best: bool
     outcomes: Mapping[str, TaskResults]
     hit_rate: float | None
     fetched_bytes: float | None
@@ -107,7 +107,7 @@ class ResultsTable:
 
     Attributes:
         title: Benchmark and model.
-        notes: What samples failed or are not done, and what stands in two runs.
+        notes: Failed and missing samples, and results present in two runs.
     """
 
     title: str
@@ -141,7 +141,7 @@ class ResultsTable:
                 names = [
                     row.name
                     for row in self.rows
-                    if row.judged and row.budget == budget and (row.name, column.title) in found
+                    if row.can_be_best and row.budget == budget and (row.name, column.title) in found
                 ]
                 shown = {name: float(format(found[name, column.title].value, SHOWN)) for name in names}
                 best = max(shown.values(), default=0.0) if self.measure.higher else min(shown.values(), default=0.0)
@@ -291,8 +291,8 @@ def _row(name: str, variant: Mapping[str, Any], outcomes: Mapping[str, TaskResul
     fetched = sum(one.get("fetched_bytes") or 0 for one in records) / steps if steps else None
     hit_rate = fmean(rates) if rates else None
     series = [one["over_steps"] for one in records if "over_steps" in one]
-    stock, judged = bool(variant.get("stock")), budget is not None and variant["policy"] != ORACLE
-    return Row(name, policy, budget, stock, judged, outcomes, hit_rate, fetched, series)
+    stock, can_be_best = bool(variant.get("stock")), budget is not None and variant["policy"] != ORACLE
+    return Row(name, policy, budget, stock, can_be_best, outcomes, hit_rate, fetched, series)
 
 
 def describe(folder: RunFolder) -> str:

@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
             importance(scores, metric, args.beta)  # a missing score is reported before anything loads
     tokenizer = load_tokenizer(args.model)
     texts = None if scores is not None else _texts("--data", args.data, tokenizer, args)
-    judged = None if args.sweep is None else _texts("--sweep", args.sweep, tokenizer, args)
+    evaluated_texts = None if args.sweep is None else _texts("--sweep", args.sweep, tokenizer, args)
     with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)  # or it would be found out when the layers are scored
     model = load_model(args.model, args.device, args.dtype)
@@ -56,11 +56,11 @@ def main(args: argparse.Namespace) -> int:
     assert scores is not None
     plan = Plan(scores, args.metric, args.beta, args.layers)
     write_atomically(args.out / SCORES, json_bytes({"settings": settings} | plan.to_dict(), indent=1))
-    if judged is not None:
+    if evaluated_texts is not None:
         orders = make_orders(scores, args.beta, args.seeds, depth)
         total = sum(map(len, orders.values())) * (args.layers + 1)
         with Progress("perplexity", total, "models") as progress:
-            sweep = Sweep.run(model, judged, orders, args.layers, progress.update)
+            sweep = Sweep.run(model, evaluated_texts, orders, args.layers, progress.update)
         found = {"settings": settings | {"sweep": args.sweep}, "orders": orders} | sweep.to_dict()
         write_atomically(args.out / SWEEP, json_bytes(found, indent=1))
         print(sweep.table())

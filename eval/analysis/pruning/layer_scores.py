@@ -21,7 +21,7 @@ from attention_predictor.offload.hf.attention import tiered_attention, tiered_ma
 from attention_predictor.offload.policies.query_similarity import WINDOW, query_similarity
 
 NAME = "attention_predictor_watched"
-WATCHER = "_attention_predictor_watcher"  # of an attention module: who is shown its queries
+WATCHER = "_attention_predictor_watcher"  # attribute of an attention module: the function that receives its queries
 CHUNK = 4096  # tokens whose cosines are taken at once
 
 

@@ -66,7 +66,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, 
     """Write weights, configuration, generation settings and tokenizer.
 
     Args:
-        dtype: Of the weights; where the model has it already, they are saved as they are.
+        dtype: Type of the saved weights.
     """
     own = {name: weight.data for name, weight in model.named_parameters()}
     logging.disable_progress_bar()
@@ -78,7 +78,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, 
         with writing(out):
             model.save_pretrained(out)
             tokenizer.save_pretrained(out)
-    except SafetensorError as error:  # of a full disk, for one
+    except SafetensorError as error:  # a full disk, for example
         raise WriteError(f"{out}: can't be written: {one_line(error)}") from error
     finally:
         logging.enable_progress_bar()

@@ -22,7 +22,7 @@ from attention_predictor.predictor.window import WINDOW_ROWS, WindowPredictor
 from attention_predictor.progress import Progress
 
 SINK = RECENT = 4  # blocks
-ATTENDED = 64  # of a step
+ATTENDED = 64  # blocks attended in a step
 
 
 @dataclass(frozen=True)

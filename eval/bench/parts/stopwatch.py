@@ -15,7 +15,7 @@ from attention_predictor.arithmetic import ceil_div
 WARM_UP = 3  # calls
 LEAST_LAUNCHES = 20  # in one captured graph; their mean hides the cost of launching it
 LEAST_REPLAYS = 5
-MOST_SETS = 64  # of inputs
+MOST_SETS = 64  # most inputs to cycle through
 OTHER_CACHE_BYTES = 64 << 20  # where torch does not report the size of the GPU's cache
 
 Call = Callable[[], object]

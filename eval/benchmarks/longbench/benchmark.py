@@ -25,7 +25,7 @@ class LongBench(Benchmark):
         chat: Put prompts into the chat template, but those of tasks that are examples or code to go on with.
         max_length: Tokens of a prompt before the template; longer ones lose their middle. ``None`` for what the model
             has positions for, less the answer's.
-        templates: In place of the official ones, by task.
+        templates: Replacements of official templates, by task.
         answer_likelihood: Also record how likely the first reference answer is, decoded under the policy.
 
     Raises:
@@ -77,13 +77,7 @@ class LongBench(Benchmark):
         options: dict[str, Any] = {}
         if what.stops_at_newline:
             options = {"stop": encode(self.tokenizer, "\n")[-1:], "min_new_tokens": 1}
-        tokens = evaluated.generate(prompt, what.max_new_tokens, **options)
-        found = {
-            "pred": self.tokenizer.decode(tokens, skip_special_tokens=True),
-            "prompt_tokens": len(prompt),
-            "new_tokens": len(tokens),
-            "truncated": cut,
-        }
+        found = evaluated.predict(self.tokenizer, prompt, what.max_new_tokens, **options) | {"truncated": cut}
         return found | (self._likelihood(evaluated, task, sample, prompt) if self.answer_likelihood else {})
 
     def prompt_ids(self, task: str, sample: Sample, context: int | None) -> tuple[list[int], bool]:

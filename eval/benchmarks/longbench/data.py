@@ -18,7 +18,7 @@ from attention_predictor.reading import check_unicode, parse_row, read_lines
 
 HUB = "hub"
 REPOSITORY, ARCHIVE = "THUDM/LongBench", "data.zip"
-SUFFIX = "_e"  # of LongBench-E's files
+SUFFIX = "_e"  # suffix of LongBench-E's files
 
 Rows = Callable[
     [str], Iterator[tuple[str, Record]]
@@ -50,7 +50,7 @@ def make_sample(row: Mapping[str, Any], where: str, number: int, task: str, temp
     """One sample, its prompt made; ``DataError`` names the place and the field that is missing or of the wrong kind.
 
     Args:
-        number: Of the row; its name where it has no ``_id``.
+        number: Number of the row, its name if it has no ``_id``.
     """
     fields = template_fields(template)
     if absent := [name for name in fields if not isinstance(row.get(name), str)]:

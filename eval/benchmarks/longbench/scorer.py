@@ -27,9 +27,9 @@ class Scores:
     """Scores of one set of predictions, in percent, with two decimals.
 
     Attributes:
-        tasks: By task.
+        tasks: Scores by task.
         samples, errors: How many there were, and how many of them failed: these score 0.
-        perplexity: Of the reference answers, by task, where it was recorded.
+        perplexity: Perplexity of the reference answers by task, where it was recorded.
     """
 
     tasks: Mapping[str, float]

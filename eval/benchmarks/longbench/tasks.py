@@ -15,7 +15,7 @@ from attention_predictor.eval.benchmarks.longbench import metrics
 from attention_predictor.eval.benchmarks.longbench.metrics import Metric
 
 BENCHMARK = "longbench"
-ALL = "all"  # as names of tasks
+ALL = "all"  # in ``--tasks``
 
 
 @dataclass(frozen=True)

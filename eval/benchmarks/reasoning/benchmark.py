@@ -35,7 +35,7 @@ class Reasoning(Benchmark):
     Args:
         folder: Has ``<task>.jsonl``, the task's name beginning with one of ``KINDS``.
         few_shot: Behind examples, even if there is a chat template.
-        max_new_tokens: In place of the kinds' own.
+        max_new_tokens: Replaces the kinds' own limits.
         context: Tokens that the model has positions for, if limited.
     """
 
@@ -90,11 +90,8 @@ class Reasoning(Benchmark):
         options = self.sampling.options()
         if not self.chat:
             options |= {"stop_strings": [END + ASK], "tokenizer": self.tokenizer}
-        tokens = evaluated.generate(prompt, self._new_tokens(task), **options)
-        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-        if not self.chat:
-            text = text.split(END + ASK)[0]
-        return {"pred": text, "prompt_tokens": len(prompt), "new_tokens": len(tokens)}
+        found = evaluated.predict(self.tokenizer, prompt, self._new_tokens(task), **options)
+        return found if self.chat else found | {"pred": found["pred"].split(END + ASK)[0]}
 
     def _new_tokens(self, task: str) -> int:
         return self.max_new_tokens or kind(task).max_new_tokens

@@ -13,7 +13,7 @@ from fractions import Fraction
 Number = Fraction | float
 
 MOST_CHARACTERS = 400  # longest constant; longer texts are not answers
-MOST_BITS = 4096  # of a power
+MOST_BITS = 4096  # largest size of a power
 # What stands for \\, \{ and \}, so that no part of them is taken for something else.
 ROW_BREAK, SET_OPEN, SET_CLOSE = "\x00", "\x01", "\x02"
 

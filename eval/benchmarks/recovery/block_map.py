@@ -16,7 +16,7 @@ from torch import Tensor
 LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 LEVELS, READ, BEST = 16, 16, 32
 MAP_STEPS = 16
-MAP_LETTERS = 1 << 15  # of all layers, heads and steps of a sample: a page has to hold the maps of many variants
+MAP_LETTERS = 1 << 15  # largest map of a sample; a page holds maps of many variants
 
 
 def codes_of(mass_GN: Tensor, read_GN: Tensor, best_GN: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def map_record(maps: Mapping[int, Sequence[Tensor]], interval: int, block_size: 
     Of many steps and layers there are some, evenly spaced, so that all rows together stay about ``MAP_LETTERS`` long.
 
     Args:
-        maps: By layer, for each measured step ``codes_of`` its blocks.
+        maps: ``codes_of`` each measured step's blocks, by layer.
         interval: Steps from one to the next.
     """
     first = next(iter(maps.values()))

@@ -54,7 +54,7 @@ class RecoveryMap(WindowBenchmark):
         prompt, tails = sample.hidden["prompt"], sample.hidden["tails"]
         if len(tails[0]) < self.interval:
             raise DataError(f"a tail of {len(tails[0])} tokens: nothing is measured at every {self.interval}th")
-        shares: dict[int, list[list[float]]] = defaultdict(list)  # by layer: of each sequence, a mean for each head
+        shares: dict[int, list[list[float]]] = defaultdict(list)  # by layer and sequence: a mean for each head
         relatives: dict[int, list[list[float]]] = defaultdict(list)
         maps: dict[str, Any] = {}
         for first in range(0, len(tails), SEQUENCES):

@@ -28,7 +28,7 @@ class Sources:
     Attributes:
         haystack: Essays.
         passages: Questions and their passages, by task.
-        wording: Of ``WORDINGS``; with ``pocket`` niah asks as the pocket model has learned to be asked (``synthetic``).
+        wording: One of ``WORDINGS``; with ``pocket`` niah uses the pocket model's wording (``synthetic``).
     """
 
     haystack: Haystack | None = None
@@ -42,7 +42,7 @@ class Family(ABC):
     Attributes:
         new_tokens: Longest answer.
         any_answer: One reference is enough; else the score is the share of them that was given.
-        option: Of the command, that names the text it needs; ``None`` if it needs none.
+        option: The command's option for the text it needs; ``None`` if it needs none.
     """
 
     new_tokens: ClassVar[int]

@@ -21,7 +21,7 @@ from attention_predictor.eval.harness.runner import Benchmark, Sample
 from attention_predictor.kinds import is_number
 from attention_predictor.reading import check_unicode, read_lines
 
-RULER_FILE = "validation"  # what RULER calls the samples of every task, in a directory of the task's name
+RULER_FILE = "validation"  # RULER writes <task>/validation.jsonl
 
 
 class MadeRuler(FixedLengthBenchmark):
@@ -83,7 +83,7 @@ class GivenRuler(Benchmark):
     """Samples in RULER's form: lines of JSON with ``input``, ``outputs`` and perhaps ``answer_prefix``.
 
     Args:
-        files: By task.
+        files: Files by task.
         chat: Inputs as a user's turn in the model's chat template, the answer's beginning behind it where it is given
             by itself. Not for inputs that RULER has put into a template already.
     """
@@ -130,7 +130,7 @@ class GivenRuler(Benchmark):
         """Also refuse samples longer than the model's positions, judged by the sample with most characters."""
         found = super().check(task, limit)
         longest = max(self.samples(task), key=lambda one: len(one.prompt))
-        tokens = len(self.prompt(longest)) + self._new_tokens(task)
+        tokens = len(self.prompt(longest)) + FAMILIES[task].new_tokens
         if self.context is not None and tokens > self.context:
             raise DataError(
                 f"{self.files[task]}: sample {longest.id} has {tokens} tokens with its answer, the model has positions "
@@ -139,16 +139,10 @@ class GivenRuler(Benchmark):
         return found
 
     def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
-        prompt = self.prompt(sample)
-        tokens = evaluated.generate(prompt, self._new_tokens(task))
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return {"pred": text, "prompt_tokens": len(prompt), "new_tokens": len(tokens)}
+        return evaluated.predict(self.tokenizer, self.prompt(sample), FAMILIES[task].new_tokens)
 
     def prompt(self, sample: Sample) -> list[int]:
         return prefixed_ids(self.tokenizer, sample.prompt, sample.hidden["prefix"], chat=self.chat)
-
-    def _new_tokens(self, task: str) -> int:
-        return FAMILIES[task].new_tokens
 
 
 def find_files(path: Path, names: Sequence[str] | None) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from attention_predictor.eval.benchmarks.ruler.questions import QuestionAnswerin
 from attention_predictor.eval.benchmarks.ruler.retrieval import Retrieval
 from attention_predictor.eval.benchmarks.ruler.tracking import VariableTracking
 
-ALL = "all"  # as names of tasks
+ALL = "all"  # in ``--tasks``
 FAMILIES: dict[str, Family] = {
     "niah_single_1": Retrieval("noise"),
     "niah_single_2": Retrieval("essays"),

@@ -31,7 +31,7 @@ class Retrieval(Family):
     Attributes:
         haystack: Noise repeated, essays, or more needles with other keys.
         keys: Number of keys with values, at least ``queries``, the number asked for.
-        values: Of each key.
+        values: Number of values of each key.
     """
 
     haystack: Literal["noise", "essays", "needles"]

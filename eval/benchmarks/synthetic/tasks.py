@@ -1,6 +1,6 @@
 """Long-context tasks as text: facts planted in a haystack, and questions whose answers stand only there.
 
-Everything that judges or trains on retrieval takes its documents from here: the pocket model's training
+All evaluation and training on retrieval takes its documents from here: the pocket model's training
 data, its evaluation, the predictor's recordings and the demo. So the wording lives in one place (the
 `*_statement` and `*_question` helpers), and whoever plants facts by hand asks for them the way the model has
 learned.

@@ -1,4 +1,6 @@
-"""Style sheet of the HTML pages, light or dark as the reader's system."""
+"""The frame and style sheet of HTML pages, light or dark as the reader's system."""
+
+from html import escape
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1c1e21; --quiet: #5c626b; --rule: #d9dce1; --tint: #f4f5f7;
@@ -46,3 +48,19 @@ svg g[class] path.marker { fill: currentColor; stroke: none }
 .both { background: var(--both) } .extra { background: var(--extra) } .missed { background: var(--missed) }
 details { margin-top: 1rem } summary { cursor: pointer } pre { font-size: .8rem; margin: .5rem 0 }
 """
+
+
+def document(title: str, body: str, *, policy: str, style: str = "") -> str:
+    """A whole HTML document.
+
+    Args:
+        title: Plain text.
+        policy: Content security policy.
+        style: Rules in addition to ``STYLE``.
+    """
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
