@@ -10,9 +10,10 @@ import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from numpy import average
 
 from attention_predictor.commands.eval.recovery import TAIL_INTERVAL
 from attention_predictor.errors import ConfigError
@@ -36,6 +37,9 @@ class QuestionRecovery(synthetic.SyntheticBenchmark):
 
     name = "recovery"
 
+    def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
+        return super().predict(evaluated, task, sample) | _measurements(evaluated)
+
 
 class TailRecovery(WindowBenchmark):
     """Document tails, recovery measured while they are decoded; a sample is a document."""
@@ -47,7 +51,13 @@ class TailRecovery(WindowBenchmark):
         cache = new_cache(evaluated)
         prefill(evaluated.model, cache, prompt, len(tails))
         best_BL = decode_tails(evaluated.model, cache, tails)
-        return {"sequences": len(tails), "prompt_tokens": len(prompt), "new_tokens": best_BL.shape[1]}
+        found = {"sequences": len(tails), "prompt_tokens": len(prompt), "new_tokens": best_BL.shape[1]}
+        return found | _measurements(evaluated)
+
+
+def _measurements(evaluated: EvaluatedModel) -> dict[str, int]:
+    """``recovery_count``: how many values the record's recovery is the mean of, its weight among documents."""
+    return {} if evaluated.engine is None else {"recovery_count": evaluated.engine.stats.recovery_count}
 
 
 def relative_recovery(task: str, records: Sequence[Record]) -> list[float]:
@@ -56,7 +66,11 @@ def relative_recovery(task: str, records: Sequence[Record]) -> list[float]:
 
 
 FOUND = Measure("Planted questions", "right, %", synthetic.sample_scores)
-RELATIVE = Measure("Recovery", "relative recovery, %", relative_recovery, failed="left out of the figures")
+RELATIVE = Measure(
+    *("Recovery", "relative recovery, %", relative_recovery),
+    weight=lambda record: float(record.get("recovery_count", 0)),
+    failed="left out of the figures",
+)
 
 
 def measures(description: Description) -> list[Measure]:
@@ -105,10 +119,12 @@ def _found(records: Sequence[Record]) -> str | None:
 
 
 def _recovered(records: Sequence[Record]) -> tuple[str | None, str | None]:
-    """Means over documents."""
+    """Means over all measured values; the interval is over documents."""
     measured = [one for one in records if one.get("relative_recovery") is not None]
     if not measured:
         return None, None
     relative = [one["relative_recovery"] for one in measured]
     spread = f" ± {normal_spread(relative):.3f}" if len(relative) > 1 else ""
-    return f"{fmean(one['recovery'] for one in measured):.3f}", f"{fmean(relative):.3f}{spread}"
+    weights = [one["recovery_count"] for one in measured]
+    share = average([one["recovery"] for one in measured], weights=weights)
+    return f"{share:.3f}", f"{average(relative, weights=weights):.3f}{spread}"
