@@ -393,7 +393,7 @@ def test_a_sweep_from_the_command_line(tiny, texts, tmp_path, capsys):
         ([], "--layers is required"),
         (["--layers", 1, "--metric", "size"], "--metric size: expected one of bi, qsim, tappa"),
         (["--layers", 1, "--beta", "nan"], "--beta nan: expected a number from 0 on"),
-        (["--layers", 1, "--beta", "-1"], "--beta -1.0: expected a number from 0 on"),
+        (["--layers", 1, "--beta", "-1"], "--beta -1: expected a number from 0 on"),
         (["--layers", 1, "--context", 5000], "--context 5000: the model has positions for 4096 tokens"),
         (["--layers", 1, "--context", 3000], "no document has 3000 tokens (--context)"),
         (["--layers", 1, "--context", 32], "--context 32: expected more than 32"),

@@ -426,7 +426,7 @@ class TestCommand:
                 ("--max-new-tokens", "4090"),
                 "new ones are more than the model has positions for, 4096: choose a smaller",
             ),
-            (("--temperature", "-1"), "--temperature -1.0: expected 0"),
+            (("--temperature", "-1"), "--temperature -1: expected 0"),
             (("--repeats", "3"), "--repeats 3: greedy decoding gives the same each time; set --temperature"),
         ],
     )

@@ -150,7 +150,7 @@ def test_rules_are_refused_before_anything_runs(tmp_path: Path, capsys, monkeypa
     for rules, message in (
         (("predictor", "b: predictor,predictor=nowhere"), "nowhere: no such checkpoint"),
         (("quest", f"b: predictor,predictor={newer}"), "format_version is 99, this release reads 1"),
-        (("quest,host_memory=lots",), "host_memory='lots' is not of type int: expected a positive number of bytes"),
+        (("quest,host_memory=lots",), "host_memory='lots' is not allowed: expected a positive number of bytes"),
         (("a: quest", "a: streaming"), "--rule: names must differ, got a, a"),
     ):
         assert message in refused(tmp_path / "run", *rules)
