@@ -84,6 +84,7 @@ def test_divergence_is_that_of_the_distributions(model, monkeypatch, kept):
     assert found["first_difference"] == same.tolist().index(False)
 
 
+@pytest.mark.slow
 def test_a_run(given, tmp_path, capsys):
     evaluate(*given, "--policies", "full,streaming,predictor", "--budgets", "144,512")
     printed = capsys.readouterr().out

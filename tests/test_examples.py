@@ -31,6 +31,7 @@ def test_every_example_is_tested() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= tested
 
 
+@pytest.mark.slow
 def test_wrap_model(run: Run) -> None:
     """Within the budget both continue the prompt alike; beyond it blocks are left out, and the figures say so."""
     lines = run("wrap_model", "--context", 400, "--budget", 512, "--new-tokens", 8).splitlines()

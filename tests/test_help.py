@@ -129,6 +129,7 @@ assert attach and AttentionPredictor.from_pretrained("ema").arch == "ema"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module", ["predictor.base", "predictor.history", "csrc.ops", "offload.hf.layer", "offload.hf.graph"]
 )

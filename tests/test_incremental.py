@@ -45,6 +45,7 @@ def agree(windowed: ScoreHistory, incremental: IncrementalHistory, first: int, l
 RUNS = [(64, 1000, False), (64, 1000, True), (24, 1000, False), (5, 300, True), (8, 300, False), (3, 20, False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "steps", "resets"), [*RUNS, (97, 200, False)])
 def test_equal_over_many_steps_with_blocks_arriving(rows, steps, resets):
     generator = torch.Generator().manual_seed(1)
@@ -74,6 +75,7 @@ def test_equal_over_many_steps_with_blocks_arriving(rows, steps, resets):
     incremental.check_integrity()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_any_order_of_operations(data):

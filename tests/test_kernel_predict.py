@@ -271,6 +271,7 @@ def test_candidates_of_the_next_step(device: str, sink: int, recent: int, traine
             assert found[sequence, 0].isfinite().nonzero()[:, 0].tolist() == list(range(first, last))
 
 
+@pytest.mark.slow
 def test_the_same_blocks_are_chosen(device: str, trained: FilterPredictor) -> None:
     """64 of 500 blocks after each of 10 steps: whatever differs is a tie but for rounding."""
     pair = [

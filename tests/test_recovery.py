@@ -49,6 +49,7 @@ def fetched_per_token(records: list[Record]) -> float:
     return sum(one["fetched_bytes"] for one in records) / sum(one["steps"] * one["sequences"] for one in records)
 
 
+@pytest.mark.slow
 def test_what_captured_steps_fetched_is_counted(emulated, ids) -> None:  # noqa: F811
     by_host, by_device = measured(ids, prefetch="thread"), measured(ids, prefetch="graph")
     assert fetched_per_token(by_device) == pytest.approx(fetched_per_token(by_host), rel=0.15)
@@ -105,6 +106,7 @@ def test_a_done_variant_is_kept_and_a_changed_rule_refused(given, tmp_path: Path
     assert "variants.a-208.sink is 64 there, asked for 16" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_mixed_questions_and_their_report(tmp_path: Path, capsys) -> None:
     model, texts = save_tiny_text_model(tmp_path / "model"), write_texts(tmp_path / "texts", sentences=200)
     sizes = ("--context", 1500, "--questions", 4, "--per-document", 2, "--budgets", 144, "--recovery", 2)

@@ -222,6 +222,7 @@ class TestStandardOutput:
         assert done.returncode in (0, 141)
         assert done.stderr == ""
 
+    @pytest.mark.slow
     def test_standard_error_that_can_hold_nothing(self):
         done = attnpred("attnpred generate --prompt 'The door' --max-new-tokens 3 --json 2> /dev/full")
         assert done.returncode == 0
