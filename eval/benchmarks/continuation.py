@@ -151,7 +151,7 @@ class Continuation(WindowBenchmark):
         if all(path.exists() for path in paths):
             return
         with Progress("continuations", len(every), "samples", quiet=not processes.is_main) as progress:
-            for number in processes.numbers(len(every)):
+            for number in processes.numbers(len(every), "continuations"):
                 (task, sample), path = every[number], paths[number]
                 if not path.exists():
                     with writing(path):

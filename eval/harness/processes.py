@@ -33,7 +33,6 @@ class Processes:
             raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE are not those of a launcher: {error}") from error
         self._group: Any = None
         self._store: Any = None
-        self._counters = itertools.count()
 
     @property
     def is_main(self) -> bool:
@@ -48,14 +47,15 @@ class Processes:
             return name
         return f"cuda:{self.local_rank % max(torch.cuda.device_count(), 1)}"
 
-    def numbers(self, total: int) -> Iterator[int]:
+    def numbers(self, total: int, what: str = "samples") -> Iterator[int]:
         """Numbers below ``total`` in order; each goes to the process that asks first.
 
-        Every process must call this for the same things in the same order.
+        Args:
+            what: Names the things that are counted, the same in every process.
         """
         if self.count == 1:
             return iter(range(total))
-        counter = f"taken{next(self._counters)}"
+        counter = f"taken {what}"
         return iter(lambda: min(self._store.add(counter, 1) - 1, total), total)
 
     def __enter__(self) -> Processes:
