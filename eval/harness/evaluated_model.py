@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.forwards import check_positions
@@ -83,13 +84,18 @@ class EvaluatedModel:
             ContextLengthError, HostMemoryError: Prompt and text don't fit; nothing was computed.
         """
         self._check_fits(len(prompt) + tokens)
-        text_config = self.model.config.get_text_config(decoder=True)
-        cache = DynamicCache(config=text_config) if self.engine is None else self.engine.new_cache()
+        cache = self.new_cache()
         ids_1L = torch.tensor([list(prompt)], device=self.model.device)
         given = iter(text)
         for _ in range(tokens):
             yield self.model(ids_1L, **with_cache(self.model, cache), logits_to_keep=1).logits[0, -1]
             ids_1L = next(given).view(1, 1)
+
+    def new_cache(self) -> Cache:
+        """An empty cache: the engine's, or for the stock model an ordinary one."""
+        if self.engine is not None:
+            return self.engine.new_cache()
+        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
 
     @property
     def ends(self) -> list[int]:

@@ -9,18 +9,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.offload.hf.versions import with_cache
-
-
-def new_cache(evaluated: EvaluatedModel) -> Cache:
-    """An empty cache: the engine's, or a ``DynamicCache`` for the stock model."""
-    if evaluated.engine is not None:
-        return evaluated.engine.new_cache()
-    return DynamicCache(config=evaluated.model.config.get_text_config(decoder=True))
 
 
 @torch.no_grad()

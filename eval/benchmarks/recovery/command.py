@@ -28,7 +28,7 @@ from attention_predictor.eval.harness.processes import Processes
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, run
 from attention_predictor.eval.harness.scores import mean_scores, notes, show_results
-from attention_predictor.eval.harness.teacher_forcing import decode_tails, new_cache, prefill
+from attention_predictor.eval.harness.teacher_forcing import decode_tails, prefill
 from attention_predictor.eval.harness.windows import WindowBenchmark, windows_of
 
 
@@ -48,7 +48,7 @@ class TailRecovery(WindowBenchmark):
 
     def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         prompt, tails = sample.hidden["prompt"], sample.hidden["tails"]
-        cache = new_cache(evaluated)
+        cache = evaluated.new_cache()
         prefill(evaluated.model, cache, prompt, len(tails))
         best_BL = decode_tails(evaluated.model, cache, tails)
         found = {"sequences": len(tails), "prompt_tokens": len(prompt), "new_tokens": best_BL.shape[1]}

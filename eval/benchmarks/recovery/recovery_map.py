@@ -21,7 +21,7 @@ from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.runner import Plan, Sample, run
 from attention_predictor.eval.harness.scores import mean_scores, notes, show_results
-from attention_predictor.eval.harness.teacher_forcing import decode_tails, new_cache, prefill
+from attention_predictor.eval.harness.teacher_forcing import decode_tails, prefill
 from attention_predictor.eval.harness.windows import WindowBenchmark, Windows, windows_of
 
 SEQUENCES = 8  # tails decoded at once: each has a cache of its own
@@ -58,7 +58,7 @@ class RecoveryMap(WindowBenchmark):
         relatives: dict[int, list[list[float]]] = defaultdict(list)
         maps: dict[str, Any] = {}
         for first in range(0, len(tails), SEQUENCES):
-            cache = new_cache(evaluated)
+            cache = evaluated.new_cache()
             part = tails[first : first + SEQUENCES]
             prefill(evaluated.model, cache, prompt, len(part))
             mapped = sample.hidden["mapped"] and first == 0

@@ -19,7 +19,7 @@ from attention_predictor.eval.harness.predictions import Record
 from attention_predictor.eval.harness.prompts import check_context
 from attention_predictor.eval.harness.runner import Benchmark, Plan, Sample, run
 from attention_predictor.eval.harness.scores import show_results
-from attention_predictor.eval.harness.teacher_forcing import decode_tails, new_cache, prefill
+from attention_predictor.eval.harness.teacher_forcing import decode_tails, prefill
 from attention_predictor.loading import load_tokenizer
 
 MIXED = "+"  # joins tasks of one mixed benchmark task; its documents alternate between them
@@ -100,7 +100,7 @@ def find_answers(evaluated: EvaluatedModel, tokenizer: PreTrainedTokenizerBase, 
     answers = [encode(tokenizer, one.answer + synthetic.BREAK) for one in sample.questions]
     prompt = opening(tokenizer) + encode(tokenizer, sample.document)
     tails = Excerpt.cyclic(prompt, [one + other for one, other in zip(questions, answers, strict=True)]).tails
-    cache = new_cache(evaluated)
+    cache = evaluated.new_cache()
     prefill(evaluated.model, cache, prompt, len(tails))
     best_BL = decode_tails(evaluated.model, cache, tails)
     found = [
