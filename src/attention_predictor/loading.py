@@ -38,10 +38,11 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
     For a GGUF file without one, the tokenizer in its folder.
     """
     name = check_model_name(name)
-    folder, options = _source(name)
-    if options and not GgufFile.read(Path(options["gguf_file"])).has_tokenizer:
+    file = gguf_file(name)
+    folder, options = _source(name, file)
+    if file is not None and not file.has_tokenizer:
         options = {}
-        if not any((Path(folder) / file).is_file() for file in TOKENIZER_FILES):
+        if not any((Path(folder) / one).is_file() for one in TOKENIZER_FILES):
             raise CheckpointError(
                 f"{name!r} holds no tokenizer, and none lies beside it: expected one of {', '.join(TOKENIZER_FILES)}"
             )
@@ -54,7 +55,7 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
 def load_config(name: str | None, what: str = "the configuration of") -> Any:
     """The configuration of a model; ``CheckpointError``, which names its use ``what``, if it can't be loaded."""
     name = check_model_name(name)
-    folder, options = _source(name)
+    folder, options = _source(name, gguf_file(name))
     try:
         return AutoConfig.from_pretrained(folder, **options)
     except Exception as error:
@@ -107,8 +108,9 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreT
     name = check_model_name(name)
     check_dtype(dtype)
     target = find_device(device)
-    folder, options = _source(name)
-    if file := gguf_file(name):
+    file = gguf_file(name)
+    folder, options = _source(name, file)
+    if file is not None:
         options |= _gguf_options(file, target, dtype)
     elif dtype == PACKED:
         raise ConfigError(f"dtype={PACKED!r}: {name!r} is no GGUF file")
@@ -139,12 +141,11 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreT
     return model.eval()
 
 
-def _source(name: str) -> tuple[str, dict[str, Any]]:
-    """The arguments of ``from_pretrained``: a directory or hub name, and options.
+def _source(name: str, file: GgufFile | None) -> tuple[str, dict[str, Any]]:
+    """The arguments of ``from_pretrained``: a directory or hub name, and options; ``file`` is the model's, if in GGUF.
 
     The path of a GGUF file is absolute: transformers would prefer a file of that name in the working directory.
     """
-    file = gguf_file(name)
     return (name, {}) if file is None else (str(file.path.parent), {"gguf_file": str(file.path.absolute())})
 
 
