@@ -463,7 +463,7 @@ __device__ __forceinline__ void select_blocks(const Select &a) {
     const Bounds &b = a.bounds;
     const int64_t sequence = row / b.kv_heads, stored = b.length[sequence];
     const int64_t padding = b.padding == nullptr ? 0 : b.padding[sequence];
-    const int64_t limit = b.limit - (b.deficit == nullptr ? 0 : b.deficit[row % b.kv_heads]);
+    const int64_t limit = b.limit - (b.deficit == nullptr ? 0 : b.deficit[row]);
     rows.resident.clear(capacity);
     rows.wanted.clear(capacity);
     for (int s = threadIdx.x; s < S; s += kThreads) {

@@ -17,7 +17,7 @@ struct Table {
 struct Bounds {
     const int64_t *length;   // [B] tokens of each sequence, the newest included
     const int64_t *padding;  // [B] tokens of left padding; null: there is none
-    const int64_t *deficit;     // [G] tokens by which a KV head's limit is lower; null: same limit for all
+    const int64_t *deficit;  // [B, G] tokens by which a row's limit is lower; null: same limit for all
     int64_t kv_heads, block_size;
     int64_t limit, sink_blocks, recent;  // most tokens to choose; always chosen: this many first blocks, and last tokens
 };

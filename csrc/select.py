@@ -83,7 +83,7 @@ class ChoiceBounds(NamedTuple):
     Attributes:
         length_B: int64, tokens of each sequence, the newest included.
         padding_B: int64, left padding of each sequence in tokens; ``None``: no padding.
-        deficit_G: int64, tokens by which a KV head's limit is lower; ``None``: same limit for all.
+        deficit_BG: int64, tokens by which a row's limit is lower; ``None``: same limit for all.
         block_size: Tokens of a block, a power of two.
         limit: Most tokens to choose.
         sink_blocks, recent: Always chosen, in blocks and tokens.
@@ -91,7 +91,7 @@ class ChoiceBounds(NamedTuple):
 
     length_B: Tensor
     padding_B: Tensor | None
-    deficit_G: Tensor | None
+    deficit_BG: Tensor | None
     block_size: int
     limit: int
     sink_blocks: int
@@ -103,11 +103,11 @@ class ChoiceBounds(NamedTuple):
         check("length_B", self.length_B, (B,), torch.int64, device)
         if self.padding_B is not None:
             check("padding_B", self.padding_B, (B,), torch.int64, device)
-        if self.deficit_G is not None:
-            check("deficit_G", self.deficit_G, (kv_heads,), torch.int64, device)
+        if self.deficit_BG is not None:
+            check("deficit_BG", self.deficit_BG, (B, kv_heads), torch.int64, device)
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size is {self.block_size}, expected a power of two")
-        addresses = map(address, (self.length_B, self.padding_B, self.deficit_G))
+        addresses = map(address, (self.length_B, self.padding_B, self.deficit_BG))
         return Bounds(*addresses, kv_heads, self.block_size, self.limit, self.sink_blocks, self.recent)
 
 

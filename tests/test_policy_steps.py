@@ -96,7 +96,8 @@ class Layer:
         self.score_BGC = self.policy.score_next(self.extent)
         score_BGC = torch.full((B, G, CAPACITY), NEVER) if self.score_BGC is None else self.score_BGC
         score_BGC = score_BGC.masked_fill(~self.extent.begun_BC[:, None], NEVER)
-        self.chosen_BGC = chosen_blocks(self.selection.limits(self.length + 1), self.extent.next, score_BGC)
+        limits, unspent_BG = self.selection.limits(self.length + 1), self.policy.unspent(self.extent)
+        self.chosen_BGC = chosen_blocks(limits, self.extent.next, score_BGC, unspent_BG)
 
     def step(self, mode=None) -> Step:
         """One token; the policy's own operations within ``mode``, if one is given."""
@@ -126,6 +127,7 @@ class Layer:
         with mode if mode is not None else torch.no_grad():
             policy.observe(step)
             self.score_BGC = policy.score_next(extent)
+            policy.unspent(extent)
         self.choose_ahead()
         return step
 
@@ -283,7 +285,7 @@ class HostH2O:
 
     def observe(self, step: Step) -> None:
         more = step.blocks - self.mass_BGN.shape[-1]
-        self.mass_BGN = F.pad(self.mass_BGN, (0, more)) + step.seen.mass_BGQN[:, :, 0, : step.blocks]
+        self.mass_BGN = F.pad(self.mass_BGN, (0, more)) + step.mass_BGC[..., : step.blocks]
         self.evicted_BGN = F.pad(self.evicted_BGN, (0, more)) | ~step.attended_BGC[..., : step.blocks]
 
     def scores(self, length: int) -> Tensor:
@@ -334,25 +336,28 @@ class HostLazyEviction:
         self.interval_BGN = torch.maximum(F.pad(self.interval_BGN, (0, more)), self.last_BGN - before_BGN)
 
     def observe(self, step: Step) -> None:
-        self.note(step.seen.scores_BGQN[:, :, 0, : step.blocks])
+        self.note(step.score_BGC[..., : step.blocks])
 
     def scores(self, length: int) -> Tensor:
         selection, n_blocks = self.selection, -(-length // SIZE)
         self.evicted_BGN = F.pad(self.evicted_BGN, (0, n_blocks - self.evicted_BGN.shape[-1]))
         away_BGN = self.steps - self.last_BGN
         score_BGN = 2 * torch.sigmoid(-away_BGN / self.interval_BGN) + 2 * torch.sigmoid(1 - self.interval_BGN)
-        score_BGN = F.pad(score_BGN.masked_fill(self.interval_BGN == 0, 0), (0, n_blocks - score_BGN.shape[-1]))
+        score_BGN = score_BGN.masked_fill(self.interval_BGN == 0, -1)
+        rank_BGN = F.pad(score_BGN, (0, n_blocks - score_BGN.shape[-1]), value=-1)
         sink, recent = selection.candidates(length)
-        budget = selection.budget // SIZE
-        keep = budget + 1 - max(min(selection.recent // SIZE, (budget - (sink + n_blocks - recent)) // 2), 1)
-        rank_BGN = score_BGN.double() + 1e-9 * torch.arange(n_blocks)
+        budget, recent_blocks = selection.budget // SIZE, selection.recent // SIZE
+        keep = budget + 1 - max(min(recent_blocks, (budget - sink - recent_blocks - 1) // 2), 1)
         for b in range(B):
             first = 0 if self.padding_B is None else int(self.padding_B[b]) // SIZE
             rank_BGN[b, :, first : first + sink] = rank_BGN[b, :, recent:] = ALWAYS
             for g in range(G):
                 held = [n for n in range(first, n_blocks) if not self.evicted_BGN[b, g, n]]
                 if length > max(selection.budget, selection.dense_tokens) and len(held) > budget:
-                    for n in sorted(held, key=lambda n: float(rank_BGN[b, g, n]))[: len(held) - keep]:
+                    rank_N = rank_BGN[b, g].tolist()
+                    # Of blocks that were never active the oldest goes first, of other equals the newest.
+                    held.sort(key=lambda n: (rank_N[n], n if rank_N[n] < 0 else -n))
+                    for n in held[: len(held) - keep]:
                         self.evicted_BGN[b, g, n] = True
         return torch.zeros(self.evicted_BGN.shape).masked_fill(self.evicted_BGN, NEVER)
 

@@ -105,7 +105,7 @@ def test_of_equal_blocks_the_lowest_are_the_best(blocks, levels, share, never, s
 
 def test_each_head_has_as_many_as_it_may():
     scores = torch.tensor([[[1.0, 1.0, 2.0, 1.0, 0.0]] * 3])
-    found = best_blocks(scores, 4, torch.tensor([[1], [3], [4]]))
+    found = best_blocks(scores, 4, torch.tensor([[[1], [3], [4]]]))
     assert [row.nonzero()[:, 0].tolist() for row in found[0]] == [[2], [0, 1, 2], [0, 1, 2, 3]]
 
 
@@ -269,10 +269,10 @@ def test_limits_by_head_are_made_once() -> None:
     for more in (0, 16, 0):
         limits = Limits(112 + more, (80 + more, 112 + more), 2, 32)
         table.choose_ahead(limits, extent_of([500, 90]), None, counts, kernel=False)
-        made.append(table._deficit(limits))
+        made.append(table._deficit(limits, extent_of([500, 90])))
     assert made[0] is made[1] is made[2]
-    assert made[0].tolist() == [32, 0]
-    assert table._deficit(Limits(112, (), 2, 32)) is None
+    assert made[0].tolist() == [[32, 0]] * 2
+    assert table._deficit(Limits(112, (), 2, 32), extent_of([500, 90])) is None
 
 
 class Twins:
@@ -310,9 +310,11 @@ class Twins:
         return (torch.randn(shape, generator=self.generator) if found is None else found).to(self.device)
 
     def ahead(self, scores: Tensor | None) -> None:
+        """Some rows leave a block of their budget unspent."""
+        unspent = 16 * torch.randint(2, (len(self.length), G), generator=self.generator).to(self.device)
         for kernel, table in enumerate(self.tables):
             with kernels(self.kind):
-                table.choose_ahead(self.limits, self.extent, scores, self.counts[kernel], bool(kernel))
+                table.choose_ahead(self.limits, self.extent, scores, self.counts[kernel], bool(kernel), unspent)
         self.check()
 
     def by_scores(self, scores: Tensor, late: int) -> None:

@@ -55,6 +55,13 @@ class Extent:
         return self.block_C < self.n_blocks_B[:, None]
 
     @cached_property
+    def real_BC(self) -> Tensor:
+        """bool, True for blocks that hold at least one token that is no padding."""
+        return (
+            self.begun_BC if self.padding_B is None else self.begun_BC & (self.block_C >= self.first_block_B[:, None])
+        )
+
+    @cached_property
     def next(self) -> Extent:
         """The extent after one more token."""
         return Extent(self.length_B + 1, self.padding_B, self.capacity, self.block_size)

@@ -182,16 +182,23 @@ class LayerBlocks:
         selection: Selection,
         extent: Extent,
         score_BGC: Tensor | None,
+        unspent_BG: Tensor | None,
         more: int,
         run: Callable[[Callable[[], None]], Ticket | None],
     ) -> None:
-        """Choose and fetch the blocks of the next token and ``more`` others; ``run`` starts the job."""
+        """Choose and fetch the blocks of the next token and ``more`` others; ``run`` starts the job.
+
+        Args:
+            unspent_BG: int64, tokens of the budget to leave; ``None``: none.
+        """
         self._fit_pool(selection)
         limits = selection.limits(self.length + 1, more)
-        self.ticket = run(partial(self._choose_ahead, limits, extent, score_BGC))
+        self.ticket = run(partial(self._choose_ahead, limits, extent, score_BGC, unspent_BG))
 
-    def _choose_ahead(self, limits: Limits, extent: Extent, score_BGC: Tensor | None) -> None:
-        self.table.choose_ahead(limits, extent, score_BGC, self.counts, self._kernel)
+    def _choose_ahead(
+        self, limits: Limits, extent: Extent, score_BGC: Tensor | None, unspent_BG: Tensor | None
+    ) -> None:
+        self.table.choose_ahead(limits, extent, score_BGC, self.counts, self._kernel, unspent_BG)
         self._move(None)
 
     def settle(self) -> None:

@@ -37,9 +37,8 @@ class SlotTable:
             slot_RC, *moves = torch.full((3, rows, 0), -1, dtype=torch.int32, device=device)
             moves_R = torch.zeros(rows, dtype=torch.int32, device=device)
             self.tensors = SlotTensors._make([*slots, slot_RC, *moves, moves_R])
-        self._deficit_G: dict[
-            tuple[int, ...], Tensor
-        ] = {}  # cached: a CUDA graph reads the same tensor at every replay
+        # Cached: a CUDA graph reads the same tensor at every replay.
+        self._deficit_BG: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     @property
     def block_RS(self) -> Tensor:
@@ -84,7 +83,7 @@ class SlotTable:
             fp32 rest_BH, log-sum-exp of all blocks that are not active; ``None`` without estimates.
         """
         if kernel:
-            bounds = self._bounds(limits, extent)
+            bounds = self._bounds(limits, extent, self._deficit(limits, extent))
             if isinstance(scores, Estimates):
                 return ops.choose_by_estimates(self.tensors, bounds, scores, counts[:2], late=late_blocks)
             if late_blocks is not None:
@@ -101,7 +100,7 @@ class SlotTable:
             absent_BGC = score_BGC.masked_fill(resident_BGC | ~extent.begun_BC[:, None], NEVER)
             reach_BGC = best_blocks(absent_BGC, min(late_blocks, extent.capacity)) | resident_BGC
             score_BGC = score_BGC.masked_fill(~reach_BGC, NEVER)
-            chosen_BGC = chosen_blocks(limits, extent, score_BGC, self._deficit(limits))
+            chosen_BGC = chosen_blocks(limits, extent, score_BGC, self._deficit(limits, extent))
             self._assign(chosen_BGC, extent, 2 * extent.length_B, counts[:2])
         if sum_BHC is None:
             return None
@@ -110,16 +109,26 @@ class SlotTable:
         return torch.logsumexp(sum_BHC.masked_fill(active_BHC, NEVER), -1)
 
     def choose_ahead(
-        self, limits: Limits, extent: Extent, score_BGC: Tensor | None, counts: Tensor, kernel: bool
+        self,
+        limits: Limits,
+        extent: Extent,
+        score_BGC: Tensor | None,
+        counts: Tensor,
+        kernel: bool,
+        unspent_BG: Tensor | None = None,
     ) -> None:
         """Choose the blocks that the next token attends to; arguments as in ``choose``.
 
         Args:
             extent: Before the next token.
             score_BGC: ``None``: only sink and recent.
+            unspent_BG: int64, tokens of the limits to leave; ``None``: none.
         """
+        deficit_BG = self._deficit(limits, extent)
+        if unspent_BG is not None:
+            deficit_BG = unspent_BG if deficit_BG is None else deficit_BG + unspent_BG
         if kernel:
-            bounds = self._bounds(limits, extent)
+            bounds = self._bounds(limits, extent, deficit_BG)
             score_BGC = None if score_BGC is None else score_BGC.contiguous()
             late = extent.capacity
             ops.choose_by_scores(self.tensors, bounds, score_BGC, counts[2:4], ahead=True, late=late)
@@ -128,20 +137,22 @@ class SlotTable:
         if score_BGC is None:
             score_BGC = torch.full((B, G, extent.capacity), NEVER, device=extent.length_B.device)
         score_BGC = score_BGC.masked_fill(~extent.begun_BC[:, None], NEVER)
-        chosen_BGC = chosen_blocks(limits, extent.next, score_BGC, self._deficit(limits))
+        chosen_BGC = chosen_blocks(limits, extent.next, score_BGC, deficit_BG)
         self._assign(chosen_BGC, extent, 2 * extent.length_B + 1, counts[2:4])
 
-    def _bounds(self, limits: Limits, extent: Extent) -> ChoiceBounds:
-        deficit_G = self._deficit(limits)
+    def _bounds(self, limits: Limits, extent: Extent, deficit_BG: Tensor | None) -> ChoiceBounds:
         numbers = (extent.block_size, limits.tokens, limits.sink_blocks, limits.recent)
-        return ChoiceBounds(extent.length_B, extent.padding_B, deficit_G, *numbers)
+        return ChoiceBounds(extent.length_B, extent.padding_B, deficit_BG, *numbers)
 
-    def _deficit(self, limits: Limits) -> Tensor | None:
-        """``limits.deficit_G``, cached."""
-        deficit_G = self._deficit_G.get(limits.deficit)
-        if deficit_G is None and (made_G := limits.deficit_G(self.block_RS.device)) is not None:
-            deficit_G = self._deficit_G[limits.deficit] = made_G
-        return deficit_G
+    @torch.inference_mode(False)
+    def _deficit(self, limits: Limits, extent: Extent) -> Tensor | None:
+        """``limits.deficit`` of every row, int64; ``None`` if all heads have the same limit."""
+        if not limits.heads:
+            return None
+        key = len(extent.length_B), limits.deficit
+        if key not in self._deficit_BG:
+            self._deficit_BG[key] = torch.tensor([limits.deficit] * key[0], device=self.block_RS.device)
+        return self._deficit_BG[key]
 
     def _estimated_mass(self, estimates: Estimates, extent: Extent) -> tuple[Tensor, Tensor]:
         """sum_BHC, with exact sums for resident blocks if given; and each block's estimated mass, score_BGC."""
@@ -246,7 +257,7 @@ class SlotTable:
             raise IntegrityError(f"{wrong} active slots hold another block")
 
 
-def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor, deficit_G: Tensor | None = None) -> Tensor:
+def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor, deficit_BG: Tensor | None = None) -> Tensor:
     """The blocks that a step attends to, bool BGC: sink, recent, and the best others up to the limit.
 
     A sequence within the limit is attended to whole. Blocks that are all padding are never chosen; the sink begins at
@@ -254,37 +265,38 @@ def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor, deficit_G: 
 
     Args:
         score_BGC: ``-inf`` for never.
-        deficit_G: ``limits.deficit_G`` if the caller has it cached; ``None``: computed here.
+        deficit_BG: int64, tokens by which a row's limit is lower; ``None``: ``limits.deficit``.
     """
     block_C, length_B1, first_B1 = extent.block_C, extent.length_B[:, None], extent.first_block_B[:, None]
-    real_BC = extent.begun_BC & (block_C >= first_B1)
+    real_BC = extent.real_BC
     recent_B1 = extent.first_recent_B(limits.recent)[:, None]
     always_BC = real_BC & ((block_C < first_B1 + limits.sink_blocks) | (block_C >= recent_B1))
-    deficit_G = limits.deficit_G(block_C.device) if deficit_G is None else deficit_G
-    limit_G: int | Tensor = limits.tokens if deficit_G is None else limits.tokens - deficit_G
-    whole_BG1 = (length_B1 <= limit_G)[:, :, None]
+    if deficit_BG is None and limits.heads:
+        deficit_BG = torch.tensor([limits.deficit] * len(length_B1), device=block_C.device)
+    limit_BG: int | Tensor = limits.tokens if deficit_BG is None else limits.tokens - deficit_BG
+    whole_BG1 = (length_B1 <= limit_BG)[:, :, None]
     always_BGC = always_BC[:, None] | (real_BC[:, None] & whole_BG1)
     score_BGC = score_BGC.masked_fill(~real_BC[:, None], NEVER).masked_fill(always_BGC, ALWAYS)
     count = min(limits.tokens // extent.block_size, extent.capacity)
-    count_G1 = None if deficit_G is None else ((limits.tokens - deficit_G) // extent.block_size)[:, None]
-    return best_blocks(score_BGC, count, count_G1) | always_BGC
+    count_BG1 = None if deficit_BG is None else ((limits.tokens - deficit_BG) // extent.block_size)[:, :, None]
+    return best_blocks(score_BGC, count, count_BG1) | always_BGC
 
 
-def best_blocks(score_BGC: Tensor, count: int, count_G1: Tensor | None = None) -> Tensor:
+def best_blocks(score_BGC: Tensor, count: int, count_BG1: Tensor | None = None) -> Tensor:
     """Mask of the ``count`` best blocks of each row. Ties go to the lowest block; ``-inf`` is never chosen.
 
     ``torch.topk`` does not define which of equal scores it takes.
 
     Args:
-        count_G1: Own count of each KV head, from 1 to ``count``; ``None``: ``count`` for all.
+        count_BG1: Own count of each row, from 1 to ``count``; ``None``: ``count`` for all.
     """
     if count == 0:
         return torch.zeros_like(score_BGC, dtype=torch.bool)
     best_BGW = score_BGC.topk(count, dim=-1).values
-    if count_G1 is None:
+    if count_BG1 is None:
         threshold_BG1 = best_BGW[..., -1:]
     else:
-        threshold_BG1 = best_BGW.gather(-1, (count_G1.clamp(max=count) - 1).expand(len(score_BGC), -1, -1))
+        threshold_BG1 = best_BGW.gather(-1, count_BG1.clamp(max=count) - 1)
     above_BGC, level_BGC = score_BGC > threshold_BG1, (score_BGC == threshold_BG1) & (score_BGC > NEVER)
-    left_BG1 = (count if count_G1 is None else count_G1) - above_BGC.sum(-1, keepdim=True)
+    left_BG1 = (count if count_BG1 is None else count_BG1) - above_BGC.sum(-1, keepdim=True)
     return above_BGC | (level_BGC & (level_BGC.cumsum(-1) <= left_BG1))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from attention_predictor.arithmetic import ceil_div, scatter_or_drop
+from attention_predictor.arithmetic import ceil_div, spread
 from attention_predictor.csrc.ops import Estimates
 from attention_predictor.errors import IntegrityError
 from attention_predictor.offload.attention.dense import ScoreRows, Terms, score_rows
@@ -148,21 +148,26 @@ class Step:
     @property
     def attended_BGC(self) -> Tensor:
         """bool, True for the blocks that this step attended to."""
-        B, G, _ = self.block_BGS.shape
-        nothing_BGC = torch.zeros((B, G, self.extent.capacity), dtype=torch.bool, device=self.block_BGS.device)
-        return scatter_or_drop(nothing_BGC, self.block_BGS, True)
+        return spread(self.block_BGS >= 0, self.block_BGS, self.extent.capacity)
 
-    @cached_property
-    def seen(self) -> ScoreRows:
-        """This step's score row, normalised over the attended blocks; zero for all others, Q = 1."""
-        peak_BHS, sum_BHS = (torch.exp(part - self.attention.lse_BH[..., None]) for part in self.attention.scores)
-        B, G, _ = self.block_BGS.shape
-        zeros_BG1C = sum_BHS.new_zeros((B, G, 1, self.extent.capacity))
-        block_BG1S = self.block_BGS[:, :, None]
-        return ScoreRows(
-            scatter_or_drop(zeros_BG1C, block_BG1S, peak_BHS.unflatten(1, (G, -1)).amax(2, keepdim=True)),
-            scatter_or_drop(zeros_BG1C, block_BG1S, sum_BHS.unflatten(1, (G, -1)).mean(2, keepdim=True)),
-        )
+    @property
+    def left_out_BGC(self) -> Tensor:
+        """bool, True for the blocks that hold a token and that this step did not attend to."""
+        return self.extent.begun_BC[:, None] > self.attended_BGC
+
+    @property
+    def score_BGC(self) -> Tensor:
+        """This step's score row, normalised over the attended blocks; zero for all others."""
+        return spread(self._share(self.attention.scores.peak_BHS).amax(2), self.block_BGS, self.extent.capacity)
+
+    @property
+    def mass_BGC(self) -> Tensor:
+        """Its masses, likewise."""
+        return spread(self._share(self.attention.scores.sum_BHS).mean(2), self.block_BGS, self.extent.capacity)
+
+    def _share(self, lse_BHS: Tensor) -> Tensor:
+        """Probabilities from log-sum-exps, by KV head: ``[B, G, H/G, S]``."""
+        return torch.exp(lse_BHS - self.attention.lse_BH[..., None]).unflatten(1, (self.kv_heads, -1))
 
 
 class Policy:
@@ -198,6 +203,10 @@ class Policy:
         self._selection = selection
         own = selection.heads or (selection.budget,) * self.spec.kv_heads
         self.budget_G = torch.tensor(own, device=self.spec.device)
+        self.rebudget()
+
+    def rebudget(self) -> None:
+        """Called whenever ``budget_G`` is set, to derive constants of a step from it."""
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -270,6 +279,10 @@ class Policy:
 
     def score_next(self, extent: Extent) -> Tensor | None:
         """Block scores ``[B, G, C]`` for the step after ``extent``; ``None``: sink and recent only."""
+        return None
+
+    def unspent(self, extent: Extent) -> Tensor | None:
+        """Tokens of its budget that each row leaves in the step after ``extent``, int64 BG; ``None``: none."""
         return None
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:

@@ -49,8 +49,8 @@ class H2O(Policy):
         self.attention.value_BGC[..., : mass_BGN.shape[-1]] += mass_BGN
 
     def observe(self, step: Step) -> None:
-        self.observe_rows(step.seen)
-        self.evicted.value_BGC |= step.extent.begun_BC[:, None] & ~step.attended_BGC
+        self.attention.value_BGC += step.mass_BGC
+        self.evicted.value_BGC |= step.left_out_BGC
 
     def score_next(self, extent: Extent) -> Tensor:
         newest_G = self.budget_G // 2

@@ -104,9 +104,10 @@ def decode(
 
 def fetch_ahead(layer: Layer, extent: Extent, schedule: Schedule) -> None:
     """Choose and fetch the blocks for the token that follows ``extent``."""
-    more = layer.selection.ahead_blocks if layer.policy.chooses else 0
-    score_BGC = layer.policy.score_next(extent)
-    layer.blocks.fetch_ahead(layer.selection, extent, score_BGC, more, schedule.fetch)
+    policy = layer.policy
+    more = layer.selection.ahead_blocks if policy.chooses else 0
+    scores = policy.score_next(extent), policy.unspent(extent)
+    layer.blocks.fetch_ahead(layer.selection, extent, *scores, more, schedule.fetch)
 
 
 def chunks(blocks: LayerBlocks, query_BHQD: Tensor, stop: int | None = None) -> Iterator[Chunk]:

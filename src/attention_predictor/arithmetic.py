@@ -23,7 +23,7 @@ def ceil_div(length: Whole, size: int) -> Whole:
 def scatter_or_drop(into: Tensor, index: Tensor, values: Tensor | float | bool) -> Tensor:
     """``into`` with ``values`` written at ``index`` of the last dimension; values with index -1 are dropped.
 
-    Out of place. It is one column more that takes what is dropped, and is cut off.
+    Out of place.
 
     Args:
         index: int64, from -1 to the last column; no number but -1 twice in a row.
@@ -31,5 +31,15 @@ def scatter_or_drop(into: Tensor, index: Tensor, values: Tensor | float | bool) 
     columns = into.shape[-1]
     wider = into.new_empty((*into.shape[:-1], columns + 1))
     wider[..., :columns] = into
-    index = index % (columns + 1)
-    return wider.scatter_(-1, index, values)[..., :columns]
+    return _scatter_into(wider, index, values)
+
+
+def spread(values: Tensor, index: Tensor, columns: int) -> Tensor:
+    """Rows of ``columns`` zeros with ``values`` written at ``index``, as by ``scatter_or_drop``."""
+    return _scatter_into(values.new_zeros((*values.shape[:-1], columns + 1)), index, values)
+
+
+def _scatter_into(wider: Tensor, index: Tensor, values: Tensor | float | bool) -> Tensor:
+    """``wider`` without its last column, which takes what is dropped."""
+    columns = wider.shape[-1] - 1
+    return wider.scatter_(-1, index % (columns + 1), values)[..., :columns]
