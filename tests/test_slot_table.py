@@ -309,9 +309,11 @@ class Twins:
         found = torch.randint(levels, shape, generator=self.generator).float() if levels else None
         return (torch.randn(shape, generator=self.generator) if found is None else found).to(self.device)
 
-    def ahead(self, scores: Tensor | None) -> None:
-        """Some rows leave a block of their budget unspent."""
-        unspent = 16 * torch.randint(2, (len(self.length), G), generator=self.generator).to(self.device)
+    def ahead(self, scores: Tensor | None, unspent: list[int] | None = None) -> None:
+        """``unspent``: tokens of the budget, by KV head, that some sequences leave."""
+        if unspent is not None:
+            of_B1 = torch.randint(2, (len(self.length), 1), generator=self.generator)
+            unspent = (of_B1 * torch.tensor(unspent)).to(self.device)
         for kernel, table in enumerate(self.tables):
             with kernels(self.kind):
                 table.choose_ahead(self.limits, self.extent, scores, self.counts[kernel], bool(kernel), unspent)
@@ -376,6 +378,7 @@ def test_the_kernel_leaves_the_same_blocks(kind: str, heads: tuple[int, ...], le
         twins.ahead(twins.random(G))
         twins.by_scores(twins.random(G), late=7)
         twins.ahead(twins.random(G, levels=1))
+        twins.ahead(twins.random(G), unspent=[0, 16])
 
 
 @pytest.mark.parametrize("kind", DEVICES)
