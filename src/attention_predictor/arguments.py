@@ -25,19 +25,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """``--model --gguf-file --device --dtype --seed``."""
     default = str(_POCKET) if _POCKET.is_dir() else None
     shown = "the pocket model" if default else "required: no pocket model beside this installation"
-    what = f"directory, hub name or GGUF file (default: {shown})"
+    what = f"model directory, hub name or GGUF file (default: {shown})"
     parser.add_argument("--model", default=default, metavar="M", help=what)
-    parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take of a directory or hub name")
+    parser.add_argument(
+        "--gguf-file", metavar="NAME", help="which GGUF file of the directory or hub repository to load"
+    )
     add_device_argument(parser)
-    what = f"one of {', '.join(MODEL_DTYPES)}; auto is the model's, float32 on a CPU; packed: GGUF weights as they are"
-    parser.add_argument("--dtype", default=AUTO, help=f"{what} in the file, not unpacked")
-    add_option(parser, "--seed", whole(), 0, "seed of everything random")
+    what = f"type of the weights: {', '.join(MODEL_DTYPES)}; auto: the model's own on a GPU, float32 on a CPU;"
+    what += f" {PACKED}: GGUF weights stay quantised (default: %(default)s)"
+    parser.add_argument("--dtype", default=AUTO, metavar="T", help=what)
+    add_option(parser, "--seed", whole(), 0, "random seed")
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """``--device``."""
     parser.add_argument(
-        "--device", default=AUTO, metavar="D", help="such as cpu or cuda:1; auto: a GPU if there is one"
+        "--device",
+        default=AUTO,
+        metavar="D",
+        help="torch device, such as cpu or cuda:1; auto: a GPU if there is one (default: auto)",
     )
 
 
@@ -103,9 +109,9 @@ def add_option(
     """Add an option whose value has a kind; a value that is not allowed is refused when it is parsed.
 
     Args:
-        default: Is shown behind the help text, unless it is ``None``, ``()`` or ``False``.
+        default: Shown at the end of the help text, unless it is ``None``, ``()`` or ``False``.
     """
-    shown = "" if default in (None, ()) or default is False else " (%(default)s)"
+    shown = "" if default in (None, ()) or default is False else " (default: %(default)s)"
     alone = {} if kind.alone is None else {"nargs": "?", "const": kind.alone}
     parser.add_argument(
         option,
