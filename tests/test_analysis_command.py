@@ -177,7 +177,10 @@ class TestRefuses:
         [
             (("--context", 5000), "--context 5000: the model has positions for 4096 tokens"),
             (("--context", 4000), "--data text: no document is long enough: text needs 4000 tokens (--context)"),
-            (("--budget", 384), "--budget 384: expected less than --context without --tail, or all is chosen"),
+            (
+                ("--budget", 384),
+                "--budget 384: expected less than --context minus --tail",
+            ),
             (("--budget", 128), "--budget 128: expected at least sink + recent + one block"),
             (("--window", 1), "--window 1: expected at least 2 queries, to make a pair"),
             (("--tails", 0), "--tails 0: expected at least 1"),

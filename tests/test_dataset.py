@@ -89,7 +89,7 @@ def test_a_lost_or_cut_shard_is_recorded_again(part: int, tmp_path: Path) -> Non
 
 def test_a_place_that_cannot_hold_a_recording(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="file: can't hold a recording: "):
+    with pytest.raises(DataError, match="file: can't write a recording here: "):
         HistoryWriter(tmp_path / "file", META)
 
 

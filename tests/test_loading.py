@@ -157,12 +157,12 @@ class TestBadGgufFiles:
     def test_no_gguf_file(self, command: tuple[str, ...], tmp_path: Path, refused: Callable[..., str]) -> None:
         (tmp_path / "m.gguf").write_bytes(b"PK of another kind")
         line = refused(*command, "--model", "m.gguf")
-        assert line == "'m.gguf' is no GGUF file: it begins with b'PK o', not with b'GGUF'"
+        assert line == "'m.gguf' is not a GGUF file: it begins with b'PK o', not with b'GGUF'"
 
     @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
     def test_a_folder_of_files(self, command: tuple[str, ...], whole: Path, refused: Callable[..., str]) -> None:
         line = refused(*command, "--model", whole.parent)
-        assert line == f"'{whole.parent}' holds models in GGUF: choose one by --gguf-file: half.gguf, whole.gguf"
+        assert line == f"'{whole.parent}' holds GGUF models only: choose one with --gguf-file: half.gguf, whole.gguf"
 
     @pytest.mark.parametrize(
         ("words", "line"),
@@ -236,7 +236,7 @@ class TestBadGgufFiles:
     def test_no_tokenizer(self, model: Any, tmp_path: Path, refused: Callable[..., str]) -> None:
         write_gguf(tmp_path / "m.gguf", model, tokenizer=False)
         line = refused("generate", "--prompt", "x", "--model", "m.gguf")
-        assert line.startswith("'m.gguf' holds no tokenizer, and none lies beside it: expected one of tokenizer.json")
+        assert line.startswith("'m.gguf' has no tokenizer, and its directory has none: expected one of tokenizer.json")
 
     @pytest.mark.parametrize("package", ["gguf", "accelerate"])
     def test_no_package(self, package: str, whole: Path, refused: Callable[..., str], monkeypatch: Any) -> None:
@@ -257,7 +257,7 @@ class TestPackedWeights:
     @pytest.mark.parametrize("command", [COMMANDS[0], COMMANDS[6]], ids=" ".join)
     def test_an_architecture_whose_weights_cannot_stay_packed(self, command, whole, refused) -> None:
         line = refused(*command, "--model", whole, "--dtype", "packed")
-        assert "can't keep weights of the architecture 'llama' packed, only of " in line
+        assert "can't keep packed weights of the architecture 'llama' (only of " in line
 
     def test_no_kernel(self, model: Any, tmp_path: Path, refused: Callable[..., str]) -> None:
         write_gguf(tmp_path / "m.gguf", model, Type.Q8_0, architecture="qwen35")
@@ -269,8 +269,8 @@ class TestPackedWeights:
     def test_other_models(self, tmp_path: Path, refused: Callable[..., str]) -> None:
         save_tiny_text_model(tmp_path / "model")
         line = refused("generate", "--prompt", "x", "--model", "model", "--dtype", "packed")
-        assert line == "--dtype packed: --model model is no GGUF file"
-        with pytest.raises(ConfigError, match="is no GGUF file"):
+        assert line == "--dtype packed: --model model is not a GGUF file"
+        with pytest.raises(ConfigError, match="is not a GGUF file"):
             load_model(str(tmp_path / "model"), dtype="packed")
 
     def test_what_is_pruned_is_saved(self, whole: Path, refused: Callable[..., str]) -> None:

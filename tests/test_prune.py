@@ -347,7 +347,7 @@ def test_from_texts_to_a_model_and_its_plan(tiny, texts, tmp_path, capsys):
     out = tmp_path / "out"
     assert prune("--model", tiny, "--data", texts, "--context", 200, "--layers", 2, "--beta", 0.2, "--out", out) == 0
     shown = capsys.readouterr().out
-    assert "1 of 3 documents have fewer than 200 tokens and are left out" in shown
+    assert "1 of 3 documents have fewer than 200 tokens and are skipped" in shown
     saved = json.loads((out / "scores.json").read_text())
     assert saved["removed"] == sorted(saved["order"][:2])
     assert saved["importance"] == [

@@ -269,8 +269,8 @@ class TestProblems:
             ),
             ({"problem": "p", "answer": [1]}, r"here: expected a text or number in 'answer'.* found \[1\]"),
             ({"problem": "p", "answer": True}, "here: expected a text or number in 'answer'.* found True"),
-            ({"problem": "p", "answer": ""}, "here: no answer in it"),
-            ({"problem": "p", "solution": "we don't know"}, "here: no answer in it"),
+            ({"problem": "p", "answer": ""}, "here: it has no answer"),
+            ({"problem": "p", "solution": "we don't know"}, "here: it has no answer"),
         ],
     )
     def test_bad_ones(self, row, said):
@@ -427,7 +427,7 @@ class TestCommand:
                 "new ones are more than the model has positions for, 4096: choose a smaller",
             ),
             (("--temperature", "-1"), "--temperature -1: expected 0"),
-            (("--repeats", "3"), "--repeats 3: greedy decoding gives the same each time; set --temperature"),
+            (("--repeats", "3"), "--repeats 3: greedy decoding gives the same answer each time; set --temperature"),
         ],
     )
     def test_refuses(self, given, options, said, capsys, monkeypatch):

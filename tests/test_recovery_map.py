@@ -112,7 +112,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (("--policies", "full"), "policy 'full' attends to everything: there is nothing to recover"),
+            (("--policies", "full"), "policy 'full' attends to everything, so it has no recovery to measure"),
             (("--policies", "predictor,full"), "policy 'full' attends to everything"),
             (("--rule", "all: full,prefetch=none"), "policy 'full' attends to everything"),
             (("--rule", "fast: predictor,prefetch=graph"), "fast-208: captured steps can't be watched"),

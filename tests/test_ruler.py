@@ -366,7 +366,7 @@ class TestCommand:
             (("--tasks", "riddles"), "no RULER task 'riddles': expected some of niah_single_1"),
             (("--tasks", "vt", "--lengths", "5000"), "length 5000: the model has positions for 4096 tokens"),
             (("--tasks", "cwe", "--lengths", "2000"), "task cwe-2000: length 2000 is too short"),
-            (("--tasks", "vt", "--lengths", "2000,2000"), "--lengths 2000,2000: one of them is there twice"),
+            (("--tasks", "vt", "--lengths", "2000,2000"), "--lengths 2000,2000: a value is given twice"),
             (("--tasks", "vt", "--samples", "0"), "--samples 0: expected at least 1"),
             (("--tasks", "qa_1", "--squad", "nowhere.jsonl"), "cannot read nowhere.jsonl"),
             (("--tasks", "niah_single_2", "--haystack", "nowhere"), "cannot read text from nowhere"),

@@ -160,7 +160,7 @@ class Continuation(WindowBenchmark):
                         found = write_reference(stock, sample.hidden["prompt"], self.tokens)
                     except (AttentionPredictorError, RuntimeError) as error:  # too long, or out of memory
                         reason = f"{type(error).__name__}: {one_line(error, 200)}"
-                        print(f"{task} {sample.id}: the stock model wrote no continuation: {reason}")
+                        print(f"{task} {sample.id}: the stock model generated no continuation: {reason}")
                     else:
                         write_atomically(path, found.to_bytes())
                 progress.reach(number + 1)

@@ -89,7 +89,7 @@ class GgufFile:
                 start = file.read(len(MAGIC))
                 if start != MAGIC:
                     found = "it is empty" if not size else f"it begins with {start!r}, not with {MAGIC!r}"
-                    raise CheckpointError(f"{str(path)!r} is no GGUF file: {found}")
+                    raise CheckpointError(f"{str(path)!r} is not a GGUF file: {found}")
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     return cls._parse(path, size, _Reader(data))
         except OSError as error:
@@ -122,7 +122,7 @@ class GgufFile:
             raise CheckpointError(f"{str(path)!r} names no architecture (general.architecture)")
         end, types = reader.tensors(tensors, alignment)
         if end > size:
-            raise CheckpointError(f"{str(path)!r} is cut short: its tensors need {end} bytes, it has {size}")
+            raise CheckpointError(f"{str(path)!r} is cut short: its tensors need {end} bytes, the file has {size}")
         names = [name for kind, name in FLOAT_TYPES.items() if kind in types]
         dtype = names[-1] if names and types <= FLOAT_TYPES.keys() else OF_BLOCKS
         return cls(path, architecture, "tokenizer.ggml.tokens" in known, dtype)

@@ -68,7 +68,7 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError("--plan-only needs --scores: files with bi, q_similarity or both")
         return
     if args.layers is None:
-        raise ConfigError("--layers is required: how many to remove")
+        raise ConfigError("--layers is required: the number of layers to remove")
     if args.out is None:
         raise ConfigError("--out is required: a directory for the result")
     if args.data is None and not args.scores:
@@ -78,8 +78,8 @@ def check(args: argparse.Namespace) -> None:
     if (args.out / "config.json").exists():
         raise ConfigError(f"--out {args.out} holds a model already: choose another directory")
     if args.plot is not None and args.sweep is None:
-        raise ConfigError("--plot draws what --sweep finds: give both")
+        raise ConfigError("--plot needs --sweep, whose results it draws")
     check_plot(args.plot)
     check_model_arguments(args)
     if args.dtype == PACKED:
-        raise ConfigError(f"--dtype {PACKED}: packed weights can't be saved, and the model that is left is")
+        raise ConfigError(f"--dtype {PACKED}: packed weights can't be saved")

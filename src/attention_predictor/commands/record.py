@@ -83,6 +83,4 @@ def check(args: argparse.Namespace) -> None:
     if args.max_tokens <= least:
         raise ConfigError(f"--max-tokens {args.max_tokens}: expected more than --steps + sink + recent = {least}")
     if args.documents is None and not Path(args.data).exists():
-        raise DataError(
-            f"--data {args.data}: no such file or directory; of a data set of the hub, say with --documents how much"
-        )
+        raise DataError(f"--data {args.data}: no such file or directory; for a data set of the hub give --documents")

@@ -41,7 +41,5 @@ def check_shape_arguments(args: argparse.Namespace) -> None:
     else:
         check_shape(args.shape)
         if args.gguf_file is not None:
-            raise ConfigError(
-                f"--gguf-file {args.gguf_file}: --shape {args.shape} has random weights and loads no file; give one of the two"
-            )
+            raise ConfigError(f"--gguf-file {args.gguf_file}: --shape {args.shape} has random weights: give only one")
     offload_config(args)

@@ -7,7 +7,7 @@ of the best selection of the same size.
 
 With --tail N the command asks no questions: it decodes the last N of --context tokens of each document and measures
 recovery only. It takes the first tokens of a .txt file (with --per-file from places spread over it), the last tokens of
-a row. The default policy is then predictor alone, since the stock model's recovery is always 1.
+a row. The default is then --policies predictor, because the stock model has no recovery to measure.
 
 examples:
   attnpred eval recovery --data texts/ --tasks kv,facts --questions 100 \\
