@@ -1,4 +1,4 @@
-"""attach: offload a Hugging Face model's KV cache, or say in one line why that is not possible."""
+"""attach: offload a Hugging Face model's KV cache to CPU memory; refuse unsupported models with one line."""
 
 from __future__ import annotations
 

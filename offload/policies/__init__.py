@@ -1,4 +1,4 @@
-"""Selection policies by name: one short file each, imported when the policy is asked for."""
+"""Selection policies by name: one short file each, imported on first use."""
 
 from __future__ import annotations
 

@@ -78,4 +78,6 @@ def check_measurable(variant: Variant) -> None:
     if variant.config is None or policy_class(variant.config.policy).selects == "all":
         raise ConfigError(f"policy {variant.policy!r} attends to everything, so it has no recovery to measure")
     if (prefetch := variant.config.prefetch) in CAPTURING:
-        raise ConfigError(f"{variant.name}: prefetch={prefetch!r} hides steps in CUDA graphs: choose thread or none")
+        raise ConfigError(
+            f"{variant.name}: captured steps can't be measured: set prefetch to thread or none, not {prefetch!r}"
+        )
