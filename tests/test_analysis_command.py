@@ -217,7 +217,7 @@ class TestRefuses:
         assert analyse(*given) == 0
         capsys.readouterr()
         said = refused(capsys, monkeypatch, *given, "--window", 9)
-        assert "is of another run: settings.window is 8 there, asked for 9" in said
+        assert "holds another run: settings.window is 8 there, asked for 9" in said
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "letter.txt").write_text("dear reader")
         said = refused(capsys, monkeypatch, *given, "--out", tmp_path / "full")

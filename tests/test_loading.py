@@ -169,11 +169,11 @@ class TestBadGgufFiles:
         [
             (("--gguf-file", "other.gguf"), "--gguf-file other.gguf is not in {0}, which holds half.gguf, whole.gguf"),
             (("--gguf-file", "whole"), "--gguf-file whole: expected a name that ends in .gguf"),
-            (("--model", "no.gguf"), "'no.gguf' is no file here, nor one of the hub: owner/name/file.gguf"),
-            (("--model", "{0}/no.gguf"), "'{0}/no.gguf' is no file here, nor "),
+            (("--model", "no.gguf"), "'no.gguf' is neither a local file nor a hub name such as owner/name/file.gguf"),
+            (("--model", "{0}/no.gguf"), "'{0}/no.gguf' is neither a local file nor "),
             (
                 ("--model", "someone/model", "--gguf-file", "x.gguf"),
-                "'someone/model/x.gguf' is no file here, nor to be",
+                "'someone/model/x.gguf' is not a local file, and the hub could not",
             ),
             (("--model", "{0}/whole.gguf", "--gguf-file", "x.gguf"), "--gguf-file x.gguf: --model {0}/whole.gguf is a"),
             (("--model", "someone/Model-GGUF"), "cannot load a tokenizer from 'someone/Model-GGUF'"),
@@ -194,7 +194,9 @@ class TestBadGgufFiles:
         data = whole.read_bytes()
         (tmp_path / "m.gguf").write_bytes(data[: int(share * len(data))])
         line = refused("generate", "--prompt", "x", "--model", "m.gguf")
-        assert line.startswith("'m.gguf' is cut short: ") or (share < 0.001 and line.startswith("'m.gguf' is no GGUF"))
+        assert line.startswith("'m.gguf' is cut short: ") or (
+            share < 0.001 and line.startswith("'m.gguf' is not a GGUF")
+        )
 
     @pytest.mark.parametrize(
         ("header", "line"),
@@ -247,9 +249,9 @@ class TestBadGgufFiles:
 
     @pytest.mark.parametrize("load", [load_model, load_tokenizer, load_config])
     def test_libraries_are_told_the_same(self, load: Callable[[str], Any], whole: Path) -> None:
-        with pytest.raises(CheckpointError, match="holds models in GGUF"):
+        with pytest.raises(CheckpointError, match="holds GGUF models only"):
             load(str(whole.parent))
-        with pytest.raises(CheckpointError, match="is no file here"):
+        with pytest.raises(CheckpointError, match="is neither a local file"):
             load("no.gguf")
 
 
@@ -262,8 +264,8 @@ class TestPackedWeights:
     def test_no_kernel(self, model: Any, tmp_path: Path, refused: Callable[..., str]) -> None:
         write_gguf(tmp_path / "m.gguf", model, Type.Q8_0, architecture="qwen35")
         line = refused("generate", "--prompt", "x", "--model", "m.gguf", "--device", "cpu", "--dtype", "packed")
-        assert line.startswith("cannot load a tokenizer") or "no kernel computes with packed weights on cpu" in line
-        with pytest.raises(ConfigError, match="no kernel computes with packed weights on cpu"):
+        assert line.startswith("cannot load a tokenizer") or "no kernel for packed weights on cpu" in line
+        with pytest.raises(ConfigError, match="no kernel for packed weights on cpu"):
             load_model(str(tmp_path / "m.gguf"), "cpu", "packed")
 
     def test_other_models(self, tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -328,7 +330,7 @@ class TestQuantisedDirectories:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may compute with these weights")
     def test_unpacked_weights_are_said_to_be(self, eight_bit: Path, caplog: pytest.LogCaptureFixture) -> None:
         loaded, wanted = load_model(str(eight_bit)), make_tiny_model().state_dict()
-        assert "transformers unpacked its fp8 weights, which it can't compute with here" in caplog.text
+        assert "transformers unpacked its fp8 weights, because it can't compute with them here" in caplog.text
         for name, weight in loaded.state_dict().items():
             assert (weight - wanted[name]).abs().max() <= 0.07 * wanted[name].abs().max()
 
@@ -339,7 +341,7 @@ class TestQuantisedDirectories:
             ({"quant_method": "gptq", "bits": 4}, "requires "),
             ({"quant_method": "awq", "bits": 4}, "requires "),
             ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "cannot load a causal language model"),
-            ({"quant_method": "abacus"}, "is quantised by 'abacus', transformers knows "),
+            ({"quant_method": "abacus"}, "is quantised with 'abacus'; transformers supports "),
         ],
         ids=lambda given: given.get("quant_method") if isinstance(given, dict) else "",
     )

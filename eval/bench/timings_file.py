@@ -57,8 +57,8 @@ class TimingsFile:
         for name in found | wanted:
             if found.get(name) != wanted.get(name):
                 raise ConfigError(
-                    f"--out {path} holds timings with other settings ({name}: {found.get(name)!r} in the file, "
-                    f"{wanted.get(name)!r} now): choose another file"
+                    f"--out {path} holds timings with other settings ({name}: {found.get(name)!r} there, "
+                    f"{wanted.get(name)!r} asked for): choose another file"
                 )
         if whole != text:
             write_atomically(path, whole)

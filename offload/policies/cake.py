@@ -8,8 +8,8 @@ H^(1/τ1) · V^(1/τ2), H being the entropy of that attention (how widely it is 
 both by model.
 
 Adapted: blocks in place of tokens, the rest as in SnapKV; the query heads of a KV head are averaged before and not
-after the variance. While decoding, the authors' code keeps evicting the keys with the least attention from the newest query;
-here generated blocks replace the blocks with the lowest indicators.
+after the variance. While decoding, the authors' code keeps evicting the keys with the least attention from the newest
+query; here generated blocks replace the blocks with the lowest indicators.
 
 Suffixes: B sequences, G KV heads, Q queries, N blocks.
 """
