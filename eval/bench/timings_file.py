@@ -17,7 +17,7 @@ class TimingsFile:
 
     Raises:
         ConfigError: The file has rows of other settings, whose ratios to these would mean nothing.
-        DataError: It is no such file. (A last line that was cut off in the writing is dropped.)
+        DataError: The file is not a file of timings. (A last line that was cut off in the writing is dropped.)
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:

@@ -184,7 +184,7 @@ class Plan:
 
 
 def _one_path(model: str) -> str:
-    """A model's name; of those that are paths of the same one, the same."""
+    """The name of a model; different paths of one model give the same name."""
     path = Path(model)
     if path.is_dir():
         return str(path.resolve())

@@ -3,7 +3,7 @@
 A model's name that ends in ``.gguf`` is the path of such a file, or of one in a repository of the hub:
 ``owner/name/model-Q4_K_M.gguf``. The layout of the header is that of GGUF 2 and 3
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, counts, metadata, tensors; numbers are
-little-endian. transformers reads the file itself; what it would say of a bad one comes late and names no file.
+little-endian. transformers reads the file itself, but its errors about a bad file come late and don't name the file.
 """
 
 from __future__ import annotations
