@@ -1,7 +1,7 @@
 """Make a table: questions about planted facts, answered under several policies, and a report of the results.
 
-The model must find the facts in a document that it has already read. A policy that keeps first and last tokens alone
-loses them. An interrupted run goes on where it was, when it is started again with the same --out.
+The model must find the facts in a document that it has already read. A policy that keeps only
+first and last tokens loses them. An interrupted run continues when it is started again with the same --out.
 
 example:
   python examples/make_table.py --out runs/example-table
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*words: object) -> None:
-    """A command as on the command line; if it fails, it has said why."""
+    """Run a command as on the command line; stop if it fails. The command prints its own error."""
     print("\n$ attnpred", *words, flush=True)
     if code := attnpred([str(word) for word in words]):
         sys.exit(code)

@@ -1,8 +1,8 @@
-"""Train a predictor: record what a model's attention does, learn from it, and compare the result with simple rules.
+"""Train a predictor: record a model's attention, train on it, and compare the result with simple rules.
 
-So short a training on so little text shows the steps, no more: docs/guide.md has the recipe of the shipped predictor.
-The text is cut into parts, since training keeps whole texts apart to judge by. A second run with the same --out records
-and trains nothing again.
+This short training on little text only shows the steps; docs/guide.md has the recipe of the shipped predictor. The text
+is cut into parts, because training holds out whole texts for validation. A second run with the same --out repeats
+neither recording nor training.
 
 example:
   python examples/train_predictor.py --out runs/example-predictor
@@ -21,7 +21,7 @@ PARTS = 4
 
 
 def run(*words: object) -> None:
-    """A command as on the command line; if it fails, it has said why."""
+    """Run a command as on the command line; stop if it fails. The command prints its own error."""
     print("\n$ attnpred", *words, flush=True)
     if code := attnpred([str(word) for word in words]):
         sys.exit(code)

@@ -1,4 +1,4 @@
-"""Wrap a model: the same prompt continued by the stock model, and with the KV cache in CPU memory.
+"""Wrap a model: continue a prompt with the stock model, then with the KV cache in CPU memory.
 
 The prompt is the beginning of a novel, in scripts/demo_text.txt. With a budget of at least the context both continue it
 with the same tokens; with a smaller one the second run attends to the blocks that the predictor chooses.

@@ -27,9 +27,9 @@ SKETCH_BITS = (1, 2, 4, 8)
 
 GROUPS = {
     "selection": "which blocks a step attends to",
-    "prediction": "how the scores that select blocks are found",
-    "memory": "where keys and values lie",
-    "execution": "how steps are run, and what of them is measured",
+    "prediction": "how block scores are predicted",
+    "memory": "where keys and values are stored",
+    "execution": "how steps run and what they measure",
 }
 
 
@@ -83,113 +83,127 @@ class OffloadConfig:
     allowed.
 
     Selection: which blocks a step attends to.
-        policy: Who selects the blocks; a name in ``offload.policies``.
-        budget: Tokens a decoding step may attend to, ``sink`` and ``recent`` included.
-        budget_allocation: How layers share the total of their budgets, which stays ``budget`` a layer. ``"uniform"``:
-            each the same; ``"pyramid"``: less from layer to layer; ``"qsim"``: by the similarity of the prompt's
-            queries; ``"cake"``: by the prompt's attention; ``"policy"``: as the policy's paper has it;
-            ``"qsim-heads"``, ``"cake-heads"``: by KV head as well. A list gives the budget of each offloaded layer
-            itself; in Python, a list in place of a layer's budget gives one for each of its KV heads.
-        sink: First tokens, always attended to.
-        recent: Last tokens, always attended to.
-        late_fetch: Largest share of the budget that may be fetched within the step that uses it, chosen with the
-            current query and the sketch; 0 predicts ahead only, 1 lets the sketch choose all.
-        reserve: Blocks resident beyond the budget, as a share of it. Half of them are fetched ahead, the best after the
-            budget's own; half are what was wanted last. A step attends to the best of all resident blocks, chosen with
-            the current query; without a sketch (or with a policy that does not choose) the reserve saves fetches alone.
+        policy: The selection policy; a name in ``offload.policies``.
+        budget: Tokens that each KV head attends to in a decoding step, ``sink`` and ``recent`` included.
+        budget_allocation: How the budget differs between layers; the mean over layers stays ``budget``. ``"uniform"``:
+            all layers get the same; ``"pyramid"``: later layers get less; ``"qsim"``: by the similarity of the prompt's
+            queries; ``"cake"``: by the prompt's attention; ``"policy"``: as in the policy's paper; ``"qsim-heads"``,
+            ``"cake-heads"``: by KV head too. A list gives one budget for each offloaded layer; in Python, a list in
+            place of a layer's budget gives one for each of its KV heads.
+        sink: Number of first tokens that are always attended to.
+        recent: Number of last tokens that are always attended to.
+        late_fetch: Largest share of the budget that a step may fetch after its own query is known, chosen by that query
+            and the sketch. 0: all blocks are fetched ahead, by prediction; 1: the sketch may choose all of them.
+        reserve: Blocks resident beyond the budget, as a share of it. Half of them are fetched ahead: the best-scored
+            blocks after those of the budget. The other half were selected last. A step attends to the best of all
+            resident blocks, chosen with its own query. Without a sketch, or with a policy that does not choose again in
+            the step, the reserve only saves fetches.
 
-    Prediction: how the scores that select blocks are found.
+    Prediction: how block scores are predicted.
         predictor: ``"default"``, a checkpoint directory, or a rule (``"last"``, ``"ema"``, ``"mean"``).
-        history: Prompt queries whose score rows start the history (AttentionPredictor, section 4); a predictor may
-            make use of fewer.
-        calibration: How the history learns of blocks that were not attended to. ``"sketch"``: from the key sketch, at
-            every step; ``"exact"``: from all keys, read from host memory every ``calibration_interval`` steps;
-            ``"none"``: not at all.
-        calibration_interval: Steps from one exact calibration to the next.
-        sketch_bits: Bits of a key element in the sketch, on average over channels (``KeySketch``).
+        history: Number of last prompt queries whose score rows start the history (AttentionPredictor, section 4). A
+            predictor may use fewer.
+        calibration: Source of the scores of blocks that a step did not attend to. ``"sketch"``: the key sketch, at
+            every step; ``"exact"``: all keys, read from host memory every ``calibration_interval`` steps; ``"none"``:
+            such blocks get no new scores.
+        calibration_interval: Steps between exact calibrations.
+        sketch_bits: Bits per key element in the sketch, on average over channels (``KeySketch``).
 
-    Memory: where keys and values lie.
-        block_size: Tokens in a block. A trained predictor is for one block size.
-        skip_layers: Layers left as they are, with their whole cache on the device.
-        host_memory: Bytes of host memory the cache may use; ``None`` takes what the system reports as available.
-        slab_blocks: Blocks by which host memory grows.
+    Memory: where keys and values are stored.
+        block_size: Tokens per block. A trained predictor works with one block size only.
+        skip_layers: Layers that keep their whole cache on the device and attend to all of it.
+        host_memory: Limit of host (CPU) memory for the cache, in bytes; ``None``: what the system reports as available.
+        slab_blocks: Blocks per allocation of host memory.
 
-    Execution: how steps are run, and what of them is measured.
-        prefetch: ``"auto"`` captures whole decoding steps, fetches included, as one CUDA graph, wherever that can be;
-            elsewhere a thread fetches beside the computation, and ``stats`` says why. ``"graph"`` is the same, and
-            counts a step that is not captured as a fallback on a CPU too. ``"thread"`` captures nothing; ``"none"``
-            fetches in the middle of the computation.
-        compile: Captured steps are made of compiled decoder layers (``torch.compile``): faster, after a minute's wait.
-        unfused: Captured steps run the model's own norms, MLPs and rotary embeddings, operation by operation, in place
-            of kernels that compute the same; for comparisons.
-        kernels: ``"auto"`` uses compiled kernels where they can be built (on a GPU by NVRTC, which torch brings; on a
-            CPU by a C++ compiler), ``"none"`` plain torch operations alone.
-        measure_recovery: Compute the true attention of every n-th step, for ``stats.recovery``; 0: never. Slow: it
-            reads all keys from host memory.
+    Execution: how steps run and what they measure.
+        prefetch: ``"auto"`` captures the whole decoding step, fetches included, as one CUDA graph if possible; if not,
+            a thread fetches while the model computes, and ``stats`` says why. ``"graph"`` does the same, but counts
+            steps that are not captured as fallbacks on a CPU too. ``"thread"`` captures nothing. ``"none"`` fetches
+            within the step, which waits.
+        compile: Captured steps use decoder layers compiled by ``torch.compile``: faster, but they start a minute later.
+        unfused: Captured steps run the model's own norms, MLPs and rotary embeddings instead of fused kernels that
+            compute the same; slower, for comparisons.
+        kernels: ``"auto"`` uses compiled kernels if they can be built (on a GPU by NVRTC, which comes with torch; on a
+            CPU by a C++ compiler); ``"none"`` uses torch operations only.
+        measure_recovery: Compute the true attention of every n-th step, for ``stats.recovery``; 0: never. Slow, because
+            it reads all keys from host memory.
 
     Raises:
         ConfigError: Names the field, its value and what is allowed.
     """
 
-    policy: str = _selection(
-        "predictor", one_of(policy_names), f"who selects the blocks: one of {', '.join(policy_names())}"
-    )
+    policy: str = _selection("predictor", one_of(policy_names), f"selection policy: {', '.join(policy_names())}")
     budget: int = _selection(
-        1024, whole(), "tokens a step attends to, per KV head", also="at least sink + recent + block_size"
+        1024, whole(), "tokens that each KV head attends to in a step", also="at least sink + recent + block_size"
     )
     budget_allocation: str | Sequence[int | Sequence[int]] = _selection(
         "policy",
         _allocation(),
-        f"how layers share it: {', '.join(ALLOCATIONS)}, or each layer's, such as 768,1280",
+        f"how the budget differs between layers: {', '.join(ALLOCATIONS)}, or one budget a layer, such as 768,1280",
         also="their mean must be budget",
     )
-    sink: int = _selection(64, whole(0), "first tokens, always attended to", also="a multiple of block_size")
-    recent: int = _selection(64, whole(0), "last tokens, always attended to", also="a multiple of block_size")
-    late_fetch: float = _selection(
-        0.25, _SHARE, "share of the budget that may be fetched within a step: 0 none, 1 all that the sketch chooses"
+    sink: int = _selection(
+        64, whole(0), "number of first tokens that are always attended to", also="a multiple of block_size"
     )
-    reserve: float = _selection(0.5, _ANY_SHARE, "blocks kept beyond the budget to choose among, as a share of it")
+    recent: int = _selection(
+        64, whole(0), "number of last tokens that are always attended to", also="a multiple of block_size"
+    )
+    late_fetch: float = _selection(
+        0.25,
+        _SHARE,
+        "largest share of the budget that a step fetches after its query is known; 0: all blocks are fetched ahead",
+    )
+    reserve: float = _selection(
+        0.5, _ANY_SHARE, "blocks kept on the device beyond the budget, as a share of the budget"
+    )
 
     predictor: str = _prediction(
         "default",
         text("a name or a directory", "P"),
-        "default, a directory that train wrote, or a rule: last, ema, mean",
+        "default, a directory written by attnpred train, or a fixed rule: last, ema, mean",
     )
-    history: int = _prediction(64, whole(1), "prompt queries whose scores start the history")
+    history: int = _prediction(64, whole(1), "number of last prompt queries whose scores start the history")
     calibration: str = _prediction(
         "sketch",
         one_of(CALIBRATIONS),
-        f"how scores of blocks that were not attended to are learned: one of {', '.join(CALIBRATIONS)}",
+        f"source of the scores of blocks that a step did not attend to: {', '.join(CALIBRATIONS)}",
     )
-    calibration_interval: int = _prediction(5, whole(1), "steps from one exact calibration to the next")
-    sketch_bits: int = _prediction(2, one_of(SKETCH_BITS, int), "bits of a key element in the sketch: 1, 2, 4 or 8")
+    calibration_interval: int = _prediction(5, whole(1), "steps between exact calibrations")
+    sketch_bits: int = _prediction(2, one_of(SKETCH_BITS, int), "bits per key element in the sketch: 1, 2, 4 or 8")
 
-    block_size: int = _memory(16, _POWER_OF_TWO, "tokens in a block, a power of two")
-    skip_layers: Sequence[int] = _memory((), _layers(), "layers whose whole cache stays on the device, such as 0,1")
-    host_memory: int | None = _memory(
-        None, sizes_in_bytes().or_none(), "host memory the cache may use, such as 64GiB; none: what is available"
+    block_size: int = _memory(16, _POWER_OF_TWO, "tokens per block, a power of two")
+    skip_layers: Sequence[int] = _memory(
+        (), _layers(), "layers that keep their whole cache on the device, such as 0,1 (default: none)"
     )
-    slab_blocks: int = _memory(64, whole(1), "blocks by which host memory grows")
+    host_memory: int | None = _memory(
+        None,
+        sizes_in_bytes().or_none(),
+        "limit of CPU memory for the cache, such as 64GiB (default: all that is available)",
+    )
+    slab_blocks: int = _memory(64, whole(1), "blocks per allocation of CPU memory")
 
     prefetch: str = _execution(
         AUTO,
         one_of(PREFETCHERS),
-        "auto: steps captured as CUDA graphs where they can be, else thread; graph, thread, or none: within the step",
+        "who fetches blocks: graph (a step is one CUDA graph), thread, or none (the step waits for fetches); "
+        "auto: graph if possible, else thread",
     )
     compile: bool = _execution(
         False,
         flag(),
-        "compile the model's layers for captured steps: faster, after a minute's wait",
+        "compile the layers of captured steps with torch.compile: faster, but starts a minute later",
         also="True only with prefetch auto or graph",
     )
     unfused: bool = _execution(
-        False, flag(), "captured steps run the model's small operations one by one: slower, for comparisons"
+        False,
+        flag(),
+        "run norms, MLPs and rotary embeddings of captured steps without fused kernels: slower, for comparisons",
     )
     kernels: str = _execution(
-        AUTO, one_of(KERNELS), "auto: compiled kernels where they can be built; none: torch alone"
+        AUTO, one_of(KERNELS), "auto: compiled kernels if they can be built; none: torch operations only"
     )
     measure_recovery: int = _execution(
-        0, _EVERY, "measure recovery at every n-th step; 0: never (slow: it reads all keys)"
+        0, _EVERY, "measure attention recovery at every N-th step; 0: never; slow, because it reads all keys"
     )
 
     def __post_init__(self) -> None:

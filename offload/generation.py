@@ -68,7 +68,7 @@ def check_arguments(
 ) -> None:
     """``ConfigError`` for arguments of ``Engine.generate`` that are not allowed."""
     if ids_BT.dim() != 2 or ids_BT.shape[1] == 0:
-        raise ConfigError(f"input_ids must be [batch, tokens] with a token at least, got {list(ids_BT.shape)}")
+        raise ConfigError(f"input_ids must be [batch, tokens] with at least one token, got {list(ids_BT.shape)}")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} is not allowed: expected at least 1")
     if attention_mask is not None and attention_mask.shape != ids_BT.shape:

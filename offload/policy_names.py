@@ -1,4 +1,4 @@
-"""Names of the selection policies: what ``OffloadConfig.policy`` may be, known without the policies or torch."""
+"""Names of the selection policies: the allowed values of ``OffloadConfig.policy``. Imports no policy and no torch."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Runtime:
     def check_open(self) -> None:
         """Raise ``AttachError`` if the engine is detached."""
         if not self.open:
-            raise AttachError("this engine is detached from its model; attach again")
+            raise AttachError("this engine is detached from its model; call attach again")
 
     def is_first(self, number: int) -> bool:
         """Whether this is the first tiered layer, which counts the steps."""

@@ -222,7 +222,7 @@ class DeviceCounts:
         for number, block_bytes in self._block_bytes.items():
             attended, late, planned, ahead, lost = counts_NK[number].tolist()
             if lost:
-                raise IntegrityError(f"layer {number}: {lost} tokens came to a block without a slot")
+                raise IntegrityError(f"layer {number}: {lost} tokens were lost because their block had no slot")
             stats.wanted_blocks += attended
             stats.hit_blocks += attended - late
             stats.planned_blocks += planned

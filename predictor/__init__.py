@@ -1,4 +1,4 @@
-"""The learned model and what it reads; knows nothing of caches or of Hugging Face.
+"""Predictors, their state, and the key sketch. Independent of caches and of Hugging Face models.
 
 Importing the package imports no torch: its names load when they are first asked for.
 """

@@ -94,7 +94,7 @@ def read_upstream(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tenso
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle may raise anything
-        raise CheckpointError(f"{path}: not a file of weights alone ({one_line(error)})") from error
+        raise CheckpointError(f"{path}: not a file of weights only ({one_line(error)})") from error
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"{path}: found {type(tensors).__name__}, expected tensors by name: {sorted(expected)}")
     _check_tensors(path, tensors, expected)

@@ -1,4 +1,4 @@
-"""The predictor without a window: learned exponential filters over time.
+"""The default predictor: learned exponential averages of past scores, instead of a window of rows.
 
 Suffixes: B sequences, G KV heads, X = B × G, R history rows (oldest first), S chosen rows among them, N
 blocks, C state channels, H hidden channels, F filters, P peaks.

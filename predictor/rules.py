@@ -1,4 +1,4 @@
-"""Predictors without weights: baselines that a learned one has to beat.
+"""Predictors without weights: baselines for learned ones.
 
 Suffixes: B sequences, G KV heads, R history rows (oldest first), N blocks, C state channels.
 """

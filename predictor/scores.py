@@ -1,4 +1,4 @@
-"""Block scores and block mass: one step's attention probabilities reduced to blocks; and recovery.
+"""Block scores and block mass, computed from attention probabilities; and recovery.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, N blocks, T tokens.
 """

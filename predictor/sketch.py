@@ -159,7 +159,7 @@ class KeySketch:
         """
         if kernel and self.length > self.group and self._why_no_kernel(None) is None:
             if self.length > self.capacity:
-                raise ValueError(f"there is room for {self.capacity} tokens, this would be number {self.length}")
+                raise ValueError(f"there is room for {self.capacity} tokens, but this would be token {self.length}")
             key_BGD = key_BGD.to(self._tail_BGTD.dtype).contiguous()
             ops.sketch_append(key_BGD, *self._tensors(), self.capacity, length_B)
             return

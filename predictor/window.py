@@ -1,4 +1,4 @@
-"""Predictors over a window of rows, the published network among them.
+"""Predictors that keep a window of past score rows; the published network is one.
 
 Suffixes: B sequences, G KV heads, X = B × G, R history rows (oldest first), S chosen rows among them, N
 blocks, C state channels or feature maps.

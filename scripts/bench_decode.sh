@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The timings of the README's performance table, on one GPU: parts of a step, decoding against context, several sequences,
-# a context of half a million tokens, and a card of 24 GB as simulated by a limit. Each ends up in OUT, as text or as JSON
-# lines; a further run does what is missing of the latter. Usage: scripts/bench_decode.sh OUT [SHAPE] [MORE…]
-#   SHAPE    a model of `attnpred bench decode --shape` (llama-3.1-8b)
+# Makes the timings of the README's performance table on one GPU: parts of a step, decoding against context, several sequences, a
+# context of half a million tokens, and a 24 GB card simulated by a memory limit.
+# Usage: scripts/bench_decode.sh OUT [SHAPE] [MORE…]
+#   OUT      directory for the results, as text and JSON lines; a later run measures only rows that the JSON lines lack
+#   SHAPE    a shape of `attnpred bench decode --shape` (default: llama-3.1-8b)
 #   MORE     further options of `attnpred bench decode`, such as --steps 20
 # A trial on a CPU, in minutes: DEVICE=cpu CONTEXTS=1024,2048 LONG=4096 LONGEST=8192 scripts/bench_decode.sh OUT tiny
-# Half a million tokens of the 8B shape take 64 GiB of host memory, four sequences of 128K as much.
+# Half a million tokens of the 8B shape need 64 GiB of host memory; so do four sequences of 128K tokens.
 set -euo pipefail
 out=$1 shape=${2:-llama-3.1-8b} more=("${@:3}")
 device=${DEVICE:-cuda} contexts=${CONTEXTS:-1024,8192,32768,131072} long=${LONG:-131072} longest=${LONGEST:-524288}

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Does it pay to give layers unequal budgets? Each policy with equal ones, with those of TAPPA (qsim) and of CAKE, at equal totals:
-# answers found and attention mass recovered, both behind planted questions and in plain text, and perplexity.
+# Compares equal budgets with unequal ones of the same total, by TAPPA (qsim) and by CAKE, for several policies: answers found, attention
+# mass recovered (after planted questions and in plain text), and perplexity.
 # Usage: scripts/compare_allocation.sh DATA OUT [DEVICE]
 #   DATA     .txt files that the model has not seen, or a directory of them
-# MODEL, BUDGETS, CONTEXT, POLICIES (of predictor, snapkv, cake, …), QUESTIONS and DOCUMENTS make it another or a larger one; stopped
-# and run again, it goes on where it was. The tables are printed, and kept in OUT/*.txt.
+# Environment variables: MODEL, BUDGETS, CONTEXT, POLICIES (such as predictor, snapkv, cake), QUESTIONS and DOCUMENTS. The tables are
+# printed, and saved in OUT/*.txt.
+# An interrupted run continues when the script is run again.
 set -euo pipefail
 data=$1 out=$2 device=${3:-cpu}
 budgets=${BUDGETS:-256,512,1024} context=${CONTEXT:-8192} questions=${QUESTIONS:-60} documents=${DOCUMENTS:-16}

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Which layers can be spared? Perplexity without 1, 2, … layers, removed by block influence, by query similarity, by both (TAPPA) and
-# at random; then the same layers' plan. Usage: scripts/compare_pruning.sh DATA HELDOUT OUT [DEVICE]
-#   DATA     texts by which layers are scored; HELDOUT, others, by which what is left is judged: .txt files or directories of them
-# MODEL, LAYERS (at most), BETA, CONTEXT, DOCUMENTS and SEEDS (random orders) make it another or a larger one. Layers are scored once:
-# another BETA in the same OUT takes their scores. Tables are printed, and kept in OUT/beta-<β>/ with a plot.
+# Measures perplexity without 1, 2, … layers, removed by block influence, by query similarity, by both (TAPPA) and at random; then prints
+# the order of removal.
+# Usage: scripts/compare_pruning.sh DATA HELDOUT OUT [DEVICE]
+#   DATA     texts to score layers on: a .txt file or a directory of .txt files
+#   HELDOUT  other texts, for perplexity
+# Environment variables: MODEL, LAYERS (largest number to remove), BETA, CONTEXT, DOCUMENTS and SEEDS (number of random orders). Layers
+# are scored once per OUT: a run with another BETA uses the same scores. Tables are printed, and saved in OUT/beta-<β>/ with a plot.
 set -euo pipefail
 data=$1 heldout=$2 out=$3 device=${4:-cpu} beta=${BETA:-0.3}
 for place in "$data" "$heldout"; do

@@ -56,7 +56,7 @@ def main() -> int:
     if args.check:
         same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page
         if not same:
-            print(f"{PAGE}: not what the declaration says; run scripts/document_settings.py", file=sys.stderr)
+            print(f"{PAGE}: out of date; run scripts/document_settings.py", file=sys.stderr)
         return int(not same)
     PAGE.write_text(page, encoding="utf-8")
     return 0

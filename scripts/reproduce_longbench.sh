@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# LongBench as in the paper's main table: Llama-3.1-8B-Instruct, budgets 512 to 4,096, the paper's baselines beside it.
+# Runs LongBench as in the paper's main table: Llama-3.1-8B-Instruct, budgets 512 to 4,096, with the paper's baselines.
 # Usage: scripts/reproduce_longbench.sh OUT [DATA [MORE…]]
 #   DATA     a directory of LongBench's .jsonl files, hub (the default: the authors' archive), or hub:owner/name
 #   MORE     further options of `attnpred eval longbench`, such as --limit 20 or --tasks qasper,trec
-# PAPER names a checkpoint of the published network, for its row; MODEL another model; DEVICE another device than cuda; PYTHON the
-# interpreter. PROCESSES says by how many processes: one for each GPU. Stopped and run again, it goes on where it was.
+# Environment variables: PAPER adds a row for this checkpoint of the published network; MODEL sets another model; DEVICE sets another
+# device than cuda; PROCESSES sets the number of processes (one per GPU); PYTHON sets the interpreter.
+# An interrupted run continues when the script is run again.
 set -euo pipefail
 [ $# -ge 1 ] || { echo "reproduce_longbench.sh: expected OUT [DATA [MORE…]]" >&2; exit 2; }
 out=$1 data=${2:-hub} more=("${@:3}")

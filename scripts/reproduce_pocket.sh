@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The whole evaluation, small, with the pocket model: planted questions, needles, RULER's families, perplexity, recovery by layer
-# and head and LongBench, under every policy, then one report. Usage: scripts/reproduce_pocket.sh DATA OUT [DEVICE [MORE…]]
-#   DATA     holds texts/ (.txt files that the pocket model has not seen; of files named <kind>__<name>.txt each kind has a
-#            perplexity of its own) and longbench/ (.jsonl files, named by task)
+# Evaluates the pocket model under every policy and makes one report: planted questions, needles, RULER, perplexity, recovery by layer
+# and head, and LongBench.
+# Usage: scripts/reproduce_pocket.sh DATA OUT [DEVICE [MORE…]]
+#   DATA     directory with texts/ (.txt files that the pocket model has not seen; files named <kind>__<name>.txt get one perplexity
+#            task per kind) and longbench/ (<task>.jsonl files)
 #   DEVICE   cpu (the default) or cuda
 #   MORE     further options of `attnpred eval`, such as --retry-errors
-# All of it is one process that loads the model once (`attnpred eval several`); it prints the minutes that each part has taken. On a
-# CPU there is a process for each core, each takes whatever sample is next; PROCESSES says otherwise. Larger or smaller: POLICIES,
-# BUDGETS, CONTEXT, QUESTIONS, SAMPLES (of a RULER task), DOCUMENTS (of a kind of text), TASKS and LIMIT (of LongBench, and samples
-# of each). PARTS names what is run of questions, needle, ruler, perplexity, map, longbench; PYTHON by which interpreter. Stopped and
-# run again, it goes on where it was.
+# One command runs all parts and loads the model once (`attnpred eval several`); it prints the minutes of each part. An interrupted run continues when the script is run again.
+# Environment variables change the size of the run: POLICIES, BUDGETS, CONTEXT, QUESTIONS, SAMPLES (per RULER task), DOCUMENTS (per
+# kind of text), TASKS and LIMIT (LongBench tasks, and samples of each). PARTS selects from questions, needle, ruler, perplexity, map,
+# longbench. PROCESSES sets the number of processes (default: one per core on a CPU, else 1); PYTHON sets the interpreter.
 set -euo pipefail
 [ $# -ge 2 ] || { echo "reproduce_pocket.sh: expected DATA OUT [DEVICE [MORE…]]" >&2; exit 2; }
 data=$1 out=$2 device=${3:-cpu} more=("${@:4}")

@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# A pretrained model under every policy: LongBench with its chat template, RULER, perplexity of held-out texts and long generation
-# against the whole cache's path, then one report with paired bootstrap intervals.
+# Evaluates a pretrained model under every policy: LongBench with its chat template, RULER, perplexity of held-out texts, and long
+# generation compared with the stock model. Makes one report with paired bootstrap intervals.
 # Usage: scripts/reproduce_real.sh MODEL DATA OUT [DEVICE [MORE…]]
 #   MODEL    a directory, a name on the hub, or a GGUF file (scripts/get_model.sh smollm2 fetches a small one)
-#   DATA     holds texts/ (.txt files; of files named <kind>__<name>.txt each kind has a task of its own) and longbench/ (.jsonl
-#            files, named by task)
+#   DATA     directory with texts/ (.txt files; files named <kind>__<name>.txt get one task per kind) and longbench/ (<task>.jsonl files)
 #   DEVICE   cuda (the default) or cpu
 #   MORE     further options of `attnpred eval`, such as --retry-errors
-# Larger or smaller: POLICIES, BUDGETS, LENGTHS (of RULER), SAMPLES (of a RULER task and length), CONTEXT (of perplexity), DOCUMENTS
-# (of a kind of text), PROMPT and NEW_TOKENS (of long generation), TASKS and LIMIT (of LongBench, and samples of each; all).
-# NO_CHAT=1 leaves out the chat template, for models that are no assistants.
-# PARTS names what is run of longbench, ruler, perplexity, continuation; PROCESSES says by how many processes; PYTHON by which
-# interpreter. Stopped and run again, it goes on where it was.
+# Environment variables change the size of the run: POLICIES, BUDGETS, LENGTHS (of RULER), SAMPLES (per RULER task and length), CONTEXT
+# (of perplexity), DOCUMENTS (per kind of text), PROMPT and NEW_TOKENS (of long generation), TASKS and LIMIT (LongBench tasks, and
+# samples of each; default: all). NO_CHAT=1 disables the chat template, for models that are not assistants. PARTS selects from
+# longbench, ruler, perplexity, continuation. PROCESSES sets the number of processes; PYTHON sets the interpreter.
+# An interrupted run continues when the script is run again.
 set -euo pipefail
 [ $# -ge 3 ] || { echo "reproduce_real.sh: expected MODEL DATA OUT [DEVICE [MORE…]]" >&2; exit 2; }
 data=$2 out=$3 device=${4:-cuda} more=(--model "$1" "${@:5}")

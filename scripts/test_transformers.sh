@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Tests of what touches transformers, with several of its versions, each in an environment of its own under .venv-transformers/.
+# Runs the tests that depend on transformers with several of its versions, each in its own environment under .venv-transformers/.
 #
-#   scripts/test_transformers.sh [VERSION ...]     # default: the oldest and the one before the newest; "newest" is whatever
-#                                                  # the package index has within pyproject's bounds
+#   scripts/test_transformers.sh [VERSION ...]     # default: the oldest and the one before the newest; "newest" is the
+#                                                  # newest on the package index that pyproject.toml allows
 #
-# What transformers calls deprecated is an error (tests/conftest.py).
+# Deprecation warnings of transformers are errors (tests/conftest.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1

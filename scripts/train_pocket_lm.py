@@ -833,9 +833,9 @@ def parse_args() -> argparse.Namespace:
         args.stages, args.batch_tokens, args.no_compile = [(0.0, 256), (0.5, 512)], 1024, True
         args.evaluate, args.log_every = min(args.evaluate, 4), 2.0
     if args.only != "evaluate" and not args.corpus:
-        parser.error("--corpus: needed to train")
+        parser.error("--corpus is required to train")
     if args.only == "evaluate" and not args.heldout:
-        parser.error("--heldout: needed to evaluate")
+        parser.error("--heldout is required to evaluate")
     for name in ("corpus", "heldout", "init_from"):
         folder = getattr(args, name)
         if folder and not folder.is_dir():

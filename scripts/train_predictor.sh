@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Record the pocket model's attention on text and on planted tasks, train the default predictor and the published
-# architecture on it, and judge both on other text. Usage: scripts/train_predictor.sh TEXTS HELDOUT OUT [DEVICE] [MORE…]
-#   TEXTS    a directory of .txt files to learn from; HELDOUT another one to be judged on
-#   MORE     further documents to be judged on without questions, such as LongBench's .jsonl files
-#   OUT      where recordings, checkpoints and the table go; copy OUT/time-filters over predictor/weights/default to
+# architecture on it, and evaluate both on other text.
+# Usage: scripts/train_predictor.sh TEXTS HELDOUT OUT [DEVICE] [MORE…]
+#   TEXTS    a directory of .txt files to train on; HELDOUT: another one to evaluate on
+#   MORE     further documents to evaluate on, without questions, such as LongBench's .jsonl files
+#   OUT      directory for recordings, checkpoints and the table; copy OUT/time-filters over predictor/weights/default to
 #            ship it
 # A small trial of all its steps: CONTEXT=1500 DOCUMENTS=4 STEPS=20 QUESTIONS=8 scripts/train_predictor.sh …
 set -euo pipefail

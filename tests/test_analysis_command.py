@@ -177,7 +177,10 @@ class TestRefuses:
         [
             (("--context", 5000), "--context 5000: the model has positions for 4096 tokens"),
             (("--context", 4000), "--data text: no document is long enough: text needs 4000 tokens (--context)"),
-            (("--budget", 384), "--budget 384: expected less than --context without --tail, or all is chosen"),
+            (
+                ("--budget", 384),
+                "--budget 384: expected less than --context minus --tail",
+            ),
             (("--budget", 128), "--budget 128: expected at least sink + recent + one block"),
             (("--window", 1), "--window 1: expected at least 2 queries, to make a pair"),
             (("--tails", 0), "--tails 0: expected at least 1"),
@@ -214,7 +217,7 @@ class TestRefuses:
         assert analyse(*given) == 0
         capsys.readouterr()
         said = refused(capsys, monkeypatch, *given, "--window", 9)
-        assert "is of another run: settings.window is 8 there, asked for 9" in said
+        assert "holds another run: settings.window is 8 there, asked for 9" in said
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "letter.txt").write_text("dear reader")
         said = refused(capsys, monkeypatch, *given, "--out", tmp_path / "full")

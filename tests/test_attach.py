@@ -90,7 +90,7 @@ class TestRefusals:
         model = tiny_model()
         with attach(model, CONFIG):
             before = state(model)
-            with pytest.raises(AttachError, match="attached already"):
+            with pytest.raises(AttachError, match="already attached"):
                 attach(model, CONFIG)
             assert same_state(before, state(model))
 
@@ -263,7 +263,7 @@ class TestRegistry:
             name = "full"
             selects = "all"
 
-        with pytest.raises(ConfigError, match="taken by Full"):
+        with pytest.raises(ConfigError, match="already used by Full"):
             register(Impostor)
 
 

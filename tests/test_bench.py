@@ -160,7 +160,7 @@ def test_a_sweep_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert plot.stat().st_size > 1000
     assert all(0 < one["query_similarity"] < 1 for one in rows)
     assert main(decode(*options, "--contexts", "512", "--ways", "thread", "--seed", "1")) == 2
-    assert "holds timings of other settings (seed: 0 there, 1 asked for)" in capsys.readouterr().err
+    assert "holds timings with other settings (seed: 0 there, 1 asked for)" in capsys.readouterr().err
     assert main(decode(*both)) == 0  # nothing left to do
     text = capsys.readouterr().out
     assert len(out.read_text().splitlines()) == 1 + 4

@@ -155,7 +155,7 @@ class TestGenerate:
             with pytest.raises(CheckpointError) as caught:
                 load_model(str(tmp_path))
             named = ", ".join(lost[: min(count, 3)]) + (" and 3 more" if count == 6 else "")
-            assert str(caught.value) == f"{str(tmp_path)!r} lacks weights of its model: {named}"
+            assert str(caught.value) == f"{str(tmp_path)!r} lacks weights that its model needs: {named}"
 
     def test_host_memory(self, capsys, monkeypatch):
         import psutil

@@ -89,7 +89,7 @@ def test_a_lost_or_cut_shard_is_recorded_again(part: int, tmp_path: Path) -> Non
 
 def test_a_place_that_cannot_hold_a_recording(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="file: can't hold a recording: "):
+    with pytest.raises(DataError, match="file: can't write a recording here: "):
         HistoryWriter(tmp_path / "file", META)
 
 
@@ -100,7 +100,7 @@ def test_several_writers_of_one_recording(tmp_path: Path) -> None:
     resumed = HistoryWriter(tmp_path, META, part=1)  # with other numbers of processes, documents change hands
     assert all(resumed.has(f"document {part}") for part in (0, 1, 2))
     assert not resumed.has("document 3")
-    with pytest.raises(DataError, match=r"meta.json: holds a recording with model 'made-up', can't add one with 'new'"):
+    with pytest.raises(DataError, match=r"meta.json: holds a recording with model='made-up', can't add one with 'new'"):
         HistoryWriter(tmp_path, META | {"model": "new"}, part=3)
 
 

@@ -86,9 +86,9 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 REFUSED = {
-    "nowhere": (None, "no such file or directory, and the hub gives no such data set"),
-    "nowhere.txt": (None, "no such file or directory, and no name of a hub data set"),
-    "/nowhere": (None, "no such file or directory, and no name of a hub data set"),
+    "nowhere": (None, "no such file or directory, and the hub could not provide such a data set"),
+    "nowhere.txt": (None, "neither a file, nor a directory, nor a hub data set"),
+    "/nowhere": (None, "neither a file, nor a directory, nor a hub data set"),
     "a.md": ("x", "expected a .txt, .jsonl, .parquet file"),
     "a.jsonl": ("\n{", "line 2: not readable as JSON"),
     "b.jsonl": ('{"words": "x"}', r"row 1: expected text in 'text' \(--field\), .*; found columns words"),
@@ -111,5 +111,5 @@ def test_refusals(name: str, tmp_path: Path) -> None:
 
 
 def test_a_hub_that_does_not_answer() -> None:
-    with pytest.raises(DataError, match="the hub gives no such data set"):  # HF_HUB_OFFLINE, as in all tests
+    with pytest.raises(DataError, match="the hub could not provide such a data set"):  # HF_HUB_OFFLINE, as in all tests
         read("owner/name", limit=1)

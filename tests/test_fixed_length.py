@@ -118,9 +118,9 @@ class TestCheck:
     def test_refuses(self):
         with pytest.raises(ConfigError, match="length 301: the model has positions for 256"):
             Words(context=256).check("301", None)
-        with pytest.raises(ConfigError, match="length 20 is too short, a sample without filler has 28"):
+        with pytest.raises(ConfigError, match="length 20 is too short; a sample without filler has 28"):
             Words().check("20", None)
-        with pytest.raises(DataError, match=r"its data fill .* of length 200: more of them are needed"):
+        with pytest.raises(DataError, match=r"its data fill only .* of 200 tokens: add more data"):
             Words(most=5).check("200", None)
         with pytest.raises(ConfigError, match="--samples 0: expected at least 1"):
             Words(count=0)
@@ -155,5 +155,5 @@ class TestHaystack:
         assert haystack.bury(0, len(haystack.words), []) == text
 
     def test_text_without_sentences_is_refused(self):
-        with pytest.raises(DataError, match="no sentence in it"):
+        with pytest.raises(DataError, match="contains no sentence"):
             Haystack({"one": "word " * 100})

@@ -187,9 +187,10 @@ def test_beams_go_by_the_thread(tiny_model, ids) -> None:
 
 
 @torch.no_grad()
-def test_many_tokens_with_integrity_checks(tiny_model, ids) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-oss"])
+def test_many_tokens_with_integrity_checks(tiny_model, ids, family: str) -> None:
     """10,000 tokens, across the growth of the room, the host looking at everything every 500 of them."""
-    model = tiny_model("llama", max_position_embeddings=20000).cuda()
+    model = tiny_model(family, max_position_embeddings=20000).cuda()
     with attach(model, OffloadConfig(prefetch="graph", **SMALL)) as engine:
         cache = engine.new_cache()
         token = model(ids(300, batch=2).cuda(), **with_cache(model, cache)).logits[:, -1:].argmax(-1)
@@ -200,6 +201,7 @@ def test_many_tokens_with_integrity_checks(tiny_model, ids) -> None:
         assert cache.get_seq_length() == 10_300
         assert not engine.stats.fallbacks
         assert engine.stats.steps == 10_000
+        assert engine.stats.captured_steps == 10_000
 
 
 @torch.no_grad()

@@ -322,7 +322,7 @@ def test_room_for_more(device: str) -> None:
     more = sketch.capacity - GROUP
     sketch.extend(key_BGTD[:, :, :1].repeat(1, 1, more, 1), query_BHTD[:, :, :1].repeat(1, 1, more, 1), kernel=True)
     sketch.advance()
-    with pytest.raises(ValueError, match="there is room for 1087 tokens, this would be number 1088"):
+    with pytest.raises(ValueError, match="there is room for 1087 tokens, but this would be token 1088"):
         sketch.append(key_BGTD[:, :, 0], query_BHTD[:, :, 0], torch.tensor([1088, 1088]), kernel=True)
     sketch.reserve(1088)
     sketch.append(key_BGTD[:, :, 0], query_BHTD[:, :, 0], torch.tensor([1088, 1088]), kernel=True)

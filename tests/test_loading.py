@@ -157,23 +157,23 @@ class TestBadGgufFiles:
     def test_no_gguf_file(self, command: tuple[str, ...], tmp_path: Path, refused: Callable[..., str]) -> None:
         (tmp_path / "m.gguf").write_bytes(b"PK of another kind")
         line = refused(*command, "--model", "m.gguf")
-        assert line == "'m.gguf' is no GGUF file: it begins with b'PK o', not with b'GGUF'"
+        assert line == "'m.gguf' is not a GGUF file: it begins with b'PK o', not with b'GGUF'"
 
     @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
     def test_a_folder_of_files(self, command: tuple[str, ...], whole: Path, refused: Callable[..., str]) -> None:
         line = refused(*command, "--model", whole.parent)
-        assert line == f"'{whole.parent}' holds models in GGUF: choose one by --gguf-file: half.gguf, whole.gguf"
+        assert line == f"'{whole.parent}' holds GGUF models only: choose one with --gguf-file: half.gguf, whole.gguf"
 
     @pytest.mark.parametrize(
         ("words", "line"),
         [
             (("--gguf-file", "other.gguf"), "--gguf-file other.gguf is not in {0}, which holds half.gguf, whole.gguf"),
             (("--gguf-file", "whole"), "--gguf-file whole: expected a name that ends in .gguf"),
-            (("--model", "no.gguf"), "'no.gguf' is no file here, nor one of the hub: owner/name/file.gguf"),
-            (("--model", "{0}/no.gguf"), "'{0}/no.gguf' is no file here, nor "),
+            (("--model", "no.gguf"), "'no.gguf' is neither a local file nor a hub name such as owner/name/file.gguf"),
+            (("--model", "{0}/no.gguf"), "'{0}/no.gguf' is neither a local file nor "),
             (
                 ("--model", "someone/model", "--gguf-file", "x.gguf"),
-                "'someone/model/x.gguf' is no file here, nor to be",
+                "'someone/model/x.gguf' is not a local file, and the hub could not",
             ),
             (("--model", "{0}/whole.gguf", "--gguf-file", "x.gguf"), "--gguf-file x.gguf: --model {0}/whole.gguf is a"),
             (("--model", "someone/Model-GGUF"), "cannot load a tokenizer from 'someone/Model-GGUF'"),
@@ -194,7 +194,9 @@ class TestBadGgufFiles:
         data = whole.read_bytes()
         (tmp_path / "m.gguf").write_bytes(data[: int(share * len(data))])
         line = refused("generate", "--prompt", "x", "--model", "m.gguf")
-        assert line.startswith("'m.gguf' is cut short: ") or (share < 0.001 and line.startswith("'m.gguf' is no GGUF"))
+        assert line.startswith("'m.gguf' is cut short: ") or (
+            share < 0.001 and line.startswith("'m.gguf' is not a GGUF")
+        )
 
     @pytest.mark.parametrize(
         ("header", "line"),
@@ -236,7 +238,7 @@ class TestBadGgufFiles:
     def test_no_tokenizer(self, model: Any, tmp_path: Path, refused: Callable[..., str]) -> None:
         write_gguf(tmp_path / "m.gguf", model, tokenizer=False)
         line = refused("generate", "--prompt", "x", "--model", "m.gguf")
-        assert line.startswith("'m.gguf' holds no tokenizer, and none lies beside it: expected one of tokenizer.json")
+        assert line.startswith("'m.gguf' has no tokenizer, and its directory has none: expected one of tokenizer.json")
 
     @pytest.mark.parametrize("package", ["gguf", "accelerate"])
     def test_no_package(self, package: str, whole: Path, refused: Callable[..., str], monkeypatch: Any) -> None:
@@ -247,9 +249,9 @@ class TestBadGgufFiles:
 
     @pytest.mark.parametrize("load", [load_model, load_tokenizer, load_config])
     def test_libraries_are_told_the_same(self, load: Callable[[str], Any], whole: Path) -> None:
-        with pytest.raises(CheckpointError, match="holds models in GGUF"):
+        with pytest.raises(CheckpointError, match="holds GGUF models only"):
             load(str(whole.parent))
-        with pytest.raises(CheckpointError, match="is no file here"):
+        with pytest.raises(CheckpointError, match="is neither a local file"):
             load("no.gguf")
 
 
@@ -257,20 +259,20 @@ class TestPackedWeights:
     @pytest.mark.parametrize("command", [COMMANDS[0], COMMANDS[6]], ids=" ".join)
     def test_an_architecture_whose_weights_cannot_stay_packed(self, command, whole, refused) -> None:
         line = refused(*command, "--model", whole, "--dtype", "packed")
-        assert "can't keep weights of the architecture 'llama' packed, only of " in line
+        assert "can't keep packed weights of the architecture 'llama' (only of " in line
 
     def test_no_kernel(self, model: Any, tmp_path: Path, refused: Callable[..., str]) -> None:
         write_gguf(tmp_path / "m.gguf", model, Type.Q8_0, architecture="qwen35")
         line = refused("generate", "--prompt", "x", "--model", "m.gguf", "--device", "cpu", "--dtype", "packed")
-        assert line.startswith("cannot load a tokenizer") or "no kernel computes with packed weights on cpu" in line
-        with pytest.raises(ConfigError, match="no kernel computes with packed weights on cpu"):
+        assert line.startswith("cannot load a tokenizer") or "no kernel for packed weights on cpu" in line
+        with pytest.raises(ConfigError, match="no kernel for packed weights on cpu"):
             load_model(str(tmp_path / "m.gguf"), "cpu", "packed")
 
     def test_other_models(self, tmp_path: Path, refused: Callable[..., str]) -> None:
         save_tiny_text_model(tmp_path / "model")
         line = refused("generate", "--prompt", "x", "--model", "model", "--dtype", "packed")
-        assert line == "--dtype packed: --model model is no GGUF file"
-        with pytest.raises(ConfigError, match="is no GGUF file"):
+        assert line == "--dtype packed: --model model is not a GGUF file"
+        with pytest.raises(ConfigError, match="is not a GGUF file"):
             load_model(str(tmp_path / "model"), dtype="packed")
 
     def test_what_is_pruned_is_saved(self, whole: Path, refused: Callable[..., str]) -> None:
@@ -328,7 +330,7 @@ class TestQuantisedDirectories:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may compute with these weights")
     def test_unpacked_weights_are_said_to_be(self, eight_bit: Path, caplog: pytest.LogCaptureFixture) -> None:
         loaded, wanted = load_model(str(eight_bit)), make_tiny_model().state_dict()
-        assert "transformers unpacked its fp8 weights, which it can't compute with here" in caplog.text
+        assert "transformers unpacked its fp8 weights, because it can't compute with them here" in caplog.text
         for name, weight in loaded.state_dict().items():
             assert (weight - wanted[name]).abs().max() <= 0.07 * wanted[name].abs().max()
 
@@ -339,7 +341,7 @@ class TestQuantisedDirectories:
             ({"quant_method": "gptq", "bits": 4}, "requires "),
             ({"quant_method": "awq", "bits": 4}, "requires "),
             ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "cannot load a causal language model"),
-            ({"quant_method": "abacus"}, "is quantised by 'abacus', transformers knows "),
+            ({"quant_method": "abacus"}, "is quantised with 'abacus'; transformers supports "),
         ],
         ids=lambda given: given.get("quant_method") if isinstance(given, dict) else "",
     )

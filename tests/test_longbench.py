@@ -419,7 +419,7 @@ class TestData:
         assert asked == [(("THUDM/LongBench", "data.zip"), {"repo_type": "dataset"})]
         bench = benchmark(rows, ["trec", "lcc"], extended=True)
         assert [one.id for one in bench.samples("lcc")] == ["lcc-0", "lcc-1", "lcc-2"]
-        with pytest.raises(DataError, match=r"no data/musique\.jsonl to be read in it"):
+        with pytest.raises(DataError, match=r"can't read data/musique\.jsonl from it"):
             benchmark(rows, ["musique"], chat=False).check("musique", None)
         with pytest.raises(DataError, match=r"data\.zip, data/lsht\.jsonl, line 1: not readable as JSON"):
             benchmark(rows, ["lsht"]).check("lsht", None)

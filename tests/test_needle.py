@@ -128,9 +128,9 @@ class TestCommand:
         ("options", "said"),
         [
             (("--lengths", "5000"), "length 5000: the model has positions for 4096 tokens"),
-            (("--lengths", "60"), "task 60: length 60 is too short, a sample without filler has "),
+            (("--lengths", "60"), "task 60: length 60 is too short; a sample without filler has "),
             (("--lengths", "x"), "--lengths x: expected numbers separated by commas"),
-            (("--lengths", "400,400"), "--lengths 400,400: one of them is there twice"),
+            (("--lengths", "400,400"), "--lengths 400,400: a value is given twice"),
             (("--depths", "0,101"), "--depths 101: expected percentages, from 0 to 100"),
             (("--samples", "0"), "--samples 0: expected at least 1"),
             (("--data", "nowhere"), "cannot read text from nowhere"),
@@ -150,7 +150,7 @@ class TestCommand:
         evaluate(*given, "--policies", "full")
         capsys.readouterr()
         line = refused(capsys, monkeypatch, *given, "--depths", "0,50")
-        assert "is of another run: settings.depths is [0, 100] there, asked for [0, 50]" in line
+        assert "holds another run: settings.depths is [0, 100] there, asked for [0, 50]" in line
 
     def test_in_a_chat(self, given, tmp_path):
         model = save_tiny_text_model(tmp_path / "chat", chat=True)
@@ -165,7 +165,7 @@ class TestCommand:
         ({"needle": "n", "question": 3, "answer": "a"}, "line 1: expected a text in 'question'"),
         ({"needle": "n", "question": "q", "answer": []}, "line 1: expected a text, or a list of them, in 'answer'"),
         ({"needle": "n", "question": "q"}, "line 1: expected a text, or a list of them, in 'answer'; found None"),
-        ({"needle": "n", "question": "q", "answer": " "}, "line 1: an empty text in 'answer'"),
+        ({"needle": "n", "question": "q", "answer": " "}, "line 1: 'answer' is empty"),
     ],
 )
 def test_bad_needles(row, said, tmp_path):

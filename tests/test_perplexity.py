@@ -32,7 +32,7 @@ def given(tmp_path, texts):
 def test_what_a_single_forward_pass_says(given, tmp_path, texts, capsys):
     evaluate(*given, "--policies", "full,predictor,streaming", "--budgets", "144,512")
     printed = capsys.readouterr().out
-    assert printed.startswith("text: 1 documents have fewer than 400 tokens and are left out\n")
+    assert printed.startswith("text: 1 documents have fewer than 400 tokens and are skipped\n")
     folder = RunFolder(tmp_path / "out")
     assert folder.variants == ("full", "predictor-144", "predictor-512", "streaming-144", "streaming-512")
     model, tokenizer = load_model(str(tmp_path / "model")), load_tokenizer(str(tmp_path / "model"))
@@ -84,7 +84,7 @@ def test_a_failed_document_has_no_figure():
         (("--tail", "400"), "--tail 400: expected 1 to below --context 400"),
         (("--per-file", "0"), "--per-file 0: expected at least 1"),
         (("--data", "text=other.txt"), "--data: names must differ, got text, text"),
-        (("--data", "nowhere.txt"), "nowhere.txt: no such file"),
+        (("--data", "nowhere.txt"), "nowhere.txt: neither a file"),
         (("--context", "4000"), "--data text: no document has 4000 tokens"),
         (("--budgets", "100"), "budget=100 is not allowed"),
     ],

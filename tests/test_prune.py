@@ -277,7 +277,7 @@ def test_what_a_configuration_cannot_say_is_refused():
     """Every second layer has experts: without the first it would be the other half, when loaded."""
     model = deep("qwen3-moe", mlp_only_layers=[], decoder_sparse_step=2)
     with (
-        pytest.raises(ConfigError, match=r"is not what its configuration can say: .*layers.0.mlp.* is "),
+        pytest.raises(ConfigError, match=r"can't be described by its configuration: .*layers.0.mlp.* is "),
         without_layers(model, [0]),
     ):
         pass
@@ -347,7 +347,7 @@ def test_from_texts_to_a_model_and_its_plan(tiny, texts, tmp_path, capsys):
     out = tmp_path / "out"
     assert prune("--model", tiny, "--data", texts, "--context", 200, "--layers", 2, "--beta", 0.2, "--out", out) == 0
     shown = capsys.readouterr().out
-    assert "1 of 3 documents have fewer than 200 tokens and are left out" in shown
+    assert "1 of 3 documents have fewer than 200 tokens and are skipped" in shown
     saved = json.loads((out / "scores.json").read_text())
     assert saved["removed"] == sorted(saved["order"][:2])
     assert saved["importance"] == [
@@ -396,9 +396,9 @@ def test_a_sweep_from_the_command_line(tiny, texts, tmp_path, capsys):
         (["--layers", 1, "--beta", "-1"], "--beta -1: expected a number from 0 on"),
         (["--layers", 1, "--context", 5000], "--context 5000: the model has positions for 4096 tokens"),
         (["--layers", 1, "--context", 3000], "no document has 3000 tokens (--context)"),
-        (["--layers", 1, "--context", 32], "--context 32: expected more than 32"),
+        (["--layers", 1, "--context", 32], "--context 32: expected more than the 32 queries"),
         (["--layers", 1, "--documents", 0], "--documents 0: expected at least 1"),
-        (["--layers", 1, "--plot", "x.png"], "--plot draws what --sweep finds"),
+        (["--layers", 1, "--plot", "x.png"], "--plot needs --sweep"),
         (["--layers", 1, "--plan-only"], "--plan-only needs --scores"),
         (["--layers", 1, "--model", "/nowhere"], "cannot load a configuration from '/nowhere'"),
     ],

@@ -55,7 +55,7 @@ def test_packed(capsys: pytest.CaptureFixture[str]) -> None:
     """transformers keeps no Llama packed, so that it is refused and not unpacked unasked."""
     words = ["--prompt", "x", "--model", str(MODEL.parent), "--gguf-file", MODEL.name, "--dtype", "packed"]
     assert main(["generate", *words]) == 2
-    assert "can't keep weights of the architecture 'llama' packed" in capsys.readouterr().err
+    assert "can't keep packed weights of the architecture 'llama'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -269,8 +269,8 @@ class TestProblems:
             ),
             ({"problem": "p", "answer": [1]}, r"here: expected a text or number in 'answer'.* found \[1\]"),
             ({"problem": "p", "answer": True}, "here: expected a text or number in 'answer'.* found True"),
-            ({"problem": "p", "answer": ""}, "here: no answer in it"),
-            ({"problem": "p", "solution": "we don't know"}, "here: no answer in it"),
+            ({"problem": "p", "answer": ""}, "here: it has no answer"),
+            ({"problem": "p", "solution": "we don't know"}, "here: it has no answer"),
         ],
     )
     def test_bad_ones(self, row, said):
@@ -314,7 +314,7 @@ def test_scores():
         ((-1.0,), "--temperature -1.0: expected 0"),
         ((0.5, 0.0), "--top-p 0.0: expected a share above 0, up to 1"),
         ((0.5, 1.0, 0), "--repeats 0: expected at least 1"),
-        ((0.0, 1.0, 2), "--repeats 2: greedy decoding gives the same each time"),
+        ((0.0, 1.0, 2), "--repeats 2: greedy decoding gives the same answer each time"),
     ],
 )
 def test_sampling(arguments, said):
@@ -424,10 +424,10 @@ class TestCommand:
             (("--max-new-tokens", "0"), "--max-new-tokens 0: expected at least 1"),
             (
                 ("--max-new-tokens", "4090"),
-                "new ones are more than the model has positions for, 4096: choose a smaller",
+                "new tokens exceed the model's 4096 positions: choose a smaller",
             ),
             (("--temperature", "-1"), "--temperature -1: expected 0"),
-            (("--repeats", "3"), "--repeats 3: greedy decoding gives the same each time; set --temperature"),
+            (("--repeats", "3"), "--repeats 3: greedy decoding gives the same answer each time; set --temperature"),
         ],
     )
     def test_refuses(self, given, options, said, capsys, monkeypatch):

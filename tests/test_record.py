@@ -91,7 +91,7 @@ def test_a_recording_that_does_not_fit_the_disk_is_refused(tiny_model, tmp_path)
     needed = largest_size(tiny_model("llama"), sequences=10, max_tokens=1000, steps=100, block_size=16)
     assert needed == 10 * 2 * 2 * 100 * 63 * 4
     assert "at most 984.38 KiB in" in check_space(tmp_path / "not" / "there yet", needed)
-    with pytest.raises(DataError, match=r"may take 1024.00 TiB, .* are free"):
+    with pytest.raises(DataError, match=r"may need 1024.00 TiB, .* are free"):
         check_space(tmp_path, 2**50)
 
 

@@ -112,10 +112,10 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (("--policies", "full"), "policy 'full' attends to everything: there is nothing to recover"),
+            (("--policies", "full"), "policy 'full' attends to everything, so it has no recovery to measure"),
             (("--policies", "predictor,full"), "policy 'full' attends to everything"),
             (("--rule", "all: full,prefetch=none"), "policy 'full' attends to everything"),
-            (("--rule", "fast: predictor,prefetch=graph"), "fast-208: captured steps can't be watched"),
+            (("--rule", "fast: predictor,prefetch=graph"), "fast-208: captured steps can't be measured"),
             (("--interval", "0"), "--interval 0: expected 1 to --tail 12"),
             (("--interval", "13"), "--interval 13: expected 1 to --tail 12"),
             (("--context", "5000"), "--context 5000: the model has positions for 4096 tokens"),

@@ -76,7 +76,7 @@ class TestFamilies:
             assert not text.endswith(" ")
 
     def test_passages_that_are_too_few_are_refused(self, passages):
-        with pytest.raises(DataError, match=r"task qa_1-9000: its data fill 5[0-9]{3} tokens of length 9000"):
+        with pytest.raises(DataError, match=r"task qa_1-9000: its data fill only 5[0-9]{3} of 9000 tokens"):
             make(["qa_1"], [9000], passages).check("qa_1-9000", None)
 
     @pytest.mark.parametrize("name", NIAH)
@@ -261,7 +261,7 @@ class TestPassages:
             ([{"answer": "a", "context": "c"}], "line 1: expected a text in 'question'; found fields answer, context"),
             ([{"question": "q", "answer": "a", "context": [3]}], "line 1: expected texts, or .title, .sentences.."),
             ([{"question": "q", "answers": [], "context": "c"}], "no question with an answer in it"),
-            ([{"question": "q", "answer": "a", "context": "c"}], "one paragraph in it"),
+            ([{"question": "q", "answer": "a", "context": "c"}], "has only one paragraph"),
         ],
     )
     def test_bad_ones(self, rows, said, tmp_path):
@@ -309,7 +309,7 @@ class TestGiven:
             ({"input": "x", "outputs": ["x"], "answer_prefix": 3}, "line 1: expected a text in 'answer_prefix'"),
             (
                 {"input": "x" * 5000, "outputs": ["x"]},
-                "sample 0 has 5031 tokens with its answer, the model has positions",
+                "sample 0 has 5031 tokens with its answer; the model has positions",
             ),
         ],
     )
@@ -347,7 +347,7 @@ class TestCommand:
         texts, squad = write_texts(tmp_path / "texts"), tmp_path / "qa.jsonl"
         options = map(str, (*given[1:], "--haystack", texts, "--lengths", 4000, "--squad", squad))
         benchmark = command.make_benchmark(parser.parse_args(list(options)))
-        assert capsys.readouterr().out == "left out: qa_2, which needs --hotpotqa\n"
+        assert capsys.readouterr().out == "skipped: qa_2, which needs --hotpotqa\n"
         assert benchmark.tasks == tuple(f"{name}-4000" for name in FAMILIES if name != "qa_2")
 
     def test_given_samples(self, given, tmp_path, capsys):
@@ -366,7 +366,7 @@ class TestCommand:
             (("--tasks", "riddles"), "no RULER task 'riddles': expected some of niah_single_1"),
             (("--tasks", "vt", "--lengths", "5000"), "length 5000: the model has positions for 4096 tokens"),
             (("--tasks", "cwe", "--lengths", "2000"), "task cwe-2000: length 2000 is too short"),
-            (("--tasks", "vt", "--lengths", "2000,2000"), "--lengths 2000,2000: one of them is there twice"),
+            (("--tasks", "vt", "--lengths", "2000,2000"), "--lengths 2000,2000: a value is given twice"),
             (("--tasks", "vt", "--samples", "0"), "--samples 0: expected at least 1"),
             (("--tasks", "qa_1", "--squad", "nowhere.jsonl"), "cannot read nowhere.jsonl"),
             (("--tasks", "niah_single_2", "--haystack", "nowhere"), "cannot read text from nowhere"),

@@ -217,7 +217,7 @@ class TestRun:
 
     def test_a_lost_device_ends_the_run(self, plan):
         failing = {("a", "id1"): torch.AcceleratorError("CUDA error: an illegal memory access")}
-        with pytest.raises(Exception, match=r"the device is of no use after AcceleratorError: .*--retry-errors"):
+        with pytest.raises(Exception, match=r"the device can't be used after AcceleratorError: .*--retry-errors"):
             run(Toy(failing=failing), plan())
         assert [one["index"] for one in RunFolder(plan().out).records("full", "a")] == [0, 1]
 
@@ -252,7 +252,7 @@ class TestWhatIsRefused:
             (("--budgets", "100"), "budget=100 is not allowed: expected at least sink"),
             (("--budgets", "few"), "--budgets few: expected numbers"),
             (("--rule", "quest,speed=1"), "unknown field 'speed'"),
-            (("--rule", "quest,budget=512"), "its budget is one of --budgets"),
+            (("--rule", "quest,budget=512"), "set budgets with --budgets"),
             (("--rule", "../x: quest"), "'../x' can't name a directory"),
             (("--rule", "predictor,predictor=nowhere"), "nowhere: no such checkpoint"),
             (("--limit", "0"), "--limit 0: expected at least 1"),
@@ -343,7 +343,7 @@ class TestWhatIsRefused:
     def test_an_environment_that_is_no_launcher_s(self, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.delenv("RANK", raising=False)
-        with pytest.raises(ConfigError, match="not those of a launcher: 'RANK'"):
+        with pytest.raises(ConfigError, match="not values that a launcher sets: 'RANK'"):
             Processes()
 
 

@@ -88,7 +88,7 @@ class TestCommand:
         ("options", "said"),
         [
             (("--tasks", "riddles"), "no synthetic task 'riddles': expected some of kv, facts, chain"),
-            (("--tasks", "kv,kv"), "--tasks kv,kv: one of them is there twice"),
+            (("--tasks", "kv,kv"), "--tasks kv,kv: a value is given twice"),
             (("--questions", "0"), "--questions 0: expected at least 1"),
             (("--per-document", "-1"), "--per-document -1: expected at least 1"),
             (("--context", "5000"), "--context 5000: the model has positions for 4096 tokens"),

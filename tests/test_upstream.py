@@ -70,7 +70,7 @@ DAMAGE = {
     "nan": ({"conv1.bias": torch.full((16,), torch.nan)}, "conv1.bias holds NaN"),
     "no tensor": ({"conv1.bias": 3}, "conv1.bias is of type int, expected a tensor"),
     "numbered": ({7: torch.ones(1)}, r"unexpected tensors \['7'\]"),
-    "code": ({"conv1.bias": Attack()}, "not a file of weights alone"),
+    "code": ({"conv1.bias": Attack()}, "not a file of weights only"),
 }
 
 
@@ -93,7 +93,7 @@ def test_files_that_are_no_pickles(tmp_path: Path) -> None:
     torch.save(made_up(), whole)
     for content in (b"", b"text", whole.read_bytes()[:500]):
         (tmp_path / "damaged.pth").write_bytes(content)
-        with pytest.raises(CheckpointError, match="not a file of weights alone"):
+        with pytest.raises(CheckpointError, match="not a file of weights only"):
             AttentionPredictor.from_upstream(tmp_path / "damaged.pth")
     with pytest.raises(CheckpointError, match="expected 'time-filters'"):
         FilterPredictor.from_upstream(whole)

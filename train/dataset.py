@@ -58,7 +58,7 @@ class HistoryWriter:
             for name in (*IDENTITY, *SETTINGS):
                 if found.get(name) != meta.get(name):
                     raise DataError(
-                        f"{path}: holds a recording with {name} {found.get(name)!r}, "
+                        f"{path}: holds a recording with {name}={found.get(name)!r}, "
                         f"can't add one with {meta.get(name)!r}"
                     )
             if path.name == self.file:
@@ -68,7 +68,7 @@ class HistoryWriter:
         try:
             (self.directory / SHARDS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"{self.directory}: can't hold a recording: {error.strerror or error}") from error
+            raise DataError(f"{self.directory}: can't write a recording here: {error.strerror or error}") from error
 
     def has(self, document: str) -> bool:
         """Whether the document is recorded and its shard has the recorded size."""
@@ -200,7 +200,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """What all parts say together, with everything that reading needs in place."""
     files = meta_files(directory)
     if not files:
-        raise DataError(f"{directory / META_FILE}: file is missing; a recording is made by 'attnpred record'")
+        raise DataError(f"{directory / META_FILE}: file is missing; make a recording with 'attnpred record'")
     meta, *others = [read_meta_file(path) for path in files]
     for path, other in zip(files[1:], others, strict=True):
         for name in IDENTITY:
@@ -238,5 +238,5 @@ def read_meta_file(path: Path) -> dict[str, Any]:
         for entry in entries.values()
     )
     if missing or not whole:
-        raise DataError(f"{path}: not the meta of a recording, lacks {', '.join(missing) or 'shard entries'}")
+        raise DataError(f"{path}: not the metadata of a recording; it lacks {', '.join(missing) or 'shard entries'}")
     return meta

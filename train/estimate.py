@@ -35,7 +35,7 @@ def check_space(directory: Path, needed: int) -> str:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise DataError(
-            f"--out {directory}: the recording may take {size_text(needed)}, {size_text(free)} are free; "
+            f"--out {directory}: the recording may need {size_text(needed)}, but only {size_text(free)} are free; "
             "take fewer --documents, --steps or --max-tokens"
         )
     return f"at most {size_text(needed)} in {directory} ({size_text(free)} free)"

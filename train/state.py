@@ -42,7 +42,7 @@ def read_state(directory: Path, options: dict[str, Any], *, resume: bool) -> dic
     version = state.get("format_version") if isinstance(state, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format_version is {version!r}, this release reads {FORMAT_VERSION}; delete the file to start anew"
+            f"{path}: format_version is {version!r}, this release reads {FORMAT_VERSION}; delete it to start again"
         )
     if missing := sorted(PARTS - state.keys()):
         raise CheckpointError(f"{path}: not a training state, lacks {', '.join(missing)}")
@@ -63,7 +63,7 @@ def restore(directory: Path, state: dict[str, Any], predictor: nn.Module, optimi
         optimizer.load_state_dict(state["optimizer"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{directory / STATE_FILE}: of another predictor ({one_line(error)}); delete the file to start anew"
+            f"{directory / STATE_FILE}: of another predictor ({one_line(error)}); delete the file to start again"
         ) from error
 
 

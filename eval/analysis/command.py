@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     if context is not None and args.context > context:
         raise ConfigError(f"--context {args.context}: the model has positions for {context} tokens")
     if not args.budget < args.context - args.tail:
-        raise ConfigError(f"--budget {args.budget}: expected less than --context without --tail, or all is chosen")
+        raise ConfigError(f"--budget {args.budget}: expected less than --context minus --tail")
     tokenizer = load_tokenizer(args.model)
     windows = Windows(parse_sources(args.data), tokenizer, args.context, args.tail, args.per_file, continuations=True)
     options = {"tails": args.tails, "window": args.window, "predictor": args.predictor}
@@ -71,7 +71,7 @@ def conclude(folder: RunFolder, *, parquet: bool, plot: Path | None) -> int:
     """Summarise all documents, write and print the results; returns 1 if every document failed."""
     summary = summarise(folder)
     if not summary.heads:
-        print(f"no document succeeded: {summary.failures[0] if summary.failures else 'none is done'}")
+        print(f"no document succeeded: {summary.failures[0] if summary.failures else 'none has run'}")
         return 1
     for name, text in (*summary.files(), (FILES.page, gallery(summary))):
         write_atomically(folder.path / name, text)

@@ -51,7 +51,7 @@ class StaticStep:
         sliding = [isinstance(layer, StaticSlidingWindowLayer) for layer in stock]
         self.window: int | None = getattr(config, "sliding_window", None) if any(sliding) else None
         if any(sliding) and self.window is None:
-            raise StockModelError("the stock model attends in chunks, whose masks are not made here")
+            raise StockModelError("the stock model has chunked attention, which this timing does not support")
         self.both_kinds = any(sliding) and not all(sliding)
         self.as_bool = config._attn_implementation == "sdpa"  # all others add masks to their logits
         self.batch, self.token_C = batch, torch.arange(context, device=device)

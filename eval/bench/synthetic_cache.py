@@ -91,7 +91,7 @@ def tap_queries(model: PreTrainedModel, ids_1Q: Tensor, first: int) -> list[Quer
             else:
                 raise ConfigError(
                     f"--synthetic: layer {number} of {type(model).__name__} keeps a {type(layer).__name__}: "
-                    "contexts are made up for layers that attend to the whole of it, or to a window"
+                    "only layers with full or sliding-window attention can be filled"
                 )
         if not engine.tiered_layers:
             raise ConfigError(f"--synthetic: {type(model).__name__} has no layer that attends to the whole context")

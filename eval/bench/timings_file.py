@@ -17,7 +17,7 @@ class TimingsFile:
 
     Raises:
         ConfigError: The file has rows of other settings, whose ratios to these would mean nothing.
-        DataError: It is no such file. (A last line that was cut off in the writing is dropped.)
+        DataError: The file is not a file of timings. (A last line that was cut off in the writing is dropped.)
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
@@ -57,7 +57,7 @@ class TimingsFile:
         for name in found | wanted:
             if found.get(name) != wanted.get(name):
                 raise ConfigError(
-                    f"--out {path} holds timings of other settings ({name}: {found.get(name)!r} there, "
+                    f"--out {path} holds timings with other settings ({name}: {found.get(name)!r} there, "
                     f"{wanted.get(name)!r} asked for): choose another file"
                 )
         if whole != text:

@@ -43,7 +43,7 @@ FIGURES = ("kl", "agreement", "first_difference")
 
 
 class Reference(NamedTuple):
-    """What the stock model wrote, and what it would have said at each position.
+    """The stock model's continuation, and its prediction at each position.
 
     Attributes:
         token_L: int64, the continuation.
@@ -64,7 +64,7 @@ class Reference(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> Reference:
-        """``DataError`` if the file is not there, or none of these."""
+        """Read a file of ``to_bytes``; raises ``DataError`` if it is missing or invalid."""
         try:
             return cls(**torch.load(path, weights_only=True))
         except Exception as error:
@@ -160,7 +160,7 @@ class Continuation(WindowBenchmark):
                         found = write_reference(stock, sample.hidden["prompt"], self.tokens)
                     except (AttentionPredictorError, RuntimeError) as error:  # too long, or out of memory
                         reason = f"{type(error).__name__}: {one_line(error, 200)}"
-                        print(f"{task} {sample.id}: the stock model wrote no continuation: {reason}")
+                        print(f"{task} {sample.id}: the stock model generated no continuation: {reason}")
                     else:
                         write_atomically(path, found.to_bytes())
                 progress.reach(number + 1)

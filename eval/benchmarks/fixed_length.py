@@ -85,12 +85,14 @@ class FixedLengthBenchmark(Benchmark):
             draft = self.drawn(task, number)
             least = self._tokens(draft, 0) + self.new_tokens(task)
             if least > length:
-                raise ConfigError(f"task {task}: length {length} is too short, a sample without filler has {least}")
+                raise ConfigError(
+                    f"task {task}: length {length} is too short; a sample without filler has {least} tokens"
+                )
             parts = [draft.answers, draft.fill(0), draft.prefix, dict(draft.record)]
             digest.update(json.dumps(parts, sort_keys=True).encode())
         filled = len(self.prompt(task, 0)) + self.new_tokens(task)
         if self.drawn(task, 0).most is not None and filled < LEAST_FILLED * length:
-            raise DataError(f"task {task}: its data fill {filled} tokens of length {length}: more of them are needed")
+            raise DataError(f"task {task}: its data fill only {filled} of {length} tokens: add more data")
         return {"samples": count, "sha256": digest.hexdigest()}
 
     def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Haystack:
         self.words = re.findall(r"\S+\s*", joined)
         self.ends = [place + 1 for place, word in enumerate(self.words) if _SENTENCE_END.search(word)]
         if not self.ends:
-            raise DataError("the haystack has no sentence in it: expected plain text")
+            raise DataError("the haystack contains no sentence: expected plain text")
 
     def start(self, rng: random.Random) -> int:
         """A random position after a sentence."""

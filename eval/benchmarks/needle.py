@@ -83,7 +83,7 @@ class NeedleTest(FixedLengthBenchmark):
             raise ConfigError(f"--depths {bad[0]}: expected percentages, from 0 to 100")
         for option, given in (("--depths", depths), ("--lengths", lengths)):
             if len(set(given)) < len(given):
-                raise ConfigError(f"{option} {','.join(map(str, given))}: one of them is there twice")
+                raise ConfigError(f"{option} {','.join(map(str, given))}: a value is given twice")
         if samples < 1:
             raise ConfigError(f"--samples {samples}: expected at least 1")
         super().__init__(tokenizer, chat=chat, context=context, count=samples * len(depths), seed=seed)
@@ -145,7 +145,7 @@ def read_needles(path: Path | None) -> list[Needle]:
         if not isinstance(answers, list) or not answers or not all(isinstance(one, str) for one in answers):
             raise DataError(f"{where}: expected a text, or a list of them, in 'answer'; found {answers!r:.40}")
         if not all(one.strip() for one in answers):
-            raise DataError(f"{where}: an empty text in 'answer', which every prediction contains")
+            raise DataError(f"{where}: 'answer' is empty, so every prediction would contain it")
         needles.append(Needle("given", row["needle"].strip(), row["question"].strip(), tuple(answers)))
     if path is not None and not needles:
         raise DataError(f"{path}: no needles in it")

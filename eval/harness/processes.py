@@ -30,7 +30,9 @@ class Processes:
             self.rank = int(os.environ["RANK"]) if self.count > 1 else 0
             self.local_rank = int(os.environ.get("LOCAL_RANK", str(self.rank)))
         except (KeyError, ValueError) as error:
-            raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE are not those of a launcher: {error}") from error
+            raise ConfigError(
+                f"RANK, LOCAL_RANK and WORLD_SIZE are not values that a launcher sets: {error}"
+            ) from error
         self._group: Any = None
         self._store: Any = None
 
@@ -77,5 +79,5 @@ class Processes:
                 dist.barrier(group=self._group)
             except RuntimeError as error:
                 raise AttentionPredictorError(
-                    "another process of this run has ended: see its message; run the command again to go on"
+                    "another process of this run has stopped: see its message; run the command again to continue"
                 ) from error

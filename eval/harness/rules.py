@@ -71,4 +71,4 @@ def check_variants(rules: Sequence[Rule]) -> None:
         if not _DIRECTORY.fullmatch(rule.name) or rule.name.startswith("."):
             raise ConfigError(f"rule {rule.name!r} can't name a directory: give it another name (name: policy,…)")
         if "budget" in rule.settings and rule.settings["policy"] != STOCK:
-            raise ConfigError(f"rule {rule.name!r}: its budget is one of --budgets, not a field")
+            raise ConfigError(f"rule {rule.name!r}: set budgets with --budgets, not in the rule")

@@ -91,7 +91,7 @@ class RunFolder:
             if difference := _difference(name, before, value):
                 where, found, asked = difference
                 raise ConfigError(
-                    f"--out {self.path} is of another run: {where} is {found!r} there, asked for {asked!r}: "
+                    f"--out {self.path} holds another run: {where} is {found!r} there, asked for {asked!r}: "
                     "choose another directory"
                 )
 

@@ -184,7 +184,7 @@ class Plan:
 
 
 def _one_path(model: str) -> str:
-    """A model's name; of those that are paths of the same one, the same."""
+    """The name of a model; different paths of one model give the same name."""
     path = Path(model)
     if path.is_dir():
         return str(path.resolve())
@@ -289,7 +289,7 @@ class _Work:
                 progress.reach(self.total - len(self.left) + number + 1)
                 if record.get("error", "").startswith(torch.AcceleratorError.__name__):
                     raise AttentionPredictorError(
-                        f"the device is of no use after {record['error']}; run the command again, with --retry-errors"
+                        f"the device can't be used after {record['error']}; run the command again with --retry-errors"
                     )
 
     def _samples(self, task: str) -> Iterable[Sample]:

@@ -149,5 +149,5 @@ def windows_of(args: argparse.Namespace, *, continuations: bool = False) -> Wind
     windows = Windows(sources, tokenizer, args.context, args.tail, args.per_file, continuations=continuations)
     for name in windows.names:
         if (short := windows.check(name, args.limit)) and Processes().is_main:
-            print(f"{name}: {short} documents have fewer than {args.context} tokens and are left out")
+            print(f"{name}: {short} documents have fewer than {args.context} tokens and are skipped")
     return windows

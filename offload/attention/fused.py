@@ -96,7 +96,7 @@ def _installed() -> Callable[..., Any] | None:
     try:
         from flash_attn import flash_attn_func
     except ImportError as error:
-        logger.warning("flash-attn is installed but can't be imported, torch's attention is used: %s", error)
+        logger.warning("flash-attn is installed but can't be imported; using torch's attention: %s", error)
         return None
     return flash_attn_func
 

@@ -1,4 +1,4 @@
-"""attach: offload a Hugging Face model's KV cache, or say in one line why that is not possible."""
+"""attach: offload a Hugging Face model's KV cache to CPU memory; refuse unsupported models with one line."""
 
 from __future__ import annotations
 
@@ -215,11 +215,11 @@ def _check_model(model: PreTrainedModel, config: OffloadConfig) -> None:
         raise AttachError(f"attach takes a transformers PreTrainedModel, got {type(model).__name__}")
     name = type(model).__name__
     if ENGINE in vars(model):
-        raise AttachError(f"{name} is attached already: detach its engine first")
+        raise AttachError(f"{name} is already attached: detach its engine first")
     if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         raise AttachError(f"{name} is not a causal language model")
     if makes_own_cache(model):
-        raise AttachError(f"{name} keeps a cache of its own kind: not supported")
+        raise AttachError(f"{name} keeps a cache of its own kind, which is not supported")
     text_config = model.config.get_text_config(decoder=True)
     _check_layers(name, text_config, config)
     _check_placement(name, model)
@@ -244,11 +244,11 @@ def _check_placement(name: str, model: nn.Module) -> None:
     hooked = [module for module in model.modules() if getattr(getattr(module, "_hf_hook", None), "offload", False)]
     if "meta" in devices or hooked:
         raise AttachError(
-            f"{name} has weights that hooks bring in for each forward (device_map, cpu_offload): load it on one device"
+            f"{name} has weights that hooks load for each forward (device_map, cpu_offload): load it on one device"
         )
     if len(devices) > 1:
-        raise AttachError(f"{name} is spread over {', '.join(devices)}: one device is supported")
+        raise AttachError(f"{name} is on several devices ({', '.join(devices)}): only one is supported")
     if not devices:
         raise AttachError(f"{name} has no weights")
     if torch.device(devices[0]).type not in ("cpu", "cuda"):
-        raise AttachError(f"{name} is on {devices[0]}: a CPU or a CUDA device is supported")
+        raise AttachError(f"{name} is on {devices[0]}: only CPU and CUDA devices are supported")

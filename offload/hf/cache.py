@@ -56,7 +56,7 @@ def adopt(cache: Cache, runtime: Runtime) -> None:
     layers = cache.layers or DynamicCache(config=runtime.text_config).layers
     if cache.get_seq_length() > 0:
         raise AttachError(
-            f"the cache given holds {cache.get_seq_length()} tokens of another kind of cache; "
+            f"the given cache already holds {cache.get_seq_length()} tokens, stored by another kind of cache; "
             "start from an empty one, or from engine.new_cache()"
         )
     tiered = runtime.tiered_layers

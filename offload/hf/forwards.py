@@ -66,8 +66,8 @@ class Forwards:
                 self.attachment.attribute(module, "forward", self._around(module, forward, name))
             elif module is self.model:
                 raise AttachError(
-                    f"{type(module).__name__} of transformers {transformers.__version__} takes no cache under a name "
-                    f"that is known ({', '.join(CACHE_NAMES)}): this model or version is not supported"
+                    f"{type(module).__name__} of transformers {transformers.__version__} has no known cache argument "
+                    f"({', '.join(CACHE_NAMES)}): this model or version is not supported"
                 )
 
     def _around(self, module: nn.Module, own: Forward, cache_name: str) -> Forward:
@@ -133,13 +133,15 @@ class Forwards:
         """Make the cache tiered and check the call. Returns the number of cached tokens."""
         self._check_cache(cache)
         if _wanted(given, self.text_config, "output_attentions"):
-            raise AttachError("output_attentions: sparse attention keeps no weights; detach the engine to see them")
+            raise AttachError(
+                "output_attentions: sparse attention does not keep attention weights; detach the engine to get them"
+            )
         if not is_tiered(cache):
             adopt(cache, self.runtime)
         cached = int(cache.get_seq_length())
         if cached and self._records_gradients(given):
             raise AttachError(
-                "gradients are recorded, but the cached tokens are in host memory, without any: call the model within "
+                "gradients are recorded, but the cached tokens are in host memory and have none: call the model within "
                 "torch.no_grad(), or with use_cache=False"
             )
         self._check_positions(cached, new)
@@ -185,11 +187,11 @@ class Forwards:
             stored = layer.get_seq_length() - before
             if stored != new:
                 raise AttachError(
-                    f"{name} of transformers {version} passes the cache by: layer {layer.number} has stored {stored} "
+                    f"{name} of transformers {version} bypasses the cache: layer {layer.number} has stored {stored} "
                     f"of the forward's {new} tokens; this model or version is not supported"
                 )
             if layer.batch != batch:
-                raise AttachError(f"{name}: layer {layer.number} has stored {layer.batch} sequences of {batch}")
+                raise AttachError(f"{name}: layer {layer.number} has stored {layer.batch} of {batch} sequences")
 
 
 def check_positions(text_config: PreTrainedConfig, tokens: int) -> None:

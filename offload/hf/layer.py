@@ -147,8 +147,8 @@ class TieredLayer(CacheLayerMixin):
                 )
         if self.is_initialized and key_states.dtype != self.dtype:
             raise AttachError(
-                f"layer {self.number}: the cache began with dtype {_plain(self.dtype)} and is given "
-                f"{_plain(key_states.dtype)}; use one precision for all of a sequence"
+                f"layer {self.number}: the cache started with dtype {_plain(self.dtype)} but now got "
+                f"{_plain(key_states.dtype)}; use one dtype for the whole sequence"
             )
 
     def check_attended(self) -> None:
@@ -328,7 +328,7 @@ class TieredLayer(CacheLayerMixin):
     def _attend_captured(self, query_BHQD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, terms: Terms) -> Tensor:
         """A step that may be captured: it reads neither device values nor the mask."""
         if query_BHQD.shape[2] != 1 or key_BGTD.shape[2] != 1:
-            raise AttachError(f"a captured step takes one token a sequence, got {key_BGTD.shape[2]}")
+            raise AttachError(f"a captured step takes one token per sequence, got {key_BGTD.shape[2]}")
         if self.arrived_BH is None:
             self.arrived_BH = query_BHQD.new_zeros(query_BHQD.shape[:2], dtype=torch.int32)
         if not self.awaits_attention:

@@ -1,4 +1,4 @@
-"""Selection policies by name: one short file each, imported when the policy is asked for."""
+"""Selection policies by name: one short file each, imported on first use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __getattr__, __dir__ = lazy_names(__name__, _OF_BASE)
 def register(policy: type[Policy]) -> type[Policy]:
     """Make ``policy`` available under its name."""
     if policy.name in policy_names() and (taken := policy_class(policy.name)) is not policy:
-        raise ConfigError(f"policy name {policy.name!r} is taken by {taken.__name__}")
+        raise ConfigError(f"policy name {policy.name!r} is already used by {taken.__name__}")
     _REGISTERED[policy.name] = policy
     add_policy_name(policy.name)
     return policy

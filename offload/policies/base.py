@@ -1,8 +1,12 @@
 """Policy: the interface of selection policies, which rank one layer's blocks.
 
+To add a policy, subclass ``Policy`` in a new file here, set ``name`` and ``selects``, override the hooks it needs, and
+add it to ``offload/policy_names.py``. Order of the hooks: ``extend`` and ``observe_rows`` after a prompt; in each step
+``advance``, ``append``, ``score_now``, attention, ``observe``, ``score_next``.
+
 In a decoding step a policy uses tensor arithmetic only: lengths are tensors (``Extent``), its state has the shape of
 the capacity and is written in place, and the host reads no value. So the same code runs eagerly, on another stream, or
-captured in a CUDA graph.
+captured in a CUDA graph. ``advance`` alone runs on the host.
 
 Suffixes: B sequences, G KV heads, H query heads, T tokens, L token capacity, D head size, C block capacity, N blocks, Q
 queries, S slots.
@@ -171,14 +175,15 @@ class Step:
 
 
 class Policy:
-    """Selects the blocks of one layer. A policy overrides what it needs; its name is its entry in the registry.
-
-    ``selects`` says when: ``"ahead"`` for the next token, so that fetches overlap with this one; ``"now"`` with the
-    current query, so that they can't; ``"all"`` attends to everything and selects nothing. ``evicts``: a block once
-    left out is never selected again, by the method's definition; the host store still holds it. ``allocation``: how
-    its paper shares the budget between layers (``offload/policies/allocation.py``).
+    """Selects the blocks of one layer. A subclass overrides the hooks it needs.
 
     Attributes:
+        name: The policy's name in settings and on the command line.
+        selects: When it selects. ``"ahead"``: for the next token, so that fetches overlap with computation; ``"now"``:
+            with the current query, so that the step waits for fetches; ``"all"``: never, it attends to everything.
+        evicts: Whether a block that was once left out is never selected again, as the method defines. The host store
+            still holds it.
+        allocation: How the method's paper shares the budget between layers (``offload/policies/allocation.py``).
         budget_G: int64 on the device, the budget of each KV head in tokens, from ``selection``.
     """
 

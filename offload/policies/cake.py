@@ -1,4 +1,5 @@
-"""CAKE (Qin et al., ICLR 2025, arXiv 2503.12491): keys by mean and variance of attention, layers by need.
+"""CAKE (Qin et al., ICLR 2025, arXiv 2503.12491): ranks keys by mean and variance of attention; gives layers unequal
+budgets.
 
 As in the paper: a key's indicator is the mean of the attention of the last 32 prompt queries plus γ = 200 times its
 variance over them, pooled over 5 tokens and averaged over the query heads of a KV head. A layer's preference is
@@ -7,8 +8,8 @@ H^(1/τ1) · V^(1/τ2), H being the entropy of that attention (how widely it is 
 both by model.
 
 Adapted: blocks in place of tokens, the rest as in SnapKV; the query heads of a KV head are averaged before and not
-after the variance. While decoding, the authors' code goes on evicting what the newest query looks at least; here the
-blocks generated take the place of the lowest indicators.
+after the variance. While decoding, the authors' code keeps evicting the keys with the least attention from the newest
+query; here generated blocks replace the blocks with the lowest indicators.
 
 Suffixes: B sequences, G KV heads, Q queries, N blocks.
 """
@@ -22,7 +23,7 @@ from attention_predictor.offload.policies.snapkv import SnapKV
 
 
 class CAKE(SnapKV):
-    """Static, as SnapKV, by an indicator that also keeps what is looked at now and then."""
+    """Selects once, after the prompt, as SnapKV does; the indicator also keeps keys with occasional attention."""
 
     name = "cake"
     allocation = "cake"

@@ -1,4 +1,4 @@
-"""The best selection there is: true top-k, from the truth itself. For evaluation."""
+"""Oracle: the blocks with the largest true scores, from all keys at every step. An upper bound, for evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The project's own policy: a learned predictor selects ahead; a key sketch calibrates and corrects it.
+"""The default policy: a learned predictor selects blocks ahead; a key sketch corrects the selection.
 
 AttentionPredictor (NeurIPS 2025, arXiv 2502.04077, section 4) predicts the next step's block scores from past ones. A
 sparse step computes no scores of the blocks it did not attend to. *Calibration* supplies them to the history: estimates

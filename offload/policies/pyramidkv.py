@@ -1,4 +1,4 @@
-"""PyramidKV (Cai et al., 2024, arXiv 2406.02069, section 4): SnapKV with more room in lower layers than in upper ones.
+"""PyramidKV (Cai et al., 2024, arXiv 2406.02069, section 4): SnapKV with larger budgets in lower layers.
 
 As in the paper: budgets fall by the same step from layer to layer, the top layer having 1/β of the mean, β = 20;
 within a layer the last 8 prompt queries (as in the authors' scripts) rank the keys as SnapKV's do.

@@ -1,7 +1,7 @@
-"""Query similarity: how much a head's queries point the same way over a window of tokens.
+"""Query similarity: the mean cosine between a head's queries over a window of tokens.
 
-TAPPA (ICLR 2026, arXiv 2601.21709): where queries hardly turn from token to token, attention goes on as it was, and can
-be predicted; where they do turn, it can't.
+TAPPA (ICLR 2026, arXiv 2601.21709): if a head's queries hardly change from token to token, its attention stays the same
+and can be predicted; if they change, it can't.
 
 Suffixes: B sequences, H query heads, T tokens of the window, D head size.
 """

@@ -1,4 +1,4 @@
-"""SnapKV (Li et al., NeurIPS 2024, arXiv 2404.14469, section 4): the end of the prompt votes for the rest of it, once.
+"""SnapKV (Li et al., NeurIPS 2024, arXiv 2404.14469, section 4): the last prompt queries choose blocks once.
 
 As in the paper: the attention of the last prompt queries, the observation window, ranks the keys before it, summed and
 pooled over neighbouring tokens; the window stays, and so does the choice while decoding. The defaults are those of the
@@ -40,7 +40,7 @@ class SnapKV(Policy):
         super().__init__(spec)
         self.votes = BlockValues(spec)
         self.has_voted = False
-        with torch.inference_mode(False):  # what is made there could not be written to outside of it
+        with torch.inference_mode(False):  # inference tensors can't be written to outside of that mode
             self.voted_blocks_1 = torch.zeros(1, dtype=torch.int64, device=spec.device)  # before the window
 
     @property

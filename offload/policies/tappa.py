@@ -1,4 +1,4 @@
-"""TAPPA (ICLR 2026, arXiv 2601.21709): room for the layers whose queries turn, within them what was looked at.
+"""TAPPA (ICLR 2026, arXiv 2601.21709): larger budgets for layers whose queries vary more.
 
 As in the paper: layers share the total budget by 1 − q, q being the similarity of a layer's last 32 prompt queries
 (``policies/allocation.py``, ``qsim``). Within a layer tokens are ranked by the mean of those queries' attention and γ

@@ -24,20 +24,26 @@ _POCKET = Path(__file__).resolve().parents[2] / "models" / "pocket-lm"
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """``--model --gguf-file --device --dtype --seed``."""
     default = str(_POCKET) if _POCKET.is_dir() else None
-    shown = "the pocket model" if default else "required: no pocket model beside this installation"
-    what = f"directory, hub name or GGUF file (default: {shown})"
+    shown = "the pocket model" if default else "required, as this installation has no pocket model"
+    what = f"model directory, hub name or GGUF file (default: {shown})"
     parser.add_argument("--model", default=default, metavar="M", help=what)
-    parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take of a directory or hub name")
+    parser.add_argument(
+        "--gguf-file", metavar="NAME", help="which GGUF file of the directory or hub repository to load"
+    )
     add_device_argument(parser)
-    what = f"one of {', '.join(MODEL_DTYPES)}; auto is the model's, float32 on a CPU; packed: GGUF weights as they are"
-    parser.add_argument("--dtype", default=AUTO, help=f"{what} in the file, not unpacked")
-    add_option(parser, "--seed", whole(), 0, "seed of everything random")
+    what = f"type of the weights: {', '.join(MODEL_DTYPES)}; auto: the model's own on a GPU, float32 on a CPU;"
+    what += f" {PACKED}: GGUF weights stay quantised (default: %(default)s)"
+    parser.add_argument("--dtype", default=AUTO, metavar="T", help=what)
+    add_option(parser, "--seed", whole(), 0, "random seed")
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """``--device``."""
     parser.add_argument(
-        "--device", default=AUTO, metavar="D", help="such as cpu or cuda:1; auto: a GPU if there is one"
+        "--device",
+        default=AUTO,
+        metavar="D",
+        help="torch device, such as cpu or cuda:1; auto: a GPU if there is one (default: auto)",
     )
 
 
@@ -48,7 +54,7 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     check_model_name(args.model)
     check_dtype(args.dtype)
     if args.dtype == PACKED and not is_gguf(args.model):
-        raise ConfigError(f"--dtype {PACKED}: --model {args.model} is no GGUF file")
+        raise ConfigError(f"--dtype {PACKED}: --model {args.model} is not a GGUF file")
 
 
 def check_model_name(name: str | None) -> str:
@@ -60,29 +66,29 @@ def check_model_name(name: str | None) -> str:
             nothing but GGUF files, and the name says not which.
     """
     if name is None:
-        raise ConfigError("--model is required: no pocket model beside this installation")
+        raise ConfigError("--model is required, because this installation has no pocket model")
     path = Path(name)
     if path.is_dir():
         if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")) and (files := gguf_files(path)):
-            raise CheckpointError(f"{name!r} holds models in GGUF: choose one by --gguf-file: {', '.join(files)}")
+            raise CheckpointError(f"{name!r} holds GGUF models only: choose one with --gguf-file: {', '.join(files)}")
     elif is_gguf(name):
         check_packages(name)
         if path.exists():
             GgufFile.read(path)
         elif hub_parts(name) is None:
-            raise CheckpointError(f"{name!r} is no file here, nor one of the hub: owner/name/file.gguf")
+            raise CheckpointError(f"{name!r} is neither a local file nor a hub name such as owner/name/file.gguf")
     return name
 
 
 def _join(model: str | None, file: str) -> str:
     """The name of a GGUF file in a directory or repository."""
     if model is None:
-        raise ConfigError(f"--gguf-file {file}: --model is required, the directory or hub name that it is of")
+        raise ConfigError(f"--gguf-file {file}: --model is required: the directory or hub name that holds the file")
     folder = Path(model)
     if not is_gguf(file):
         raise ConfigError(f"--gguf-file {file}: expected a name that ends in .gguf")
     if folder.is_file():
-        raise ConfigError(f"--gguf-file {file}: --model {model} is a file by itself: leave one of them out")
+        raise ConfigError(f"--gguf-file {file}: --model {model} is a file already: give only one of the two")
     if not folder.is_dir():
         return f"{model}/{file}"
     if not (folder / file).is_file():
@@ -103,9 +109,9 @@ def add_option(
     """Add an option whose value has a kind; a value that is not allowed is refused when it is parsed.
 
     Args:
-        default: Is shown behind the help text, unless it is ``None``, ``()`` or ``False``.
+        default: Shown at the end of the help text, unless it is ``None``, ``()`` or ``False``.
     """
-    shown = "" if default in (None, ()) or default is False else " (%(default)s)"
+    shown = "" if default in (None, ()) or default is False else " (default: %(default)s)"
     alone = {} if kind.alone is None else {"nargs": "?", "const": kind.alone}
     parser.add_argument(
         option,

@@ -23,7 +23,7 @@ def ceil_div(length: Whole, size: int) -> Whole:
 def scatter_or_drop(into: Tensor, index: Tensor, values: Tensor | float | bool) -> Tensor:
     """``into`` with ``values`` written at ``index`` of the last dimension; values with index -1 are dropped.
 
-    Out of place.
+    Returns a new tensor. Dropped values go to an extra column, which is then removed.
 
     Args:
         index: int64, from -1 to the last column; no number but -1 twice in a row.

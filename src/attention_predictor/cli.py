@@ -1,6 +1,6 @@
-"""attnpred: long contexts on GPUs too small for their KV cache.
+"""Run long-context language models whose KV cache does not fit on the GPU.
 
-Every command has its own help: attnpred COMMAND --help.
+attnpred COMMAND --help explains a command and its options.
 
 examples:
   attnpred generate --prompt-file report.txt --budget 1024

@@ -107,7 +107,7 @@ def _of_files(path: Path, per_file: int, field: str) -> Iterator[Document]:
         raise DataError(f"no {', '.join(SUFFIXES)} file in {path}")
     for file in files:
         if file.suffix not in SUFFIXES:
-            raise DataError(f"{file}: expected a {', '.join(SUFFIXES)} file, or a directory of them")
+            raise DataError(f"{file}: expected a {', '.join(SUFFIXES)} file, or a directory of such files")
         # Unique within the directory, since a document with a known name counts as recorded.
         name = _in_utf8(file.relative_to(path if path.is_dir() else path.parent).as_posix())
         if file.suffix == ".txt":
@@ -145,7 +145,7 @@ def _parquet(file: Path) -> Rows:
     except DataError:
         raise
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}, row {number + 1} or one behind it: not UTF-8 text") from error
+        raise DataError(f"{file}, row {number + 1} or a later one: not UTF-8 text") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: not readable as parquet ({one_line(error)})") from error
 
@@ -154,7 +154,7 @@ def _of_hub(source: str, field: str) -> Iterator[Document]:
     path, _, split = source.partition(":")
     parts = path.split("/", 2)
     if not all(parts) or path.endswith(SUFFIXES):
-        raise DataError(f"{source}: no such file or directory, and no name of a hub data set ([owner/]name:split)")
+        raise DataError(f"{source}: neither a file, nor a directory, nor a hub data set ([owner/]name:split)")
     name, config = "/".join(parts[:2]), "".join(parts[2:])
     datasets = _datasets()
     try:
@@ -164,7 +164,7 @@ def _of_hub(source: str, field: str) -> Iterator[Document]:
         raise
     except Exception as error:  # the hub's client raises many kinds
         raise DataError(
-            f"{source}: no such file or directory, and the hub gives no such data set: {one_line(error)}"
+            f"{source}: no such file or directory, and the hub could not provide such a data set: {one_line(error)}"
         ) from error
 
 

@@ -3,7 +3,7 @@
 A model's name that ends in ``.gguf`` is the path of such a file, or of one in a repository of the hub:
 ``owner/name/model-Q4_K_M.gguf``. The layout of the header is that of GGUF 2 and 3
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, counts, metadata, tensors; numbers are
-little-endian. transformers reads the file itself; what it would say of a bad one comes late and names no file.
+little-endian. transformers reads the file itself, but its errors about a bad file come late and don't name the file.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class GgufFile:
                 start = file.read(len(MAGIC))
                 if start != MAGIC:
                     found = "it is empty" if not size else f"it begins with {start!r}, not with {MAGIC!r}"
-                    raise CheckpointError(f"{str(path)!r} is no GGUF file: {found}")
+                    raise CheckpointError(f"{str(path)!r} is not a GGUF file: {found}")
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     return cls._parse(path, size, _Reader(data))
         except OSError as error:
@@ -122,7 +122,7 @@ class GgufFile:
             raise CheckpointError(f"{str(path)!r} names no architecture (general.architecture)")
         end, types = reader.tensors(tensors, alignment)
         if end > size:
-            raise CheckpointError(f"{str(path)!r} is cut short: its tensors need {end} bytes, it has {size}")
+            raise CheckpointError(f"{str(path)!r} is cut short: its tensors need {end} bytes, the file has {size}")
         names = [name for kind, name in FLOAT_TYPES.items() if kind in types]
         dtype = names[-1] if names and types <= FLOAT_TYPES.keys() else OF_BLOCKS
         return cls(path, architecture, "tokenizer.ggml.tokens" in known, dtype)

@@ -156,5 +156,5 @@ def _read_bytes(text: str) -> int:
         return int(written)
     size = float(written.removesuffix(unit)) * _UNITS[unit]
     if not math.isfinite(size):
-        raise ValueError(f"{text!r} is no number of bytes")
+        raise ValueError(f"{text!r} is not a number of bytes")
     return round(size)

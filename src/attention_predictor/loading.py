@@ -44,7 +44,7 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
         options = {}
         if not any((Path(folder) / one).is_file() for one in TOKENIZER_FILES):
             raise CheckpointError(
-                f"{name!r} holds no tokenizer, and none lies beside it: expected one of {', '.join(TOKENIZER_FILES)}"
+                f"{name!r} has no tokenizer, and its directory has none: expected one of {', '.join(TOKENIZER_FILES)}"
             )
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
@@ -75,7 +75,9 @@ def gguf_file(name: str) -> GgufFile | None:
         try:
             path = Path(str(cached_file(*parts)))
         except Exception as error:
-            raise CheckpointError(f"{name!r} is no file here, nor to be had of the hub: {one_line(error)}") from error
+            raise CheckpointError(
+                f"{name!r} is not a local file, and the hub could not provide it: {one_line(error)}"
+            ) from error
     return GgufFile.read(path)
 
 
@@ -113,7 +115,7 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreT
     if file is not None:
         options |= _gguf_options(file, target, dtype)
     elif dtype == PACKED:
-        raise ConfigError(f"dtype={PACKED!r}: {name!r} is no GGUF file")
+        raise ConfigError(f"dtype={PACKED!r}: {name!r} is not a GGUF file")
     elif method := _quantisation(name):
         options |= {"dtype": DTYPES[dtype], "device_map": {"": target}}
     else:
@@ -131,13 +133,15 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreT
     model, info = pair
     if missing := sorted(info["missing_keys"]):  # tied weights are not listed
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-        raise CheckpointError(f"{name!r} lacks weights of its model: {', '.join(missing[:SHOWN])}{more}")
+        raise CheckpointError(f"{name!r} lacks weights that its model needs: {', '.join(missing[:SHOWN])}{more}")
     if "device_map" not in options:  # else it is there, and some quantised weights refuse to be moved
         torch.nn.Module.to(model, target)  # transformers' own `to` is wrapped in a way that mypy can't follow
     if dtype == PACKED and not any(weight.dtype == torch.uint8 for weight in model.parameters()):
         raise ConfigError(f"dtype={PACKED!r}: transformers kept no weight of {name!r} packed")
     if not file and method and not getattr(model, "is_quantized", False):
-        logger.warning("%s: transformers unpacked its %s weights, which it can't compute with here", name, method)
+        logger.warning(
+            "%s: transformers unpacked its %s weights, because it can't compute with them here", name, method
+        )
     return model.eval()
 
 
@@ -158,13 +162,13 @@ def _gguf_options(file: GgufFile, device: torch.device, dtype: str) -> dict[str,
         return options | {"dtype": DTYPES[own if dtype == AUTO else dtype]}
     if file.architecture not in GGUF_ARCHS:
         raise ConfigError(
-            f"dtype={PACKED!r}: transformers {transformers.__version__} can't keep weights of the architecture "
-            f"{file.architecture!r} packed, only of {', '.join(sorted(GGUF_ARCHS))}: leave it out to unpack them"
+            f"dtype={PACKED!r}: transformers {transformers.__version__} can't keep packed weights of the architecture "
+            f"{file.architecture!r} (only of {', '.join(sorted(GGUF_ARCHS))}): use another dtype to unpack them"
         )
     if device.type == "cpu" or not get_gguf_kernel():
         raise ConfigError(
-            f"dtype={PACKED!r}: no kernel computes with packed weights on {device}: it takes a GPU, the package "
-            "kernels and the hub; leave it out to unpack them"
+            f"dtype={PACKED!r}: no kernel for packed weights on {device}: it needs a GPU, the package "
+            "kernels and access to the hub; use another dtype to unpack them"
         )
     # Named, or transformers fetches another attention with the kernel.
     return options | {"dtype": torch.float32, "device_map": {"": device}, "attn_implementation": "sdpa"}
@@ -185,7 +189,7 @@ def _quantisation(name: str) -> str | None:
             bits = any(settings.get(flag) for flag in ("load_in_4bit", "load_in_8bit"))  # of bitsandbytes
             if method not in AUTO_QUANTIZATION_CONFIG_MAPPING and not bits:
                 known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
-                raise CheckpointError(f"{name!r} is quantised by {method!r}, transformers knows {known}")
+                raise CheckpointError(f"{name!r} is quantised with {method!r}; transformers supports {known}")
             return str(method)
     return None
 

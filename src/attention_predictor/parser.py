@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     """Reports errors in one line; argparse would print the usage before it.
 
     Attributes:
-        commands: Of a group of commands, where the chosen one's name is kept, and what is missing where none was given.
+        commands: For a group of commands: the attribute that holds the chosen name, and its placeholder in errors.
     """
 
     commands: tuple[str, str] | None = None

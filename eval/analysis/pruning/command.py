@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
         _print(Plan(scores, args.metric, args.beta, args.layers or 0), args.json)
         return 0
     if args.context <= WINDOW:
-        raise ConfigError(f"--context {args.context}: expected more than {WINDOW}, the queries that are compared")
+        raise ConfigError(f"--context {args.context}: expected more than the {WINDOW} queries of query similarity")
     depth, dtype = _shape(args.model, args.dtype)
     check_depth(args.layers, depth)
     if scores is not None and (scored := len(next(iter(scores.values())))) != depth:
@@ -93,7 +93,7 @@ def _texts(option: str, source: str, tokenizer: PreTrainedTokenizerBase, args: a
     if not long:
         raise DataError(f"{option} {source}: no document has {args.context} tokens (--context)")
     if short := len(found) - len(long):
-        print(f"{option}: {short} of {len(found)} documents have fewer than {args.context} tokens and are left out")
+        print(f"{option}: {short} of {len(found)} documents have fewer than {args.context} tokens and are skipped")
     return long
 
 

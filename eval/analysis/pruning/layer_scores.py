@@ -78,7 +78,9 @@ def _watched(model: PreTrainedModel, layers: nn.ModuleList, found: list[list[flo
         stack.callback(model.set_attn_implementation, before)
         model.set_attn_implementation(NAME)  # only warns where a model can't
         if config._attn_implementation != NAME:
-            raise AttachError(f"{type(model).__name__} ignores the attention interface: its queries can't be seen")
+            raise AttachError(
+                f"{type(model).__name__} ignores the attention interface, so its queries can't be measured"
+            )
         for layer, values in zip(layers, found, strict=True):
             for module in layer.modules():
 

@@ -28,7 +28,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     config = model.config.get_text_config(decoder=True)
     if not isinstance(layers, nn.ModuleList) or len(layers) != config.num_hidden_layers:
         raise AttachError(
-            f"{type(model).__name__}: no list of {config.num_hidden_layers} decoder layers is found in it"
+            f"{type(model).__name__}: no list of {config.num_hidden_layers} decoder layers was found in it"
         )
     return layers
 
@@ -43,7 +43,7 @@ def without_layers(model: PreTrainedModel, removed: Collection[int]) -> Iterator
     """
     layers, decoder, config = decoder_layers(model), model.get_decoder(), model.config.get_text_config(decoder=True)
     if getattr(config, "num_kv_shared_layers", None):
-        raise AttachError(f"{type(model).__name__}: its layers share keys and values; none can be taken out")
+        raise AttachError(f"{type(model).__name__}: its layers share keys and values, so none can be removed")
     kept = [number for number in range(len(layers)) if number not in removed]
     if not kept:
         raise ConfigError(f"removing {len(removed)} of {len(layers)} layers would leave none")
@@ -115,7 +115,7 @@ def _check_described(model: PreTrainedModel) -> None:
     if ours != theirs:
         name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
         raise ConfigError(
-            f"{type(model).__name__} without these layers is not what its configuration can say: {name} is "
+            f"{type(model).__name__} without these layers can't be described by its configuration: {name} is "
             f"{_shape(ours.get(name))}, and would be {_shape(theirs.get(name))} when loaded"
         )
 

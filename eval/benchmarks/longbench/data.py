@@ -93,7 +93,7 @@ def _opened(archive: Path, name: str) -> Iterator[io.TextIOWrapper]:
         with zipfile.ZipFile(archive) as whole, whole.open(name) as packed:
             yield io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n")
     except (OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{archive}: no {name} to be read in it: {one_line(error)}") from error
+        raise DataError(f"{archive}: can't read {name} from it: {one_line(error)}") from error
 
 
 def _of_mirror(name: str, task: str) -> Iterator[tuple[str, Record]]:

@@ -146,7 +146,7 @@ def read_predictions(path: Path, task: str, *, extended: bool = False) -> list[R
         where = f"{path}, line {number}"
         check_prediction(record, task, where, extended=extended)
         if numbered is not None and (INDEX in record) is not numbered:
-            raise DataError(f"{where}: expected {INDEX!r} in all lines or in none, as in those before")
+            raise DataError(f"{where}: expected {INDEX!r} in all lines or in none; this line differs from earlier ones")
         numbered = INDEX in record
         if numbered and not is_whole(record[INDEX]):
             raise DataError(f"{where}: expected an integer in {INDEX!r}, found {record[INDEX]!r:.40}")

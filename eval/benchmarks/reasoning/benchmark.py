@@ -80,8 +80,8 @@ class Reasoning(Benchmark):
             prompt, new = len(prompt_ids(self.tokenizer, longest, chat=self.chat)), self._new_tokens(task)
             if prompt + new > self.context:
                 raise ConfigError(
-                    f"task {task}: a prompt of {prompt} tokens and {new} new ones are more than the model has "
-                    f"positions for, {self.context}: choose a smaller --max-new-tokens"
+                    f"task {task}: a prompt of {prompt} tokens and {new} new tokens exceed the model's "
+                    f"{self.context} positions: choose a smaller --max-new-tokens"
                 )
         return found
 
@@ -151,7 +151,7 @@ def read_problem(row: Mapping[str, Any], where: str) -> tuple[str, str]:
     elif "answer" not in row:
         text = find_answer(text, numeric=False) or ""
     if not text:
-        raise DataError(f"{where}: no answer in it")
+        raise DataError(f"{where}: it has no answer")
     return problem, text
 
 

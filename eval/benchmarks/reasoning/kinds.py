@@ -47,7 +47,9 @@ class Sampling:
         if self.repeats < 1:
             raise ConfigError(f"--repeats {self.repeats}: expected at least 1")
         if self.repeats > 1 and not self.temperature:
-            raise ConfigError(f"--repeats {self.repeats}: greedy decoding gives the same each time; set --temperature")
+            raise ConfigError(
+                f"--repeats {self.repeats}: greedy decoding gives the same answer each time; set --temperature"
+            )
 
     def options(self) -> dict[str, Any]:
         """For ``EvaluatedModel.generate``."""

@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         if args.out is None:
             if Processes().count > 1:
-                raise ConfigError("several processes share a run by its directory: give --out")
+                raise ConfigError("several processes need --out, the directory of the run they share")
             args.out = Path(stack.enter_context(TemporaryDirectory())) / "run"
         plan = Plan.of(args, measure_recovery=args.recovery)
         benchmark = _benchmark(args)

@@ -76,6 +76,8 @@ def measure_heads(cache: Cache, interval: int, *, mapped: bool = False) -> dict[
 def check_measurable(variant: Variant) -> None:
     """Raise ``ConfigError`` for a variant that attends to everything, or whose steps are captured."""
     if variant.config is None or policy_class(variant.config.policy).selects == "all":
-        raise ConfigError(f"policy {variant.policy!r} attends to everything: there is nothing to recover")
+        raise ConfigError(f"policy {variant.policy!r} attends to everything, so it has no recovery to measure")
     if (prefetch := variant.config.prefetch) in CAPTURING:
-        raise ConfigError(f"{variant.name}: captured steps can't be watched, prefetch is {prefetch!r}; choose another")
+        raise ConfigError(
+            f"{variant.name}: captured steps can't be measured: set prefetch to thread or none, not {prefetch!r}"
+        )

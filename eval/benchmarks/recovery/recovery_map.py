@@ -53,7 +53,7 @@ class RecoveryMap(WindowBenchmark):
     def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         prompt, tails = sample.hidden["prompt"], sample.hidden["tails"]
         if len(tails[0]) < self.interval:
-            raise DataError(f"a tail of {len(tails[0])} tokens: nothing is measured at every {self.interval}th")
+            raise DataError(f"a tail of {len(tails[0])} tokens: too short to measure every {self.interval}th step")
         shares: dict[int, list[list[float]]] = defaultdict(list)  # by layer and sequence: a mean for each head
         relatives: dict[int, list[list[float]]] = defaultdict(list)
         maps: dict[str, Any] = {}

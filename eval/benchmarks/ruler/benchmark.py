@@ -46,7 +46,7 @@ class MadeRuler(FixedLengthBenchmark):
         seed: int = 0,
     ) -> None:
         if len(set(lengths)) < len(lengths):
-            raise ConfigError(f"--lengths {','.join(map(str, lengths))}: one of them is there twice")
+            raise ConfigError(f"--lengths {','.join(map(str, lengths))}: a value is given twice")
         for name in families:
             has = name in sources.passages or (sources.haystack is not None and name not in ("qa_1", "qa_2"))
             if (option := FAMILIES[name].option) is not None and not has:
@@ -133,7 +133,7 @@ class GivenRuler(Benchmark):
         tokens = len(self.prompt(longest)) + FAMILIES[task].new_tokens
         if self.context is not None and tokens > self.context:
             raise DataError(
-                f"{self.files[task]}: sample {longest.id} has {tokens} tokens with its answer, the model has positions "
+                f"{self.files[task]}: sample {longest.id} has {tokens} tokens with its answer; the model has positions "
                 f"for {self.context}"
             )
         return found

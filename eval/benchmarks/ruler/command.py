@@ -41,7 +41,7 @@ def make_benchmark(args: argparse.Namespace) -> Benchmark:
     passages = {task: Passages(path) for task, path in (("qa_1", args.squad), ("qa_2", args.hotpotqa)) if path}
     if args.tasks == ALL and (absent := [name for name in QA_OPTIONS if name not in passages]):
         if Processes().is_main:
-            print(f"left out: {', '.join(f'{name}, which needs {QA_OPTIONS[name]}' for name in absent)}")
+            print(f"skipped: {', '.join(f'{name}, which needs {QA_OPTIONS[name]}' for name in absent)}")
         families = tuple(name for name in families if name not in absent)
     return MadeRuler(
         load_tokenizer(args.model),

@@ -49,7 +49,7 @@ class Passages:
         if not questions:
             raise DataError(f"{path}: no question with an answer in it")
         if len(paragraphs) < 2:
-            raise DataError(f"{path}: one paragraph in it, and none to tell it from")
+            raise DataError(f"{path}: has only one paragraph; expected at least two")
         self.questions, self.paragraphs = questions, list(paragraphs)
 
     @property

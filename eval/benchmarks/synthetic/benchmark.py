@@ -73,7 +73,7 @@ class SyntheticBenchmark(Benchmark):
         )
         for number, one in enumerate(planted):
             if not one.questions:
-                raise ConfigError(f"--context {self.context}: too short to ask anything of task {task}")
+                raise ConfigError(f"--context {self.context}: too short for a question of task {task}")
             record: dict[str, Any] = {"answers": [asked.answer for asked in one.questions]}
             if MIXED in task:
                 record["task"] = one.questions[0].task

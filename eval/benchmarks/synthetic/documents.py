@@ -20,7 +20,7 @@ def read_texts(path: Path) -> dict[str, str]:
     found = {file.name: read_text(file, "text from") for file in files}
     texts = {name: text for name, text in found.items() if text.strip()}
     if not texts:
-        raise DataError(f"no text in {path}: expected a .txt file or a directory of them")
+        raise DataError(f"no text in {path}: expected a .txt file or a directory of .txt files")
     return texts
 
 

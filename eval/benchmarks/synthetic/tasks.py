@@ -374,7 +374,7 @@ def check_tasks(names: Sequence[str]) -> None:
         if name not in TASKS:
             raise ConfigError(f"no synthetic task {name!r}: expected some of {', '.join(TASKS)}")
     if len(set(names)) < len(names):
-        raise ConfigError(f"--tasks {','.join(names)}: one of them is there twice")
+        raise ConfigError(f"--tasks {','.join(names)}: a value is given twice")
 
 
 def build(

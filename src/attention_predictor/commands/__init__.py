@@ -1,9 +1,9 @@
-"""What the commands are called, which options they have, and what is wrong with these by themselves.
+"""The commands: their names, options, help texts and the checks that need no library.
 
 A module here declares one command: its help text is the module's docstring; ``add_arguments(parser)`` declares its
-options; ``check(args)``, where there is one, refuses what can be known to be wrong without loading a library. None of
-them imports torch or transformers, so that help and a mistyped option take no time. The work is done by ``main(args)``
-of another module, which is imported when all that is right.
+options; ``check(args)``, if it exists, refuses wrong values that can be found without loading a library. These modules
+import neither torch nor transformers, so help and errors in options appear at once. ``main(args)`` of another module
+does the work. That module is imported after all checks have passed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Command:
     """A command, or a group of commands.
 
     Attributes:
-        line: What it does, in a line.
-        main: Module whose ``main(args)`` does it; empty for a group.
-        group: Its commands by name.
+        line: One line of help.
+        main: Module whose ``main(args)`` runs the command; empty for a group.
+        group: The commands of a group by name.
     """
 
     line: str
@@ -32,43 +32,39 @@ class Command:
 
 
 EVAL = {
-    "longbench": Command("LongBench and LongBench-E: a table of scores", "eval.benchmarks.longbench.command"),
-    "needle": Command("needle in a haystack: found or not, by depth and length", "eval.benchmarks.needle"),
-    "ruler": Command("RULER's families of tasks, at any length", "eval.benchmarks.ruler.command"),
-    "reasoning": Command("GSM8K, MATH, AIME: problems solved step by step", "eval.benchmarks.reasoning.command"),
-    "perplexity": Command("how well the rest of long documents is predicted", "eval.benchmarks.perplexity"),
-    "synthetic": Command(
-        "the pocket model's own tasks: answers found in long documents", "eval.benchmarks.synthetic.benchmark"
-    ),
-    "recovery": Command("answers found and attention mass recovered", "eval.benchmarks.recovery.command"),
+    "longbench": Command("LongBench and LongBench-E: scores by task", "eval.benchmarks.longbench.command"),
+    "needle": Command("needle in a haystack: retrieval by depth and length", "eval.benchmarks.needle"),
+    "ruler": Command("RULER: synthetic tasks of any length", "eval.benchmarks.ruler.command"),
+    "reasoning": Command("GSM8K, MATH, AIME: accuracy with a chain of thought", "eval.benchmarks.reasoning.command"),
+    "perplexity": Command("perplexity of the end of long documents", "eval.benchmarks.perplexity"),
+    "synthetic": Command("retrieval tasks that the pocket model was trained on", "eval.benchmarks.synthetic.benchmark"),
+    "recovery": Command("answers found, and attention mass recovered", "eval.benchmarks.recovery.command"),
     "recovery-map": Command("attention mass recovered, by layer and head", "eval.benchmarks.recovery.recovery_map"),
-    "continuation": Command(
-        "long generation: how far it departs from the whole cache's", "eval.benchmarks.continuation"
-    ),
-    "several": Command("several of these in one process, the model loaded once", "eval.harness.suite"),
+    "continuation": Command("long generation: divergence from the stock model", "eval.benchmarks.continuation"),
+    "several": Command("several benchmarks in one process; loads the model once", "eval.harness.suite"),
 }
 BENCH = {
-    "decode": Command("whole steps of a model, against the stock caches", "eval.bench.decode"),
-    "policies": Command("a decoding step under every selection policy", "eval.bench.policies"),
-    "generate": Command("model.generate against engine.generate", "eval.bench.generate"),
-    "perplexity": Command("a token of eval perplexity under every policy", "eval.bench.perplexity"),
-    "prefill": Command("the prefill of a long prompt, against the stock caches", "eval.bench.prefill"),
-    "requests": Command("requests one after another: first token, memory", "eval.bench.requests"),
-    "attention": Command("one token over the blocks of a pool", "eval.bench.parts.attention"),
-    "sketch": Command("scores of all blocks by the key sketch", "eval.bench.parts.sketch"),
-    "predictor": Command("scores of all blocks for the next token", "eval.bench.parts.predictor"),
-    "gather": Command("blocks from host memory to the pool", "eval.bench.parts.gather"),
+    "decode": Command("decoding steps of a model, against stock caches", "eval.bench.decode"),
+    "policies": Command("decoding steps under every selection policy", "eval.bench.policies"),
+    "generate": Command("model.generate, against engine.generate", "eval.bench.generate"),
+    "perplexity": Command("tokens of eval perplexity under every policy", "eval.bench.perplexity"),
+    "prefill": Command("prefill of a long prompt, against stock caches", "eval.bench.prefill"),
+    "requests": Command("a series of requests: first token, memory", "eval.bench.requests"),
+    "attention": Command("attention kernel: one token over a block pool", "eval.bench.parts.attention"),
+    "sketch": Command("sketch kernel: scores of all blocks", "eval.bench.parts.sketch"),
+    "predictor": Command("predictor: scores of all blocks for the next token", "eval.bench.parts.predictor"),
+    "gather": Command("gather kernel: blocks from host memory to the pool", "eval.bench.parts.gather"),
 }
 COMMANDS = {
-    "generate": Command("generate text with the KV cache in host memory", "generate"),
-    "record": Command("record attention-score histories of a model, to train on", "train.record"),
-    "train": Command("train a predictor on recorded histories", "train.fit"),
-    "eval": Command("judge a model under selection policies", group=EVAL),
-    "analyze": Command("show where attention can be foreseen, and why", "eval.analysis.command"),
-    "score": Command("score predictions of a benchmark again", "eval.benchmarks.longbench.score_command"),
-    "report": Command("tables and a page of what eval has found", "eval.report.command"),
-    "prune": Command("leave out the layers that matter least, and save the model", "eval.analysis.pruning.command"),
-    "bench": Command("time decoding, or a part of it, against what it replaces", group=BENCH),
+    "generate": Command("generate text with the KV cache in CPU memory", "generate"),
+    "record": Command("record a model's attention, to train a predictor", "train.record"),
+    "train": Command("train a predictor on recorded attention", "train.fit"),
+    "eval": Command("run a benchmark under several selection policies", group=EVAL),
+    "analyze": Command("show which heads' attention can be predicted", "eval.analysis.command"),
+    "score": Command("score saved predictions of a benchmark again", "eval.benchmarks.longbench.score_command"),
+    "report": Command("make tables and an HTML page from runs of eval", "eval.report.command"),
+    "prune": Command("remove the least important layers, save the model", "eval.analysis.pruning.command"),
+    "bench": Command("time decoding or a kernel, against alternatives", group=BENCH),
 }
 
 

@@ -1,7 +1,7 @@
-"""Generate text with the KV cache in host memory.
+"""Generate text with the KV cache in CPU memory.
 
-The prompt comes from --prompt, from --prompt-file or from standard input. The
-text goes to standard output, figures to standard error.
+The prompt comes from --prompt, from --prompt-file or from standard input. The text goes to standard output; memory, hit
+rate and speed go to standard error.
 
 examples:
   attnpred generate --prompt "Once upon a time" --max-new-tokens 40
@@ -25,14 +25,18 @@ from attention_predictor.settings import add_setting_arguments, offload_config
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt-file", type=Path, metavar="F", help="file with the prompt (UTF-8)")
-    source.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
+    source.add_argument("--prompt-file", type=Path, metavar="F", help="read the prompt from this UTF-8 file")
+    source.add_argument("--prompt", metavar="TEXT", help="use this text as the prompt")
     add = parser.add_argument
     add("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
-    add_option(parser, "--max-new-tokens", whole(1), 128, "longest answer, in tokens")
-    add_option(parser, "--temperature", number("0 or more", lambda value: value >= 0), 0.0, "of sampling; 0 is greedy")
-    add("--no-offload", action="store_true", help="run the stock model with its whole cache")
-    add("--recovery", action="store_true", help="measure recovery at every step, as --measure-recovery 1")
+    add_option(parser, "--max-new-tokens", whole(1), 128, "generate at most N tokens")
+    add_option(
+        parser, "--temperature", number("0 or more", lambda value: value >= 0), 0.0, "sampling temperature; 0: greedy"
+    )
+    add("--no-offload", action="store_true", help="run the stock model with its own cache")
+    add(
+        "--recovery", action="store_true", help="measure attention recovery at every step; same as --measure-recovery 1"
+    )
     add("--json", action="store_true", help="print one JSON object: text, tokens, prompt_tokens, stats")
     add_setting_arguments(parser)
 

@@ -1,12 +1,13 @@
-"""Leave out the layers of a model that matter least, and save what is left as a model like any other.
+"""Remove the least important layers of a model and save the rest as an ordinary model.
 
-Layers are scored on texts: block influence (bi), 1 - the cosine of a layer's input and output, and query similarity
-(q_similarity), the mean cosine of a head's last 32 queries. --metric says what goes first: the least bi (ShortGPT),
-the highest q_similarity (qsim), or the least of bi + beta (1 - q_similarity), both scaled to 0..1 (TAPPA).
+Layers are scored on texts. Block influence (bi) is 1 - the cosine of a layer's input and output. Query similarity
+(q_similarity) is the mean cosine between a head's last 32 queries. --metric decides which layer goes first: bi removes
+the lowest bi (ShortGPT), qsim the highest q_similarity, tappa the lowest bi + beta (1 - q_similarity), with both scaled
+to 0..1 (TAPPA).
 
---out gets weights, configuration, tokenizer and scores.json, which has all scores, the whole order and what was
-removed. With --sweep no model is saved: perplexity on other texts without 1, 2, ... N layers, by every metric and by
-random orders, goes to sweep.json (and to a plot).
+--out gets weights, configuration, tokenizer and scores.json, which lists all scores, the full order and the removed
+layers. With --sweep the command saves no model: it measures perplexity on other texts without 1, 2, ... N layers, for
+every metric and for random orders, and writes sweep.json.
 
 examples:
   attnpred prune --model meta-llama/Llama-3.1-8B --data texts/ --layers 4 \\
@@ -32,22 +33,31 @@ from attention_predictor.kinds import number, whole
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument
-    add_option(parser, "--layers", whole(), None, "layers to remove; with --sweep: at most")
-    add("--metric", default="tappa", metavar="NAME", help=f"one of {', '.join(METRICS)} (%(default)s)")
+    add_option(parser, "--layers", whole(), None, "number of layers to remove; with --sweep: the largest number")
+    add(
+        "--metric",
+        default="tappa",
+        metavar="NAME",
+        help=f"order of removal: {', '.join(METRICS)} (default: %(default)s)",
+    )
     beta = number("a number from 0 on", lambda value: value >= 0, "B")
-    add_option(parser, "--beta", beta, BETA, "weight of 1 - q_similarity in tappa")
-    add("--data", metavar="D", help="texts to score by: what attnpred record takes")
-    add_option(parser, "--documents", whole(1), 16, "of each data set, at most")
-    add_option(parser, "--context", whole(), 2048, "tokens of each document")
-    what = "file with scores in place of --data: scores.json, or one as TAPPA's authors publish them; twice, if bi and"
-    what += " q_similarity are apart"
+    add_option(parser, "--beta", beta, BETA, "weight of 1 - q_similarity in the metric tappa")
+    add("--data", metavar="D", help="texts to score layers on, in any form that attnpred record takes")
+    add_option(parser, "--documents", whole(1), 16, "most documents of each data set")
+    add_option(parser, "--context", whole(), 2048, "tokens taken of each document")
+    what = "read layer scores from this file instead of --data: a scores.json, or a file published by TAPPA's authors;"
+    what += " repeat it if bi and q_similarity are in two files"
     add("--scores", type=Path, action="append", default=[], metavar="F", help=what)
-    add("--plan-only", action="store_true", help="print the order that --scores give, and stop")
+    add("--plan-only", action="store_true", help="print the order of removal from --scores and exit")
     add("--json", action="store_true", help="print the plan as one JSON object")
-    add("--sweep", metavar="D", help="texts to judge by: perplexity without 1 to N layers, by each order")
-    add_option(parser, "--seeds", whole(1), 5, "with --sweep: random orders")
-    add("--plot", type=Path, metavar="F", help="with --sweep: .png, .svg or .pdf")
-    add("--out", type=Path, metavar="DIR", help="the pruned model and its scores, or the sweep")
+    add(
+        "--sweep",
+        metavar="D",
+        help="measure perplexity on these texts without 1 to --layers layers, instead of saving a model",
+    )
+    add_option(parser, "--seeds", whole(1), 5, "with --sweep: number of random orders")
+    add("--plot", type=Path, metavar="F", help="with --sweep: plot perplexity into this .png, .svg or .pdf file")
+    add("--out", type=Path, metavar="DIR", help="directory for the pruned model, or for sweep.json")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -58,7 +68,7 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError("--plan-only needs --scores: files with bi, q_similarity or both")
         return
     if args.layers is None:
-        raise ConfigError("--layers is required: how many to remove")
+        raise ConfigError("--layers is required: the number of layers to remove")
     if args.out is None:
         raise ConfigError("--out is required: a directory for the result")
     if args.data is None and not args.scores:
@@ -68,8 +78,8 @@ def check(args: argparse.Namespace) -> None:
     if (args.out / "config.json").exists():
         raise ConfigError(f"--out {args.out} holds a model already: choose another directory")
     if args.plot is not None and args.sweep is None:
-        raise ConfigError("--plot draws what --sweep finds: give both")
+        raise ConfigError("--plot needs --sweep, whose results it draws")
     check_plot(args.plot)
     check_model_arguments(args)
     if args.dtype == PACKED:
-        raise ConfigError(f"--dtype {PACKED}: packed weights can't be saved, and the model that is left is")
+        raise ConfigError(f"--dtype {PACKED}: packed weights can't be saved")

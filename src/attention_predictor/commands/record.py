@@ -1,16 +1,18 @@
-"""Record attention-score histories of a model, to train a predictor on.
+"""Record a model's attention scores, as training data for a predictor.
 
-Of a document's last tokens (--steps) the rows of block scores and the true block mass are kept, for every
-full-attention layer and KV head. Where a row of the data names continuations, a list of texts such as questions with
-their answers, each is recorded right behind the document by itself; 16 of them together cost one prefill.
+The command records, for each of a document's last --steps tokens, the row of block scores and the true attention mass
+of every block, for every full-attention layer and KV head. If a row of the data has continuations (a list of texts,
+such as questions with their answers), the command records each of them directly after the document. One prefill serves
+up to 16 continuations.
 
-With --rows sparse, the default, all but the first 64 steps are decoded one by one with a sparse cache, so that the rows
-are those a predictor sees at inference: exact where the step attended, estimated from the key sketch elsewhere. With
---rows full everything is attended, in one pass, as the published training does.
+With --rows sparse, the default, the model decodes the recorded tokens (all but the first 64) with a sparse cache. The
+rows then look as they do at inference: exact scores for attended blocks, estimates from the key sketch for the others.
+With --rows full the model attends to everything in one pass, as in the published training.
 
-A .txt file gives --per-file documents from places spread over it, fewer where these would be the same tokens. A row of
-a .jsonl or .parquet file, or of a data set of the hub, gives one, whose end is kept when it is too long: that is where
-questions and answers stand. Documents already recorded are skipped, so an interrupted run goes on.
+Each .txt file gives --per-file documents, taken from places spread over it; a short file gives fewer, so that they do
+not overlap. Each row of a .jsonl or .parquet file, or of a data set of the Hugging Face hub, gives one document. If it
+is too long, its end is kept, because questions and answers stand there. The command skips documents that are already
+recorded, so an interrupted run can be started again.
 
 examples:
   attnpred record --data texts/ --out runs/histories
@@ -40,21 +42,33 @@ ROWS = ("sparse", "full")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument
-    what = ".txt, .jsonl or .parquet file, a directory of them, or a data set of the hub, [owner/]name:split"
+    what = ".txt, .jsonl or .parquet file, directory of such files, or data set of the hub as [owner/]name:split"
     add("--data", required=True, metavar="D", help=what)
-    add("--field", default="text", metavar="F", help="column of a row's text (%(default)s)")
-    what = "record at most so many; needed for a data set of the hub"
+    add("--field", default="text", metavar="F", help="name of the column that holds the text (default: %(default)s)")
+    what = "record at most N documents (default: all); required for a data set of the hub"
     add_option(parser, "--documents", whole(1), None, what)
-    add("--out", type=Path, required=True, metavar="DIR", help="directory of the recording")
-    add_option(parser, "--max-tokens", whole(), 8192, "tokens of a document, at most")
+    add("--out", type=Path, required=True, metavar="DIR", help="directory for the recording")
+    add_option(parser, "--max-tokens", whole(), 8192, "longest document, in tokens")
     steps = whole(also=(f"--steps above {PROMPT_ROWS}", lambda value: value > PROMPT_ROWS))
-    add_option(parser, "--steps", steps, 256, "last tokens of a document, which are recorded")
-    add("--rows", choices=ROWS, default="sparse", help="what a predictor is shown (%(default)s)")
-    add_setting(parser, "predictor", default="ema", says="predictor that selects the blocks of sparse rows")
-    add("--budgets", default="256,512", metavar="N,N", help="budgets of sparse rows, in turn (%(default)s)")
-    add_option(parser, "--per-file", whole(1), 4, "documents taken from a .txt file")
+    add_option(parser, "--steps", steps, 256, "number of last tokens of a document that are recorded")
+    add(
+        "--rows",
+        choices=ROWS,
+        default="sparse",
+        help="record rows from sparse decoding or from full attention (default: %(default)s)",
+    )
+    add_setting(
+        parser, "predictor", default="ema", says="predictor that selects the blocks while recording sparse rows"
+    )
+    add(
+        "--budgets",
+        default="256,512",
+        metavar="N,N",
+        help="budgets of sparse rows, in tokens; documents take them in turn (default: %(default)s)",
+    )
+    add_option(parser, "--per-file", whole(1), 4, "number of documents from each .txt file")
     share = number("a share from 0 to below 1", lambda value: 0 <= value < 1, "SHARE")
-    what = "share of the .txt files and rows that is kept from training, chosen by a hash of their names"
+    what = "share of .txt files and rows held out for validation, chosen by a hash of their names"
     add_option(parser, "--validation", share, 0.1, what)
     for name in ("block_size", "sink", "recent"):
         add_setting(parser, name)
@@ -69,6 +83,4 @@ def check(args: argparse.Namespace) -> None:
     if args.max_tokens <= least:
         raise ConfigError(f"--max-tokens {args.max_tokens}: expected more than --steps + sink + recent = {least}")
     if args.documents is None and not Path(args.data).exists():
-        raise DataError(
-            f"--data {args.data}: no such file or directory; of a data set of the hub, say with --documents how much"
-        )
+        raise DataError(f"--data {args.data}: no such file or directory; for a data set of the hub give --documents")

@@ -1,13 +1,13 @@
-"""Tables and a page of runs: what attnpred eval left in its --out directories, side by side.
+"""Make tables and an HTML page from the --out directories of attnpred eval.
 
-Rows are policies by budget, columns tasks and averages. The best policy of a column at each budget is bold, full
-attention and the oracle, which knows the truth, apart. Behind a score stands its bootstrap interval (95 %, over
-samples); differences to full attention are over samples that both have, and so are their intervals. Runs of one
-benchmark with the same settings share a table; others get one each.
+Rows are policies by budget; columns are tasks and averages. Bold marks the best policy of a column at each budget,
+without full attention and without the oracle, which knows the true attention. Each score has a 95% bootstrap interval
+over samples. Differences to full attention, and their intervals, use the samples that both runs have. Runs of one
+benchmark with the same settings share a table; other runs get their own.
 
-Writes report.md, report.tex and report.html, one page that needs no other file and no network: the tables, accuracy
-against budget, hit rate and fetched bytes by budget and over steps; where there are such runs, grids of needles,
-recovery by layer and head, and maps of the blocks that held the attention and those that were read.
+The command writes report.md, report.tex and report.html. The page needs no other file and no network. It shows the
+tables, scores against budget, and hit rate and fetched bytes by budget and by step; for runs that have them also needle
+grids, recovery by layer and head, and maps of the blocks that held the attention and of those that were read.
 
 examples:
   attnpred report runs/longbench --out report/
@@ -28,10 +28,10 @@ NAME = "report"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="DIR", help="--out of an attnpred eval")
-    add("--out", type=Path, default=Path(NAME), metavar="DIR", help="where the report goes (%(default)s/)")
+    add("runs", type=Path, nargs="+", metavar="DIR", help="--out directory of an attnpred eval")
+    add("--out", type=Path, default=Path(NAME), metavar="DIR", help="directory for the report (default: %(default)s/)")
     seed = whole(also=("0 or more", lambda value: value >= 0))
-    add_option(parser, "--seed", seed, 0, "of the bootstrap")
+    add_option(parser, "--seed", seed, 0, "random seed of the bootstrap")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -24,22 +24,28 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, budgets: str = BUDGETS
     """
     add_model_arguments(parser)
     add = parser.add_argument
-    what = f"policies with their default settings ({POLICIES}, unless there are rules); full is the stock model"
+    what = "policies to run with default settings; full is the stock model"
+    what += f" (default: {POLICIES}, or none if --rule is given)"
     add("--policies", metavar="P,P", help=what)
-    what = "[name:] policy[,field=value…]: one more policy, with other settings; may be given several times"
+    what = "add a policy with other settings: [NAME:] POLICY[,FIELD=VALUE…]; repeatable"
     add("--rule", action="append", metavar="RULE", help=what)
-    add("--budgets", default=budgets, metavar="N,N", help="tokens a step reads, each a row of the table (%(default)s)")
-    what = f"of {', '.join(PREFETCHERS)}: how engines prefetch, unless a rule says"
+    add(
+        "--budgets",
+        default=budgets,
+        metavar="N,N",
+        help="budgets to run, in tokens per KV head; each is a row of the table (default: %(default)s)",
+    )
+    what = f"how blocks are fetched, unless a rule sets it: {', '.join(PREFETCHERS)}"
     add_setting(parser, "prefetch", says=what)
-    add_option(parser, "--limit", whole(1), None, "the first N samples of each task alone")
-    what = "results; an unfinished run in it goes on"
-    what += "" if out_required else "; without it only the table is printed"
+    add_option(parser, "--limit", whole(1), None, "run only the first N samples of each task")
+    what = "directory for the results; an unfinished run in it continues"
+    what += "" if out_required else "; without it the table is only printed"
     add("--out", type=Path, required=out_required, metavar="DIR", help=what)
-    add("--retry-errors", action="store_true", help="try samples once more that failed")
+    add("--retry-errors", action="store_true", help="run samples again that failed before")
 
 
 def rules_of(args: argparse.Namespace) -> list[Rule]:
-    """What ``--policies`` and ``--rule`` ask for."""
+    """The rules given by ``--policies`` and ``--rule``."""
     given = args.policies if args.policies is not None or args.rule else POLICIES
     named = given.split(",") if given is not None else []
     rules = [Rule(name.strip(), {"policy": name.strip()}) for name in named]
@@ -47,12 +53,12 @@ def rules_of(args: argparse.Namespace) -> list[Rule]:
 
 
 def budgets_of(args: argparse.Namespace) -> list[int]:
-    """What ``--budgets`` asks for."""
+    """The budgets given by ``--budgets``, in tokens."""
     return whole_numbers("--budgets", args.budgets)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what can be known to be wrong with these options."""
+    """Raise ``ConfigError`` for wrong values of these options."""
     check_model_arguments(args)
     rules = rules_of(args)
     check_names(rules, "policies must differ in name")

@@ -1,7 +1,8 @@
-"""Score predictions again: no model, no data, just what was written.
+"""Compute the scores of saved predictions again, without model and data.
 
-DIR has a <task>.jsonl for each task, with pred, answers, all_classes and, for -e, length in each line: the official
-form. Or it is what attnpred eval wrote, with all its policies and budgets.
+DIR is one of two things: a directory in the official form, with a <task>.jsonl for each task and pred, answers,
+all_classes and (for -e) length in each line; or the --out directory of attnpred eval, with all its policies and
+budgets.
 
 examples:
   attnpred score longbench predictions/ --json
@@ -20,7 +21,11 @@ BENCHMARKS = (BENCHMARK,)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("benchmark", choices=BENCHMARKS, help="whose predictions they are")
-    add("directory", type=Path, metavar="DIR", help="of predictions, or of a run")
-    add("-e", "--e", action="store_true", help="by length, as LongBench-E is scored")
-    add("--json", action="store_true", help='print {"tasks": {task: score}, …}; {"variants": …} of a run')
+    add("benchmark", choices=BENCHMARKS, help="benchmark of the predictions")
+    add("directory", type=Path, metavar="DIR", help="directory of predictions or of a run")
+    add("-e", "--e", action="store_true", help="score by length, as LongBench-E does")
+    add(
+        "--json",
+        action="store_true",
+        help='print one JSON object: {"tasks": {task: score}, …}, or {"variants": …} for a run',
+    )

@@ -1,9 +1,9 @@
-"""Train a predictor on recorded histories (attnpred record makes them).
+"""Train a predictor on attention recorded by attnpred record.
 
-All documents are read and checked before the first step. Every --log-every steps the predictor is judged on held-out
-documents, and the state of the run is saved: --resume goes on from there, to the same losses. The best predictor is
-kept, by recovery over the steps that it is trained for. A card and learning curves lie beside it. It is for the block
-size of the recording.
+The command reads and checks all documents before the first step. Every --log-every steps it validates the predictor on
+held-out documents and saves the state of the run; --resume continues from there and gives the same losses as an
+uninterrupted run. It keeps the predictor with the best recovery over the next --horizon steps, with a model card and
+learning curves beside it. The predictor works with the block size of the recording only.
 
 examples:
   attnpred train --data recordings/ --out my-predictor/
@@ -24,26 +24,46 @@ from attention_predictor.train.options import LOSSES, NUMBERS, PRECISIONS, TARGE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = TrainOptions()
     add = parser.add_argument
-    add("--data", required=True, metavar="DIR", help="directory that attnpred record wrote")
-    add("--out", required=True, metavar="CKPT", help="directory to save the predictor to")
-    add("--arch", default=default.arch, choices=sorted(TARGETS), help="architecture (%(default)s)")
-    add("--init", metavar="CKPT", help="start from this predictor, of the same architecture")
-    add("--loss", default=default.loss, choices=LOSSES, help="cross-entropy or squared error (%(default)s)")
+    add("--data", required=True, metavar="DIR", help="directory written by attnpred record")
+    add("--out", required=True, metavar="CKPT", help="directory for the predictor")
+    add(
+        "--arch",
+        default=default.arch,
+        choices=sorted(TARGETS),
+        help="architecture of the predictor (default: %(default)s)",
+    )
+    add("--init", metavar="CKPT", help="start from this predictor; it must have the same architecture")
+    add(
+        "--loss",
+        default=default.loss,
+        choices=LOSSES,
+        help="ce: cross-entropy; mse: squared error (default: %(default)s)",
+    )
     for name, says in (
-        ("horizon", "steps whose largest mass is the target"),
-        ("steps", "optimiser steps"),
-        ("batch", "records (layer, KV head) a step"),
+        ("horizon", "predict a block's largest mass in the next N steps"),
+        ("steps", "number of optimiser steps"),
+        ("batch", "records per step; a record is one KV head of one layer"),
         ("lr", "largest learning rate"),
-        ("seed", "seed of everything random"),
-        ("val_fraction", "share held out where DIR names none"),
+        ("seed", "random seed"),
+        ("val_fraction", "share of texts held out, if the recording defines no validation set"),
         ("log_every", "steps between validations"),
     ):
         add_option(parser, "--" + name.replace("_", "-"), NUMBERS[name], getattr(default, name), says)
-    add("--precision", default=default.precision, choices=PRECISIONS, help="of the network (%(default)s: fp32)")
-    add("--device", default="auto", metavar="D", help="auto, what accelerate finds, or cpu (%(default)s)")
-    add("--tracker", default="none", choices=TRACKERS, help="where figures go besides CKPT (%(default)s)")
-    add("--resume", action="store_true", help="go on with an unfinished run in CKPT")
-    add("--json", action="store_true", help="print all figures as one JSON object")
+    add(
+        "--precision",
+        default=default.precision,
+        choices=PRECISIONS,
+        help="number type of the network; no: fp32 (default: %(default)s)",
+    )
+    add(
+        "--device",
+        default="auto",
+        metavar="D",
+        help="cpu, or auto: the device that accelerate finds (default: %(default)s)",
+    )
+    add("--tracker", default="none", choices=TRACKERS, help="log metrics to this service too (default: %(default)s)")
+    add("--resume", action="store_true", help="continue the unfinished run in CKPT")
+    add("--json", action="store_true", help="print all metrics as one JSON object")
 
 
 def check(args: argparse.Namespace) -> None:

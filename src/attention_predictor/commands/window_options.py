@@ -1,4 +1,4 @@
-"""Options of commands that take parts of documents: a prompt, and the tail that is decoded behind it."""
+"""Options of commands that prefill the beginning of a document and decode its tail."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from attention_predictor.kinds import whole
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """``--data --per-file``."""
-    what = "[name=]place: .txt, .jsonl or .parquet, a directory or pattern of them, or a data set of the hub"
+    what = "[NAME=]PLACE: .txt, .jsonl or .parquet file, directory or glob pattern, or data set of the hub; repeatable"
     parser.add_argument("--data", action="append", required=True, metavar="D", help=what)
-    add_option(parser, "--per-file", whole(1), 1, "documents taken from a .txt file")
+    add_option(parser, "--per-file", whole(1), 1, "number of documents from each .txt file")
 
 
 def add_window_arguments(parser: argparse.ArgumentParser, tail: int) -> None:
@@ -23,11 +23,11 @@ def add_window_arguments(parser: argparse.ArgumentParser, tail: int) -> None:
         tail: Default of ``--tail``.
     """
     add_source_arguments(parser)
-    add_option(parser, "--context", whole(), 8192, "tokens of each document")
-    add_option(parser, "--tail", whole(), tail, "last tokens of a document, which are decoded")
+    add_option(parser, "--context", whole(), 8192, "tokens taken of each document, the tail included")
+    add_option(parser, "--tail", whole(), tail, "number of last tokens of a document that are decoded")
 
 
 def check_window(args: argparse.Namespace) -> None:
-    """``ConfigError`` for a tail that a document can't have."""
+    """Raise ``ConfigError`` unless 1 ≤ ``--tail`` < ``--context``."""
     if not 1 <= args.tail < args.context:
         raise ConfigError(f"--tail {args.tail}: expected 1 to below --context {args.context}")

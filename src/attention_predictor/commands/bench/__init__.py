@@ -1,4 +1,4 @@
-"""Time decoding, or a part of it, against what it replaces, in one process.
+"""Time decoding, prefill or a kernel against alternatives, in one process.
 
 examples:
   attnpred bench decode --context 8192 --budget 512

@@ -1,12 +1,12 @@
 """Time one token's attention over the blocks of a pool.
 
-Our kernel, which also gives block scores; the torch operations it replaces, with scores; and without scores torch's
-scaled_dot_product_attention and, where it is installed, FlashInfer's paged decode over the same keys and values. (Its
-pages hold all KV heads: one list of blocks for a sequence, where ours has one for each KV head.) At the end, for the
-memory's rate, a copy of as many bytes on the device, read and written.
+The command compares this library's kernel, which also computes block scores; the torch operations that it replaces,
+with scores; and, without scores, torch's scaled_dot_product_attention and (if installed) FlashInfer's paged decode over
+the same keys and values. A page of FlashInfer holds all KV heads, so it has one list of blocks per sequence; this
+library has one per KV head. The last row copies as many bytes on the device, to show its memory bandwidth.
 
-Milliseconds and rate are the device's own, from replayed CUDA graphs over inputs that are not in its cache; in
-parentheses what a single call from Python takes.
+Milliseconds and rate are device times from replayed CUDA graphs; the inputs are not in the GPU's L2 cache. Parentheses
+show the time of a single call from Python.
 
 examples:
   attnpred bench attention

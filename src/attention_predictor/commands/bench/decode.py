@@ -1,32 +1,30 @@
-"""Time whole decoding steps of a model behind a long context: with its cache in host memory, and with stock caches.
+"""Time a model's decoding steps after a long context, with its cache in CPU memory and with stock caches.
 
-The tokens decoded are the same for all ways. The context is a prefill of random tokens, or with --synthetic made up:
-keys and values that the model's own queries look at as they do at real ones, the same for every way, with no prefill to
-wait for. --shape builds a model of a named shape with random weights on the device; --model loads one.
+All caches decode the same tokens. The context is a prefill of random tokens. --synthetic skips the prefill: it fills
+all caches with the same made-up keys and values, which the model's queries attend to much as to real ones. --shape
+builds a model of a named shape with random weights on the device; --model loads a model.
 
-Ways (--ways; those in parentheses, and on a CPU those that need a GPU, are
-not measured unless asked for):
-  floor           transformers' StaticCache, compiled, always at a context of
-                  1,024 tokens: what is to be approached
-  static          transformers' StaticCache, a whole step as one CUDA graph,
-                  always at 1,024 tokens: what is to be approached uncompiled
-  (ours)          ours, default settings
-  graph           ours, a whole step as one CUDA graph, in which norms,
-                  gated MLPs and rotary embeddings are a kernel each
-  (graph-unfused) the same without these kernels, the model's operations one
-                  by one
-  graph-compiled  the same, and the model's layers compiled
-  thread          ours, with the prefetch thread
-  (no-kernels)    the same, with torch operations alone
+Caches for --ways. Without --ways all are timed, except those in parentheses
+and, on a CPU, those that need a GPU:
+  floor           transformers' StaticCache, compiled, always 1,024 tokens:
+                  the target for compiled steps
+  static          transformers' StaticCache, each step one CUDA graph, always
+                  1,024 tokens: the target for steps that are not compiled
+  (ours)          this library with default settings
+  graph           this library, each step one CUDA graph, with fused norms,
+                  gated MLPs and rotary embeddings
+  (graph-unfused) like graph, without fused kernels
+  graph-compiled  like graph, with layers compiled by torch.compile
+  thread          this library with the prefetch thread
+  (no-kernels)    like thread, with torch operations only
   device          transformers' DynamicCache on the device
-  offloaded       the same, offloaded layer by layer
+  offloaded       transformers' DynamicCache, offloaded layer by layer
 
-For each: milliseconds a token, median and 95th percentile; the ratio of the median to ours (the first of graph, ours,
-graph-compiled, graph-unfused, thread that was measured), to the floor and to static; memory; for ours also hit rate,
-bytes fetched, exposed wait. A few further steps are profiled, for milliseconds by stage, sums of these, and the time in
-which the device stood still; a kernel that belongs to no stage stands under its own name.
-What does not fit in memory is skipped, and it is said why; so is the stock model where it can't be compiled or
-captured.
+The table shows, for each cache: milliseconds per token, median and 95th percentile; the ratio of the median to this
+library's (the first of graph, ours, graph-compiled, graph-unfused, thread that was timed), to floor and to static;
+memory; for this library also hit rate, bytes fetched and exposed wait. A few more steps are profiled: milliseconds by
+stage, their sum, and the time in which the device was idle. A kernel that belongs to no stage has its own row. A cache
+that does not fit in memory, and a stock model that can't be compiled or captured, is skipped with a note that says why.
 
 examples:
   attnpred bench decode --context 8192 --budget 512
@@ -56,18 +54,34 @@ from attention_predictor.kinds import number, whole
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_arguments(parser)
     add = parser.add_argument
-    add_option(parser, "--context", whole(), 8192, "tokens of prompt and steps")
-    add("--contexts", metavar="N,N", help="several of them, in place of --context")
-    add("--synthetic", action="store_true", help="make the context up, without a prefill")
-    add("--ways", metavar="W,W", help=f"some of {', '.join(CACHE_SETUPS)}")
-    add_option(parser, "--steps", whole(1), 40, "timed, between 5 and 3 more")
+    add_option(parser, "--context", whole(), 8192, "tokens of prompt and decoded steps together")
+    add("--contexts", metavar="N,N", help="several contexts, instead of --context")
+    add("--synthetic", action="store_true", help="fill the caches with made-up keys and values instead of a prefill")
+    add("--ways", metavar="W,W", help=f"caches to time: {', '.join(CACHE_SETUPS)}")
+    add_option(parser, "--steps", whole(1), 40, "timed steps; 5 steps before and 3 after them are not timed")
     positive = number("more than 0", lambda value: value > 0, "S")
-    what = "for the timed steps of a way: then no more are taken"
+    what = "stop timing a cache after this many seconds, with fewer steps"
     add_option(parser, "--seconds", positive, 60.0, what)
     size = number("more than 0", lambda value: value > 0, "GIB")
-    add_option(parser, "--memory-limit", size, None, "device memory torch may use, as if the card had no more")
-    add("--out", type=Path, metavar="F", help="JSON lines, written as rows come; a further run does what is missing")
-    add("--plot", type=Path, metavar="F", help="ms a token against context (.png, .svg, .pdf)")
+    add_option(
+        parser,
+        "--memory-limit",
+        size,
+        None,
+        "limit torch to this much device memory, in GiB, to simulate a smaller card",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="F",
+        help="append each result to this file as a JSON line; a later run measures only missing rows",
+    )
+    add(
+        "--plot",
+        type=Path,
+        metavar="F",
+        help="plot milliseconds per token against context into this .png, .svg or .pdf file",
+    )
 
 
 def check(args: argparse.Namespace) -> None:

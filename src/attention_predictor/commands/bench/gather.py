@@ -1,11 +1,11 @@
-"""Time bringing scattered blocks from host memory to the pool, on a CPU to a buffer.
+"""Time the transfer of scattered blocks from host memory to the pool.
 
-On a GPU: our kernel, which reads pinned memory itself, by lists of blocks that are on the device already; what it
-replaces; and a plain copy of as many bytes in one piece by the copy engine, which is the bus at its best. On a CPU: our
-kernel, indexing by torch, and a copy in one piece.
+On a GPU the command compares this library's kernel, which reads pinned host memory and takes its block lists from the
+device; the transfer that it replaces; and one contiguous copy of as many bytes by the copy engine, the best rate of the
+bus. On a CPU the target is a buffer, and it compares the kernel, torch indexing and a contiguous copy.
 
-Of what can be captured in a CUDA graph, milliseconds and rate are the device's own; in parentheses what a single call
-from Python takes.
+Where a transfer can be captured in a CUDA graph, milliseconds and rate are device times. Parentheses show the time of a
+single call from Python.
 
 examples:
   attnpred bench gather

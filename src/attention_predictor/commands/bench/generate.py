@@ -1,9 +1,9 @@
-"""Time the tokens of model.generate, as it comes, against those of engine.generate, the shortest loop there is.
+"""Time model.generate against engine.generate, the library's own shorter loop.
 
-The model is attached with default settings, once; both loops continue the same prompt of random tokens, greedily, one
-after the other, several times. For each: milliseconds a token, the median of --repeats, without the prompt and the
-first 8 tokens, in which steps are captured; the ratio to engine.generate; whether steps were captured, and why not;
-whether both loops chose the same tokens.
+The model is attached once, with default settings. Both loops continue the same prompt of random tokens greedily, in
+turn, several times. The table shows, for each: milliseconds per token, median of --repeats, without the prompt and
+without the first 8 tokens, in which steps are captured; the ratio to engine.generate; whether steps were captured, and
+if not, why; whether both loops chose the same tokens.
 
 examples:
   attnpred bench generate --shape llama-3.1-8b --context 32768
@@ -23,9 +23,9 @@ SKIPPED = 8  # steps
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_arguments(parser)
-    add_option(parser, "--context", whole(2), 32768, "tokens of the prompt")
-    add_option(parser, "--new-tokens", whole(SKIPPED + 2), 128, "of each answer")
-    add_option(parser, "--repeats", whole(1), 3, "answers of each loop, behind one more that warms up")
+    add_option(parser, "--context", whole(2), 32768, "prompt tokens")
+    add_option(parser, "--new-tokens", whole(SKIPPED + 2), 128, "tokens of each answer")
+    add_option(parser, "--repeats", whole(1), 3, "timed answers of each loop, after one warm-up answer")
 
 
 def check(args: argparse.Namespace) -> None:

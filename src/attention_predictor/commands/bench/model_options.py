@@ -1,4 +1,4 @@
-"""Options of timings of a whole model: a shape in place of weights, and how much it is given."""
+"""Options of timings of a whole model: the model or a named shape, budget and batch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     """``--model`` and others, ``--shape --budget --batch --json``."""
     add_model_arguments(parser)
     add = parser.add_argument
-    add("--shape", metavar="S", help=f"a random model in place of --model: one of {', '.join(SHAPES)}")
+    add(
+        "--shape",
+        metavar="S",
+        help=f"time random weights in this shape, instead of --model: {', '.join(SHAPES)}",
+    )
     add_setting(parser, "budget")
-    add_option(parser, "--batch", whole(1), 1, "sequences of the same tokens")
+    add_option(parser, "--batch", whole(1), 1, "sequences in the batch, all with the same tokens")
     add("--json", action="store_true", help="print one JSON object")
 
 
 def check_shape_arguments(args: argparse.Namespace) -> None:
-    """Refuse what can be known to be wrong with them."""
+    """Raise ``ConfigError`` for wrong values of these options."""
     allowed = MODEL_DTYPES if args.shape is None else DTYPE_NAMES
     if args.dtype not in allowed:
         raise ConfigError(f"--dtype {args.dtype}: expected one of {', '.join(allowed)}")
@@ -37,7 +41,5 @@ def check_shape_arguments(args: argparse.Namespace) -> None:
     else:
         check_shape(args.shape)
         if args.gguf_file is not None:
-            raise ConfigError(
-                f"--gguf-file {args.gguf_file}: --shape {args.shape} is of random weights, and of no file"
-            )
+            raise ConfigError(f"--gguf-file {args.gguf_file}: --shape {args.shape} has random weights: give only one")
     offload_config(args)

@@ -1,11 +1,11 @@
-"""Time one token of eval perplexity under every policy, in one process: what evaluations pay.
+"""Time the tokens of attnpred eval perplexity under every policy: what an evaluation costs.
 
-As in an evaluation, the model is attached once for a policy; of each sample the prompt is prefilled in full, and every
-token of the tail decoded and looked at. The samples are random tokens; full is the stock model with its whole cache.
+As in the evaluation, the model is attached once for each policy; of each sample the prompt is prefilled in full, and
+every token of the tail is decoded and scored. Samples are random tokens. full is the stock model with its own cache.
 
-For each: milliseconds a token, the mean of a tail with the first tokens, in which steps are captured, and without the
-first 8; the ratio of the mean to the first policy's; milliseconds of attaching and of a prompt; whether steps were
-captured, and why not. Medians of --repeats samples.
+The table shows, for each policy: milliseconds per token, as the mean over the tail with and without its first 8 tokens,
+in which steps are captured; the ratio of the mean to the first policy's; milliseconds to attach and to prefill; whether
+steps were captured, and if not, why. All are medians of --repeats samples.
 
 examples:
   attnpred bench perplexity
@@ -27,11 +27,11 @@ SKIPPED = 8  # steps
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    add_option(parser, "--context", whole(), 4096, "tokens of a sample")
-    add_option(parser, "--tail", whole(SKIPPED + 3), 64, "the last of them, which are decoded")
+    add_option(parser, "--context", whole(), 4096, "tokens of a sample, the tail included")
+    add_option(parser, "--tail", whole(SKIPPED + 3), 64, "number of last tokens of a sample that are decoded")
     add_setting(parser, "budget", default=512)
     add_policies(parser)
-    add_option(parser, "--repeats", whole(1), 3, "samples of a policy, behind one more that warms up")
+    add_option(parser, "--repeats", whole(1), 3, "timed samples of each policy, after one warm-up sample")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

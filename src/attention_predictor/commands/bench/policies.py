@@ -1,10 +1,10 @@
-"""Time a decoding step under every selection policy, against that of the first one, in one process.
+"""Time decoding steps under every selection policy, in one process, relative to the first policy.
 
-The context is made up (as by bench decode --synthetic), the same for all policies, which are told of it as a prompt
-tells them. Each has default settings otherwise.
+All policies get the same made-up context (see bench decode --synthetic), through the same calls as a real prompt. Other
+settings have their defaults.
 
-For each: milliseconds a token, median and 95th percentile; the ratio of the median to the first policy's; whether its
-steps were captured as a CUDA graph, and why not; where their time goes.
+The table shows, for each policy: milliseconds per token, median and 95th percentile; the ratio of the median to the
+first policy's; whether its steps were captured as a CUDA graph, and if not, why; and its time by stage.
 
 examples:
   attnpred bench policies --shape llama-3.1-8b --context 32768
@@ -26,12 +26,17 @@ from attention_predictor.kinds import number, whole
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_arguments(parser)
-    add_option(parser, "--context", whole(), 32768, "tokens of prompt and steps")
+    add_option(parser, "--context", whole(), 32768, "tokens of prompt and decoded steps together")
     add_policies(parser)
-    add_option(parser, "--steps", whole(1), 40, "timed, between 5 and 3 more")
+    add_option(parser, "--steps", whole(1), 40, "timed steps; 5 steps before and 3 after them are not timed")
     positive = number("more than 0", lambda value: value > 0, "S")
-    add_option(parser, "--seconds", positive, 20.0, "for the timed steps of a policy: then no more are taken")
-    parser.add_argument("--out", type=Path, metavar="F", help="JSON lines; a further run does what is missing")
+    add_option(parser, "--seconds", positive, 20.0, "stop timing a policy after this many seconds, with fewer steps")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="F",
+        help="append each result to this file as a JSON line; a later run measures only missing policies",
+    )
     parser.set_defaults(synthetic=True)
 
 

@@ -1,4 +1,4 @@
-"""``--policies`` of timings: which take part, and in what order."""
+"""``--policies``: the policies that a timing compares, in order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_policies(parser: argparse.ArgumentParser) -> None:
         "--policies",
         default=",".join(names),
         metavar="P,P",
-        help="who takes part; the first is what ratios are to (all)",
+        help="policies to time; ratios are relative to the first one (default: all, predictor first)",
     )
 
 
@@ -27,6 +27,6 @@ def policies_of(text: str) -> list[str]:
 
 
 def check_policies(text: str) -> None:
-    """``ConfigError`` for a name that is no policy's."""
+    """Raise ``ConfigError`` for a name that is not a policy."""
     for name in policies_of(text):
         policy_class(name)

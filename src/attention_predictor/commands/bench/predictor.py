@@ -1,11 +1,12 @@
-"""Time one step of a predictor in one layer: a row observed, all candidates scored for the next token.
+"""Time one step of a predictor in one layer: observe a score row, then score all blocks for the next token.
 
-The default predictor by its kernels, where there are some, and by torch operations; the published network streamed, by
-kernels and by torch operations, and over its whole window, for each KV head as here and for each query head as
-published. Rows and weights don't matter for time: rows are random, and so are the published network's weights.
+The command times the default predictor with its kernels, if they can be built, and with torch operations; the published
+network (arch paper) in its streamed form, with kernels and with torch operations; and the published network over its
+whole window, for each KV head as in this library and for each query head as published. Rows are random, and so are the
+weights of the published network; neither affects the time.
 
-Milliseconds are the device's own, from replayed CUDA graphs; in parentheses what a single call from Python takes. Those
-of a token are for --layers layers.
+Milliseconds are device times from replayed CUDA graphs. Parentheses show the time of a single call from Python. Times
+of a whole token are for --layers layers.
 
 examples:
   attnpred bench predictor
@@ -24,10 +25,12 @@ from attention_predictor.kinds import number, whole
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     part_options.add_options(parser, "batch", "heads", "kv-heads")
     contexts = "2048,8192,32768,131072,524288,1048576"
-    parser.add_argument("--tokens", default=contexts, metavar="N,N", help="contexts (%(default)s)")
-    add_option(parser, "--layers", whole(1), 32, "of a whole token")
+    parser.add_argument(
+        "--tokens", default=contexts, metavar="N,N", help="context lengths, in tokens (default: %(default)s)"
+    )
+    add_option(parser, "--layers", whole(1), 32, "layers of the model, for the time of a whole token")
     positive = number("more than 0", lambda value: value > 0, "S")
-    what = "for each of the two measurements of a way; fewer repeats rather than more time"
+    what = "longest time of a measurement, in seconds; a slow one gets fewer repeats"
     add_option(parser, "--seconds", positive, 10.0, what)
 
 

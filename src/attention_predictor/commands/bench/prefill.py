@@ -1,13 +1,14 @@
-"""Time the prefill of a long prompt, with keys and values leaving for host memory and with stock caches, side by side.
+"""Time the prefill of a long prompt, with keys and values moving to host memory and with stock caches.
 
-The prompt goes through the model in chunks of --chunk tokens; every chunk after the first attends to what is cached.
-Ways: ours; ours without sketch and history (policy streaming), which tells what they cost; transformers' DynamicCache
-on the device; on a GPU the same offloaded layer by layer.
+The prompt goes through the model in chunks of --chunk tokens; every chunk after the first attends to all cached tokens.
+Caches for --ways: ours, this library with default settings; bare, this library without sketch and history (policy
+streaming), to show what those cost; device, transformers' DynamicCache on the device; offloaded, the same offloaded
+layer by layer (GPU only).
 
-For each: seconds, the median of --repeats, and of the first time, which also allocates host memory; the ratio to the
-stock cache on the device; the largest device memory on top of the weights; bytes moved between host and device, counted
-for ours, computed for the offloaded cache. What does not fit in memory is skipped, and it is said why. While it runs,
-each way's figures go to standard error as soon as they are known.
+The table shows, for each cache: seconds, as the median of --repeats and for the first prefill, which also allocates
+host memory; the ratio to the stock cache on the device; peak device memory beyond the weights; bytes moved between host
+and device, counted for this library and computed for the offloaded cache. A cache that does not fit in memory is
+skipped with a note that says why. Each cache's result goes to standard error as soon as it is known.
 
 examples:
   attnpred bench prefill --context 8192 --chunk 2048
@@ -28,11 +29,11 @@ from attention_predictor.kinds import whole
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_arguments(parser)
-    add_option(parser, "--context", whole(1), 8192, "tokens of the prompt")
-    add_option(parser, "--chunk", whole(1), None, "tokens that go through the model at once (default: all)")
-    what = "who takes part, and in what order (%(default)s)"
+    add_option(parser, "--context", whole(1), 8192, "prompt tokens")
+    add_option(parser, "--chunk", whole(1), None, "tokens per chunk (default: the whole prompt)")
+    what = "caches to time, in order (default: %(default)s)"
     parser.add_argument("--ways", default=",".join(PREFILL_SETUPS), metavar="W,W", help=what)
-    add_option(parser, "--repeats", whole(1), 3, "timed, after one more")
+    add_option(parser, "--repeats", whole(1), 3, "timed prefills, after the first one")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -1,11 +1,11 @@
-"""Time requests one after another, as a server has them: first token, further tokens, and memory that stays or grows.
+"""Time a series of requests, as a server has them: first token, further tokens, and growth of memory.
 
-Each request is a plain model.generate of a prompt of its own with a cache of its own, which is gone before the next.
-Ways: ours with default settings, and the stock model with its cache on the device.
+Each request is a plain model.generate with its own prompt and its own cache, which is freed before the next request.
+Caches for --ways: ours, this library with default settings; device, the stock model with its cache on the device.
 
-For each request: seconds to the first token, milliseconds for each further one, host memory that the engine holds and
-that the process has. Then ratios: the first request, the second and the last against the stock model's median. --fresh
-takes the first request of each way in a process of its own, where nothing is warm (kernels may be on disk).
+The table shows, for each request: seconds to the first token, milliseconds per further token, host memory held by the
+engine and by the process. Below stand the ratios of the first, second and last request to the stock model's median.
+--fresh also measures the first request in a new process, without warm-up; compiled kernels may be on disk.
 
 examples:
   attnpred bench requests --context 4096 --requests 5
@@ -28,12 +28,12 @@ NAMES = {"ours": "ours, default settings", "device": "stock cache on the device"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_arguments(parser)
-    add_option(parser, "--context", whole(1), 8192, "tokens of a prompt")
-    add_option(parser, "--requests", whole(1), 20, "one after another")
-    add_option(parser, "--new-tokens", whole(1), 24, "of each answer")
+    add_option(parser, "--context", whole(1), 8192, "prompt tokens of a request")
+    add_option(parser, "--requests", whole(1), 20, "number of requests")
+    add_option(parser, "--new-tokens", whole(1), 24, "tokens of each answer")
     add = parser.add_argument
-    add("--ways", default=",".join(NAMES), metavar="W,W", help="who takes part (%(default)s)")
-    add("--fresh", action="store_true", help="also the first request of a process, for each way")
+    add("--ways", default=",".join(NAMES), metavar="W,W", help="caches to time, in order (default: %(default)s)")
+    add("--fresh", action="store_true", help="also measure the first request of a new process, for each cache")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
-"""Time what a query makes of every block of the context, by the 2-bit keys: our kernel, and the torch operations.
+"""Time the block scores of one query from the 2-bit key sketch: this library's kernel and torch operations.
 
-Milliseconds and rate are the device's own, from replayed CUDA graphs over sketches that are not in its cache; in
-parentheses what a single call from Python takes.
+Milliseconds and rate are device times from replayed CUDA graphs; the sketches are not in the GPU's L2 cache.
+Parentheses show the time of a single call from Python.
 
 examples:
   attnpred bench sketch --context 131072

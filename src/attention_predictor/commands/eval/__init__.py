@@ -1,4 +1,4 @@
-"""Judge a model under selection policies: one subcommand for each benchmark.
+"""Run a benchmark on a model under several selection policies. Each benchmark is a subcommand.
 
 examples:
   attnpred eval needle --data texts/ --no-chat --out runs/needle

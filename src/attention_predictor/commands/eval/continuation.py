@@ -1,13 +1,13 @@
-"""Long generation under a budget: how far a policy departs from the whole cache, and where.
+"""Long generation: measure how far a policy's predictions differ from the stock model's, and where.
 
-Of each document the first --context tokens are the prompt. The stock model writes --new-tokens behind it, greedily, and
-every policy follows that path: each token is predicted under the policy, compared with what the stock model says there,
-and then given. Shown are the divergence of the next token's distribution (KL, nats a token; 0 is the stock model), over
-all positions and by quarter of the path; the share of positions with the same most likely token; and the first position
-with another one, up to which the policy's own greedy text is the same.
+The first --context tokens of each document are the prompt. The stock model generates --new-tokens tokens greedily.
+Every policy then decodes these same tokens, one by one; its prediction for each is compared with the stock model's. The
+table shows the KL divergence of the next-token distribution in nats per token (0: same as the stock model), over all
+positions and by quarter; the share of positions with the same most likely token; and the first position where that
+token differs. Up to this position the policy's own greedy text would be the same.
 
---data may be given several times; each is a task of the table. The stock model's continuations are kept in
-OUT/references, so that more policies and budgets can be added.
+--data may be repeated; each is a task of the table. OUT/references keeps the stock model's continuations, so policies
+and budgets can be added later.
 
 examples:
   attnpred eval continuation --data heldout/ --context 4096 \\
@@ -28,8 +28,8 @@ from attention_predictor.kinds import whole
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_options.add_run_arguments(parser)
     add_source_arguments(parser)
-    add_option(parser, "--context", whole(1), 4096, "tokens of each prompt")
-    add_option(parser, "--new-tokens", whole(1), 2048, "tokens written behind it")
+    add_option(parser, "--context", whole(1), 4096, "prompt tokens taken of each document")
+    add_option(parser, "--new-tokens", whole(1), 2048, "tokens generated after the prompt")
 
 
 def check(args: argparse.Namespace) -> None:

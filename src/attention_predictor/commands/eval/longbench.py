@@ -1,15 +1,15 @@
-"""LongBench: a table of scores, policies and budgets down, tasks across.
+"""LongBench: a table of scores, with a row for each policy and budget and a column for each task.
 
-Prompts, lengths and scores are the official ones. A prompt that is too long loses its middle; --max-length 7500, say,
-cuts where the authors cut for a model of 8K tokens. Prompts are put into the model's chat template, but for trec,
-triviaqa, samsum, lsht, lcc and repobench-p; --no-chat puts none into it, for models that are no assistants. Each
-policy sees the prompt in full and decodes the answer with its budget.
+Prompts, answer lengths and scores are the official ones. A prompt that is too long loses its middle; --max-length sets
+the limit (the authors use 7500 for a model of 8K tokens). Prompts use the model's chat template, except those of trec,
+triviaqa, samsum, lsht, lcc and repobench-p. Use --no-chat for models that are not assistants. Each policy prefills the
+whole prompt and decodes the answer with its budget.
 
-A sample that fails is kept with its error, scores 0 and is counted below the table. Run the command again, and it goes
-on where it stopped.
+A sample that fails is saved with its error, scores 0 and is counted below the table. Run the command again to continue
+an interrupted run.
 
-Three Chinese tasks are scored with jieba: pip install 'attention-predictor[eval]'. Without it they are left out, unless
-they are asked for by name.
+Three Chinese tasks need jieba for their scores: pip install 'attention-predictor[eval]'. Without it, --tasks all leaves
+them out.
 
 examples:
   attnpred eval longbench --data longbench/ --no-chat --tasks qasper,trec \\
@@ -38,17 +38,20 @@ from attention_predictor.kinds import whole
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_options.add_run_arguments(parser)
     add = parser.add_argument
-    what = (
-        "directory of <task>.jsonl (<task>_e.jsonl with --e), hub (the authors' archive), or hub:owner/name, a mirror"
-    )
+    what = "directory of <task>.jsonl files (with --e <task>_e.jsonl), hub (the authors' archive) or hub:OWNER/NAME"
     add("--data", required=True, metavar="D", help=what)
-    add("--tasks", default=ALL, metavar="T,T", help=f"all (%(default)s) or some of {', '.join(TASKS)}")
-    add("--e", action="store_true", help="LongBench-E: 13 English tasks, scored by length")
-    add("--no-chat", dest="chat", action="store_false", help="don't put prompts into the chat template")
-    what = "cut longer prompts in the middle (default: what the model has positions for, less the answer's)"
+    add("--tasks", default=ALL, metavar="T,T", help=f"all, or some of {', '.join(TASKS)} (default: %(default)s)")
+    add("--e", action="store_true", help="run LongBench-E: 13 English tasks, scored by length")
+    add("--no-chat", dest="chat", action="store_false", help="don't use the model's chat template")
+    what = "longest prompt, in tokens (default: the model's number of positions minus the answer's length)"
     add_option(parser, "--max-length", whole(), None, what)
-    add("--templates", type=Path, metavar="F", help="JSON of templates by task, in place of the official ones")
-    what = "also the perplexity of the reference answers: it tells small models apart where scores don't"
+    add(
+        "--templates",
+        type=Path,
+        metavar="F",
+        help="JSON file of prompt templates by task, instead of the official ones",
+    )
+    what = "also measure perplexity of the reference answers, which tells small models apart better than scores"
     add("--answer-perplexity", action="store_true", help=what)
 
 

@@ -1,13 +1,15 @@
-"""Needle in a haystack: a statement at every depth of texts of every length, and a question about it.
+"""Needle in a haystack: hide a statement in a long text and ask for it, at several depths and lengths.
 
-The haystack is text of --data, from a place on that differs from sample to sample; prompt and answer together have
-the length asked for, in tokens. The needle stands behind the sentence that ends nearest its depth (0: in front of the
-text, 100: near its end). An answer is right if it contains the reference, as a whole word, whatever the case.
+The haystack is text from --data, from a different place for each sample. Prompt and answer together have the requested
+length in tokens. The needle follows the sentence that ends nearest to its depth (0: before the text, 100: near its
+end). An answer is right if it contains the reference as whole words; upper and lower case don't matter.
 
-Needles are made up for each sample, by seed: a number of a thing, a town or a trade of a person. --needles F has
-others: a line of JSON each, with needle, question and answer (a text or a list of texts, one of which is enough).
+By default each sample gets a needle generated from the seed: a number of an object, a person's town or a person's
+trade. --needles reads others from a file: each line is a JSON object with needle, question and answer (one text, or a
+list of accepted texts).
 
-Every line of OUT/<variant>/<length>.jsonl has length and depth; OUT/heatmap.png shows the grid of each variant.
+Every line of OUT/<variant>/<length>.jsonl has the sample's length and depth. OUT/heatmap.png shows one grid for each
+variant.
 
 examples:
   attnpred eval needle --data essays/ --no-chat --lengths 2048,4096,8192 \\
@@ -32,12 +34,22 @@ from attention_predictor.kinds import whole
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_options.add_run_arguments(parser)
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="D", help="haystack: .txt file or directory of them")
-    add("--lengths", default="2048,4096,8192", metavar="N,N", help="tokens of prompt and answer (%(default)s)")
-    add("--depths", default="0,25,50,75,100", metavar="P,P", help="in percent (%(default)s)")
-    add_option(parser, "--samples", whole(1), 2, "needles at each depth and length")
-    add("--needles", type=Path, metavar="F", help="jsonl of needle, question, answer, in place of made-up ones")
-    add("--no-chat", dest="chat", action="store_false", help="don't put prompts into the chat template")
+    add("--data", type=Path, required=True, metavar="D", help="haystack: .txt file, or directory of .txt files")
+    add(
+        "--lengths",
+        default="2048,4096,8192",
+        metavar="N,N",
+        help="lengths of prompt and answer together, in tokens (default: %(default)s)",
+    )
+    add(
+        "--depths",
+        default="0,25,50,75,100",
+        metavar="P,P",
+        help="depths of the needle, in percent of the text (default: %(default)s)",
+    )
+    add_option(parser, "--samples", whole(1), 2, "samples at each depth and length")
+    add("--needles", type=Path, metavar="F", help=".jsonl file of needles, instead of generated ones")
+    add("--no-chat", dest="chat", action="store_false", help="don't use the model's chat template")
     add("--no-plot", dest="plot", action="store_false", help=f"don't draw OUT/{FILE}")
 
 

@@ -1,12 +1,12 @@
-"""Perplexity under a budget: how well the rest of a long document is predicted when it is decoded sparsely.
+"""Perplexity under a budget: measure how well a policy predicts the end of long documents.
 
-Of each document --context tokens are taken (of a .txt file the first ones, or with --per-file from places spread over
-it; of a row the last ones). All but the last --tail of these are prefilled; the others are decoded one by one, each
-predicted under the policy and then given, whatever was predicted. The stock model does the same with its whole cache.
-Less is better: bits a token, and perplexity, 2 to their power, over all tokens of a task. Documents that are too
-short are left out.
+The command takes --context tokens of each document: the first ones of a .txt file (with --per-file from places spread
+over it), the last ones of a row. The model prefills all but the last --tail tokens. It decodes the tail token by token
+under each policy; every token is predicted, scored and then replaced by the document's own. The stock model does the
+same with its whole cache. The table shows bits per token, and perplexity (2 to that power), over all tokens of a task;
+lower is better. Documents that are too short are skipped.
 
---data may be given several times; each is a task of the table.
+--data may be repeated; each is a task of the table.
 
 examples:
   attnpred eval perplexity --data "books=heldout/books__*.txt" \\

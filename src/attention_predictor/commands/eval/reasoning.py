@@ -1,10 +1,11 @@
-r"""GSM8K, MATH and AIME: share of problems solved by a chain of thought, policies and budgets down.
+r"""GSM8K, MATH and AIME: measure the share of problems that a model solves with a chain of thought.
 
-DIR has a <task>.jsonl for each task, named gsm8k…, math… or aime…, in the forms these are published in: a problem
-(problem, question or prompt) and its answer (answer, also behind GSM8K's ####; or a solution with a \boxed one). The
-answer is found in what the model wrote, however it is formatted, and compared as a number or as LaTeX.
+The --data directory has a <task>.jsonl for each task, with a name that starts with gsm8k, math or aime. The published
+forms work: each line has a problem (field problem, question or prompt) and its answer (field answer, which may end in
+GSM8K's #### number, or field solution with a \boxed answer). The command extracts the answer from the generated text
+and compares it as a number or as LaTeX.
 
-A model with a chat template is told to think step by step; another one sees four solved problems before its own.
+A model with a chat template is asked to think step by step. Other models see four solved problems before each problem.
 
 examples:
   attnpred eval reasoning --data reasoning/ --tasks gsm8k_test --limit 100 \
@@ -29,17 +30,30 @@ from attention_predictor.kinds import number, whole
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_options.add_run_arguments(parser)
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="directory of <task>.jsonl")
-    what = f"files of it, or all (%(default)s) named {', '.join(name + '…' for name in KINDS)}, but those for training"
+    add("--data", type=Path, required=True, metavar="DIR", help="directory of <task>.jsonl files")
+    what = f"tasks to run; all: every file named {', '.join(name + '…' for name in KINDS)} except training sets"
+    what += " (default: %(default)s)"
     add("--tasks", default="all", metavar="T,T", help=what)
-    add("--few-shot", action="store_true", help="solved problems in place of the chat template")
+    add("--few-shot", action="store_true", help="show solved problems instead of using the chat template")
     own = ", ".join(f"{name} {one.max_new_tokens}" for name, one in KINDS.items())
-    add_option(parser, "--max-new-tokens", whole(1), None, f"longest chain of thought (default: {own})")
+    add_option(
+        parser,
+        "--max-new-tokens",
+        whole(1),
+        None,
+        f"longest answer, chain of thought included, in tokens (default: {own})",
+    )
     heat = number("0 (greedy) or more", lambda value: value >= 0, "T")
-    add_option(parser, "--temperature", heat, 0.0, "of sampling; 0: greedy")
+    add_option(parser, "--temperature", heat, 0.0, "sampling temperature; 0: greedy")
     share = number("a share above 0, up to 1", lambda value: 0 < value <= 1, "P")
-    add_option(parser, "--top-p", share, 1.0, "with a temperature: probability that tokens are drawn from")
-    what = "with a temperature: so often each problem, for the mean"
+    add_option(
+        parser,
+        "--top-p",
+        share,
+        1.0,
+        "with --temperature: sample from the most likely tokens with this total probability",
+    )
+    what = "with --temperature: answer each problem N times and take the mean"
     add_option(parser, "--repeats", whole(1), 1, what)
 
 

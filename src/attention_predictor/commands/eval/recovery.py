@@ -1,12 +1,13 @@
-"""Judge selection rules: answers found, and attention mass recovered, when question and answer are decoded sparsely.
+"""Compare policies by answers found and attention mass recovered, when question and answer are decoded sparsely.
 
-The document is prefilled; the question and its answer are then decoded token by token under each rule, so that the
-model must find its own evidence. Answers are right when greedy decoding would give every token of them. Recovery is the
-share of true attention mass on the attended blocks, relative recovery its ratio to the best selection of that size.
+The model prefills a document with planted statements, then decodes each question and its answer token by token under
+each policy. So the policy must find the evidence itself. An answer is right if greedy decoding would give all of its
+tokens. Recovery is the share of the true attention mass on the attended blocks. Relative recovery is its ratio to that
+of the best selection of the same size.
 
-With --tail N nothing is asked: of each document --context tokens are taken (of a .txt file the first ones, or with
---per-file from places spread over it; of a row the last ones), the last N of these are decoded, and recovery alone is
-judged.
+With --tail N the command asks no questions: it decodes the last N of --context tokens of each document and measures
+recovery only. It takes the first tokens of a .txt file (with --per-file from places spread over it), the last tokens of
+a row. The default is then --policies predictor, because the stock model has no recovery to measure.
 
 examples:
   attnpred eval recovery --data texts/ --tasks kv,facts --questions 100 \\
@@ -35,16 +36,25 @@ TAIL_INTERVAL = 4  # default steps between measurements with --tail
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_options.add_run_arguments(parser, budgets="256,512", out_required=False)
     add = parser.add_argument
-    what = "text to plant in: .txt file or directory; with --tail, what attnpred record takes"
+    what = (
+        "text for the documents: .txt file or directory of .txt files; with --tail, any form that attnpred record takes"
+    )
     add("--data", required=True, metavar="D", help=what)
-    add("--tasks", default="kv,facts", metavar="T,T", help=f"of {', '.join(synthetic.TASKS)} (%(default)s)")
-    add_option(parser, "--questions", whole(1), 100, "in all, rounded up to whole documents")
-    add_option(parser, "--per-document", whole(1), 20, "questions a document")
-    add_option(parser, "--tail", whole(), None, "ask nothing, decode the last N tokens taken of each document")
-    add_option(parser, "--documents", whole(1), 20, "with --tail: at most so many")
-    add_option(parser, "--per-file", whole(1), 1, "with --tail: documents of a .txt file")
-    add_option(parser, "--context", whole(1), 8192, "tokens of document and question or tail")
-    what = f"measure it at every N-th step; 0: never, with --tail at every {TAIL_INTERVAL}th"
+    add(
+        "--tasks",
+        default="kv,facts",
+        metavar="T,T",
+        help=f"tasks to run: {', '.join(synthetic.TASKS)} (default: %(default)s)",
+    )
+    add_option(parser, "--questions", whole(1), 100, "number of questions in all, rounded up to whole documents")
+    add_option(parser, "--per-document", whole(1), 20, "questions per document")
+    add_option(parser, "--tail", whole(), None, "ask no questions; decode the last N tokens of each document")
+    add_option(parser, "--documents", whole(1), 20, "with --tail: most documents")
+    add_option(parser, "--per-file", whole(1), 1, "with --tail: number of documents from each .txt file")
+    add_option(
+        parser, "--context", whole(1), 8192, "tokens of a document with its question and answer, or with its tail"
+    )
+    what = f"measure recovery at every N-th step; 0: never, but with --tail at every {TAIL_INTERVAL}th"
     add_option(parser, "--recovery", whole(0), 0, what)
 
 

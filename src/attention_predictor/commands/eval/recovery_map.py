@@ -1,14 +1,14 @@
-"""Recovery by layer and head: where a policy finds the attention mass that matters, and where it doesn't.
+"""Recovery by layer and head: show where a policy finds the attention mass that matters, and where not.
 
-Of each document --context tokens are taken; all but the last --tail are prefilled, those are decoded one by one under
-the policy, and at every --interval-th step the true attention is computed beside it. Rows with continuations,
-questions with their answers for example, are decoded with each of these instead. Recovery is the share of the true
-mass on the blocks attended to, relative recovery its ratio to that of the best selection within the budget. A head is
-a KV head, since blocks are chosen for each of these.
+The command takes --context tokens of each document. The model prefills all but the last --tail tokens and decodes these
+one by one under the policy. At every --interval-th step it also computes the true attention. If a row of the data has
+continuations, such as questions with their answers, it decodes these instead of the tail. Recovery is the share of the
+true mass on the attended blocks. Relative recovery is its ratio to that of the best selection within the budget. A head
+is a KV head here, because blocks are chosen for each KV head.
 
-Every line of OUT/<variant>/<task>.jsonl has both as lists of lists, a list for each of its layers; OUT/heatmap.png
-shows the relative recovery of each variant. The first line of each has a map too: some steps' blocks, their mass,
-which of them were read and which would have been best, for the viewer of attnpred report.
+Every line of OUT/<variant>/<task>.jsonl has both as one list per layer. OUT/heatmap.png shows the relative recovery of
+each variant. The first line of each file also has a map of some steps: the mass of each block, the blocks read and the
+best blocks; attnpred report shows it. The default policy is predictor.
 
 examples:
   attnpred eval recovery-map --data texts/ --context 8192 --tail 128 --limit 5 \\

@@ -1,8 +1,8 @@
 """Run several benchmarks one after another, in one process that loads the model once.
 
-Each is given as to attnpred eval, its options included, and they are set apart by the word "then". Each has an --out of
-its own and goes on where it was stopped, as it does by itself; all options are looked at before the first one begins.
-How many minutes each has taken is printed.
+Write each benchmark as after attnpred eval, with its options, and put the word "then" between two benchmarks. Each
+needs its own --out, and continues an interrupted run there. The command checks all options before it starts the first
+benchmark, and prints the minutes that each one took.
 
 examples:
   attnpred eval several needle --data texts/ --no-chat --out runs/needle \\
@@ -21,7 +21,7 @@ THEN = "then"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = "a benchmark with its options, then another one, …"
+    what = "a benchmark with its options, the word then, the next benchmark, …"
     parser.add_argument("given", nargs=argparse.REMAINDER, metavar="BENCHMARK …", help=what)
 
 

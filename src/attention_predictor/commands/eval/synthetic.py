@@ -1,8 +1,8 @@
-"""The pocket model's own tasks: statements planted in text, and questions that only these answer.
+"""The pocket model's own tasks: statements planted in text, and questions about them.
 
-The document alone is prefilled; each question and its answer are decoded token by token under the policy, which must
-find the evidence by itself. An answer is right when greedy decoding would give every token of it. All questions about
-a document are decoded as one batch: a line of the results is a document, with the answers found of those asked for.
+The model prefills the document, then decodes each question and its answer token by token under the policy. So the
+policy must find the evidence itself. An answer is right if greedy decoding would give all of its tokens. All questions
+about a document form one batch; a line of the results is one document, with the numbers of answers found and asked for.
 
 Tasks: kv (numbers of keys), facts (where people live, what they work as), chain (variables defined by variables),
 labels (few-shot labels), excerpt (which paragraph a quotation is from), copy (the rest of a sentence).
@@ -27,11 +27,22 @@ from attention_predictor.kinds import whole
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_options.add_run_arguments(parser)
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="D", help="text to plant in: .txt file or directory of them")
-    add("--tasks", default="kv,facts", metavar="T,T", help=f"of {', '.join(synthetic.TASKS)} (%(default)s)")
-    add_option(parser, "--questions", whole(1), 100, "of each task, in whole documents")
-    add_option(parser, "--per-document", whole(1), 20, "questions a document")
-    add_option(parser, "--context", whole(1), 8192, "tokens of document and question")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="D",
+        help="text for the documents: .txt file, or directory of .txt files",
+    )
+    add(
+        "--tasks",
+        default="kv,facts",
+        metavar="T,T",
+        help=f"tasks to run: {', '.join(synthetic.TASKS)} (default: %(default)s)",
+    )
+    add_option(parser, "--questions", whole(1), 100, "questions of each task, rounded up to whole documents")
+    add_option(parser, "--per-document", whole(1), 20, "questions per document")
+    add_option(parser, "--context", whole(1), 8192, "tokens of a document with its question and answer")
 
 
 def check(args: argparse.Namespace) -> None:
