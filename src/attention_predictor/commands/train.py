@@ -2,11 +2,12 @@
 
 All documents are read and checked before the first step. Every --log-every steps the predictor is judged on held-out
 documents, and the state of the run is saved: --resume goes on from there, to the same losses. The best predictor is
-kept, by recovery over the steps that it is trained for. A card and learning curves lie beside it. It is for the block
-size of the recording.
+kept, by recovery over the steps that it is trained for. Recordings of several models train one predictor for all. A
+card and learning curves lie beside it. It is for the block size of the recording.
 
 examples:
   attnpred train --data recordings/ --out my-predictor/
+  attnpred train --data llama/ --data qwen/ --out for-other-models/
   attnpred train --data recordings/ --out published/ --arch paper --loss mse \\
       --horizon 1
   accelerate launch --multi_gpu -m attention_predictor.cli train \\
@@ -24,7 +25,8 @@ from attention_predictor.train.options import LOSSES, NUMBERS, PRECISIONS, TARGE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = TrainOptions()
     add = parser.add_argument
-    add("--data", required=True, metavar="DIR", help="directory that attnpred record wrote")
+    what = "directory that attnpred record wrote; given several times, each counts equally"
+    add("--data", required=True, action="append", metavar="DIR", help=what)
     add("--out", required=True, metavar="CKPT", help="directory to save the predictor to")
     add("--arch", default=default.arch, choices=sorted(TARGETS), help="architecture (%(default)s)")
     add("--init", metavar="CKPT", help="start from this predictor, of the same architecture")
