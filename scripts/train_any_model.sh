@@ -7,7 +7,7 @@
 #   OUT      where recordings, predictors (OUT/without-NAME, OUT/all), results and the table go
 #   DEVICE   cuda (the default) or cpu
 # MODELS="name=MODEL,…" are at least two; MODEL is what --model takes (models/pocket-lm; scripts/get_model.sh smollm2 fetches a
-# second one). PLANTED="name,…" are those that planted questions are recorded from as well (pocket).
+# second one). PLANTED="name,…" are those that planted questions are recorded from as well (pocket; may be empty).
 # Larger or smaller: TEXTS (recorded, of a kind of text), QUESTIONED (documents of 8 questions), CONTEXT (tokens), ROWS (recorded of a
 # tail; 64 are the prompt's), STEPS (of training), JUDGED (documents, of a kind), TAIL (tokens decoded of each), BUDGETS.
 # A trial: TEXTS=2 QUESTIONED=2 CONTEXT=1500 ROWS=96 STEPS=20 JUDGED=1 TAIL=8. PYTHON says by which interpreter.
@@ -17,7 +17,7 @@ refuse() { echo "train_any_model.sh: $1" >&2; exit 2; }
 [ $# -ge 2 ] && [ $# -le 3 ] || refuse "expected DATA OUT [DEVICE]"
 data=$1 out=$2 device=${3:-cuda} python=${PYTHON:-python3} here=$(cd "$(dirname "$0")" && pwd)
 models=${MODELS:-pocket=$here/../models/pocket-lm,smollm2=$here/../models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf}
-planted=${PLANTED:-pocket} texts=${TEXTS:-6} questioned=${QUESTIONED:-12} context=${CONTEXT:-8192} rows=${ROWS:-160}
+planted=${PLANTED-pocket} texts=${TEXTS:-6} questioned=${QUESTIONED:-12} context=${CONTEXT:-8192} rows=${ROWS:-160}
 steps=${STEPS:-600} judged=${JUDGED:-2} tail=${TAIL:-48} budgets=${BUDGETS:-256,512}
 for part in texts heldout; do [ -d "$data/$part" ] || refuse "$data/$part: no such directory"; done
 declare -A model=()
