@@ -86,6 +86,49 @@ def test_documents_of_one_group_are_held_out_together(tmp_path: Path) -> None:
         fit(tmp_path / "one", tmp_path / "out")
 
 
+class TestSeveralRecordings:
+    """Of models that differ in layers, heads and lengths."""
+
+    @pytest.fixture
+    def two(self, tmp_path: Path) -> list[Path]:
+        make_recording(tmp_path / "one", 8)
+        other = HistoryWriter(tmp_path / "two", META | {"model": "another", "max_tokens": 9})
+        for number in range(2):
+            records = [make_record(number + layer, layer=layer, steps=90, first_tokens=700) for layer in range(7)]
+            other.write(f"books/{number}: a title?", records)  # documents of the same names
+        return [tmp_path / "one", tmp_path / "two"]
+
+    def test_take_turns_and_count_equally(self, two, tmp_path, monkeypatch):
+        layers: list[int] = []
+
+        def seen(predictor: Any, network: Any, recording: Any, *rest: Any) -> Any:
+            layers.append(max(recording.layers))
+            return document_loss(predictor, network, recording, *rest)
+
+        monkeypatch.setattr(fit_module, "document_loss", seen)
+        metrics = fit(two, tmp_path / "out", TrainOptions(steps=4, batch=1))
+        assert layers == [6, 1, 6, 1]
+        facts = AttentionPredictor.from_pretrained(tmp_path / "out").training_facts
+        assert facts["recorded_from"] == "made-up, another"
+        assert (facts["documents"], facts["held_out_documents"]) == (8, 2)
+        alone = [fit(one, tmp_path / "alone", TrainOptions(steps=1, batch=1))["validation"]["ema"] for one in two]
+        found = metrics["validation"]["ema"]["relative_recovery"]
+        for budget, value in found.items():
+            parts = [one["relative_recovery"][budget] for one in alone if budget in one["relative_recovery"]]
+            assert value == pytest.approx(sum(parts) / len(parts))
+        assert f"attnpred train --data {two[0]} --data {two[1]} --out" in (tmp_path / "out" / "README.md").read_text()
+
+    def test_that_disagree(self, two, tmp_path):
+        HistoryWriter(tmp_path / "three", META | {"rows": "sparse"}).write("a", [make_record(0)])
+        message = r"three/meta\.json: rows is 'sparse', in .*one/meta\.json it is 'full'; recordings must agree in it"
+        with pytest.raises(DataError, match=message):
+            fit([*two, tmp_path / "three"], tmp_path / "out")
+        with pytest.raises(DataError, match="one: recording is given twice"):
+            fit([*two, two[0]], tmp_path / "out")
+        with pytest.raises(DataError, match="no recording to train on"):
+            fit([], tmp_path / "out")
+
+
 def test_a_damaged_document_is_found_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = make_recording(tmp_path / "data", 3)
     writer.write("judge", [make_record(77)], split="validation")

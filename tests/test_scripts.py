@@ -88,6 +88,8 @@ def test_reproduce_says_what_is_missing(tmp_path: Path) -> None:
         ("reproduce_pocket.sh", [tmp_path, tmp_path / "out"], f"{tmp_path}/texts: no such directory"),
         ("reproduce_real.sh", [tmp_path, tmp_path], "expected MODEL DATA OUT [DEVICE [MORE…]]"),
         ("reproduce_real.sh", ["model", tmp_path, tmp_path / "out"], f"{tmp_path}/texts: no such directory"),
+        ("train_any_model.sh", [tmp_path], "expected DATA OUT [DEVICE]"),
+        ("train_any_model.sh", [tmp_path, tmp_path / "out"], f"{tmp_path}/texts: no such directory"),
     ):
         command = ["bash", str(SCRIPTS / script), *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -123,6 +125,38 @@ def test_reproduce_real(tmp_path: Path) -> None:
     report = (out / "report" / "report.md").read_text()
     assert all(f"## {title}" in report for title in ("LongBench", "Perplexity", "Long generation"))
     assert "not finished" not in report
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_train_any_model(tmp_path: Path) -> None:
+    """From texts to the table with two tiny models; a second run has nothing left to do."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    for part in ("texts", "heldout"):
+        for name in write_texts(data / part).glob("*.txt"):
+            name.rename(name.with_name(f"books__{name.name}"))
+    models = [save_tiny_text_model(tmp_path / name) for name in ("one", "two")]
+    settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PLANTED": "one", "BUDGETS": "160"}
+    settings |= {"MODELS": ",".join(f"{path.name}={path}" for path in models), "CONTEXT": "4000", "ROWS": "80"}
+    settings |= {"TEXTS": "2", "QUESTIONED": "1", "STEPS": "2", "JUDGED": "1", "TAIL": "6"}
+    command = ["bash", str(SCRIPTS / "train_any_model.sh"), str(data), str(out), "cpu"]
+    said = []
+    for changes in ({}, {}, {"STEPS": "3"}, {"MODELS": f"one={models[0]}"}, {"PLANTED": "three"}):
+        done = subprocess.run(command, env=os.environ | settings | changes, capture_output=True, text=True, check=False)
+        assert done.returncode == (2 if changes else 0), done.stderr
+        said.append(done.stderr if changes else done.stdout)
+    table = (out / "table.txt").read_text()
+    rows = [line for line in table.splitlines() if "160" in line]
+    assert len(rows) == 7
+    assert all(0.3 < float(row.split()[-2 if "±" not in row else -4]) <= 1 for row in rows)
+    assert said[0].endswith(table)
+    assert said[1].endswith(table)
+    assert said[1].count(": done before") == 10
+    assert "holds results of other settings" in said[2]
+    assert "MODELS has 1 model: expected at least 2, one to leave out" in said[3]
+    assert "PLANTED: 'three' is none of MODELS" in said[4]
+    card = (out / "all" / "README.md").read_text()
+    assert "recorded from `one, two`" in card
 
 
 class TestCompareKVPress:

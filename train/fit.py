@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -22,6 +23,7 @@ from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor, architecture
 from attention_predictor.progress import Progress
 from attention_predictor.train.dataset import HistoryDataset
+from attention_predictor.train.mixture import Mixture, Place, averaged
 from attention_predictor.train.objective import document_loss
 from attention_predictor.train.options import TrainOptions
 from attention_predictor.train.report import CARD_FILE, CURVES_FILE, card, draw_curves, summary
@@ -37,7 +39,7 @@ RULES = ("last", "ema", "mean")  # evaluated alongside the trained predictor
 
 
 def fit(
-    data: str | PathLike[str],
+    data: str | PathLike[str] | Sequence[str | PathLike[str]],
     out: str | PathLike[str],
     options: TrainOptions | None = None,
     *,
@@ -47,11 +49,12 @@ def fit(
     progress: bool = False,
     block_size: int | None = None,
 ) -> dict[str, Any]:
-    """Train on the recording `data`, save the predictor to `out`, return its metrics.
+    """Train on the recording `data`, or on several, save the predictor to `out`, return its metrics.
 
     An interrupt ends training early and saves the best so far. A step learns from `batch` records of a few documents;
     states start as decoding does: from 64 rows, then row by row. What a step sees depends on seed, step and process
     alone, so that a continued run repeats nothing and leaves out nothing.
+    Several recordings, say one a model, count equally in training and judging, however many documents they have.
 
     Args:
         device: "cpu", or "auto" for what `accelerate` finds: one GPU, several launched processes, else the CPU.
@@ -66,23 +69,30 @@ def fit(
     options = options if options is not None else TrainOptions()
     check_tracker(tracker)
     accelerator = start(device, options.precision, tracker, out)
-    dataset = HistoryDataset(data, block_size=block_size)
-    block_size = int(dataset.meta["block_size"])
+    directories = [str(one) for one in ([data] if isinstance(data, str | PathLike) else data)]
+    mixture = Mixture(directories, block_size=block_size)
+    block_size = int(mixture.meta["block_size"])
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # fail now, not after the training
         raise ConfigError(f"out={str(out)!r} can't be made: {error.strerror or error}") from error
-    training, held_out = split_documents(dataset, options.val_fraction, options.seed)
-    meta, cache = dataset.meta, Cache(dataset, accelerator.num_processes)
+    splits = [split_documents(dataset, options.val_fraction, options.seed) for dataset in mixture.recordings]
+    training, held_out = (
+        [[Place(number, document) for document in documents] for number, documents in enumerate(parts)]
+        for parts in zip(*splits, strict=True)
+    )
+    meta, cache = mixture.meta, Cache(mixture, accelerator.num_processes)
 
     def judged(predictor: AttentionPredictor) -> Metrics:
-        validation = [cache.load(document) for document in held_out]
-        return validate(predictor, validation, meta, accelerator.device, options.horizon)
+        return averaged(
+            validate(predictor, map(cache.load, documents), meta, accelerator.device, options.horizon)
+            for documents in held_out
+        )
 
     settings = asdict(options) | {
-        "documents": len(training),
-        "recording": dataset.fingerprint,
+        "documents": sum(map(len, training)),
+        "recording": mixture.fingerprint,
         "processes": accelerator.num_processes,
     }
     state = read_state(out, settings, resume=resume)
@@ -95,14 +105,16 @@ def fit(
         run = {name: state[name] for name in run}
     quiet = not (progress and accelerator.is_main_process)
     # Find damaged shards now, not hours into the run. Held-out documents come last: they are used next.
-    with Progress("reading", len(dataset.documents), "documents", ends=False, quiet=quiet) as reading:
-        for document in [*training, *held_out]:
-            cache.load(document)
+    places = [place for documents in [*training, *held_out] for place in documents]
+    with Progress("reading", len(places), "documents", ends=False, quiet=quiet) as reading:
+        for place in places:
+            cache.load(place)
             reading.update()
     if state is None and accelerator.is_main_process:
         run["validation"] = {name: judged(architecture(name)(block_size=block_size)) for name in RULES}
         if not run["validation"]["last"]["relative_recovery"]:
-            raise DataError(f"{dataset.directory}: held-out documents are too short to judge a predictor by recovery")
+            where = ", ".join(str(dataset.directory) for dataset in mixture.recordings)
+            raise DataError(f"{where}: held-out documents are too short to judge a predictor by recovery")
     start_tracker(accelerator, tracker, str(out), settings)
 
     interrupted, losses = False, list[float]()
@@ -140,15 +152,15 @@ def fit(
     predictor.training_facts = {
         "recorded_from": meta["model"],
         "rows": meta["rows"],
-        "documents": len(training),
-        "held_out_documents": len(held_out),
+        "documents": sum(map(len, training)),
+        "held_out_documents": sum(map(len, held_out)),
         "options": asdict(options),
         "metrics": metrics,
     }
     predictor.save(out)
     rules = {name: mean_ahead(run["validation"][name]) for name in RULES}
     draw_curves(out / CURVES_FILE, run["curve"], rules, options.arch)
-    write_atomically(out / CARD_FILE, card(predictor.training_facts, options, str(data), str(out)))
+    write_atomically(out / CARD_FILE, card(predictor.training_facts, options, directories, str(out)))
     if not interrupted:
         forget_state(out)
     return metrics
@@ -188,17 +200,22 @@ def train_step(
     accelerator: Accelerator,
     options: TrainOptions,
     cache: Cache,
-    training: list[str],
+    training: list[list[Place]],
     meta: dict[str, Any],
     rng: random.Random,
     step: int,
 ) -> float:
-    """One step of the optimiser; the loss, averaged over processes."""
+    """One step of the optimiser; the loss, averaged over processes.
+
+    `training` holds the documents of each recording; recordings take turns.
+    """
     for group in optimizer.param_groups:
         group["lr"] = options.lr * schedule(step, options.steps)
     optimizer.zero_grad(set_to_none=True)
     batch = max(1, options.batch // accelerator.num_processes)
-    chosen = [cache.load(rng.choice(training)) for _ in range(min(DOCUMENTS, batch))]
+    count = min(DOCUMENTS, batch)
+    turns = range(step * count, (step + 1) * count)
+    chosen = [cache.load(rng.choice(training[turn % len(training)])) for turn in turns]
     total = 0.0
 
     def network(state_XSNC: Tensor) -> Tensor:
@@ -248,16 +265,16 @@ def flat(metrics: Metrics) -> dict[str, float]:
 class Cache:
     """Cache of loaded recordings; the oldest are dropped when memory is short."""
 
-    def __init__(self, dataset: HistoryDataset, processes: int) -> None:
-        self.dataset, self.held = dataset, dict[str, Recording]()
+    def __init__(self, mixture: Mixture, processes: int) -> None:
+        self.mixture, self.held = mixture, dict[Place, Recording]()
         self.limit = int(CACHE_SHARE * psutil.virtual_memory().available) // processes
 
-    def load(self, document: str) -> Recording:
-        if document not in self.held:
-            self.held[document] = self.dataset.load(document)
+    def load(self, place: Place) -> Recording:
+        if place not in self.held:
+            self.held[place] = self.mixture.load(place)
             while len(self.held) > 1 and sum(r.nbytes for r in self.held.values()) > self.limit:
                 self.held.pop(next(iter(self.held)))
-        return self.held[document]
+        return self.held[place]
 
 
 def split_documents(dataset: HistoryDataset, val_fraction: float, seed: int) -> tuple[list[str], list[str]]:

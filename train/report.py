@@ -53,11 +53,14 @@ def summary(metrics: dict[str, Any], options: TrainOptions, out: str) -> str:
     return "\n".join([*lines, f"after {done}{again}; saved to {out}"])
 
 
-def card(facts: dict[str, Any], options: TrainOptions, data: str, out: str) -> str:
+def card(facts: dict[str, Any], options: TrainOptions, data: list[str], out: str) -> str:
     """A model card in Markdown: training data, command, and comparison with rules."""
     arch, default = options.arch, TrainOptions()
     changed = [one.name for one in fields(options) if getattr(options, one.name) != getattr(default, one.name)]
-    command = ["attnpred", "train", "--data", data, "--out", out]
+    command = ["attnpred", "train"]
+    for directory in data:
+        command += ["--data", directory]
+    command += ["--out", out]
     for name in changed:
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     found = facts["metrics"]["validation"]

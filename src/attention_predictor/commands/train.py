@@ -3,10 +3,12 @@
 The command reads and checks all documents before the first step. Every --log-every steps it validates the predictor on
 held-out documents and saves the state of the run; --resume continues from there and gives the same losses as an
 uninterrupted run. It keeps the predictor with the best recovery over the next --horizon steps, with a model card and
-learning curves beside it. The predictor works with the block size of the recording only.
+learning curves beside it. The predictor works with the block size of the recording only. Given recordings of several
+models, it trains one predictor for all of them.
 
 examples:
   attnpred train --data recordings/ --out my-predictor/
+  attnpred train --data llama/ --data qwen/ --out for-other-models/
   attnpred train --data recordings/ --out published/ --arch paper --loss mse \\
       --horizon 1
   accelerate launch --multi_gpu -m attention_predictor.cli train \\
@@ -24,7 +26,8 @@ from attention_predictor.train.options import LOSSES, NUMBERS, PRECISIONS, TARGE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = TrainOptions()
     add = parser.add_argument
-    add("--data", required=True, metavar="DIR", help="directory written by attnpred record")
+    what = "directory written by attnpred record; several recordings count equally"
+    add("--data", required=True, action="append", metavar="DIR", help=what)
     add("--out", required=True, metavar="CKPT", help="directory for the predictor")
     add(
         "--arch",
