@@ -209,7 +209,8 @@ def append_coded_token(
 
 def encode_reference(key_xTD: Tensor, value_xTD: Tensor, bits: int) -> Tensor:
     """Blocks of keys and values as uint8 code_xb, by torch operations; the same bits on every device."""
-    (*outer, T, D), size = key_xTD.shape, side_bytes(*key_xTD.shape[-2:], bits)
+    (*outer, T, D) = key_xTD.shape
+    size = side_bytes(T, D, bits)
     key_code, key_scale, key_offset = _encode_groups(key_xTD, -2, bits)
     value_code, value_scale, value_offset = _encode_groups(value_xTD, -1, bits)
     head = [part.contiguous().view(torch.uint8) for part in (key_scale, value_scale, key_offset, value_offset)]

@@ -21,6 +21,7 @@ CALIBRATIONS = ("sketch", "exact", "none")
 PREFETCHERS = (AUTO, "thread", "graph", "none")
 CAPTURING = (AUTO, "graph")  # prefetchers that capture steps
 KERNELS = (AUTO, "none")
+CODE_BITS = {AUTO: None, "int8": 8, "int4": 4}  # by `host_kv`
 ALLOCATIONS = ("policy", "uniform", "pyramid", "qsim", "cake", "qsim-heads", "cake-heads")
 SKETCH_BITS = (1, 2, 4, 8)
 
@@ -113,6 +114,10 @@ class OffloadConfig:
         skip_layers: Layers left as they are, with their whole cache on the device.
         host_memory: Bytes of host memory the cache may use; ``None`` takes what the system reports as available.
         slab_blocks: Blocks by which host memory grows.
+        host_kv: How complete blocks lie in host memory. ``"auto"``: as the model produced them; ``"int8"``, ``"int4"``:
+            as codes of 8 or 4 bits, which take about half or a third of a 16-bit model's host memory and of the bytes
+            fetched. The block still being written is kept as it is. Attention to a coded block reads what its codes
+            decode to, also if the budget exceeds the context.
 
     Execution: how steps are run, and what of them is measured.
         prefetch: ``"auto"`` captures whole decoding steps, fetches included, as one CUDA graph, wherever that can be;
@@ -170,6 +175,9 @@ class OffloadConfig:
         None, sizes_in_bytes().or_none(), "host memory the cache may use, such as 64GiB; none: what is available"
     )
     slab_blocks: int = _memory(64, whole(1), "blocks by which host memory grows")
+    host_kv: str = _memory(
+        AUTO, one_of(tuple(CODE_BITS)), "blocks in host memory: auto: as they are; int8, int4: as codes of 8 or 4 bits"
+    )
 
     prefetch: str = _execution(
         AUTO,
@@ -234,6 +242,11 @@ class OffloadConfig:
     def needs_sketch(self) -> bool:
         """Whether the predictor policy keeps a key sketch: for calibration, for late fetches, or both."""
         return self.calibration == "sketch" or self.late_fetch > 0
+
+    @property
+    def code_bits(self) -> int | None:
+        """Bits of a code of blocks in host memory; ``None``: blocks are not coded."""
+        return CODE_BITS[self.host_kv]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for logs and result files."""
