@@ -62,6 +62,8 @@ VARIANTS = [
     {"calibration": "exact", "late_fetch": 0.0, "calibration_interval": 3},
     {"calibration": "exact", "calibration_interval": 3} | EMA,
     {"measure_recovery": 3} | EMA,
+    {"host_kv": "int8"} | EMA,
+    {"host_kv": "int4", "measure_recovery": 3} | EMA,
 ]
 
 
