@@ -49,6 +49,7 @@ EVAL = {
 }
 BENCH = {
     "decode": Command("whole steps of a model, against the stock caches", "eval.bench.decode"),
+    "throughput": Command("tokens a second by context and batch", "eval.bench.throughput"),
     "policies": Command("a decoding step under every selection policy", "eval.bench.policies"),
     "generate": Command("model.generate against engine.generate", "eval.bench.generate"),
     "perplexity": Command("a token of eval perplexity under every policy", "eval.bench.perplexity"),

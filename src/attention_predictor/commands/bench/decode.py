@@ -18,6 +18,13 @@ not measured unless asked for):
   graph-compiled  the same, and the model's layers compiled
   thread          ours, with the prefetch thread
   (no-kernels)    the same, with torch operations alone
+  (resident)      the whole cache on the device, attended to by the fastest of
+                  torch's kernels (cuDNN, flash) without copies for grouped
+                  heads, a whole step as one CUDA graph: the strongest thing
+                  to compare with while it fits. Lengths in a graph are fixed,
+                  so each step decodes another token behind the same prompt.
+                  On a CPU it is not captured
+  (resident-compiled)  the same, and the model's layers compiled
   device          transformers' DynamicCache on the device
   offloaded       the same, offloaded layer by layer
 
@@ -51,6 +58,7 @@ from attention_predictor.commands.bench.model_options import add_shape_arguments
 from attention_predictor.eval.bench.cache_setups import CACHE_SETUPS, check_setups
 from attention_predictor.eval.display.plots import check_plot
 from attention_predictor.kinds import number, whole
+from attention_predictor.settings import add_setting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--context", whole(), 8192, "tokens of prompt and steps")
     add("--contexts", metavar="N,N", help="several of them, in place of --context")
     add("--synthetic", action="store_true", help="make the context up, without a prefill")
+    add_setting(parser, "host_kv")
     add("--ways", metavar="W,W", help=f"some of {', '.join(CACHE_SETUPS)}")
     add_option(parser, "--steps", whole(1), 40, "timed, between 5 and 3 more")
     positive = number("more than 0", lambda value: value > 0, "S")
