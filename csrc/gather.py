@@ -89,6 +89,21 @@ def move_blocks(
         stall_ns_1: int64, incremented by the nanoseconds of calls that moved something, for late fetches; ``None`` for
             fetches ahead.
     """
+    arguments = move_arguments(slab_s, slab_blocks, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, stall_ns_1)
+    MOVE.launch(key_BGSTD.device, (GATHER_BLOCKS if stall_ns_1 is None else LATE_BLOCKS, 1, 1), arguments)
+
+
+def move_arguments(
+    slab_s: Tensor,
+    slab_blocks: int,
+    block_RS: Tensor,
+    slot_RS: Tensor,
+    moves_R: Tensor,
+    key_BGSTD: Tensor,
+    value_BGSTD: Tensor,
+    stall_ns_1: Tensor | None,
+) -> Move:
+    """Arguments of ``move_blocks``, checked."""
     device, (B, G, S, T, D) = key_BGSTD.device, key_BGSTD.shape
     check("value_BGSTD", value_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, device)
     check("slab_s", slab_s, (len(slab_s),), torch.int64, device)
@@ -97,11 +112,10 @@ def move_blocks(
     check("moves_R", moves_R, (B * G,), torch.int32, device)
     if stall_ns_1 is not None:
         check("stall_ns_1", stall_ns_1, (1,), torch.int64, device)
-    arguments = Move(
+    return Move(
         *map(address, (slab_s, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, stall_ns_1)),
         *(B * G, slab_blocks, S, _half_bytes(key_BGSTD)),
     )
-    MOVE.launch(device, (GATHER_BLOCKS if stall_ns_1 is None else LATE_BLOCKS, 1, 1), arguments)
 
 
 def note_time(stall_ns_1: Tensor, sign: int) -> None:
@@ -128,6 +142,23 @@ def append_token(
         length_B: int64, tokens of each sequence, this one included.
         lost_1: int64, counts tokens whose block had no slot; the caller raises the error.
     """
+    into = (key_BGSTD, value_BGSTD, slab_s, slab_blocks, slot_RC, length_B, lost_1)
+    arguments = append_arguments(new_key_BGD, new_value_BGD, *into)
+    APPEND.launch(key_BGSTD.device, (arguments.rows, 1, 1), arguments)
+
+
+def append_arguments(
+    new_key_BGD: Tensor,
+    new_value_BGD: Tensor,
+    key_BGSTD: Tensor,
+    value_BGSTD: Tensor,
+    slab_s: Tensor,
+    slab_blocks: int,
+    slot_RC: Tensor,
+    length_B: Tensor,
+    lost_1: Tensor,
+) -> Append:
+    """Arguments of ``append_token``, checked."""
     device, (B, G, S, T, D) = key_BGSTD.device, key_BGSTD.shape
     check("new_key_BGD", new_key_BGD, (B, G, D), key_BGSTD.dtype, device)
     check("new_value_BGD", new_value_BGD, (B, G, D), key_BGSTD.dtype, device)
@@ -137,26 +168,26 @@ def append_token(
     check("length_B", length_B, (B,), torch.int64, device)
     check("lost_1", lost_1, (1,), torch.int64, device)
     _half_bytes(key_BGSTD)
-    arguments = Append(
+    return Append(
         *map(address, (new_key_BGD, new_value_BGD, key_BGSTD, value_BGSTD, slab_s, slot_RC, length_B, lost_1)),
         *(B * G, G, slab_blocks, S, slot_RC.shape[1], T, D * key_BGSTD.element_size()),
     )
-    APPEND.launch(device, (B * G, 1, 1), arguments)
 
 
-def gather_to_host(slab_s: Tensor, slab_blocks: int, row_n: Tensor, block_n: Tensor, out_n2TD: Tensor) -> None:
-    """Copy blocks of slabs ``[B, G, slab_blocks, 2, T, D]`` into a buffer in host memory, on several threads.
+def gather_to_host(slab_s: Tensor, slab_blocks: int, row_n: Tensor, block_n: Tensor, out_nx: Tensor) -> None:
+    """Copy blocks of slabs ``[B, G, slab_blocks, x]`` into a buffer in host memory, on several threads.
 
-    ``slab_s`` are the slabs' int64 addresses. The caller must ensure that slabs, rows and blocks exist.
+    ``slab_s`` are the slabs' int64 addresses; a block has the shape x of the buffer's entries, whatever that is. The
+    caller must ensure that slabs, rows and blocks exist.
     """
-    host, (n, _, T, D) = torch.device("cpu"), out_n2TD.shape
+    host, n = torch.device("cpu"), len(out_nx)
     check("slab_s", slab_s, (len(slab_s),), torch.int64, host)
-    check("out_n2TD", out_n2TD, (n, 2, T, D), out_n2TD.dtype, host)
+    check("out_nx", out_nx, tuple(out_nx.shape), out_nx.dtype, host)
     for name, entry_n in (("row_n", row_n), ("block_n", block_n)):
         check(name, entry_n, (n,), torch.int64, host)
-    block_bytes = 2 * T * D * out_n2TD.element_size()
-    lists = map(address, (slab_s, row_n, block_n, out_n2TD))
-    arguments = Gather(*lists, n, slab_blocks, block_bytes, threads(out_n2TD.numel()))
+    block_bytes = out_nx.nbytes // max(n, 1)
+    lists = map(address, (slab_s, row_n, block_n, out_nx))
+    arguments = Gather(*lists, n, slab_blocks, block_bytes, threads(out_nx.numel()))
     ON_CPU.call(arguments)
 
 

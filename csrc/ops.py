@@ -6,6 +6,7 @@ import torch
 
 from attention_predictor.csrc import (
     attention,
+    block_code,
     gate,
     gather,
     norm,
@@ -20,6 +21,7 @@ from attention_predictor.csrc import (
 from attention_predictor.csrc.attention import fits, sparse_decode
 from attention_predictor.csrc.available import prepare, why_no_kernels
 from attention_predictor.csrc.binding import ELEMENTS
+from attention_predictor.csrc.block_code import append_coded_token, encode_blocks, move_coded_blocks
 from attention_predictor.csrc.gate import Activation, gate_up
 from attention_predictor.csrc.gather import append_token, gather_to_host, move_blocks, note_time
 from attention_predictor.csrc.kernel import Kernel
@@ -45,9 +47,11 @@ __all__ = [
     "Estimates",
     "Form",
     "SlotTensors",
+    "append_coded_token",
     "append_token",
     "choose_by_estimates",
     "choose_by_scores",
+    "encode_blocks",
     "every_kernel",
     "fits",
     "fold_rows",
@@ -56,6 +60,7 @@ __all__ = [
     "kernels_of",
     "max_slots",
     "move_blocks",
+    "move_coded_blocks",
     "note_time",
     "observe_row",
     "pack_convolutions",
@@ -100,7 +105,13 @@ def reduces(device: torch.device, block_size: int) -> bool:
 
 
 def kernels_of(
-    dtype: torch.dtype, head_dim: int, *, sketch_bits: int | None, predictor: str | None, fused: bool = True
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    sketch_bits: int | None,
+    predictor: str | None,
+    fused: bool = True,
+    code_bits: int | None = None,
 ) -> list[Kernel]:
     """The kernels that prompts and decoding steps need on a GPU, for ``prepare``.
 
@@ -109,9 +120,11 @@ def kernels_of(
         sketch_bits: Of a sketch's codes; ``None``: no sketch.
         predictor: Its architecture, or ``None``.
         fused: Whether captured steps use the kernels for norms, gated MLPs and rotary embeddings.
+        code_bits: Of the codes of blocks in host memory; ``None``: blocks are not coded.
     """
     # Those that take longest to compile come first.
-    found = [select.BY_ESTIMATES, select.BY_SCORES, gather.MOVE, gather.APPEND, gather.NOTE_TIME]
+    found = [select.BY_ESTIMATES, select.BY_SCORES, gather.NOTE_TIME]
+    found += block_code.kernels(dtype, code_bits) if dtype in ELEMENTS and code_bits else [gather.MOVE, gather.APPEND]
     if dtype in ELEMENTS and head_dim <= attention.MAX_HEAD_DIM:
         if sketch_bits is not None:
             found += [sketch.score_kernel(sketch_bits, head_dim)[0], sketch.store_kernel(dtype)]
@@ -134,6 +147,7 @@ def every_kernel() -> list[Kernel]:
         for head_dim in attention.WIDTHS
         for bits in sketch.WIDE_BITS
         for predictor in OF_PREDICTOR
-        for kernel in kernels_of(dtype, head_dim, sketch_bits=bits, predictor=predictor)
+        for code_bits in (None, *block_code.BITS)
+        for kernel in kernels_of(dtype, head_dim, sketch_bits=bits, predictor=predictor, code_bits=code_bits)
     ]
     return list({kernel.name: kernel for kernel in found}.values())

@@ -21,6 +21,7 @@ CALIBRATIONS = ("sketch", "exact", "none")
 PREFETCHERS = (AUTO, "thread", "graph", "none")
 CAPTURING = (AUTO, "graph")  # prefetchers that capture steps
 KERNELS = (AUTO, "none")
+CODE_BITS = {AUTO: None, "int8": 8, "int4": 4}  # by `host_kv`
 ALLOCATIONS = ("policy", "uniform", "pyramid", "qsim", "cake", "qsim-heads", "cake-heads")
 SKETCH_BITS = (1, 2, 4, 8)
 
@@ -114,6 +115,10 @@ class OffloadConfig:
         skip_layers: Layers that keep their whole cache on the device and attend to all of it.
         host_memory: Limit of host (CPU) memory for the cache, in bytes; ``None``: what the system reports as available.
         slab_blocks: Blocks per allocation of host memory.
+        host_kv: How complete blocks are stored in host memory. ``"auto"``: as the model produced them; ``"int8"``,
+            ``"int4"``: as codes of 8 or 4 bits, which take about half or a third of the host memory of a 16-bit model,
+            and of the bytes fetched. The block still being written is not coded. Attention to a coded block reads its
+            decoded values, even if the budget exceeds the context.
 
     Execution: how steps run and what they measure.
         prefetch: ``"auto"`` captures the whole decoding step, fetches included, as one CUDA graph if possible; if not,
@@ -181,6 +186,11 @@ class OffloadConfig:
         "limit of CPU memory for the cache, such as 64GiB (default: all that is available)",
     )
     slab_blocks: int = _memory(64, whole(1), "blocks per allocation of CPU memory")
+    host_kv: str = _memory(
+        AUTO,
+        one_of(tuple(CODE_BITS)),
+        "complete blocks in CPU memory: auto: unchanged; int8, int4: codes of 8 or 4 bits",
+    )
 
     prefetch: str = _execution(
         AUTO,
@@ -248,6 +258,11 @@ class OffloadConfig:
     def needs_sketch(self) -> bool:
         """Whether the predictor policy keeps a key sketch: for calibration, for late fetches, or both."""
         return self.calibration == "sketch" or self.late_fetch > 0
+
+    @property
+    def code_bits(self) -> int | None:
+        """Bits of a code of blocks in host memory; ``None``: blocks are not coded."""
+        return CODE_BITS[self.host_kv]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for logs and result files."""

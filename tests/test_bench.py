@@ -27,8 +27,9 @@ from attention_predictor.eval.bench.capture_status import how_taken, why_not_cap
 from attention_predictor.eval.bench.comparison import breakdown_lines, compare
 from attention_predictor.eval.bench.perplexity import FIGURES
 from attention_predictor.eval.bench.random_models import SHAPES, random_model, shape_config
-from attention_predictor.eval.bench.static_step import StaticStep, plain_static_cache
+from attention_predictor.eval.bench.static_step import StaticStep, StockModelError, plain_static_cache
 from attention_predictor.eval.bench.synthetic_cache import PAST, Locality, SyntheticCache
+from attention_predictor.eval.bench.throughput import most
 from attention_predictor.eval.bench.timings_file import TimingsFile
 from attention_predictor.offload.attention.dense import scaled_logits
 from attention_predictor.offload.blocks import host_memory, room
@@ -106,6 +107,10 @@ def test_flashinfer_is_asked_for_where_it_can_be(capsys: pytest.CaptureFixture[s
             ["decode", "--ways", "floor", "--steps", "1017", "--context", "2000"],
             "--steps 1017: too many for the floor's",
         ),
+        (["throughput", "--batches", "1,0", "--shape", "tiny"], "--batches 1,0: expected numbers from 1 on"),
+        (["throughput", "--ways", "floor,resident", "--shape", "tiny"], "--ways floor: its context is fixed"),
+        (["throughput", "--host-kv", "int2", "--shape", "tiny"], "--host-kv int2: expected one of auto, int8, int4"),
+        (["throughput", "--contexts", "100", "--shape", "tiny"], "--contexts 100: expected at least 112"),
         (["decode", "--dtype", "int8", "--shape", "tiny"], "--dtype int8: expected one of auto, "),
     ],
 )
@@ -185,6 +190,60 @@ def test_what_does_not_fit_is_skipped(
     assert len(out.read_text().splitlines()) == 1  # tried again the next time
     assert main(decode(*options)) == 0
     assert "skipped: keys and values take" in capsys.readouterr().out
+
+
+def test_resident_steps_are_the_stock_models(model: PreTrainedModel) -> None:
+    """Each takes another token behind the same prompt."""
+    ids = torch.randint(512, (2, 70), generator=torch.Generator().manual_seed(0))
+    prompt, tokens = ids[:, :64], ids[:, 64:].split(1, 1)
+    setup = cache_sessions.CACHE_SETUPS["resident"]
+    before = model.config._attn_implementation
+    with torch.no_grad():
+        with cache_sessions.open_cache(model, setup, context=100, batch=2, budget=160) as session:
+            model(prompt, **with_cache(model, session.cache))
+            found = [session.step(token).clone() for token in tokens]
+            assert session.facts() == {"attention": "torch's choice", "captured": False}
+            assert session.cache.get_seq_length() == 65
+        assert model.config._attn_implementation == before
+        for token, logits in zip(tokens, found, strict=True):
+            wanted = model(torch.cat([prompt, token], 1)).logits[:, -1:]
+            torch.testing.assert_close(logits, wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_resident_refuses_windows(tiny_model) -> None:
+    setup = cache_sessions.CACHE_SETUPS["resident"]
+    with (
+        pytest.raises(StockModelError, match="layer 0 keeps a DynamicSlidingWindowLayer: resident"),
+        cache_sessions.open_cache(tiny_model("mistral-sliding"), setup, context=100, batch=1, budget=160),
+    ):
+        pass
+
+
+def test_throughput(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, plot = tmp_path / "rows.jsonl", tmp_path / "rates.png"
+    options = ["bench", "throughput", "--device", "cpu", "--shape", "tiny", "--budget", "160", "--steps", "2"]
+    options += ["--contexts", "512", "--batches", "1,2", "--host-kv", "int8", "--out", str(out), "--plot", str(plot)]
+    assert main([*options, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert [(row["way"], row["batch"]) for row in rows] == [
+        (way, batch) for batch in (1, 2) for way in ("thread", "resident")
+    ]
+    assert all(row["tokens_per_second"] == 1000 * row["batch"] / row["median_ms"] for row in rows)
+    assert all(row["largest_batch"] >= 2 for row in rows)
+    whole = rows[2]["engine"]["full_kv_bytes"] * 1024 / 512  # fp32, and host memory grows by 1,024 tokens
+    assert rows[2]["engine"]["host_kv_bytes"] < 0.35 * whole
+    assert plot.stat().st_size > 1000
+    assert len(out.read_text().splitlines()) == 1 + 4
+    assert main(options) == 0  # nothing left to do
+    text = capsys.readouterr().out
+    assert re.search(r"2 × 512 +all on the device, captured +[\d.]+ tokens/s", text)
+    assert "not captured: on a CPU" in text
+
+
+def test_the_largest_number_that_fits() -> None:
+    assert [most(lambda number, limit=limit: number <= limit) for limit in (0, 1, 13, 4096, 9999)] == [
+        *(0, 1, 13, 4096, 4096)
+    ]
 
 
 @pytest.mark.slow

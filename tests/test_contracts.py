@@ -13,10 +13,12 @@ from tiny_models import FAMILIES, VOCABULARY, make_tiny_model
 from transformers import PreTrainedTokenizerFast, pipeline
 
 from attention_predictor import OffloadConfig, attach
+from attention_predictor.csrc.block_code import decode_reference, encode_reference
 from attention_predictor.offload.hf.versions import cache_of, with_cache
 from attention_predictor.offload.policy_names import BUILT_IN
 
 POLICIES = tuple(BUILT_IN)
+CODED = (("predictor", "int8"), ("predictor", "int4"), ("quest", "int8"), ("full", "int4"))
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
 
@@ -258,10 +260,50 @@ def test_nothing_is_lost(tiny_model, ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("policy", POLICIES)
-def test_integrity_while_decoding_sparsely(tiny_model, ids, policy):
+@pytest.mark.parametrize("host_kv", ["int8", "int4"])
+def test_nothing_is_lost_of_codes(tiny_model, ids, host_kv):
+    """Contract 4, where blocks are coded: complete blocks are stored equal to their code, the rest as it is."""
+    model, prompt = tiny_model("llama"), ids(300)
+    stock = cache_of(model(prompt, use_cache=True)).layers[0]
+    with attach(model, config(budget=64, sink=16, recent=16, host_kv=host_kv)) as engine:
+        cache = engine.new_cache()
+        model(prompt, **with_cache(model, cache))
+        read_BGLD = cache.layers[0].blocks.store.read(0, 300)
+        bits = engine.config.code_bits
+    whole = [kv[:, :, : 300 // 16 * 16].unflatten(2, (-1, 16)) for kv in (stock.keys, stock.values)]
+    decoded = decode_reference(encode_reference(*whole, bits), 16, stock.keys.shape[-1], bits, torch.float32)
+    for side, (read, exact) in enumerate(zip(read_BGLD, (stock.keys, stock.values), strict=True)):
+        assert torch.equal(read[:, :, :288], decoded[:, :, :, side].flatten(2, 3))
+        assert torch.equal(read[:, :, 288:], exact[:, :, 288:])
+    off = (read_BGLD[0] - stock.keys).abs().max() / stock.keys.abs().max()
+    assert 0 < off < 2.0**-bits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+def test_coded_blocks_in_every_mode(tiny_model, ids, mode):
+    """Contract 2 where blocks are coded: the same tokens with a thread, without one, and by torch operations alone.
+
+    A budget beyond the context attends to what the codes decode to as well: which blocks are resident makes no
+    difference.
+    """
+    model, prompt = tiny_model("llama"), ids(150)
+    for budget in (64, 1024):
+        outputs = []
+        for changes in ({"prefetch": "thread"}, {"prefetch": "none"}, {"prefetch": "none", "kernels": "none"}):
+            sizes = {"budget": budget, "sink": 16, "recent": 16, "host_kv": "int8"}
+            with attach(model, config(**sizes | changes)) as engine:
+                outputs.append(mode(model, prompt))
+            assert engine.stats.steps > 0
+        assert torch.equal(outputs[0], outputs[1])
+        assert torch.equal(outputs[0], outputs[2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("policy", "host_kv"), [*((name, "auto") for name in POLICIES), *CODED])
+def test_integrity_while_decoding_sparsely(tiny_model, ids, policy, host_kv):
     model, prompt = tiny_model("qwen3"), ids(200, batch=2)
-    with attach(model, config(policy, budget=64, sink=16, recent=16)) as engine:
+    with attach(model, config(policy, budget=64, sink=16, recent=16, host_kv=host_kv)) as engine:
         cache = engine.new_cache()
         model(prompt, **with_cache(model, cache))
         token = prompt[:, -1:]

@@ -242,9 +242,9 @@ def test_slow_fetches_change_nothing_but_the_wait(tiny_model, ids, monkeypatch):
             for layer in cache.layers:
                 move = layer.blocks._move
 
-                def late(stall_ns_1, move=move):
+                def late(extent, stall_ns_1, move=move):
                     time.sleep(delay)
-                    return move(stall_ns_1)
+                    return move(extent, stall_ns_1)
 
                 monkeypatch.setattr(layer.blocks, "_move", late)
             out = [model(ids(1, seed=step), **with_cache(model, cache)).logits for step in range(8)]

@@ -120,6 +120,9 @@ VARIANTS = [
     {"calibration": "exact", "calibration_interval": 7},
     {"measure_recovery": 7},
     {"kernels": "auto", "budget": 112},
+    {"host_kv": "int8"},
+    {"host_kv": "int4", "measure_recovery": 7},
+    {"host_kv": "int8", "policy": "quest"},
 ]
 
 
@@ -190,8 +193,18 @@ def test_beams_go_by_the_thread(tiny_model, ids) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-oss"])
 def test_many_tokens_with_integrity_checks(tiny_model, ids, family: str) -> None:
     """10,000 tokens, across the growth of the room, the host looking at everything every 500 of them."""
-    model = tiny_model(family, max_position_embeddings=20000).cuda()
-    with attach(model, OffloadConfig(prefetch="graph", **SMALL)) as engine:
+    check_many_tokens(tiny_model(family, max_position_embeddings=20000).cuda(), ids, host_kv="auto")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("host_kv", ["int8", "int4"])
+def test_many_tokens_of_codes_with_integrity_checks(tiny_model, ids, host_kv: str) -> None:
+    """Every resident block is what the codes in host memory decode to, by torch operations on the host."""
+    check_many_tokens(tiny_model("llama", max_position_embeddings=20000).cuda(), ids, host_kv=host_kv)
+
+
+def check_many_tokens(model, ids, **settings: object) -> None:
+    with attach(model, OffloadConfig(prefetch="graph", **SMALL, **settings)) as engine:
         cache = engine.new_cache()
         token = model(ids(300, batch=2).cuda(), **with_cache(model, cache)).logits[:, -1:].argmax(-1)
         for step in range(10_000):

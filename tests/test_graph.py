@@ -62,6 +62,8 @@ VARIANTS = [
     {"calibration": "exact", "late_fetch": 0.0, "calibration_interval": 3},
     {"calibration": "exact", "calibration_interval": 3} | EMA,
     {"measure_recovery": 3} | EMA,
+    {"host_kv": "int8"} | EMA,
+    {"host_kv": "int4", "measure_recovery": 3} | EMA,
 ]
 
 
@@ -211,12 +213,14 @@ def test_what_dies_is_free_without_garbage_collection(emulated, tiny_model, ids)
 
 
 @pytest.mark.slow
-def test_the_host_takes_the_cache_back(emulated, tiny_model, ids) -> None:
+@pytest.mark.parametrize("host_kv", ["auto", "int8", "int4"])
+def test_the_host_takes_the_cache_back(emulated, tiny_model, ids, host_kv: str) -> None:
     """Steps, then a turn of several tokens, a crop, a copy, integrity checks; and steps again."""
     model, prompt = tiny_model("llama"), ids(230)
     outputs = []
     for prefetch in ("thread", "graph"):
-        with attach(model, OffloadConfig(**SETTINGS, prefetch=prefetch)) as engine, torch.no_grad():
+        settings = SETTINGS | {"prefetch": prefetch, "host_kv": host_kv}
+        with attach(model, OffloadConfig(**settings)) as engine, torch.no_grad():
             cache, logits = engine.new_cache(), []
 
             def step(cache, count: int, logits=logits) -> None:

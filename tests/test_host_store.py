@@ -8,6 +8,7 @@ import copy
 import gc
 import math
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
+from attention_predictor.csrc.block_code import decode_reference, encode_reference
 from attention_predictor.errors import HostMemoryError, IntegrityError
 from attention_predictor.offload.blocks import host_memory
+from attention_predictor.offload.blocks.block_codec import BlockCodec, CodedBlocks, stored_bytes
+from attention_predictor.offload.blocks.coded_store import CodedStore, new_store
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.host_store import UNSETTLED_TOKENS, HostStore
 from attention_predictor.offload.blocks.transfer import SMALL_BYTES, HostCopier, host_copier
@@ -45,6 +49,10 @@ def blocks_of(key_BGTD: Tensor, value_BGTD: Tensor, block_size: int) -> Tensor:
     return padded.unflatten(2, (blocks, block_size)).permute(1, 2, 0, 3, 4)
 
 
+def stacked(parts: tuple[Tensor, Tensor]) -> Tensor:
+    return torch.stack(parts, -3)
+
+
 class LateHostCopier:
     """The slowest copies there can be: none is made before somebody waits for it."""
 
@@ -52,17 +60,17 @@ class LateHostCopier:
         self.under_way = []
         self.pieces_left = math.inf
 
-    def send(self, pieces):
+    def send(self, pieces, join):
         for piece in pieces:
             if self.pieces_left == 0:
                 raise KeyboardInterrupt
             self.pieces_left -= 1
-            self.under_way.append(piece)
+            self.under_way.append((*piece, join))
         return LateCopy(self)
 
     def drain(self):
-        for target, parts in self.under_way:
-            target.copy_(torch.stack(parts, -3))
+        for target, parts, join in self.under_way:
+            target.copy_(join(parts))
         self.under_way.clear()
 
 
@@ -87,15 +95,34 @@ class LateStore(HostStore):
         return twin
 
 
+class LateCodedStore(LateStore, CodedStore):
+    """The same with coded blocks."""
+
+
+def as_stored(kv_BGTD: Tensor, side: int, first: int, codec: BlockCodec) -> Tensor:
+    """Keys (``side`` 0) or values as a store gives them back, if blocks from ``first`` on have just become complete."""
+    T = codec.block_size
+    part = slice(first * T, kv_BGTD.shape[2] // T * T)
+    whole_BGNTD = kv_BGTD[:, :, part].unflatten(2, (-1, T))
+    if not isinstance(codec, CodedBlocks) or not whole_BGNTD.numel():
+        return kv_BGTD
+    kv_BGTD = kv_BGTD.clone()
+    code_BGNz = encode_reference(whole_BGNTD, whole_BGNTD, codec.bits)
+    decoded = decode_reference(code_BGNz, T, codec.head_dim, codec.bits, codec.dtype)
+    kv_BGTD[:, :, part] = decoded[:, :, :, side].flatten(2, 3)
+    return kv_BGTD
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Any sequence of calls leaves the store equal to the model, bit by bit."""
 
     store_class = HostStore
+    options: ClassVar[dict[str, int]] = {}
 
     @initialize(block_size=st.sampled_from([1, 3, 16]), slab_blocks=st.integers(1, 4))
     def start(self, block_size, slab_blocks):
         self.sizes = {"block_size": block_size, "slab_blocks": slab_blocks}
-        self.store = self.store_class(**SHAPE, **self.sizes)
+        self.store = self.store_class(**SHAPE, **self.sizes, **self.options)
         self.key, self.value = random_kv(0)
 
     @rule(tokens=st.integers(0, 60), inference=st.booleans())
@@ -103,7 +130,15 @@ class StoreMachine(RuleBasedStateMachine):
         with torch.inference_mode(inference):
             key, value = random_kv(tokens, self.store.batch)
             self.store.append(key, value)
-        self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
+        self.stored(key, value)
+
+    def stored(self, *new):
+        """The model after an append."""
+        first = self.key.shape[2] // self.store.block_size
+        self.key, self.value = (
+            as_stored(torch.cat([old, more], 2), side, first, self.store.codec)
+            for side, (old, more) in enumerate(zip((self.key, self.value), new, strict=True))
+        )
 
     @rule(share=st.floats(0, 1))
     def truncate(self, share):
@@ -159,7 +194,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.store.append(key, value)
             except KeyboardInterrupt:
                 return
-        self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
+        self.stored(key, value)
 
     def let_fail(self, patch, calls):
         left, real = iter(range(calls)), torch.stack
@@ -181,19 +216,21 @@ class StoreMachine(RuleBasedStateMachine):
     def sizes_agree(self):
         if not hasattr(self, "store"):
             return
-        if self.store_class is HostStore:
+        if not issubclass(self.store_class, LateStore):
             self.store.check_integrity()
         length = self.key.shape[2]
         assert self.store.length == length
         assert self.store.n_blocks == math.ceil(length / self.store.block_size)
         slab_tokens = math.prod(self.sizes.values())
         assert self.store.room == math.ceil(length / slab_tokens) * slab_tokens
-        assert self.store.nbytes == 2 * self.store.batch * 3 * 4 * 4 * self.store.room
+        rows, size = self.store.batch * 3, self.store.block_size
+        open_nbytes = rows * 2 * size * 4 * 4 if isinstance(self.store, CodedStore) else 0
+        block_nbytes = stored_bytes(self.options.get("bits"), size, 4, 4)
+        slabs_nbytes = self.store.nbytes - open_nbytes
+        assert slabs_nbytes == rows * block_nbytes * self.store.room // size
         self.store.memory.check_integrity()
         assert self.store.memory.held_bytes >= self.store.memory.lent_bytes >= self.store.nbytes
-        slab_nbytes = 2 * self.store.batch * 3 * 4 * 4 * slab_tokens
-        blocks_nbytes = 2 * self.store.n_blocks * self.store.block_size * 4 * 4 * 3 * self.store.batch
-        assert 0 <= self.store.nbytes - blocks_nbytes < slab_nbytes
+        assert 0 <= slabs_nbytes - rows * block_nbytes * self.store.n_blocks < rows * block_nbytes * slab_tokens // size
 
 
 class LateStoreMachine(StoreMachine):
@@ -218,13 +255,33 @@ class LateStoreMachine(StoreMachine):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(LateStore, "_copier", HostStore._copier)
             self.store.append(key, value)
-        self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
+        self.stored(key, value)
 
 
 StoreMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=20, deadline=None)
 TestStoreMachine = StoreMachine.TestCase
 LateStoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=20, deadline=None)
 TestLateStoreMachine = LateStoreMachine.TestCase
+
+
+class CodedStoreMachine(StoreMachine):
+    """The same of coded blocks: complete ones are read back as what their codes decode to."""
+
+    store_class = CodedStore
+    options: ClassVar[dict[str, int]] = {"bits": 8}
+
+
+class LateCodedStoreMachine(LateStoreMachine):
+    """The same where every copy is late."""
+
+    store_class = LateCodedStore
+    options: ClassVar[dict[str, int]] = {"bits": 4}
+
+
+CodedStoreMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=20, deadline=None)
+TestCodedStoreMachine = CodedStoreMachine.TestCase
+LateCodedStoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=20, deadline=None)
+TestLateCodedStoreMachine = LateCodedStoreMachine.TestCase
 
 
 def append_from_the_cpu(store):
@@ -285,22 +342,28 @@ def fail_to_settle(store):
         fail_to_settle,
     ],
 )
-def test_late_copies_are_waited_for(first, then):
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_late_copies_are_waited_for(first, then, bits):
     """By slabs themselves: whoever looks at them, having called something, finds what an immediate copy would give."""
     slabs = []
-    for kind in (HostStore, LateStore):
+    for late in (False, True):
         torch.manual_seed(1)
-        store = kind(**SHAPE, slab_blocks=2, kernel=False)
+        options = {} if bits is None else {"bits": bits}
+        kinds = (HostStore, LateStore) if bits is None else (CodedStore, LateCodedStore)
+        store = kinds[late](**SHAPE, **options, slab_blocks=2, kernel=False)
         store.append(*random_kv(first))
         store.append(*random_kv(1))
         found = then(store)
         if then in (fail_to_append, interrupt_after_all_was_done, fail_to_settle):
             store.settle()
         store = found if isinstance(found, HostStore) else store
-        blocks = torch.cat([slab.movedim(2, 0) for slab in store._slabs])[: store.n_blocks]
-        slabs.append((store.length, len(store._slabs), blocks.nan_to_num(0.0)))
+        blocks = torch.cat([slab.movedim(2, 0) for slab in store._slabs])
+        held = [blocks[: store.n_blocks].nan_to_num(0.0)]
+        if bits is not None:
+            held = [blocks[: store.length // 16], store.open_BG2TD if store.open_block is not None else blocks[:0]]
+        slabs.append((store.length, len(store._slabs), *held))
     assert slabs[0][:2] == slabs[1][:2]
-    assert torch.equal(slabs[0][2], slabs[1][2])
+    assert all(torch.equal(*both) for both in zip(slabs[0][2:], slabs[1][2:], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -308,6 +371,46 @@ def test_keeps_every_bit(dtype):
     store, key, value = filled(70, dtype=dtype)
     assert torch.equal(store.read(0, 70)[0], key)
     assert torch.equal(store.read(0, 70)[1], value)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_block_is_coded_when_it_is_complete(bits, dtype):
+    """However its tokens came; the same tokens always have the same codes."""
+    key, value = random_kv(70, dtype=dtype)
+    stores = [CodedStore(**SHAPE | {"dtype": dtype}, bits=bits, slab_blocks=2) for _ in range(2)]
+    stores[0].append(key, value)
+    for token in range(70):
+        stores[1].append(key[:, :, token : token + 1], value[:, :, token : token + 1])
+    whole, (again, _) = 64, stores[1].read(0, 70)
+    assert torch.equal(again, stores[0].read(0, 70)[0])
+    assert torch.equal(again[:, :, whole:], key[:, :, whole:])
+    for number in range(2):  # slabs of two blocks
+        assert torch.equal(stores[0]._slabs[number], stores[1]._slabs[number])
+    wanted = encode_reference(key[:, :, :16], value[:, :, :16], bits)
+    assert torch.equal(stores[0]._slabs[0][:, :, 0], wanted)
+
+
+def test_a_crop_into_a_coded_block_keeps_what_its_codes_decode_to():
+    store = CodedStore(**SHAPE, bits=8, slab_blocks=2)
+    store.append(*random_kv(40))
+    before, _ = store.read(0, 20)
+    store.truncate(20)
+    more, value = random_kv(5)
+    store.append(more, value)
+    assert torch.equal(store.read(0, 25)[0], torch.cat([before, more], 2))
+    store.check_integrity()
+
+
+def test_integrity_check_finds_an_open_block_of_another_kind():
+    store = CodedStore(**SHAPE, bits=8, slab_blocks=2)
+    store.append(*random_kv(20))
+    store.open_BG2TD[0, 0, 0, 9] = 1
+    with pytest.raises(IntegrityError, match="4 numbers beyond token 20 are not zero"):
+        store.check_integrity()
+    store.open_BG2TD = store.open_BG2TD.double() * 0
+    with pytest.raises(IntegrityError, match=r"open block: expected torch.float32 .* found torch.float64"):
+        store.check_integrity()
 
 
 def test_nan_is_data():
@@ -462,18 +565,18 @@ class TestHostCopier:
         for number in range(4):
             piece = self.piece(2 * SMALL_BYTES)
             alive.append(weakref.ref(piece[1][0]))
-            sent.append(out.send([piece]))
+            sent.append(out.send([piece], stacked))
             del piece
             assert [event.waited for event in events] == [True] * number + [False]
             assert [one() is not None for one in alive] == [False] * number + [True]
 
     def test_small_ones_are_neither_held_nor_waited_for(self, made):
         out, events = made
-        sent = [out.send([self.piece(2 * SMALL_BYTES)])]
+        sent = [out.send([self.piece(2 * SMALL_BYTES)], stacked)]
         for _ in range(20):
             piece = self.piece(SMALL_BYTES)
             alive = weakref.ref(piece[1][0])
-            sent.append(out.send([piece]))
+            sent.append(out.send([piece], stacked))
             del piece
             assert alive() is None
         assert not any(event.waited for event in events)
@@ -484,11 +587,11 @@ class TestHostCopier:
         out, events = made
         piece = self.piece(2 * SMALL_BYTES)
         alive = weakref.ref(piece[1][0])
-        out.send([piece])  # and its PendingCopy is gone
+        out.send([piece], stacked)  # and its PendingCopy is gone
         del piece
         gc.collect()
         assert alive() is None
-        out.send([self.piece(2 * SMALL_BYTES)])
+        out.send([self.piece(2 * SMALL_BYTES)], stacked)
         assert not events[0].waited
 
     def test_a_device_has_one(self):
@@ -552,10 +655,18 @@ def test_integrity_check_finds(damage, message):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_pinned_slabs_take_device_tensors_and_stay_pinned_when_copied():
-    store = HostStore(**SHAPE, slab_blocks=2, memory=HostMemory(torch.device("cuda")))
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_pinned_slabs_take_device_tensors_and_stay_pinned_when_copied(bits):
+    store = new_store(bits, **SHAPE, slab_blocks=2, memory=HostMemory(torch.device("cuda")))
     key, value = random_kv(90)
-    store.append(key.cuda(), value.cuda())
+    for part in (slice(0, 7), slice(7, 60), slice(60, 90)):
+        store.append(key[:, :, part].cuda(), value[:, :, part].cuda())
+    if bits is not None:
+        on_cpu = new_store(bits, **SHAPE, slab_blocks=2)
+        on_cpu.append(key, value)
+        key, value = on_cpu.read(0, 90)
+    streamed = [kv[1:] for kv in ((s, k.cpu(), v.cpu()) for s, k, v in store.stream(90, 40, torch.device("cuda")))]
+    assert torch.equal(torch.cat([k for k, _ in streamed], 2), key)
     twin = copy.deepcopy(store)
     twin.index(torch.tensor([1]))
     for held in (store, twin):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,9 +95,10 @@ class TestShapes:
             assert engine.stats.host_kv_bytes == engine.runtime.room.bytes_for(1, 91) == 2 * tokens * 2 * 2 * 16 * 4
 
     def test_expected_sizes_are_those_of_the_tensors(self, tiny_model, ids) -> None:
-        for family in ("llama", "llama-mha", "qwen3", "gemma3", "gpt-oss", "phi3"):
+        families = ("llama", "llama-mha", "qwen3", "gemma3", "gpt-oss", "phi3")
+        for family, host_kv in [*((family, "auto") for family in families), ("qwen3", "int8"), ("llama", "int4")]:
             model = tiny_model(family)
-            with attach(model, WHOLE) as engine:
+            with attach(model, replace(WHOLE, host_kv=host_kv)) as engine:
                 expected = engine.runtime.room.bytes_for(2, 100)
                 with torch.no_grad():
                     model(ids(100, batch=2), **with_cache(model, engine.new_cache()))

@@ -44,6 +44,7 @@ GIVEN = {
     "kernels": ("none", "none"),
     "skip_layers": ("0+1", [0, 1]),
     "slab_blocks": ("8", 8),
+    "host_kv": ("int8", "int8"),
     "host_memory": ("1.5GiB", 3 << 29),
     "measure_recovery": ("2", 2),
 }
@@ -70,6 +71,7 @@ REFUSED: dict[str, tuple[tuple[str | None, object, str], tuple[str | None, objec
     "unfused": (("", "False", "True or False"), ("-1", None, "True or False")),
     "kernels": ((None, None, "one of auto, none"), ("triton", "triton", "one of auto, none")),
     "skip_layers": (("first", "0", "layer numbers from 0 on"), ("-1", [-1], "layer numbers from 0 on")),
+    "host_kv": ((None, None, "one of auto, int8, int4"), ("int2", "fp8", "one of auto, int8, int4")),
     "slab_blocks": (("many", 8.5, "an integer, at least 1"), ("0", 0, "at least 1")),
     "host_memory": (("1XB", "1GiB", "a positive number of bytes, or None"), ("0", 0, "a positive number of bytes")),
     "measure_recovery": (("all", False, "an integer, 0 (never), or n"), ("-2", -2, "0 (never), or n for every n-th")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -14,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from attention_predictor.errors import ConfigError, one_line
 from attention_predictor.eval.bench.cache_setups import CACHE_SETUPS, CacheSetup, check_setups
+from attention_predictor.eval.bench.resident_step import ResidentStep, resident, resident_cache
 from attention_predictor.eval.bench.static_step import StaticStep, StockModelError, plain_static_cache
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.engine import Engine
@@ -48,11 +50,12 @@ class CacheSession:
     cache: Cache
     step: Callable[[Tensor], object]
     engine: Engine | None = None
+    facts: Callable[[], dict[str, Any]] = dict  # for the row of timings, after the steps
 
 
 @contextmanager
 def open_cache(
-    model: PreTrainedModel, setup: CacheSetup, *, context: int, batch: int, budget: int
+    model: PreTrainedModel, setup: CacheSetup, *, context: int, batch: int, budget: int, host_kv: str = "auto"
 ) -> Iterator[CacheSession]:
     """An empty cache for ``context`` tokens; the model stays attached, or compiled, within the ``with`` block."""
     config = model.config.get_text_config(decoder=True)
@@ -60,10 +63,15 @@ def open_cache(
         if setup.options.get("compile"):
             stack.callback(torch.compiler.reset)  # with what was compiled goes the memory that its graphs hold
         if setup.kind == "ours":
-            engine = stack.enter_context(attach(model, OffloadConfig(budget=budget, **setup.options)))
+            engine = stack.enter_context(attach(model, OffloadConfig(budget=budget, host_kv=host_kv, **setup.options)))
             engine.check_fits(batch=batch, tokens=context)
             cache: Cache = engine.new_cache()
             yield CacheSession(cache, lambda token_B1: model(token_B1, **with_cache(model, cache)), engine)
+        elif setup.kind == "resident":
+            cache = resident_cache(model, context)
+            stack.enter_context(resident(model))
+            resident_step = ResidentStep(model, cache, batch, compiled=setup.options.get("compile", False))
+            yield CacheSession(cache, resident_step, facts=resident_step.facts)
         elif setup.kind == "dynamic":
             cache = DynamicCache(config=config, **setup.options)
             yield CacheSession(cache, lambda token_B1: model(token_B1, **with_cache(model, cache)))
@@ -92,18 +100,23 @@ def why_too_large(
         return None
     config, device = model.config.get_text_config(decoder=True), model.device
     layer_bytes = batch * context * _token_bytes(config, model.dtype)
-    needed = (config.num_hidden_layers + 1) * layer_bytes  # a step makes one layer's anew before the old one is gone
+    needed = config.num_hidden_layers * layer_bytes
+    if setup.kind != "resident":
+        needed += layer_bytes  # a step makes one layer's anew before the old one is gone
     if device.type != "cuda" or setup.options.get("offloading"):
         available, where = psutil.virtual_memory().available, "host memory"
     else:
-        used = torch.cuda.memory_allocated(device)
-        available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - used
-        if limit_bytes is not None:
-            available = min(available, limit_bytes - used)
-        where = "device memory"
+        available, where = free_device_bytes(device, limit_bytes), "device memory"
     if needed <= available:
         return None
     return f"keys and values take {size_text(needed)} of {where}, {size_text(available)} are available"
+
+
+def free_device_bytes(device: torch.device, limit_bytes: int | None) -> int:
+    """Bytes that torch can still allocate on a GPU; ``limit_bytes``: as of ``limit_memory``."""
+    used = torch.cuda.memory_allocated(device)
+    available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - used
+    return available if limit_bytes is None else min(available, limit_bytes - used)
 
 
 def _token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:

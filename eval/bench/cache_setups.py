@@ -17,14 +17,15 @@ class CacheSetup:
 
     Attributes:
         name: The name in tables and plots.
-        kind: Ours, transformers' ``DynamicCache``, or its ``StaticCache`` with the whole step captured.
+        kind: Ours, transformers' ``DynamicCache``, its ``StaticCache`` with the whole step captured, or the whole cache
+            on the device under torch's fastest attention, captured (``resident_step.py``).
         options: Fields of ``OffloadConfig`` or of the stock cache; ``compile`` compiles the whole stock model.
         needs_gpu: Whether it needs a CUDA device.
         by_default: Whether it is timed without ``--ways``. (On a CPU, compiled setups are not.)
     """
 
     name: str
-    kind: Literal["ours", "dynamic", "static"]
+    kind: Literal["ours", "dynamic", "static", "resident"]
     options: Mapping[str, Any] = field(default_factory=dict)
     needs_gpu: bool = False
     by_default: bool = True
@@ -46,6 +47,10 @@ CACHE_SETUPS = {
     "thread": CacheSetup("ours, thread", "ours", {"prefetch": "thread"}),
     "no-kernels": CacheSetup(
         "ours, thread, no kernels", "ours", {"prefetch": "thread", "kernels": "none"}, by_default=False
+    ),
+    "resident": CacheSetup("all on the device, captured", "resident", by_default=False),
+    "resident-compiled": CacheSetup(
+        "all on the device, compiled", "resident", {"compile": True}, needs_gpu=True, by_default=False
     ),
     "device": CacheSetup("stock cache on the device", "dynamic"),
     "offloaded": CacheSetup("stock cache, offloaded", "dynamic", {"offloading": True}, needs_gpu=True),

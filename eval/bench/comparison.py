@@ -42,6 +42,8 @@ def describe(row: Row) -> str:
     if row["peak_device_bytes"] is not None:
         peak, weights = size_text(row["peak_device_bytes"]), size_text(row["weights_bytes"])
         facts.append(f"peak {peak} on the device, {weights} of it weights")
+    if "attention" in row:
+        facts.append(f"attention by {row['attention']}" + ("" if row["captured"] else ", not captured: on a CPU"))
     if "engine" in row:
         facts += _traffic(row)
     if facts:

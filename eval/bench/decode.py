@@ -7,7 +7,6 @@ from dataclasses import asdict
 from itertools import groupby
 from operator import itemgetter
 
-import torch
 from transformers import PreTrainedModel
 
 from attention_predictor.arguments import whole_numbers
@@ -16,6 +15,7 @@ from attention_predictor.eval.bench.cache_sessions import choose_setups
 from attention_predictor.eval.bench.cache_setups import AT_FLOOR_CONTEXT, CACHE_SETUPS, FLOOR, FLOOR_CONTEXT, STATIC
 from attention_predictor.eval.bench.comparison import compare, describe
 from attention_predictor.eval.bench.decode_timing import Workload, steps_within, time_setup
+from attention_predictor.eval.bench.device import limit_memory
 from attention_predictor.eval.bench.random_models import random_or_loaded
 from attention_predictor.eval.bench.synthetic_cache import PAST, Locality
 from attention_predictor.eval.bench.timing_report import machine, report
@@ -23,7 +23,6 @@ from attention_predictor.eval.bench.timings_file import TimingsFile
 from attention_predictor.eval.display.plots import plot_timings
 from attention_predictor.loading import find_device
 from attention_predictor.progress import Progress
-from attention_predictor.sizes import size_text
 
 
 def main(args: argparse.Namespace) -> int:
@@ -33,13 +32,15 @@ def main(args: argparse.Namespace) -> int:
         what = f"the {steps_within(args.steps)} steps within it" + (f" and {PAST} tokens before" * args.synthetic)
         raise ConfigError(f"--context {min(contexts)}: expected at least {least}, for {what}")
     device = find_device(args.device)
-    limit_bytes = _limit(args.memory_limit, device)
+    limit_bytes = limit_memory(args.memory_limit, device)
     setups = choose_setups(args.ways, device)
     floors = [setup for setup in setups if setup in AT_FLOOR_CONTEXT]
     if floors and least > FLOOR_CONTEXT:
         raise ConfigError(f"--steps {args.steps}: too many for the floor's context of {FLOOR_CONTEXT} tokens")
     settings = {name: getattr(args, name) for name in ("budget", "batch", "steps", "synthetic", "seed", "memory_limit")}
     settings |= {"model": args.shape or str(args.model), "dtype": args.dtype}
+    if args.host_kv != "auto":  # files of timings from before the setting go on
+        settings["host_kv"] = args.host_kv
     if args.synthetic:
         settings["locality"] = asdict(Locality())
     timings = TimingsFile(args.out, settings | {"machine": machine(device)})
@@ -56,18 +57,6 @@ def main(args: argparse.Namespace) -> int:
         drawn = [row for row in rows if row["way"] != STATIC or FLOOR not in floors]  # one level
         plot_timings(drawn, args.plot, title, floor=CACHE_SETUPS[FLOOR if FLOOR in floors else STATIC].name)
     return 0
-
-
-def _limit(gib: float | None, device: torch.device) -> int | None:
-    if gib is None:
-        return None
-    if device.type != "cuda":
-        raise ConfigError(f"--memory-limit {gib}: for CUDA devices, found {device}")
-    total = torch.cuda.get_device_properties(device).total_memory
-    if not 0 < gib * 2**30 <= total:
-        raise ConfigError(f"--memory-limit {gib}: expected more than 0 and at most {size_text(total)}")
-    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total, device.index)
-    return int(gib * 2**30)
 
 
 def _sweep(

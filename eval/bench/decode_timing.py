@@ -37,6 +37,7 @@ class Workload:
         seconds: Time limit of the timed steps; at least ``LEAST`` are taken.
         synthetic: Fills the caches with synthetic keys; ``None`` for a real prefill.
         limit_bytes: Limit of device memory; ``None`` for all of it.
+        host_kv: Of our caches.
     """
 
     ids_1T: Tensor
@@ -46,12 +47,13 @@ class Workload:
     seconds: float
     synthetic: SyntheticCache | None
     limit_bytes: int | None = None
+    host_kv: str = "auto"
 
     @classmethod
     def of(
         cls, model: PreTrainedModel, context: int, args: argparse.Namespace, limit_bytes: int | None = None
     ) -> Workload:
-        """From ``--steps --batch --budget --seconds --seed --synthetic``; consecutive ids for ``--shape``."""
+        """From ``--steps --batch --budget --host-kv --seconds --seed --synthetic``; consecutive ids for ``--shape``."""
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         if args.shape is None:
             ids_T = torch.randint(vocabulary, (context,), generator=torch.Generator().manual_seed(args.seed))
@@ -69,6 +71,7 @@ class Workload:
             seconds=args.seconds,
             synthetic=synthetic,
             limit_bytes=limit_bytes,
+            host_kv=args.host_kv,
         )
 
     @property
@@ -102,7 +105,8 @@ def time_setup(model: PreTrainedModel, setup: CacheSetup, work: Workload) -> dic
 
 def _time_setup(model: PreTrainedModel, setup: CacheSetup, work: Workload) -> dict[str, Any]:
     """A function of its own: the cache is freed when it returns, so its memory can be released."""
-    with open_cache(model, setup, context=work.context, batch=work.batch, budget=work.budget) as session:
+    sizes = {"context": work.context, "batch": work.batch, "budget": work.budget}
+    with open_cache(model, setup, **sizes, host_kv=work.host_kv) as session:
         return _figures(model, session, work)
 
 
@@ -135,6 +139,7 @@ def _figures(model: PreTrainedModel, session: CacheSession, work: Workload) -> d
         "weights_bytes": sum(weight.nbytes for weight in model.parameters()),
         "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
+    found |= session.facts()
     if engine is not None:
         stats = engine.stats
         found["engine"] = stats.to_dict()

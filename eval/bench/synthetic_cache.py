@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from attention_predictor.errors import ConfigError
+from attention_predictor.eval.bench.resident_step import ResidentLayer
 from attention_predictor.offload.attention.dense import ScoreRows, Terms, score_rows
 from attention_predictor.offload.chunk import Chunk
 from attention_predictor.offload.config import OffloadConfig
@@ -197,6 +198,9 @@ class SyntheticCache:
         for number, layer in enumerate(cache.layers[: len(self._heads)]):
             if isinstance(layer, TieredLayer):
                 self._fill_tiered(layer, number)
+            elif isinstance(layer, ResidentLayer):
+                for chunk in self.chunks(number):
+                    layer.update(chunk.key_BGTD, chunk.value_BGTD)
             elif number in self.queries:
                 _, keys, values = zip(*self.chunks(number), strict=True)
                 cache.update(torch.cat(keys, 2), torch.cat(values, 2), number)

@@ -1,4 +1,4 @@
-"""A plot of milliseconds a token against context, one line for each setup."""
+"""Plots of timings: milliseconds a token against context, tokens a second against batch."""
 
 from __future__ import annotations
 
@@ -54,6 +54,39 @@ def plot_timings(rows: Sequence[Mapping[str, Any]], path: Path, title: str, *, f
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, which="major", color="0.88")
     axes.legend(fontsize="small")
+    save_figure(figure, path)
+    pyplot.close(figure)
+
+
+def plot_throughput(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw the rows that have ``tokens_per_second``: a line for each setup and context, over the batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator
+
+    timed = [row for row in rows if "tokens_per_second" in row]
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    names, contexts = (list(dict.fromkeys(row[key] for row in timed)) for key in ("name", "context"))
+    for name, context in dict.fromkeys((row["name"], row["context"]) for row in timed):
+        here = [row for row in timed if row["name"] == name and row["context"] == context]
+        points = sorted((row["batch"], row["tokens_per_second"]) for row in here)
+        style: dict[str, Any] = {
+            "color": COLOURS[contexts.index(context) % len(COLOURS)],
+            "marker": "os^Dv"[names.index(name) % 5],
+        }
+        style["linestyle"] = "-" if name.startswith("ours") else "--"
+        best = max(rate for _, rate in points)
+        axes.plot(*zip(*points, strict=True), label=f"{name}, {_tokens(context)}: up to {best:,.0f}", **style)
+    axes.set(xscale="log", xlabel="sequences", ylabel="tokens a second", title=title)
+    batches = sorted({row["batch"] for row in timed})
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(bottom=0)
+    axes.grid(True, which="major", color="0.88")
+    if timed:
+        axes.legend(fontsize="small")
     save_figure(figure, path)
     pyplot.close(figure)
 

@@ -1,7 +1,7 @@
 """HostStore: all keys and values of one layer in CPU memory. It keeps every block that ever existed.
 
 Suffixes: B sequences, G KV heads, R = B·G rows (row = b*G + g), T tokens in a call, D head size, S slabs of a chunk, n
-list entries; 2 is keys then values.
+list entries, z dimensions of a stored block; 2 is keys then values.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attention_predictor.csrc import ops
 from attention_predictor.errors import IntegrityError
+from attention_predictor.offload.blocks.block_codec import BlockCodec
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.transfer import HostCopier, PendingCopy, host_copier, upload_stream
 
@@ -33,7 +34,7 @@ class _Arrival(NamedTuple):
 
 
 class HostStore:
-    """Append-only keys and values of one layer, in slabs [B, G, slab_blocks, 2, block_size, D].
+    """Append-only keys and values of one layer, in slabs [B, G, slab_blocks, z]; a block is [2, block_size, D].
 
     A block's keys and values are contiguous, so one block is one copy. Slabs waste less than one slab of memory and
     never move written data, unlike one tensor that doubles.
@@ -63,6 +64,7 @@ class HostStore:
         """
         self.batch, self.kv_heads, self.head_dim, self.dtype = batch, kv_heads, head_dim, dtype
         self.block_size, self.slab_blocks = block_size, slab_blocks
+        self.codec = BlockCodec(block_size, head_dim, dtype)
         self.memory = HostMemory() if memory is None else memory
         self.pinned = self.memory.pin_for is not None  # False once a slab is not pinned
         self.kernel = kernel
@@ -87,6 +89,11 @@ class HostStore:
     def nbytes(self) -> int:
         """Bytes allocated, written or not."""
         return sum(slab.nbytes for slab in self._slabs)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a stored block of one KV head."""
+        return self.codec.block_bytes
 
     @torch.no_grad()
     def append(self, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
@@ -132,18 +139,15 @@ class HostStore:
         the first n are filled and returned. Raises IndexError for a row or block that does not exist.
         """
         n = row_n.numel()
-        self._check_entries(row_n, block_n)
-        self.settle()
         kv_n2TD = self._empty(n) if out is None else out[:n]
         if kv_n2TD.shape != (expected := (n, 2, self.block_size, self.head_dim)):
             raise ValueError(f"size mismatch for out: expected {list(expected)}, got {list(kv_n2TD.shape)}")
-        host = kv_n2TD.device
-        if n and self.kernel and ops.why_no_kernels(host) is None:
-            slab_s = self.addresses(host)
-            ops.gather_to_host(slab_s, self.slab_blocks, row_n.contiguous(), block_n.contiguous(), kv_n2TD)
-        elif n:
-            gather_reference(self._slabs, row_n, block_n, kv_n2TD)
+        self._fill(kv_n2TD, row_n, block_n)
         return kv_n2TD
+
+    def fetch(self, row_n: Tensor, block_n: Tensor, device: torch.device) -> Tensor:
+        """As ``gather``, on a device; what crosses the bus is what is stored."""
+        return self.gather(row_n, block_n).to(device, non_blocking=True)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, stop - start, D] of a token range, on the CPU. Raises IndexError beyond."""
@@ -157,8 +161,10 @@ class HostStore:
         while block < last:
             slab, begin = self._slabs[block // self.slab_blocks], block % self.slab_blocks
             count = min(self.slab_blocks - begin, last - block)
-            kv[:, :, :, block - first : block - first + count] = slab[:, :, begin : begin + count].movedim(3, 0)
+            kv_BGn2TD = self.codec.decode(slab[:, :, begin : begin + count])
+            kv[:, :, :, block - first : block - first + count] = kv_BGn2TD.movedim(3, 0)
             block += count
+        self._add_open_block(kv, first)
         skip = start - first * self.block_size
         key_BGTD, value_BGTD = kv.flatten(3, 4)[:, :, :, skip : skip + stop - start]
         return key_BGTD, value_BGTD
@@ -183,7 +189,9 @@ class HostStore:
         with streams.stream(side):  # allocated on that stream, so that its use is ordered after the last call's
             kv_2BGSnTD = [torch.empty(shape, **like) for _ in chunks[:2]]
             # The GPU gets slabs unchanged and rearranges them; on a CPU one copy does both.
-            raw = None if device.type == "cpu" else torch.empty((S, *self._slab_shape(self.batch)), **like)
+            raw = None
+            if device.type != "cpu":
+                raw = torch.empty((S, *self._slab_shape(self.batch)), dtype=self.codec.stored, device=device)
 
         def load(number: int) -> Any:
             slabs = self._slabs[chunks[number] : min(chunks[number] + S, n_slabs)]
@@ -193,11 +201,12 @@ class HostStore:
             with streams.stream(side):
                 for i, slab in enumerate(slabs):
                     if raw is None:
-                        into[:, :, :, i].copy_(slab.movedim(3, 0))
+                        into[:, :, :, i].copy_(self.codec.decode(slab).movedim(3, 0))
                     else:
                         raw[i].copy_(slab, non_blocking=True)
                 if raw is not None:
-                    into.copy_(raw[: len(slabs)].permute(4, 1, 2, 0, 3, 5, 6))
+                    self._unpack(raw[: len(slabs)], into)
+                self._add_open_block(into.flatten(3, 4), chunks[number] * self.slab_blocks)
                 ready = streams.Event()
                 ready.record(side)
             return ready
@@ -219,8 +228,7 @@ class HostStore:
 
     def truncate(self, length: int) -> None:
         """Forgets every token from `length` on and frees the slabs that only held such tokens."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length must be between 0 and {self.length}, got {length}")
+        self._check_crop(length)
         self.settle()
         self.length = length
         del self._slabs[self._slabs_for(length) :]
@@ -247,7 +255,7 @@ class HostStore:
         self.settle()
         if len(self._slabs) < (needed := self._slabs_for(self.length)):
             raise IntegrityError(f"{self.length} tokens need {needed} slabs, found {len(self._slabs)}")
-        expected = (*self._slab_shape(self.batch), self.dtype, "cpu", True, self.pinned)
+        expected = (*self._slab_shape(self.batch), self.codec.stored, "cpu", True, self.pinned)
         for number, slab in enumerate(self._slabs):
             pinned = slab.is_pinned() if self.pinned else False
             found = (*slab.shape, slab.dtype, slab.device.type, slab.is_contiguous(), pinned)
@@ -257,7 +265,7 @@ class HostStore:
             raise IntegrityError("two slabs share their memory")
         block, offset = divmod(self.length, self.block_size)
         if offset:
-            rest = self._slabs[block // self.slab_blocks][:, :, block % self.slab_blocks, :, offset:]
+            rest = self._partial(block)[:, :, :, offset:]
             if written := int(rest.count_nonzero()):
                 raise IntegrityError(f"{written} numbers beyond token {self.length} are not zero")
 
@@ -295,12 +303,15 @@ class HostStore:
         return math.ceil(tokens / (self.slab_blocks * self.block_size))
 
     def _slab_shape(self, batch: int) -> tuple[int, ...]:
-        return (batch, self.kv_heads, self.slab_blocks, 2, self.block_size, self.head_dim)
+        return (batch, self.kv_heads, self.slab_blocks, *self.codec.shape)
 
     def _new_slab(self, batch: int) -> Tensor:
-        slab, pinned = self.memory.lend(self._slab_shape(batch), self.dtype)
+        return self._lend(self._slab_shape(batch), self.codec.stored)
+
+    def _lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        lent, pinned = self.memory.lend(shape, dtype)
         self.pinned = self.pinned and pinned
-        return slab
+        return lent
 
     def _reserve(self, tokens: int) -> None:
         missing = self._slabs_for(tokens) - len(self._slabs)
@@ -314,7 +325,7 @@ class HostStore:
         self.settle()  # pending copies may belong to the same block
         for start, parts in self._runs(key_BGTD, value_BGTD):
             # Stacked on the source device, so that one transfer carries keys and values.
-            self._put(start, torch.stack(parts, dim=-3))
+            self._put(start, self._joined(parts))
 
     def _send(self, copier: HostCopier, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
         self.settle(self.length - UNSETTLED_TOKENS)  # these copies are long done, but staged parts must be scattered
@@ -322,16 +333,17 @@ class HostStore:
         whole = [kv if kv.untyped_storage().nbytes() == kv.nbytes else kv.clone() for kv in (key_BGTD, value_BGTD)]
         pieces, staged = [], []
         for start, parts in self._runs(*whole):
-            target = self._target(start, parts[0])
+            whole_blocks = parts[0].dim() == 5
+            target = self._target(start, parts[0].shape[2], whole_blocks)
             if (
                 not target.is_contiguous()
             ):  # scattered copies are slow: copy to a staging tensor, which `settle` scatters
                 with torch.inference_mode(False):  # `settle` may be called outside of that mode
-                    target = torch.empty(target.shape, dtype=self.dtype, pin_memory=self.pinned)
+                    target = torch.empty(target.shape, dtype=target.dtype, pin_memory=self.pinned)
                 staged.append((start, target))
             pieces.append((target, parts))
         if pieces:
-            self._arrivals.append(_Arrival(copier.send(pieces), self.length, staged))
+            self._arrivals.append(_Arrival(copier.send(pieces, self._joined), self.length, staged))
 
     def _undo(self, length: int, slabs: int, copier: HostCopier | None) -> None:
         """Restores the store after a failed `append`."""
@@ -348,16 +360,53 @@ class HostStore:
         """Zeros the last block beyond the last token."""
         block, offset = divmod(self.length, self.block_size)
         if offset:
-            self._slabs[block // self.slab_blocks][:, :, block % self.slab_blocks, :, offset:].zero_()
+            self._partial(block)[:, :, :, offset:].zero_()
+
+    def _partial(self, block: int) -> Tensor:
+        """The view [B, G, 2, block_size, D] of the block that isn't complete, or is being written."""
+        return self._slabs[block // self.slab_blocks][:, :, block % self.slab_blocks]
+
+    def _joined(self, parts: tuple[Tensor, Tensor]) -> Tensor:
+        """A run's keys and values as one tensor, as they are stored."""
+        return self.codec.encode(*parts) if parts[0].dim() == 5 else torch.stack(parts, dim=-3)
+
+    def _add_open_block(self, kv_2BGnTD: Tensor, first: int) -> None:
+        """Fill in a block that slabs don't hold, if it is among the blocks from ``first`` on; here they hold all."""
+
+    def _unpack(self, raw_SBGnz: Tensor, into_2BGSnTD: Tensor) -> None:
+        """Rearrange slabs on a GPU."""
+        into_2BGSnTD.copy_(raw_SBGnz.permute(4, 1, 2, 0, 3, 5, 6))
+
+    def _fill(self, out_n2TD: Tensor, row_n: Tensor, block_n: Tensor) -> None:
+        """Fill the buffer with blocks."""
+        self._gather_stored(row_n, block_n, out_n2TD)
+
+    def _gather_stored(self, row_n: Tensor, block_n: Tensor, out_nz: Tensor) -> Tensor:
+        """Fills the buffer with blocks as they are stored, and returns it."""
+        self._check_entries(row_n, block_n)
+        self.settle()
+        host = out_nz.device
+        if len(row_n) and self.kernel and ops.why_no_kernels(host) is None:
+            slab_s = self.addresses(host)
+            ops.gather_to_host(slab_s, self.slab_blocks, row_n.contiguous(), block_n.contiguous(), out_nz)
+        elif len(row_n):
+            gather_reference(self._slabs, row_n, block_n, out_nz)
+        return out_nz
 
     def _runs(self, key_BGTD: Tensor, value_BGTD: Tensor) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """Splits new tokens at slab boundaries and into whole and partial blocks: first token, keys, values.
 
         Whole blocks are [B, G, blocks, block_size, D], a partial block is [B, G, T, D].
         """
+        return self._runs_from(self.length, key_BGTD, value_BGTD)
+
+    def _runs_from(
+        self, first: int, key_BGTD: Tensor, value_BGTD: Tensor
+    ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """`_runs` of tokens that begin at ``first``."""
         done, tokens = 0, key_BGTD.shape[2]
         while done < tokens:
-            block, offset = divmod(self.length + done, self.block_size)
+            block, offset = divmod(first + done, self.block_size)
             left = tokens - done
             token_dims: tuple[int, ...]
             if offset or left < self.block_size:
@@ -367,29 +416,33 @@ class HostStore:
                 token_dims = (min(left // self.block_size, room), self.block_size)
             taken = math.prod(token_dims)
             key, value = (kv[:, :, done : done + taken].unflatten(2, token_dims) for kv in (key_BGTD, value_BGTD))
-            yield self.length + done, (key, value)
+            yield first + done, (key, value)
             done += taken
 
-    def _target(self, start: int, part: Tensor) -> Tensor:
-        """The slab view [B, G, …, 2, T, D] for a run's keys and values; `part` is the run's keys."""
+    def _target(self, start: int, count: int, whole_blocks: bool) -> Tensor:
+        """Where a run belongs: the slab's view [B, G, count, z] of whole blocks, or [B, G, 2, count, D] of tokens."""
         block, offset = divmod(start, self.block_size)
-        slab, first = self._slabs[block // self.slab_blocks], block % self.slab_blocks
-        if part.dim() == 5:
-            return slab[:, :, first : first + part.shape[2]]
-        return slab[:, :, first, :, offset : offset + part.shape[2]]
+        if whole_blocks:
+            first = block % self.slab_blocks
+            return self._slabs[block // self.slab_blocks][:, :, first : first + count]
+        return self._partial(block)[:, :, :, offset : offset + count]
 
-    def _put(self, start: int, kv: Tensor) -> None:
-        """Copies a run's keys and values, stacked in dimension −3, to the slab."""
-        target = self._target(start, kv.select(-3, 0))
-        if kv.dim() == 5 and start % self.block_size == 0:
-            # Slabs are uninitialised (zeroing gigabytes would take seconds), so a new partial block is zeroed first;
+    def _put(self, start: int, joined: Tensor) -> None:
+        """Copies a run, as `_joined` returns it, to where it belongs."""
+        whole_blocks = joined.dim() == 3 + len(self.codec.shape)  # tokens of a partial block have 5 dimensions
+        target = self._target(start, joined.shape[2 if whole_blocks else 3], whole_blocks)
+        if not whole_blocks and start % self.block_size == 0:
+            # Memory is uninitialised (zeroing gigabytes would take seconds), so a new partial block is zeroed first;
             # full blocks are overwritten whole.
-            block = start // self.block_size
-            self._slabs[block // self.slab_blocks][:, :, block % self.slab_blocks].zero_()
-        target.copy_(kv)
+            self._partial(start // self.block_size).zero_()
+        target.copy_(joined)
 
     def _empty(self, n: int) -> Tensor:
         return torch.empty((n, 2, self.block_size, self.head_dim), dtype=self.dtype)
+
+    def _check_crop(self, length: int) -> None:
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length must be between 0 and {self.length}, got {length}")
 
     def _check_input(self, name: str, kv_BGTD: Tensor, tokens: int) -> None:
         expected = (self.batch, self.kv_heads, tokens, self.head_dim)
@@ -412,17 +465,17 @@ class HostStore:
                 raise IndexError(f"{name} must be between 0 and {count - 1}, got {low} to {high}")
 
 
-def gather_reference(slabs: list[Tensor], row_n: Tensor, block_n: Tensor, out_n2TD: Tensor) -> None:
+def gather_reference(slabs: list[Tensor], row_n: Tensor, block_n: Tensor, out_nz: Tensor) -> None:
     """The reference of `ops.gather_to_host`, in torch operations."""
     slab_blocks = slabs[0].shape[2]
     slab_n = block_n // slab_blocks
     entry_n = row_n * slab_blocks + block_n % slab_blocks
     # Grouped by slab: one vectorised read per slab, then one pass to restore the caller's order.
     order_n = torch.argsort(slab_n, stable=True)
-    sorted_n, grouped_n2TD = entry_n[order_n], torch.empty_like(out_n2TD)
+    sorted_n, grouped_nz = entry_n[order_n], torch.empty_like(out_nz)
     start = 0
     for slab, count in zip(*(found.tolist() for found in torch.unique(slab_n, return_counts=True)), strict=True):
         part = slice(start, start + count)
-        torch.index_select(slabs[slab].flatten(0, 2), 0, sorted_n[part], out=grouped_n2TD[part])
+        torch.index_select(slabs[slab].flatten(0, 2), 0, sorted_n[part], out=grouped_nz[part])
         start += count
-    torch.index_select(grouped_n2TD, 0, torch.argsort(order_n), out=out_n2TD)
+    torch.index_select(grouped_nz, 0, torch.argsort(order_n), out=out_nz)

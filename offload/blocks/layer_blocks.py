@@ -20,8 +20,8 @@ from attention_predictor.csrc import binding, ops
 from attention_predictor.csrc.ops import Estimates
 from attention_predictor.errors import FetchError, IntegrityError
 from attention_predictor.offload.blocks.block_pool import BlockPool
+from attention_predictor.offload.blocks.coded_store import CodedStore, new_store
 from attention_predictor.offload.blocks.extent import Extent
-from attention_predictor.offload.blocks.host_store import HostStore
 from attention_predictor.offload.blocks.slot_table import SlotTable
 
 if TYPE_CHECKING:
@@ -77,16 +77,16 @@ class LayerBlocks:
         self.kv_heads, self.device, self.block_size = kv_heads, device, config.block_size
         shape = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": config.block_size}
         kernels = config.kernels == "auto"
-        self.store = HostStore(
-            **shape, dtype=dtype, slab_blocks=config.slab_blocks, memory=runtime.memory, kernel=kernels
-        )
+        options = {"slab_blocks": config.slab_blocks, "memory": runtime.memory, "kernel": kernels}
+        self.store = new_store(config.code_bits, **shape, dtype=dtype, **options)
         self.pool = BlockPool(**shape, dtype=dtype, slots=0, device=device)
         self.table = SlotTable(rows=batch * kv_heads, device=device)
-        self.block_bytes = 2 * config.block_size * head_dim * dtype.itemsize  # keys and values
-        self.counts = runtime.counts.of_layer(number, self.block_bytes)
+        self.counts = runtime.counts.of_layer(number, self.store.block_bytes)
         self.capacity = 0
         self.ticket: Ticket | None = None
         self._may_move = kernels and binding.on_gpu(device) and ops.why_no_kernels(device) is None
+        if isinstance(self.store, CodedStore):
+            self._may_move = self._may_move and dtype in ops.ELEMENTS
         self._slab_s: Tensor | None = None
         self.padding_B: Tensor | None = None  # int64, left padding of each sequence in tokens; None: no padding
         self._device_length_B: Tensor | None = None  # during captured steps, which count tokens on the device
@@ -138,7 +138,11 @@ class LayerBlocks:
         pool, length_B = self.pool, extent.length_B
         if self.device_moves:
             into = (pool.key_BGSTD, pool.value_BGSTD, self._slabs(), self.store.slab_blocks)
-            ops.append_token(key_BGD, value_BGD, *into, self.table.tensors.slot_RC, length_B, self.counts[4:])
+            given = (key_BGD, value_BGD, *into, self.table.tensors.slot_RC, length_B, self.counts[4:])
+            if isinstance(self.store, CodedStore):
+                ops.append_coded_token(*given, open_R2TD=self.store.open_R2TD, bits=self.store.codec.bits)
+            else:
+                ops.append_token(*given)
             return
         key_BG1D, value_BG1D = key_BGD[:, :, None], value_BGD[:, :, None]
         self.store.append(key_BG1D, value_BG1D)
@@ -148,6 +152,10 @@ class LayerBlocks:
             raise IntegrityError(f"layer {self.number}: a token's block has no slot at {self.length} tokens")
         offset_R = (token_B % self.block_size).repeat_interleave(self.kv_heads)
         pool.write_token(slot_R, offset_R, key_BG1D, value_BG1D)
+        if isinstance(self.store, CodedStore) and self.store.open_block is None:  # the token has completed a block
+            row_R = torch.arange(len(slot_R))
+            kv_R2TD = self.store.fetch(row_R, torch.full_like(row_R, self.store.n_blocks - 1), self.device)
+            pool.write_blocks(row_R.to(self.device), slot_R, kv_R2TD)
 
     def stream(self, tokens: int, stop: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Keys and values before token ``stop`` (default: all), from host memory, about ``tokens`` tokens at a time.
@@ -156,7 +164,8 @@ class LayerBlocks:
         """
         stop = self.store.length if stop is None else stop
         for start, key_BGTD, value_BGTD in self.store.stream(stop, tokens, self.device):
-            self.runtime.stats.streamed_bytes += key_BGTD.nbytes + value_BGTD.nbytes
+            blocks = key_BGTD.shape[:3].numel() / self.block_size
+            self.runtime.stats.streamed_bytes += round(blocks * self.store.block_bytes)
             yield start, key_BGTD, value_BGTD
 
     # ---- choosing and moving blocks --------------------------------------------------------------------------------
@@ -170,7 +179,7 @@ class LayerBlocks:
         if late_blocks is not None:
             started = time.perf_counter()
             try:
-                moved = self._move(self.runtime.counts.stall_ns_1)
+                moved = self._move(extent, self.runtime.counts.stall_ns_1)
             except Exception as error:
                 raise FetchError(f"layer {self.number}: a late fetch failed: {error!r}") from error
             if moved:
@@ -199,7 +208,7 @@ class LayerBlocks:
         self, limits: Limits, extent: Extent, score_BGC: Tensor | None, unspent_BG: Tensor | None
     ) -> None:
         self.table.choose_ahead(limits, extent, score_BGC, self.counts, self._kernel, unspent_BG)
-        self._move(None)
+        self._move(extent, None)
 
     def settle(self) -> None:
         """Wait until the blocks fetched ahead are in the pool; the time counts as exposed wait."""
@@ -226,17 +235,22 @@ class LayerBlocks:
         """Whether a kernel chooses blocks."""
         return self.device_moves and self.pool.slots <= ops.max_slots(self.device, self.capacity)
 
-    def _move(self, stall_ns_1: Tensor | None) -> int:
+    def _move(self, extent: Extent, stall_ns_1: Tensor | None) -> int:
         """Fetch the blocks that the table lists. Returns their number if the host moved them, else 0."""
         table, pool = self.table, self.pool
         if self.device_moves:
             moves = table.tensors[4:7]
             slabs = (self._slabs(), self.store.slab_blocks)
-            ops.move_blocks(*slabs, *moves, pool.key_BGSTD, pool.value_BGSTD, stall_ns_1)
+            given = (*slabs, *moves, pool.key_BGSTD, pool.value_BGSTD, stall_ns_1)
+            if isinstance(self.store, CodedStore):
+                open_R2TD, bits = self.store.open_R2TD, self.store.codec.bits
+                ops.move_coded_blocks(*given, open_R2TD=open_R2TD, length_B=extent.length_B, bits=bits)
+            else:
+                ops.move_blocks(*given)
             return 0
         row_n, block_n, slot_n = table.moves()
         if len(row_n):
-            pool.write_blocks(row_n, slot_n, self.store.gather(row_n, block_n))
+            pool.write_blocks(row_n, slot_n, self.store.fetch(row_n, block_n, self.device))
         return len(row_n)
 
     def _slabs(self) -> Tensor:

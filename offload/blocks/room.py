@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import HostMemoryError
 from attention_predictor.offload.blocks.available_memory import available_memory
+from attention_predictor.offload.blocks.block_codec import stored_bytes
 from attention_predictor.offload.blocks.host_memory import SPARE_BYTES, HostMemory
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.sizes import size_text
@@ -20,10 +22,6 @@ class KVShape(NamedTuple):
     kv_heads: int
     head_dim: int
     itemsize: int
-
-    @property
-    def token_bytes(self) -> int:
-        return 2 * self.kv_heads * self.head_dim * self.itemsize
 
 
 class Room:
@@ -49,7 +47,19 @@ class Room:
         """Bytes of a cache of these sequences, in whole slabs, over layers of known shape."""
         slabs = ceil_div(tokens, self.slab_tokens)
         known = (shape for shape in self.shapes.values() if shape is not None)
-        return sum(batch * slabs * self.slab_tokens * shape.token_bytes for shape in known)
+        return batch * sum(slabs * self._slab_bytes(shape) + self._open_bytes(shape) for shape in known)
+
+    def _slab_bytes(self, shape: KVShape) -> int:
+        """Bytes of a slab of one sequence."""
+        bits, size = self.config.code_bits, self.config.block_size
+        blocks = shape.kv_heads * self.config.slab_blocks
+        return blocks * stored_bytes(bits, size, shape.head_dim, shape.itemsize)
+
+    def _open_bytes(self, shape: KVShape) -> int:
+        """Bytes of the block of one sequence that is still being written, where it isn't in a slab."""
+        if self.config.code_bits is None:
+            return 0
+        return shape.kv_heads * stored_bytes(None, self.config.block_size, shape.head_dim, shape.itemsize)
 
     def captured_tokens(self, tokens: int) -> int:
         """Tokens to reserve for captured steps that begin at ``tokens``: at least two more."""
@@ -91,5 +101,10 @@ class Room:
         if self.captures:
             tokens = self.captured_tokens(tokens)
         slabs = ceil_div(tokens, self.slab_tokens) - room // self.slab_tokens
-        sizes = [batch * self.slab_tokens * shape.token_bytes for shape in self.shapes.values() if shape is not None]
-        self.memory.prepare([(size, slabs * sizes.count(size)) for size in sorted(set(sizes), reverse=True)])
+        known = [shape for shape in self.shapes.values() if shape is not None]
+        counts = Counter[int]()
+        for shape in known:
+            counts[batch * self._slab_bytes(shape)] += slabs
+            if room == 0 and (nbytes := batch * self._open_bytes(shape)):
+                counts[nbytes] += 1
+        self.memory.prepare(sorted(counts.items(), reverse=True))

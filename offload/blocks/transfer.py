@@ -46,8 +46,12 @@ class HostCopier:
         self._last: Callable[[], PendingCopy | None] = lambda: None
         self._sending = threading.Lock()
 
-    def send(self, pieces: Sequence[tuple[Tensor, tuple[Tensor, Tensor]]]) -> PendingCopy:
-        """Copies keys and values of each (target, (keys, values)), stacked in dimension −3, to the contiguous target.
+    def send(
+        self,
+        pieces: Sequence[tuple[Tensor, tuple[Tensor, Tensor]]],
+        join: Callable[[tuple[Tensor, Tensor]], Tensor],
+    ) -> PendingCopy:
+        """Copies what ``join`` makes of keys and values, for each (target, (keys, values)), to the contiguous target.
 
         If it raises, some copies may be in flight: call `drain` before using their targets.
         """
@@ -62,8 +66,8 @@ class HostCopier:
                 stream.wait_stream(current)
             with self._streams.stream(stream):
                 for target, parts in pieces:
-                    # One piece at a time, so that the stacked copy takes the memory of one piece.
-                    target.copy_(torch.stack(parts, dim=-3), non_blocking=True)
+                    # One piece at a time, so that what is joined takes the memory of one piece.
+                    target.copy_(join(parts), non_blocking=True)
             pending_copy = PendingCopy(self._event(stream), tuple(held.values()) if is_large else ())
             if is_large:
                 self._last = weakref.ref(pending_copy)

@@ -139,6 +139,7 @@ def _kernels(runtime: Runtime, dtype: torch.dtype) -> list[Kernel]:
             sketch_bits=config.sketch_bits if predictor is not None and config.needs_sketch else None,
             predictor=None if predictor is None else predictor.arch,
             fused=runtime.room.captures and not (config.compile or config.unfused),
+            code_bits=config.code_bits,
         )
         found |= {kernel.name: kernel for kernel in kernels}
     return list(found.values())

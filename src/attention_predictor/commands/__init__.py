@@ -45,6 +45,7 @@ EVAL = {
 }
 BENCH = {
     "decode": Command("decoding steps of a model, against stock caches", "eval.bench.decode"),
+    "throughput": Command("tokens per second by context and batch", "eval.bench.throughput"),
     "policies": Command("decoding steps under every selection policy", "eval.bench.policies"),
     "generate": Command("model.generate, against engine.generate", "eval.bench.generate"),
     "perplexity": Command("tokens of eval perplexity under every policy", "eval.bench.perplexity"),

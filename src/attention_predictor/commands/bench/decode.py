@@ -17,6 +17,13 @@ and, on a CPU, those that need a GPU:
   graph-compiled  like graph, with layers compiled by torch.compile
   thread          this library with the prefetch thread
   (no-kernels)    like thread, with torch operations only
+  (resident)      the whole cache on the device, attended to by torch's
+                  fastest kernels (cuDNN, flash), each step one CUDA graph:
+                  the strongest alternative while it fits. A graph fixes the
+                  lengths, so each step decodes another token after the same
+                  prompt. On a CPU its steps are not captured
+  (resident-compiled)
+                  like resident, with layers compiled by torch.compile
   device          transformers' DynamicCache on the device
   offloaded       transformers' DynamicCache, offloaded layer by layer
 
@@ -49,6 +56,7 @@ from attention_predictor.commands.bench.model_options import add_shape_arguments
 from attention_predictor.eval.bench.cache_setups import CACHE_SETUPS, check_setups
 from attention_predictor.eval.display.plots import check_plot
 from attention_predictor.kinds import number, whole
+from attention_predictor.settings import add_setting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--context", whole(), 8192, "tokens of prompt and decoded steps together")
     add("--contexts", metavar="N,N", help="several contexts, instead of --context")
     add("--synthetic", action="store_true", help="fill the caches with made-up keys and values instead of a prefill")
+    add_setting(parser, "host_kv")
     add("--ways", metavar="W,W", help=f"caches to time: {', '.join(CACHE_SETUPS)}")
     add_option(parser, "--steps", whole(1), 40, "timed steps; 5 steps before and 3 after them are not timed")
     positive = number("more than 0", lambda value: value > 0, "S")

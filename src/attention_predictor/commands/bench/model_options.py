@@ -17,8 +17,8 @@ from attention_predictor.kinds import whole
 from attention_predictor.settings import add_setting, offload_config
 
 
-def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--model`` and others, ``--shape --budget --batch --json``."""
+def add_shape_arguments(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
+    """``--model`` and others, ``--shape --budget --batch --json``; ``batch``: whether there is one batch to ask for."""
     add_model_arguments(parser)
     add = parser.add_argument
     add(
@@ -27,7 +27,8 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"time random weights in this shape, instead of --model: {', '.join(SHAPES)}",
     )
     add_setting(parser, "budget")
-    add_option(parser, "--batch", whole(1), 1, "sequences in the batch, all with the same tokens")
+    if batch:
+        add_option(parser, "--batch", whole(1), 1, "sequences in the batch, all with the same tokens")
     add("--json", action="store_true", help="print one JSON object")
 
 
