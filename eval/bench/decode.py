@@ -37,10 +37,8 @@ def main(args: argparse.Namespace) -> int:
     floors = [setup for setup in setups if setup in AT_FLOOR_CONTEXT]
     if floors and least > FLOOR_CONTEXT:
         raise ConfigError(f"--steps {args.steps}: too many for the floor's context of {FLOOR_CONTEXT} tokens")
-    settings = {name: getattr(args, name) for name in ("budget", "batch", "steps", "synthetic", "seed", "memory_limit")}
-    settings |= {"model": args.shape or str(args.model), "dtype": args.dtype}
-    if args.host_kv != "auto":  # files of timings from before the setting go on
-        settings["host_kv"] = args.host_kv
+    names = ("budget", "batch", "steps", "synthetic", "seed", "memory_limit", "dtype", "host_kv")
+    settings = {name: getattr(args, name) for name in names} | {"model": args.shape or str(args.model)}
     if args.synthetic:
         settings["locality"] = asdict(Locality())
     timings = TimingsFile(args.out, settings | {"machine": machine(device)})

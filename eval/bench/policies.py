@@ -23,7 +23,9 @@ def main(args: argparse.Namespace) -> int:
     if args.context < (least := steps_within(args.steps) + PAST):
         raise ConfigError(f"--context {args.context}: expected at least {least}, for steps and {PAST} tokens before")
     device, names = find_device(args.device), policies_of(args.policies)
-    settings = {name: getattr(args, name) for name in ("context", "budget", "batch", "steps", "seed", "dtype")}
+    settings = {
+        name: getattr(args, name) for name in ("context", "budget", "batch", "steps", "seed", "dtype", "host_kv")
+    }
     settings["model"] = args.shape or str(args.model)
     kept = settings | {"locality": asdict(Locality()), "machine": machine(device)}
     timings = TimingsFile(args.out, kept)

@@ -22,12 +22,14 @@ from attention_predictor.arguments import add_option
 from attention_predictor.commands.bench.model_options import add_shape_arguments, check_shape_arguments
 from attention_predictor.commands.bench.policy_options import add_policies, check_policies
 from attention_predictor.kinds import number, whole
+from attention_predictor.settings import add_setting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_arguments(parser)
     add_option(parser, "--context", whole(), 32768, "tokens of prompt and decoded steps together")
     add_policies(parser)
+    add_setting(parser, "host_kv")
     add_option(parser, "--steps", whole(1), 40, "timed steps; 5 steps before and 3 after them are not timed")
     positive = number("more than 0", lambda value: value > 0, "S")
     add_option(parser, "--seconds", positive, 20.0, "stop timing a policy after this many seconds, with fewer steps")

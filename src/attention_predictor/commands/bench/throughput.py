@@ -33,17 +33,27 @@ from attention_predictor.settings import add_setting
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_arguments(parser, batch=False)
     add = parser.add_argument
-    add("--contexts", default="32768,131072", metavar="N,N", help="tokens of prompt and steps (%(default)s)")
-    add("--batches", default="1,4,8,16", metavar="N,N", help="sequences decoded at once (%(default)s)")
+    add(
+        "--contexts",
+        default="32768,131072",
+        metavar="N,N",
+        help="tokens of prompt and decoded steps together (default: %(default)s)",
+    )
+    add("--batches", default="1,4,8,16", metavar="N,N", help="sequences per batch (default: %(default)s)")
     add_setting(parser, "host_kv")
-    add("--ways", metavar="W,W", help="some of bench decode's but floor and static (graph or thread, and resident)")
-    add_option(parser, "--steps", whole(1), 40, "timed, between 5 and 3 more")
+    add("--ways", metavar="W,W", help="caches to time: those of bench decode, except floor and static")
+    add_option(parser, "--steps", whole(1), 40, "timed steps; 5 steps before and 3 after them are not timed")
     positive = number("more than 0", lambda value: value > 0, "S")
-    add_option(parser, "--seconds", positive, 60.0, "for the timed steps of a way: then no more are taken")
+    add_option(parser, "--seconds", positive, 60.0, "stop timing a cache after this many seconds, with fewer steps")
     size = number("more than 0", lambda value: value > 0, "GIB")
-    add_option(parser, "--memory-limit", size, None, "device memory torch may use, as if the card had no more")
-    add("--out", type=Path, metavar="F", help="JSON lines, written as rows come; a further run does what is missing")
-    add("--plot", type=Path, metavar="F", help="tokens a second against batch (.png, .svg, .pdf)")
+    add_option(parser, "--memory-limit", size, None, "limit torch to this much device memory, in GiB")
+    add(
+        "--out",
+        type=Path,
+        metavar="F",
+        help="append each result to this file as a JSON line; a later run measures only missing rows",
+    )
+    add("--plot", type=Path, metavar="F", help="plot tokens per second against batch into this .png, .svg or .pdf file")
     parser.set_defaults(synthetic=True)
 
 
