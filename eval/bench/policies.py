@@ -22,14 +22,14 @@ from attention_predictor.progress import Progress
 def main(args: argparse.Namespace) -> int:
     if args.context < (least := steps_within(args.steps) + PAST):
         raise ConfigError(f"--context {args.context}: expected at least {least}, for steps and {PAST} tokens before")
-    device, names = find_device(args.device), policies_of(args.policies)
+    device, policies = find_device(args.device), policies_of(args.policies)
     settings = {
         name: getattr(args, name) for name in ("context", "budget", "batch", "steps", "seed", "dtype", "host_kv")
     }
     settings["model"] = args.shape or str(args.model)
     kept = settings | {"locality": asdict(Locality()), "machine": machine(device)}
     timings = TimingsFile(args.out, kept)
-    if left := [name for name in names if timings.find(policy=name) is None]:
+    if left := [name for name in policies if timings.find(policy=name) is None]:
         model = random_or_loaded(args, device, args.context)
         work = Workload.of(model, args.context, args)
         with Progress("policies", len(left), "policies") as progress:
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
                     row["not_captured"] = why_not_captured(name, row["engine"])
                 timings.add(row)
                 progress.update()
-    found = [timings.find(policy=name) for name in names]
+    found = [timings.find(policy=name) for name in policies]
     rows = with_ratios([one for one in found if one is not None], "median_ms")
     report("policies", device, settings, rows, line=_describe, as_json=args.json)
     return 0
