@@ -36,7 +36,7 @@ PARTS: dict[str, set[str]] = {
     "": LIBRARY,
 }
 # The same within offload/, whose root modules come in two kinds.
-BASE = {"config", "stats", "policy_names", "chunk"}
+BASE = {"config", "stats", "policy_names", "chunk", "ranks"}
 MIDDLE = {"blocks", "attention"}
 OFFLOAD: dict[str, set[str]] = {
     "": set(),
