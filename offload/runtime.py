@@ -30,7 +30,7 @@ class Runtime:
         text_config: The configuration of the model's language model.
         predictor: ``None`` for policies without one.
         layers: Number of layers of the language model, tiered or not.
-        first_budgets: Budget of each tiered layer before any prompt.
+        first_budgets: Budget of each tiered layer before any prompt; by head, those of all ranks' KV heads.
         ranks: The processes among which the model is divided.
         stats: Figures so far; counts of later steps are still on the device (``counts``).
         open: False once the engine is detached.

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.errors import AttachError, AttentionPredictorError
-from attention_predictor.loading import tensor_parallel_options, load_model
+from attention_predictor.loading import load_model, tensor_parallel_options
 
 SETTINGS: dict[str, Any] = {"sink": 16, "recent": 16, "slab_blocks": 4}
 NEW = 12
@@ -90,7 +90,7 @@ def decisions(folder: Path, rank: int) -> dict[str, str]:
     limit = 1 if rank == 1 else None  # of bytes
     with attach(model, OffloadConfig(host_memory=limit, budget=96, **SETTINGS)) as engine:
         refused("host memory", lambda: engine.generate(prompt(), max_new_tokens=2))
-        refused("host memory of a forward", lambda: model(prompt()))
+        refused("host memory of a forward", lambda: _forward(model))
     with attach(model, OffloadConfig(budget=96, **SETTINGS)) as engine:
         found["after"] = str(engine.generate(prompt(), max_new_tokens=2).shape)
     odd = AutoModelForCausalLM.from_pretrained(folder / "odd", dtype=torch.float32, **tensor_parallel_options(2))
@@ -123,6 +123,11 @@ def dies(folder: Path, rank: int) -> None:
         if rank == 1:
             model.model.layers[1].register_forward_pre_hook(_fail)
         engine.generate(prompt(), max_new_tokens=4)
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel) -> None:
+    model(prompt())
 
 
 def _fail(*_: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -11,32 +10,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from attention_predictor.errors import AttentionPredictorError, ConfigError
+from attention_predictor.errors import AttentionPredictorError
+from attention_predictor.launcher import Launcher
 
 _TIMES = itertools.count()  # joins so far; each join uses its own store prefix
 PATIENCE = timedelta(days=7)  # how long finished processes wait for the others
 
 
-class Processes:
-    """This process among those of a launcher, read from its environment; a single process without one.
-
-    Attributes:
-        rank, count: This process's number, from 0 on, and how many there are.
-    """
+class Processes(Launcher):
+    """This process among those that share a run's samples."""
 
     def __init__(self) -> None:
-        try:
-            self.count = int(os.environ.get("WORLD_SIZE", "1"))
-            self.rank = int(os.environ["RANK"]) if self.count > 1 else 0
-            self.local_rank = int(os.environ.get("LOCAL_RANK", str(self.rank)))
-        except (KeyError, ValueError) as error:
-            raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE are not those of a launcher: {error}") from error
+        super().__init__()
         self._group: Any = None
         self._store: Any = None
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     def device(self, name: str) -> str:
         """The device this process uses for ``--device name``.

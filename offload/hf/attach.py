@@ -180,7 +180,6 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig, ranks: Ranks) -
     shapes = expected_shapes(model, text_config, layers, model.dtype, ranks)
     heads = {shape.kv_heads * ranks.parts for shape in shapes.values() if shape is not None}
     budgets = first_budgets(config, len(layers), heads.pop() if len(heads) == 1 else None)
-    budgets = [one if isinstance(one, int) else ranks.own_heads(one) for one in budgets]
     predictor = None
     if issubclass(policy_class(config.policy), PredictorPolicy):
         predictor = AttentionPredictor.from_pretrained(config.predictor, device=device, block_size=config.block_size)

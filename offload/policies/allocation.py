@@ -101,7 +101,7 @@ class AllocatedLayer(Protocol):
     blocks: LayerBlocks
 
     def set_budget(self, budget: Budget) -> None:
-        """Attend to ``budget`` tokens from the next step on."""
+        """Attend to ``budget`` tokens from the next step on; budgets by head are those of all ranks' KV heads."""
         ...
 
 
@@ -151,7 +151,7 @@ class PromptAllocation:
             budgets = iter(share_budget(self.config, mean_shares(torch.cat(preferences_BY, 1).T)))
             for (one, _), preference_BY in zip(recorded.values(), preferences_BY, strict=True):
                 found = tuple(islice(budgets, preference_BY.shape[1]))
-                one.set_budget(self.ranks.own_heads(found) if self.by_head else found[0])
+                one.set_budget(found if self.by_head else found[0])
 
     def _statistics(
         self, layer: AllocatedLayer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None
