@@ -31,6 +31,7 @@ class Analysis(WindowBenchmark):
     """
 
     name = "analyze"
+    measures_heads = True
 
     def __init__(self, windows: Windows, *, tails: int, window: int, predictor: str, selection: Selection) -> None:
         if window < 2:

@@ -18,10 +18,20 @@ PATIENCE = timedelta(days=7)  # how long finished processes wait for the others
 
 
 class Processes(Launcher):
-    """This process among those that share a run's samples."""
+    """This process among those of a run. They share its samples, or divide its model and do every sample together.
 
-    def __init__(self) -> None:
+    Args:
+        divide_model: Whether they divide the model (tensor parallelism).
+
+    Attributes:
+        ranks: Among how many processes the model is divided.
+        writes: Whether this process writes results.
+    """
+
+    def __init__(self, *, divide_model: bool = False) -> None:
         super().__init__()
+        self.ranks = self.count if divide_model else 1
+        self.writes = self.ranks == 1 or self.is_main
         self._group: Any = None
         self._store: Any = None
 
@@ -35,12 +45,12 @@ class Processes(Launcher):
         return f"cuda:{self.local_rank % max(torch.cuda.device_count(), 1)}"
 
     def numbers(self, total: int, what: str = "samples") -> Iterator[int]:
-        """Numbers below ``total`` in order; each goes to the process that asks first.
+        """Numbers below ``total`` in order; each goes to the process that asks first, or to all that divide the model.
 
         Args:
             what: Names the things that are counted, the same in every process.
         """
-        if self.count == 1:
+        if self.count == 1 or self.ranks > 1:
             return iter(range(total))
         counter = f"taken {what}"
         return iter(lambda: min(self._store.add(counter, 1) - 1, total), total)
@@ -49,7 +59,9 @@ class Processes(Launcher):
         if self.count > 1:
             store, rank, count = next(dist.rendezvous("env://"))
             self._store = dist.PrefixStore(f"run{next(_TIMES)}", store)
-            dist.init_process_group("gloo", store=dist.PrefixStore("group", self._store), rank=rank, world_size=count)
+            # A divided model computes with NCCL on GPUs.
+            backend = "cpu:gloo,cuda:nccl" if self.ranks > 1 and torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=dist.PrefixStore("group", self._store), rank=rank, world_size=count)
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         return self
 

@@ -36,6 +36,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, budgets: str = BUDGETS
     what += "" if out_required else "; without it only the table is printed"
     add("--out", type=Path, required=out_required, metavar="DIR", help=what)
     add("--retry-errors", action="store_true", help="try samples once more that failed")
+    what = "the processes of a launcher divide the model (tensor parallelism); without it they share the samples"
+    add("--tp", action="store_true", help=what)
 
 
 def rules_of(args: argparse.Namespace) -> list[Rule]:
