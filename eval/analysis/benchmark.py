@@ -31,7 +31,6 @@ class Analysis(WindowBenchmark):
     """
 
     name = "analyze"
-    measures_heads = True
 
     def __init__(self, windows: Windows, *, tails: int, window: int, predictor: str, selection: Selection) -> None:
         if window < 2:

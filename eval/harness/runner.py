@@ -187,7 +187,9 @@ class Plan:
         )
         model = _one_path(args.model)
         load = vars(args).get("load")  # set by ``eval several``
-        return cls(model, name, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants, load, args.tp)
+        divide_model = vars(args).get("tp", False)  # ``analyze`` has no such option
+        given = (args.dtype, args.seed, args.limit, args.out, args.retry_errors)
+        return cls(model, name, *given, variants, load, divide_model)
 
     def settings(self) -> dict[str, Any]:
         """What decides results for all variants."""
@@ -245,7 +247,7 @@ def _run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
             device = torch.device(processes.device(plan.device))
             if device.type == "cuda" and device.index is not None:
                 torch.cuda.set_device(device)  # streams and other unnumbered objects use this device
-            model = (plan.load or load_model)(plan.model, str(device), plan.dtype, ranks=processes.ranks)
+            model = (plan.load or load_model)(plan.model, str(device), plan.dtype, processes.ranks)
             every = ((task, one) for task in benchmark.tasks for one in islice(benchmark.samples(task), plan.limit))
             benchmark.prepare(EvaluatedModel(model, None), every, processes)
             processes.wait()
@@ -330,7 +332,7 @@ class _Work:
 
 
 def _attempt(
-    benchmark: Benchmark, seed: int, attached: AttachedModel, task: str, sample: Sample, *, divided: bool
+    benchmark: Benchmark, seed: int, attached: AttachedModel, task: str, sample: Sample, *, divided: bool = False
 ) -> Record:
     """Run one sample; an exception becomes the record's ``error``.
 

@@ -19,10 +19,10 @@ class LastModel:
         self._asked: tuple[str, str, str, int] | None = None
         self._model: PreTrainedModel | None = None
 
-    def __call__(self, name: str, device: str, dtype: str, *, ranks: int = 1) -> PreTrainedModel:
+    def __call__(self, name: str, device: str, dtype: str, ranks: int = 1) -> PreTrainedModel:
         if self._model is None or self._asked != (name, device, dtype, ranks):
             self._model = None  # freed before the next model is loaded
-            self._asked, self._model = (name, device, dtype, ranks), load_model(name, device, dtype, ranks=ranks)
+            self._asked, self._model = (name, device, dtype, ranks), load_model(name, device, dtype, ranks)
         return self._model
 
 

@@ -96,7 +96,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO, *, ranks: int = 1) -> PreTrainedModel:
+def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO, ranks: int = 1) -> PreTrainedModel:
     """A causal language model, in evaluation mode, on the device.
 
     ``dtype="auto"`` takes the checkpoint's own, but float32 on a CPU, where half precisions are slow; of a checkpoint
