@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import POCKET
 from rank_worker import CASES, NEW, generate, prompt
 from tiny_models import make_tiny_model
 
 from attention_predictor import OffloadConfig, attach
+from attention_predictor.cli import main
 from attention_predictor.loading import load_model
 
 TESTS = Path(__file__).parent
@@ -119,6 +121,44 @@ def test_steps_are_captured_by_all_ranks_or_by_none(folder: Path) -> None:
         assert rank["captured"]["tokens"] == rank["not captured"]["tokens"] == alone["tokens"]
         assert rank["captured"]["fallbacks"] == rank["by head"]["fallbacks"] == {}
         assert list(rank["not captured"]["fallbacks"]) == ["the prefetch thread in place of captured steps: no kernels"]
+
+
+COMMAND = ["-m", "attention_predictor.cli"]
+
+
+@pytest.mark.slow
+def test_the_command_line_prints_once_what_one_process_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (POCKET.parents[1] / "scripts" / "demo_text.txt").read_text("utf-8")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "book.txt").write_text(text[:40_000], "utf-8")
+    (tmp_path / "prompt.txt").write_text(text[:3000], "utf-8")
+    shared = ["--model", str(POCKET), "--device", "cpu"]
+    run = ["generate", *shared, "--prompt-file", str(tmp_path / "prompt.txt"), "--budget", "256"]
+    run += ["--max-new-tokens", "12", "--temperature", "0.7"]
+    measure = ["eval", "perplexity", *shared, "--data", str(tmp_path / "texts"), "--context", "600", "--limit", "1"]
+    measure += ["--policies", "full,cake", "--budgets", "256", "--out"]
+    for command, alone, among in (
+        (run, [], []),
+        (measure, [str(tmp_path / "alone")], [str(tmp_path / "among"), "--tp"]),
+    ):
+        assert main([*command, *alone]) == 0
+        printed = capsys.readouterr().out
+        (code, out, error), (other, nothing, _) = ended(start([*COMMAND, *command, *among]))
+        assert (code, other) == (0, 0), error
+        assert out == printed
+        assert nothing == ""
+
+
+def test_the_command_line_says_once_what_is_wrong(folder: Path) -> None:
+    commands = (["--model", str(folder / "odd"), "--prompt", "some words"], ["--prompt", " "])
+    for command, reason in zip(commands, ("cannot load a tokenizer", "the prompt from --prompt is empty"), strict=True):
+        found = ended(start([*COMMAND, "generate", *command]))
+        assert all(code for code, _, _ in found)
+        said = [error for _, _, error in found if "attnpred generate: " in error]
+        assert len(said) == 1, found
+        assert reason in said[0]
 
 
 def test_a_rank_that_fails_ends_the_other(folder: Path) -> None:

@@ -165,7 +165,9 @@ class PromptAllocation:
         assert rows is not None  # ``self.rows`` > 0, so the layer computed them
         mass_BGQN = rows.mass_BGQN[:, :, -WINDOW:]
         before = (layer.blocks.length - mass_BGQN.shape[2]) // layer.block_size  # whole blocks before the window
-        return entropy_and_shift(mass_BGQN[..., :before])  # of no block, zeros
+        if not before:
+            return mass_BGQN.new_zeros(layer.batch, layer.kv_heads, 2)
+        return entropy_and_shift(mass_BGQN[..., :before])
 
     def _preference(self, every_BGF: Tensor) -> Tensor:
         """fp32 ``[B, 1]``, or ``[B, G]`` by KV head."""

@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
 
 from attention_predictor.errors import AttentionPredictorError, ConfigError
 
 INTERRUPTED = 130
+STORE_WAIT = timedelta(seconds=5)
 PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")  # of torch.distributed
 
 
@@ -63,7 +65,7 @@ class Launcher:
         import torch.distributed as dist
 
         try:
-            store, _, _ = next(dist.rendezvous("env://"))
+            store, _, _ = next(dist.rendezvous("env://", timeout=STORE_WAIT))
             return int(store.add("failed processes", 1)) == 1
         except (RuntimeError, ValueError):  # the store has ended with the process that kept it
-            return False
+            return True  # rather said twice than never
