@@ -111,7 +111,8 @@ class OffloadConfig:
     Memory: where keys and values lie.
         block_size: Tokens in a block. A trained predictor is for one block size.
         skip_layers: Layers left as they are, with their whole cache on the device.
-        host_memory: Bytes of host memory the cache may use; ``None`` takes what the system reports as available.
+        host_memory: Bytes of host memory the cache may use, in each process; ``None`` takes what the system reports as
+            available.
         slab_blocks: Blocks by which host memory grows.
 
     Execution: how steps are run, and what of them is measured.

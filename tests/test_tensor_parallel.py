@@ -60,10 +60,11 @@ def ended(ranks: list[subprocess.Popen[str]], within: float = 300) -> list[tuple
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models: of two families, and one whose three KV heads two ranks can't divide."""
     path = tmp_path_factory.mktemp("models")
-    make_tiny_model("llama").save_pretrained(path / "llama")
-    make_tiny_model("qwen3").save_pretrained(path / "qwen3")
+    even = {"vocab_size": 98}  # transformers 5.17 divides no other
+    make_tiny_model("llama", **even).save_pretrained(path / "llama")
+    make_tiny_model("qwen3", **even).save_pretrained(path / "qwen3")
     odd = {"num_key_value_heads": 3, "num_attention_heads": 6, "hidden_size": 48}
-    make_tiny_model("llama", **odd).save_pretrained(path / "odd")
+    make_tiny_model("llama", **even, **odd).save_pretrained(path / "odd")
     return path
 
 
