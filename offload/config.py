@@ -113,7 +113,8 @@ class OffloadConfig:
     Memory: where keys and values are stored.
         block_size: Tokens per block. A trained predictor works with one block size only.
         skip_layers: Layers that keep their whole cache on the device and attend to all of it.
-        host_memory: Limit of host (CPU) memory for the cache, in bytes; ``None``: what the system reports as available.
+        host_memory: Limit of host (CPU) memory for the cache in each process, in bytes; ``None``: what the system
+            reports as available.
         slab_blocks: Blocks per allocation of host memory.
         host_kv: How complete blocks are stored in host memory. ``"auto"``: as the model produced them; ``"int8"``,
             ``"int4"``: as codes of 8 or 4 bits, which take about half or a third of the host memory of a 16-bit model,

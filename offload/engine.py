@@ -85,7 +85,7 @@ class Engine:
             eos_token_id: Ends a sequence; ``None``: from the model's generation config.
             pad_token_id: Fills sequences that end before others; ``None``: from the model's generation config.
             prefill_chunk_size: Prompt tokens per forward; ``None``: the whole prompt.
-            seed: Seed of the random numbers; ``None``: torch's global state.
+            seed: Seed of the random numbers; ``None``: torch's global state. Ranks use that of the first.
 
         Returns:
             int64 ``[B, T + new]``, prompts included.
@@ -109,7 +109,7 @@ class Engine:
             eos_token_id=settings.eos_token_id if eos_token_id is None else eos_token_id,
             pad_token_id=settings.pad_token_id if pad_token_id is None else pad_token_id,
             prefill_chunk_size=prefill_chunk_size,
-            seed=seed,
+            seed=self.runtime.ranks.same_seed(seed) if temperature > 0 else seed,
         )
 
     def check_fits(self, *, batch: int, tokens: int) -> None:

@@ -15,6 +15,7 @@ from attention_predictor.offload.blocks.prefetch import Prefetcher
 from attention_predictor.offload.blocks.room import Room
 from attention_predictor.offload.blocks.selection import Budget
 from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.ranks import Ranks
 from attention_predictor.offload.stats import DeviceCounts, Stats
 from attention_predictor.predictor.model import AttentionPredictor
 
@@ -29,7 +30,8 @@ class Runtime:
         text_config: The configuration of the model's language model.
         predictor: ``None`` for policies without one.
         layers: Number of layers of the language model, tiered or not.
-        first_budgets: Budget of each tiered layer before any prompt.
+        first_budgets: Budget of each tiered layer before any prompt; by head, those of all ranks' KV heads.
+        ranks: The processes among which the model is divided.
         stats: Figures so far; counts of later steps are still on the device (``counts``).
         open: False once the engine is detached.
     """
@@ -40,6 +42,7 @@ class Runtime:
     predictor: AttentionPredictor | None
     layers: int
     first_budgets: Mapping[int, Budget]
+    ranks: Ranks
     prefetcher: Prefetcher
     room: Room
     stats: Stats

@@ -33,7 +33,7 @@ from attention_predictor.offload.blocks.slot_table import chosen_blocks
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.allocation import PromptAllocation, first_budgets, mean_shares, share_budget
-from attention_predictor.offload.policies.cake import preference
+from attention_predictor.offload.policies.cake import entropy_and_shift, preference
 from attention_predictor.offload.policies.query_similarity import query_similarity
 from attention_predictor.offload.policy_names import BUILT_IN
 
@@ -118,13 +118,13 @@ def test_similarity_leaves_padding_out():
 
 def heard(monkeypatch) -> list:
     """What layers have told: queries, rows, and the preference that came of them."""
-    told, tell = [], PromptAllocation._preference
+    told, tell = [], PromptAllocation._statistics
 
     def listening(self, layer, query_BHQD, rows, real_BL):
         told.append((layer, query_BHQD, rows, tell(self, layer, query_BHQD, rows, real_BL)))
         return told[-1][-1]
 
-    monkeypatch.setattr(PromptAllocation, "_preference", listening)
+    monkeypatch.setattr(PromptAllocation, "_statistics", listening)
     return told
 
 
@@ -165,7 +165,7 @@ def test_cake_budgets_follow_the_attention_map(tiny_model, ids):
         attentions = model(prompt, output_attentions=True).attentions
     before = (300 - 32) // 16  # whole blocks before the window
     masses = [one[:, :, -32:, : 16 * before].unflatten(-1, (before, 16)).sum(-1) for one in attentions]
-    preferences = torch.stack([preference(mass.unflatten(1, (2, -1)).mean(2)) for mass in masses])
+    preferences = torch.stack([preference(entropy_and_shift(mass.unflatten(1, (2, -1)).mean(2))) for mass in masses])
     expected = share_budget(
         OffloadConfig(**SMALL | {"budget": 4096}), (preferences / preferences.sum(0))[:, 0].tolist()
     )

@@ -15,7 +15,19 @@ Edge = tuple[str, str]  # module, and a module that it imports; both without the
 
 # What anyone may use. They know one another alone.
 HELPERS = {
-    *("arithmetic", "documents", "errors", "figures", "gguf_file", "kinds", "lazy", "parser", "progress", "reading"),
+    *(
+        "arithmetic",
+        "documents",
+        "errors",
+        "figures",
+        "gguf_file",
+        "kinds",
+        "launcher",
+        "lazy",
+        "parser",
+        "progress",
+        "reading",
+    ),
     *("sizes", "writing"),
 }
 LIBRARY = HELPERS | {"csrc", "predictor", "offload"}
@@ -36,7 +48,7 @@ PARTS: dict[str, set[str]] = {
     "": LIBRARY,
 }
 # The same within offload/, whose root modules come in two kinds.
-BASE = {"config", "stats", "policy_names", "chunk"}
+BASE = {"config", "stats", "policy_names", "chunk", "ranks"}
 MIDDLE = {"blocks", "attention"}
 OFFLOAD: dict[str, set[str]] = {
     "": set(),

@@ -33,7 +33,7 @@ from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import LayerSpec, policy_class
 from attention_predictor.offload.policies.allocation import allocation_of, first_budgets, mean_shares, share_budget
 from attention_predictor.offload.policies.base import BlockValues, newest_first
-from attention_predictor.offload.policies.cake import preference
+from attention_predictor.offload.policies.cake import entropy_and_shift, preference
 from attention_predictor.offload.policies.snapkv import pooled
 from attention_predictor.offload.policy_names import BUILT_IN
 
@@ -511,7 +511,7 @@ def test_cake_shares_equal_their_definition():
                 one.append(entropy ** (1 / tau1) * shift ** (1 / tau2))
             preferences.append(one)
         expected = torch.tensor(preferences) / torch.tensor(preferences).sum(0)
-        preference_YB = torch.stack([preference(mass_BGQN, tau1, tau2) for mass_BGQN in layers])
+        preference_YB = torch.stack([preference(entropy_and_shift(mass_BGQN), tau1, tau2) for mass_BGQN in layers])
         assert preference_YB.shape == (3, B)
         assert torch.allclose(preference_YB / preference_YB.sum(0), expected, rtol=1e-3)
         assert torch.allclose(torch.tensor(mean_shares(preference_YB)), expected.mean(1), rtol=1e-3)
@@ -521,9 +521,13 @@ def test_cake_wants_room_where_attention_is_spread_and_shifts():
     concentrated, spread = torch.zeros(1, 1, 32, 20), torch.full((1, 1, 32, 20), 0.05)
     concentrated[..., 3] = 1.0
     moving = torch.eye(20).repeat(2, 1)[None, None, :32]
-    assert preference(concentrated) == 0  # no entropy, no shift
-    assert preference(spread) < 1e-6  # it never shifts
-    assert preference(0.5 * spread + 0.5 * moving) > preference(0.9 * spread + 0.1 * moving) > 0
+    assert preference(entropy_and_shift(concentrated)) == 0  # no entropy, no shift
+    assert preference(entropy_and_shift(spread)) < 1e-6  # it never shifts
+    assert (
+        preference(entropy_and_shift(0.5 * spread + 0.5 * moving))
+        > preference(entropy_and_shift(0.9 * spread + 0.1 * moving))
+        > 0
+    )
 
 
 # ---- LazyEviction ----------------------------------------------------------------------------------------------------

@@ -159,10 +159,13 @@ class Continuation(WindowBenchmark):
                     try:
                         found = write_reference(stock, sample.hidden["prompt"], self.tokens)
                     except (AttentionPredictorError, RuntimeError) as error:  # too long, or out of memory
+                        if processes.ranks > 1 and not isinstance(error, AttentionPredictorError):
+                            raise  # the others wait for this process: all end
                         reason = f"{type(error).__name__}: {one_line(error, 200)}"
                         print(f"{task} {sample.id}: the stock model generated no continuation: {reason}")
                     else:
-                        write_atomically(path, found.to_bytes())
+                        if processes.writes:
+                            write_atomically(path, found.to_bytes())
                 progress.reach(number + 1)
 
     def predict(self, subject: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -11,34 +10,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from attention_predictor.errors import AttentionPredictorError, ConfigError
+from attention_predictor.errors import AttentionPredictorError
+from attention_predictor.launcher import Launcher
 
 _TIMES = itertools.count()  # joins so far; each join uses its own store prefix
 PATIENCE = timedelta(days=7)  # how long finished processes wait for the others
 
 
-class Processes:
-    """This process among those of a launcher, read from its environment; a single process without one.
+class Processes(Launcher):
+    """This process among those of a run. They share its samples, or divide its model and do every sample together.
+
+    Args:
+        divide_model: Whether they divide the model (tensor parallelism).
 
     Attributes:
-        rank, count: This process's number, from 0 on, and how many there are.
+        ranks: Among how many processes the model is divided.
+        writes: Whether this process writes results.
     """
 
-    def __init__(self) -> None:
-        try:
-            self.count = int(os.environ.get("WORLD_SIZE", "1"))
-            self.rank = int(os.environ["RANK"]) if self.count > 1 else 0
-            self.local_rank = int(os.environ.get("LOCAL_RANK", str(self.rank)))
-        except (KeyError, ValueError) as error:
-            raise ConfigError(
-                f"RANK, LOCAL_RANK and WORLD_SIZE are not values that a launcher sets: {error}"
-            ) from error
+    def __init__(self, *, divide_model: bool = False) -> None:
+        super().__init__()
+        self.ranks = self.count if divide_model else 1
+        self.writes = self.ranks == 1 or self.is_main
         self._group: Any = None
         self._store: Any = None
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     def device(self, name: str) -> str:
         """The device this process uses for ``--device name``.
@@ -50,12 +45,12 @@ class Processes:
         return f"cuda:{self.local_rank % max(torch.cuda.device_count(), 1)}"
 
     def numbers(self, total: int, what: str = "samples") -> Iterator[int]:
-        """Numbers below ``total`` in order; each goes to the process that asks first.
+        """Numbers below ``total`` in order; each goes to the process that asks first, or to all that divide the model.
 
         Args:
             what: Names the things that are counted, the same in every process.
         """
-        if self.count == 1:
+        if self.count == 1 or self.ranks > 1:
             return iter(range(total))
         counter = f"taken {what}"
         return iter(lambda: min(self._store.add(counter, 1) - 1, total), total)
@@ -64,7 +59,9 @@ class Processes:
         if self.count > 1:
             store, rank, count = next(dist.rendezvous("env://"))
             self._store = dist.PrefixStore(f"run{next(_TIMES)}", store)
-            dist.init_process_group("gloo", store=dist.PrefixStore("group", self._store), rank=rank, world_size=count)
+            # A divided model computes with NCCL on GPUs.
+            backend = "cpu:gloo,cuda:nccl" if self.ranks > 1 and torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=dist.PrefixStore("group", self._store), rank=rank, world_size=count)
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         return self
 

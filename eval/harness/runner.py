@@ -23,7 +23,8 @@ Scores are computed from records only, so they can be computed again without mod
   samples is refused; more policies, budgets and tasks can be added.
 - Bad input is refused before the model is loaded.
 - Under ``accelerate launch`` or ``torchrun`` each process takes the next sample when it is free; the files are the
-  same. Random numbers depend on seed, task and sample only.
+  same. With ``--tp`` they divide the model instead, and do every sample together; engine's stats are the first one's.
+  Random numbers depend on seed, task and sample only.
 - Decoding is greedy, one sequence at a time, since a budget is per sequence.
 """
 
@@ -36,7 +37,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby, islice, product
 from operator import itemgetter
@@ -47,7 +48,14 @@ import torch
 from transformers import PreTrainedModel
 
 from attention_predictor.commands import run_options
-from attention_predictor.errors import AttentionPredictorError, DataError, one_line
+from attention_predictor.errors import (
+    AttentionPredictorError,
+    ConfigError,
+    ContextLengthError,
+    DataError,
+    HostMemoryError,
+    one_line,
+)
 from attention_predictor.eval.harness.attached_model import AttachedModel
 from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
 from attention_predictor.eval.harness.predictions import Appender, Record, part
@@ -56,6 +64,7 @@ from attention_predictor.eval.harness.provenance import describe_model, describe
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.step_series import record_steps
 from attention_predictor.eval.harness.variants import Variant, make_variants
+from attention_predictor.launcher import Launcher
 from attention_predictor.loading import device_name, find_device, load_model
 from attention_predictor.offload.stats import Stats
 from attention_predictor.progress import Progress
@@ -66,6 +75,7 @@ STATS = (
     *("device_kv_bytes", "full_kv_bytes", "recovery", "relative_recovery"),
 )
 ERROR_CHARACTERS = 300
+REFUSALS = (ConfigError, ContextLengthError, DataError, HostMemoryError)
 KEPT_SAMPLES = 256  # at most; more samples are generated again for each variant
 
 
@@ -93,9 +103,11 @@ class Benchmark(ABC):
         name: The name in ``attnpred eval <name>``.
         tasks: Task names, in the order of the table.
         missing: Fields of a failed sample's record.
+        measures_heads: Whether it measures the heads that a process has; then ``--tp``, which divides them, is refused.
     """
 
     name: ClassVar[str]
+    measures_heads: ClassVar[bool] = False
     missing: ClassVar[Mapping[str, Any]] = {"pred": ""}
     tasks: Sequence[str]
 
@@ -157,7 +169,8 @@ class Plan:
     out: Path
     retry_errors: bool
     variants: Sequence[Variant]
-    load: Callable[[str, str, str], PreTrainedModel] | None = None
+    load: Callable[..., PreTrainedModel] | None = None  # as ``load_model``
+    divide_model: bool = False
 
     @classmethod
     def of(cls, args: argparse.Namespace, **defaults: Any) -> Plan:
@@ -174,7 +187,9 @@ class Plan:
         )
         model = _one_path(args.model)
         load = vars(args).get("load")  # set by ``eval several``
-        return cls(model, name, args.dtype, args.seed, args.limit, args.out, args.retry_errors, variants, load)
+        divide_model = vars(args).get("tp", False)  # ``analyze`` has no such option
+        given = (args.dtype, args.seed, args.limit, args.out, args.retry_errors)
+        return cls(model, name, *given, variants, load, divide_model)
 
     def settings(self) -> dict[str, Any]:
         """What decides results for all variants."""
@@ -208,9 +223,18 @@ def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
     Raises:
         DataError, ConfigError, CheckpointError: Bad input, found before the model is loaded.
     """
+    with Launcher().as_one() if plan.divide_model else nullcontext():
+        return _run(benchmark, plan)
+
+
+def _run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
+    if plan.divide_model and (
+        benchmark.measures_heads or any(one.config is not None and one.config.measure_recovery for one in plan.variants)
+    ):
+        raise ConfigError(f"--tp: {benchmark.name} measures every head, of which each process has a part: leave it out")
     description = describe(benchmark, plan)
     RunFolder(plan.out).check(description)
-    with Processes() as processes, ExitStack() as stack:
+    with Processes(divide_model=plan.divide_model) as processes, ExitStack() as stack:
         folder = RunFolder(plan.out)
         if processes.is_main:
             folder.check(description)  # again: another run may have begun here in the meantime
@@ -223,7 +247,7 @@ def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
             device = torch.device(processes.device(plan.device))
             if device.type == "cuda" and device.index is not None:
                 torch.cuda.set_device(device)  # streams and other unnumbered objects use this device
-            model = (plan.load or load_model)(plan.model, str(device), plan.dtype)
+            model = (plan.load or load_model)(plan.model, str(device), plan.dtype, processes.ranks)
             every = ((task, one) for task in benchmark.tasks for one in islice(benchmark.samples(task), plan.limit))
             benchmark.prepare(EvaluatedModel(model, None), every, processes)
             processes.wait()
@@ -281,11 +305,15 @@ class _Work:
         """Run samples given by number (for the progress over all processes) and index, in order."""
         path = self.folder.results(attached.variant.name, task)
         samples = enumerate(self._samples(task))
-        with Appender(part(path, self.processes.rank) if self.processes.count > 1 else path) as results:
+        shared = self.processes.count > 1 and self.processes.ranks == 1
+        path = part(path, self.processes.rank) if shared else path
+        with Appender(path) if self.processes.writes else nullcontext() as results:
             for number, index in mine:
                 sample = next(sample for place, sample in samples if place == index)
-                record = _attempt(self.benchmark, self.plan.seed, attached, task, sample)
-                results.append({"index": index} | record)
+                divided = self.processes.ranks > 1
+                record = _attempt(self.benchmark, self.plan.seed, attached, task, sample, divided=divided)
+                if results is not None:
+                    results.append({"index": index} | record)
                 progress.reach(self.total - len(self.left) + number + 1)
                 if record.get("error", "").startswith(torch.AcceleratorError.__name__):
                     raise AttentionPredictorError(
@@ -303,8 +331,14 @@ class _Work:
         return self.kept[task]
 
 
-def _attempt(benchmark: Benchmark, seed: int, attached: AttachedModel, task: str, sample: Sample) -> Record:
-    """Run one sample; an exception becomes the record's ``error``."""
+def _attempt(
+    benchmark: Benchmark, seed: int, attached: AttachedModel, task: str, sample: Sample, *, divided: bool = False
+) -> Record:
+    """Run one sample; an exception becomes the record's ``error``.
+
+    With a ``divided`` model only a refusal does, which all processes share: after another exception the others would
+    wait for this one for ever.
+    """
     name = f"{seed}/{task}/{sample.id}".encode("utf-8", "backslashreplace")  # ids may be any text
     torch.manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1)
     started = time.perf_counter()
@@ -315,6 +349,8 @@ def _attempt(benchmark: Benchmark, seed: int, attached: AttachedModel, task: str
             if engine is not None:
                 figures = _figures(engine.stats) | ({"over_steps": series.record()} if series.steps else {})
     except Exception as error:  # recorded and counted in the table; the other samples run on
+        if divided and not isinstance(error, REFUSALS):
+            raise
         found = dict(benchmark.missing) | {"error": f"{type(error).__name__}: {one_line(error, ERROR_CHARACTERS)}"}
     if "error" in found:  # outside the handler: the error and its frames are freed
         gc.collect()

@@ -16,13 +16,13 @@ class LastModel:
     """Loads models and keeps the last one for reuse."""
 
     def __init__(self) -> None:
-        self._asked: tuple[str, str, str] | None = None
+        self._asked: tuple[str, str, str, int] | None = None
         self._model: PreTrainedModel | None = None
 
-    def __call__(self, name: str, device: str, dtype: str) -> PreTrainedModel:
-        if self._model is None or self._asked != (name, device, dtype):
+    def __call__(self, name: str, device: str, dtype: str, ranks: int = 1) -> PreTrainedModel:
+        if self._model is None or self._asked != (name, device, dtype, ranks):
             self._model = None  # freed before the next model is loaded
-            self._asked, self._model = (name, device, dtype), load_model(name, device, dtype)
+            self._asked, self._model = (name, device, dtype, ranks), load_model(name, device, dtype, ranks)
         return self._model
 
 

@@ -11,13 +11,14 @@ from attention_predictor.offload.blocks.available_memory import available_memory
 from attention_predictor.offload.blocks.block_codec import stored_bytes
 from attention_predictor.offload.blocks.host_memory import SPARE_BYTES, HostMemory
 from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.ranks import Ranks
 from attention_predictor.sizes import size_text
 
 GROWTH = 4096  # tokens that captured steps reserve ahead; when they are used up, steps are captured again
 
 
 class KVShape(NamedTuple):
-    """The shape of one token's keys or values in one layer."""
+    """The shape of one token's keys or values in one layer, of this rank's KV heads."""
 
     kv_heads: int
     head_dim: int
@@ -27,15 +28,24 @@ class KVShape(NamedTuple):
 class Room:
     """Host memory of an engine's caches: how much they need, whether it fits, and its allocation.
 
+    All figures are this rank's own; whether a cache fits is decided by all ranks together.
+
     Attributes:
         shapes: KV shape of each tiered layer; ``None`` until its first tensors show it.
         captures: Whether steps may be captured, which reserves memory ahead.
     """
 
     def __init__(
-        self, config: OffloadConfig, memory: HostMemory, shapes: dict[int, KVShape | None], *, captures: bool
+        self,
+        config: OffloadConfig,
+        memory: HostMemory,
+        shapes: dict[int, KVShape | None],
+        ranks: Ranks,
+        *,
+        captures: bool,
     ) -> None:
         self.config, self.memory, self.shapes, self.captures = config, memory, shapes, captures
+        self.ranks = ranks
         self.slab_tokens = config.slab_blocks * config.block_size
         self._tight = False  # too little memory to reserve GROWTH tokens
 
@@ -75,17 +85,24 @@ class Room:
             room: Tokens for which the cache has slabs.
 
         Raises:
-            HostMemoryError: It would not fit in ``config.host_memory``, or in what the system has available.
+            HostMemoryError: It would not fit in ``config.host_memory``, or in what the system has available, on this
+                rank or on another one.
         """
         if tokens <= room:
             return
+        with self.ranks.together():
+            self._check(batch, tokens, room)
+        self._tight = any(self.ranks.gather(self._tight))
+
+    def _check(self, batch: int, tokens: int, room: int) -> None:
         needed = self.bytes_for(batch, tokens)
         own = self.bytes_for(batch, room) if room else 0
         if self.config.host_memory is not None:
             limit = self.config.host_memory - (self.memory.lent_bytes - own)
             source = "host_memory allows"
         else:
-            limit = available_memory() - SPARE_BYTES - self.memory.unready_bytes + self.memory.free_bytes + own
+            share = (available_memory() - SPARE_BYTES) // self.ranks.on_host
+            limit = share - self.memory.unready_bytes + self.memory.free_bytes + own
             source = "the system has available"
             self._tight = self.captures and self.bytes_for(batch, (tokens // GROWTH + 1) * GROWTH + GROWTH) > limit
         if needed > limit:

@@ -12,6 +12,7 @@ from attention_predictor.arithmetic import ceil_div
 
 if TYPE_CHECKING:
     from attention_predictor.offload.config import OffloadConfig
+    from attention_predictor.offload.ranks import Ranks
 
 NEVER, ALWAYS = float("-inf"), float("inf")
 Budget = int | tuple[int, ...]  # tokens: one number for a layer, or one for each of its KV heads
@@ -42,8 +43,8 @@ class Selection:
     """The block arithmetic of one layer's budget. Counts are tokens; ``reserve`` is a share of the budget.
 
     Up to ``dense_tokens`` tokens, the mean budget of all layers, a step attends to everything, even in a layer with a
-    smaller budget. If KV heads have their own budgets (``heads``), ``budget`` is the largest of them: all heads have
-    the same number of slots, reserve and late fetches.
+    smaller budget. If KV heads have their own budgets (``heads``), ``budget`` is the largest of the layer, which may be
+    another rank's: all heads have the same number of slots, reserve and late fetches.
     """
 
     budget: int
@@ -55,13 +56,24 @@ class Selection:
     heads: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, config: OffloadConfig, budget: Budget | None = None) -> Selection:
-        """The configured selection; ``budget`` overrides the configured budget for this layer."""
+    def of(cls, config: OffloadConfig, budget: Budget | None = None, ranks: Ranks | None = None) -> Selection:
+        """The configured selection; ``budget`` overrides the configured budget for this layer.
+
+        Budgets by head are those of all KV heads; of several ``ranks``, each selects for its own.
+        """
         given = config.budget if budget is None else budget
-        own, heads = (given, ()) if isinstance(given, int) else (max(given), given)
-        alike = len(set(heads)) <= 1
+        largest, heads = (given, ()) if isinstance(given, int) else (max(given), given)
+        if ranks is not None:
+            heads = ranks.own_heads(heads)
+        alike = set(heads) <= {largest}
         return cls(
-            own, config.block_size, config.sink, config.recent, config.reserve, config.budget, () if alike else heads
+            largest,
+            config.block_size,
+            config.sink,
+            config.recent,
+            config.reserve,
+            config.budget,
+            () if alike else heads,
         )
 
     @property

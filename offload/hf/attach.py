@@ -30,6 +30,7 @@ from attention_predictor.offload.hf.warm_up import warm_up
 from attention_predictor.offload.policies import policy_class
 from attention_predictor.offload.policies.allocation import first_budgets
 from attention_predictor.offload.policies.predictor import PredictorPolicy
+from attention_predictor.offload.ranks import Ranks
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.stats import DeviceCounts, Stats
 from attention_predictor.predictor.model import AttentionPredictor
@@ -58,15 +59,24 @@ def attach(model: PreTrainedModel, config: OffloadConfig | None = None) -> Engin
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
         model = model.get_base_model()
     _check_model(model, config)
-    runtime = _make_runtime(model, config)
+    ranks = Ranks.of(model)
+    _check_ranks(type(model).__name__, config, ranks)
+    with ranks.together():
+        runtime = _make_runtime(model, config, ranks)
     attachment = Attachment()
     try:
-        engine = _install(model, runtime, attachment)
+        with ranks.together():
+            engine = _install(model, runtime, attachment)
     except BaseException:
         attachment.undo()
         runtime.close()
         raise
     return engine
+
+
+def _check_ranks(name: str, config: OffloadConfig, ranks: Ranks) -> None:
+    if ranks.count > 1 and config.compile:
+        raise ConfigError(f"compile=True: {name} is divided among {ranks.count} ranks: expected compile=False")
 
 
 def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -> Engine:
@@ -162,14 +172,14 @@ def _refusal(message: str) -> Any:
     return refuse
 
 
-def _make_runtime(model: PreTrainedModel, config: OffloadConfig) -> Runtime:
+def _make_runtime(model: PreTrainedModel, config: OffloadConfig, ranks: Ranks) -> Runtime:
     device, text_config = model.device, model.config.get_text_config(decoder=True)
     own = decoder_layers(_decoder(model))
     count = len(own) if own is not None else text_config.num_hidden_layers
     layers = [number for number in full_attention_layers(text_config) if number < count]
     layers = [number for number in layers if number not in config.skip_layers]
-    shapes = expected_shapes(model, text_config, layers, model.dtype.itemsize)
-    heads = {shape.kv_heads for shape in shapes.values() if shape is not None}
+    shapes = expected_shapes(model, text_config, layers, model.dtype, ranks)
+    heads = {shape.kv_heads * ranks.parts for shape in shapes.values() if shape is not None}
     budgets = first_budgets(config, len(layers), heads.pop() if len(heads) == 1 else None)
     predictor = None
     if issubclass(policy_class(config.policy), PredictorPolicy):
@@ -185,8 +195,9 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig) -> Runtime:
         predictor=predictor,
         layers=count,
         first_budgets=dict(zip(layers, budgets, strict=True)),
+        ranks=ranks,
         prefetcher=make_prefetcher(config.prefetch, device),
-        room=Room(config, memory, shapes, captures=captures),
+        room=Room(config, memory, shapes, ranks, captures=captures),
         stats=stats,
         counts=DeviceCounts(device, text_config.num_hidden_layers),
     )

@@ -60,7 +60,9 @@ def adopt(cache: Cache, runtime: Runtime) -> None:
             "start from an empty one, or from engine.new_cache()"
         )
     tiered = runtime.tiered_layers
-    allocation = PromptAllocation.of(runtime.config, [number for number in range(len(layers)) if number in tiered])
+    allocation = PromptAllocation.of(
+        runtime.config, [number for number in range(len(layers)) if number in tiered], runtime.ranks
+    )
     cache.layers = [
         TieredLayer(runtime, number, allocation) if number in tiered else layer
         for number, layer in enumerate(layers[: runtime.layers])  # some configurations count an encoder's

@@ -58,10 +58,12 @@ class CapturedSteps:
     def step(self, cache: TieredCache, given: dict[str, Any]) -> Any:
         """Run this forward as a captured step and return its output; ``None`` if the host has to run it."""
         cache_graph = self._cache_graphs.get(cache)
-        if is_one_token(given) and is_ready(cache):
+        entered = cache_graph is not None and cache_graph.entered
+        if is_one_token(given) and (entered or self._all_ready(cache)):
             reason = self._failure or why_unsupported_call(given, self.config)
-            if reason is None and (cache_graph is None or not cache_graph.entered):
-                reason = why_not_captured(cache, cache_graph)
+            if reason is None and not entered:
+                # Ranks may differ in kernels and pinned memory. All else follows from the call, the same on each.
+                reason = self.runtime.ranks.first(why_not_captured(cache, cache_graph))
             if reason is None and not keeps_padding(cache, given.get("attention_mask")):
                 reason = "the attention mask does not hide exactly the prompt's left padding"
             if reason is None:
@@ -75,6 +77,10 @@ class CapturedSteps:
         if cache_graph is not None:
             cache_graph.leave()
         return None
+
+    def _all_ready(self, cache: TieredCache) -> bool:
+        """Whether the cache is ready on every rank: budgets by head differ among them."""
+        return all(self.runtime.ranks.gather(is_ready(cache)))
 
     def leave(self) -> None:
         """End captured steps on all caches; the host runs their next steps."""
@@ -309,9 +315,10 @@ class CacheGraph:
         return output
 
     def _capture(self, cache: TieredCache) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, failure = torch.cuda.CUDAGraph(), None
         self.running = True
         try:
+            # By thread: NCCL's own thread queries events meanwhile, which would end another mode's capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 output = self._step(cache)
         except RuntimeError as error:
@@ -319,8 +326,12 @@ class CacheGraph:
             for one in self._all_layers:
                 one.awaits_attention = False
             _end_capture_of_random_numbers(self.runtime.device)
-            raise CaptureError(str(error).splitlines()[0]) from error
+            failure = error
         finally:
             self.running = False
+        # The graph holds the ranks' all-reduces: it is replayed by all or by none.
+        reason = self.runtime.ranks.first(None if failure is None else str(failure).splitlines()[0])
+        if reason is not None:
+            raise CaptureError(reason) from failure
         # Without the cache: it owns this object, and a reference back would keep it alive.
         self.graph, self.output = graph, changed(output, cache=None)

@@ -89,7 +89,7 @@ class TieredLayer(CacheLayerMixin):
         self.awaits_attention = False  # between `update` and `attend`
         self.handed: Handed | None = None
         self.is_padded = False  # whether the last mask hid any token
-        self.selection = Selection.of(self.runtime.config, self.runtime.first_budgets[self.number])
+        self.selection = Selection.of(self.runtime.config, self.runtime.first_budgets[self.number], self.runtime.ranks)
         self.schedule: Schedule = EagerSchedule(self.runtime.prefetcher)
         self.arrived_BH: Tensor | None = None  # made at the first captured query, which shows the number of heads
         self.real_BL: Tensor | None = None  # during captured steps
@@ -441,8 +441,8 @@ class TieredLayer(CacheLayerMixin):
     # ---- choosing blocks -------------------------------------------------------------------------------------------
 
     def set_budget(self, budget: Budget) -> None:
-        """Attend to ``budget`` tokens from the next step on."""
-        self.selection = self.policy.selection = Selection.of(self.runtime.config, budget)
+        """Attend to ``budget`` tokens from the next step on; budgets by head are those of all ranks' KV heads."""
+        self.selection = self.policy.selection = Selection.of(self.runtime.config, budget, self.runtime.ranks)
         self._fetch_ahead()
         self.note_memory()
 

@@ -22,7 +22,10 @@ def warm_up(runtime: Runtime, config: PreTrainedConfig, dtype: torch.dtype) -> N
     """Run a prompt of zeros through a temporary layer of the expected sizes, so that CUDA loads the kernels."""
     number = min(runtime.tiered_layers)
     shape, heads = runtime.room.shapes[number], getattr(layer_config(config, number), "num_attention_heads", None)
-    if shape is None or heads is None or heads % shape.kv_heads:
+    if shape is None or heads is None:
+        return
+    heads //= runtime.ranks.parts  # the configuration counts those of all ranks
+    if heads % shape.kv_heads:
         return
     counts = DeviceCounts(runtime.device, number + 1)
     alone = replace(runtime, prefetcher=SyncPrefetcher(), stats=Stats(), counts=counts, open=True)

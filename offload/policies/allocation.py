@@ -18,7 +18,7 @@ its sequences' shares. Prompt statistics are complete after the last layer, so n
 at least 32 tokens sets the budgets anew; shorter ones, such as drafts, do not.
 
 Suffixes: B sequences, G KV heads, H query heads, Q queries, T tokens, L tokens of the sequence, D head size, N blocks,
-Y layers, or the KV heads of all layers.
+F statistics, Y layers, or the KV heads of all layers.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from attention_predictor.errors import ConfigError
 from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.blocks.selection import Budget
 from attention_predictor.offload.policies import policy_class
-from attention_predictor.offload.policies.cake import preference
+from attention_predictor.offload.policies.cake import entropy_and_shift, preference
 from attention_predictor.offload.policies.query_similarity import WINDOW, query_similarity
+from attention_predictor.offload.ranks import Ranks
 
 if TYPE_CHECKING:
     from attention_predictor.offload.blocks.layer_blocks import LayerBlocks
@@ -64,7 +65,10 @@ def share_budget(config: OffloadConfig, weights: Sequence[float]) -> list[int]:
 
 
 def first_budgets(config: OffloadConfig, layers: int, kv_heads: int | None = None) -> list[Budget]:
-    """The layers' budgets before any prompt; ``ConfigError`` where configured budgets don't fit the model."""
+    """The layers' budgets before any prompt; ``ConfigError`` where configured budgets don't fit the model.
+
+    ``kv_heads`` are those of the whole model, and so are budgets by head.
+    """
     kind = allocation_of(config)
     if not isinstance(kind, str):
         if len(kind) != layers:
@@ -97,32 +101,32 @@ class AllocatedLayer(Protocol):
     blocks: LayerBlocks
 
     def set_budget(self, budget: Budget) -> None:
-        """Attend to ``budget`` tokens from the next step on."""
+        """Attend to ``budget`` tokens from the next step on; budgets by head are those of all ranks' KV heads."""
         ...
 
 
 class PromptAllocation:
     """Budgets that the prompt decides, for the layers of one cache. Each layer records its statistics; the last layer's
-    call sets all budgets.
+    call sets all budgets. They are those of the whole model, on every rank that has a part of it.
 
     Attributes:
         rows: How many of the last queries' score rows a layer has to pass to ``record``.
     """
 
-    def __init__(self, config: OffloadConfig, layers: Sequence[int]) -> None:
+    def __init__(self, config: OffloadConfig, layers: Sequence[int], ranks: Ranks) -> None:
         kind = allocation_of(config)
         assert isinstance(kind, str)
-        self.config, self.layers = config, sorted(layers)
+        self.config, self.layers, self.ranks = config, sorted(layers), ranks
         self.by_queries, self.by_head = kind.startswith("qsim"), kind.endswith(BY_HEAD)
         self.rows = 0 if self.by_queries else WINDOW
         self.recorded: dict[int, tuple[AllocatedLayer, Tensor]] = {}
 
     @classmethod
-    def of(cls, config: OffloadConfig, layers: Sequence[int]) -> PromptAllocation | None:
+    def of(cls, config: OffloadConfig, layers: Sequence[int], ranks: Ranks) -> PromptAllocation | None:
         """``None`` where budgets don't depend on the prompt."""
         if allocation_of(config) not in FROM_PROMPT or policy_class(config.policy).selects == "all":
             return None
-        return cls(config, layers)
+        return cls(config, layers, ranks)
 
     def applies_to(self, queries: int, length: int) -> bool:
         """Whether a forward of ``queries`` tokens sets budgets; ``length`` is the cache's length including them."""
@@ -138,31 +142,39 @@ class PromptAllocation:
         """
         if layer.number == self.layers[0]:
             self.recorded = {}  # drop records of an interrupted forward
-        self.recorded[layer.number] = layer, self._preference(layer, query_BHQD, rows, real_BL)
+        self.recorded[layer.number] = layer, self._statistics(layer, query_BHQD, rows, real_BL)
         if layer.number == self.layers[-1]:
             # Emptied first: a reference cycle of layer and allocation would keep the cache's memory alive.
             recorded, self.recorded = self.recorded, {}
-            preference_YB = torch.cat([preference_BY.T for _, preference_BY in recorded.values()])
-            budgets = iter(share_budget(self.config, mean_shares(preference_YB)))
-            for one, preference_BY in recorded.values():
-                own = tuple(islice(budgets, preference_BY.shape[1]))
-                one.set_budget(own if self.by_head else own[0])
+            every_BGF = self.ranks.gather_heads([own_BGF for _, own_BGF in recorded.values()])
+            preferences_BY = [self._preference(one_BGF) for one_BGF in every_BGF]
+            budgets = iter(share_budget(self.config, mean_shares(torch.cat(preferences_BY, 1).T)))
+            for (one, _), preference_BY in zip(recorded.values(), preferences_BY, strict=True):
+                found = tuple(islice(budgets, preference_BY.shape[1]))
+                one.set_budget(found if self.by_head else found[0])
 
-    def _preference(
+    def _statistics(
         self, layer: AllocatedLayer, query_BHQD: Tensor, rows: ScoreRows | None, real_BL: Tensor | None
     ) -> Tensor:
-        """fp32 ``[B, 1]``, or ``[B, G]`` by KV head; NaN for a sequence with too few queries to judge."""
-        parts = layer.kv_heads if self.by_head else 1
+        """What the preference is made of, by KV head: fp32 ``[B, G, F]``; NaN for a sequence with too few queries."""
         if self.by_queries:
             last_BHTD = query_BHQD[:, :, -WINDOW:]
             real_BT = None if real_BL is None else real_BL[:, -last_BHTD.shape[2] :]
-            return (1 - query_similarity(last_BHTD, real_BT).unflatten(1, (parts, -1)).mean(2)).clamp_min(0)
+            turn_BH = 1 - query_similarity(last_BHTD, real_BT)
+            return turn_BH.unflatten(1, (layer.kv_heads, -1)).mean(2)[..., None]
         assert rows is not None  # ``self.rows`` > 0, so the layer computed them
         mass_BGQN = rows.mass_BGQN[:, :, -WINDOW:]
         before = (layer.blocks.length - mass_BGQN.shape[2]) // layer.block_size  # whole blocks before the window
         if not before:
-            return mass_BGQN.new_zeros(layer.batch, parts)
-        return torch.stack([preference(part) for part in mass_BGQN[..., :before].chunk(parts, 1)], 1)
+            return mass_BGQN.new_zeros(layer.batch, layer.kv_heads, 2)
+        return entropy_and_shift(mass_BGQN[..., :before])
+
+    def _preference(self, every_BGF: Tensor) -> Tensor:
+        """fp32 ``[B, 1]``, or ``[B, G]`` by KV head."""
+        parts = every_BGF.split(1, 1) if self.by_head else [every_BGF]
+        if self.by_queries:
+            return torch.cat([part_BGF.mean(1) for part_BGF in parts], 1).clamp_min(0)
+        return torch.stack([preference(part_BGF) for part_BGF in parts], 1)
 
 
 def mean_shares(preference_YB: Tensor) -> list[float]:

@@ -33,13 +33,14 @@ class CAKE(SnapKV):
         return mass_BGQN.mean(2) + self.gamma * _variance(mass_BGQN)
 
 
-def preference(mass_BGQN: Tensor, tau1: float = 1.0, tau2: float = 1.0) -> Tensor:
-    """A layer's preference for room, ``[B]``, from the rows of the window's queries over the blocks before them.
+def entropy_and_shift(mass_BGQN: Tensor) -> Tensor:
+    """Entropy and shift of each KV head, ``[B, G, 2]``, from the window's rows over the blocks before it."""
+    return torch.stack([torch.special.entr(mass_BGQN).sum((2, 3)), _variance(mass_BGQN).sum(2)], -1)
 
-    Of a part of its KV heads, theirs.
-    """
-    entropy_B = torch.special.entr(mass_BGQN).sum((1, 2, 3))
-    shift_B = _variance(mass_BGQN).sum((1, 2))
+
+def preference(found_BG2: Tensor, tau1: float = 1.0, tau2: float = 1.0) -> Tensor:
+    """A layer's preference for room, ``[B]``, from ``entropy_and_shift`` of its KV heads; of a part of them, theirs."""
+    entropy_B, shift_B = found_BG2.sum(1).unbind(-1)
     return entropy_B ** (1 / tau1) * shift_B ** (1 / tau2)
 
 

@@ -9,11 +9,13 @@ import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from attention_predictor.commands.generate import config_of
 from attention_predictor.errors import ConfigError, DataError
+from attention_predictor.launcher import Launcher
 from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.attach import attach
@@ -23,20 +25,29 @@ from attention_predictor.reading import check_unicode, read_standard_input, read
 
 
 def main(args: argparse.Namespace) -> int:
+    """Processes of a launcher divide the model; they get the same tokens, and the first one prints them."""
+    launcher = Launcher()
+    with launcher.as_one():
+        return _run(args, launcher)
+
+
+def _run(args: argparse.Namespace, launcher: Launcher) -> int:
     prompt = _read_prompt(args)
     tokenizer = load_tokenizer(args.model)
     ids = _encode(tokenizer, prompt, args.chat)
-    model = load_model(args.model, args.device, args.dtype)
+    model = load_model(args.model, args.device, args.dtype, ranks=launcher.count)
     torch.manual_seed(args.seed)
     if args.no_offload:
         check_positions(model.config.get_text_config(decoder=True), len(ids) + args.max_new_tokens)
-        result = _generate(model, tokenizer, ids, args, None)
+        result = _generate(model, tokenizer, ids, args, None, launcher)
     else:
         with attach(model, config_of(args)) as engine:
             engine.check_fits(batch=1, tokens=len(ids) + args.max_new_tokens)
-            result = _generate(model, tokenizer, ids, args, engine)
+            result = _generate(model, tokenizer, ids, args, engine, launcher)
     if args.json:
         print(json.dumps(result))
+    if launcher.count > 1:
+        dist.destroy_process_group()
     return 0
 
 
@@ -65,8 +76,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list
 class _Watcher(BaseStreamer):
     """Shows progress, and records the time of the first new token, when the prefill was done."""
 
-    def __init__(self, total: int, prompt_tokens: int) -> None:
-        self.progress = Progress(f"prefill of {prompt_tokens} tokens", total, "tokens")
+    def __init__(self, total: int, prompt_tokens: int, quiet: bool) -> None:
+        self.progress = Progress(f"prefill of {prompt_tokens} tokens", total, "tokens", quiet=quiet)
         self.started = time.perf_counter()
         self.first: float | None = None
         self.is_prompt = True
@@ -91,9 +102,10 @@ def _generate(
     ids: list[int],
     args: argparse.Namespace,
     engine: Engine | None,
+    launcher: Launcher,
 ) -> dict[str, Any]:
     input_ids = torch.tensor([ids], device=model.device)
-    watcher = _Watcher(args.max_new_tokens, len(ids))
+    watcher = _Watcher(args.max_new_tokens, len(ids), quiet=not launcher.is_main)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     try:
         output = model.generate(  # type: ignore[operator]  # mixed in by a class that mypy does not see
@@ -115,7 +127,7 @@ def _generate(
     }
     if engine is not None:
         stats |= engine.stats.to_dict()
-    if not args.json:
+    if not args.json and launcher.is_main:
         print(text)
         rate = f"{stats['tokens_per_s']:.1f}" if stats["tokens_per_s"] else "–"
         print(f"\n{'prompt, new tokens':<26}{len(ids)}, {len(tokens)}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging as python_logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 from transformers.integrations.gguf.kernels import get_gguf_kernel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -96,21 +98,27 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreTrainedModel:
+def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO, ranks: int = 1) -> PreTrainedModel:
     """A causal language model, in evaluation mode, on the device.
 
     ``dtype="auto"`` takes the checkpoint's own, but float32 on a CPU, where half precisions are slow; of a checkpoint
     with quantised weights its own everywhere. The weights of a GGUF file are unpacked into the dtype (``"auto"``:
     bfloat16, where the file holds blocks), or kept as they are with ``"packed"``, which computes in float32.
 
+    Args:
+        ranks: Processes of a launcher among which it is divided by tensor parallelism; each loads its part, and all
+            have to call this. transformers joins them by torch.distributed and chooses each one's GPU.
+
     Raises:
         CheckpointError: It can't be loaded, or lacks weights, which transformers would make up at random.
-        ConfigError: Unknown dtype or device, or weights can't stay packed.
+        ConfigError: Unknown dtype or device, or weights can't stay packed, or can't be divided.
     """
     name = check_model_name(name)
     check_dtype(dtype)
     target = find_device(device)
     file = gguf_file(name)
+    if ranks > 1:
+        _check_divisible(name, file, target, ranks)
     folder, options = _source(name, file)
     if file is not None:
         options |= _gguf_options(file, target, dtype)
@@ -120,6 +128,8 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreT
         options |= {"dtype": DTYPES[dtype], "device_map": {"": target}}
     else:
         options |= {"dtype": torch.float32 if dtype == AUTO and target.type == "cpu" else DTYPES[dtype]}
+    if ranks > 1:
+        options |= tensor_parallel_options(ranks)
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # else it prints a table of missing weights, and continues
@@ -134,7 +144,7 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreT
     if missing := sorted(info["missing_keys"]):  # tied weights are not listed
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise CheckpointError(f"{name!r} lacks weights that its model needs: {', '.join(missing[:SHOWN])}{more}")
-    if "device_map" not in options:  # else it is there, and some quantised weights refuse to be moved
+    if "device_map" not in options and ranks == 1:  # else it is there, and some quantised weights refuse to be moved
         torch.nn.Module.to(model, target)  # transformers' own `to` is wrapped in a way that mypy can't follow
     if dtype == PACKED and not any(weight.dtype == torch.uint8 for weight in model.parameters()):
         raise ConfigError(f"dtype={PACKED!r}: transformers kept no weight of {name!r} packed")
@@ -143,6 +153,30 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO) -> PreT
             "%s: transformers unpacked its %s weights, because it can't compute with them here", name, method
         )
     return model.eval()
+
+
+def tensor_parallel_options(ranks: int) -> dict[str, Any]:
+    """The options that divide a model among processes; their name depends on the version of transformers."""
+    if "tp_size" in inspect.signature(DistributedConfig).parameters:
+        return {"distributed_config": DistributedConfig(tp_size=ranks)}
+    return {"tp_plan": AUTO, "tp_size": ranks}
+
+
+def _check_divisible(name: str, file: GgufFile | None, device: torch.device, ranks: int) -> None:
+    """``ConfigError`` for a model, or a device, that tensor parallelism is not known to work with."""
+    what = f"{name!r} can't be divided among {ranks} processes"
+    if file is not None or (method := _quantisation(name)):
+        form = "in GGUF" if file is not None else f"quantised by {method}"
+        raise ConfigError(f"{what}: its weights are {form}, allowed are plain ones")
+    config = load_config(name).get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None)
+    if isinstance(heads, int) and heads % ranks:
+        raise ConfigError(f"{what}: it has {heads} KV heads, allowed are numbers of processes that divide {heads}")
+    own = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.type != own:  # transformers asks for no device
+        raise ConfigError(
+            f"device={str(device)!r}: several processes divide a model over {own!r} alone, on this machine"
+        )
 
 
 def _source(name: str, file: GgufFile | None) -> tuple[str, dict[str, Any]]:

@@ -36,6 +36,7 @@ class QuestionRecovery(synthetic.SyntheticBenchmark):
     """Planted questions, recovery measured while question and answer are decoded."""
 
     name = "recovery"
+    measures_heads = True
 
     def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         return super().predict(evaluated, task, sample) | _measurements(evaluated)
@@ -45,6 +46,7 @@ class TailRecovery(WindowBenchmark):
     """Document tails, recovery measured while they are decoded; a sample is a document."""
 
     name = "recovery"
+    measures_heads = True
 
     def predict(self, evaluated: EvaluatedModel, task: str, sample: Sample) -> dict[str, Any]:
         prompt, tails = sample.hidden["prompt"], sample.hidden["tails"]

@@ -36,6 +36,7 @@ class RecoveryMap(WindowBenchmark):
     """
 
     name = "recovery-map"
+    measures_heads = True
 
     def __init__(self, windows: Windows, interval: int) -> None:
         if not 1 <= interval <= windows.tail:

@@ -76,7 +76,8 @@ def _settings(module: nn.Module) -> Any:
     own = tuple(
         (name, value if isinstance(value, plain) else id(value))
         for name, value in vars(module).items()
-        if not name.startswith("_")
+        # Not a child's own forward, as divided layers have: it does not change what the module does with it.
+        if not name.startswith("_") and name != "forward"
     )
     weights = tuple((name, tuple(x.shape), x.dtype, x.device) for name, x in module.named_parameters(recurse=False))
     return type(module), own, weights, tuple((name, _settings(child)) for name, child in module.named_children())

@@ -42,6 +42,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, budgets: str = BUDGETS
     what += "" if out_required else "; without it the table is only printed"
     add("--out", type=Path, required=out_required, metavar="DIR", help=what)
     add("--retry-errors", action="store_true", help="run samples again that failed before")
+    what = "divide the model among the processes of a launcher (tensor parallelism); without it they share the samples"
+    add("--tp", action="store_true", help=what)
 
 
 def rules_of(args: argparse.Namespace) -> list[Rule]:

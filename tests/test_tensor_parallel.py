@@ -1,0 +1,171 @@
+"""A model divided among two processes, with gloo: the same tokens as in one, decided together, ended together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import POCKET
+from rank_worker import CASES, NEW, generate, prompt
+from tiny_models import make_tiny_model
+
+from attention_predictor import OffloadConfig, attach
+from attention_predictor.cli import main
+from attention_predictor.loading import load_model
+
+TESTS = Path(__file__).parent
+pytestmark = pytest.mark.timeout(600)  # several processes, each of which loads all libraries
+
+
+def launcher() -> dict[str, str]:
+    """What a launcher tells its two processes, without their numbers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def start(command: list[str], **environment: str) -> list[subprocess.Popen[str]]:
+    shared = os.environ | launcher() | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def ended(ranks: list[subprocess.Popen[str]], within: float = 300) -> list[tuple[int, str, str]]:
+    """Exit code and output of each rank."""
+    try:
+        printed = [rank.communicate(timeout=within) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, *both) for rank, both in zip(ranks, printed, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models: of two families, and one whose three KV heads two ranks can't divide."""
+    path = tmp_path_factory.mktemp("models")
+    even = {"vocab_size": 98}  # transformers 5.17 divides no other
+    make_tiny_model("llama", **even).save_pretrained(path / "llama")
+    make_tiny_model("qwen3", **even).save_pretrained(path / "qwen3")
+    odd = {"num_key_value_heads": 3, "num_attention_heads": 6, "hidden_size": 48}
+    make_tiny_model("llama", **even, **odd).save_pretrained(path / "odd")
+    return path
+
+
+def results(topic: str, folder: Path) -> list[Any]:
+    found = ended(start([str(TESTS / "rank_worker.py"), topic, str(folder)]))
+    assert [code for code, _, _ in found] == [0, 0], found
+    return [torch.load(folder / f"{topic}-{rank}.pt") for rank in range(2)]
+
+
+def _by_head(budget: int | tuple[int, ...], heads: int) -> tuple[int, ...]:
+    return (budget,) * heads if isinstance(budget, int) else budget
+
+
+def test_two_ranks_give_what_one_process_gives(folder: Path) -> None:
+    both = results("tokens", folder)
+    for family in ("llama", "qwen3"):
+        model = load_model(str(folder / family), "cpu", "float32")
+        for name, settings in CASES.items():
+            alone, ranks = generate(model, settings), [one[family][name] for one in both]
+            for rank in ranks:
+                assert rank["tokens"] == alone["tokens"], (family, name)
+                assert 2 * rank["host"] == alone["host"], (family, name)
+                assert 2 * rank["needs"] == alone["needs"], (family, name)
+                assert rank["fallbacks"] == alone["fallbacks"]
+            for layer, budget in alone["budgets"].items():
+                own = [_by_head(rank["budgets"][layer], 1) for rank in ranks]
+                assert own[0] + own[1] == _by_head(budget, 2), (family, name)
+        with attach(model, OffloadConfig(budget=96, sink=16, recent=16, slab_blocks=4)) as engine:
+            seeded = engine.generate(prompt(), seed=5, max_new_tokens=NEW, temperature=1.0)
+        assert both[0][family]["seeded"] == both[1][family]["seeded"] == seeded.tolist()
+        assert both[0][family]["unseeded"] == both[1][family]["unseeded"] != seeded.tolist()
+
+
+def test_what_one_rank_refuses_all_refuse(folder: Path) -> None:
+    first, second = results("decisions", folder)
+    assert first["a predictor on one rank"].startswith("CheckpointError: rank 1: ")
+    assert second["a predictor on one rank"].startswith("CheckpointError: ")
+    assert "nowhere" in second["a predictor on one rank"]
+    for name in ("host memory", "host memory of a forward"):
+        assert first[name].startswith("HostMemoryError: rank 1: the KV cache of 1"), first[name]
+        assert second[name].startswith("HostMemoryError: the KV cache of 1"), second[name]
+    for one in (first, second):
+        assert "divided among 2 ranks: expected compile=False" in one["compile"]
+        assert one["heads given"] == "ConfigError: budget_allocation has 4 budgets in a layer: it has 2 KV heads"
+        assert one["heads"].startswith("AttachError: LlamaForCausalLM has 3 KV heads, which 2 ranks can't divide")
+        assert one["left as it was"] != "attention_predictor"
+        assert "262" in one["after"]
+
+
+def test_steps_are_captured_by_all_ranks_or_by_none(folder: Path) -> None:
+    both = results("capture", folder)
+    model = load_model(str(folder / "llama"), "cpu", "float32")
+    alone = generate(model, {"budget": 96})
+    for rank in both:
+        assert rank["captured"]["tokens"] == rank["not captured"]["tokens"] == alone["tokens"]
+        assert rank["captured"]["fallbacks"] == rank["by head"]["fallbacks"] == {}
+        assert list(rank["not captured"]["fallbacks"]) == ["the prefetch thread in place of captured steps: no kernels"]
+
+
+COMMAND = ["-m", "attention_predictor.cli"]
+
+
+@pytest.mark.slow
+def test_the_command_line_prints_once_what_one_process_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (POCKET.parents[1] / "scripts" / "demo_text.txt").read_text("utf-8")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "book.txt").write_text(text[:40_000], "utf-8")
+    (tmp_path / "prompt.txt").write_text(text[:3000], "utf-8")
+    shared = ["--model", str(POCKET), "--device", "cpu"]
+    run = ["generate", *shared, "--prompt-file", str(tmp_path / "prompt.txt"), "--budget", "256"]
+    run += ["--max-new-tokens", "12", "--temperature", "0.7"]
+    measure = ["eval", "perplexity", *shared, "--data", str(tmp_path / "texts"), "--context", "600", "--limit", "1"]
+    measure += ["--policies", "full,cake", "--budgets", "256", "--out"]
+    for command, alone, among in (
+        (run, [], []),
+        (measure, [str(tmp_path / "alone")], [str(tmp_path / "among"), "--tp"]),
+    ):
+        assert main([*command, *alone]) == 0
+        printed = capsys.readouterr().out
+        (code, out, error), (other, nothing, _) = ended(start([*COMMAND, *command, *among]))
+        assert (code, other) == (0, 0), error
+        assert out == printed
+        assert nothing == ""
+
+
+def test_the_command_line_says_once_what_is_wrong(folder: Path) -> None:
+    commands = (["--model", str(folder / "odd"), "--prompt", "some words"], ["--prompt", " "])
+    for command, reason in zip(commands, ("cannot load a tokenizer", "the prompt from --prompt is empty"), strict=True):
+        found = ended(start([*COMMAND, "generate", *command]))
+        assert all(code for code, _, _ in found)
+        said = [error for _, _, error in found if "attnpred generate: " in error]
+        assert len(said) == 1, found
+        assert reason in said[0]
+
+
+def test_a_rank_that_fails_ends_the_other(folder: Path) -> None:
+    started = time.perf_counter()
+    (first, _, _), (second, _, reason) = ended(start([str(TESTS / "rank_worker.py"), "dies", str(folder)]), within=60)
+    assert first
+    assert second
+    assert "this rank has failed" in reason
+    assert time.perf_counter() - started < 60
