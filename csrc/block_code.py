@@ -249,8 +249,8 @@ def _encode_groups(kv_xTD: Tensor, group: int, bits: int) -> tuple[Tensor, Tenso
     low_xn, high_xn = number_xTD.aminmax(dim=group)
     # A low end is rounded to a multiple of `unit` steps, at most half a step above it. So a range of 2^bits − unit
     # steps fits, and the offset may not be larger than int8.
-    step_xn = (high_xn - low_xn) / (2**bits - unit)
-    step_xn = torch.maximum(step_xn, low_xn.abs() / (OFFSET_LIMIT * unit))
+    step_xn = _divided(high_xn - low_xn, 2**bits - unit)
+    step_xn = torch.maximum(step_xn, _divided(low_xn.abs(), OFFSET_LIMIT * unit))
     # Rounded up to bf16: rounding to nearest might leave the range too short.
     word_xn = (step_xn.view(torch.int32) + 0xFFFF) & ~0xFFFF
     word_xn = torch.where(step_xn.isfinite(), word_xn, NAN_WORD)
@@ -261,6 +261,11 @@ def _encode_groups(kv_xTD: Tensor, group: int, bits: int) -> tuple[Tensor, Tenso
     code_xTD = number_xTD / divisor_xn.unsqueeze(group) - (offset_xn * unit).unsqueeze(group)
     code_xTD = torch.where(step_xn.unsqueeze(group) > 0, code_xTD, 0.0).round().clamp(0, top)
     return code_xTD.to(torch.uint8), (word_xn >> 16).to(torch.int16), offset_xn.to(torch.int8)
+
+
+def _divided(x_xn: Tensor, number: int) -> Tensor:
+    """A quotient rounded as by IEEE 754. On a GPU torch multiplies by the reciprocal of a Python number."""
+    return x_xn / torch.full((), number, dtype=x_xn.dtype, device=x_xn.device)
 
 
 def _unit(bits: int) -> int:
