@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
+from attention_predictor.csrc.ops import every_kernel
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.bench import cache_sessions as cache_sessions
 from attention_predictor.eval.bench import decode_timing as decode_timing
@@ -316,6 +317,7 @@ def test_stages_by_kernel_names() -> None:
         "select_blocks_kernel(Select)": "selection",
         "move_blocks_kernel(Move)": "gather",
         "append_token_kernel(Append)": "gather",
+        "move_coded_blocks_nv_bfloat16_8_kernel": "gather",
         "rms_norm_nv_bfloat16_kernel": "fused modules",
         "gate_up_half_kernel": "fused modules",
         "rotate_nv_bfloat16_kernel": "fused modules",
@@ -332,6 +334,12 @@ def test_stages_by_kernel_names() -> None:
     }
     assert {name: stage_of(name) for name in names} == names
     assert {stage for stage, _ in STAGES} == {part for parts in SUMS.values() for part in parts}
+
+
+def test_every_kernel_of_a_step_has_a_stage() -> None:
+    """A prompt's and the clock's have none."""
+    without = {kernel.name for kernel in every_kernel() if stage_of(kernel.name) is None}
+    assert without == {"reduce_logits_kernel", "note_time_kernel"}
 
 
 def test_what_is_of_no_stage_stands_under_its_own_name() -> None:

@@ -30,7 +30,7 @@ STAGES = (
     ("predictor", r"score_tiles|predict_blocks|slide_sums|slide_window|score_columns|(push|predict)_window"),
     ("selection", r"select_blocks|choose_ahead|choose_blocks"),
     ("fused modules", r"rms_norm|gate_up|\brotate_"),
-    ("gather", r"gather_blocks|move_blocks|append_token|gather_to_host"),
+    ("gather", r"gather_blocks|(move|encode)_(coded_)?blocks|append_(coded_)?token|gather_to_host"),
     ("attention", r"attend_slots|sparse_decode|flash|fmha|efficient_attention|scaled_dot_product|sdpa"),
     ("linear layers", r"gemm|gemv|nvjet|cutlass|cublas|splitk|wgmma|linear|matmul|(\b|_)(add|b)?mm(\b|_)"),
     ("copies", r"memcpy|memset|copy_|::to$"),
