@@ -373,3 +373,8 @@ class TestCaches:
         stats.reset()
         assert stats.steps == 0
         assert stats.device_kv_bytes > 0
+
+
+def test_codes_that_save_nothing_are_refused(tiny_model):
+    with pytest.raises(ConfigError, match="saves nothing in layer 0: a block of 1 tokens takes"):
+        attach(tiny_model().bfloat16(), OffloadConfig(host_kv="int8", block_size=1, predictor="last"))

@@ -21,6 +21,7 @@ from attention_predictor.offload.blocks.available_memory import left_in_cgroups
 from attention_predictor.offload.blocks.host_memory import ALIGNMENT, SMALL_BYTES, HostMemory
 from attention_predictor.offload.blocks.room import KVShape, Room
 from attention_predictor.offload.config import OffloadConfig
+from attention_predictor.offload.ranks import Ranks
 
 PAGE = mmap.PAGESIZE
 
@@ -218,7 +219,8 @@ TestMemoryMachine.settings = settings(max_examples=30, stateful_step_count=25, d
 def test_sequences_of_128k_in_100_gib(host_kv: str, gib: float, fit: int) -> None:
     """Llama-3.1-8B's shape in bf16, the open blocks included."""
     shapes = dict.fromkeys(range(32), KVShape(kv_heads=8, head_dim=128, itemsize=2))
-    needed = Room(OffloadConfig(host_kv=host_kv), HostMemory(), shapes, captures=True).bytes_for(1, 131072)
+    room = Room(OffloadConfig(host_kv=host_kv), HostMemory(), shapes, Ranks(), captures=True)
+    needed = room.bytes_for(1, 131072)
     assert needed / 2**30 == pytest.approx(gib, abs=1e-3)
     assert 100 * 2**30 // needed == fit
 

@@ -193,7 +193,7 @@ def test_settings_of_a_recording_are_kept(saved, tmp_path, capsys):
     write_rows(data, 1)
     assert main(command(model, data, out)) == 0
     assert main(command(model, data, out, "--budgets", 512)) == 2
-    assert "holds a recording with budgets '256,512', can't add one with '512'" in capsys.readouterr().err
+    assert "holds a recording with budgets='256,512', can't add one with '512'" in capsys.readouterr().err
 
 
 class Two:

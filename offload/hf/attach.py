@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from attention_predictor.csrc import binding, ops
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.errors import AttachError, ConfigError
+from attention_predictor.offload.blocks.block_codec import stored_bytes
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.prefetch import make_prefetcher
-from attention_predictor.offload.blocks.room import Room
+from attention_predictor.offload.blocks.room import KVShape, Room
 from attention_predictor.offload.config import CAPTURING, OffloadConfig
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.attachment import Attachment, configs_of
@@ -172,6 +173,20 @@ def _refusal(message: str) -> Any:
     return refuse
 
 
+def _check_codes_save_memory(config: OffloadConfig, shapes: dict[int, KVShape | None]) -> None:
+    """``ConfigError`` if a layer's blocks are so small that their codes, with scales, are no smaller."""
+    for number, shape in shapes.items():
+        if shape is None or config.code_bits is None:
+            continue
+        block = (config.block_size, shape.head_dim, shape.itemsize)
+        coded, plain = stored_bytes(config.code_bits, *block), stored_bytes(None, *block)
+        if coded >= plain:
+            raise ConfigError(
+                f"host_kv={config.host_kv!r} saves nothing in layer {number}: a block of {config.block_size} tokens "
+                f"takes {coded} bytes, as it is {plain}; allowed: larger blocks, or host_kv='auto'"
+            )
+
+
 def _make_runtime(model: PreTrainedModel, config: OffloadConfig, ranks: Ranks) -> Runtime:
     device, text_config = model.device, model.config.get_text_config(decoder=True)
     own = decoder_layers(_decoder(model))
@@ -179,6 +194,7 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig, ranks: Ranks) -
     layers = [number for number in full_attention_layers(text_config) if number < count]
     layers = [number for number in layers if number not in config.skip_layers]
     shapes = expected_shapes(model, text_config, layers, model.dtype, ranks)
+    _check_codes_save_memory(config, shapes)
     heads = {shape.kv_heads * ranks.parts for shape in shapes.values() if shape is not None}
     budgets = first_budgets(config, len(layers), heads.pop() if len(heads) == 1 else None)
     predictor = None
