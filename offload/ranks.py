@@ -32,8 +32,8 @@ class Ranks:
 
     Attributes:
         count, rank: How many there are, and this one's number from 0 on.
-        parts: Among how many ranks KV heads are divided: ``count``, or 1 where each rank has all heads, as in models
-            whose plan gathers queries, keys and values.
+        parts: Into how many shares the KV heads are split. ``count``: each rank has its own heads. 1: each rank has all
+            of them, as in models whose plan gathers queries, keys and values.
         on_host: How many of them share this machine's memory.
     """
 

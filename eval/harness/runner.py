@@ -10,7 +10,8 @@ settings that decide its results (``settings``), and the record of a sample (``p
     return show_results(run(benchmark, plan), MEASURE)        # scores.py: prints the table
 
 Scores are computed from records only, so they can be computed again without model and data: ``MEASURE``
-(``measure.py``) has ``sample_scores(task, records) -> list[float]``, in which a record with an ``error`` scores 0.
+(``measure.py``) has ``sample_scores(task, records) -> list[float]``, in which a record with an ``error`` scores the
+worst value, or NaN if there is no worst.
 
 ``run`` guarantees:
 

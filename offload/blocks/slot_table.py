@@ -21,7 +21,9 @@ from attention_predictor.errors import IntegrityError
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import ALWAYS, NEVER, Limits
 
-USE_SHIFT = 32  # a slot's age is one number: the step that last selected its block (upper bits), and the block
+# A slot's age is one number: when its block was last selected (upper bits), and the block; the smallest leaves first.
+# A token's selections are two: at 2 · length within its step, and at 2 · length + 1 for the next token.
+USE_SHIFT = 32
 
 
 class SlotTable:
