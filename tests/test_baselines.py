@@ -614,4 +614,26 @@ def test_lazy_eviction_after_a_crop(tiny_model, ids):
             for token in ids(40).split(1, dim=1):
                 model(token, **with_cache(model, cache))
                 cache.check_integrity()
-                assert int((cache.layers[0].blocks.active_BGS >= 0).sum(-1).max()) <= 96 // 16
+                active_BGS = cache.layers[0].blocks.active_BGS
+                assert int((active_BGS >= 0).sum(-1).max()) <= 96 // 16
+
+
+@pytest.mark.parametrize("policy", EVICTING)
+def test_what_is_attended_to_after_a_crop_is_held_again(tiny_model, ids, policy):
+    """No block that a step attends to counts as evicted, so that the budget fills up again."""
+    model = tiny_model(num_hidden_layers=1)
+    with torch.no_grad(), attach(model, OffloadConfig(**(SMALL | {"policy": policy}))) as engine:
+        cache = engine.new_cache()
+        model(ids(300), **with_cache(model, cache))
+        for token in ids(40).split(1, dim=1):
+            model(token, **with_cache(model, cache))
+        cache.crop(200 - cache.get_seq_length())
+        for token in ids(40).split(1, dim=1):
+            blocks, policy_of_layer = cache.layers[0].blocks, cache.layers[0].policy
+            model(token, **with_cache(model, cache))
+        blocks.settle()
+        evicted_BGC = policy_of_layer.evicted.value_BGC
+        held_BG = (~evicted_BGC & blocks.extent.begun_BC[:, None]).sum(-1)
+        assert int(held_BG.min()) >= 96 // 16 - 2
+        active_BGC = blocks.table.active_RC(evicted_BGC.shape[-1]).view_as(evicted_BGC)
+        assert not (active_BGC & evicted_BGC).any()

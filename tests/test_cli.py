@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import POCKET
@@ -14,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 
 from attention_predictor.cli import COMMANDS, main
-from attention_predictor.errors import CheckpointError
+from attention_predictor.errors import CheckpointError, ConfigError
 from attention_predictor.eval.harness.run_folder import RunFolder
+from attention_predictor.generate import _run
 from attention_predictor.loading import load_model
 from attention_predictor.predictor.model import AttentionPredictor
 
@@ -296,3 +299,10 @@ class TestRecordTrainEval:
         (tmp_path / "a.txt").write_text("short")
         main(["record", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
         assert "no document" in capsys.readouterr().err
+
+
+def test_processes_do_not_share_standard_input() -> None:
+    """Each would read a part of it."""
+    args, launcher = argparse.Namespace(prompt=None, prompt_file=None), SimpleNamespace(count=2)
+    with pytest.raises(ConfigError, match="2 processes can't share standard input; allowed are --prompt"):
+        _run(args, launcher)

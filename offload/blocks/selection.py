@@ -43,8 +43,9 @@ class Selection:
     """The block arithmetic of one layer's budget. Counts are tokens; ``reserve`` is a share of the budget.
 
     ``dense_tokens`` is the configured budget, the mean over layers. While a context is no longer than that, every layer
-    attends to all of it, even one whose own budget is smaller. If KV heads have their own budgets (``heads``), ``budget`` is the largest of the layer, which may be
-    another rank's: all heads have the same number of slots, reserve and late fetches.
+    attends to all of it, even one whose own budget is smaller. If KV heads have their own budgets (``heads``),
+    ``budget`` is the largest of the layer, which may be another rank's: all heads have the same number of slots,
+    reserve and late fetches.
     """
 
     budget: int

@@ -50,7 +50,7 @@ class H2O(Policy):
 
     def observe(self, step: Step) -> None:
         self.attention.value_BGC += step.mass_BGC
-        self.evicted.value_BGC |= step.left_out_BGC
+        self.evicted.value_BGC.copy_(step.left_out_BGC)  # after a crop, recent blocks are held again
 
     def score_next(self, extent: Extent) -> Tensor:
         newest_G = self.budget_G // 2

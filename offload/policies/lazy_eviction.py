@@ -72,7 +72,7 @@ class LazyEviction(Policy):
 
     def observe(self, step: Step) -> None:
         self._observe(step.score_BGC, torch.where(step.extent.begun_BC[:, None], self.steps_1, NOT_YET))
-        self.evicted.value_BGC |= step.left_out_BGC
+        self.evicted.value_BGC.copy_(step.left_out_BGC)  # after a crop, recent blocks are held again
 
     def _observe(self, score_BGN: Tensor, first_BGN: Tensor) -> None:
         """One step's scores of the first N blocks; ``first_BGN``: TS of those that no step has seen before."""

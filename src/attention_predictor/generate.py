@@ -32,6 +32,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, launcher: Launcher) -> int:
+    if launcher.count > 1 and args.prompt is None and args.prompt_file is None:
+        raise ConfigError(
+            f"{launcher.count} processes can't share standard input; allowed are --prompt and --prompt-file"
+        )
     prompt = _read_prompt(args)
     tokenizer = load_tokenizer(args.model)
     ids = _encode(tokenizer, prompt, args.chat)
