@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+from torch import Tensor
+
 from attention_predictor.arithmetic import ceil_div
 
 if TYPE_CHECKING:
@@ -36,6 +39,11 @@ class Limits(NamedTuple):
     def deficit(self) -> tuple[int, ...]:
         """Tokens by which each KV head's limit is below ``tokens``; ``()`` if none is."""
         return tuple(self.tokens - own for own in self.heads)
+
+    @torch.inference_mode(False)
+    def deficit_BG(self, batch: int, device: torch.device) -> Tensor | None:
+        """``deficit`` of every row, int64; ``None`` if all heads have the same limit."""
+        return torch.tensor([self.deficit] * batch, device=device) if self.heads else None
 
 
 @dataclass(frozen=True, slots=True)

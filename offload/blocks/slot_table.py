@@ -40,7 +40,7 @@ class SlotTable:
             moves_R = torch.zeros(rows, dtype=torch.int32, device=device)
             self.tensors = SlotTensors._make([*slots, slot_RC, *moves, moves_R])
         # Cached: a CUDA graph reads the same tensor at every replay.
-        self._deficit_BG: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self._deficit_BG: dict[tuple[int, tuple[int, ...]], Tensor | None] = {}
 
     @property
     def block_RS(self) -> Tensor:
@@ -146,14 +146,11 @@ class SlotTable:
         numbers = (extent.block_size, limits.tokens, limits.sink_blocks, limits.recent)
         return ChoiceBounds(extent.length_B, extent.padding_B, deficit_BG, *numbers)
 
-    @torch.inference_mode(False)
     def _deficit(self, limits: Limits, extent: Extent) -> Tensor | None:
-        """``limits.deficit`` of every row, int64; ``None`` if all heads have the same limit."""
-        if not limits.heads:
-            return None
+        """``limits.deficit_BG``, cached."""
         key = len(extent.length_B), limits.deficit
         if key not in self._deficit_BG:
-            self._deficit_BG[key] = torch.tensor([limits.deficit] * key[0], device=self.block_RS.device)
+            self._deficit_BG[key] = limits.deficit_BG(key[0], self.block_RS.device)
         return self._deficit_BG[key]
 
     def _estimated_mass(self, estimates: Estimates, extent: Extent) -> tuple[Tensor, Tensor]:
@@ -273,8 +270,8 @@ def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor, deficit_BG:
     real_BC = extent.real_BC
     recent_B1 = extent.first_recent_B(limits.recent)[:, None]
     always_BC = real_BC & ((block_C < first_B1 + limits.sink_blocks) | (block_C >= recent_B1))
-    if deficit_BG is None and limits.heads:
-        deficit_BG = torch.tensor([limits.deficit] * len(length_B1), device=block_C.device)
+    if deficit_BG is None:
+        deficit_BG = limits.deficit_BG(len(length_B1), block_C.device)
     limit_BG: int | Tensor = limits.tokens if deficit_BG is None else limits.tokens - deficit_BG
     whole_BG1 = (length_B1 <= limit_BG)[:, :, None]
     always_BGC = always_BC[:, None] | (real_BC[:, None] & whole_BG1)

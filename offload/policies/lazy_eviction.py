@@ -59,7 +59,7 @@ class LazyEviction(Policy):
         free_G = self.blocks_G - selection.sink // size - recent_blocks - 1  # recent tokens may touch one block more
         # Blocks of W tokens. One of them is the newest block, for which room is made anyway.
         lag_G = (free_G // 2).clamp(1, max(recent_blocks, 1))
-        self.lag_G = (lag_G - 1) * size
+        self.unspent_G = (lag_G - 1) * size
         self.whole_G = self.budget_G.clamp_min(selection.dense_tokens)
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class LazyEviction(Policy):
     def unspent(self, extent: Extent) -> Tensor:
         held_BG = (extent.next.real_BC[:, None] > self.evicted.value_BGC).sum(-1)
         is_full_BG = (held_BG > self.blocks_G) & (extent.next.length_B[:, None] > self.whole_G)
-        return is_full_BG * self.lag_G
+        return is_full_BG * self.unspent_G
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
         for values in self.parts.values():
