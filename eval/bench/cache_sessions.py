@@ -93,13 +93,22 @@ def open_cache(
 
 
 def why_too_large(
-    model: PreTrainedModel, setup: CacheSetup, *, context: int, batch: int, limit_bytes: int | None
+    model: PreTrainedModel,
+    setup: CacheSetup,
+    *,
+    context: int,
+    batch: int,
+    limit_bytes: int | None,
+    ranks: int = 1,
 ) -> str | None:
-    """Why a stock cache of this size does not fit, else ``None``; ours checks itself (``engine.check_fits``)."""
+    """Why a stock cache of this size does not fit, else ``None``; ours checks itself (``engine.check_fits``).
+
+    ``ranks``: among how many processes the KV heads are divided.
+    """
     if setup.kind == "ours":
         return None
     config, device = model.config.get_text_config(decoder=True), model.device
-    layer_bytes = batch * context * _token_bytes(config, model.dtype)
+    layer_bytes = batch * context * _token_bytes(config, model.dtype) // ranks
     needed = config.num_hidden_layers * layer_bytes
     if setup.kind != "resident":
         needed += layer_bytes  # a step makes one layer's anew before the old one is gone

@@ -21,6 +21,7 @@ from attention_predictor.eval.bench.device import release, wait
 from attention_predictor.eval.bench.static_step import StockModelError
 from attention_predictor.eval.bench.synthetic_cache import PAST, SyntheticCache
 from attention_predictor.offload.hf.versions import with_cache
+from attention_predictor.offload.ranks import Ranks
 
 WARM_UP = 5  # steps: compilers compile in the first ones, graphs are captured
 PROFILED = 3  # steps after the timed ones
@@ -85,6 +86,11 @@ class Workload:
         return self.context - steps_within(self.steps)
 
 
+def _own_part(weight: Tensor) -> Tensor:
+    """This rank's part of a weight that is divided among ranks, else the weight."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
 def steps_within(timed: int) -> int:
     """Steps at the end of a context: warm-up, timed, profiled."""
     return WARM_UP + timed + PROFILED
@@ -93,11 +99,15 @@ def steps_within(timed: int) -> int:
 def time_setup(model: PreTrainedModel, setup: CacheSetup, work: Workload) -> dict[str, Any]:
     """A row of timings, or the reason it was ``skipped``: out of memory, or the stock model can't run this way."""
     row: dict[str, Any] = {"name": setup.name, "context": work.context, "batch": work.batch}
-    if reason := why_too_large(model, setup, context=work.context, batch=work.batch, limit_bytes=work.limit_bytes):
+    ranks = Ranks.of(model)
+    sizes = {"context": work.context, "batch": work.batch, "limit_bytes": work.limit_bytes, "ranks": ranks.count}
+    if reason := ranks.first(why_too_large(model, setup, **sizes)):
         return row | {"skipped": reason}
     try:
         return row | _time_setup(model, setup, work)
     except (torch.OutOfMemoryError, HostMemoryError, StockModelError) as error:
+        if ranks.count > 1 and isinstance(error, torch.OutOfMemoryError):
+            raise  # the other ranks may be waiting for this one
         return row | {"skipped": one_line(error, 200)}
     finally:
         release(model.device)
@@ -136,7 +146,7 @@ def _figures(model: PreTrainedModel, session: CacheSession, work: Workload) -> d
         "p95_ms": sorted(times)[math.ceil(0.95 * len(times)) - 1],
         "steps": len(times),
         "filled_s": filled_s,
-        "weights_bytes": sum(weight.nbytes for weight in model.parameters()),
+        "weights_bytes": sum(_own_part(weight).nbytes for weight in model.parameters()),
         "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
     found |= session.facts()

@@ -64,6 +64,7 @@ _TINY = {"vocab_size": 512}
 # name: (config class of transformers, fields that differ from its defaults); the tiny ones run anywhere
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3.1-8b": ("LlamaConfig", _llama_3(8.0) | _sizes(4096, 14336, 32, 32, 8, 128)),
+    "llama-3.1-70b": ("LlamaConfig", _llama_3(8.0) | _sizes(8192, 28672, 80, 64, 8, 128)),
     "llama-3.2-1b": (
         "LlamaConfig",
         _llama_3(32.0) | _sizes(2048, 8192, 16, 32, 8, 64) | {"tie_word_embeddings": True},

@@ -20,15 +20,15 @@ class TimingsFile:
         DataError: The file is not a file of timings. (A last line that was cut off in the writing is dropped.)
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
-        """Without a path, keep rows in memory only."""
-        self.path = path
+    def __init__(self, path: Path | None, settings: Mapping[str, Any], *, writes: bool = True) -> None:
+        """Without a path, keep rows in memory only. ``writes``: whether this process writes the file, or only reads it."""
+        self.path = path if writes else None
         self.rows: list[dict[str, Any]] = []
         if path is None:
             return
         if path.exists() and path.stat().st_size:
             self._read(path, settings)
-        else:
+        elif writes:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json_bytes({"settings": dict(settings)}) + b"\n")
@@ -60,5 +60,5 @@ class TimingsFile:
                     f"--out {path} holds timings with other settings ({name}: {found.get(name)!r} there, "
                     f"{wanted.get(name)!r} asked for): choose another file"
                 )
-        if whole != text:
+        if whole != text and self.path is not None:
             write_atomically(path, whole)

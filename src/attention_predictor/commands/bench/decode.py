@@ -33,6 +33,8 @@ memory; for this library also hit rate, bytes fetched and exposed wait. A few mo
 stage, their sum, and the time in which the device was idle. A kernel that belongs to no stage has its own row. A cache
 that does not fit in memory, and a stock model that can't be compiled or captured, is skipped with a note that says why.
 
+Processes of a launcher (torchrun) divide the model by tensor parallelism; bytes and memory are those of the first.
+
 examples:
   attnpred bench decode --context 8192 --budget 512
   attnpred bench decode --shape llama-3.1-8b --context 131072 --budget 1024 \\
@@ -41,6 +43,8 @@ examples:
       --ways graph,graph-unfused,graph-compiled    # what fusing gains
   attnpred bench decode --shape gpt-oss-20b --context 131072 --synthetic \\
       --ways floor,static,graph,graph-compiled
+  torchrun --nproc_per_node 2 -m attention_predictor.cli bench decode \\
+      --shape llama-3.1-70b --context 131072 --synthetic --ways static,graph
   attnpred bench decode --shape llama-3.1-8b --synthetic \\
       --contexts 1024,8192,32768,131072 --out runs/h200.jsonl \\
       --plot runs/h200.png
