@@ -467,7 +467,9 @@ def test_how_layers_share_by_default():
 def test_a_policy_of_an_unknown_allocation_is_refused(monkeypatch):
     """Not given equal budgets in silence."""
     monkeypatch.setattr(policy_class("h2o"), "allocation", "pyramide")
-    with pytest.raises(ConfigError, match=r"the allocation of policy 'h2o' is 'pyramide': expected one of uniform, pyr"):
+    with pytest.raises(
+        ConfigError, match=r"the allocation of policy 'h2o' is 'pyramide': expected one of uniform, pyr"
+    ):
         first_budgets(OffloadConfig(policy="h2o"), 8)
 
 

@@ -84,6 +84,11 @@ class Workload:
         """Tokens in the cache before the first step."""
         return self.context - steps_within(self.steps)
 
+    @property
+    def at_once(self) -> int:
+        """Tokens of the longest forward: the prompt, unless caches are filled without one."""
+        return self.prompt if self.synthetic is None else 1
+
 
 def steps_within(timed: int) -> int:
     """Steps at the end of a context: warm-up, timed, profiled."""
@@ -93,7 +98,8 @@ def steps_within(timed: int) -> int:
 def time_setup(model: PreTrainedModel, setup: CacheSetup, work: Workload) -> dict[str, Any]:
     """A row of timings, or the reason it was ``skipped``: out of memory, or the stock model can't run this way."""
     row: dict[str, Any] = {"name": setup.name, "context": work.context, "batch": work.batch}
-    if reason := why_too_large(model, setup, context=work.context, batch=work.batch, limit_bytes=work.limit_bytes):
+    sizes = {"context": work.context, "batch": work.batch, "at_once": work.at_once}
+    if reason := why_too_large(model, setup, **sizes, limit_bytes=work.limit_bytes):
         return row | {"skipped": reason}
     try:
         return row | _time_setup(model, setup, work)
