@@ -260,7 +260,8 @@ def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor, deficit_BG:
     """The blocks that a step attends to, bool BGC: sink, recent, and the best others up to the limit.
 
     A sequence within the limit is attended to whole. Blocks that are all padding are never chosen; the sink begins at
-    the first real token.
+    the first real token. If that is within a block, the sink's last tokens are in one block more, which is chosen too
+    unless the limit has no block for it beside the most that recent tokens may touch.
 
     Args:
         score_BGC: ``-inf`` for never.
@@ -275,6 +276,12 @@ def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor, deficit_BG:
     limit_BG: int | Tensor = limits.tokens if deficit_BG is None else limits.tokens - deficit_BG
     whole_BG1 = (length_B1 <= limit_BG)[:, :, None]
     always_BGC = always_BC[:, None] | (real_BC[:, None] & whole_BG1)
+    if extent.padding_B is not None and limits.sink_blocks:
+        least = (limits.always_blocks(extent.block_size) + 1) * extent.block_size  # the same at every length
+        limit_BG1 = limit_BG if isinstance(limit_BG, int) else limit_BG[:, :, None]
+        last_BC = real_BC & (block_C == first_B1 + limits.sink_blocks)
+        last_BC = last_BC & (extent.padding_B % extent.block_size > 0)[:, None]
+        always_BGC = always_BGC | (last_BC[:, None] & (limit_BG1 >= least))
     score_BGC = score_BGC.masked_fill(~real_BC[:, None], NEVER).masked_fill(always_BGC, ALWAYS)
     count = min(limits.tokens // extent.block_size, extent.capacity)
     count_BG1 = None if deficit_BG is None else ((limits.tokens - deficit_BG) // extent.block_size)[:, :, None]
