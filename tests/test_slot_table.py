@@ -91,7 +91,7 @@ def test_chosen_blocks(case, levels):
 
 @pytest.mark.parametrize("padding", [0, 5, 16, 31])
 def test_a_padded_sequence_keeps_its_own_first_tokens(padding):
-    """All of the sink's, though they begin within a block; a budget of sink, recent and one block has no room for it."""
+    """All of the sink's, though they begin within a block; a budget of sink, recent and one block has no room."""
     length, sink, recent = 500, 2 * SIZE, 3 * SIZE
     for blocks, holds in ((7, True), (6, padding % SIZE == 0)):
         limits = Limits(blocks * SIZE, (), 2, recent)
