@@ -268,7 +268,9 @@ def wanted(selection: Selection, score_BGN: Tensor | None, length: int, padding_
     for b in range(B):
         first = 0 if padding_B is None else int(padding_B[b]) // SIZE
         recent = max(length - max(selection.recent, 1), 0) // SIZE
-        always = set(range(first, first + sink_blocks(selection, 0 if padding_B is None else int(padding_B[b])))) | set(range(max(recent, first), n_blocks))
+        always = set(range(first, first + sink_blocks(selection, 0 if padding_B is None else int(padding_B[b])))) | set(
+            range(max(recent, first), n_blocks)
+        )
         for g in range(G):
             if length <= max(selection.budget, selection.dense_tokens):
                 wanted_BGN[b, g, first:] = True
