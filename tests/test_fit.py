@@ -12,6 +12,7 @@ import pytest
 import torch
 from recordings import META, make_record, make_recording
 
+from attention_predictor.cli import main as run_cli
 from attention_predictor.errors import CheckpointError, ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.train import fit as fit_module
@@ -364,3 +365,10 @@ def test_data_that_cannot_train_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="can't be made"):
         fit(tmp_path / "short", tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("empty", ["--data", "--out"])
+def test_an_empty_name_is_refused(empty: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"--data": str(tmp_path), "--out": str(tmp_path)} | {empty: ""}
+    assert run_cli(["train", *(text for pair in given.items() for text in pair)]) == 2
+    assert capsys.readouterr().err == f"attnpred train: {empty} '': expected the name of a directory\n"
