@@ -11,6 +11,13 @@ using namespace device;
 using namespace gather;
 
 constexpr int kOffsetLimit = 127;
+// Largest finite number of a type.
+template <typename E>
+constexpr float kLargest = 3.40282346638528859812e38f;
+template <>
+constexpr float kLargest<__half> = 65504.f;
+template <>
+constexpr float kLargest<__nv_bfloat16> = 3.38953138925153547590e38f;
 
 template <int kBits>
 struct Layout {
@@ -62,6 +69,12 @@ __device__ __forceinline__ uint32_t code_of(float x, const Group &group) {
 
 __device__ __forceinline__ float number_of(uint32_t code, const Group &group) {
     return __fmul_rn(group.step, static_cast<float>(code) + group.base);  // exact
+}
+
+// Stores a decoded number, at most the largest finite one: codes may be half a step above it. NaN stays.
+template <typename E>
+__device__ __forceinline__ void store_number(float x, E *to) {
+    from_float(x > kLargest<E> ? kLargest<E> : x < -kLargest<E> ? -kLargest<E> : x, to);
 }
 
 struct Extremes {
@@ -118,7 +131,7 @@ __device__ __forceinline__ void encode_block(const Layout<kBits> &layout, const 
             const Group group = group_of(head, layout, is_value ? D + t : d);
             const uint32_t found = code_of<kBits>(sides[is_value].at(t, d), group);
             word[i * kBits / 32] |= found << (i * kBits % 32);
-            if (back != nullptr) from_float(number_of(found, group), &back[is_value][first + i]);
+            if (back != nullptr) store_number(number_of(found, group), &back[is_value][first + i]);
             if (++d == D) d = 0, ++t;
         }
         code[layout.head() + v] = make_uint4(word[0], word[1], word[2], word[3]);
@@ -153,7 +166,7 @@ __device__ __forceinline__ void decode_vector(const Layout<kBits> &layout, const
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
             const uint32_t code = word[(j + i) * kBits / 32] >> ((j + i) * kBits % 32) & ((1u << kBits) - 1);
-            from_float(number_of(code, group_of(head, layout, is_value ? D + t : d)), &out.element[i]);
+            store_number(number_of(code, group_of(head, layout, is_value ? D + t : d)), &out.element[i]);
             if (++d == D) d = 0, ++t;
         }
         store(out, to + first + j, true, kSize);

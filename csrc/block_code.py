@@ -3,7 +3,8 @@
 Keys are coded per channel of a block, values per token: a *group* is the numbers that share a scale and an offset. A
 group's number is ``scale · (code + unit · offset)`` with a bf16 scale, an int8 offset, codes of 0 to 2^bits − 1, and
 ``unit`` = 2^bits / 16. The second factor is a whole number of at most 12 bits, so the product is exact in fp32, and
-decoding rounds once, to the keys' type. A group with a number that isn't finite decodes as NaN.
+decoding rounds once, to the keys' type, whose largest finite number is the largest that decoding gives. A group with a
+number that isn't finite, or a range beyond fp32's, decodes as NaN.
 
 A block's bytes, in this order (T tokens, D head size):
 
@@ -239,7 +240,9 @@ def decode_reference(code_xb: Tensor, tokens: int, head_dim: int, bits: int, dty
             code_xn = torch.stack([code_xn & 15, code_xn >> 4], -1).flatten(-2)
         number_xTD = code_xn[..., : T * D].unflatten(-1, (T, D)).float()
         number_xTD += base_xn[..., begin:end].unsqueeze(group)
-        sides.append((number_xTD * scale_xn[..., begin:end].unsqueeze(group)).to(dtype))
+        number_xTD *= scale_xn[..., begin:end].unsqueeze(group)
+        largest = torch.finfo(dtype).max
+        sides.append(number_xTD.clamp(-largest, largest).to(dtype))  # NaN stays
     return torch.stack(sides, -3)
 
 

@@ -111,8 +111,11 @@ struct Range {
         begun = static_cast<int>((stored + size - 1) >> shift), n = static_cast<int>((length + size - 1) >> shift);
         first = static_cast<int>(padding >> shift);
         const bool everything = length <= limit;
-        sink_end = everything ? n : min(n, first + static_cast<int>(b.sink_blocks));
         const int64_t recent = b.recent > 1 ? b.recent : 1;
+        // The sink's tokens are in one block more if the first is within a block; chosen if the limit has a block for it.
+        const int64_t always = b.sink_blocks + ((recent - 1 + size - 1) >> shift) + 1;
+        const bool more = b.sink_blocks > 0 && (padding & (size - 1)) != 0 && limit >> shift > always;
+        sink_end = everything ? n : min(n, first + static_cast<int>(b.sink_blocks) + more);
         recent_begin = max(sink_end, static_cast<int>((length > recent ? length - recent : 0) >> shift));
         max_chosen = everything ? n : static_cast<int>(limit >> shift);
     }

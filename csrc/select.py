@@ -67,6 +67,11 @@ class SlotTensors(NamedTuple):
     move_slot_RS: Tensor
     moves_R: Tensor
 
+    @property
+    def moves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The blocks to fetch, their slots, and their number."""
+        return self.move_block_RS, self.move_slot_RS, self.moves_R
+
     def checked(self) -> Table:
         """The kernel's struct; ValueError if the tensors don't fit each other."""
         device, (R, S), C = self.block_RS.device, self.block_RS.shape, self.slot_RC.shape[1]

@@ -24,7 +24,7 @@ from test_contracts import (
 )
 
 from attention_predictor import OffloadConfig, attach
-from attention_predictor.errors import IntegrityError
+from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import NEVER
@@ -462,6 +462,15 @@ def test_how_layers_share_by_default():
         assert allocation_of(config) == others.get(name, "uniform")
         if name != "pyramidkv":
             assert first_budgets(config, 8) == [512] * 8
+
+
+def test_a_policy_of_an_unknown_allocation_is_refused(monkeypatch):
+    """Not given equal budgets in silence."""
+    monkeypatch.setattr(policy_class("h2o"), "allocation", "pyramide")
+    with pytest.raises(
+        ConfigError, match=r"the allocation of policy 'h2o' is 'pyramide': expected one of uniform, pyr"
+    ):
+        first_budgets(OffloadConfig(policy="h2o"), 8)
 
 
 def test_share_budget_by_any_weights():

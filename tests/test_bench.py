@@ -190,7 +190,27 @@ def test_what_does_not_fit_is_skipped(
     assert "of host memory, 3.00 MiB are available" in rows[1]["skipped"]
     assert len(out.read_text().splitlines()) == 1  # tried again the next time
     assert main(decode(*options)) == 0
-    assert "skipped: keys and values take" in capsys.readouterr().out
+    assert re.search(r"\n  1 × 2048 tokens +stock cache on the device +skipped: keys and", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("way", "at_once", "in_window"), [("device", 1, 64), ("device", 400, 463), ("floor", 9, 64), ("static", 9, 1000)]
+)
+def test_what_a_stock_cache_takes_is_counted_by_layer(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, way: str, at_once: int, in_window: int
+) -> None:
+    """Layers with a window keep little of a context of 1,000 tokens, but the prompt that filled them."""
+    model = tiny_model("gemma3", sliding_window=64)
+    token_bytes = 2 * model.config.num_key_value_heads * model.config.head_dim * 4
+    windows = [kind == "sliding_attention" for kind in model.config.layer_types]
+    assert 0 < sum(windows) < len(windows)
+    tokens = [in_window if windowed else 1000 for windowed in windows]
+    needed = 3 * token_bytes * (sum(tokens) + max(tokens))
+    sizes = {"context": 1000, "batch": 3, "at_once": at_once, "limit_bytes": None}
+    for available, fits in ((needed, True), (needed - 1, False)):
+        memory = namedtuple("memory", "available")(available)
+        monkeypatch.setattr(cache_sessions.psutil, "virtual_memory", lambda memory=memory: memory)
+        assert (cache_sessions.why_too_large(model, cache_sessions.CACHE_SETUPS[way], **sizes) is None) == fits
 
 
 def test_resident_steps_are_the_stock_models(model: PreTrainedModel) -> None:
@@ -737,3 +757,15 @@ def test_a_token_of_perplexity_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> N
     rows = json.loads(capsys.readouterr().out)["timings"]
     assert {row["name"] for row in rows} == set(BUILT_IN)
     assert all(row["token_ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("command", ["bench decode", "bench throughput"])
+def test_a_plot_that_cannot_be_written_is_refused_before_work(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    reasons = {"file/sub/plot.png": "file is not a directory", "folder.png": "it is a directory"}
+    for name, reason in reasons.items():
+        assert main([*command.split(), "--shape", "tiny", "--plot", str(tmp_path / name)]) == 2
+        assert re.search(rf"--plot .*{name}: can't be written: .*{reason}\n", capsys.readouterr().err)

@@ -12,16 +12,23 @@ import pytest
 import torch
 from recordings import META, make_record, make_recording
 
+from attention_predictor.cli import main as run_cli
 from attention_predictor.errors import CheckpointError, ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.train import fit as fit_module
 from attention_predictor.train.dataset import HistoryDataset, HistoryWriter
 from attention_predictor.train.fit import add_arguments, fit, main, train_step
+from attention_predictor.train.mixture import Mixture, averaged
 from attention_predictor.train.objective import document_loss
 from attention_predictor.train.options import TrainOptions
 from attention_predictor.train.shards import Record
 from attention_predictor.train.state import STATE_FILE
 from attention_predictor.train.validate import validate
+
+
+def split_of(directory: Path, val_fraction: float, seed: int) -> list[list[str]]:
+    """Names of the training and held-out documents of one recording."""
+    return [[place.document for place in part] for (part,) in Mixture([directory]).split(val_fraction, seed)]
 
 
 @pytest.mark.slow
@@ -39,7 +46,7 @@ def test_training_beats_the_last_row(arch: str, tmp_path: Path) -> None:
     assert loaded.arch == arch
     assert loaded.training_facts["metrics"] == metrics
     dataset = HistoryDataset(tmp_path / "data")
-    _, held_out = fit_module.split_documents(dataset, 0.1, 0)
+    _, held_out = split_of(tmp_path / "data", 0.1, 0)
     again = validate(loaded, [dataset.load(d) for d in held_out], dataset.meta, torch.device("cpu"))
     assert again["relative_recovery"] == pytest.approx(found[arch])
     card = (tmp_path / "out" / "README.md").read_text()
@@ -69,7 +76,7 @@ def test_mse_loss_and_bf16_run(tmp_path: Path) -> None:
 def test_a_requested_split_is_kept(tmp_path: Path) -> None:
     writer = make_recording(tmp_path, 2)
     writer.write("judge", [make_record(77)], split="validation")
-    training, held_out = fit_module.split_documents(HistoryDataset(tmp_path), 0.5, 0)
+    training, held_out = split_of(tmp_path, 0.5, 0)
     assert held_out == ["judge"]
     assert len(training) == 2
 
@@ -78,7 +85,7 @@ def test_documents_of_one_group_are_held_out_together(tmp_path: Path) -> None:
     make_recording(tmp_path / "data", 9, files=3)
     dataset = HistoryDataset(tmp_path / "data")
     for seed in range(5):
-        training, held_out = fit_module.split_documents(dataset, 0.1, seed)
+        training, held_out = split_of(tmp_path / "data", 0.1, seed)
         assert (len(training), len(held_out)) == (6, 3)
         assert not {dataset.group(one) for one in training} & {dataset.group(one) for one in held_out}
     make_recording(tmp_path / "one", 4, files=1)
@@ -88,6 +95,38 @@ def test_documents_of_one_group_are_held_out_together(tmp_path: Path) -> None:
 
 class TestSeveralRecordings:
     """Of models that differ in layers, heads and lengths."""
+
+    def test_a_text_is_held_out_of_all_or_of_none(self, tmp_path: Path) -> None:
+        """Recordings have some texts in common, in another order and number; one has a split of its own."""
+        for name, documents in (("a", range(9)), ("b", [12, 3, 7, 2, 10, 5]), ("c", [1, 3, 20])):
+            writer = HistoryWriter(tmp_path / name, META)
+            for one in documents:
+                split = "validation" if (name, one) == ("c", 1) else None
+                writer.write(f"{name} of {one}", [make_record(one)], group=f"text {one}", split=split)
+        mixture = Mixture([tmp_path / name for name in "abc"])
+        for seed in range(10):
+            groups = [
+                {mixture.recordings[place.recording].group(place.document) for places in part for place in places}
+                for part in mixture.split(0.2, seed)
+            ]
+            assert not groups[0] & groups[1]
+            assert "text 1" in groups[1]
+            assert all(places for part in mixture.split(0.2, seed) for places in part[:2])
+        assert len({str(mixture.split(0.2, seed)) for seed in range(10)}) > 1
+
+    def test_one_that_cannot_be_judged_is_refused(self, tmp_path: Path) -> None:
+        """Though the other can, before any training."""
+        make_recording(tmp_path / "long", 2)
+        writer = HistoryWriter(tmp_path / "short", META)
+        for name in "ab":
+            writer.write(name, [Record(0, 0, 0, 100, torch.rand(4, 7), torch.rand(4, 7))])
+        with pytest.raises(DataError, match=r"/short: its held-out documents have at most 103 tokens; .* than 256"):
+            fit([tmp_path / "long", tmp_path / "short"], tmp_path / "out")
+
+    def test_figures_are_averaged_over_those_that_all_have(self) -> None:
+        names = ("mse", "recovery", "relative_recovery", "relative_recovery_ahead", "overlap")
+        every = [{name: {"256": 0.5, "512": 0.7} for name in names}, {name: {"256": 0.7} for name in names}]
+        assert averaged(every)["recovery"] == {"256": pytest.approx(0.6)}
 
     @pytest.fixture
     def two(self, tmp_path: Path) -> list[Path]:
@@ -319,8 +358,17 @@ def test_data_that_cannot_train_is_refused(tmp_path: Path) -> None:
     writer = HistoryWriter(tmp_path / "short", META)
     for name in "ab":
         writer.write(name, [Record(0, 0, 0, 100, torch.rand(4, 7), torch.rand(4, 7))])
-    with pytest.raises(DataError, match="too short to judge"):
+    with pytest.raises(
+        DataError, match=r"its held-out documents have at most \d+ tokens; judging a predictor needs more than 256"
+    ):
         fit(tmp_path / "short", tmp_path / "out")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="can't be made"):
         fit(tmp_path / "short", tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("empty", ["--data", "--out"])
+def test_an_empty_name_is_refused(empty: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"--data": str(tmp_path), "--out": str(tmp_path)} | {empty: ""}
+    assert run_cli(["train", *(text for pair in given.items() for text in pair)]) == 2
+    assert capsys.readouterr().err == f"attnpred train: {empty} '': expected the name of a directory\n"

@@ -37,7 +37,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def blocks(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Numbers with channels far from zero, as keys have them; and zeros, equals, tiny ones, NaN."""
+    """Numbers with channels far from zero, as keys have them; and zeros, equals, tiny ones, the largest ones, NaN."""
     made = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=made) + 4 * torch.randn(shape[-1], generator=made)
     flat = x.view(-1, *shape[-2:])
@@ -46,7 +46,10 @@ def blocks(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     flat[2 % len(flat), 0] = 3e-7
     flat[3 % len(flat), -1, -1] = math.nan
     flat[4 % len(flat), 0, 0] = -math.inf
-    return x.to(dtype)
+    x = x.to(dtype)
+    x.view(-1, *shape[-2:])[5 % len(flat), ::2] = torch.finfo(dtype).max  # decoded to more, were it not for the limit
+    x.view(-1, *shape[-2:])[6 % len(flat), ::2] = torch.finfo(dtype).min
+    return x
 
 
 def same(found: Tensor, wanted: Tensor) -> bool:
@@ -89,6 +92,18 @@ def test_a_group_with_a_number_that_is_not_finite_is_nan(bits: int) -> None:
     found_2TD = decode_reference(encode_reference(key, value, bits), 16, 8, bits, torch.float32)
     assert torch.equal(found_2TD[0].isnan(), (torch.arange(8) == 2).expand(16, 8))
     assert torch.equal(found_2TD[1].isnan(), (torch.arange(16) == 5)[:, None].expand(16, 8))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_finite_numbers_stay_finite(dtype: torch.dtype, bits: int) -> None:
+    """Near the largest ones, where half a step more would be infinite."""
+    made = torch.Generator().manual_seed(0)
+    for sign in (-1, 1):
+        key, value = (sign * torch.finfo(dtype).max * (1 - 0.02 * torch.rand(2, 16, 64, generator=made))).to(dtype)
+        found_2TD = decode_reference(encode_reference(key, value, bits), 16, 64, bits, dtype)
+        assert found_2TD.isfinite().all()
+        assert ((found_2TD.double() / torch.finfo(dtype).max).abs() > 0.9).all()
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.5527), (4, 0.3027)])

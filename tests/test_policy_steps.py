@@ -255,6 +255,12 @@ def test_only_what_reads_every_key_is_never_captured(policy):
 # ---- the same as the host's arithmetic -------------------------------------------------------------------------------
 
 
+def sink_blocks(selection: Selection, padding: int) -> int:
+    """One more behind padding that ends within a block, if the budget has it; recent tokens begin anywhere in one."""
+    sink, recent = selection.sink // SIZE, -(-(max(selection.recent, 1) - 1) // SIZE) + 1
+    return sink + (sink > 0 and padding % SIZE > 0 and selection.budget // SIZE > sink + recent)
+
+
 def wanted(selection: Selection, score_BGN: Tensor | None, length: int, padding_B: Tensor | None) -> Tensor:
     """Blocks of the step at ``length`` tokens, bool BGN: one row after another, by sorting."""
     n_blocks = -(-length // SIZE)
@@ -262,7 +268,9 @@ def wanted(selection: Selection, score_BGN: Tensor | None, length: int, padding_
     for b in range(B):
         first = 0 if padding_B is None else int(padding_B[b]) // SIZE
         recent = max(length - max(selection.recent, 1), 0) // SIZE
-        always = set(range(first, first + selection.sink // SIZE)) | set(range(max(recent, first), n_blocks))
+        always = set(range(first, first + sink_blocks(selection, 0 if padding_B is None else int(padding_B[b])))) | set(
+            range(max(recent, first), n_blocks)
+        )
         for g in range(G):
             if length <= max(selection.budget, selection.dense_tokens):
                 wanted_BGN[b, g, first:] = True
@@ -350,7 +358,8 @@ class HostLazyEviction:
         keep = budget + 1 - max(min(recent_blocks, (budget - sink - recent_blocks - 1) // 2), 1)
         for b in range(B):
             first = 0 if self.padding_B is None else int(self.padding_B[b]) // SIZE
-            rank_BGN[b, :, first : first + sink] = rank_BGN[b, :, recent:] = ALWAYS
+            more = sink_blocks(selection, 0 if self.padding_B is None else int(self.padding_B[b]))
+            rank_BGN[b, :, first : first + more] = rank_BGN[b, :, recent:] = ALWAYS
             for g in range(G):
                 held = [n for n in range(first, n_blocks) if not self.evicted_BGN[b, g, n]]
                 if length > max(selection.budget, selection.dense_tokens) and len(held) > budget:

@@ -51,7 +51,11 @@ def best_by_hand(limits: Limits, length: int, padding: int, head: int, row: list
     if length <= limit:
         return set(range(first, n_blocks))
     recent = {token // SIZE for token in range(max(length - max(limits.recent, 1), 0), length)}
-    always = {block for block in recent | set(range(first, first + limits.sink_blocks)) if first <= block < n_blocks}
+    sink = range(padding // SIZE, -(-(padding + limits.sink_blocks * SIZE) // SIZE) if limits.sink_blocks else 0)
+    touched = max(len({(at + token) // SIZE for token in range(max(limits.recent, 1))}) for at in range(SIZE))
+    if limit // SIZE < limits.sink_blocks + touched + 1:  # no block for the sink's last tokens
+        sink = sink[: limits.sink_blocks]
+    always = {block for block in recent | set(sink) if first <= block < n_blocks}
     others = sorted(
         (block for block in range(first, n_blocks) if block not in always and row[block] > NEVER),
         key=lambda block: (-row[block], block),
@@ -82,6 +86,20 @@ def test_chosen_blocks(case, levels):
         for g in range(G):
             wanted = best_by_hand(limits, lengths[b], padding[b], g, scores[b, g].tolist())
             assert set(found[b, g].nonzero()[:, 0].tolist()) == wanted
+            assert len(wanted) <= (limits.heads[g] if limits.heads else limits.tokens) // SIZE
+
+
+@pytest.mark.parametrize("padding", [0, 5, 16, 31])
+def test_a_padded_sequence_keeps_its_own_first_tokens(padding):
+    """All of the sink's, though they begin within a block; a budget of sink, recent and one block has no room."""
+    length, sink, recent = 500, 2 * SIZE, 3 * SIZE
+    for blocks, holds in ((7, True), (6, padding % SIZE == 0)):
+        limits = Limits(blocks * SIZE, (), 2, recent)
+        found = chosen_blocks(limits, extent_of([length, length], [padding, 0]), torch.randn(B, G, 64))
+        assert found.sum(-1).max() <= blocks
+        own = torch.arange(padding, padding + sink) // SIZE
+        assert bool(found[0, :, own].all()) == holds
+        assert found[:, :, (length - recent) // SIZE : -(-length // SIZE)].all()
 
 
 @settings(max_examples=100, deadline=None)

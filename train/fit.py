@@ -22,7 +22,6 @@ from attention_predictor.commands.train import add_arguments as add_arguments
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor, architecture
 from attention_predictor.progress import Progress
-from attention_predictor.train.dataset import HistoryDataset
 from attention_predictor.train.mixture import Mixture, Place, averaged
 from attention_predictor.train.objective import document_loss
 from attention_predictor.train.options import TrainOptions
@@ -30,7 +29,7 @@ from attention_predictor.train.report import CARD_FILE, CURVES_FILE, card, draw_
 from attention_predictor.train.shards import Recording
 from attention_predictor.train.state import forget_state, read_state, restore, write_state
 from attention_predictor.train.tracking import check_tracker, start_tracker
-from attention_predictor.train.validate import Metrics, mean_ahead, validate
+from attention_predictor.train.validate import Metrics, mean_ahead, validate, why_not_judged
 from attention_predictor.writing import write_atomically
 
 DOCUMENTS = 4  # documents per step, from which its records are drawn
@@ -77,18 +76,16 @@ def fit(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # fail now, not after the training
         raise ConfigError(f"out={str(out)!r} can't be made: {error.strerror or error}") from error
-    splits = [split_documents(dataset, options.val_fraction, options.seed) for dataset in mixture.recordings]
-    training, held_out = (
-        [[Place(number, document) for document in documents] for number, documents in enumerate(parts)]
-        for parts in zip(*splits, strict=True)
-    )
+    training, held_out = mixture.split(options.val_fraction, options.seed)
     meta, cache = mixture.meta, Cache(mixture, accelerator.num_processes)
 
     def judged(predictor: AttentionPredictor) -> Metrics:
-        return averaged(
-            validate(predictor, map(cache.load, documents), meta, accelerator.device, options.horizon)
-            for documents in held_out
-        )
+        found = []
+        for dataset, documents in zip(mixture.recordings, held_out, strict=True):
+            found.append(validate(predictor, map(cache.load, documents), meta, accelerator.device, options.horizon))
+            if not found[-1]["relative_recovery_ahead"]:
+                raise DataError(f"{dataset.directory}: {why_not_judged(map(cache.load, documents), meta)}")
+        return averaged(found)
 
     settings = asdict(options) | {
         "documents": sum(map(len, training)),
@@ -112,9 +109,6 @@ def fit(
             reading.update()
     if state is None and accelerator.is_main_process:
         run["validation"] = {name: judged(architecture(name)(block_size=block_size)) for name in RULES}
-        if not run["validation"]["last"]["relative_recovery"]:
-            where = ", ".join(str(dataset.directory) for dataset in mixture.recordings)
-            raise DataError(f"{where}: held-out documents are too short to judge a predictor by recovery")
     start_tracker(accelerator, tracker, str(out), settings)
 
     interrupted, losses = False, list[float]()
@@ -275,20 +269,6 @@ class Cache:
             while len(self.held) > 1 and sum(r.nbytes for r in self.held.values()) > self.limit:
                 self.held.pop(next(iter(self.held)))
         return self.held[place]
-
-
-def split_documents(dataset: HistoryDataset, val_fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """Training and held-out documents: the recorded splits if given, else random groups."""
-    held_out = [document for document in dataset.documents if dataset.split(document) == "validation"]
-    if not held_out:
-        groups = sorted({dataset.group(document) for document in dataset.documents})
-        random.Random(seed).shuffle(groups)
-        chosen = set(groups[: max(1, round(val_fraction * len(groups)))])
-        held_out = [document for document in dataset.documents if dataset.group(document) in chosen]
-    training = [document for document in dataset.documents if document not in set(held_out)]
-    if not training:
-        raise DataError(f"{dataset.directory}: no document is left to train on; record at least 2 texts")
-    return training, held_out
 
 
 def copied(predictor: AttentionPredictor) -> dict[str, Tensor]:

@@ -57,15 +57,44 @@ class Mixture:
         prints = [one.fingerprint for one in self.recordings]
         return prints[0] if len(prints) == 1 else hashlib.sha256(" ".join(prints).encode()).hexdigest()[:16]
 
+    def split(self, val_fraction: float, seed: int) -> tuple[list[list[Place]], list[list[Place]]]:
+        """Training and held-out documents of each recording. A text is held out of all recordings or of none.
+
+        Held out are the groups of documents recorded for validation, and of a recording without such documents
+        ``val_fraction`` of its groups: those that a hash of seed and name puts first.
+
+        Raises:
+            DataError: A recording has no document left to train on.
+        """
+        held_out = {group for dataset in self.recordings for group in _groups_to_hold_out(dataset, val_fraction, seed)}
+        parts: tuple[list[list[Place]], list[list[Place]]] = [], []
+        for number, dataset in enumerate(self.recordings):
+            for held, part in zip((False, True), parts, strict=True):
+                names = [one for one in dataset.documents if (dataset.group(one) in held_out) == held]
+                part.append([Place(number, name) for name in names])
+            if not parts[0][-1]:
+                raise DataError(f"{dataset.directory}: no document is left to train on; record at least 2 texts")
+        return parts
+
     def load(self, place: Place) -> Recording:
         return self.recordings[place.recording].load(place.document)
 
 
+def _groups_to_hold_out(dataset: HistoryDataset, val_fraction: float, seed: int) -> list[str]:
+    """Groups that are held out on account of one recording."""
+    wanted = [dataset.group(one) for one in dataset.documents if dataset.split(one) == "validation"]
+    if wanted:
+        return wanted
+    groups = {dataset.group(document) for document in dataset.documents}
+    by_hash = sorted(groups, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest())
+    return by_hash[: max(1, round(val_fraction * len(groups)))]
+
+
 def averaged(metrics: Iterable[Metrics]) -> Metrics:
-    """The mean over recordings of each figure, among those that have it."""
+    """The mean over recordings of each figure that all of them have, so that they count equally."""
     every = list(metrics)
     found: Metrics = {}
     for name in METRICS:
-        columns = dict.fromkeys(column for one in every for column in one[name])
-        found[name] = {column: fmean(one[name][column] for one in every if column in one[name]) for column in columns}
+        columns = [column for column in every[0][name] if all(column in one[name] for one in every)]
+        found[name] = {column: fmean(one[name][column] for one in every) for column in columns}
     return found

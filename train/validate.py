@@ -109,6 +109,16 @@ def validate(
     return metrics
 
 
+def why_not_judged(recordings: Iterable[Recording], meta: Mapping[str, Any]) -> str:
+    """What documents lack for which ``validate`` has found no recovery."""
+    longest = max(recording.first_tokens + recording.steps - 1 for recording in recordings)
+    always = meta["sink"] + meta["recent"]
+    least = next((budget for budget in BUDGETS if budget >= always + 2 * meta["block_size"]), None)
+    if least is None:
+        return f"sink and recent are {always} tokens; judging a predictor needs fewer than {BUDGETS[-1]}"
+    return f"its held-out documents have at most {longest} tokens; judging a predictor needs more than {least}"
+
+
 def _normalised(x_XM: Tensor) -> Tensor:
     return x_XM / x_XM.sum(-1, keepdim=True).clamp_min(1e-9)
 

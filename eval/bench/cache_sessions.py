@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from attention_predictor.errors import ConfigError, one_line
 from attention_predictor.eval.bench.cache_setups import CACHE_SETUPS, CacheSetup, check_setups
@@ -20,7 +20,7 @@ from attention_predictor.eval.bench.static_step import StaticStep, StockModelErr
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.attach import attach
-from attention_predictor.offload.hf.versions import with_cache
+from attention_predictor.offload.hf.versions import layer_config, with_cache
 from attention_predictor.sizes import size_text
 
 
@@ -98,20 +98,21 @@ def why_too_large(
     *,
     context: int,
     batch: int,
+    at_once: int,
     limit_bytes: int | None,
     ranks: int = 1,
 ) -> str | None:
     """Why a stock cache of this size does not fit, else ``None``; ours checks itself (``engine.check_fits``).
 
-    ``ranks``: among how many processes the KV heads are divided.
+    ``at_once``: tokens of the longest forward; ``ranks``: among how many processes the KV heads are divided.
     """
     if setup.kind == "ours":
         return None
-    config, device = model.config.get_text_config(decoder=True), model.device
-    layer_bytes = batch * context * _token_bytes(config, model.dtype) // ranks
-    needed = config.num_hidden_layers * layer_bytes
+    device = model.device
+    layers = [batch * nbytes // ranks for nbytes in _layer_bytes(model, setup, context, at_once)]
+    needed = sum(layers)
     if setup.kind != "resident":
-        needed += layer_bytes  # a step makes one layer's anew before the old one is gone
+        needed += max(layers, default=0)  # a step makes one layer's anew before the old one is gone
     if device.type != "cuda" or setup.options.get("offloading"):
         available, where = psutil.virtual_memory().available, "host memory"
     else:
@@ -128,8 +129,25 @@ def free_device_bytes(device: torch.device, limit_bytes: int | None) -> int:
     return available if limit_bytes is None else min(available, limit_bytes - used)
 
 
-def _token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values in one layer."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * heads * head_dim * dtype.itemsize
+def _layer_bytes(model: PreTrainedModel, setup: CacheSetup, context: int, at_once: int) -> list[int]:
+    """Bytes of one sequence's keys and values in each layer that keeps them token by token.
+
+    With a window a layer of a dynamic cache keeps the last tokens before a forward, and that forward's; one of a
+    static cache the window, but in a ``plain_static_cache`` everything.
+    """
+    config = model.config.get_text_config(decoder=True)
+    found = []
+    for number, layer in enumerate(DynamicCache(config=config).layers):
+        if not isinstance(layer, DynamicLayer):
+            continue  # a state of fixed size, or the keys of another layer
+        tokens = context
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            if setup.kind == "dynamic":
+                tokens = min(context, layer.sliding_window - 1 + at_once)
+            elif setup.options.get("compile"):
+                tokens = min(context, layer.sliding_window)
+        own = layer_config(config, number)
+        heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+        head_dim = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+        found.append(2 * heads * head_dim * model.dtype.itemsize * tokens)
+    return found

@@ -85,6 +85,11 @@ class Workload:
         """Tokens in the cache before the first step."""
         return self.context - steps_within(self.steps)
 
+    @property
+    def at_once(self) -> int:
+        """Tokens of the longest forward: the prompt, unless caches are filled without one."""
+        return self.prompt if self.synthetic is None else 1
+
 
 def _own_part(weight: Tensor) -> Tensor:
     """This rank's part of a weight that is divided among ranks, else the weight."""
@@ -100,8 +105,8 @@ def time_setup(model: PreTrainedModel, setup: CacheSetup, work: Workload) -> dic
     """A row of timings, or the reason it was ``skipped``: out of memory, or the stock model can't run this way."""
     row: dict[str, Any] = {"name": setup.name, "context": work.context, "batch": work.batch}
     ranks = Ranks.of(model)
-    sizes = {"context": work.context, "batch": work.batch, "limit_bytes": work.limit_bytes, "ranks": ranks.count}
-    if reason := ranks.first(why_too_large(model, setup, **sizes)):
+    sizes = {"context": work.context, "batch": work.batch, "at_once": work.at_once}
+    if reason := ranks.first(why_too_large(model, setup, **sizes, limit_bytes=work.limit_bytes, ranks=ranks.count)):
         return row | {"skipped": reason}
     try:
         return row | _time_setup(model, setup, work)

@@ -55,7 +55,8 @@ def _time_setup(
     model: PreTrainedModel, setup: CacheSetup, ids_BT: Tensor, chunk: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Timings of one setup, or the reason it was ``skipped``: out of memory."""
-    if reason := why_too_large(model, setup, context=args.context, batch=args.batch, limit_bytes=None):
+    sizes = {"context": args.context, "batch": args.batch, "at_once": chunk}
+    if reason := why_too_large(model, setup, **sizes, limit_bytes=None):
         return {"skipped": reason}
     try:
         return timed(model, setup, ids_BT, chunk, args.budget, args.repeats)

@@ -85,10 +85,9 @@ def largest_batch(model: PreTrainedModel, setup: CacheSetup, work: Workload, row
     Of ours, the device's part is what the timed row held; ``None`` if there is no such row.
     """
     if setup.kind != "ours":
-        context, limit_bytes = work.context, work.limit_bytes
-        return most(
-            lambda batch: why_too_large(model, setup, context=context, batch=batch, limit_bytes=limit_bytes) is None
-        )
+        sizes = {"context": work.context, "at_once": work.at_once}
+        limit_bytes = work.limit_bytes
+        return most(lambda batch: why_too_large(model, setup, **sizes, batch=batch, limit_bytes=limit_bytes) is None)
     if "engine" not in row:
         return None
     with attach(model, OffloadConfig(budget=work.budget, host_kv=work.host_kv, **setup.options)) as engine:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 Row = Mapping[str, Any]
+SIZES = ("context", "tokens")  # fields of rows that say how long the context is
 
 
 def machine(device: torch.device) -> str:
@@ -33,7 +34,7 @@ def report(
     line: str | Callable[[Row], str],
     as_json: bool,
 ) -> None:
-    """Print rows, each by ``line`` (a format or a function), skipped ones by name and reason."""
+    """Print rows, each by ``line`` (a format or a function), skipped ones by size, name and reason."""
     if as_json:
         found = {"part": part, "machine": machine(device), "settings": dict(settings), "timings": [*map(dict, rows)]}
         print(json.dumps(found))
@@ -41,4 +42,10 @@ def report(
     print(f"{part}, {machine(device)}: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
     show = line.format_map if isinstance(line, str) else line
     for row in rows:
-        print("  " + (f"{row['name']:<44} skipped: {row['skipped']}" if "skipped" in row else show(row)))
+        print("  " + (skipped(row) if "skipped" in row else show(row)))
+
+
+def skipped(row: Row) -> str:
+    """The line of a row that was not timed, with whatever of batch and context it has."""
+    sizes = [f"{row['batch']} ×"] * ("batch" in row) + [f"{row[name]} tokens" for name in SIZES if name in row]
+    return f"{' '.join(sizes):<22} {row['name']:<34} skipped: {row['skipped']}".lstrip()

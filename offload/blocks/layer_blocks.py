@@ -239,7 +239,7 @@ class LayerBlocks:
         """Fetch the blocks that the table lists. Returns their number if the host moved them, else 0."""
         table, pool = self.table, self.pool
         if self.device_moves:
-            moves = table.tensors[4:7]
+            moves = table.tensors.moves
             slabs = (self._slabs(), self.store.slab_blocks)
             given = (*slabs, *moves, pool.key_BGSTD, pool.value_BGSTD, stall_ns_1)
             if isinstance(self.store, CodedStore):

@@ -35,6 +35,10 @@ class Limits(NamedTuple):
     sink_blocks: int
     recent: int
 
+    def always_blocks(self, block_size: int) -> int:
+        """Blocks of sink and recent tokens, wherever the recent ones begin within a block."""
+        return self.sink_blocks + ceil_div(max(self.recent, 1) - 1, block_size) + 1
+
     @property
     def deficit(self) -> tuple[int, ...]:
         """Tokens by which each KV head's limit is below ``tokens``; ``()`` if none is."""

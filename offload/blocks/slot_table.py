@@ -166,7 +166,8 @@ class SlotTable:
 
     def _assign(self, chosen_BGC: Tensor, extent: Extent, use_B: Tensor, count_2: Tensor) -> None:
         """Give every chosen block a slot, and list the blocks to fetch. A block without tokens yet comes last."""
-        block_RS, active_RS, last_use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R = self.tensors
+        table = self.tensors
+        block_RS, active_RS, use_RS, slot_RC = table.block_RS, table.active_RS, table.use_RS, table.slot_RC
         (R, S), G = block_RS.shape, chosen_BGC.shape[1]
         chosen_RC, use_R1 = chosen_BGC.flatten(0, 1), use_B.repeat_interleave(G)[:, None]
         begun_RC = extent.begun_BC.repeat_interleave(G, 0)
@@ -178,7 +179,7 @@ class SlotTable:
         block_RC = extent.block_C.expand(R, -1)
         fetched_RS = scatter_or_drop(torch.full_like(block_RS, -1), place_RC, block_RC)
         # Slots by age, oldest first; kept slots come last and are never given away.
-        age_RS = torch.where(block_RS < 0, -1, (last_use_RS << USE_SHIFT) + block_RS)
+        age_RS = torch.where(block_RS < 0, -1, (use_RS << USE_SHIFT) + block_RS)
         given_RS = age_RS.masked_fill(kept_RS, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
         filled_RS = fetched_RS >= 0
         lost_RS = block_RS.gather(1, given_RS).masked_fill(~filled_RS, -1)
@@ -189,11 +190,11 @@ class SlotTable:
         active_RS.copy_(
             torch.where(kept_RS, block_RS, scatter_or_drop(torch.full_like(block_RS, -1), to_RS, fetched_RS))
         )
-        last_use_RS.copy_(torch.where(active_RS >= 0, use_R1, last_use_RS))
-        move_block_RS.copy_(fetched_RS)
-        move_slot_RS.copy_(given_RS)
-        moves_R.copy_((absent_RC & begun_RC).sum(1))
-        count_2 += torch.stack([(chosen_RC & begun_RC).sum(), moves_R.sum()])
+        use_RS.copy_(torch.where(active_RS >= 0, use_R1, use_RS))
+        table.move_block_RS.copy_(fetched_RS)
+        table.move_slot_RS.copy_(given_RS)
+        table.moves_R.copy_((absent_RC & begun_RC).sum(1))
+        count_2 += torch.stack([(chosen_RC & begun_RC).sum(), table.moves_R.sum()])
 
     # ---- for the host -------------------------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class SlotTable:
 
     def moves(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, blocks and slots to fetch; int64 on the CPU."""
-        move_block_RS, move_slot_RS, moves_R = (tensor.cpu() for tensor in self.tensors[4:7])
+        move_block_RS, move_slot_RS, moves_R = (tensor.cpu() for tensor in self.tensors.moves)
         row_n, place_n = (torch.arange(move_block_RS.shape[1]) < moves_R[:, None]).nonzero(as_tuple=True)
         return row_n, move_block_RS[row_n, place_n].long(), move_slot_RS[row_n, place_n].long()
 
@@ -218,10 +219,11 @@ class SlotTable:
         """Grow to ``slots`` slots; the new ones are empty."""
         if (more := slots - self.block_RS.shape[1]) < 0:
             raise ValueError(f"slots must be at least {self.block_RS.shape[1]}, got {slots}")
-        block_RS, active_RS, use_RS, slot_RC, move_block_RS, move_slot_RS, moves_R = self.tensors
-        slots_of = (F.pad(x, (0, more), value=-1) for x in (block_RS, active_RS, use_RS))
-        moves = (F.pad(x, (0, more)) for x in (move_block_RS, move_slot_RS))
-        self.tensors = SlotTensors._make([*slots_of, slot_RC, *moves, moves_R])
+        filled_with = {"block_RS": -1, "active_RS": -1, "use_RS": -1, "move_block_RS": 0, "move_slot_RS": 0}
+        wider = {
+            name: F.pad(getattr(self.tensors, name), (0, more), value=value) for name, value in filled_with.items()
+        }
+        self.tensors = self.tensors._replace(**wider)
 
     @torch.inference_mode(False)
     def reserve(self, capacity: int) -> None:
@@ -244,7 +246,8 @@ class SlotTable:
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` unless every resident block has one slot, and both maps agree."""
-        block_RS, active_RS, _, slot_RC, *_ = (tensor.cpu() for tensor in self.tensors)
+        table = self.tensors
+        block_RS, active_RS, slot_RC = (tensor.cpu() for tensor in (table.block_RS, table.active_RS, table.slot_RC))
         filled, mapped = int((block_RS >= 0).sum()), int((slot_RC >= 0).sum())
         if filled != mapped:
             raise IntegrityError(f"{filled} slots are filled, found {mapped} blocks with a slot")
@@ -260,7 +263,8 @@ def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor, deficit_BG:
     """The blocks that a step attends to, bool BGC: sink, recent, and the best others up to the limit.
 
     A sequence within the limit is attended to whole. Blocks that are all padding are never chosen; the sink begins at
-    the first real token.
+    the first real token. If that is within a block, the sink's last tokens are in one block more, which is chosen too
+    unless the limit has no block for it beside the most that recent tokens may touch.
 
     Args:
         score_BGC: ``-inf`` for never.
@@ -275,6 +279,12 @@ def chosen_blocks(limits: Limits, extent: Extent, score_BGC: Tensor, deficit_BG:
     limit_BG: int | Tensor = limits.tokens if deficit_BG is None else limits.tokens - deficit_BG
     whole_BG1 = (length_B1 <= limit_BG)[:, :, None]
     always_BGC = always_BC[:, None] | (real_BC[:, None] & whole_BG1)
+    if extent.padding_B is not None and limits.sink_blocks:
+        least = (limits.always_blocks(extent.block_size) + 1) * extent.block_size  # the same at every length
+        limit_BG1 = limit_BG if isinstance(limit_BG, int) else limit_BG[:, :, None]
+        last_BC = real_BC & (block_C == first_B1 + limits.sink_blocks)
+        last_BC = last_BC & (extent.padding_B % extent.block_size > 0)[:, None]
+        always_BGC = always_BGC | (last_BC[:, None] & (limit_BG1 >= least))
     score_BGC = score_BGC.masked_fill(~real_BC[:, None], NEVER).masked_fill(always_BGC, ALWAYS)
     count = min(limits.tokens // extent.block_size, extent.capacity)
     count_BG1 = None if deficit_BG is None else ((limits.tokens - deficit_BG) // extent.block_size)[:, :, None]

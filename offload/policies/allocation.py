@@ -65,7 +65,8 @@ def share_budget(config: OffloadConfig, weights: Sequence[float]) -> list[int]:
 
 
 def first_budgets(config: OffloadConfig, layers: int, kv_heads: int | None = None) -> list[Budget]:
-    """The layers' budgets before any prompt; ``ConfigError`` where configured budgets don't fit the model.
+    """The layers' budgets before any prompt; ``ConfigError`` where configured budgets don't fit the model, or the
+    policy names an allocation that doesn't exist.
 
     ``kv_heads`` are those of the whole model, and so are budgets by head.
     """
@@ -82,7 +83,10 @@ def first_budgets(config: OffloadConfig, layers: int, kv_heads: int | None = Non
         top, bottom = 1 / PYRAMID_BETA, 2 - 1 / PYRAMID_BETA
         fall = (bottom - top) / max(layers - 1, 1)
         return [*share_budget(config, [bottom - layer * fall for layer in range(layers)])]
-    return [config.budget] * layers
+    if kind == "uniform" or kind in FROM_PROMPT:  # the prompt changes them later
+        return [config.budget] * layers
+    allowed = ", ".join(("uniform", "pyramid", *FROM_PROMPT))
+    raise ConfigError(f"the allocation of policy {config.policy!r} is {kind!r}: expected one of {allowed}")
 
 
 def allocation_of(config: OffloadConfig) -> str | Sequence[int | Sequence[int]]:

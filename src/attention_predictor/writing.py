@@ -49,6 +49,16 @@ def write_together(files: Mapping[Path, bytes | str]) -> None:
         raise
 
 
+def why_not_writable(path: Path) -> str | None:
+    """Why no file can be written here, ``None`` if one may be; makes nothing."""
+    if path.is_dir():
+        return "it is a directory"
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        return f"{above} is not a directory"
+    return None if os.access(path if path.exists() else above, os.W_OK) else f"{above} can't be written to"
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn errors of writing this file into a ``WriteError`` that names it."""

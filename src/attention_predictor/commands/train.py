@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 
-from attention_predictor.arguments import add_option
+from attention_predictor.arguments import add_option, refused
 from attention_predictor.train.options import LOSSES, NUMBERS, PRECISIONS, TARGETS, TRACKERS, TrainOptions
 
 
@@ -70,4 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
+    for option, given in (*(("--data", one) for one in args.data), ("--out", args.out)):
+        if not given:
+            raise refused(option, given, "the name of a directory")
     TrainOptions.of(args)

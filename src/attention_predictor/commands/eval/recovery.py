@@ -25,6 +25,7 @@ import argparse
 
 from attention_predictor.arguments import add_option
 from attention_predictor.commands import run_options
+from attention_predictor.commands.eval.synthetic import add_tasks_argument
 from attention_predictor.errors import ConfigError
 from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
 from attention_predictor.eval.harness.rules import check_names
@@ -40,12 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "text for the documents: .txt file or directory of .txt files; with --tail, any form that attnpred record takes"
     )
     add("--data", required=True, metavar="D", help=what)
-    add(
-        "--tasks",
-        default="kv,facts",
-        metavar="T,T",
-        help=f"tasks to run: {', '.join(synthetic.TASKS)} (default: %(default)s)",
-    )
+    add_tasks_argument(parser)
     add_option(parser, "--questions", whole(1), 100, "number of questions in all, rounded up to whole documents")
     add_option(parser, "--per-document", whole(1), 20, "questions per document")
     add_option(parser, "--tail", whole(), None, "ask no questions; decode the last N tokens of each document")

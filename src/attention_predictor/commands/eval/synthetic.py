@@ -34,15 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="text for the documents: .txt file, or directory of .txt files",
     )
-    add(
-        "--tasks",
-        default="kv,facts",
-        metavar="T,T",
-        help=f"tasks to run: {', '.join(synthetic.TASKS)} (default: %(default)s)",
-    )
+    add_tasks_argument(parser)
     add_option(parser, "--questions", whole(1), 100, "questions of each task, rounded up to whole documents")
     add_option(parser, "--per-document", whole(1), 20, "questions per document")
     add_option(parser, "--context", whole(1), 8192, "tokens of a document with its question and answer")
+
+
+def add_tasks_argument(parser: argparse.ArgumentParser) -> None:
+    """``--tasks``."""
+    what = f"tasks to run: {', '.join(synthetic.TASKS)} (default: %(default)s)"
+    parser.add_argument("--tasks", default="kv,facts", metavar="T,T", help=what)
 
 
 def check(args: argparse.Namespace) -> None:
