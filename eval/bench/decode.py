@@ -61,7 +61,8 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     rows = compare([row for context, setup in plan if (row := timings.find(context=context, way=setup)) is not None])
     report("decode", device, settings, rows, line=describe, as_json=args.json)
     if args.plot is not None and processes.is_main:
-        title = f"Decoding, {settings['model']}, budget {args.budget}, batch {args.batch}, host KV {args.host_kv}\n{where}"
+        title = f"Decoding, {settings['model']}, budget {args.budget}, batch {args.batch}, host KV {args.host_kv}"
+        title += f"\n{where}"
         drawn = [row for row in rows if row["way"] != STATIC or FLOOR not in floors]  # one level
         plot_timings(drawn, args.plot, title, floor=CACHE_SETUPS[FLOOR if FLOOR in floors else STATIC].name)
     return 0
