@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import Any
 
 import torch
 import transformers
@@ -77,6 +78,7 @@ def random_model(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
+        model: Any
         if ranks > 1:
             model = _divided_model(config, dtype, ranks)
         else:
@@ -95,7 +97,7 @@ def random_model(
 
 def _divided_model(config: PreTrainedConfig, dtype: torch.dtype, ranks: int) -> PreTrainedModel:
     """This rank's part of a model with random weights."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     # A checkpoint without weights: transformers makes those that are missing, each rank those of its part.
     return kind.from_pretrained(None, config=config, state_dict={}, dtype=dtype, **tensor_parallel_options(ranks))
 

@@ -21,7 +21,7 @@ class TimingsFile:
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any], *, writes: bool = True) -> None:
-        """Without a path, keep rows in memory only. ``writes``: whether this process writes the file or only reads it."""
+        """Without a path, keep rows in memory only; unless it ``writes``, this process only reads the file."""
         self.path = path if writes else None
         self.rows: list[dict[str, Any]] = []
         if path is None:
