@@ -45,7 +45,7 @@ class Segment:
         ready: Done when a worker has allocated and pinned the memory.
     """
 
-    def __init__(self, nbytes: int, pin_for: torch.device | None, workers: Callable[[], Executor]) -> None:
+    def __init__(self, nbytes: int, pin_for: Sequence[torch.device], workers: Callable[[], Executor]) -> None:
         self.nbytes = math.ceil(nbytes / mmap.PAGESIZE) * mmap.PAGESIZE
         self.bytes = torch.frombuffer(mmap.mmap(-1, self.nbytes), dtype=torch.uint8)
         self.pinned = False
@@ -85,10 +85,10 @@ class Segment:
         if self._unpin is not None:
             self._unpin()
 
-    def _make(self, pin_for: torch.device | None) -> None:
+    def _make(self, pin_for: Sequence[torch.device]) -> None:
         # Touch each page first: the system provides pages to several threads in parallel, but pins with one.
         self.bytes.numpy()[:: mmap.PAGESIZE] = 0
-        if pin_for is None:
+        if not pin_for:
             return
         address = self.bytes.data_ptr()
         with _pinning:
@@ -108,8 +108,8 @@ def _register(address: int, nbytes: int) -> int:
     return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, portable))
 
 
-def _unpin(address: int, device: torch.device) -> None:
-    torch.cuda.synchronize(device)  # it may be reading
+def _unpin(address: int, gpus: Sequence[torch.device]) -> None:
+    _wait_for(gpus)  # they may be reading
     torch.cuda.cudart().cudaHostUnregister(address)
 
 
@@ -119,9 +119,9 @@ class HostMemory:
     Slabs may be borrowed and die on any thread. Segments stay until ``close``, or until their memory is needed.
     """
 
-    def __init__(self, pin_for: torch.device | None = None, note: Callable[[str], None] = logger.warning) -> None:
-        """``pin_for``: the GPU that the memory is pinned for; ``note`` is called with a message if pinning fails."""
-        self.pin_for, self.note = pin_for, note
+    def __init__(self, pin_for: Sequence[torch.device] = (), note: Callable[[str], None] = logger.warning) -> None:
+        """``pin_for``: the GPUs that use the memory; ``note`` is called with a message if pinning fails."""
+        self.pin_for, self.note = tuple(pin_for), note
         self._refused = False
         self._segments: list[Segment] = []
         self._full: dict[int, int] = {}  # by size: number of leading segments without a large enough span
@@ -207,6 +207,10 @@ class HostMemory:
                     counted.append(self._add(min(each, count) * room, keep=counted))
                     count -= each
 
+    def wait_for_gpus(self) -> None:
+        """Return when the GPUs have done all work queued so far."""
+        _wait_for(self.pin_for)
+
     def close(self) -> None:
         """Return memory to the system: free segments now, others when their slabs die. Idempotent."""
         with self._lock:
@@ -272,9 +276,9 @@ class HostMemory:
             self.close()
 
     def _collect(self) -> None:
-        """Free the spans of slabs that have died, after waiting for the device, which may still use them."""
-        if self._returned and self.pin_for is not None:
-            torch.cuda.synchronize(self.pin_for)
+        """Free the spans of slabs that have died, after waiting for the GPUs, which may still use them."""
+        if self._returned:
+            self.wait_for_gpus()
         while self._returned:
             segment, start, nbytes = self._returned.popleft()
             segment.put_back(start, nbytes)
@@ -282,6 +286,11 @@ class HostMemory:
         if self._closed:
             for segment in [one for one in self._segments if one.is_free]:
                 self._drop(segment)
+
+
+def _wait_for(gpus: Sequence[torch.device]) -> None:
+    for gpu in gpus:
+        torch.cuda.synchronize(gpu)
 
 
 def _aligned(nbytes: int) -> int:

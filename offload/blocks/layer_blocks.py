@@ -26,10 +26,11 @@ from attention_predictor.offload.blocks.slot_table import SlotTable
 
 if TYPE_CHECKING:
     from attention_predictor.offload.blocks.host_memory import HostMemory
-    from attention_predictor.offload.blocks.prefetch import Prefetcher, Ticket
+    from attention_predictor.offload.blocks.prefetch import Ticket
     from attention_predictor.offload.blocks.selection import Limits, Selection
     from attention_predictor.offload.config import OffloadConfig
-    from attention_predictor.offload.stats import DeviceCounts, Stats
+    from attention_predictor.offload.stage import Stage
+    from attention_predictor.offload.stats import Stats
 
 CAPACITY_BLOCKS = 64  # the capacity grows by this many blocks: doubling would waste the memory this library saves
 POOL_STEP = 16  # the pool grows by this many slots while the context is shorter than the budget
@@ -40,8 +41,6 @@ class BlockRuntime(Protocol):
 
     config: OffloadConfig
     stats: Stats
-    counts: DeviceCounts
-    prefetcher: Prefetcher
 
     @property
     def memory(self) -> HostMemory: ...
@@ -64,16 +63,16 @@ class LayerBlocks:
     def __init__(
         self,
         runtime: BlockRuntime,
+        stage: Stage,
         number: int,
         *,
         batch: int,
         kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
-        config = runtime.config
-        self.runtime, self.number = runtime, number
+        config, device = runtime.config, stage.device
+        self.runtime, self.stage, self.number = runtime, stage, number
         self.kv_heads, self.device, self.block_size = kv_heads, device, config.block_size
         shape = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": config.block_size}
         kernels = config.kernels == "auto"
@@ -81,7 +80,7 @@ class LayerBlocks:
         self.store = new_store(config.code_bits, **shape, dtype=dtype, **options)
         self.pool = BlockPool(**shape, dtype=dtype, slots=0, device=device)
         self.table = SlotTable(rows=batch * kv_heads, device=device)
-        self.counts = runtime.counts.of_layer(number, self.store.block_bytes)
+        self.counts = stage.counts.of_layer(number, self.store.block_bytes)
         self.capacity = 0
         self.ticket: Ticket | None = None
         self._may_move = kernels and binding.on_gpu(device) and ops.why_no_kernels(device) is None
@@ -179,7 +178,7 @@ class LayerBlocks:
         if late_blocks is not None:
             started = time.perf_counter()
             try:
-                moved = self._move(extent, self.runtime.counts.stall_ns_1)
+                moved = self._move(extent, self.stage.counts.stall_ns_1)
             except Exception as error:
                 raise FetchError(f"layer {self.number}: a late fetch failed: {error!r}") from error
             if moved:
@@ -214,7 +213,7 @@ class LayerBlocks:
         """Wait until the blocks fetched ahead are in the pool; the time counts as exposed wait."""
         if self.ticket is not None:
             ticket, self.ticket = self.ticket, None
-            self.runtime.stats.exposed_wait_ms += self.runtime.prefetcher.wait(ticket)
+            self.runtime.stats.exposed_wait_ms += self.stage.prefetcher.wait(ticket)
 
     def count_attended(self) -> None:
         """Count the active blocks, for policies whose step does not choose."""

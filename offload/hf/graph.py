@@ -5,6 +5,7 @@ Suffixes: B sequences, L tokens of the sequence.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -95,8 +96,8 @@ def why_not_captured(cache: TieredCache, cache_graph: CacheGraph | None) -> str 
             if (reason := why_not_fixed(layer, number)) is not None:
                 return reason
             continue
-        if not binding.on_gpu(layer.runtime.device):
-            return f"they need a CUDA device, the model is on {layer.runtime.device}"
+        if not binding.on_gpu(layer.stage.device):
+            return f"they need a CUDA device, the model is on {layer.stage.device}"
         if not layer.kernel:
             return "they need the kernels"
         if not layer.blocks.store.pinned:
@@ -159,6 +160,12 @@ class CaptureError(Exception):
     """The model's forward can't be captured: it reads a value back to the host."""
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The device's only stream for captures: torch's own is on the device that was current at its first use."""
+    return torch.cuda.Stream(device)
+
+
 def _end_capture_of_random_numbers(device: torch.device) -> None:
     """Reset torch's random generator, which a failed capture leaves in its capturing state, unusable."""
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -179,7 +186,7 @@ class CacheGraph:
         self._layers_of_cache = cache.layers
         self.fixed: list[FixedLayer] = []  # in place of transformers' own layers while steps are captured
         self.tables: dict[tuple[int, int], RingTable] = {}
-        self.runtime = self.layers[0].runtime
+        self.runtime, self.device = self.layers[0].runtime, self.layers[0].stage.device
         self.forward, self.step_modules = forward, step_modules
         self.cache_name = cache_argument(forward) or CACHE_NAMES[0]
         # Some policies read all keys in some steps; those steps are not captured.
@@ -244,8 +251,8 @@ class CacheGraph:
         self.entered = False
         self.wasted_captures = self.wasted_captures + 1 if self.steps_taken < MIN_STEPS_PER_CAPTURE else 0
         self.graph = self.output = None
-        if self.runtime.device.type == "cuda":
-            torch.cuda.synchronize(self.runtime.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         for layer in self.layers:
             layer.leave()
         for fixed in self.fixed:
@@ -266,7 +273,7 @@ class CacheGraph:
         device, batch = ids_B1.device, self.layers[0].batch
         self.room = self.runtime.room.captured_tokens(self._length())
         self.length_B = torch.full((batch,), self._length(), device=device)
-        self.schedule = StreamSchedule(device, self.runtime.counts.stall_ns_1)
+        self.schedule = StreamSchedule(device, self.layers[0].stage.counts.stall_ns_1)
         self.ids_B1 = torch.zeros_like(ids_B1)
         self.position = torch.zeros_like(position)
         self.eager_steps_left, self.steps_taken = EAGER_STEPS, 0
@@ -319,13 +326,13 @@ class CacheGraph:
         self.running = True
         try:
             # By thread: NCCL's own thread queries events meanwhile, which would end another mode's capture.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=_capture_stream(self.device), capture_error_mode="thread_local"):
                 output = self._step(cache)
         except RuntimeError as error:
             # A capture records kernels and runs none, so the layers' state is as before.
             for one in self._all_layers:
                 one.awaits_attention = False
-            _end_capture_of_random_numbers(self.runtime.device)
+            _end_capture_of_random_numbers(self.device)
             failure = error
         finally:
             self.running = False
