@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
     processes = PartialState(cpu=args.device == "cpu")
     if processes.num_processes > 1 and args.device != "cpu":
         args.device = str(processes.device)
-    model = load_model(args.model, args.device, args.dtype)
+    model = load_model(args.model, args.device, args.dtype, device_map=args.device_map)
     attach_recorder(model, defaults).detach()  # refuse a bad model now, before anything is written
     check_positions(model.config.get_text_config(decoder=True), args.max_tokens)
     meta = {

@@ -18,6 +18,7 @@ from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.hf.layer import TieredLayer
+from attention_predictor.offload.hf.placement import input_device
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import LayerSpec, Policy, Step, register
 from attention_predictor.offload.policies.predictor import PredictorPolicy
@@ -116,8 +117,8 @@ def record(model: PreTrainedModel, excerpt: Excerpt, config: OffloadConfig) -> I
 def _decoded(model: PreTrainedModel, engine: Engine, excerpt: Excerpt, first: int) -> Iterator[Record]:
     """Records of tails decoded together; sequence numbers start at ``first``."""
     cache = engine.new_cache()
-    model(torch.tensor([excerpt.prompt], device=model.device), **with_cache(model, cache), logits_to_keep=1)
-    tails_BQ = torch.tensor(excerpt.tails, device=model.device)
+    model(torch.tensor([excerpt.prompt], device=input_device(model)), **with_cache(model, cache), logits_to_keep=1)
+    tails_BQ = torch.tensor(excerpt.tails, device=input_device(model))
     cache.batch_repeat_interleave(len(excerpt.tails))
     for part_BQ in tails_BQ.split(1 if engine.config.policy == SparseRecorder.name else tails_BQ.shape[1], dim=1):
         model(part_BQ, **with_cache(model, cache), logits_to_keep=1)

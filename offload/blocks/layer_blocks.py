@@ -26,11 +26,10 @@ from attention_predictor.offload.blocks.slot_table import SlotTable
 
 if TYPE_CHECKING:
     from attention_predictor.offload.blocks.host_memory import HostMemory
-    from attention_predictor.offload.blocks.prefetch import Ticket
+    from attention_predictor.offload.blocks.prefetch import Prefetcher, Ticket
     from attention_predictor.offload.blocks.selection import Limits, Selection
     from attention_predictor.offload.config import OffloadConfig
-    from attention_predictor.offload.stage import Stage
-    from attention_predictor.offload.stats import Stats
+    from attention_predictor.offload.stats import DeviceCounts, Stats
 
 CAPACITY_BLOCKS = 64  # the capacity grows by this many blocks: doubling would waste the memory this library saves
 POOL_STEP = 16  # the pool grows by this many slots while the context is shorter than the budget
@@ -44,6 +43,14 @@ class BlockRuntime(Protocol):
 
     @property
     def memory(self) -> HostMemory: ...
+
+
+class BlockStage(Protocol):
+    """What ``LayerBlocks`` needs of ``Stage``."""
+
+    device: torch.device
+    counts: DeviceCounts
+    prefetcher: Prefetcher
 
 
 class LayerBlocks:
@@ -63,7 +70,7 @@ class LayerBlocks:
     def __init__(
         self,
         runtime: BlockRuntime,
-        stage: Stage,
+        stage: BlockStage,
         number: int,
         *,
         batch: int,

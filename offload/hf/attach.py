@@ -106,10 +106,10 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment, p
             ops.prepare(stage.device, _kernels(runtime, decoder.dtype))  # if this fails, layers report why
         warm_up(runtime, stage, decoder.dtype)
     captured, reason = None, policy_class(config.policy).why_never_captured(config)
-    asked = config.prefetch == "graph" or (config.prefetch in CAPTURING and placement.has_gpu)
-    if placement.why_not_captured is not None and asked:
-        runtime.note_fallback(f"the prefetch thread in place of captured steps: {placement.why_not_captured}")
-    elif reason is not None and config.prefetch == "graph":
+    asked = config.prefetch == "graph"
+    if reason is None and placement.why_not_captured is not None:
+        reason, asked = placement.why_not_captured, asked or (config.prefetch in CAPTURING and placement.has_gpu)
+    if reason is not None and asked:
         runtime.note_fallback(f"the prefetch thread in place of captured steps: {reason}")
     elif runtime.room.captures or config.prefetch == "graph":
         captured = CapturedSteps(name, model.forward, text_config, runtime, _step_modules(decoder, runtime))

@@ -30,7 +30,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments, whole_numbers
+from attention_predictor.arguments import (
+    add_device_map_argument,
+    add_model_arguments,
+    add_option,
+    check_model_arguments,
+    whole_numbers,
+)
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.kinds import number, whole
 from attention_predictor.predictor import PROMPT_ROWS
@@ -41,6 +47,7 @@ ROWS = ("sparse", "full")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_device_map_argument(parser)
     add = parser.add_argument
     what = ".txt, .jsonl or .parquet file, directory of such files, or data set of the hub as [owner/]name:split"
     add("--data", required=True, metavar="D", help=what)
