@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from attention_predictor.arithmetic import ceil_div
+from attention_predictor.csrc import binding
 from attention_predictor.errors import HostMemoryError, IntegrityError
 from attention_predictor.offload.blocks.available_memory import available_memory
+from attention_predictor.offload.blocks.numa import cpus_near, run_on
 from attention_predictor.sizes import size_text
 
 logger = logging.getLogger(__name__)
@@ -261,8 +263,15 @@ class HostMemory:
 
     def _executor(self) -> Executor:
         if self._workers is None:
-            count = min(WORKERS, os.cpu_count() or 1)
-            self._workers = ThreadPoolExecutor(count, thread_name_prefix="attention-predictor-memory")
+            # Workers touch each page first, which decides the NUMA node that it lies on.
+            near = cpus_near(binding.pci_bus_id(gpu) for gpu in self.pin_for)
+            if self.pin_for and not near:
+                logger.info("host memory lies on any NUMA node: that of %s is unknown or not one", self.pin_for)
+            self._workers = ThreadPoolExecutor(
+                min(WORKERS, len(near) or os.cpu_count() or 1),
+                thread_name_prefix="attention-predictor-memory",
+                **({"initializer": run_on, "initargs": (near,)} if near else {}),
+            )
         return self._workers
 
     def _drop(self, segment: Segment) -> None:
