@@ -96,6 +96,7 @@ def test_two_ranks_give_what_one_process_gives(folder: Path) -> None:
             seeded = engine.generate(prompt(), seed=5, max_new_tokens=NEW, temperature=1.0)
         assert both[0][family]["seeded"] == both[1][family]["seeded"] == seeded.tolist()
         assert both[0][family]["unseeded"] == both[1][family]["unseeded"] != seeded.tolist()
+        assert both[0][family]["by transformers"] == both[1][family]["by transformers"]
 
 
 def test_what_one_rank_refuses_all_refuse(folder: Path) -> None:
@@ -122,6 +123,18 @@ def test_steps_are_captured_by_all_ranks_or_by_none(folder: Path) -> None:
         assert rank["captured"]["tokens"] == rank["not captured"]["tokens"] == alone["tokens"]
         assert rank["captured"]["fallbacks"] == rank["by head"]["fallbacks"] == {}
         assert list(rank["not captured"]["fallbacks"]) == ["the prefetch thread in place of captured steps: no kernels"]
+        assert rank["exchanges"] == rank["exchanges of more steps"]  # none at each step
+
+
+def test_a_capture_that_fails_on_one_rank_fails_on_all(folder: Path) -> None:
+    first, second = results("capture_fails", folder)
+    for rank, who in ((first, "rank 1: "), (second, "")):
+        [noted] = rank["failed"]["fallbacks"]
+        reason = f"LlamaForCausalLM can't be captured: {who}this rank reads a value"
+        assert noted == f"the prefetch thread in place of captured steps: {reason}"
+        assert rank["refused"] == f"HostMemoryError: {who}nothing is left"
+    alone = generate(load_model(str(folder / "llama"), "cpu", "float32"), {"budget": 96})
+    assert first["failed"]["tokens"] == second["failed"]["tokens"] == alone["tokens"]
 
 
 COMMAND = ["-m", "attention_predictor.cli"]

@@ -270,7 +270,8 @@ class HostMemory:
             self._workers = ThreadPoolExecutor(
                 min(WORKERS, len(near) or os.cpu_count() or 1),
                 thread_name_prefix="attention-predictor-memory",
-                **({"initializer": run_on, "initargs": (near,)} if near else {}),
+                initializer=run_on,
+                initargs=(near,),
             )
         return self._workers
 

@@ -34,9 +34,10 @@ def cpus_near(bus_ids: Iterable[str | None], root: Path = SYSFS) -> frozenset[in
 
 
 def run_on(cpus: frozenset[int]) -> None:
-    """Bind this thread, and no other one, to some CPUs; where that is refused it stays as it is."""
+    """Bind this thread, and no other one, to some CPUs; where there are none, or it is refused, it stays as it is."""
     try:
-        os.sched_setaffinity(0, cpus)  # 0: the calling thread
+        if cpus:
+            os.sched_setaffinity(0, cpus)  # 0: the calling thread
     except OSError as error:
         logger.info("host memory is touched by any CPU: %s", error)
 
