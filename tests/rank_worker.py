@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,35 @@ def dies(folder: Path, rank: int) -> None:
         engine.generate(prompt(), max_new_tokens=4)
 
 
+def out_of_memory(folder: Path, rank: int) -> None:
+    """``attnpred generate``, whose second rank runs out of memory in the midst of a forward."""
+    _generate_with(folder, _no_gpu_memory if rank == 1 else None)
+
+
+def waits(folder: Path, rank: int) -> None:
+    """``attnpred generate``, which stays in a forward; a file says that it has come there."""
+
+    def wait(*_: object) -> None:
+        (folder / f"waits-{rank}").touch()
+        time.sleep(60)
+
+    _generate_with(folder, wait)
+
+
+def _generate_with(folder: Path, hook: Any) -> None:
+    from attention_predictor import generate as command
+    from attention_predictor.cli import main as attnpred
+
+    def load(*given: Any) -> PreTrainedModel:
+        model = load_model(*given)
+        if hook is not None:
+            model.model.layers[1].register_forward_pre_hook(hook)
+        return model
+
+    command.load_model = load
+    sys.exit(attnpred(["generate", "--model", str(folder / "text"), "--device", "cpu", "--prompt", "one two three"]))
+
+
 @torch.no_grad()
 def _forward(model: PreTrainedModel) -> None:
     model(prompt())
@@ -184,6 +214,10 @@ def _forward(model: PreTrainedModel) -> None:
 
 def _fail(*_: object) -> None:
     raise AttachError("this rank has failed")
+
+
+def _no_gpu_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def _no_memory(*_: object) -> None:

@@ -206,6 +206,8 @@ class TestDeviceMaps:
         assert "takes the place of --device" in capsys.readouterr().err
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", "1")
         assert main([*command, "--device-map", "auto"]) == 2
         assert "spreads the model of one process, found 2 processes" in capsys.readouterr().err
 

@@ -45,6 +45,12 @@ def add_device_map_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device-map", metavar="MAP", help=f"{what} modules and devices")
 
 
+def add_tp_argument(parser: argparse.ArgumentParser, shared: str) -> None:
+    """``--tp``; ``shared`` is what processes of a launcher share without it."""
+    what = "divide the model among the processes of a launcher (tensor parallelism); without it they share the"
+    parser.add_argument("--tp", action="store_true", help=f"{what} {shared}")
+
+
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """``--device``."""
     parser.add_argument(

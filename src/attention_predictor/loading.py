@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging as python_logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,8 @@ def tensor_parallel_options(ranks: int) -> dict[str, Any]:
 def _check_divisible(name: str, file: GgufFile | None, device: torch.device, ranks: int) -> None:
     """``ConfigError`` for a model, or a device, that tensor parallelism is not known to work with."""
     what = f"{name!r} can't be divided among {ranks} processes"
+    if "LOCAL_RANK" not in os.environ:  # transformers asks for it
+        raise ConfigError(f"{what}: LOCAL_RANK is not set, which a launcher, such as torchrun, sets for every process")
     if file is not None or (method := _quantisation(name)):
         form = "in GGUF" if file is not None else f"quantised by {method}"
         raise ConfigError(f"{what}: its weights are {form}, allowed are plain ones")

@@ -9,6 +9,7 @@ from attention_predictor.arguments import (
     add_device_map_argument,
     add_model_arguments,
     add_option,
+    add_tp_argument,
     check_model_arguments,
     whole_numbers,
 )
@@ -49,8 +50,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, budgets: str = BUDGETS
     what += "" if out_required else "; without it the table is only printed"
     add("--out", type=Path, required=out_required, metavar="DIR", help=what)
     add("--retry-errors", action="store_true", help="run samples again that failed before")
-    what = "divide the model among the processes of a launcher (tensor parallelism); without it they share the samples"
-    add("--tp", action="store_true", help=what)
+    add_tp_argument(parser, "samples")
 
 
 def rules_of(args: argparse.Namespace) -> list[Rule]:
