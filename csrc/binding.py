@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from attention_predictor.csrc.compiler import bindings, result_of
+from attention_predictor.errors import BuildError
 
 ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ELEMENT_TYPES = {"kFloat32": 0, "kFloat16": 1, "kBFloat16": 2}  # the same, as in kernels.h
+_BUS_ID_BYTES = 32  # enough for any
 IN_CPP = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
 
@@ -59,3 +61,15 @@ def max_shared_memory(device: torch.device) -> int:
     driver = bindings("driver")
     most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     return result_of("CUDA's driver", driver.cuDeviceGetAttribute(most, device.index))
+
+
+@functools.cache
+def pci_bus_id(device: torch.device) -> str | None:
+    """A GPU's PCI bus id as Linux writes it, such as ``0000:1b:00.0``; ``None`` if CUDA's driver does not tell it."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        driver = bindings("driver")
+        found = result_of("CUDA's driver", driver.cuDeviceGetPCIBusId(_BUS_ID_BYTES, index))
+    except BuildError:
+        return None
+    return str(bytes(found).split(b"\0")[0].decode("ascii").lower())

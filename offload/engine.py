@@ -35,7 +35,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Where the model takes its inputs: of a model on several devices, the first one's."""
         return self.runtime.device
 
     @property
@@ -51,8 +51,9 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """The statistics so far, the next token's fetches included. Steps count on the device: read it anew."""
-        self.runtime.prefetcher.drain()
-        self.runtime.counts.move_into(self.runtime.stats)
+        for stage in self.runtime.stages:
+            stage.prefetcher.drain()
+            stage.counts.move_into(self.runtime.stats)
         return self.runtime.stats
 
     def new_cache(self) -> TieredCache:

@@ -5,13 +5,15 @@ layer. Selection is by KV head, so steps need no traffic beyond the model's own.
 agreed upon here: budgets from statistics over heads, random seeds, refusals and fallbacks. A rank that went another way
 would leave the others waiting in their next collective operation for ever.
 
-All ranks must come to each of these calls, in the same order. A single process pays nothing for them.
+All ranks must come to each of these calls, in the same order. A single process pays nothing for them. What the host
+decides is exchanged between CPUs (gloo): through NCCL it would wait for the GPU.
 
 Suffixes: B sequences, G KV heads of this rank, F statistics.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +44,7 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.parts = 1
         self.on_host = min(self.count, int(os.environ.get("LOCAL_WORLD_SIZE", self.count)))
-        self._group = group
+        self._group, self._host_group = group, None if group is None else _between_hosts(group)
 
     @classmethod
     def of(cls, model: nn.Module) -> Ranks:
@@ -72,7 +74,7 @@ class Ranks:
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value, group=self._group)
+        dist.all_gather_object(found, value, group=self._host_group)
         return found
 
     def first(self, value: Any) -> Any:
@@ -84,6 +86,23 @@ class Ranks:
         if self.count == 1:
             return seed
         return int(self.gather(int(torch.randint(2**62, ())) if seed is None else seed)[0])
+
+    def share_random_state(self, device: torch.device) -> None:
+        """Give this rank the first one's state of a device's global random numbers.
+
+        Ranks that sample from the same logits then draw the same tokens. Without it they would not: loading a part of
+        a model draws as many numbers as that part has.
+        """
+        if self.count == 1:
+            return
+        own = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+        first = self.gather(own)[0]
+        if torch.equal(first, own):
+            return
+        if device.type == "cpu":
+            torch.set_rng_state(first)
+        else:
+            torch.cuda.set_rng_state(first, device)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -126,6 +145,18 @@ class Ranks:
 
     def __deepcopy__(self, memo: dict) -> Ranks:
         return self  # a copied cache belongs to the same processes
+
+
+@functools.cache
+def _between_hosts(group: Any) -> Any:
+    """The group itself if it can send between CPUs, else one of the same ranks that can. All of them have to call it.
+
+    Kept: each attach would make another one.
+    """
+    if "cpu:" in dist.get_backend_config(group):
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
 
 def _mesh_of(model: nn.Module) -> Any:

@@ -11,48 +11,51 @@ from transformers import PreTrainedConfig
 
 from attention_predictor.errors import AttachError
 from attention_predictor.offload.blocks.host_memory import HostMemory
-from attention_predictor.offload.blocks.prefetch import Prefetcher
 from attention_predictor.offload.blocks.room import Room
 from attention_predictor.offload.blocks.selection import Budget
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.ranks import Ranks
-from attention_predictor.offload.stats import DeviceCounts, Stats
-from attention_predictor.predictor.model import AttentionPredictor
+from attention_predictor.offload.stage import Stage
+from attention_predictor.offload.stats import Stats
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, kw_only=True)
 class Runtime:
-    """Settings, figures, host memory and the prefetcher of an engine.
+    """Settings, figures, host memory and the stages of an engine.
 
     Attributes:
         text_config: The configuration of the model's language model.
-        predictor: ``None`` for policies without one.
+        device: Where the model takes its inputs and gives its logits.
+        stage_of: The stage of each tiered layer, by number.
         layers: Number of layers of the language model, tiered or not.
         first_budgets: Budget of each tiered layer before any prompt; by head, those of all ranks' KV heads.
         ranks: The processes among which the model is divided.
-        stats: Figures so far; counts of later steps are still on the device (``counts``).
+        stats: Figures so far; counts of later steps are still on the devices (``Stage.counts``).
         open: False once the engine is detached.
     """
 
     config: OffloadConfig
     text_config: PreTrainedConfig
     device: torch.device
-    predictor: AttentionPredictor | None
+    stage_of: Mapping[int, Stage]
     layers: int
     first_budgets: Mapping[int, Budget]
     ranks: Ranks
-    prefetcher: Prefetcher
     room: Room
     stats: Stats
-    counts: DeviceCounts
     open: bool = False
 
     @property
     def tiered_layers(self) -> frozenset[int]:
         """Numbers of the layers whose cache is in host memory."""
         return frozenset(self.first_budgets)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that have tiered layers, in the order of their layers."""
+        return tuple(dict.fromkeys(self.stage_of[number] for number in sorted(self.stage_of)))
 
     @property
     def memory(self) -> HostMemory:
@@ -75,8 +78,9 @@ class Runtime:
         self.stats.fallbacks[message] += 1
 
     def close(self) -> None:
-        """Stop the prefetcher; return free host memory now and the rest as caches die."""
-        self.prefetcher.close()
+        """Stop the prefetchers; return free host memory now and the rest as caches die."""
+        for stage in self.stages:
+            stage.prefetcher.close()
         self.memory.close()
 
     def __deepcopy__(self, memo: dict) -> Runtime:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attention_predictor import OffloadConfig, attach
-from attention_predictor.errors import AttachError, AttentionPredictorError
+from attention_predictor.errors import AttachError, AttentionPredictorError, HostMemoryError
 from attention_predictor.loading import load_model, tensor_parallel_options
+from attention_predictor.offload.ranks import Ranks
 
 SETTINGS: dict[str, Any] = {"sink": 16, "recent": 16, "slab_blocks": 4}
 NEW = 12
@@ -41,10 +43,10 @@ def prompt() -> torch.Tensor:
     return torch.randint(1, 96, (1, 260), generator=torch.Generator().manual_seed(3))
 
 
-def generate(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
+def generate(model: PreTrainedModel, settings: dict[str, Any], new: int = NEW) -> dict[str, Any]:
     """Tokens, budgets and bytes of this process."""
     with attach(model, OffloadConfig(**SETTINGS | settings)) as engine:
-        greedy = engine.generate(prompt(), max_new_tokens=NEW)
+        greedy = engine.generate(prompt(), max_new_tokens=new)
         stats = engine.stats
         found = {
             "tokens": greedy.tolist(),
@@ -65,6 +67,8 @@ def tokens(folder: Path, rank: int) -> dict[str, Any]:
             torch.manual_seed(100 + rank)
             found[family]["seeded"] = engine.generate(prompt(), seed=5, **sampling).tolist()
             found[family]["unseeded"] = engine.generate(prompt(), **sampling).tolist()
+            torch.manual_seed(200 + rank)
+            found[family]["by transformers"] = model.generate(prompt(), max_new_tokens=NEW, do_sample=True).tolist()
     return found
 
 
@@ -113,7 +117,56 @@ def capture(folder: Path, rank: int) -> dict[str, Any]:
         found = {"captured": generate(model, settings), "by head": generate(model, by_head)}
         own = graph.why_not_captured
         patch.setattr(graph, "why_not_captured", lambda *given: "no kernels" if rank == 1 else own(*given))
-        return found | {"not captured": generate(model, settings)}
+        exchanged = exchanges(patch)
+        found |= {"not captured": generate(model, settings), "exchanges": len(exchanged)}
+        exchanged.clear()
+        generate(model, settings, new=NEW + 8)
+        return found | {"exchanges of more steps": len(exchanged)}
+
+
+def exchanges(patch: Any) -> list[Any]:
+    """What ranks send one another from now on, where the host decides."""
+    sent: list[Any] = []
+    gather = Ranks.gather
+    patch.setattr(Ranks, "gather", lambda self, value: sent.append(value) or gather(self, value))
+    return sent
+
+
+def capture_fails(folder: Path, rank: int) -> dict[str, Any]:
+    """The second rank's capture fails, or its reservation of memory: both ranks use the thread, or refuse."""
+    import pytest
+    from emulated import emulate_steps
+
+    from attention_predictor.offload.hf.graph import CacheGraph, CaptureError
+
+    model, settings = load_model(str(folder / "llama"), "cpu", "float32", ranks=2), {"budget": 96, "prefetch": "graph"}
+
+    def record(self: CacheGraph, cache: object) -> tuple[object, object]:
+        if rank == 1:
+            raise CaptureError("this rank reads a value")
+        return object(), model_output
+
+    with pytest.MonkeyPatch.context() as patch:
+        emulate_steps(patch)
+        emulated, model_output = CacheGraph.run, model(prompt())
+
+        def run(self: CacheGraph, cache: Any, kwargs: dict[str, Any]) -> object:
+            if self.entered and not self.eager_steps_left:
+                self._capture(cache)  # which a CPU does not come to by itself
+            return emulated(self, cache, kwargs)
+
+        patch.setattr(CacheGraph, "run", run)
+        patch.setattr(CacheGraph, "_record", record)
+        found = {"failed": generate(model, settings)}
+    with pytest.MonkeyPatch.context() as patch:
+        emulate_steps(patch)
+        if rank == 1:
+            patch.setattr(CacheGraph, "_enter", _no_memory)
+        try:
+            generate(model, settings)
+        except AttentionPredictorError as error:
+            found["refused"] = f"{type(error).__name__}: {error}"
+    return found
 
 
 def dies(folder: Path, rank: int) -> None:
@@ -125,6 +178,35 @@ def dies(folder: Path, rank: int) -> None:
         engine.generate(prompt(), max_new_tokens=4)
 
 
+def out_of_memory(folder: Path, rank: int) -> None:
+    """``attnpred generate``, whose second rank runs out of memory in the midst of a forward."""
+    _generate_with(folder, _no_gpu_memory if rank == 1 else None)
+
+
+def waits(folder: Path, rank: int) -> None:
+    """``attnpred generate``, which stays in a forward; a file says that it has come there."""
+
+    def wait(*_: object) -> None:
+        (folder / f"waits-{rank}").touch()
+        time.sleep(60)
+
+    _generate_with(folder, wait)
+
+
+def _generate_with(folder: Path, hook: Any) -> None:
+    from attention_predictor import generate as command
+    from attention_predictor.cli import main as attnpred
+
+    def load(*given: Any) -> PreTrainedModel:
+        model = load_model(*given)
+        if hook is not None:
+            model.model.layers[1].register_forward_pre_hook(hook)
+        return model
+
+    command.load_model = load
+    sys.exit(attnpred(["generate", "--model", str(folder / "text"), "--device", "cpu", "--prompt", "one two three"]))
+
+
 @torch.no_grad()
 def _forward(model: PreTrainedModel) -> None:
     model(prompt())
@@ -132,6 +214,14 @@ def _forward(model: PreTrainedModel) -> None:
 
 def _fail(*_: object) -> None:
     raise AttachError("this rank has failed")
+
+
+def _no_gpu_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def _no_memory(*_: object) -> None:
+    raise HostMemoryError("nothing is left")
 
 
 def main() -> None:

@@ -55,10 +55,12 @@ OFFLOAD: dict[str, set[str]] = {
     **dict.fromkeys(BASE, BASE),
     **dict.fromkeys(MIDDLE, BASE),
     "policies": BASE | MIDDLE,
-    "runtime": BASE | MIDDLE,
+    "stage": BASE | MIDDLE,
+    "runtime": BASE | MIDDLE | {"stage"},
     "step": BASE | MIDDLE | {"policies", "runtime"},
     **dict.fromkeys(
-        ("hf", "engine", "generation"), BASE | MIDDLE | {"policies", "runtime", "step", "hf", "engine", "generation"}
+        ("hf", "engine", "generation"),
+        BASE | MIDDLE | {"policies", "stage", "runtime", "step", "hf", "engine", "generation"},
     ),
 }
 

@@ -88,7 +88,7 @@ def test_a_killed_thread_surfaces_within_one_step(prefilled):
     killed = ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
     assert killed == 1
     with contextlib.suppress(FetchError):  # the exception reaches the thread when it next runs Python
-        engine.runtime.prefetcher.submit(lambda: None)
+        engine.runtime.stages[0].prefetcher.submit(lambda: None)
     worker.join(10)
     assert not worker.is_alive()
     started = time.perf_counter()

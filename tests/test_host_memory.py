@@ -156,10 +156,10 @@ class TestLimits:
 
     def test_a_refusal_to_pin_is_noted_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         notes: list[str] = []
-        memory = HostMemory(torch.device("cuda"), notes.append)
+        memory = HostMemory([torch.device("cuda")], notes.append)
         monkeypatch.setattr(memory, "_collect", lambda: None)  # no device to wait for
 
-        def refused(self: host_memory.Segment, pin_for: torch.device) -> None:
+        def refused(self: host_memory.Segment, pin_for: object) -> None:
             self.refusal = "out of memory"
 
         monkeypatch.setattr(host_memory.Segment, "_make", refused)

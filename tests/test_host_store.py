@@ -657,7 +657,7 @@ def test_integrity_check_finds(damage, message):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_pinned_slabs_take_device_tensors_and_stay_pinned_when_copied(bits):
-    store = new_store(bits, **SHAPE, slab_blocks=2, memory=HostMemory(torch.device("cuda")))
+    store = new_store(bits, **SHAPE, slab_blocks=2, memory=HostMemory([torch.device("cuda")]))
     key, value = random_kv(90)
     for part in (slice(0, 7), slice(7, 60), slice(60, 90)):
         store.append(key[:, :, part].cuda(), value[:, :, part].cuda())

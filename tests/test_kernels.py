@@ -206,7 +206,7 @@ def test_gather_to_host(dtype: torch.dtype, count: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_move_blocks(dtype: torch.dtype) -> None:
-    store = filled_store(dtype, HostMemory(torch.device("cuda")))
+    store = filled_store(dtype, HostMemory([torch.device("cuda")]))
     shape = {"batch": 2, "kv_heads": 3, "slots": 12, "block_size": 16, "head_dim": 16, "dtype": dtype}
     by_kernel, by_copy = (BlockPool(**shape, device="cuda") for _ in range(2))
     generator = torch.Generator().manual_seed(1)

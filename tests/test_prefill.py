@@ -181,7 +181,7 @@ def test_appended_bits_survive_delays_and_reuse_of_memory(seed):
     generator = torch.Generator().manual_seed(seed)
     side, store = (
         host_copier(torch.device("cuda", 0))._stream,
-        HostStore(**SHAPE, slab_blocks=4, memory=HostMemory(torch.device("cuda"))),
+        HostStore(**SHAPE, slab_blocks=4, memory=HostMemory([torch.device("cuda")])),
     )
     expected = []
     for step in range(60):
@@ -210,7 +210,7 @@ def test_appended_bits_survive_delays_and_reuse_of_memory(seed):
 @gpu
 @pytest.mark.parametrize("tokens", [1, 2000])
 def test_append_waits_for_nobody(tokens):
-    store = HostStore(**SHAPE, slab_blocks=4, memory=HostMemory(torch.device("cuda")))
+    store = HostStore(**SHAPE, slab_blocks=4, memory=HostMemory([torch.device("cuda")]))
     store.append(*on_gpu(2000, 0))  # allocates
     store.settle()
     store.reserve(6000)
@@ -226,7 +226,7 @@ def test_append_waits_for_nobody(tokens):
 @gpu
 def test_the_device_reads_what_was_appended_before():
     """The gather of another stream begins with the bits of an append that was late."""
-    store = HostStore(**SHAPE, slab_blocks=4, memory=HostMemory(torch.device("cuda")))
+    store = HostStore(**SHAPE, slab_blocks=4, memory=HostMemory([torch.device("cuda")]))
     if (reason := ops.why_no_kernels(torch.device("cuda", 0))) is not None:
         pytest.skip(reason)
     key, value = on_gpu(200, 0)
@@ -254,7 +254,7 @@ def test_the_device_reads_what_was_appended_before():
 def test_streamed_bits_survive_delays(seed):
     generator = torch.Generator().manual_seed(seed)
     device, side = torch.device("cuda", 0), upload_stream(torch.device("cuda", 0))
-    store = HostStore(**SHAPE, slab_blocks=4, memory=HostMemory(torch.device("cuda")))
+    store = HostStore(**SHAPE, slab_blocks=4, memory=HostMemory([torch.device("cuda")]))
     kept = torch.stack(on_gpu(1000, seed))
     store.append(*kept)
     for stop in (1000, 640, 1000, 17):

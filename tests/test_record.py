@@ -196,18 +196,13 @@ def test_settings_of_a_recording_are_kept(saved, tmp_path, capsys):
     assert "holds a recording with budgets='256,512', can't add one with '512'" in capsys.readouterr().err
 
 
-class Two:
-    """The first of two processes."""
-
-    num_processes, process_index, is_main_process = 2, 0, True
-
-
 def test_a_process_with_short_documents_only_lets_the_others_go_on(saved, tmp_path, capsys, monkeypatch):
     data = tmp_path / "a.jsonl"
     data.write_text('{"text": "short"}\n')
     arguments = command(saved(), data, tmp_path / "out")
     assert main(arguments) == 2
-    monkeypatch.setattr("attention_predictor.train.record.PartialState", lambda **_: Two())
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert main(arguments) == 0
     assert "1 of 1 documents have no more than" in capsys.readouterr().out
     data.write_text("\n")

@@ -343,7 +343,21 @@ class TestWhatIsRefused:
     def test_an_environment_that_is_no_launcher_s(self, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.delenv("RANK", raising=False)
-        with pytest.raises(ConfigError, match="not values that a launcher sets: 'RANK'"):
+        with pytest.raises(ConfigError, match="RANK is not set, but WORLD_SIZE=2: a launcher"):
+            Processes()
+        monkeypatch.setenv("RANK", "2")
+        with pytest.raises(ConfigError, match="RANK='2' is not allowed: expected a number from 0 to 1"):
+            Processes()
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.delenv("MASTER_ADDR", raising=False)
+        with pytest.raises(ConfigError, match="MASTER_ADDR is not set, but WORLD_SIZE=2"):
+            Processes()
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", "here")
+        with pytest.raises(ConfigError, match="MASTER_PORT='here' is not allowed"):
+            Processes()
+        monkeypatch.setenv("WORLD_SIZE", "two")
+        with pytest.raises(ConfigError, match="WORLD_SIZE='two' is not allowed: expected 1 or more"):
             Processes()
 
 
@@ -492,7 +506,8 @@ def test_plain_table():
 
 def test_devices_of_several_processes(monkeypatch):
     assert Processes().device("cuda") == "cuda"
-    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
+    launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"} | launcher).items():
         monkeypatch.setenv(name, value)
     third = Processes()
     for gpus, device in ((2, "cuda:1"), (1, "cuda:0"), (0, "cuda:0")):  # that there is none is found when it is used

@@ -123,13 +123,14 @@ def test_what_fails_behind_a_sample_ends_with_it() -> None:
     with AttachedModel(model, variant()) as attached:
         with attached.sample() as first:
             assert first is not None
-            first.runtime.prefetcher.submit(fail)
+            first.runtime.stages[0].prefetcher.submit(fail)
         with attached.sample() as second:
             assert second is not None
             assert second is not first
-            second.runtime.prefetcher.wait(second.runtime.prefetcher.submit(lambda: None))
+            later = second.runtime.stages[0].prefetcher
+            later.wait(later.submit(lambda: None))
             with pytest.raises(FetchError):
-                first.runtime.prefetcher.submit(lambda: None)
+                first.runtime.stages[0].prefetcher.submit(lambda: None)
 
 
 def test_fallbacks_of_attaching_are_told_of_every_sample() -> None:

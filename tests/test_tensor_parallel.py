@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,10 +16,14 @@ import torch
 from conftest import POCKET
 from rank_worker import CASES, NEW, generate, prompt
 from tiny_models import make_tiny_model
+from tiny_text_model import save_tiny_text_model
 
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
+from attention_predictor.errors import ConfigError
+from attention_predictor.launcher import Launcher
 from attention_predictor.loading import load_model
+from attention_predictor.train.dataset import HistoryDataset
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.timeout(600)  # several processes, each of which loads all libraries
@@ -65,6 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_model("qwen3", **even).save_pretrained(path / "qwen3")
     odd = {"num_key_value_heads": 3, "num_attention_heads": 6, "hidden_size": 48}
     make_tiny_model("llama", **even, **odd).save_pretrained(path / "odd")
+    save_tiny_text_model(path / "text", **even)
     return path
 
 
@@ -96,6 +102,7 @@ def test_two_ranks_give_what_one_process_gives(folder: Path) -> None:
             seeded = engine.generate(prompt(), seed=5, max_new_tokens=NEW, temperature=1.0)
         assert both[0][family]["seeded"] == both[1][family]["seeded"] == seeded.tolist()
         assert both[0][family]["unseeded"] == both[1][family]["unseeded"] != seeded.tolist()
+        assert both[0][family]["by transformers"] == both[1][family]["by transformers"]
 
 
 def test_what_one_rank_refuses_all_refuse(folder: Path) -> None:
@@ -122,6 +129,18 @@ def test_steps_are_captured_by_all_ranks_or_by_none(folder: Path) -> None:
         assert rank["captured"]["tokens"] == rank["not captured"]["tokens"] == alone["tokens"]
         assert rank["captured"]["fallbacks"] == rank["by head"]["fallbacks"] == {}
         assert list(rank["not captured"]["fallbacks"]) == ["the prefetch thread in place of captured steps: no kernels"]
+        assert rank["exchanges"] == rank["exchanges of more steps"]  # none at each step
+
+
+def test_a_capture_that_fails_on_one_rank_fails_on_all(folder: Path) -> None:
+    first, second = results("capture_fails", folder)
+    for rank, who in ((first, "rank 1: "), (second, "")):
+        [noted] = rank["failed"]["fallbacks"]
+        reason = f"LlamaForCausalLM can't be captured: {who}this rank reads a value"
+        assert noted == f"the prefetch thread in place of captured steps: {reason}"
+        assert rank["refused"] == f"HostMemoryError: {who}nothing is left"
+    alone = generate(load_model(str(folder / "llama"), "cpu", "float32"), {"budget": 96})
+    assert first["failed"]["tokens"] == second["failed"]["tokens"] == alone["tokens"]
 
 
 COMMAND = ["-m", "attention_predictor.cli"]
@@ -152,6 +171,31 @@ def test_the_command_line_prints_once_what_one_process_prints(
         assert nothing == ""
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ["sparse", "full"])
+def test_a_divided_model_is_recorded_as_a_whole_one(folder: Path, tmp_path: Path, rows: str) -> None:
+    text = (POCKET.parents[1] / "scripts" / "demo_text.txt").read_text("utf-8")
+    (data := tmp_path / "data").mkdir()
+    for number in range(2):
+        (data / f"{number}.txt").write_text(text[number * 12_000 : (number + 1) * 12_000], "utf-8")
+    command = ["record", "--model", str(POCKET), "--device", "cpu", "--data", str(data), "--per-file", "1"]
+    command += ["--max-tokens", "500", "--steps", "80", "--rows", rows, "--budgets", "256", "--validation", "0"]
+    assert main([*command, "--out", str(tmp_path / "alone")]) == 0
+    (code, out, error), (other, nothing, _) = ended(
+        start([*COMMAND, *command, "--tp", "--out", str(tmp_path / "among")])
+    )
+    assert (code, other, nothing) == (0, 0, ""), error
+    assert out.count("recording 2 documents") == 1
+    alone, among = (HistoryDataset(tmp_path / name) for name in ("alone", "among"))
+    assert alone.documents == among.documents
+    assert len(alone.documents) == 2
+    for document in alone.documents:
+        one, divided = alone.load(document), among.load(document)
+        assert (one.layers, one.heads, one.sequences) == (divided.layers, divided.heads, divided.sequences)
+        assert (one.mass_XQN - divided.mass_XQN).abs().max() < 1e-2  # sums over ranks differ in their last bits
+        assert (one.scores_XQN - divided.scores_XQN).abs().mean() < 1e-4
+
+
 def test_the_command_line_says_once_what_is_wrong(folder: Path) -> None:
     commands = (["--model", str(folder / "odd"), "--prompt", "some words"], ["--prompt", " "])
     for command, reason in zip(commands, ("cannot load a tokenizer", "the prompt from --prompt is empty"), strict=True):
@@ -160,6 +204,44 @@ def test_the_command_line_says_once_what_is_wrong(folder: Path) -> None:
         said = [error for _, _, error in found if "attnpred generate: " in error]
         assert len(said) == 1, found
         assert reason in said[0]
+
+
+def test_a_rank_without_memory_ends_the_other_and_says_so(folder: Path) -> None:
+    started = time.perf_counter()
+    (first, _, quiet), (second, _, said) = ended(
+        start([str(TESTS / "rank_worker.py"), "out_of_memory", str(folder)]), within=60
+    )
+    assert (first, second) == (1, 2)
+    assert said.splitlines()[-1] == "attnpred generate: process 1 of 2: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert "attnpred generate:" not in quiet
+    assert time.perf_counter() - started < 60
+
+
+def test_an_interrupt_ends_both_with_one_line(folder: Path) -> None:
+    ranks = start([str(TESTS / "rank_worker.py"), "waits", str(folder)])
+    until = time.perf_counter() + 120
+    while len([*folder.glob("waits-*")]) < 2 and time.perf_counter() < until:
+        time.sleep(0.1)
+    for rank in ranks:
+        rank.send_signal(signal.SIGINT)  # as a launcher does, and the terminal
+    found = ended(ranks, within=30)
+    assert [code for code, _, _ in found] == [130, 130], found
+    assert sum(error.count("attnpred generate: interrupted") for _, _, error in found) == 1, found
+
+
+def test_what_a_launcher_has_not_set_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: nothing is loaded before the environment is looked at."""
+    command = ["generate", "--model", str(folder / "llama"), "--prompt", "some words"]
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        with pytest.raises(ConfigError, match=f"^{name} is not set, but WORLD_SIZE=2"):
+            Launcher()
+        assert main(command) == 2
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="LOCAL_RANK is not set"):
+        load_model(str(folder / "llama"), ranks=2)
 
 
 def test_a_rank_that_fails_ends_the_other(folder: Path) -> None:

@@ -1,17 +1,22 @@
-"""``attnpred record``: record attention-score histories of a model, document by document."""
+"""``attnpred record``: record attention-score histories of a model, document by document.
+
+Processes of a launcher share the documents, or divide the model (``--tp``) and record every document together.
+"""
 
 from __future__ import annotations
 
 import argparse
 import zlib
+from collections import deque
 from itertools import compress, groupby
 from pathlib import Path
 
-from accelerate import PartialState
+import torch.distributed as dist
 
 from attention_predictor.arguments import whole_numbers
 from attention_predictor.documents import Document, Excerpt, excerpt, read_documents
 from attention_predictor.errors import DataError
+from attention_predictor.launcher import Launcher
 from attention_predictor.loading import device_name, load_model, load_tokenizer
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.forwards import check_positions
@@ -48,6 +53,20 @@ def recording_configs(args: argparse.Namespace) -> list[OffloadConfig]:
 
 
 def main(args: argparse.Namespace) -> int:
+    launcher = Launcher()
+    if not args.tp:
+        return _record(args, launcher)
+    with launcher.as_one():
+        code = _record(args, launcher)
+        if launcher.count > 1:
+            dist.destroy_process_group()
+        return code
+
+
+def _record(args: argparse.Namespace, launcher: Launcher) -> int:
+    ranks = launcher.count if args.tp else 1  # the processes that divide the model
+    part, parts = (0, 1) if args.tp else (launcher.rank, launcher.count)  # of the documents
+    writes = launcher.is_main or not args.tp
     configs = recording_configs(args)
     defaults = configs[0]
     least = args.steps + defaults.sink + defaults.recent
@@ -55,11 +74,8 @@ def main(args: argparse.Namespace) -> int:
     if not documents:
         raise DataError(f"--data {args.data}: holds no document")
     tokenizer = load_tokenizer(args.model)
-    args.device = device_name(args.device)
-    processes = PartialState(cpu=args.device == "cpu")
-    if processes.num_processes > 1 and args.device != "cpu":
-        args.device = str(processes.device)
-    model = load_model(args.model, args.device, args.dtype)
+    device = launcher.device(device_name(args.device)) if parts > 1 else device_name(args.device)
+    model = load_model(args.model, device, args.dtype, ranks, args.device_map)
     attach_recorder(model, defaults).detach()  # refuse a bad model now, before anything is written
     check_positions(model.config.get_text_config(decoder=True), args.max_tokens)
     meta = {
@@ -74,11 +90,11 @@ def main(args: argparse.Namespace) -> int:
     }
     if args.rows == "sparse":
         meta |= {"predictor": str(args.predictor), "budgets": args.budgets}
-    writer = HistoryWriter(args.out, meta, part=processes.process_index)
+    writer = HistoryWriter(args.out, meta, part=part)
     missing = [not writer.has(document.name) for document in documents]
     sequences = sum(len(document.continuations) or 1 for document in compress(documents, missing))
     space = check_space(args.out, largest_size(model, sequences, args.max_tokens, args.steps, defaults.block_size))
-    mine = range(len(documents))[processes.process_index :: processes.num_processes]
+    mine = range(len(documents))[part::parts]
     left = [number for number in mine if missing[number]]
     # Budgets alternate within and across files, since only the first document of a short file is recorded.
     files = groupby(documents, key=lambda document: document.group)
@@ -94,11 +110,11 @@ def main(args: argparse.Namespace) -> int:
         return number > 0 and before.group == documents[number].group and taken(before) == found
 
     sample = [found for number in left[:: len(left) // SAMPLE + 1] if (found := taken(documents[number])) is not None]
-    if sample and processes.is_main_process:
+    if sample and (launcher.is_main or ranks > 1):
         time = in_words(len(left) * seconds_a_document(model, sample, defaults))
         print(f"recording {sum(missing)} documents: {space}, {time} on {model.device.type}")
     short = repeats = 0
-    with Progress("recording", len(left), "documents") as progress:
+    with Progress("recording", len(left), "documents", quiet=not writes) as progress:
         for number in left:
             document = documents[number]
             found = taken(document)
@@ -109,12 +125,15 @@ def main(args: argparse.Namespace) -> int:
             else:
                 split = "validation" if is_validation(document.group, args.validation) else "train"
                 records = record(model, found, configs[turns[number] % len(configs)])
-                writer.write(document.name, records, split=split, group=document.group)
+                if writes:
+                    writer.write(document.name, records, split=split, group=document.group)
+                else:
+                    deque(records, maxlen=0)  # computed for the process that writes them
             progress.update()
     if short:
         print(f"{short} of {len(mine)} documents have no more than {least} tokens and were left out")
     if repeats:
         print(f"{repeats} of {len(mine)} documents repeat another one of their file and were left out")
-    if short == len(mine) and processes.num_processes == 1:  # with several processes, another may have longer documents
+    if short == len(mine) and parts == 1:  # with several processes, another may have longer documents
         raise DataError(f"no document of {args.data} has more than {least} tokens")
     return 0

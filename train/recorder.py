@@ -18,9 +18,11 @@ from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.hf.layer import TieredLayer
+from attention_predictor.offload.hf.placement import input_device
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policies import LayerSpec, Policy, Step, register
 from attention_predictor.offload.policies.predictor import PredictorPolicy
+from attention_predictor.offload.ranks import Ranks
 from attention_predictor.predictor.base import PROMPT_ROWS
 from attention_predictor.train.shards import Record
 
@@ -116,8 +118,8 @@ def record(model: PreTrainedModel, excerpt: Excerpt, config: OffloadConfig) -> I
 def _decoded(model: PreTrainedModel, engine: Engine, excerpt: Excerpt, first: int) -> Iterator[Record]:
     """Records of tails decoded together; sequence numbers start at ``first``."""
     cache = engine.new_cache()
-    model(torch.tensor([excerpt.prompt], device=model.device), **with_cache(model, cache), logits_to_keep=1)
-    tails_BQ = torch.tensor(excerpt.tails, device=model.device)
+    model(torch.tensor([excerpt.prompt], device=input_device(model)), **with_cache(model, cache), logits_to_keep=1)
+    tails_BQ = torch.tensor(excerpt.tails, device=input_device(model))
     cache.batch_repeat_interleave(len(excerpt.tails))
     for part_BQ in tails_BQ.split(1 if engine.config.policy == SparseRecorder.name else tails_BQ.shape[1], dim=1):
         model(part_BQ, **with_cache(model, cache), logits_to_keep=1)
@@ -125,9 +127,9 @@ def _decoded(model: PreTrainedModel, engine: Engine, excerpt: Excerpt, first: in
         if not isinstance(layer, TieredLayer):
             continue
         assert isinstance(layer.policy, FullRecorder | SparseRecorder)
-        shown = layer.policy.shown()
+        shown = _of_all_ranks(layer.policy.shown(), layer.runtime.ranks)
         for sequence in range(layer.batch):
-            for head in range(layer.kv_heads):
+            for head in range(shown.scores_BGQN.shape[1]):
                 yield Record(
                     sequence=first + sequence,
                     layer=layer.number,
@@ -136,6 +138,12 @@ def _decoded(model: PreTrainedModel, engine: Engine, excerpt: Excerpt, first: in
                     scores_QN=shown.scores_BGQN[sequence, head],
                     mass_QN=shown.mass_BGQN[sequence, head],
                 )
+
+
+def _of_all_ranks(rows: ScoreRows, ranks: Ranks) -> ScoreRows:
+    """The rows of all KV heads of the model, of which each rank has recorded its own."""
+    found = ranks.gather_heads([rows_BGQN.flatten(2) for rows_BGQN in rows])
+    return ScoreRows(*(every_BGF.unflatten(2, rows.mass_BGQN.shape[2:]) for every_BGF in found))
 
 
 def _indexed(rows: ScoreRows, batch_index: Tensor) -> ScoreRows:

@@ -34,6 +34,7 @@ from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.runner import Plan, Sample, run
 from attention_predictor.eval.harness.scores import mean_scores, notes, show_results
 from attention_predictor.eval.harness.windows import WindowBenchmark, Windows, windows_of
+from attention_predictor.offload.hf.placement import input_device
 from attention_predictor.progress import Progress
 from attention_predictor.writing import write_atomically, writing
 
@@ -100,7 +101,7 @@ def compare(subject: EvaluatedModel, prompt: Sequence[int], reference: Reference
     - agreement: share of positions with the same most likely token.
     - first_difference: the first position with another one; the number of tokens where there is none.
     """
-    device = subject.model.device
+    device = input_device(subject.model)
     reference = Reference(*(tensor.to(device) for tensor in reference))
     divergences, same = [], []
     for position, logits_V in enumerate(subject.logits(prompt, reference.token_L.unbind(), len(reference.token_L))):

@@ -56,9 +56,9 @@ class AttachedModel:
 
     def _is_anew(self, engine: Engine) -> bool:
         """Wait for the last sample's fetches and reset the stats; ``False`` if a fetch failed."""
-        prefetcher = engine.runtime.prefetcher
         try:
-            prefetcher.wait(prefetcher.submit(_nothing))  # queued after the last sample's fetches
+            for prefetcher in (stage.prefetcher for stage in engine.runtime.stages):
+                prefetcher.wait(prefetcher.submit(_nothing))  # queued after the last sample's fetches
         except AttentionPredictorError:
             return False
         stats = engine.stats

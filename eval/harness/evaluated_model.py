@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.forwards import check_positions
+from attention_predictor.offload.hf.placement import input_device
 from attention_predictor.offload.hf.versions import with_cache
 
 
@@ -42,7 +43,7 @@ class EvaluatedModel:
         """
         self._check_fits(len(prompt) + max_new_tokens)
         ends = _ends(self.model) + [token for token in stop if token not in _ends(self.model)]
-        ids_BL = torch.tensor([list(prompt)], device=self.model.device)
+        ids_BL = torch.tensor([list(prompt)], device=input_device(self.model))
         padding = self.model.generation_config.pad_token_id
         out_BL = self.model.generate(  # type: ignore[operator]  # mixed in by a class that mypy does not see
             ids_BL,
@@ -68,7 +69,7 @@ class EvaluatedModel:
 
         The prompt is prefilled in full; every token after the first is predicted under the policy.
         """
-        token_L = torch.tensor(list(text), device=self.model.device)
+        token_L = torch.tensor(list(text), device=input_device(self.model))
         predicted = zip(token_L, self.logits(prompt, token_L.unbind(), len(text)), strict=True)
         found = [logits_V.float().log_softmax(-1)[token] for token, logits_V in predicted]
         return torch.stack(found).tolist() if found else []
@@ -85,7 +86,7 @@ class EvaluatedModel:
         """
         self._check_fits(len(prompt) + tokens)
         cache = self.new_cache()
-        ids_1L = torch.tensor([list(prompt)], device=self.model.device)
+        ids_1L = torch.tensor([list(prompt)], device=input_device(self.model))
         given = iter(text)
         for _ in range(tokens):
             yield self.model(ids_1L, **with_cache(self.model, cache), logits_to_keep=1).logits[0, -1]

@@ -35,15 +35,6 @@ class Processes(Launcher):
         self._group: Any = None
         self._store: Any = None
 
-    def device(self, name: str) -> str:
-        """The device this process uses for ``--device name``.
-
-        With more processes than GPUs, processes share GPUs round-robin.
-        """
-        if self.count == 1 or name != "cuda":
-            return name
-        return f"cuda:{self.local_rank % max(torch.cuda.device_count(), 1)}"
-
     def numbers(self, total: int, what: str = "samples") -> Iterator[int]:
         """Numbers below ``total`` in order; each goes to the process that asks first, or to all that divide the model.
 

@@ -172,6 +172,7 @@ class Plan:
     variants: Sequence[Variant]
     load: Callable[..., PreTrainedModel] | None = None  # as ``load_model``
     divide_model: bool = False
+    device_map: str | None = None
 
     @classmethod
     def of(cls, args: argparse.Namespace, **defaults: Any) -> Plan:
@@ -188,9 +189,9 @@ class Plan:
         )
         model = _one_path(args.model)
         load = vars(args).get("load")  # set by ``eval several``
-        divide_model = vars(args).get("tp", False)  # ``analyze`` has no such option
+        divide_model = vars(args).get("tp", False)  # ``analyze`` has no such options
         given = (args.dtype, args.seed, args.limit, args.out, args.retry_errors)
-        return cls(model, name, *given, variants, load, divide_model)
+        return cls(model, name, *given, variants, load, divide_model, vars(args).get("device_map"))
 
     def settings(self) -> dict[str, Any]:
         """What decides results for all variants."""
@@ -248,7 +249,7 @@ def _run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
             device = torch.device(processes.device(plan.device))
             if device.type == "cuda" and device.index is not None:
                 torch.cuda.set_device(device)  # streams and other unnumbered objects use this device
-            model = (plan.load or load_model)(plan.model, str(device), plan.dtype, processes.ranks)
+            model = (plan.load or load_model)(plan.model, str(device), plan.dtype, processes.ranks, plan.device_map)
             every = ((task, one) for task in benchmark.tasks for one in islice(benchmark.samples(task), plan.limit))
             benchmark.prepare(EvaluatedModel(model, None), every, processes)
             processes.wait()

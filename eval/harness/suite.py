@@ -16,13 +16,16 @@ class LastModel:
     """Loads models and keeps the last one for reuse."""
 
     def __init__(self) -> None:
-        self._asked: tuple[str, str, str, int] | None = None
+        self._asked: tuple[object, ...] | None = None
         self._model: PreTrainedModel | None = None
 
-    def __call__(self, name: str, device: str, dtype: str, ranks: int = 1) -> PreTrainedModel:
-        if self._model is None or self._asked != (name, device, dtype, ranks):
+    def __call__(
+        self, name: str, device: str, dtype: str, ranks: int = 1, device_map: str | None = None
+    ) -> PreTrainedModel:
+        asked = (name, device, dtype, ranks, device_map)
+        if self._model is None or self._asked != asked:
             self._model = None  # freed before the next model is loaded
-            self._asked, self._model = (name, device, dtype, ranks), load_model(name, device, dtype, ranks)
+            self._asked, self._model = asked, load_model(*asked)
         return self._model
 
 

@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from attention_predictor.offload.hf.placement import input_device
 from attention_predictor.offload.hf.versions import with_cache
 
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, cache: Cache, prompt: Sequence[int], sequences: int) -> None:
     """Prefill a prompt once, then repeat the cache for ``sequences`` sequences."""
-    model(torch.tensor([list(prompt)], device=model.device), **with_cache(model, cache), logits_to_keep=1)
+    model(torch.tensor([list(prompt)], device=input_device(model)), **with_cache(model, cache), logits_to_keep=1)
     cache.batch_repeat_interleave(sequences)
 
 
@@ -32,7 +33,7 @@ def decode_tails(model: PreTrainedModel, cache: Cache, tails: Sequence[Sequence[
     Returns:
         int64 ``[B, L]``, the most likely token after each token of a tail.
     """
-    tails_BL = torch.tensor([list(tail) for tail in tails], device=model.device)
+    tails_BL = torch.tensor([list(tail) for tail in tails], device=input_device(model))
     best = [
         model(token_B1, **with_cache(model, cache)).logits[:, -1].argmax(-1) for token_B1 in tails_BL.split(1, dim=1)
     ]

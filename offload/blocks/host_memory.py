@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from attention_predictor.arithmetic import ceil_div
+from attention_predictor.csrc import binding
 from attention_predictor.errors import HostMemoryError, IntegrityError
 from attention_predictor.offload.blocks.available_memory import available_memory
+from attention_predictor.offload.blocks.numa import cpus_near, run_on
 from attention_predictor.sizes import size_text
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class Segment:
         ready: Done when a worker has allocated and pinned the memory.
     """
 
-    def __init__(self, nbytes: int, pin_for: torch.device | None, workers: Callable[[], Executor]) -> None:
+    def __init__(self, nbytes: int, pin_for: Sequence[torch.device], workers: Callable[[], Executor]) -> None:
         self.nbytes = math.ceil(nbytes / mmap.PAGESIZE) * mmap.PAGESIZE
         self.bytes = torch.frombuffer(mmap.mmap(-1, self.nbytes), dtype=torch.uint8)
         self.pinned = False
@@ -85,10 +87,10 @@ class Segment:
         if self._unpin is not None:
             self._unpin()
 
-    def _make(self, pin_for: torch.device | None) -> None:
+    def _make(self, pin_for: Sequence[torch.device]) -> None:
         # Touch each page first: the system provides pages to several threads in parallel, but pins with one.
         self.bytes.numpy()[:: mmap.PAGESIZE] = 0
-        if pin_for is None:
+        if not pin_for:
             return
         address = self.bytes.data_ptr()
         with _pinning:
@@ -108,8 +110,8 @@ def _register(address: int, nbytes: int) -> int:
     return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, portable))
 
 
-def _unpin(address: int, device: torch.device) -> None:
-    torch.cuda.synchronize(device)  # it may be reading
+def _unpin(address: int, gpus: Sequence[torch.device]) -> None:
+    _wait_for(gpus)  # they may be reading
     torch.cuda.cudart().cudaHostUnregister(address)
 
 
@@ -119,9 +121,9 @@ class HostMemory:
     Slabs may be borrowed and die on any thread. Segments stay until ``close``, or until their memory is needed.
     """
 
-    def __init__(self, pin_for: torch.device | None = None, note: Callable[[str], None] = logger.warning) -> None:
-        """``pin_for``: the GPU that the memory is pinned for; ``note`` is called with a message if pinning fails."""
-        self.pin_for, self.note = pin_for, note
+    def __init__(self, pin_for: Sequence[torch.device] = (), note: Callable[[str], None] = logger.warning) -> None:
+        """``pin_for``: the GPUs that use the memory; ``note`` is called with a message if pinning fails."""
+        self.pin_for, self.note = tuple(pin_for), note
         self._refused = False
         self._segments: list[Segment] = []
         self._full: dict[int, int] = {}  # by size: number of leading segments without a large enough span
@@ -207,6 +209,10 @@ class HostMemory:
                     counted.append(self._add(min(each, count) * room, keep=counted))
                     count -= each
 
+    def wait_for_gpus(self) -> None:
+        """Return when the GPUs have done all work queued so far."""
+        _wait_for(self.pin_for)
+
     def close(self) -> None:
         """Return memory to the system: free segments now, others when their slabs die. Idempotent."""
         with self._lock:
@@ -257,8 +263,16 @@ class HostMemory:
 
     def _executor(self) -> Executor:
         if self._workers is None:
-            count = min(WORKERS, os.cpu_count() or 1)
-            self._workers = ThreadPoolExecutor(count, thread_name_prefix="attention-predictor-memory")
+            # Workers touch each page first, which decides the NUMA node that it lies on.
+            near = cpus_near(binding.pci_bus_id(gpu) for gpu in self.pin_for)
+            if self.pin_for and not near:
+                logger.info("host memory lies on any NUMA node: that of %s is unknown or not one", self.pin_for)
+            self._workers = ThreadPoolExecutor(
+                min(WORKERS, len(near) or os.cpu_count() or 1),
+                thread_name_prefix="attention-predictor-memory",
+                initializer=run_on,
+                initargs=(near,),
+            )
         return self._workers
 
     def _drop(self, segment: Segment) -> None:
@@ -272,9 +286,9 @@ class HostMemory:
             self.close()
 
     def _collect(self) -> None:
-        """Free the spans of slabs that have died, after waiting for the device, which may still use them."""
-        if self._returned and self.pin_for is not None:
-            torch.cuda.synchronize(self.pin_for)
+        """Free the spans of slabs that have died, after waiting for the GPUs, which may still use them."""
+        if self._returned:
+            self.wait_for_gpus()
         while self._returned:
             segment, start, nbytes = self._returned.popleft()
             segment.put_back(start, nbytes)
@@ -282,6 +296,11 @@ class HostMemory:
         if self._closed:
             for segment in [one for one in self._segments if one.is_free]:
                 self._drop(segment)
+
+
+def _wait_for(gpus: Sequence[torch.device]) -> None:
+    for gpu in gpus:
+        torch.cuda.synchronize(gpu)
 
 
 def _aligned(nbytes: int) -> int:

@@ -66,7 +66,7 @@ class HostStore:
         self.block_size, self.slab_blocks = block_size, slab_blocks
         self.codec = BlockCodec(block_size, head_dim, dtype)
         self.memory = HostMemory() if memory is None else memory
-        self.pinned = self.memory.pin_for is not None  # False once a slab is not pinned
+        self.pinned = bool(self.memory.pin_for)  # False once a slab is not pinned
         self.kernel = kernel
         self.length = 0
         self._slabs: list[Tensor] = []
@@ -124,7 +124,7 @@ class HostStore:
             if self._written_by_gpu:
                 self._written_by_gpu = False
                 if self.pinned:
-                    torch.cuda.synchronize()
+                    self.memory.wait_for_gpus()
             while self._arrivals and (stop is None or self._arrivals[0].start < stop):
                 arrival = self._arrivals[0]
                 arrival.pending_copy.wait()

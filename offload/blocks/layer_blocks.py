@@ -40,11 +40,17 @@ class BlockRuntime(Protocol):
 
     config: OffloadConfig
     stats: Stats
-    counts: DeviceCounts
-    prefetcher: Prefetcher
 
     @property
     def memory(self) -> HostMemory: ...
+
+
+class BlockStage(Protocol):
+    """What ``LayerBlocks`` needs of ``Stage``."""
+
+    device: torch.device
+    counts: DeviceCounts
+    prefetcher: Prefetcher
 
 
 class LayerBlocks:
@@ -64,16 +70,16 @@ class LayerBlocks:
     def __init__(
         self,
         runtime: BlockRuntime,
+        stage: BlockStage,
         number: int,
         *,
         batch: int,
         kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
-        config = runtime.config
-        self.runtime, self.number = runtime, number
+        config, device = runtime.config, stage.device
+        self.runtime, self.stage, self.number = runtime, stage, number
         self.kv_heads, self.device, self.block_size = kv_heads, device, config.block_size
         shape = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": config.block_size}
         kernels = config.kernels == "auto"
@@ -81,7 +87,7 @@ class LayerBlocks:
         self.store = new_store(config.code_bits, **shape, dtype=dtype, **options)
         self.pool = BlockPool(**shape, dtype=dtype, slots=0, device=device)
         self.table = SlotTable(rows=batch * kv_heads, device=device)
-        self.counts = runtime.counts.of_layer(number, self.store.block_bytes)
+        self.counts = stage.counts.of_layer(number, self.store.block_bytes)
         self.capacity = 0
         self.ticket: Ticket | None = None
         self._may_move = kernels and binding.on_gpu(device) and ops.why_no_kernels(device) is None
@@ -179,7 +185,7 @@ class LayerBlocks:
         if late_blocks is not None:
             started = time.perf_counter()
             try:
-                moved = self._move(extent, self.runtime.counts.stall_ns_1)
+                moved = self._move(extent, self.stage.counts.stall_ns_1)
             except Exception as error:
                 raise FetchError(f"layer {self.number}: a late fetch failed: {error!r}") from error
             if moved:
@@ -214,7 +220,7 @@ class LayerBlocks:
         """Wait until the blocks fetched ahead are in the pool; the time counts as exposed wait."""
         if self.ticket is not None:
             ticket, self.ticket = self.ticket, None
-            self.runtime.stats.exposed_wait_ms += self.runtime.prefetcher.wait(ticket)
+            self.runtime.stats.exposed_wait_ms += self.stage.prefetcher.wait(ticket)
 
     def count_attended(self) -> None:
         """Count the active blocks, for policies whose step does not choose."""

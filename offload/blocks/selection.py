@@ -56,8 +56,8 @@ class Selection:
 
     ``dense_tokens`` is the configured budget, the mean over layers. While a context is no longer than that, every layer
     attends to all of it, even one whose own budget is smaller. If KV heads have their own budgets (``heads``),
-    ``budget`` is the largest of the layer, which may be another rank's: all heads have the same number of slots,
-    reserve and late fetches.
+    ``budget`` is the largest of the layer and ``least`` the smallest, which may be another rank's: all heads have the
+    same number of slots, reserve and late fetches, and all ranks are sparse from the same length on.
     """
 
     budget: int
@@ -67,6 +67,7 @@ class Selection:
     reserve: float = 0.0
     dense_tokens: int = 0
     heads: tuple[int, ...] = ()
+    least: int | None = None  # ``None``: the smallest of ``heads``
 
     @classmethod
     def of(cls, config: OffloadConfig, budget: Budget | None = None, ranks: Ranks | None = None) -> Selection:
@@ -87,12 +88,13 @@ class Selection:
             config.reserve,
             config.budget,
             () if alike else heads,
+            given if isinstance(given, int) else min(given),
         )
 
     @property
     def min_budget(self) -> int:
-        """The smallest budget of a KV head."""
-        return min(self.heads, default=self.budget)
+        """The smallest budget of a KV head of the layer, on any rank."""
+        return self.least if self.least is not None else min(self.heads, default=self.budget)
 
     def n_blocks(self, length: int) -> int:
         """Blocks that hold ``length`` tokens; the last one may be partly filled."""

@@ -6,7 +6,6 @@ import copy
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from attention_predictor.csrc import binding, ops
@@ -25,6 +24,7 @@ from attention_predictor.offload.hf.compiled import CompiledLayers
 from attention_predictor.offload.hf.forwards import Forwards
 from attention_predictor.offload.hf.fused.modules import FusedModules
 from attention_predictor.offload.hf.graph import CapturedSteps
+from attention_predictor.offload.hf.placement import Placement
 from attention_predictor.offload.hf.shapes import expected_shapes
 from attention_predictor.offload.hf.versions import decoder_layers, layer_config, makes_own_cache
 from attention_predictor.offload.hf.warm_up import warm_up
@@ -33,6 +33,7 @@ from attention_predictor.offload.policies.allocation import first_budgets
 from attention_predictor.offload.policies.predictor import PredictorPolicy
 from attention_predictor.offload.ranks import Ranks
 from attention_predictor.offload.runtime import Runtime
+from attention_predictor.offload.stage import Stage
 from attention_predictor.offload.stats import DeviceCounts, Stats
 from attention_predictor.predictor.model import AttentionPredictor
 
@@ -63,11 +64,13 @@ def attach(model: PreTrainedModel, config: OffloadConfig | None = None) -> Engin
     ranks = Ranks.of(model)
     _check_ranks(type(model).__name__, config, ranks)
     with ranks.together():
-        runtime = _make_runtime(model, config, ranks)
+        placement = Placement.of(model, _decoder(model), _tiered_layers(model, config))
+        _check_placement(model, placement, config)
+        runtime = _make_runtime(model, config, placement, ranks)
     attachment = Attachment()
     try:
         with ranks.together():
-            engine = _install(model, runtime, attachment)
+            engine = _install(model, runtime, attachment, placement)
     except BaseException:
         attachment.undo()
         runtime.close()
@@ -80,7 +83,7 @@ def _check_ranks(name: str, config: OffloadConfig, ranks: Ranks) -> None:
         raise ConfigError(f"compile=True: {name} is divided among {ranks.count} ranks: expected compile=False")
 
 
-def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -> Engine:
+def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment, placement: Placement) -> Engine:
     name, config = type(model).__name__, runtime.config
     if not runtime.tiered_layers:
         runtime.note_fallback(f"{name} has no full-attention layer: nothing is offloaded, it runs as stock")
@@ -98,12 +101,15 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment) -
         raise AttachError(
             f"{name} ignores the attention interface: its implementation stayed {decoder.config._attn_implementation!r}"
         )
-    if runtime.device.type == "cuda" and config.kernels == "auto":
-        ops.prepare(runtime.device, _kernels(runtime, decoder.dtype))  # if this fails, layers report why
-    if runtime.device.type == "cuda":
-        warm_up(runtime, text_config, decoder.dtype)
+    for stage in (stage for stage in runtime.stages if stage.device.type == "cuda"):
+        if config.kernels == "auto":
+            ops.prepare(stage.device, _kernels(runtime, decoder.dtype))  # if this fails, layers report why
+        warm_up(runtime, stage, decoder.dtype)
     captured, reason = None, policy_class(config.policy).why_never_captured(config)
-    if reason is not None and config.prefetch == "graph":
+    asked = config.prefetch == "graph"
+    if reason is None and placement.why_not_captured is not None:
+        reason, asked = placement.why_not_captured, asked or (config.prefetch in CAPTURING and placement.has_gpu)
+    if reason is not None and asked:
         runtime.note_fallback(f"the prefetch thread in place of captured steps: {reason}")
     elif runtime.room.captures or config.prefetch == "graph":
         captured = CapturedSteps(name, model.forward, text_config, runtime, _step_modules(decoder, runtime))
@@ -141,7 +147,7 @@ def _step_modules(decoder: PreTrainedModel, runtime: Runtime) -> CompiledLayers 
 
 def _kernels(runtime: Runtime, dtype: torch.dtype) -> list[Kernel]:
     """All kernels that prompts and steps will need, to be compiled in parallel."""
-    config, predictor = runtime.config, runtime.predictor
+    config, predictor = runtime.config, runtime.stages[0].predictor
     found: dict[str, Kernel] = {}
     for head_dim in {shape.head_dim for shape in runtime.room.shapes.values() if shape is not None}:
         kernels = ops.kernels_of(
@@ -187,48 +193,67 @@ def _check_codes_save_memory(config: OffloadConfig, shapes: dict[int, KVShape | 
             )
 
 
-def _make_runtime(model: PreTrainedModel, config: OffloadConfig, ranks: Ranks) -> Runtime:
-    device, text_config = model.device, model.config.get_text_config(decoder=True)
+def _layers(model: PreTrainedModel) -> int:
+    """Number of layers of the language model: some configurations count others."""
     own = decoder_layers(_decoder(model))
-    count = len(own) if own is not None else text_config.num_hidden_layers
-    layers = [number for number in full_attention_layers(text_config) if number < count]
-    layers = [number for number in layers if number not in config.skip_layers]
+    return len(own) if own is not None else model.config.get_text_config(decoder=True).num_hidden_layers
+
+
+def _tiered_layers(model: PreTrainedModel, config: OffloadConfig) -> list[int]:
+    """Numbers of the layers to offload."""
+    count, layers = _layers(model), full_attention_layers(model.config.get_text_config(decoder=True))
+    return [number for number in layers if number < count and number not in config.skip_layers]
+
+
+def _make_runtime(model: PreTrainedModel, config: OffloadConfig, placement: Placement, ranks: Ranks) -> Runtime:
+    text_config, layers = model.config.get_text_config(decoder=True), sorted(placement.layers)
     shapes = expected_shapes(model, text_config, layers, model.dtype, ranks)
     _check_codes_save_memory(config, shapes)
     heads = {shape.kv_heads * ranks.parts for shape in shapes.values() if shape is not None}
     budgets = first_budgets(config, len(layers), heads.pop() if len(heads) == 1 else None)
-    predictor = None
-    if issubclass(policy_class(config.policy), PredictorPolicy):
-        predictor = AttentionPredictor.from_pretrained(config.predictor, device=device, block_size=config.block_size)
-    stats = Stats(prefetch=_prefetch(config, device), evicts=policy_class(config.policy).evicts)
-    memory = HostMemory(device if device.type == "cuda" else None)
-    captures = config.prefetch in CAPTURING and device.type == "cuda"
+    stats = Stats(prefetch=_prefetch(config, placement), evicts=policy_class(config.policy).evicts)
+    devices = list(dict.fromkeys(placement.layers.values()))
+    memory = HostMemory([device for device in devices if device.type == "cuda"])
+    captures = config.prefetch in CAPTURING and placement.has_gpu and placement.why_not_captured is None
     captures = captures and policy_class(config.policy).why_never_captured(config) is None
+    stages = {device: _make_stage(config, device, text_config.num_hidden_layers) for device in devices}
     runtime = Runtime(
         config=config,
         text_config=text_config,
-        device=device,
-        predictor=predictor,
-        layers=count,
+        device=placement.inputs,
+        stage_of={number: stages[device] for number, device in placement.layers.items()},
+        layers=_layers(model),
         first_budgets=dict(zip(layers, budgets, strict=True)),
         ranks=ranks,
-        prefetcher=make_prefetcher(config.prefetch, device),
         room=Room(config, memory, shapes, ranks, captures=captures),
         stats=stats,
-        counts=DeviceCounts(device, text_config.num_hidden_layers),
     )
     memory.note = runtime.note_fallback
     return runtime
 
 
-def _prefetch(config: OffloadConfig, device: torch.device) -> str:
-    """How blocks will be fetched with these settings on this device, for ``Stats.prefetch``."""
+def _make_stage(config: OffloadConfig, device: torch.device, layers: int) -> Stage:
+    predictor = None
+    if issubclass(policy_class(config.policy), PredictorPolicy):
+        predictor = AttentionPredictor.from_pretrained(config.predictor, device=device, block_size=config.block_size)
+    return Stage(
+        device=device,
+        predictor=predictor,
+        prefetcher=make_prefetcher(config.prefetch, device),
+        counts=DeviceCounts(device, layers),
+    )
+
+
+def _prefetch(config: OffloadConfig, placement: Placement) -> str:
+    """How blocks will be fetched with these settings for a model that is placed so, for ``Stats.prefetch``."""
     if config.prefetch not in CAPTURING:
         return config.prefetch
     if (reason := policy_class(config.policy).why_never_captured(config)) is not None:
         return f"thread: {reason}"
-    if device.type != "cuda":
-        return f"thread: steps are captured on a CUDA device, the model is on {device}"
+    if (reason := placement.why_not_captured) is not None:
+        return f"thread: {reason}"
+    if not placement.has_gpu:
+        return f"thread: steps are captured on a CUDA device, the model is on {placement.inputs}"
     return "captured steps, the thread where a step can't be captured"
 
 
@@ -250,7 +275,6 @@ def _check_model(model: PreTrainedModel, config: OffloadConfig) -> None:
         raise AttachError(f"{name} keeps a cache of its own kind, which is not supported")
     text_config = model.config.get_text_config(decoder=True)
     _check_layers(name, text_config, config)
-    _check_placement(name, model)
 
 
 def _check_layers(name: str, text_config: PreTrainedConfig, config: OffloadConfig) -> None:
@@ -266,17 +290,13 @@ def _check_layers(name: str, text_config: PreTrainedConfig, config: OffloadConfi
         raise ConfigError(f"skip_layers={tuple(config.skip_layers)} leaves no layer to offload")
 
 
-def _check_placement(name: str, model: nn.Module) -> None:
-    """Refuse a model whose weights are not all on one device."""
-    devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
-    hooked = [module for module in model.modules() if getattr(getattr(module, "_hf_hook", None), "offload", False)]
-    if "meta" in devices or hooked:
-        raise AttachError(
-            f"{name} has weights that hooks load for each forward (device_map, cpu_offload): load it on one device"
-        )
-    if len(devices) > 1:
-        raise AttachError(f"{name} is on several devices ({', '.join(devices)}): only one is supported")
-    if not devices:
-        raise AttachError(f"{name} has no weights")
-    if torch.device(devices[0]).type not in ("cpu", "cuda"):
-        raise AttachError(f"{name} is on {devices[0]}: only CPU and CUDA devices are supported")
+def _check_placement(model: PreTrainedModel, placement: Placement, config: OffloadConfig) -> None:
+    """Refuse what can't be for a model that is placed so."""
+    name, reason = type(model).__name__, placement.why_not_captured
+    if config.compile and reason is not None:
+        raise ConfigError(f"compile=True: {name} has no captured steps, since {reason}: expected compile=False")
+    shared = getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
+    if shared and len(devices := set(placement.layers.values())) > 1:
+        # A shared key that hooks move to another device no longer leads to the layer that has stored it.
+        names = ", ".join(sorted(map(str, devices)))
+        raise AttachError(f"{name} shares keys among layers, which are on several devices ({names}): not supported")

@@ -41,14 +41,14 @@ class TieredCache(DynamicCache):
             layer.crop(remove)  # type: ignore[union-attr]  # as transformers' own `crop`, of layers of any kind
 
     def check_integrity(self) -> None:
-        """Check every tiered layer, equal lengths, and the prefetcher; raises ``IntegrityError``."""
+        """Check every tiered layer, equal lengths, and the prefetchers; raises ``IntegrityError``."""
         tiered = [layer for layer in self.layers if isinstance(layer, TieredLayer)]
         for layer in tiered:
             layer.check_integrity()
         if unevenness := describe_unevenness(self):
             raise IntegrityError(unevenness)
-        for layer in tiered[:1]:
-            layer.runtime.prefetcher.check_integrity()
+        for stage in {layer.stage for layer in tiered}:
+            stage.prefetcher.check_integrity()
 
 
 def adopt(cache: Cache, runtime: Runtime) -> None:

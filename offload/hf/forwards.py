@@ -145,6 +145,8 @@ class Forwards:
                 "torch.no_grad(), or with use_cache=False"
             )
         self._check_positions(cached, new)
+        if not cached:
+            self.runtime.ranks.share_random_state(self.runtime.device)
         if isinstance(cache, TieredCache):
             self.runtime.room.check(batch=batch, tokens=cached + new, room=cache.room)
             self.runtime.room.prepare(batch=batch, tokens=cached + new, room=cache.room)

@@ -5,6 +5,7 @@ Suffixes: B sequences, L tokens of the sequence.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from attention_predictor.csrc import binding
+from attention_predictor.errors import AttentionPredictorError
 from attention_predictor.offload.blocks.ring import RingTable
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.compiled import CompiledLayers
@@ -54,16 +56,20 @@ class CapturedSteps:
         self.step_modules = step_modules
         self._failure: str | None = None  # why a capture failed; the next one would fail too
         self._cache_graphs: weakref.WeakKeyDictionary[TieredCache, CacheGraph] = weakref.WeakKeyDictionary()
+        # What one of several ranks has refused, until the cache is used in another way: not asked at each step.
+        self._refused: weakref.WeakKeyDictionary[TieredCache, str] = weakref.WeakKeyDictionary()
 
     def step(self, cache: TieredCache, given: dict[str, Any]) -> Any:
         """Run this forward as a captured step and return its output; ``None`` if the host has to run it."""
         cache_graph = self._cache_graphs.get(cache)
         entered = cache_graph is not None and cache_graph.entered
-        if is_one_token(given) and (entered or self._all_ready(cache)):
+        one_token = is_one_token(given)
+        if not one_token:
+            self._refused.pop(cache, None)
+        elif entered or is_ready(cache):
             reason = self._failure or why_unsupported_call(given, self.config)
             if reason is None and not entered:
-                # Ranks may differ in kernels and pinned memory. All else follows from the call, the same on each.
-                reason = self.runtime.ranks.first(why_not_captured(cache, cache_graph))
+                reason = self._why_not_captured(cache, cache_graph)
             if reason is None and not keeps_padding(cache, given.get("attention_mask")):
                 reason = "the attention mask does not hide exactly the prompt's left padding"
             if reason is None:
@@ -78,9 +84,18 @@ class CapturedSteps:
             cache_graph.leave()
         return None
 
-    def _all_ready(self, cache: TieredCache) -> bool:
-        """Whether the cache is ready on every rank: budgets by head differ among them."""
-        return all(self.runtime.ranks.gather(is_ready(cache)))
+    def _why_not_captured(self, cache: TieredCache, cache_graph: CacheGraph | None) -> str | None:
+        """``why_not_captured`` of the ranks together: they may differ in kernels and pinned memory.
+
+        All else follows from the call and the cache, the same on each.
+        """
+        ranks = self.runtime.ranks
+        if (reason := self._refused.get(cache)) is not None:
+            return reason
+        reason = ranks.first(why_not_captured(cache, cache_graph))
+        if reason is not None and ranks.count > 1:
+            self._refused[cache] = reason
+        return reason
 
     def leave(self) -> None:
         """End captured steps on all caches; the host runs their next steps."""
@@ -95,8 +110,8 @@ def why_not_captured(cache: TieredCache, cache_graph: CacheGraph | None) -> str 
             if (reason := why_not_fixed(layer, number)) is not None:
                 return reason
             continue
-        if not binding.on_gpu(layer.runtime.device):
-            return f"they need a CUDA device, the model is on {layer.runtime.device}"
+        if not binding.on_gpu(layer.stage.device):
+            return f"they need a CUDA device, the model is on {layer.stage.device}"
         if not layer.kernel:
             return "they need the kernels"
         if not layer.blocks.store.pinned:
@@ -155,8 +170,14 @@ def is_ready(cache: TieredCache) -> bool:
     )
 
 
-class CaptureError(Exception):
+class CaptureError(AttentionPredictorError):
     """The model's forward can't be captured: it reads a value back to the host."""
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The device's only stream for captures: torch's own is on the device that was current at its first use."""
+    return torch.cuda.Stream(device)
 
 
 def _end_capture_of_random_numbers(device: torch.device) -> None:
@@ -179,7 +200,7 @@ class CacheGraph:
         self._layers_of_cache = cache.layers
         self.fixed: list[FixedLayer] = []  # in place of transformers' own layers while steps are captured
         self.tables: dict[tuple[int, int], RingTable] = {}
-        self.runtime = self.layers[0].runtime
+        self.runtime, self.device = self.layers[0].runtime, self.layers[0].stage.device
         self.forward, self.step_modules = forward, step_modules
         self.cache_name = cache_argument(forward) or CACHE_NAMES[0]
         # Some policies read all keys in some steps; those steps are not captured.
@@ -207,7 +228,8 @@ class CacheGraph:
         if self.entered and not (fits and self.ids_B1.shape == ids_B1.shape and self.position.shape == position.shape):
             self.leave()
         if not self.entered:
-            self._enter(ids_B1, position)
+            with self.runtime.ranks.together():  # it takes host memory
+                self._enter(ids_B1, position)
         self.ids_B1.copy_(ids_B1)
         self.position.copy_(position)
         may_capture = self.graph is None and not self.eager_steps_left and ids_B1.device.type == "cuda"
@@ -244,8 +266,8 @@ class CacheGraph:
         self.entered = False
         self.wasted_captures = self.wasted_captures + 1 if self.steps_taken < MIN_STEPS_PER_CAPTURE else 0
         self.graph = self.output = None
-        if self.runtime.device.type == "cuda":
-            torch.cuda.synchronize(self.runtime.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         for layer in self.layers:
             layer.leave()
         for fixed in self.fixed:
@@ -266,7 +288,7 @@ class CacheGraph:
         device, batch = ids_B1.device, self.layers[0].batch
         self.room = self.runtime.room.captured_tokens(self._length())
         self.length_B = torch.full((batch,), self._length(), device=device)
-        self.schedule = StreamSchedule(device, self.runtime.counts.stall_ns_1)
+        self.schedule = StreamSchedule(device, self.layers[0].stage.counts.stall_ns_1)
         self.ids_B1 = torch.zeros_like(ids_B1)
         self.position = torch.zeros_like(position)
         self.eager_steps_left, self.steps_taken = EAGER_STEPS, 0
@@ -315,23 +337,25 @@ class CacheGraph:
         return output
 
     def _capture(self, cache: TieredCache) -> None:
-        graph, failure = torch.cuda.CUDAGraph(), None
         self.running = True
         try:
+            with self.runtime.ranks.together():  # the graph holds their all-reduces: it is replayed by all or by none
+                graph, output = self._record(cache)
+        finally:
+            self.running = False
+        # Without the cache: it owns this object, and a reference back would keep it alive.
+        self.graph, self.output = graph, changed(output, cache=None)
+
+    def _record(self, cache: TieredCache) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A step's graph and its output; ``CaptureError`` if the model can't be captured."""
+        graph = torch.cuda.CUDAGraph()
+        try:
             # By thread: NCCL's own thread queries events meanwhile, which would end another mode's capture.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                output = self._step(cache)
+            with torch.cuda.graph(graph, stream=_capture_stream(self.device), capture_error_mode="thread_local"):
+                return graph, self._step(cache)
         except RuntimeError as error:
             # A capture records kernels and runs none, so the layers' state is as before.
             for one in self._all_layers:
                 one.awaits_attention = False
-            _end_capture_of_random_numbers(self.runtime.device)
-            failure = error
-        finally:
-            self.running = False
-        # The graph holds the ranks' all-reduces: it is replayed by all or by none.
-        reason = self.runtime.ranks.first(None if failure is None else str(failure).splitlines()[0])
-        if reason is not None:
-            raise CaptureError(reason) from failure
-        # Without the cache: it owns this object, and a reference back would keep it alive.
-        self.graph, self.output = graph, changed(output, cache=None)
+            _end_capture_of_random_numbers(self.device)
+            raise CaptureError(str(error).splitlines()[0]) from error

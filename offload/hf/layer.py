@@ -79,6 +79,7 @@ class TieredLayer(CacheLayerMixin):
         # Before the base class's __init__, which sets ``keys`` and ``values`` by the setters below.
         self.runtime = runtime
         self.number = number
+        self.stage = runtime.stage_of[number]
         super().__init__()
         self.prompt_allocation = allocation  # shared by the layers of the cache; None if budgets are fixed
         self.block_size = runtime.config.block_size
@@ -90,7 +91,7 @@ class TieredLayer(CacheLayerMixin):
         self.handed: Handed | None = None
         self.is_padded = False  # whether the last mask hid any token
         self.selection = Selection.of(self.runtime.config, self.runtime.first_budgets[self.number], self.runtime.ranks)
-        self.schedule: Schedule = EagerSchedule(self.runtime.prefetcher)
+        self.schedule: Schedule = EagerSchedule(self.stage.prefetcher)
         self.arrived_BH: Tensor | None = None  # made at the first captured query, which shows the number of heads
         self.real_BL: Tensor | None = None  # during captured steps
         # Set during captured steps. Weak: the graph refers to this layer, and a cycle would keep the cache's memory
@@ -101,9 +102,9 @@ class TieredLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         B, G, _, D = key_states.shape
-        if key_states.device != self.runtime.device:
+        if key_states.device != self.stage.device:
             raise AttachError(
-                f"layer {self.number}: the model was attached on {self.runtime.device} and now computes on "
+                f"layer {self.number}: the model was attached on {self.stage.device} and now computes on "
                 f"{key_states.device}; move it first, then attach"
             )
         config = self.runtime.config
@@ -111,9 +112,9 @@ class TieredLayer(CacheLayerMixin):
         self.batch, self.kv_heads, self.head_dim = B, G, D
         self.padding_B = torch.zeros(B, dtype=torch.int64, device=self.device)
         self.blocks = LayerBlocks(
-            self.runtime, self.number, batch=B, kv_heads=G, head_dim=D, dtype=self.dtype, device=self.device
+            self.runtime, self.stage, self.number, batch=B, kv_heads=G, head_dim=D, dtype=self.dtype
         )
-        spec = LayerSpec(config, self.runtime.predictor, B, G, D, self.dtype, self.device)
+        spec = LayerSpec(config, self.stage.predictor, B, G, D, self.dtype, self.device)
         self.policy = policy_class(config.policy)(spec)
         self.policy.selection = self.selection
         wanted = config.kernels == "auto"
@@ -193,7 +194,7 @@ class TieredLayer(CacheLayerMixin):
 
     def leave(self) -> None:
         """Switch back to steps run by the host."""
-        self._cache_graph, self.schedule = None, EagerSchedule(self.runtime.prefetcher)
+        self._cache_graph, self.schedule = None, EagerSchedule(self.stage.prefetcher)
         self.arrived_BH = self.real_BL = None
         self.blocks.leave()
         self.note_memory()

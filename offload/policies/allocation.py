@@ -151,7 +151,8 @@ class PromptAllocation:
             # Emptied first: a reference cycle of layer and allocation would keep the cache's memory alive.
             recorded, self.recorded = self.recorded, {}
             every_BGF = self.ranks.gather_heads([own_BGF for _, own_BGF in recorded.values()])
-            preferences_BY = [self._preference(one_BGF) for one_BGF in every_BGF]
+            device = every_BGF[-1].device  # layers may be on several
+            preferences_BY = [self._preference(one_BGF).to(device) for one_BGF in every_BGF]
             budgets = iter(share_budget(self.config, mean_shares(torch.cat(preferences_BY, 1).T)))
             for (one, _), preference_BY in zip(recorded.values(), preferences_BY, strict=True):
                 found = tuple(islice(budgets, preference_BY.shape[1]))

@@ -11,10 +11,12 @@ from attention_predictor.errors import CheckpointError, ConfigError
 from attention_predictor.gguf_file import GgufFile, check_packages, gguf_files, hub_parts, is_gguf
 from attention_predictor.kinds import Kind, NotAllowedError, whole
 from attention_predictor.kinds import whole_numbers as read_whole_numbers
+from attention_predictor.launcher import Launcher
 
 AUTO = "auto"
 DTYPE_NAMES = (AUTO, "float32", "bfloat16", "float16")
 PACKED = "packed"
+DEVICE_MAPS = ("auto", "balanced", "sequential")
 MODEL_DTYPES = (*DTYPE_NAMES, PACKED)
 
 # The folders of the package are links into a checkout; an installed wheel has no models beside it.
@@ -37,6 +39,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--seed", whole(), 0, "random seed")
 
 
+def add_device_map_argument(parser: argparse.ArgumentParser) -> None:
+    """``--device-map``."""
+    what = f"spread the model over several devices in place of --device: {', '.join(DEVICE_MAPS)}, or a JSON file of"
+    parser.add_argument("--device-map", metavar="MAP", help=f"{what} modules and devices")
+
+
+def add_tp_argument(parser: argparse.ArgumentParser, shared: str) -> None:
+    """``--tp``; ``shared`` is what processes of a launcher share without it."""
+    what = "divide the model among the processes of a launcher (tensor parallelism); without it they share the"
+    parser.add_argument("--tp", action="store_true", help=f"{what} {shared}")
+
+
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """``--device``."""
     parser.add_argument(
@@ -53,6 +67,11 @@ def check_model_arguments(args: argparse.Namespace) -> None:
         args.model, args.gguf_file = _join(args.model, args.gguf_file), None
     check_model_name(args.model)
     check_dtype(args.dtype)
+    device_map = vars(args).get("device_map")  # some commands have no such option
+    if device_map is not None and args.device != AUTO:
+        raise ConfigError(f"--device-map {device_map}: it takes the place of --device, found --device {args.device}")
+    if device_map is not None and (count := Launcher().count) > 1:
+        raise ConfigError(f"--device-map {device_map}: it spreads the model of one process, found {count} processes")
     if args.dtype == PACKED and not is_gguf(args.model):
         raise ConfigError(f"--dtype {PACKED}: --model {args.model} is not a GGUF file")
 

@@ -20,6 +20,7 @@ from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.hf.forwards import check_positions
+from attention_predictor.offload.hf.placement import input_device
 from attention_predictor.progress import Progress
 from attention_predictor.reading import check_unicode, read_standard_input, read_text
 
@@ -39,7 +40,7 @@ def _run(args: argparse.Namespace, launcher: Launcher) -> int:
     prompt = _read_prompt(args)
     tokenizer = load_tokenizer(args.model)
     ids = _encode(tokenizer, prompt, args.chat)
-    model = load_model(args.model, args.device, args.dtype, ranks=launcher.count)
+    model = load_model(args.model, args.device, args.dtype, launcher.count, args.device_map)
     torch.manual_seed(args.seed)
     if args.no_offload:
         check_positions(model.config.get_text_config(decoder=True), len(ids) + args.max_new_tokens)
@@ -108,7 +109,7 @@ def _generate(
     engine: Engine | None,
     launcher: Launcher,
 ) -> dict[str, Any]:
-    input_ids = torch.tensor([ids], device=model.device)
+    input_ids = torch.tensor([ids], device=input_device(model))
     watcher = _Watcher(args.max_new_tokens, len(ids), quiet=not launcher.is_main)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging as python_logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ from transformers.integrations.gguf.kernels import get_gguf_kernel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file, logging
 
-from attention_predictor.arguments import AUTO, DTYPE_NAMES, PACKED, check_dtype, check_model_name
+from attention_predictor.arguments import AUTO, DEVICE_MAPS, DTYPE_NAMES, PACKED, check_dtype, check_model_name
 from attention_predictor.errors import CheckpointError, ConfigError, one_line
 from attention_predictor.gguf_file import GgufFile, hub_parts, is_gguf
+from attention_predictor.reading import read_text
 
 DTYPES: dict[str, Any] = {name: name if name == AUTO else getattr(torch, name) for name in DTYPE_NAMES}
 SHOWN = 3  # names in an error of one line
@@ -98,7 +101,34 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO, ranks: int = 1) -> PreTrainedModel:
+def read_device_map(given: str) -> str | dict[str, int | str]:
+    """The value of ``from_pretrained``'s ``device_map`` for one of its names, or from a JSON file.
+
+    Raises:
+        ConfigError: Another name, no such file, or one that does not name a device for each module.
+    """
+    if given in DEVICE_MAPS:
+        return given
+    names = ", ".join(DEVICE_MAPS)
+    if not given.endswith(".json"):
+        raise ConfigError(f"device_map={given!r} is not allowed: expected {names}, or a JSON file")
+    try:
+        found = json.loads(read_text(Path(given), "device map"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"device map {given} is not JSON: {one_line(error)}") from error
+    if not isinstance(found, dict) or not found:
+        raise ConfigError(f'device map {given}: expected an object of modules and devices, such as {{"lm_head": 0}}')
+    for module, place in found.items():
+        if isinstance(place, bool) or not isinstance(place, int | str):
+            raise ConfigError(f"device map {given}: {module!r} is on {place!r}, expected a device, its number or disk")
+        if place != "disk":
+            find_device(f"cuda:{place}" if isinstance(place, int) else place)
+    return found
+
+
+def load_model(
+    name: str | None, device: str = "cpu", dtype: str = AUTO, ranks: int = 1, device_map: str | None = None
+) -> PreTrainedModel:
     """A causal language model, in evaluation mode, on the device.
 
     ``dtype="auto"`` takes the checkpoint's own, but float32 on a CPU, where half precisions are slow; of a checkpoint
@@ -108,15 +138,20 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO, ranks: 
     Args:
         ranks: Processes of a launcher among which it is divided by tensor parallelism; each loads its part, and all
             have to call this. transformers joins them by torch.distributed and chooses each one's GPU.
+        device_map: Spreads the model over several devices in place of ``device``, as ``read_device_map`` allows;
+            accelerate brings the weights of layers on ``cpu`` or ``disk`` to the first GPU for each forward.
 
     Raises:
         CheckpointError: It can't be loaded, or lacks weights, which transformers would make up at random.
-        ConfigError: Unknown dtype or device, or weights can't stay packed, or can't be divided.
+        ConfigError: Unknown dtype, device or device map, or weights can't stay packed, or can't be divided.
     """
     name = check_model_name(name)
     check_dtype(dtype)
-    target = find_device(device)
+    target, places = find_device(device), None if device_map is None else read_device_map(device_map)
     file = gguf_file(name)
+    if places is not None and (ranks > 1 or dtype == PACKED):
+        what = f"{ranks} processes" if ranks > 1 else f"dtype={PACKED!r}"
+        raise ConfigError(f"device_map={device_map!r} spreads whole, unpacked models in one process: found {what}")
     if ranks > 1:
         _check_divisible(name, file, target, ranks)
     folder, options = _source(name, file)
@@ -130,6 +165,8 @@ def load_model(name: str | None, device: str = "cpu", dtype: str = AUTO, ranks: 
         options |= {"dtype": torch.float32 if dtype == AUTO and target.type == "cpu" else DTYPES[dtype]}
     if ranks > 1:
         options |= tensor_parallel_options(ranks)
+    if places is not None:
+        options |= {"device_map": places}
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # else it prints a table of missing weights, and continues
@@ -165,6 +202,8 @@ def tensor_parallel_options(ranks: int) -> dict[str, Any]:
 def _check_divisible(name: str, file: GgufFile | None, device: torch.device, ranks: int) -> None:
     """``ConfigError`` for a model, or a device, that tensor parallelism is not known to work with."""
     what = f"{name!r} can't be divided among {ranks} processes"
+    if "LOCAL_RANK" not in os.environ:  # transformers asks for it
+        raise ConfigError(f"{what}: LOCAL_RANK is not set, which a launcher, such as torchrun, sets for every process")
     if file is not None or (method := _quantisation(name)):
         form = "in GGUF" if file is not None else f"quantised by {method}"
         raise ConfigError(f"{what}: its weights are {form}, allowed are plain ones")

@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
         "block_size": BLOCK,
         "dtype": dtype,
     }
-    store = HostStore(**shape, memory=HostMemory(device if device.type == "cuda" else None))
+    store = HostStore(**shape, memory=HostMemory([device] if device.type == "cuda" else []))
     for start in range(0, args.context, CHUNK):
         tokens = min(CHUNK, args.context - start)
         store.append(*torch.randn(2, args.batch, args.kv_heads, tokens, args.head_dim, dtype=dtype))

@@ -16,7 +16,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments
+from attention_predictor.arguments import (
+    add_device_map_argument,
+    add_model_arguments,
+    add_option,
+    check_model_arguments,
+)
 from attention_predictor.kinds import number, whole
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.settings import add_setting_arguments, offload_config
@@ -24,6 +29,7 @@ from attention_predictor.settings import add_setting_arguments, offload_config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_device_map_argument(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt-file", type=Path, metavar="F", help="read the prompt from this UTF-8 file")
     source.add_argument("--prompt", metavar="TEXT", help="use this text as the prompt")

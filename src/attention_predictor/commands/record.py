@@ -23,6 +23,8 @@ examples:
   attnpred record --data OWNER/NAME:test --documents 50 --out runs/books
   accelerate launch --num_processes 4 -m attention_predictor.cli record \\
       --data texts/ --out runs/histories
+  torchrun --nproc_per_node 2 -m attention_predictor.cli record --tp \\
+      --model meta-llama/Llama-3.1-70B --data texts/ --out runs/large
 """
 
 from __future__ import annotations
@@ -30,7 +32,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments, whole_numbers
+from attention_predictor.arguments import (
+    add_device_map_argument,
+    add_model_arguments,
+    add_option,
+    add_tp_argument,
+    check_model_arguments,
+    whole_numbers,
+)
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.kinds import number, whole
 from attention_predictor.predictor import PROMPT_ROWS
@@ -41,6 +50,7 @@ ROWS = ("sparse", "full")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_device_map_argument(parser)
     add = parser.add_argument
     what = ".txt, .jsonl or .parquet file, directory of such files, or data set of the hub as [owner/]name:split"
     add("--data", required=True, metavar="D", help=what)
@@ -72,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--validation", share, 0.1, what)
     for name in ("block_size", "sink", "recent"):
         add_setting(parser, name)
+    add_tp_argument(parser, "documents")
 
 
 def check(args: argparse.Namespace) -> None:

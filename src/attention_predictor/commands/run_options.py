@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments, whole_numbers
+from attention_predictor.arguments import (
+    add_device_map_argument,
+    add_model_arguments,
+    add_option,
+    add_tp_argument,
+    check_model_arguments,
+    whole_numbers,
+)
 from attention_predictor.eval.harness.rules import Rule, check_names, check_variants
 from attention_predictor.kinds import whole
 from attention_predictor.offload.config import PREFETCHERS
@@ -23,6 +30,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, budgets: str = BUDGETS
         out_required: Whether the command needs ``--out``.
     """
     add_model_arguments(parser)
+    add_device_map_argument(parser)
     add = parser.add_argument
     what = "policies to run with default settings; full is the stock model"
     what += f" (default: {POLICIES}, or none if --rule is given)"
@@ -42,8 +50,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, budgets: str = BUDGETS
     what += "" if out_required else "; without it the table is only printed"
     add("--out", type=Path, required=out_required, metavar="DIR", help=what)
     add("--retry-errors", action="store_true", help="run samples again that failed before")
-    what = "divide the model among the processes of a launcher (tensor parallelism); without it they share the samples"
-    add("--tp", action="store_true", help=what)
+    add_tp_argument(parser, "samples")
 
 
 def rules_of(args: argparse.Namespace) -> list[Rule]:
