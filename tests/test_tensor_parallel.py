@@ -242,6 +242,9 @@ def test_what_a_launcher_has_not_set_is_named(folder: Path, monkeypatch: pytest.
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="LOCAL_RANK is not set"):
         load_model(str(folder / "llama"), ranks=2)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigError, match="it has 3 KV heads, allowed are numbers of processes that divide 3"):
+        load_model(str(folder / "odd"), ranks=2)
 
 
 def test_a_rank_that_fails_ends_the_other(folder: Path) -> None:
