@@ -124,6 +124,30 @@ def capture(folder: Path, rank: int) -> dict[str, Any]:
         return found | {"exchanges of more steps": len(exchanged)}
 
 
+def on_gpus(folder: Path, rank: int) -> dict[str, Any]:
+    """Captured steps with NCCL in them; then with a capture that fails on the second rank."""
+    import pytest
+
+    from attention_predictor.offload.hf.graph import CacheGraph, CaptureError
+
+    model, found = load_model(str(folder / "llama"), "cuda", "float32", ranks=2), {}
+    for name in ("whole context", "predictor", "by head, given", "quest"):
+        with attach(model, OffloadConfig(**SETTINGS | CASES[name])) as engine:
+            tokens = engine.generate(prompt(), max_new_tokens=4 * NEW).tolist()
+            found[name] = tokens, engine.stats.captured_steps, dict(engine.stats.fallbacks)
+
+    def fail(*_: object) -> None:
+        raise CaptureError("this rank reads a value")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(CacheGraph, "_record", fail)
+        with attach(model, OffloadConfig(budget=96, **SETTINGS)) as engine:
+            tokens = engine.generate(prompt(), max_new_tokens=4 * NEW).tolist()
+            found["failed"] = tokens, engine.stats.captured_steps, dict(engine.stats.fallbacks)
+    return found
+
+
 def exchanges(patch: Any) -> list[Any]:
     """What ranks send one another from now on, where the host decides."""
     sent: list[Any] = []

@@ -193,6 +193,11 @@ class TestDeviceMaps:
             read_device_map(given)
         assert "\n" not in str(caught.value)
 
+    @pytest.mark.parametrize(("options", "found"), [({"ranks": 2}, "2 processes"), ({"dtype": "packed"}, "'packed'")])
+    def test_what_goes_with_none(self, folder: Path, options: dict[str, Any], found: str) -> None:
+        with pytest.raises(ConfigError, match=f"spreads whole, unpacked models in one process: found .*{found}"):
+            load_model(str(folder), device_map="auto", **options)
+
     def test_on_the_command_line(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

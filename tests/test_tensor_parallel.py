@@ -143,6 +143,27 @@ def test_a_capture_that_fails_on_one_rank_fails_on_all(folder: Path) -> None:
     assert first["failed"]["tokens"] == second["failed"]["tokens"] == alone["tokens"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.usefixtures("exact_matmul")
+def test_captured_steps_of_two_gpus(folder: Path) -> None:
+    first, second = results("on_gpus", folder)
+    model = load_model(str(folder / "llama"), "cuda", "float32")
+    with attach(model, OffloadConfig(budget=4096)) as engine:
+        alone = engine.generate(prompt(), max_new_tokens=4 * NEW).tolist()
+    assert first["whole context"][0] == alone
+    for name, (tokens, captured, fallbacks) in first.items():
+        assert second[name][0] == tokens, name
+        assert second[name][1] == captured, name
+        if name == "failed":
+            [noted] = fallbacks
+            assert noted.endswith("can't be captured: rank 1: this rank reads a value")
+        else:
+            assert (captured > 0) == (name != "whole context"), (name, fallbacks)
+            assert not fallbacks
+    assert first["failed"][0] == first["predictor"][0]
+
+
 COMMAND = ["-m", "attention_predictor.cli"]
 
 
@@ -242,6 +263,9 @@ def test_what_a_launcher_has_not_set_is_named(folder: Path, monkeypatch: pytest.
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="LOCAL_RANK is not set"):
         load_model(str(folder / "llama"), ranks=2)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigError, match="it has 3 KV heads, allowed are numbers of processes that divide 3"):
+        load_model(str(folder / "odd"), ranks=2)
 
 
 def test_a_rank_that_fails_ends_the_other(folder: Path) -> None:
