@@ -160,7 +160,7 @@ class OffloadConfig:
         "largest share of the budget that a step fetches after its query is known; 0: all blocks are fetched ahead",
     )
     reserve: float = _selection(
-        0.5, _ANY_SHARE, "blocks kept on the device beyond the budget, as a share of the budget"
+        1.0, _ANY_SHARE, "blocks kept on the device beyond the budget, as a share of the budget"
     )
 
     predictor: str = _prediction(
