@@ -304,7 +304,7 @@ def test_a_context_that_outgrows_the_mean_budget_gives_memory_back(ids, policy):
     assert held[0] == held[1]
     # Tokens cached, the step that comes makes one more: at 97 the budgets come into effect.
     assert [max(layers[0] for layers in held[0][:16]), held[0][16][0], held[0][-1][0]] == [9, 6, 6]
-    assert held[0][-1] == [3 + 1, 5 + 2, 10 + 5]
+    assert held[0][-1] == [3 + 3, 5 + 5, 10 + 10]
 
 
 @torch.no_grad()
