@@ -31,7 +31,7 @@ class Engine:
         self, model: PreTrainedModel, runtime: Runtime, attachment: Attachment, captured: CapturedSteps | None
     ) -> None:
         self.model, self.runtime, self.config = model, runtime, runtime.config
-        self._attachment, self._captured = attachment, captured
+        self._attachment, self.captured = attachment, captured
 
     @property
     def device(self) -> torch.device:
@@ -134,8 +134,8 @@ class Engine:
         self.runtime.open = False
         try:
             self._attachment.undo()  # first: the model is restored even if the rest fails
-            if self._captured is not None:
-                self._captured.leave()
+            if self.captured is not None:
+                self.captured.leave()
         finally:
             self.runtime.close()
 

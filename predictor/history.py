@@ -18,6 +18,7 @@ from attention_predictor.csrc import binding, ops
 from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.base import AttentionPredictor
 from attention_predictor.predictor.filters import FilterPredictor, PackedFilters
+from attention_predictor.predictor.sequences import put_sequence
 
 CHUNK_BLOCKS = 64  # capacity grows by this many blocks: doubling would waste the memory this library saves
 
@@ -262,6 +263,13 @@ class ScoreHistory:
     def index(self, batch_index: Tensor) -> None:
         """Keep the sequences `batch_index` [new B], in that order (beams, expanded or filtered batches)."""
         self._state_BGNC = self._state_BGNC.index_select(0, batch_index.to(self._state_BGNC.device))
+
+    @torch.no_grad()
+    def put(self, place: int, other: ScoreHistory) -> None:
+        """Make sequence ``place`` what the only sequence of ``other`` is, in place."""
+        put_sequence(self._state_BGNC, place, other._state_BGNC)
+        self.n_blocks = max(self.n_blocks, other.n_blocks)
+        self.started = self.started or other.started
 
     @torch.inference_mode(False)
     @torch.no_grad()

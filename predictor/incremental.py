@@ -26,6 +26,7 @@ from attention_predictor.csrc import binding, ops
 from attention_predictor.csrc.window import FEATURES, MAPS, ROWS
 from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.history import ScoreHistory, candidates_of
+from attention_predictor.predictor.sequences import put_sequence
 from attention_predictor.predictor.window import WindowPredictor
 
 REACH = 2  # rows or columns to each side that two 3 × 3 convolutions read
@@ -189,6 +190,12 @@ class IncrementalHistory(ScoreHistory):
     def index(self, batch_index: Tensor) -> None:
         super().index(batch_index)
         self._sum_BGCN = self._sum_BGCN.index_select(0, batch_index.to(self._sum_BGCN.device))
+
+    @torch.no_grad()
+    def put(self, place: int, other: ScoreHistory) -> None:
+        assert isinstance(other, IncrementalHistory)
+        super().put(place, other)
+        put_sequence(self._sum_BGCN, place, other._sum_BGCN)
 
     @property
     def nbytes(self) -> int:

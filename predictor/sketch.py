@@ -17,6 +17,7 @@ from attention_predictor.csrc import ops
 from attention_predictor.errors import ConfigError, IntegrityError
 from attention_predictor.predictor.quantise import LARGEST, SHARES, masks, pack, quantise, unpack
 from attention_predictor.predictor.scores import block_peak_and_sum
+from attention_predictor.predictor.sequences import put_sequence
 
 # Share of channels whose codes have twice the bits; the same share has no codes, which keeps the mean. In the pocket
 # model a share of 1/8 has slightly less error over all layers, but more in the layer that looks up single tokens
@@ -297,6 +298,13 @@ class KeySketch:
         for owner, name in self._held():
             tensor = getattr(owner, name)
             setattr(owner, name, tensor.index_select(0, batch_index.to(tensor.device)))
+
+    @torch.no_grad()
+    def put(self, place: int, other: KeySketch) -> None:
+        """Make sequence ``place`` what the only sequence of ``other`` is, in place."""
+        for (mine, name), (theirs, _) in zip(self._held(), other._held(), strict=True):
+            put_sequence(getattr(mine, name), place, getattr(theirs, name))
+        self.length = max(self.length, other.length)
 
     @property
     def nbytes(self) -> int:

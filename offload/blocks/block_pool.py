@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attention_predictor.errors import IntegrityError
+from attention_predictor.predictor.sequences import put_sequence
 
 
 class BlockPool:
@@ -87,6 +88,11 @@ class BlockPool:
         """Reorders, repeats or selects sequences: sequence i becomes the former sequence `batch_index[i]` (beams)."""
         batch_index = batch_index.to(self.key_BGSTD.device)
         self._replace(lambda kv_BGSTD: kv_BGSTD.index_select(0, batch_index))
+
+    def put(self, place: int, other: BlockPool) -> None:
+        """Makes sequence `place` what the only sequence of `other` is, in place."""
+        put_sequence(self.key_BGSTD, place, other.key_BGSTD)
+        put_sequence(self.value_BGSTD, place, other.value_BGSTD)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError, naming what was found, unless keys and values have the same valid form."""

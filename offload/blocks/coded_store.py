@@ -89,6 +89,11 @@ class CodedStore(HostStore):
             self.open_BG2TD = self._new_open_block(batch_index.numel()).copy_(self.open_BG2TD[batch_index])
         super().index(batch_index)
 
+    def put(self, place: int, other: HostStore) -> None:
+        assert isinstance(other, CodedStore)
+        super().put(place, other)
+        self.open_BG2TD[place].copy_(other.open_BG2TD[0])
+
     def check_integrity(self) -> None:
         super().check_integrity()
         found, expected = self.open_BG2TD, (self.batch, self.kv_heads, 2, self.block_size, self.head_dim)

@@ -250,6 +250,15 @@ class HostStore:
             slabs[-1].copy_(slab.index_select(0, batch_index))
         self._slabs, self.batch = slabs, batch
 
+    def put(self, place: int, other: HostStore) -> None:
+        """Makes sequence `place` what the only sequence of `other` is. No GPU may be reading or writing either."""
+        self.settle()
+        other.settle()
+        self._reserve(other.length)
+        for mine, theirs in zip(self._slabs, other._slabs[: self._slabs_for(other.length)], strict=False):
+            mine[place].copy_(theirs[0])
+        self.length = max(self.length, other.length)
+
     def check_integrity(self) -> None:
         """Raises IntegrityError, naming what was found, unless the slabs fit the length."""
         self.settle()
@@ -289,6 +298,11 @@ class HostStore:
         if self._slabs_for(self.length + tokens) > len(self._slabs):
             raise ValueError(f"no room for {tokens} tokens beyond {self.length}")
         self.length += tokens
+        self._written_by_gpu = True
+
+    def count_to(self, tokens: int) -> None:
+        """Sets the length to that of the longest sequence, whose last token a GPU writes itself."""
+        self.length = tokens
         self._written_by_gpu = True
 
     def addresses(self, device: torch.device) -> Tensor:

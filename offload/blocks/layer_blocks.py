@@ -337,6 +337,12 @@ class LayerBlocks:
             self.padding_B = self.padding_B[on_device]
         self._length_B = self._counted(0)
 
+    def put(self, place: int, other: LayerBlocks) -> None:
+        """Make sequence ``place`` what the only sequence of ``other`` is, in place; both at rest, the GPU idle."""
+        self.store.put(place, other.store)
+        self.pool.put(place, other.pool)
+        self.table.put(place, other.table, self.kv_heads)
+
     def _release(self) -> None:
         """Wait until the GPU no longer reads host memory that is about to change."""
         if self.device.type == "cuda":

@@ -20,9 +20,20 @@ from attention_predictor.csrc.ops import ChoiceBounds, Estimates, SlotTensors
 from attention_predictor.errors import IntegrityError
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import ALWAYS, NEVER, Limits
+from attention_predictor.predictor.sequences import put_sequence
 
 # A slot's age is one number: when its block was last selected (upper bits), and the block; the smallest leaves first.
 # A token's selections are two: at 2 · length within its step, and at 2 · length + 1 for the next token.
+# What spare places of the tensors hold.
+SPARE = {
+    "block_RS": -1,
+    "active_RS": -1,
+    "use_RS": -1,
+    "slot_RC": -1,
+    "move_block_RS": 0,
+    "move_slot_RS": 0,
+    "moves_R": 0,
+}
 USE_SHIFT = 32
 
 
@@ -219,9 +230,10 @@ class SlotTable:
         """Grow to ``slots`` slots; the new ones are empty."""
         if (more := slots - self.block_RS.shape[1]) < 0:
             raise ValueError(f"slots must be at least {self.block_RS.shape[1]}, got {slots}")
-        filled_with = {"block_RS": -1, "active_RS": -1, "use_RS": -1, "move_block_RS": 0, "move_slot_RS": 0}
         wider = {
-            name: F.pad(getattr(self.tensors, name), (0, more), value=value) for name, value in filled_with.items()
+            name: F.pad(getattr(self.tensors, name), (0, more), value=value)
+            for name, value in SPARE.items()
+            if name.endswith("_RS")
         }
         self.tensors = self.tensors._replace(**wider)
 
@@ -243,6 +255,19 @@ class SlotTable:
         """Make sequence i what sequence ``batch_index[i]`` was (beams)."""
         picked = (x.unflatten(0, (-1, kv_heads))[batch_index].flatten(0, 1) for x in self.tensors)
         self.tensors = SlotTensors._make(picked)
+
+    def hold_first(self) -> None:
+        """Empty all slots but the first of each row, which then holds block 0 and is read."""
+        for name, spare in SPARE.items():
+            getattr(self.tensors, name).fill_(spare)
+        for tensor in (self.block_RS, self.active_RS, self.tensors.slot_RC):
+            tensor[:, 0] = 0
+
+    def put(self, place: int, other: SlotTable, kv_heads: int) -> None:
+        """Make sequence ``place`` what the only sequence of ``other`` is, in place."""
+        for name, spare in SPARE.items():
+            mine, theirs = (getattr(table.tensors, name).unflatten(0, (-1, kv_heads)) for table in (self, other))
+            put_sequence(mine, place, theirs, spare)
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` unless every resident block has one slot, and both maps agree."""

@@ -9,7 +9,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ LEFT_PADDING = "_attention_predictor_left_padding"  # attribute of a mask known 
 
 Forward = Callable[..., Any]
 StepModules = CompiledLayers | FusedModules | None
+Graph = TypeVar("Graph", bound="CacheGraph")
 
 
 class CapturedSteps:
@@ -83,6 +84,11 @@ class CapturedSteps:
         if cache_graph is not None:
             cache_graph.leave()
         return None
+
+    def adopt(self, cache: TieredCache, cache_graph: Graph) -> Graph:
+        """Run the steps over this cache by a graph of another kind."""
+        self._cache_graphs[cache] = cache_graph
+        return cache_graph
 
     def _why_not_captured(self, cache: TieredCache, cache_graph: CacheGraph | None) -> str | None:
         """``why_not_captured`` of the ranks together: they may differ in kernels and pinned memory.
@@ -284,10 +290,12 @@ class CacheGraph:
         return self.layers[0].blocks.length
 
     @torch.inference_mode(False)
-    def _enter(self, ids_B1: Tensor, position: Tensor) -> None:
+    def _enter(self, ids_B1: Tensor, position: Tensor, room: int | None = None) -> None:
+        """Begin steps; ``room``: tokens to reserve, by default so many that the steps are worth a capture."""
         device, batch = ids_B1.device, self.layers[0].batch
-        self.room = self.runtime.room.captured_tokens(self._length())
+        self.room = self.runtime.room.captured_tokens(self._length()) if room is None else room
         self.length_B = torch.full((batch,), self._length(), device=device)
+        self.growth_B = torch.ones_like(self.length_B)
         self.schedule = StreamSchedule(device, self.layers[0].stage.counts.stall_ns_1)
         self.ids_B1 = torch.zeros_like(ids_B1)
         self.position = torch.zeros_like(position)
@@ -311,8 +319,7 @@ class CacheGraph:
         early_graph = None if self.may_read_all_keys else self.graph
         if early_graph is not None:  # replayed first, so that the device works while the host counts
             early_graph.replay()
-        for one in self._all_layers:
-            one.advance()
+        self._count()
         if self._reads_all_keys():
             return self._step(cache)  # reads keys from host memory: not captured
         self.runtime.stats.captured_steps += 1
@@ -323,8 +330,13 @@ class CacheGraph:
             self.graph.replay()
         return self.output
 
+    def _count(self) -> None:
+        """Count the step's token on the host."""
+        for one in self._all_layers:
+            one.advance()
+
     def _step(self, cache: TieredCache) -> Any:
-        self.length_B.add_(1)
+        self.length_B.add_(self.growth_B)
         for table in self.tables.values():
             table.update(self.length_B)
         given = {"input_ids": self.ids_B1, "position_ids": self.position, "use_cache": True, self.cache_name: cache}

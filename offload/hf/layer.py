@@ -199,6 +199,18 @@ class TieredLayer(CacheLayerMixin):
         self.blocks.leave()
         self.note_memory()
 
+    def empty(self, batch: int) -> TieredLayer:
+        """A layer like this one, for ``batch`` sequences, without a token."""
+        layer = TieredLayer(self.runtime, self.number)
+        nothing_BGTD = torch.empty((batch, self.kv_heads, 0, self.head_dim), dtype=self.dtype, device=self.device)
+        layer.lazy_initialization(nothing_BGTD, nothing_BGTD)
+        return layer
+
+    def put(self, place: int, other: TieredLayer) -> None:
+        """Make sequence ``place`` what the only sequence of ``other`` is, in place; both at rest, the GPU idle."""
+        self.blocks.put(place, other.blocks)
+        self.policy.put(place, other.policy)
+
     @property
     def room(self) -> int:
         """Tokens that allocated host memory can hold."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from attention_predictor.offload.attention.sparse import SparseAttention
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import Selection
 from attention_predictor.offload.chunk import Chunk
+from attention_predictor.predictor.sequences import put_sequence
 
 if TYPE_CHECKING:
     from attention_predictor.offload.config import OffloadConfig
@@ -48,6 +49,8 @@ class Part(Protocol):
     def reserve(self, capacity: int) -> None: ...
 
     def index(self, batch_index: Tensor) -> None: ...
+
+    def put(self, place: int, other: Any) -> None: ...
 
     def check_integrity(self) -> None: ...
 
@@ -92,6 +95,10 @@ class BlockValues:
     @torch.inference_mode(False)
     def index(self, batch_index: Tensor) -> None:
         self.value_BGC = self.value_BGC[batch_index]
+
+    def put(self, place: int, other: BlockValues) -> None:
+        """Make sequence ``place`` what the only sequence of ``other`` is, in place."""
+        put_sequence(self.value_BGC, place, other.value_BGC, self.fill)
 
     @property
     def nbytes(self) -> int:
@@ -183,6 +190,7 @@ class Policy:
             with the current query, so that the step waits for fetches; ``"all"``: never, it attends to everything.
         evicts: Whether a block that was once left out is never selected again, as the method defines. The host store
             still holds it.
+        takes_turns: Whether each sequence has a state of its own in every part, so that another one can take its place.
         allocation: How the method's paper shares the budget between layers (``offload/policies/allocation.py``).
         budget_G: int64 on the device, the budget of each KV head in tokens, from ``selection``.
     """
@@ -190,6 +198,7 @@ class Policy:
     name: ClassVar[str]
     selects: ClassVar[When]
     evicts: ClassVar[bool] = False
+    takes_turns: ClassVar[bool] = True
     allocation: ClassVar[str] = "uniform"
     prompt_rows: int = 0  # how many of the last prompt queries' score rows it observes
 
@@ -297,6 +306,12 @@ class Policy:
         """Reorder, repeat or select sequences."""
         for part in self.parts.values():
             part.index(batch_index)
+
+    def put(self, place: int, other: Policy) -> None:
+        """Make sequence ``place`` what the only sequence of ``other`` is, in place."""
+        theirs = other.parts
+        for name, part in self.parts.items():
+            part.put(place, theirs[name])
 
     def check_integrity(self) -> None:
         for part in self.parts.values():

@@ -38,6 +38,7 @@ class LazyEviction(Policy):
     name = "lazy-eviction"
     selects = "ahead"
     evicts = True
+    takes_turns = False  # steps are counted for all sequences together
     alpha = 5e-4
 
     def __init__(self, spec: LayerSpec) -> None:

@@ -21,6 +21,7 @@ from attention_predictor.errors import IntegrityError
 from attention_predictor.offload.attention.dense import Terms, scaled_logits
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.policies.base import BlockValues, LayerSpec, Part, Policy, ReadKeys, Step, When
+from attention_predictor.predictor.sequences import put_sequence
 
 NOTHING = -1e4  # bound of a block without keys: any key moves it, and no product with it is infinite
 
@@ -84,6 +85,11 @@ class KeyBounds:
     @torch.inference_mode(False)
     def index(self, batch_index: Tensor) -> None:
         self.bound_BGCE = self.bound_BGCE[batch_index]
+
+    def put(self, place: int, other: KeyBounds) -> None:
+        """Make sequence ``place`` what the only sequence of ``other`` is, in place."""
+        put_sequence(self.bound_BGCE, place, other.bound_BGCE, NOTHING)
+        self.length = max(self.length, other.length)
 
     @property
     def nbytes(self) -> int:

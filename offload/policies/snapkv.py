@@ -33,6 +33,7 @@ class SnapKV(Policy):
 
     name = "snapkv"
     selects = "ahead"
+    takes_turns = False  # the window begins at one block for all sequences
     prompt_rows = 32
     kernel = 5
 

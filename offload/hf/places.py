@@ -1,0 +1,136 @@
+"""Places: a batch of sequences of different lengths that are decoded together and replaced one by one.
+
+Each sequence is prefilled in a cache of its own. ``put`` gives it a place: its blocks and its policy's state are copied
+into the batch's tensors, whose addresses stay. So the captured step goes on, whoever has the places. A place that
+nobody has repeats its last step: its length stands still.
+
+Suffixes: B places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attention_predictor.errors import HostMemoryError
+from attention_predictor.offload.hf import graph
+from attention_predictor.offload.hf.cache import TieredCache
+from attention_predictor.offload.hf.graph import CacheGraph, CapturedSteps, is_ready
+from attention_predictor.offload.hf.layer import TieredLayer
+
+COMING = 2  # tokens that a step needs room for: its own, and the next one, whose blocks it chooses
+
+
+def why_no_place(cache: TieredCache) -> str | None:
+    """Why the sequence of this cache, prefilled, can't be decoded in one step with others; ``None`` if it can."""
+    layers = _tiered(cache)
+    if len(layers) < len(cache.layers):
+        return "some of the model's layers are not offloaded"
+    runtime, policy = layers[0].runtime, layers[0].policy
+    if (reason := graph.why_not_captured(cache, None)) is not None:
+        return f"their steps are not captured: {reason}"
+    if any(layer.may_read_all_keys for layer in layers):
+        return "with these settings some steps read all keys"
+    if not policy.takes_turns:
+        return f"policy {policy.name!r} keeps some state for all sequences together"
+    if runtime.ranks.count > 1:
+        return "the model is divided among ranks"
+    if any(layer.prompt_allocation is not None or not layer.selection.is_sparse_at(1) for layer in layers):
+        return "budgets differ by prompt, layer or head"
+    return None if is_ready(cache) else "a prompt is shorter than a step's state needs"
+
+
+class Places:
+    """Decodes up to ``count`` sequences of different lengths in one captured step.
+
+    Args:
+        captured: Of the engine.
+        like: A prefilled cache that could have a place (``why_no_place``): those of all have its shapes.
+        room: Tokens that a place has room for, in host memory and on the device.
+
+    Attributes:
+        cache: The batch's cache, for forwards of the attached model with one token for each place.
+
+    Raises:
+        HostMemoryError: So many places don't fit.
+    """
+
+    def __init__(self, captured: CapturedSteps, like: TieredCache, count: int, room: int) -> None:
+        layers = _tiered(like)
+        runtime = layers[0].runtime
+        runtime.room.check(batch=count, tokens=room, room=0)
+        self.cache = TieredCache(runtime)
+        self.cache.layers = [layer.empty(count) for layer in layers]
+        self.room = room
+        self._graph = captured.adopt(self.cache, PlacesGraph(self.cache, captured, count, room))
+
+    @property
+    def length_B(self) -> Tensor:
+        """int64 on the device, tokens of each sequence: the position of the next one."""
+        return self._graph.length_B
+
+    def put(self, place: int, cache: TieredCache) -> None:
+        """Give a place to the sequence of a prefilled cache, which stays as it is. Waits for the device.
+
+        Raises:
+            HostMemoryError: The sequence is longer than a place.
+        """
+        layers = _tiered(cache)
+        tokens = layers[0].blocks.length
+        if tokens + COMING > self.room:
+            raise HostMemoryError(f"a place has room for {self.room} tokens, the sequence has {tokens}")
+        for layer in layers:
+            layer.blocks.settle()
+        if self.length_B.is_cuda:
+            torch.cuda.synchronize(self.length_B.device)
+        for mine, theirs in zip(_tiered(self.cache), layers, strict=True):
+            mine.put(place, theirs)
+        self._graph.take(place, tokens)
+
+    def release(self, place: int) -> None:
+        """Take a place back: its length stands still until another sequence gets it."""
+        self._graph.release(place)
+
+
+class PlacesGraph(CacheGraph):
+    """The graph of a batch whose sequences have lengths of their own. It never goes back to steps run by the host."""
+
+    def __init__(self, cache: TieredCache, captured: CapturedSteps, count: int, room: int) -> None:
+        super().__init__(cache, captured.forward, captured.step_modules)
+        self.lengths, self.taken = [1] * count, [False] * count
+        ids_B1 = torch.zeros((count, 1), dtype=torch.int64, device=self.device)
+        self._enter(ids_B1, torch.zeros_like(ids_B1), room)
+        self.growth_B.zero_()
+        for layer in self.layers:  # a free place holds one token, in a block that must have a slot
+            layer.blocks.table.hold_first()
+
+    def take(self, place: int, tokens: int) -> None:
+        """Begin a sequence of so many tokens, whose state is in the place."""
+        self.length_B[place], self.growth_B[place] = tokens, 1
+        self.lengths[place], self.taken[place] = tokens, True
+
+    def release(self, place: int) -> None:
+        """End the sequence of a place."""
+        self.growth_B[place] = 0
+        self.taken[place] = False
+
+    def leave(self) -> None:
+        was_entered = self.entered and not self.running
+        super().leave()
+        if was_entered:
+            for layer in self.layers:
+                layer.awaits_attention = True  # the host has one length for all: refuse its steps
+
+    def _length(self) -> int:
+        return max(self.lengths)
+
+    def _count(self) -> None:
+        self.lengths = [length + taken for length, taken in zip(self.lengths, self.taken, strict=True)]
+        for layer in self.layers:
+            layer.blocks.store.count_to(self._length())
+
+
+def _tiered(cache: TieredCache) -> Sequence[TieredLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, TieredLayer)]

@@ -1,0 +1,124 @@
+"""Sequences of different lengths in one captured step: each gets the tokens that it gets alone."""
+
+from __future__ import annotations
+
+import gc
+import re
+
+import pytest
+import torch
+from emulated import emulate_steps
+from torch import Tensor
+
+from attention_predictor import HostMemoryError, OffloadConfig, attach
+from attention_predictor.offload.engine import Engine
+from attention_predictor.offload.hf.cache import TieredCache
+from attention_predictor.offload.hf.places import Places, why_no_place
+from attention_predictor.offload.hf.versions import with_cache
+
+SETTINGS = {"budget": 96, "sink": 32, "recent": 32, "slab_blocks": 4, "prefetch": "graph"}
+EMA = {"predictor": "ema"}  # where the network makes no difference: emulated, it takes most of the time
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=["cpu", GPU])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A GPU, or the CPU with the GPU's kernels emulated."""
+    if request.param == "cpu":
+        emulate_steps(monkeypatch)
+    return request.param
+
+
+@torch.no_grad()
+def prefilled(engine: Engine, prompt: Tensor) -> tuple[TieredCache, Tensor]:
+    cache = engine.new_cache()
+    logits = engine.model(prompt, **with_cache(engine.model, cache), logits_to_keep=1).logits
+    return cache, logits[0, -1].argmax()
+
+
+class Batch:
+    """Greedy decoding of what has the places."""
+
+    def __init__(self, engine: Engine, places: Places, count: int) -> None:
+        self.engine, self.places = engine, places
+        self.token_B1 = torch.zeros((count, 1), dtype=torch.int64, device=engine.device)
+        self.found: dict[int, list[int]] = {}
+
+    def put(self, place: int, prompt: Tensor) -> None:
+        cache, token = prefilled(self.engine, prompt)
+        self.places.put(place, cache)
+        self.token_B1[place] = token
+        self.found[place] = [int(token)]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        model, cache = self.engine.model, self.places.cache
+        position_B1 = self.places.length_B[:, None].clone()
+        logits_BV = model(self.token_B1, position_ids=position_B1, **with_cache(model, cache)).logits[:, -1]
+        self.token_B1 = logits_BV.argmax(-1, keepdim=True)
+        for place, tokens in self.found.items():
+            tokens.append(int(self.token_B1[place]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, EMA, {"late_fetch": 0.0} | EMA, {"host_kv": "int8"} | EMA]
+    + [{"policy": name} for name in ("quest", "quest-ahead", "streaming", "h2o")],
+    ids=lambda given: "-".join(map(str, given.values())) or "default",
+)
+def test_each_sequence_gets_the_tokens_that_it_gets_alone(device, tiny_model, ids, settings: dict) -> None:
+    model = tiny_model("llama").to(device)
+    prompts = [ids(length, seed=length).to(device) for length in (130, 249, 180, 75)]
+    steps = 9
+    with attach(model, OffloadConfig(**SETTINGS | settings)) as engine:
+        alone = [engine.generate(prompt, max_new_tokens=2 * steps + 1)[0, prompt.shape[1] :] for prompt in prompts]
+        like, _ = prefilled(engine, prompts[0])
+        assert why_no_place(like) is None
+        batch = Batch(engine, Places(engine.captured, like, 3, 300), 3)
+        batch.put(0, prompts[0])
+        batch.put(2, prompts[1])  # place 1 stays free
+        for _ in range(steps):
+            batch.step()
+        batch.put(1, prompts[2])
+        first = batch.found.pop(0)
+        batch.places.release(0)
+        for _ in range(2):
+            batch.step()
+        batch.put(0, prompts[3])
+        for _ in range(steps - 2):
+            batch.step()
+        assert first == alone[0][: steps + 1].tolist()
+        assert batch.found[2] == alone[1][: 2 * steps + 1].tolist()
+        assert batch.found[1] == alone[2][: steps + 1].tolist()
+        assert batch.found[0] == alone[3][: steps - 1].tolist()
+        assert engine.stats.fallbacks == {}
+
+
+def test_a_place_returns_its_memory_and_refuses_what_is_too_long(device, tiny_model, ids) -> None:
+    model = tiny_model("llama").to(device)
+    with attach(model, OffloadConfig(**SETTINGS | EMA)) as engine:
+        before = engine.runtime.memory.lent_bytes
+        like, _ = prefilled(engine, ids(130).to(device))
+        places = Places(engine.captured, like, 2, 200)
+        with pytest.raises(HostMemoryError, match="room for 200 tokens, the sequence has 199"):
+            places.put(0, prefilled(engine, ids(199).to(device))[0])
+        del places, like
+        gc.collect()
+        assert engine.runtime.memory.lent_bytes == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"policy": "snapkv"}, "policy 'snapkv' keeps some state for all sequences together"),
+        ({"policy": "lazy-eviction"}, "policy 'lazy-eviction' keeps some state"),
+        ({"policy": "cake"}, "keeps some state|budgets differ"),
+        ({"budget_allocation": [80, 112]} | EMA, "budgets differ by prompt, layer or head"),
+        ({"measure_recovery": 3} | EMA, "some steps read all keys"),
+    ],
+)
+def test_what_can_not_share_a_step_says_why(device, tiny_model, ids, settings: dict, reason: str) -> None:
+    model = tiny_model("llama", num_hidden_layers=2).to(device)
+    with attach(model, OffloadConfig(**SETTINGS | settings)) as engine:
+        cache, _ = prefilled(engine, ids(130).to(device))
+        assert re.search(reason, why_no_place(cache) or "")
