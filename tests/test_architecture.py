@@ -58,7 +58,8 @@ OFFLOAD: dict[str, set[str]] = {
     "runtime": BASE | MIDDLE,
     "step": BASE | MIDDLE | {"policies", "runtime"},
     **dict.fromkeys(
-        ("hf", "engine", "generation"), BASE | MIDDLE | {"policies", "runtime", "step", "hf", "engine", "generation"}
+        ("hf", "engine", "generation", "requests"),
+        BASE | MIDDLE | {"policies", "runtime", "step", "hf", "engine", "generation", "requests"},
     ),
 }
 

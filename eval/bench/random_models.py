@@ -39,9 +39,7 @@ def shape_config(name: str, positions: int) -> PreTrainedConfig:
     return config_class(**(fields | more), bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
 
-def random_or_loaded(
-    args: argparse.Namespace, device: torch.device, tokens: int, ranks: int = 1
-) -> PreTrainedModel:
+def random_or_loaded(args: argparse.Namespace, device: torch.device, tokens: int, ranks: int = 1) -> PreTrainedModel:
     """A random model of ``--shape``, or ``--model``, with positions for ``tokens`` tokens.
 
     Args:
