@@ -394,6 +394,24 @@ def test_a_bad_request_is_refused_when_it_is_made(given, message):
         Request(**({"max_new_tokens": 1} | given))
 
 
+def test_a_divided_model_is_refused(tiny_model, monkeypatch):
+    with attach(tiny_model(), config()) as engine:
+        monkeypatch.setattr(engine.runtime.ranks, "count", 2)
+        with pytest.raises(ConfigError, match="divided among 2 processes"):
+            engine.stream([])
+
+
+def test_an_error_that_is_no_request_s_own_ends_the_stream(tiny_model, ids, monkeypatch):
+    model = tiny_model()
+    with attach(model, config()) as engine:
+        stream = engine.stream([Request(input_ids=ids(30)[0], max_new_tokens=9)])
+        next(stream)
+        monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda hidden: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(stream)
+        assert list(stream) == []
+
+
 def test_a_request_that_the_model_cant_read_fails_alone(tiny_model, ids):
     with attach(tiny_model(), config()) as engine:
         positions = engine.runtime.text_config.max_position_embeddings
