@@ -72,7 +72,7 @@ class Ending:
     Attributes:
         reason: ``eos``, ``length`` (``max_new_tokens``), ``cancelled`` or ``failed``.
         error: Why it failed; else ``None``.
-        prompt_tokens, new_tokens: Tokens of the prompt, and tokens yielded.
+        prompt_tokens, new_tokens: Tokens of the prompt, and new ones, including those that a cancellation discarded.
         first_token_s: Seconds from when the stream took the request to its first token; ``None`` without one.
         tokens_per_s: Tokens a second after the first one; ``None`` for fewer than two.
     """
@@ -132,6 +132,7 @@ class Stream(Iterator[Event]):
 
     def close(self) -> None:
         """Drop all requests and free their memory."""
+        self.runtime.prefetcher.drain()  # fetches in progress would keep it
         self._running, self._next, self._exhausted = [], None, True
         self._events.clear()
         self.runtime.prefetcher.drain()
@@ -232,6 +233,7 @@ class Stream(Iterator[Event]):
         self, one: _Running, reason: Reason, error: BaseException | None = None, *, token: int | None = None
     ) -> None:
         """Forget the request, whose memory is then free, count it, and yield its ending."""
+        self.runtime.prefetcher.drain()  # a fetch in progress would keep its memory, and the next request needs that
         if one is self._next:
             self._next = None
         else:

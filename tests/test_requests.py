@@ -157,6 +157,20 @@ def test_two_hundred_requests(exact_matmul, tiny_model, ids):
             assert ended[request] == "cancelled" or len(tokens[request]) == len(expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["predictor", "quest", "h2o"])
+def test_steps_without_the_host_are_those_of_each_request_alone(tiny_model, ids, monkeypatch, policy):
+    emulate_steps(monkeypatch)
+    with attach(tiny_model(), config(policy=policy, budget=64, block_size=16, prefetch="graph")) as engine:
+        requests = [
+            Request(input_ids=ids(n, seed=n)[0], max_new_tokens=6 + n % 7, eos_token_id=NO_END) for n in (120, 90, 30)
+        ]
+        expected = {request: one_by_one(engine, request) for request in requests}
+        before = engine.stats.captured_steps
+        assert collect(engine.stream(requests, places=2, prefill_chunk_size=None))[0] == expected
+        assert engine.stats.captured_steps == 2 * before > 0
+
+
 def test_hybrid_models_and_sampling(tiny_model, ids):
     with attach(tiny_model("gemma3"), config()) as engine:
         requests = [
@@ -431,3 +445,63 @@ def test_a_request_that_the_model_cant_read_fails_alone(tiny_model, ids):
                 engine.stream([good], **{name: 0})
         with pytest.raises(ConfigError, match="stream takes objects of Request, got list"):
             next(engine.stream([[1, 2]]))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact_matmul")
+class TestOnAGpu:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("policy", "host_kv"), [("predictor", "auto"), ("predictor", "int8"), ("quest", "auto"), ("h2o", "auto")]
+    )
+    def test_captured_steps_of_several_requests(self, tiny_model, ids, policy, host_kv, dtype):
+        model = tiny_model(dtype=dtype).cuda()
+        settings = {"budget": 96, "sink": 32, "recent": 32, "policy": policy, "host_kv": host_kv}
+        with attach(model, OffloadConfig(**settings)) as engine:
+            requests = [
+                Request(input_ids=ids(n, seed=n)[0], max_new_tokens=12 + n % 30, eos_token_id=NO_END)
+                for n in (400, 90, 150, 1000, 20, 300)
+            ]
+            expected = {request: one_by_one(engine, request) for request in requests}
+            before = engine.stats.captured_steps
+            tokens, endings = collect(engine.stream(requests, places=3, prefill_chunk_size=None))
+            assert tokens == expected
+            assert {ending.reason for ending in endings.values()} == {"length"}
+            assert engine.stats.captured_steps == 2 * before > 0
+            assert engine.stats.fallbacks == {}
+            assert engine.runtime.memory.lent_bytes == 0
+
+    @pytest.mark.slow
+    def test_two_hundred_requests(self, tiny_model, ids):
+        """1K to 64K tokens, some cancelled, some ending early: the same tokens, and all memory returns."""
+        draw = random.Random(0)
+        model = tiny_model(max_position_embeddings=1 << 17).cuda()
+        with attach(model, OffloadConfig(budget=512)) as engine:
+            requests = [
+                Request(
+                    input_ids=ids(int(1024 * 64 ** draw.random()), seed=n)[0],
+                    max_new_tokens=draw.randint(1, 40),
+                    eos_token_id=range(0, VOCABULARY, 31),  # some end early
+                    id=n,
+                )
+                for n in range(200)
+            ]
+            expected = {request: one_by_one(engine, request, 4096) for request in requests}
+            on_device = torch.cuda.memory_allocated()
+            stream, cancelled = engine.stream(requests, places=6), set()
+            tokens, endings = {request: [] for request in requests}, {}
+            for request, token, ending in stream:
+                tokens[request] += [] if token is None else [token]
+                if ending is not None:
+                    endings[request] = ending.reason
+                if draw.random() < 0.02 and (victim := draw.choice(requests)) not in endings:
+                    cancelled.add(victim)
+                    stream.cancel(victim)
+            assert {"eos", "length", "cancelled"} == set(endings.values())
+            for request in requests:
+                ended = endings[request] != "cancelled"
+                assert ended or request in cancelled
+                assert tokens[request] == expected[request][: None if ended else len(tokens[request])]
+            engine.runtime.memory.check_integrity()
+            assert engine.runtime.memory.lent_bytes == 0
+            assert torch.cuda.memory_allocated() <= on_device + (8 << 20)
