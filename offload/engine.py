@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
+from typing import overload
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from attention_predictor.errors import ConfigError
 from attention_predictor.offload.generation import Sampling, check_arguments, generate
 from attention_predictor.offload.hf.attachment import Attachment
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
 from attention_predictor.offload.hf.graph import CapturedSteps
+from attention_predictor.offload.requests import PLACES, Request, Stream, finish
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.stats import Stats
 
@@ -51,8 +54,7 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """The statistics so far, the next token's fetches included. Steps count on the device: read it anew."""
-        for stage in self.runtime.stages:
-            stage.prefetcher.drain()
+        self.runtime.drain()
             stage.counts.move_into(self.runtime.stats)
         return self.runtime.stats
 
@@ -61,6 +63,7 @@ class Engine:
         self.runtime.check_open()
         return TieredCache(self.runtime)
 
+    @overload
     def generate(
         self,
         input_ids: Tensor,
@@ -74,28 +77,80 @@ class Engine:
         pad_token_id: int | None = None,
         prefill_chunk_size: int | None = None,
         seed: int | None = None,
-    ) -> Tensor:
+    ) -> Tensor: ...
+
+    @overload
+    def generate(
+        self,
+        input_ids: Sequence[Tensor | Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        prefill_chunk_size: int | None = None,
+        seed: int | None = None,
+    ) -> list[Tensor]: ...
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[Tensor | Sequence[int]],
+        *,
+        max_new_tokens: int,
+        attention_mask: Tensor | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        prefill_chunk_size: int | None = None,
+        seed: int | None = None,
+    ) -> Tensor | list[Tensor]:
         """Continue prompts by a minimal loop that chooses tokens on the device and hardly waits for it.
 
         ``model.generate`` has more features, but waits for the device at every token.
 
         Args:
-            input_ids: int64 ``[B, T]``; shorter prompts are padded on the left, with zeros in ``attention_mask``.
+            input_ids: int64 ``[B, T]``; shorter prompts are padded on the left, with zeros in ``attention_mask``. Or a
+                list of prompts of any lengths, each a list or int64 ``[T]``: they run without padding, as by
+                ``stream``.
             max_new_tokens: New tokens at most.
             temperature, top_k, top_p: ``Sampling``; a temperature of 0 is greedy.
             eos_token_id: Ends a sequence; ``None``: from the model's generation config.
             pad_token_id: Fills sequences that end before others; ``None``: from the model's generation config.
             prefill_chunk_size: Prompt tokens per forward; ``None``: the whole prompt.
-            seed: Seed of the random numbers; ``None``: torch's global state. Ranks use that of the first.
+            seed: Seed of the random numbers; ``None``: torch's global state. Ranks use that of the first. In a list
+                each prompt begins with this seed.
 
         Returns:
-            int64 ``[B, T + new]``, prompts included.
+            int64 ``[B, T + new]``, prompts included. For a list: a list of int64 ``[T + new]``, each until its own end.
 
         Raises:
             ConfigError: An argument that is not allowed.
-            ContextLengthError, HostMemoryError: See ``check_fits``.
+            ContextLengthError, HostMemoryError: See ``check_fits``; of a list, if a prompt does not fit alone.
+            LogitsError: The logits of a prompt in a list are NaN.
         """
         self.runtime.check_open()
+        if not isinstance(input_ids, Tensor):
+            if attention_mask is not None or pad_token_id is not None:
+                raise ConfigError(
+                    "attention_mask and pad_token_id are for padded batches: a list of prompts has no padding"
+                )
+            sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+            requests = [
+                Request(
+                    input_ids=ids,
+                    max_new_tokens=max_new_tokens,
+                    sampling=sampling,
+                    eos_token_id=eos_token_id,
+                    seed=seed,
+                )
+                for ids in input_ids
+            ]
+            for request in requests:
+                self.check_fits(batch=1, tokens=len(request.input_ids) + max_new_tokens - 1)
+            return finish(self.stream(requests, prefill_chunk_size=prefill_chunk_size), requests)
         check_arguments(input_ids, attention_mask, max_new_tokens, prefill_chunk_size)
         batch, tokens = input_ids.shape
         self.check_fits(batch=batch, tokens=tokens + max_new_tokens - 1)  # the last one chosen is never read
@@ -112,6 +167,29 @@ class Engine:
             prefill_chunk_size=prefill_chunk_size,
             seed=self.runtime.ranks.same_seed(seed) if temperature > 0 else seed,
         )
+
+    def stream(
+        self, requests: Iterable[Request], *, places: int = PLACES, prefill_chunk_size: int | None = 4096
+    ) -> Stream:
+        """Continue requests of any lengths side by side, without padding; yields their tokens as they come.
+
+        A request is taken when there is a place and enough host memory for its whole length; else it waits, and so do
+        those after it. Between two chunks of a new prompt every other request takes a step. A request that fails does
+        not end the others: its last event says why, and ``engine.stats`` names it.
+
+        Args:
+            requests: Any iterable; the next one is taken as late as possible. An iterator that waits stops all.
+            places: Requests that are in progress at most. Each needs device memory of its own.
+            prefill_chunk_size: Prompt tokens per forward; ``None``: the whole prompt.
+
+        Returns:
+            A ``Stream`` of events ``(request, token, ending)``, which also has ``cancel(request)`` and ``close()``.
+
+        Raises:
+            ConfigError: An argument that is not allowed, or a model divided among processes.
+        """
+        self.runtime.check_open()
+        return Stream(self.model, self.runtime, requests, places=places, prefill_chunk_size=prefill_chunk_size)
 
     def check_fits(self, *, batch: int, tokens: int) -> None:
         """Refuse, before any work, a context that the model or the host memory can't hold.

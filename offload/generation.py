@@ -97,8 +97,8 @@ def generate(
     mask_BT = attention_mask.to(device) if padded and attention_mask is not None else None
     only_left = mask_BT is not None and bool((mask_BT.bool() == (mask_BT.cumsum(-1) > 0)).all())
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    ends = torch.tensor(_list(eos_token_id), dtype=torch.int64, device=device)
-    pad = pad_token_id if pad_token_id is not None else (_list(eos_token_id) or [0])[0]
+    ends = torch.tensor(token_list(eos_token_id), dtype=torch.int64, device=device)
+    pad = pad_token_id if pad_token_id is not None else (token_list(eos_token_id) or [0])[0]
 
     logits_BV = _prefill(model, cache, ids_BT, mask_BT, prefill_chunk_size)
     position_B1 = torch.full((B, 1), T, device=device) if mask_BT is None else mask_BT.sum(-1, keepdim=True)
@@ -117,9 +117,7 @@ def generate(
             mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
             if only_left:
                 setattr(mask_BT, LEFT_PADDING, True)  # so that steps need not read the mask
-        inputs = {"attention_mask": mask_BT, "position_ids": position_B1, "use_cache": True}
-        output = model(token_B1, **inputs, **with_cache(model, cache))
-        logits_BV, position_B1 = output.logits[:, -1], position_B1 + 1
+        logits_BV, position_B1 = next_logits(model, cache, token_B1, mask_BT, position_B1), position_B1 + 1
     return torch.cat([ids_BT, new_BT[:, : _until_all_ended(new_BT[:, : count + 1], ends)]], 1)
 
 
@@ -130,15 +128,26 @@ def _prefill(
     position_BT = None if mask_BT is None else (mask_BT.long().cumsum(-1) - 1).clamp_min(0)
     for start in range(0, ids_BT.shape[1], chunk or ids_BT.shape[1]):
         stop = min(start + (chunk or ids_BT.shape[1]), ids_BT.shape[1])
-        output = model(
+        logits_BV = next_logits(
+            model,
+            cache,
             ids_BT[:, start:stop],
-            attention_mask=None if mask_BT is None else mask_BT[:, :stop],
-            position_ids=None if position_BT is None else position_BT[:, start:stop],
-            use_cache=True,
-            **with_cache(model, cache),
-            logits_to_keep=1,
+            None if mask_BT is None else mask_BT[:, :stop],
+            None if position_BT is None else position_BT[:, start:stop],
         )
-    return output.logits[:, -1]
+    return logits_BV
+
+
+def next_logits(
+    model: PreTrainedModel,
+    cache: TieredCache,
+    ids_BT: Tensor,
+    mask_BT: Tensor | None = None,
+    position_BT: Tensor | None = None,
+) -> Tensor:
+    """Logits ``[B, V]`` after these tokens, which the cache then holds."""
+    inputs = {"attention_mask": mask_BT, "position_ids": position_BT, "use_cache": True, "logits_to_keep": 1}
+    return model(ids_BT, **inputs, **with_cache(model, cache)).logits[:, -1]
 
 
 def _until_all_ended(new_BT: Tensor, ends: Tensor) -> int:
@@ -150,7 +159,8 @@ def _until_all_ended(new_BT: Tensor, ends: Tensor) -> int:
     return int(last_B.max())
 
 
-def _list(token_ids: int | Sequence[int] | None) -> list[int]:
+def token_list(token_ids: int | Sequence[int] | None) -> list[int]:
+    """One token, several or none, as a list."""
     if token_ids is None:
         return []
     return [token_ids] if isinstance(token_ids, int) else list(token_ids)

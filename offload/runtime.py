@@ -77,6 +77,11 @@ class Runtime:
             logger.warning(message)
         self.stats.fallbacks[message] += 1
 
+    def drain(self) -> None:
+        """Return when no fetch is in progress."""
+        for stage in self.stages:
+            stage.prefetcher.drain()
+
     def close(self) -> None:
         """Stop the prefetchers; return free host memory now and the rest as caches die."""
         for stage in self.stages:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,9 @@ class Stats:
         fused: Modules of the model that captured steps run as one kernel each; empty if fusing is off.
         fallbacks: How often something ran differently from the settings, by message.
         evicts: Whether the policy never selects a dropped block again, by definition; the store still holds it.
+        requests: Requests of ``engine.stream`` that have ended, by reason: ``eos``, ``length``, ``cancelled`` or
+            ``failed``.
+        unfinished_requests: Of the last 100 that were cancelled or failed: a line with its name and why.
     """
 
     steps: int = 0
@@ -59,6 +62,8 @@ class Stats:
     fused: str = ""
     fallbacks: Counter[str] = field(default_factory=Counter)
     evicts: bool = False
+    requests: Counter[str] = field(default_factory=Counter)
+    unfinished_requests: deque[str] = field(default_factory=lambda: deque(maxlen=100))
 
     @property
     def hit_rate(self) -> float | None:
@@ -136,6 +141,8 @@ class Stats:
             "relative_recovery": self.relative_recovery,
             "fallbacks": dict(self.fallbacks),
             "evicts": self.evicts,
+            "requests": dict(self.requests),
+            "unfinished_requests": list(self.unfinished_requests),
         }
 
     def __str__(self) -> str:
@@ -169,6 +176,9 @@ class Stats:
             rows.append(("recovery", f"{_percent(self.recovery)} ({relative} of the best selection)"))
         if self.evicts:
             rows.append(("evicts", "by definition: what the policy drops is never attended to again"))
+        if self.requests:
+            rows.append(("requests", ", ".join(f"{count} {reason}" for reason, count in self.requests.items())))
+        rows += [("unfinished", line) for line in self.unfinished_requests]
         rows += [(f"fallback ×{count}", message) for message, count in self.fallbacks.items()]
         return "\n".join(f"{name:<26}{value}" for name, value in rows)
 

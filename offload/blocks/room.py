@@ -77,12 +77,13 @@ class Room:
         growth = self.slab_tokens if self._tight or self.config.host_memory is not None else GROWTH
         return ((tokens + 2) // growth + 1) * growth
 
-    def check(self, *, batch: int, tokens: int, room: int) -> None:
+    def check(self, *, batch: int, tokens: int, room: int, promised: int = 0) -> None:
         """Refuse a cache that does not fit. Also decides how much memory captured steps reserve ahead.
 
         Args:
             batch, tokens: Sequences, and the length that each will have.
             room: Tokens for which the cache has slabs.
+            promised: Bytes that other caches will still take. Negative: bytes that they will return.
 
         Raises:
             HostMemoryError: It would not fit in ``config.host_memory``, or in what the system has available, on this
@@ -91,18 +92,18 @@ class Room:
         if tokens <= room:
             return
         with self.ranks.together():
-            self._check(batch, tokens, room)
+            self._check(batch, tokens, room, promised)
         self._tight = any(self.ranks.gather(self._tight))
 
-    def _check(self, batch: int, tokens: int, room: int) -> None:
+    def _check(self, batch: int, tokens: int, room: int, promised: int) -> None:
         needed = self.bytes_for(batch, tokens)
         own = self.bytes_for(batch, room) if room else 0
         if self.config.host_memory is not None:
-            limit = self.config.host_memory - (self.memory.lent_bytes - own)
+            limit = self.config.host_memory - (self.memory.lent_bytes - own) - promised
             source = "host_memory allows"
         else:
             share = (available_memory() - SPARE_BYTES) // self.ranks.on_host
-            limit = share - self.memory.unready_bytes + self.memory.free_bytes + own
+            limit = share - self.memory.unready_bytes + self.memory.free_bytes + own - promised
             source = "the system has available"
             self._tight = self.captures and self.bytes_for(batch, (tokens // GROWTH + 1) * GROWTH + GROWTH) > limit
         if needed > limit:

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from attention_predictor.errors import FetchError as FetchError
     from attention_predictor.errors import HostMemoryError as HostMemoryError
     from attention_predictor.errors import IntegrityError as IntegrityError
+    from attention_predictor.errors import LogitsError as LogitsError
     from attention_predictor.errors import WriteError as WriteError
     from attention_predictor.offload.config import OffloadConfig as OffloadConfig
     from attention_predictor.offload.engine import Engine as Engine
+    from attention_predictor.offload.generation import Sampling as Sampling
     from attention_predictor.offload.hf.attach import attach as attach
     from attention_predictor.offload.hf.cache import TieredCache as TieredCache
+    from attention_predictor.offload.requests import Request as Request
     from attention_predictor.predictor.model import AttentionPredictor as AttentionPredictor
 
 __version__ = "0.1.0"
@@ -33,6 +36,8 @@ _MODULES = {
     "TieredCache": "offload.hf.cache",
     "OffloadConfig": "offload.config",
     "Engine": "offload.engine",
+    "Request": "offload.requests",
+    "Sampling": "offload.generation",
     "AttentionPredictor": "predictor.model",
     **dict.fromkeys(
         (
@@ -45,6 +50,7 @@ _MODULES = {
             "FetchError",
             "HostMemoryError",
             "IntegrityError",
+            "LogitsError",
             "WriteError",
         ),
         "errors",

@@ -47,6 +47,10 @@ class ContextLengthError(AttentionPredictorError, ValueError):
     """A sequence is longer than the model or the cache can hold."""
 
 
+class LogitsError(AttentionPredictorError, ArithmeticError):
+    """A model's logits are NaN, so no token can be chosen."""
+
+
 class DataError(AttentionPredictorError, ValueError):
     """A data set or a recording is missing, damaged or of the wrong form."""
 

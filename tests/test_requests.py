@@ -1,0 +1,507 @@
+"""Requests side by side: the same tokens as one by one, one's fault is no other's, and all memory returns."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import random
+
+import pytest
+import torch
+from emulated import emulate_steps
+from tiny_models import VOCABULARY
+
+from attention_predictor import (
+    ConfigError,
+    ContextLengthError,
+    HostMemoryError,
+    LogitsError,
+    OffloadConfig,
+    Request,
+    Sampling,
+    attach,
+)
+
+SMALL = {"predictor": "ema", "sink": 16, "recent": 16, "block_size": 8, "slab_blocks": 2}
+LENGTHS = (40, 7, 130, 85, 1, 64)
+NO_END = VOCABULARY  # a token that is never chosen
+
+
+def config(**changes) -> OffloadConfig:
+    return OffloadConfig(**({"budget": 64} | SMALL | changes))
+
+
+def prompts(ids, lengths=LENGTHS):
+    return [ids(length, seed=seed)[0] for seed, length in enumerate(lengths)]
+
+
+def collect(stream):
+    """New tokens and ending of each request."""
+    tokens, endings = {}, {}
+    for request, token, ending in stream:
+        assert request not in endings, "an event after the ending"
+        tokens.setdefault(request, [])
+        if token is not None:
+            tokens[request].append(token)
+        if ending is not None:
+            endings[request] = ending
+    return tokens, endings
+
+
+def one_by_one(engine, request, chunk=None):
+    prompt = torch.as_tensor(request.input_ids)
+    options = {"eos_token_id": request.eos_token_id, "seed": request.seed, "prefill_chunk_size": chunk}
+    sampling = {name: getattr(request.sampling, name) for name in ("temperature", "top_k", "top_p")}
+    found = engine.generate(prompt[None], max_new_tokens=request.max_new_tokens, **options, **sampling)
+    return found[0, len(prompt) :].tolist()
+
+
+@pytest.fixture
+def no_garbage_collection():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("budget", [64, 1024])
+@pytest.mark.parametrize(
+    ("policy", "host_kv"),
+    [
+        ("predictor", "auto"),
+        ("predictor", "int8"),
+        ("quest", "int8"),
+        *((name, "auto") for name in ("quest", "snapkv", "streaming", "h2o", "lazy-eviction", "cake", "full")),
+    ],
+)
+def test_tokens_are_those_of_each_request_alone(tiny_model, ids, policy, host_kv, budget):
+    with attach(tiny_model(), config(policy=policy, host_kv=host_kv, budget=budget)) as engine:
+        requests = [
+            Request(input_ids=prompt, max_new_tokens=4 + 5 * number, eos_token_id=NO_END)
+            for number, prompt in enumerate(prompts(ids))
+        ]
+        expected = {request: one_by_one(engine, request) for request in requests}
+        tokens, endings = collect(engine.stream(requests, places=3, prefill_chunk_size=None))
+        assert tokens == expected
+        for request, ending in endings.items():
+            assert (ending.reason, ending.error) == ("length", None)
+            assert ending.new_tokens == request.max_new_tokens
+        assert engine.stats.requests == {"length": len(requests)}
+
+
+def test_captured_steps_of_several_requests(monkeypatch, tiny_model, ids):
+    """Each request's steps have a graph of their own, from its first sparse step on; here kernels are emulated."""
+    emulate_steps(monkeypatch)
+    with attach(tiny_model(), config(prefetch="graph")) as engine:
+        requests = [
+            Request(input_ids=prompt, max_new_tokens=5 + number, eos_token_id=NO_END)
+            for number, prompt in enumerate(prompts(ids, (70, 130, 67, 90)))
+        ]
+        expected = {request: one_by_one(engine, request) for request in requests}
+        before = engine.stats.captured_steps
+        assert collect(engine.stream(requests, places=3, prefill_chunk_size=None))[0] == expected
+        assert engine.stats.captured_steps == 2 * before > 0
+        assert engine.runtime.memory.lent_bytes == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("host_kv", ["auto", "int8"])
+def test_captured_steps_on_a_gpu(exact_matmul, tiny_model, ids, dtype, host_kv):
+    with attach(
+        tiny_model().to("cuda", dtype), OffloadConfig(budget=96, sink=32, recent=32, host_kv=host_kv)
+    ) as engine:
+        requests = [
+            Request(input_ids=prompt, max_new_tokens=20 + 9 * number, eos_token_id=NO_END)
+            for number, prompt in enumerate(prompts(ids, (300, 120, 40, 777, 5, 200)))
+        ]
+        expected = {request: one_by_one(engine, request) for request in requests}
+        before = engine.stats.captured_steps
+        assert collect(engine.stream(requests, places=3, prefill_chunk_size=None))[0] == expected
+        assert engine.stats.captured_steps == 2 * before > 0
+        assert engine.runtime.memory.lent_bytes == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_two_hundred_requests(exact_matmul, tiny_model, ids):
+    """1K to 64K tokens, some cancelled, some ending early: the same tokens, no block lost, memory back."""
+    draw = random.Random(0)
+    model = tiny_model(max_position_embeddings=1 << 17).to("cuda", torch.bfloat16)
+    with attach(model, OffloadConfig(budget=512)) as engine:
+        requests = [
+            Request(
+                input_ids=ids(int(1024 * 2 ** draw.uniform(0, 6)), seed=number)[0],
+                max_new_tokens=draw.randint(1, 64),
+                eos_token_id=draw.randrange(VOCABULARY),
+                id=number,
+            )
+            for number in range(200)
+        ]
+        tokens, ended, cancelled = {}, {}, set()
+        stream = engine.stream(requests, places=8)
+        for request, token, ending in stream:
+            tokens.setdefault(request, []).extend([] if token is None else [token])
+            if ending is not None:
+                ended[request] = ending.reason
+            elif draw.random() < 0.002:
+                cancelled.add(request)
+                stream.cancel(request)
+        assert set(ended) == set(requests)
+        assert {request for request, reason in ended.items() if reason == "cancelled"} <= cancelled
+        assert engine.runtime.memory.lent_bytes == 0
+        engine.runtime.memory.check_integrity()
+        for request in requests[::5]:
+            expected = one_by_one(engine, request, 4096)
+            assert tokens[request] == expected[: len(tokens[request])]
+            assert ended[request] == "cancelled" or len(tokens[request]) == len(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["predictor", "quest", "h2o"])
+def test_steps_without_the_host_are_those_of_each_request_alone(tiny_model, ids, monkeypatch, policy):
+    emulate_steps(monkeypatch)
+    with attach(tiny_model(), config(policy=policy, budget=64, block_size=16, prefetch="graph")) as engine:
+        requests = [
+            Request(input_ids=ids(n, seed=n)[0], max_new_tokens=6 + n % 7, eos_token_id=NO_END) for n in (120, 90, 30)
+        ]
+        expected = {request: one_by_one(engine, request) for request in requests}
+        before = engine.stats.captured_steps
+        assert collect(engine.stream(requests, places=2, prefill_chunk_size=None))[0] == expected
+        assert engine.stats.captured_steps == 2 * before > 0
+
+
+def test_hybrid_models_and_sampling(tiny_model, ids):
+    with attach(tiny_model("gemma3"), config()) as engine:
+        requests = [
+            Request(input_ids=prompt.tolist(), max_new_tokens=12, sampling=Sampling(temperature=0.9), seed=seed)
+            for seed, prompt in enumerate(prompts(ids))
+        ]
+        expected = {request: one_by_one(engine, request) for request in requests}
+        assert collect(engine.stream(requests, places=6, prefill_chunk_size=None))[0] == expected
+
+
+def test_generate_takes_a_list_of_prompts(tiny_model, ids):
+    with attach(tiny_model(), config()) as engine:
+        given = prompts(ids)
+        found = engine.generate([given[0].tolist(), *given[1:]], max_new_tokens=9)
+        for prompt, both in zip(given, found, strict=True):
+            alone = engine.generate(prompt[None], max_new_tokens=9)[0]
+            assert torch.equal(both, alone)
+        assert engine.generate([], max_new_tokens=3) == []
+        with pytest.raises(ConfigError, match="a list of prompts has no padding"):
+            engine.generate(given, max_new_tokens=3, attention_mask=torch.ones(6, 130))
+        with pytest.raises(ConfigError, match=r"got \[1, 40\]"):
+            engine.generate([given[0][None]], max_new_tokens=3)
+
+
+def test_an_end_token_ends_one_request_and_is_its_last_token(tiny_model, ids):
+    with attach(tiny_model(), config()) as engine:
+        free = [Request(input_ids=p, max_new_tokens=20, eos_token_id=NO_END) for p in prompts(ids)]
+        whole = [one_by_one(engine, request) for request in free]
+        end = whole[2][6]
+        requests = [Request(input_ids=p, max_new_tokens=20, eos_token_id=[end, NO_END]) for p in prompts(ids)]
+        tokens, endings = collect(engine.stream(requests, places=4, prefill_chunk_size=None))
+        for request, all_20 in zip(requests, whole, strict=True):
+            stop = all_20.index(end) + 1 if end in all_20 else 20
+            assert tokens[request] == all_20[:stop]
+            assert endings[request].reason == ("eos" if end in all_20 else "length")
+        assert "eos" in {ending.reason for ending in endings.values()}
+
+
+def test_chunks_of_a_long_prompt_alternate_with_the_steps_of_others(tiny_model, ids):
+    with attach(tiny_model(), config()) as engine:
+        short = Request(input_ids=ids(20)[0], max_new_tokens=40, eos_token_id=NO_END)
+        long = Request(input_ids=ids(320)[0], max_new_tokens=2, eos_token_id=NO_END)
+        order = [event.request for event in engine.stream([short, long], prefill_chunk_size=32)]
+        before = order[: order.index(long)]
+        assert 9 <= len(before) <= 12  # ten chunks, a step of the short one beside each
+        assert order.count(short) == 40
+
+
+def test_requests_are_taken_as_late_as_possible_and_timed(tiny_model, ids):
+    taken = []
+
+    def source():
+        for number in range(5):
+            taken.append(number)
+            yield Request(input_ids=ids(30)[0], max_new_tokens=6, eos_token_id=NO_END)
+
+    with attach(tiny_model(), config()) as engine:
+        stream = engine.stream(source(), places=2)
+        assert taken == []
+        next(stream)
+        assert taken == [0, 1]
+        _, endings = collect(stream)
+        assert taken == [0, 1, 2, 3, 4]
+        for ending in endings.values():
+            assert ending.prompt_tokens == 30
+            assert ending.first_token_s > 0
+            assert ending.tokens_per_s > 0
+
+
+def test_cancelled_before_during_and_after(tiny_model, ids, no_garbage_collection):
+    with attach(tiny_model(), config()) as engine:
+        new = lambda length: Request(input_ids=ids(length)[0], max_new_tokens=10, eos_token_id=NO_END, id=length)  # noqa: E731
+        decoding, prefilling, waiting, other = new(8), new(160), new(9), new(50)
+        expected = one_by_one(engine, other, 16)
+        stream = engine.stream([decoding, prefilling, waiting, other], places=2, prefill_chunk_size=16)
+        events = [next(stream) for _ in range(3)]
+        assert {event.request for event in events} == {decoding}
+        for request in (decoding, prefilling, waiting):
+            stream.cancel(request)
+        tokens, endings = collect(stream)
+        assert [endings[one].reason for one in (decoding, prefilling, waiting, other)] == ["cancelled"] * 3 + ["length"]
+        assert tokens[decoding] == tokens[prefilling] == tokens[waiting] == []
+        assert tokens[other] == expected
+        assert endings[prefilling].first_token_s is None
+        stream.cancel(other)  # has ended
+        assert list(stream) == []
+        assert engine.stats.requests == {"cancelled": 3, "length": 1}
+        assert any("request 160 cancelled after 0 tokens" in line for line in engine.stats.unfinished_requests)
+        assert engine.runtime.memory.lent_bytes == 0
+
+
+def test_a_request_of_nan_logits_fails_alone(tiny_model, ids):
+    model = tiny_model()
+    with attach(model, config()) as engine:
+        requests = [Request(input_ids=p, max_new_tokens=12, eos_token_id=NO_END) for p in prompts(ids)]
+        expected = {request: one_by_one(engine, request) for request in requests}
+        poison = expected[requests[3]][4]  # the weights of a token's embedding: NaN once the request reads it
+        with torch.no_grad():
+            model.get_input_embeddings().weight[poison] = torch.nan
+        tokens, endings = collect(engine.stream(requests, places=3, prefill_chunk_size=None))
+        failed = [request for request in requests if endings[request].reason == "failed"]
+        assert requests[3] in failed
+        assert len(failed) < len(requests)
+        for request in requests:
+            if request in failed:
+                assert isinstance(endings[request].error, LogitsError)
+                n = len(tokens[request])
+                assert tokens[request] == expected[request][:n]
+            else:
+                assert tokens[request] == expected[request]
+        assert engine.stats.requests["failed"] == len(failed)
+
+
+class TestMemory:
+    def bytes_of(self, engine, tokens):
+        return engine.runtime.room.bytes_for(1, tokens)
+
+    def test_a_request_waits_for_memory_and_one_that_never_fits_is_refused(self, tiny_model, ids):
+        model = tiny_model()
+        with attach(model, config()) as engine:
+            limit = self.bytes_of(engine, 176)
+        with attach(model, config(host_memory=limit)) as engine:
+            requests = [Request(input_ids=ids(n)[0], max_new_tokens=20) for n in (60, 180, 62, 200, 61)]
+            living, most = set(), 0
+            endings = {}
+            for request, _, ending in engine.stream(requests, places=4, prefill_chunk_size=16):
+                living.add(request)
+                most = max(most, len(living))
+                assert engine.runtime.memory.lent_bytes <= limit
+                if ending is not None:
+                    living.remove(request)
+                    endings[request] = ending
+            assert [endings[request].reason for request in requests] == [
+                "length",
+                "failed",
+                "length",
+                "failed",
+                "length",
+            ]
+            assert isinstance(endings[requests[1]].error, HostMemoryError)
+            assert most == 2
+            assert sum("host_memory allows" in line for line in engine.stats.unfinished_requests) == 2
+            assert engine.runtime.memory.lent_bytes == 0
+            with pytest.raises(HostMemoryError, match="host_memory allows"):
+                engine.generate([ids(20)[0], ids(200)[0]], max_new_tokens=2)
+
+    @pytest.mark.parametrize("error", [HostMemoryError, torch.OutOfMemoryError])
+    @pytest.mark.parametrize("when", ["prefill", "decoding"])
+    def test_out_of_memory_ends_one_request(self, tiny_model, ids, monkeypatch, no_garbage_collection, error, when):
+        model = tiny_model()
+        with attach(model, config()) as engine:
+            requests = [Request(input_ids=p, max_new_tokens=12, eos_token_id=NO_END) for p in prompts(ids)]
+            expected = {request: one_by_one(engine, request, 16) for request in requests}
+            own, forwards = model.model.layers[1].mlp.forward, itertools.count()
+
+            def failing(hidden):
+                if hidden.shape[1] == (16 if when == "prefill" else 1) and next(forwards) == 11:
+                    raise error("no memory left")
+                return own(hidden)
+
+            monkeypatch.setattr(model.model.layers[1].mlp, "forward", failing)
+            tokens, endings = collect(engine.stream(requests, places=3, prefill_chunk_size=16))
+            failed = [request for request in requests if endings[request].reason == "failed"]
+            assert len(failed) == 1
+            assert isinstance(endings[failed[0]].error, error)
+            for request in requests:
+                assert tokens[request] == expected[request][: len(tokens[request])]
+                assert request in failed or len(tokens[request]) == 12
+            assert engine.stats.requests == {"failed": 1, "length": len(requests) - 1}
+            assert "no memory left" in engine.stats.unfinished_requests[0]
+            assert engine.runtime.memory.lent_bytes == 0
+
+    def test_closing_or_dropping_a_stream_frees_its_memory(self, tiny_model, ids, no_garbage_collection):
+        with attach(tiny_model(), config()) as engine:
+            for close in (True, False):
+                stream = engine.stream([Request(input_ids=p, max_new_tokens=12) for p in prompts(ids)])
+                next(stream)
+                assert engine.runtime.memory.lent_bytes > 0
+                if close:
+                    stream.close()
+                    assert list(stream) == []
+                    stream.close()
+                else:
+                    del stream
+                    engine.runtime.prefetcher.drain()
+                assert engine.runtime.memory.lent_bytes == 0
+
+    @pytest.mark.parametrize("host_kv", ["auto", "int8"])
+    @pytest.mark.parametrize("seed", range(3))
+    def test_random_arrivals_endings_and_cancellations(self, tiny_model, ids, no_garbage_collection, seed, host_kv):
+        draw = random.Random(seed)
+        with attach(tiny_model(), config(host_kv=host_kv)) as engine:
+            requests = [
+                Request(input_ids=ids(draw.randint(1, 150), seed=n)[0], max_new_tokens=draw.randint(1, 20), id=n)
+                for n in range(16)
+            ]
+            expected = {request: one_by_one(engine, request) for request in requests}
+            stream = engine.stream(requests, places=draw.randint(1, 5), prefill_chunk_size=None)
+            tokens, cancelled, endings = {request: [] for request in requests}, set(), {}
+            for request, token, ending in stream:
+                tokens[request] += [token] if token is not None else []
+                if ending is not None:
+                    endings[request] = ending.reason
+                if draw.random() < 0.05:
+                    victim = draw.choice(requests)
+                    if victim not in endings:
+                        cancelled.add(victim)
+                        stream.cancel(victim)
+                for cache in [one._cache for one in stream._running if one.prefilled]:
+                    cache.check_integrity()
+                    del cache
+                engine.runtime.memory.check_integrity()
+            assert set(endings) == set(requests)
+            for request in requests:
+                if endings[request] == "cancelled":
+                    assert request in cancelled
+                    assert tokens[request] == expected[request][: len(tokens[request])]
+                else:
+                    assert tokens[request] == expected[request]
+            assert engine.runtime.memory.lent_bytes == 0
+            assert sum(engine.stats.requests.values()) == len(requests)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": []}, "at least one token"),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.int64)}, r"got \[1, 2\]"),
+        ({"input_ids": "text"}, "got 'text'"),
+        ({"input_ids": [1], "max_new_tokens": 0}, "max_new_tokens=0"),
+    ],
+)
+def test_a_bad_request_is_refused_when_it_is_made(given, message):
+    with pytest.raises(ConfigError, match=message):
+        Request(**({"max_new_tokens": 1} | given))
+
+
+def test_a_divided_model_is_refused(tiny_model, monkeypatch):
+    with attach(tiny_model(), config()) as engine:
+        monkeypatch.setattr(engine.runtime.ranks, "count", 2)
+        with pytest.raises(ConfigError, match="divided among 2 processes"):
+            engine.stream([])
+
+
+def test_an_error_that_is_no_request_s_own_ends_the_stream(tiny_model, ids, monkeypatch):
+    model = tiny_model()
+    with attach(model, config()) as engine:
+        stream = engine.stream([Request(input_ids=ids(30)[0], max_new_tokens=9)])
+        next(stream)
+        monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda hidden: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(stream)
+        assert list(stream) == []
+
+
+def test_a_request_that_the_model_cant_read_fails_alone(tiny_model, ids):
+    with attach(tiny_model(), config()) as engine:
+        positions = engine.runtime.text_config.max_position_embeddings
+        good = Request(input_ids=ids(9)[0], max_new_tokens=3)
+        bad = [
+            Request(input_ids=[1, -1], max_new_tokens=3),
+            Request(input_ids=[1, engine.runtime.text_config.vocab_size], max_new_tokens=3),
+            Request(input_ids=[0.5, 1.0], max_new_tokens=3),
+            Request(input_ids=[1], max_new_tokens=positions + 1),
+        ]
+        _, endings = collect(engine.stream([*bad, good]))
+        assert endings[good].reason in ("eos", "length")
+        kinds = [type(endings[request].error) for request in bad]
+        assert kinds == [ConfigError, ConfigError, ConfigError, ContextLengthError]
+        for name in ("places", "prefill_chunk_size"):
+            with pytest.raises(ConfigError, match=f"{name}=0 is not allowed"):
+                engine.stream([good], **{name: 0})
+        with pytest.raises(ConfigError, match="stream takes objects of Request, got list"):
+            next(engine.stream([[1, 2]]))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact_matmul")
+class TestOnAGpu:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("policy", "host_kv"), [("predictor", "auto"), ("predictor", "int8"), ("quest", "auto"), ("h2o", "auto")]
+    )
+    def test_captured_steps_of_several_requests(self, tiny_model, ids, policy, host_kv, dtype):
+        model = tiny_model(dtype=dtype).cuda()
+        settings = {"budget": 96, "sink": 32, "recent": 32, "policy": policy, "host_kv": host_kv}
+        with attach(model, OffloadConfig(**settings)) as engine:
+            requests = [
+                Request(input_ids=ids(n, seed=n)[0], max_new_tokens=12 + n % 30, eos_token_id=NO_END)
+                for n in (400, 90, 150, 1000, 20, 300)
+            ]
+            expected = {request: one_by_one(engine, request) for request in requests}
+            before = engine.stats.captured_steps
+            tokens, endings = collect(engine.stream(requests, places=3, prefill_chunk_size=None))
+            assert tokens == expected
+            assert {ending.reason for ending in endings.values()} == {"length"}
+            assert engine.stats.captured_steps == 2 * before > 0
+            assert engine.stats.fallbacks == {}
+            assert engine.runtime.memory.lent_bytes == 0
+
+    @pytest.mark.slow
+    def test_two_hundred_requests(self, tiny_model, ids):
+        """1K to 64K tokens, some cancelled, some ending early: the same tokens, and all memory returns."""
+        draw = random.Random(0)
+        model = tiny_model(max_position_embeddings=1 << 17).cuda()
+        with attach(model, OffloadConfig(budget=512)) as engine:
+            requests = [
+                Request(
+                    input_ids=ids(int(1024 * 64 ** draw.random()), seed=n)[0],
+                    max_new_tokens=draw.randint(1, 40),
+                    eos_token_id=range(0, VOCABULARY, 31),  # some end early
+                    id=n,
+                )
+                for n in range(200)
+            ]
+            expected = {request: one_by_one(engine, request, 4096) for request in requests}
+            on_device = torch.cuda.memory_allocated()
+            stream, cancelled = engine.stream(requests, places=6), set()
+            tokens, endings = {request: [] for request in requests}, {}
+            for request, token, ending in stream:
+                tokens[request] += [] if token is None else [token]
+                if ending is not None:
+                    endings[request] = ending.reason
+                if draw.random() < 0.02 and (victim := draw.choice(requests)) not in endings:
+                    cancelled.add(victim)
+                    stream.cancel(victim)
+            assert {"eos", "length", "cancelled"} == set(endings.values())
+            for request in requests:
+                ended = endings[request] != "cancelled"
+                assert ended or request in cancelled
+                assert tokens[request] == expected[request][: None if ended else len(tokens[request])]
+            engine.runtime.memory.check_integrity()
+            assert engine.runtime.memory.lent_bytes == 0
+            assert torch.cuda.memory_allocated() <= on_device + (8 << 20)
