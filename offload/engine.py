@@ -55,6 +55,7 @@ class Engine:
     def stats(self) -> Stats:
         """The statistics so far, the next token's fetches included. Steps count on the device: read it anew."""
         self.runtime.drain()
+        for stage in self.runtime.stages:
             stage.counts.move_into(self.runtime.stats)
         return self.runtime.stats
 
