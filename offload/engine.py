@@ -151,7 +151,8 @@ class Engine:
             ]
             for request in requests:
                 self.check_fits(batch=1, tokens=len(request.input_ids) + max_new_tokens - 1)
-            return finish(self.stream(requests, prefill_chunk_size=prefill_chunk_size), requests)
+            places = max(min(PLACES, len(requests)), 1)
+            return finish(self.stream(requests, places=places, prefill_chunk_size=prefill_chunk_size), requests)
         check_arguments(input_ids, attention_mask, max_new_tokens, prefill_chunk_size)
         batch, tokens = input_ids.shape
         self.check_fits(batch=batch, tokens=tokens + max_new_tokens - 1)  # the last one chosen is never read
@@ -170,7 +171,12 @@ class Engine:
         )
 
     def stream(
-        self, requests: Iterable[Request], *, places: int = PLACES, prefill_chunk_size: int | None = 4096
+        self,
+        requests: Iterable[Request],
+        *,
+        places: int = PLACES,
+        max_length: int | None = None,
+        prefill_chunk_size: int | None = 4096,
     ) -> Stream:
         """Continue requests of any lengths side by side, without padding; yields their tokens as they come.
 
@@ -178,9 +184,18 @@ class Engine:
         those after it. Between two chunks of a new prompt every other request takes a step. A request that fails does
         not end the others: its last event says why, and ``engine.stats`` names it.
 
+        On a GPU requests share one captured step, in which each has a place with room for the longest of them. A
+        request takes steps of its own while it has fewer tokens than the sketch needs, where it is longer than the
+        places, or where its steps can't be shared: by policies with a state for all sequences together (SnapKV,
+        PyramidKV, CAKE, TAPPA, LazyEviction), with unequal budgets, in models with layers that are not offloaded, on
+        several devices, or without kernels. ``engine.stats.fallbacks`` says so.
+
         Args:
             requests: Any iterable; the next one is taken as late as possible. An iterator that waits stops all.
-            places: Requests that are in progress at most. Each needs device memory of its own.
+            places: Requests that are in progress at most. Each needs device memory of its own. Fewer share a step if
+                host memory has no room for so many of ``max_length``.
+            max_length: Tokens that a place has room for, prompt and new ones; ``None``: those of the longest request
+                in progress when the first one has been read.
             prefill_chunk_size: Prompt tokens per forward; ``None``: the whole prompt.
 
         Returns:
@@ -190,7 +205,15 @@ class Engine:
             ConfigError: An argument that is not allowed, or a model divided among processes.
         """
         self.runtime.check_open()
-        return Stream(self.model, self.runtime, requests, places=places, prefill_chunk_size=prefill_chunk_size)
+        return Stream(
+            self.model,
+            self.runtime,
+            self.captured,
+            requests,
+            places=places,
+            max_length=max_length,
+            prefill_chunk_size=prefill_chunk_size,
+        )
 
     def check_fits(self, *, batch: int, tokens: int) -> None:
         """Refuse, before any work, a context that the model or the host memory can't hold.

@@ -1,9 +1,9 @@
-"""Requests: prompts of any lengths, generated side by side, each in a cache of its own.
+"""Requests: prompts of any lengths, generated side by side without padding.
 
 A round is one chunk of the oldest unfinished prompt, then one step of every request whose prompt is done. So requests
-begin and end at any time without padding, and none waits for more than one chunk. Steps are captured for each cache
-separately, so a request that joins or leaves does not disturb those of the others. Weights are read once per request
-and step: steps of different requests are not merged into one batch.
+begin and end at any time, and none waits for more than one chunk. A prompt is read in a cache of its own. Then the
+request joins the others' captured step (``RequestBatch``). Where it can't, it takes steps of its own, and the model's
+weights are read once for each.
 
 Suffixes: B sequences (1), T tokens, V vocabulary; 2 is a token and whether its logits were all numbers.
 """
@@ -24,6 +24,8 @@ from attention_predictor.errors import ConfigError, ContextLengthError, HostMemo
 from attention_predictor.offload.generation import Sampling, next_logits, token_list
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
+from attention_predictor.offload.hf.graph import CapturedSteps, is_ready
+from attention_predictor.offload.request_batch import RequestBatch, batch_of, to_host
 from attention_predictor.offload.runtime import Runtime
 
 Reason = Literal["eos", "length", "cancelled", "failed"]
@@ -105,20 +107,26 @@ class Stream(Iterator[Event]):
         self,
         model: PreTrainedModel,
         runtime: Runtime,
+        captured: CapturedSteps | None,
         requests: Iterable[Request],
         *,
         places: int,
+        max_length: int | None,
         prefill_chunk_size: int | None,
     ) -> None:
         if runtime.ranks.count > 1:
             raise ConfigError(f"stream: a model divided among {runtime.ranks.count} processes is not supported")
-        for name, value in (("places", places), ("prefill_chunk_size", prefill_chunk_size)):
+        given = {"places": places, "max_length": max_length, "prefill_chunk_size": prefill_chunk_size}
+        for name, value in given.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} is not allowed: expected at least 1")
-        self.model, self.runtime, self.places, self.chunk = model, runtime, places, prefill_chunk_size
+        self.model, self.runtime, self.captured = model, runtime, captured
+        self.places, self.max_length, self.chunk = places, max_length, prefill_chunk_size
+        self._batch: RequestBatch | None = None
+        self._why_no_batch: str | None = None if places > 1 else "there is one place"
         self._requests = enumerate(requests)
-        self._next: _Running | None = None  # taken, waits for memory
-        self._running: list[_Running] = []  # in the order of arrival
+        self._next: Running | None = None  # taken, waits for memory
+        self._running: list[Running] = []  # in the order of arrival
         self._events: deque[Event] = deque()
         self._cancelled: set[Request] = set()
         self._exhausted = False
@@ -133,7 +141,9 @@ class Stream(Iterator[Event]):
     def close(self) -> None:
         """Drop all requests and free their memory."""
         self.runtime.drain()  # fetches in progress would keep it
-        self._running, self._next, self._exhausted = [], None, True
+        for one in self._running:
+            one.batch = None  # a cycle would keep the places' memory
+        self._running, self._next, self._exhausted, self._batch = [], None, True, None
         self._events.clear()
         self.runtime.drain()
 
@@ -158,12 +168,16 @@ class Stream(Iterator[Event]):
             if one.request in self._cancelled:
                 self._end(one, "cancelled")
         prefilling = next((one for one in self._running if not one.prefilled), None)
+        if self._batch is not None:
+            self._batch.step()
         for one in list(self._running):
             try:
                 if one is prefilling:
                     one.prefill(self.chunk)
-                elif one.prefilled:
+                elif one.prefilled and one.batch is None:
                     one.step()
+                if one.prefilled and one.batch is None and not one.steps_are_over:
+                    self._find_place(one)
             except OWN_ERRORS as error:
                 failure: BaseException | None = without_frames(error)
             else:
@@ -173,7 +187,26 @@ class Stream(Iterator[Event]):
             if failure is not None and one in self._running:
                 self._end(one, "failed", failure)
 
-    def _take_tokens(self, one: _Running, *, wait: bool) -> None:
+    def _find_place(self, one: Running) -> None:
+        """Let a prefilled request join the others' step, if there is a place for it."""
+        if self._why_no_batch is not None or not is_ready(one.cache):
+            return
+        longest = max(other.final_length for other in self._running)
+        if self._batch is None or (self._batch.is_empty and not self._batch.has_place_for(one)):
+            self._batch = None  # its places are too short for this one; its memory is free for others
+            sizes = self.places, self.max_length or longest, self._promised()
+            found = batch_of(self.model, self.captured, one, *sizes)
+            if isinstance(found, str):
+                self._why_no_batch = found
+                self.runtime.note_fallback(f"a step of its own for each request: {found}")
+                return
+            self._batch = found
+        if self._batch.has_place_for(one):
+            self._batch.join(one)
+            one.enter(self._batch)
+            self.runtime.drain()  # a fetch in progress would keep the memory of the cache that it leaves
+
+    def _take_tokens(self, one: Running, *, wait: bool) -> None:
         """Yield the request's chosen tokens; ``wait`` also for the newest, which the device may still compute."""
         while len(one.chosen) > 1 or (one.chosen and (wait or one.has_arrived)):
             try:
@@ -197,7 +230,7 @@ class Stream(Iterator[Event]):
                 if request is None:
                     self._exhausted = True
                     return
-                self._next = _Running(self.model, self.runtime, request, number)
+                self._next = Running(self.model, self.runtime, request, number)
             one = self._next
             if one.request in self._cancelled:
                 self._end(one, "cancelled")
@@ -213,27 +246,38 @@ class Stream(Iterator[Event]):
             self._running.append(one)
             self._next = None
 
-    def _fits(self, one: _Running) -> bool:
+    def _fits(self, one: Running) -> bool:
         """Whether there is memory for the whole request, beside what the running ones will still take.
 
         Raises HostMemoryError if there would not be enough without the running ones either.
         """
-        check, sizes = self.runtime.room.check, [other.host_bytes() for other in self._running]
-        whole = {"batch": 1, "tokens": one.final_length, "room": 0}
-        check(**whole, promised=-sum(held for held, _ in sizes))
-        try:
-            check(**whole, promised=sum(max(final - held, 0) for held, final in sizes))
-        except HostMemoryError:
-            if not self._running:
-                raise
-            return False
-        return True
+        check, whole = self.runtime.room.check, {"batch": 1, "tokens": one.final_length, "room": 0}
+        held = sum(other.host_bytes()[0] for other in self._running)
+        check(**whole, promised=-held - (self._batch.host_bytes if self._batch is not None else 0))
+        while True:
+            try:
+                check(**whole, promised=self._promised())
+                return True
+            except HostMemoryError:
+                if self._running:
+                    return False
+                if self._batch is None:
+                    raise
+                self._batch = None  # nobody has a place
+                self.runtime.drain()
+
+    def _promised(self) -> int:
+        """Bytes of host memory that the requests in progress will still take."""
+        return sum(max(final - held, 0) for held, final in (one.host_bytes() for one in self._running))
 
     def _end(
-        self, one: _Running, reason: Reason, error: BaseException | None = None, *, token: int | None = None
+        self, one: Running, reason: Reason, error: BaseException | None = None, *, token: int | None = None
     ) -> None:
         """Forget the request, whose memory is then free, count it, and yield its ending."""
         self.runtime.drain()  # a fetch in progress would keep its memory, and the next request needs that
+        if one.batch is not None:
+            one.batch.leave(one)
+            one.batch = None
         if one is self._next:
             self._next = None
         else:
@@ -248,11 +292,12 @@ class Stream(Iterator[Event]):
         self._events.append(Event(one.request, token, one.ending(reason, error)))
 
 
-class _Running:
+class Running:
     """A request in progress.
 
     Attributes:
         prefilled: Whether the cache holds the whole prompt.
+        batch: The batch whose step it shares; ``None`` while it has a cache of its own.
         chosen: Tokens on their way to the host, and the events after which they are there (``None``: they are).
     """
 
@@ -267,6 +312,8 @@ class _Running:
         self.ends = frozenset(token_list(eos))
         self.chosen: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self.prefilled = False
+        self.batch: RequestBatch | None = None
+        self._cache: TieredCache | None = None
         self._cached = self._chosen_tokens = self.new_tokens = 0
         self._arrived_s = time.perf_counter()
         self._first_s = self._last_s = 0.0
@@ -306,35 +353,50 @@ class _Running:
 
     def host_bytes(self) -> tuple[int, int]:
         """Bytes of host memory that the cache has now, and at its final length."""
+        if self._cache is None:
+            return 0, 0  # its place has its memory
         room, held = self.runtime.room, self._cache.room
         return room.bytes_for(1, held) if held else 0, room.bytes_for(1, self.final_length)
+
+    @property
+    def cache(self) -> TieredCache:
+        """Its own cache."""
+        assert self._cache is not None
+        return self._cache
+
+    def enter(self, batch: RequestBatch) -> None:
+        """Leave its own cache: its next steps are the batch's."""
+        self.batch, self._cache = batch, None
 
     def prefill(self, chunk: int | None) -> None:
         """Read the next ``chunk`` tokens of the prompt (``None``: all of it)."""
         stop = len(self.ids_T) if chunk is None else min(self._cached + chunk, len(self.ids_T))
-        logits_BV = next_logits(self.model, self._cache, self._ids_BT[:, self._cached : stop])
+        logits_BV = next_logits(self.model, self.cache, self._ids_BT[:, self._cached : stop])
         self._cached = stop
         if stop == len(self.ids_T):
             self.prefilled = True
-            self._choose(logits_BV)
+            self._take_step(logits_BV)
 
     def step(self) -> None:
         """Read the newest token and choose the next one."""
         if self.steps_are_over:
             return
-        position_B1 = torch.full_like(self._token_B1, self._cached)
-        logits_BV = next_logits(self.model, self._cache, self._token_B1, position_BT=position_B1)
+        position_B1 = torch.full_like(self.token_B1, self._cached)
+        logits_BV = next_logits(self.model, self.cache, self.token_B1, position_BT=position_B1)
         self._cached += 1
-        self._choose(logits_BV)
+        self._take_step(logits_BV)
 
-    def _choose(self, logits_BV: Tensor) -> None:
-        self._token_B1 = self.request.sampling.choose(logits_BV, self._generator)
-        sound = ~logits_BV.isnan().any()
-        found_2, event = torch.stack([self._token_B1.view(()), sound.to(torch.int64)]), None
-        if found_2.is_cuda:
-            on_host_2 = torch.empty(2, dtype=torch.int64, pin_memory=True)
-            found_2, event = on_host_2.copy_(found_2, non_blocking=True), torch.cuda.Event()
-            event.record()
+    def _take_step(self, logits_BV: Tensor) -> None:
+        self.token_B1 = self.choose(logits_BV)
+        found_B2, event = to_host(self.token_B1, logits_BV)
+        self.count_step(found_B2[0], event)
+
+    def choose(self, logits_BV: Tensor) -> Tensor:
+        """The token that follows, ``[1, 1]``."""
+        return self.request.sampling.choose(logits_BV, self._generator)
+
+    def count_step(self, found_2: Tensor, event: torch.cuda.Event | None) -> None:
+        """Note a chosen token, on its way to the host."""
         self.chosen.append((found_2, event))
         self._chosen_tokens += 1
 

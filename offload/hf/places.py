@@ -49,6 +49,7 @@ class Places:
         captured: Of the engine.
         like: A prefilled cache that could have a place (``why_no_place``): those of all have its shapes.
         room: Tokens that a place has room for, in host memory and on the device.
+        promised: Bytes of host memory that other caches will still take.
 
     Attributes:
         cache: The batch's cache, for forwards of the attached model with one token for each place.
@@ -57,14 +58,19 @@ class Places:
         HostMemoryError: So many places don't fit.
     """
 
-    def __init__(self, captured: CapturedSteps, like: TieredCache, count: int, room: int) -> None:
+    def __init__(self, captured: CapturedSteps, like: TieredCache, count: int, room: int, promised: int = 0) -> None:
         layers = _tiered(like)
         runtime = layers[0].runtime
-        runtime.room.check(batch=count, tokens=room, room=0)
+        runtime.room.check(batch=count, tokens=room, room=0, promised=promised)
         self.cache = TieredCache(runtime)
         self.cache.layers = [layer.empty(count) for layer in layers]
         self.room = room
         self._graph = captured.adopt(self.cache, PlacesGraph(self.cache, captured, count, room))
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that the places have."""
+        return sum(layer.blocks.store.nbytes for layer in _tiered(self.cache))
 
     @property
     def length_B(self) -> Tensor:
