@@ -154,6 +154,7 @@ class Stream(Iterator[Event]):
                 if event.ending is not None or event.request not in self._cancelled:
                     return event
             if self._exhausted and not self._running and self._next is None:
+                self.close()
                 raise StopIteration
             try:
                 self._round()

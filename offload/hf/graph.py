@@ -79,7 +79,9 @@ class CapturedSteps:
                 try:
                     return cache_graph.run(cache, given)
                 except CaptureError as error:
-                    reason = self._failure = f"{self.name} can't be captured: {error}"
+                    reason = f"{self.name} can't be captured: {error}"
+                    if "out of memory" not in str(error):  # that may change: another cache's end frees memory
+                        self._failure = reason
             self.runtime.note_fallback(f"the prefetch thread in place of captured steps: {reason}")
         if cache_graph is not None:
             cache_graph.leave()
