@@ -170,7 +170,10 @@ class Stream(Iterator[Event]):
                 self._end(one, "cancelled")
         prefilling = next((one for one in self._running if not one.prefilled), None)
         if self._batch is not None:
-            self._batch.step()
+            try:
+                self._batch.step()
+            except OWN_ERRORS as error:
+                self._end_batch(without_frames(error))
         for one in list(self._running):
             try:
                 if one is prefilling:
@@ -206,6 +209,14 @@ class Stream(Iterator[Event]):
             self._batch.join(one)
             one.enter(self._batch)
             self.runtime.drain()  # a fetch in progress would keep the memory of the cache that it leaves
+
+    def _end_batch(self, error: BaseException) -> None:
+        """End the requests that shared a step which failed: what their places hold is unknown. Others go on."""
+        for one in [one for one in self._running if one.batch is not None]:
+            self._take_tokens(one, wait=True)  # chosen before the failure: valid
+            if one in self._running:
+                self._end(one, "failed", error)
+        self._batch = None
 
     def _take_tokens(self, one: Running, *, wait: bool) -> None:
         """Yield the request's chosen tokens; ``wait`` also for the newest, which the device may still compute."""

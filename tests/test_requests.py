@@ -22,6 +22,7 @@ from attention_predictor import (
     attach,
 )
 from attention_predictor.offload.hf.graph import CacheGraph, CaptureError
+from attention_predictor.offload.hf.places import PlacesGraph
 
 SMALL = {"predictor": "ema", "sink": 16, "recent": 16, "block_size": 8, "slab_blocks": 2}
 LENGTHS = (40, 7, 130, 85, 1, 64)
@@ -394,11 +395,59 @@ def test_a_capture_that_runs_out_of_memory_is_tried_again(monkeypatch, tiny_mode
 
     monkeypatch.setattr(CacheGraph, "run", scarce)
     with attach(tiny_model(), config(prefetch="graph")) as engine:
-        requests = [Request(input_ids=p, max_new_tokens=8, eos_token_id=NO_END) for p in prompts(ids, (70, 90))]
-        tokens, _ = collect(engine.stream(requests, prefill_chunk_size=None))
-        assert engine.stats.captured_steps == 13  # of 14
+        first = engine.generate(ids(90), max_new_tokens=8, eos_token_id=NO_END)
+        assert engine.stats.captured_steps == 6  # of 7
         assert sum("out of memory" in message for message in engine.stats.fallbacks) == 1
-        assert tokens == {request: one_by_one(engine, request) for request in requests}
+        assert torch.equal(first, engine.generate(ids(90), max_new_tokens=8, eos_token_id=NO_END))
+
+
+class TestFaultsOfASharedStep:
+    """Kernels are emulated; a step over places can't be run by the host."""
+
+    def requests(self, ids, count):
+        return [Request(input_ids=p, max_new_tokens=9, eos_token_id=NO_END) for p in prompts(ids, (70, 90, 80)[:count])]
+
+    def test_a_failed_capture_leaves_the_step_to_kernels(self, monkeypatch, tiny_model, ids):
+        emulate_steps(monkeypatch)
+        run = CacheGraph.run
+
+        def fail(self, cache):
+            raise CaptureError("it reads a value back")
+
+        def capturing(self, cache, kwargs):  # as on a GPU
+            if isinstance(self, PlacesGraph) and not self.eager_steps_left:
+                self._capture(cache)
+            return run(self, cache, kwargs)
+
+        monkeypatch.setattr(CacheGraph, "_capture", fail)
+        monkeypatch.setattr(CacheGraph, "run", capturing)
+        with attach(tiny_model(), config(prefetch="graph")) as engine:
+            requests = self.requests(ids, 2)
+            tokens, endings = collect(engine.stream(requests, prefill_chunk_size=None))
+            assert {ending.reason for ending in endings.values()} == {"length"}
+            assert list(engine.stats.fallbacks) == ["the requests' step kernel by kernel: it reads a value back"]
+            assert tokens == {request: one_by_one(engine, request) for request in requests}
+
+    def test_out_of_memory_ends_those_that_share_it(self, monkeypatch, tiny_model, ids):
+        emulate_steps(monkeypatch)
+        with attach(tiny_model(), config(prefetch="graph")) as engine:
+            requests = self.requests(ids, 3)
+            expected = {request: one_by_one(engine, request) for request in requests}
+            run, calls = CacheGraph.run, itertools.count()
+
+            def scarce(self, cache, kwargs):
+                if isinstance(self, PlacesGraph) and next(calls) == 3:
+                    raise torch.OutOfMemoryError("no memory left")
+                return run(self, cache, kwargs)
+
+            monkeypatch.setattr(CacheGraph, "run", scarce)
+            tokens, endings = collect(engine.stream(requests, places=2, prefill_chunk_size=None))
+            assert [endings[request].reason for request in requests] == ["failed", "failed", "length"]
+            for request in requests:
+                assert tokens[request] == expected[request][: len(tokens[request])]
+            assert len(tokens[requests[0]]) > 1
+            assert engine.stats.requests == {"failed": 2, "length": 1}
+            assert engine.runtime.memory.lent_bytes == 0
 
 
 @pytest.mark.gpu

@@ -68,7 +68,7 @@ class CapturedSteps:
         if not one_token:
             self._refused.pop(cache, None)
         elif entered or is_ready(cache):
-            reason = self._failure or why_unsupported_call(given, self.config)
+            reason = (None if entered else self._failure) or why_unsupported_call(given, self.config)
             if reason is None and not entered:
                 reason = self._why_not_captured(cache, cache_graph)
             if reason is None and not keeps_padding(cache, given.get("attention_mask")):

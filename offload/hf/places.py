@@ -17,10 +17,11 @@ from torch import Tensor
 from attention_predictor.errors import HostMemoryError
 from attention_predictor.offload.hf import graph
 from attention_predictor.offload.hf.cache import TieredCache
-from attention_predictor.offload.hf.graph import CacheGraph, CapturedSteps, is_ready
+from attention_predictor.offload.hf.graph import CacheGraph, CapturedSteps, CaptureError, is_ready
 from attention_predictor.offload.hf.layer import TieredLayer
 
 COMING = 2  # tokens that a step needs room for: its own, and the next one, whose blocks it chooses
+STEPS_BETWEEN_TRIES = 256  # after a capture that failed
 
 
 def why_no_place(cache: TieredCache) -> str | None:
@@ -121,6 +122,13 @@ class PlacesGraph(CacheGraph):
         """End the sequence of a place."""
         self.growth_B[place] = 0
         self.taken[place] = False
+
+    def _capture(self, cache: TieredCache) -> None:
+        try:
+            super()._capture(cache)
+        except CaptureError as error:  # the same steps, kernel by kernel: the host can't run them
+            self.runtime.note_fallback(f"the requests' step kernel by kernel: {error}")
+            self.eager_steps_left = STEPS_BETWEEN_TRIES
 
     def leave(self) -> None:
         was_entered = self.entered and not self.running
