@@ -135,7 +135,6 @@ class Stream(Iterator[Event]):
         self.runtime.prefetcher.drain()  # fetches in progress would keep it
         self._running, self._next, self._exhausted = [], None, True
         self._events.clear()
-        self.runtime.prefetcher.drain()
 
     def __next__(self) -> Event:
         while True:
@@ -238,7 +237,6 @@ class Stream(Iterator[Event]):
             self._next = None
         else:
             self._running.remove(one)
-        self.runtime.prefetcher.drain()  # a fetch in progress holds its blocks
         self._cancelled.discard(one.request)
         stats = self.runtime.stats
         stats.requests[reason] += 1
@@ -371,8 +369,9 @@ class _Running:
 
 
 def without_frames(error: Own) -> Own:
-    """The same error without its traceback, whose frames would keep the request's cache alive."""
-    return type(error)(str(error))
+    """The error without its traceback, and those of its causes, whose frames would keep the request's cache alive."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
 
 
 def finish(stream: Stream, requests: Sequence[Request]) -> list[Tensor]:
