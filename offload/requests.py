@@ -135,6 +135,7 @@ class Stream(Iterator[Event]):
         self.runtime.prefetcher.drain()  # fetches in progress would keep it
         self._running, self._next, self._exhausted = [], None, True
         self._events.clear()
+        self.runtime.prefetcher.drain()
 
     def __next__(self) -> Event:
         while True:
@@ -237,6 +238,7 @@ class Stream(Iterator[Event]):
             self._next = None
         else:
             self._running.remove(one)
+        self.runtime.prefetcher.drain()  # a fetch in progress holds its blocks
         self._cancelled.discard(one.request)
         stats = self.runtime.stats
         stats.requests[reason] += 1
