@@ -445,8 +445,9 @@ class Running:
 
 
 def without_frames(error: Own) -> Own:
-    """The same error without its traceback, whose frames would keep the request's cache alive."""
-    return type(error)(str(error))
+    """The error without its traceback, and those of its causes, whose frames would keep the request's cache alive."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
 
 
 def finish(stream: Stream, requests: Sequence[Request]) -> list[Tensor]:
