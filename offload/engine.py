@@ -16,7 +16,8 @@ from attention_predictor.offload.hf.attachment import Attachment
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
 from attention_predictor.offload.hf.graph import CapturedSteps
-from attention_predictor.offload.requests import PLACES, Request, Stream, finish
+from attention_predictor.offload.requests.request import Request
+from attention_predictor.offload.requests.stream import PLACES, Stream, finish
 from attention_predictor.offload.runtime import Runtime
 from attention_predictor.offload.stats import Stats
 

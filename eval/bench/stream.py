@@ -18,7 +18,7 @@ from attention_predictor.eval.bench.timing_report import Row, report, with_ratio
 from attention_predictor.loading import find_device
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
-from attention_predictor.offload.requests import Request
+from attention_predictor.offload.requests.request import Request
 from attention_predictor.progress import Progress
 from attention_predictor.sizes import size_text
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from attention_predictor.offload.generation import Sampling as Sampling
     from attention_predictor.offload.hf.attach import attach as attach
     from attention_predictor.offload.hf.cache import TieredCache as TieredCache
-    from attention_predictor.offload.requests import Request as Request
+    from attention_predictor.offload.requests.request import Request as Request
     from attention_predictor.predictor.model import AttentionPredictor as AttentionPredictor
 
 __version__ = "0.1.0"
@@ -36,7 +36,7 @@ _MODULES = {
     "TieredCache": "offload.hf.cache",
     "OffloadConfig": "offload.config",
     "Engine": "offload.engine",
-    "Request": "offload.requests",
+    "Request": "offload.requests.request",
     "Sampling": "offload.generation",
     "AttentionPredictor": "predictor.model",
     **dict.fromkeys(

@@ -1,24 +1,19 @@
 """RequestBatch: requests whose steps are one forward, though their lengths differ and they begin and end at any time.
 
-Suffixes: B places, V vocabulary; 2 is a token and whether its logits were all numbers.
+Suffixes: B places, V vocabulary; 2 is a token and whether its logits are all numbers.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import HostMemoryError, one_line
 from attention_predictor.offload.generation import next_logits
+from attention_predictor.offload.hf.graph import CapturedSteps
 from attention_predictor.offload.hf.places import COMING, Places, why_no_place
-
-if TYPE_CHECKING:
-    from attention_predictor.offload.hf.graph import CapturedSteps
-    from attention_predictor.offload.requests import Running
+from attention_predictor.offload.requests.request import Running, to_host
 
 ROUND_UP = 4096  # places have room for a multiple of so many tokens
 
@@ -101,18 +96,6 @@ class RequestBatch:
         found_B2, event = to_host(token_B1, logits_BV)
         for place, one in stepping:
             one.count_step(found_B2[place], event)
-
-
-def to_host(token_B1: Tensor, logits_BV: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Chosen tokens and whether their logits are all numbers, and the event after which the host has them."""
-    found_B2 = torch.cat([token_B1, ~logits_BV.isnan().any(-1, keepdim=True)], 1)
-    if not found_B2.is_cuda:
-        return found_B2, None
-    on_host_B2 = torch.empty(found_B2.shape, dtype=torch.int64, pin_memory=True)
-    on_host_B2.copy_(found_B2, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return on_host_B2, event
 
 
 def batch_of(

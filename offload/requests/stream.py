@@ -5,99 +5,29 @@ begin and end at any time, and none waits for more than one chunk. A prompt is r
 request joins the others' captured step (``RequestBatch``). Where it can't, it takes steps of its own, and the model's
 weights are read once for each.
 
-Suffixes: B sequences (1), T tokens, V vocabulary; 2 is a token and whether its logits were all numbers.
+Suffixes: T tokens.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_predictor.errors import ConfigError, ContextLengthError, HostMemoryError, LogitsError, one_line
-from attention_predictor.offload.generation import Sampling, next_logits, token_list
-from attention_predictor.offload.hf.cache import TieredCache
-from attention_predictor.offload.hf.forwards import check_positions
 from attention_predictor.offload.hf.graph import CapturedSteps, is_ready
-from attention_predictor.offload.request_batch import RequestBatch, batch_of, to_host
+from attention_predictor.offload.requests.batch import RequestBatch, batch_of
+from attention_predictor.offload.requests.request import Event, Reason, Request, Running
 from attention_predictor.offload.runtime import Runtime
 
-Reason = Literal["eos", "length", "cancelled", "failed"]
 # Errors of one request; others go on. Any other error ends the stream.
 OWN_ERRORS = (ConfigError, ContextLengthError, HostMemoryError, LogitsError, MemoryError, torch.OutOfMemoryError)
 Own = TypeVar("Own", bound=BaseException)
 PLACES = 8  # requests in progress at most, by default
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Request:
-    """A prompt, and how to continue it.
-
-    Attributes:
-        input_ids: Token ids of the prompt: int64 ``[T]``, or a list.
-        max_new_tokens: New tokens at most.
-        sampling: How tokens are chosen; greedy by default.
-        eos_token_id: Ends the request; ``None``: from the model's generation config.
-        seed: Seed of its random numbers; ``None``: torch's global state.
-        id: Its name in ``engine.stats``; ``None``: its number in the stream.
-
-    Raises:
-        ConfigError: An empty prompt, one of another shape, or less than one new token.
-    """
-
-    input_ids: Tensor | Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    eos_token_id: int | Sequence[int] | None = None
-    seed: int | None = None
-    id: object = None
-
-    def __post_init__(self) -> None:
-        ids = self.input_ids
-        if (ids.dim() != 1 if isinstance(ids, Tensor) else isinstance(ids, str)) or len(ids) == 0:
-            found = list(ids.shape) if isinstance(ids, Tensor) else repr(ids)
-            raise ConfigError(f"input_ids of a request must be [tokens] with at least one token, got {found}")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={self.max_new_tokens} is not allowed: expected at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ending:
-    """How a request ended.
-
-    Attributes:
-        reason: ``eos``, ``length`` (``max_new_tokens``), ``cancelled`` or ``failed``.
-        error: Why it failed; else ``None``.
-        prompt_tokens, new_tokens: Tokens of the prompt, and new ones, including those that a cancellation discarded.
-        first_token_s: Seconds from when the stream took the request to its first token; ``None`` without one.
-        tokens_per_s: Tokens a second after the first one; ``None`` for fewer than two.
-    """
-
-    reason: Reason
-    error: BaseException | None
-    prompt_tokens: int
-    new_tokens: int
-    first_token_s: float | None
-    tokens_per_s: float | None
-
-
-class Event(NamedTuple):
-    """A new token of a request, its ending, or both.
-
-    Attributes:
-        token: ``None`` where a request was cancelled or failed.
-        ending: Set in the request's last event.
-    """
-
-    request: Request
-    token: int | None
-    ending: Ending | None
 
 
 class Stream(Iterator[Event]):
@@ -141,8 +71,6 @@ class Stream(Iterator[Event]):
     def close(self) -> None:
         """Drop all requests and free their memory."""
         self.runtime.drain()  # fetches in progress would keep it
-        for one in self._running:
-            one.batch = None  # a cycle would keep the places' memory
         self._running, self._next, self._exhausted, self._batch = [], None, True, None
         self._events.clear()
         self.runtime.drain()
@@ -178,9 +106,9 @@ class Stream(Iterator[Event]):
             try:
                 if one is prefilling:
                     one.prefill(self.chunk)
-                elif one.prefilled and one.batch is None:
+                elif one.prefilled and not one.placed:
                     one.step()
-                if one.prefilled and one.batch is None and not one.steps_are_over:
+                if one.prefilled and not one.placed and not one.steps_are_over:
                     self._find_place(one)
             except OWN_ERRORS as error:
                 failure: BaseException | None = without_frames(error)
@@ -207,12 +135,12 @@ class Stream(Iterator[Event]):
             self._batch = found
         if self._batch.has_place_for(one):
             self._batch.join(one)
-            one.enter(self._batch)
+            one.leave_cache()
             self.runtime.drain()  # a fetch in progress would keep the memory of the cache that it leaves
 
     def _end_batch(self, error: BaseException) -> None:
         """End the requests that shared a step which failed: what their places hold is unknown. Others go on."""
-        for one in [one for one in self._running if one.batch is not None]:
+        for one in [one for one in self._running if one.placed]:
             self._take_tokens(one, wait=True)  # chosen before the failure: valid
             if one in self._running:
                 self._end(one, "failed", error)
@@ -287,9 +215,8 @@ class Stream(Iterator[Event]):
     ) -> None:
         """Forget the request, whose memory is then free, count it, and yield its ending."""
         self.runtime.drain()  # a fetch in progress would keep its memory, and the next request needs that
-        if one.batch is not None:
-            one.batch.leave(one)
-            one.batch = None
+        if one.placed and self._batch is not None:
+            self._batch.leave(one)
         if one is self._next:
             self._next = None
         else:
@@ -302,146 +229,6 @@ class Stream(Iterator[Event]):
             why = "" if error is None else f": {one_line(error)}"
             stats.unfinished_requests.append(f"request {one.name} {reason} after {one.new_tokens} tokens{why}")
         self._events.append(Event(one.request, token, one.ending(reason, error)))
-
-
-class Running:
-    """A request in progress.
-
-    Attributes:
-        prefilled: Whether the cache holds the whole prompt.
-        batch: The batch whose step it shares; ``None`` while it has a cache of its own.
-        chosen: Tokens on their way to the host, and the events after which they are there (``None``: they are).
-    """
-
-    def __init__(self, model: PreTrainedModel, runtime: Runtime, request: Request, number: int) -> None:
-        if not isinstance(request, Request):
-            raise ConfigError(f"stream takes objects of Request, got {type(request).__name__}")
-        self.model, self.runtime, self.request = model, runtime, request
-        self.name = number if request.id is None else request.id
-        self.ids_T = torch.as_tensor(request.input_ids)
-        settings = model.generation_config
-        eos = settings.eos_token_id if request.eos_token_id is None else request.eos_token_id
-        self.ends = frozenset(token_list(eos))
-        self.chosen: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        self.prefilled = False
-        self.batch: RequestBatch | None = None
-        self._cache: TieredCache | None = None
-        self._cached = self._chosen_tokens = self.new_tokens = 0
-        self._arrived_s = time.perf_counter()
-        self._first_s = self._last_s = 0.0
-
-    @property
-    def final_length(self) -> int:
-        """Tokens that the cache will hold at most; the last one chosen is never read."""
-        return len(self.ids_T) + self.request.max_new_tokens - 1
-
-    @property
-    def steps_are_over(self) -> bool:
-        return self._chosen_tokens == self.request.max_new_tokens
-
-    @property
-    def has_arrived(self) -> bool:
-        """Whether the oldest chosen token is on the host."""
-        event = self.chosen[0][1]
-        return event is None or event.query()
-
-    def check(self) -> None:
-        """Raise for a prompt that the model can't read."""
-        if self.ids_T.is_floating_point() or self.ids_T.dtype == torch.bool:
-            raise ConfigError(f"input_ids of a request must be whole numbers, got {self.ids_T.dtype}")
-        vocabulary = self.runtime.text_config.vocab_size
-        least, most = (int(end) for end in self.ids_T.aminmax())
-        if least < 0 or most >= vocabulary:
-            found = least if least < 0 else most
-            raise ConfigError(f"token {found} in input_ids: the model has tokens from 0 to {vocabulary - 1}")
-        check_positions(self.runtime.text_config, self.final_length)
-
-    def begin(self) -> None:
-        """Take an empty cache."""
-        device, seed = self.runtime.device, self.request.seed
-        self._cache = TieredCache(self.runtime)
-        self._ids_BT = self.ids_T.to(device=device, dtype=torch.int64)[None]
-        self._generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-
-    def host_bytes(self) -> tuple[int, int]:
-        """Bytes of host memory that the cache has now, and at its final length."""
-        if self._cache is None:
-            return 0, 0  # its place has its memory
-        room, held = self.runtime.room, self._cache.room
-        return room.bytes_for(1, held) if held else 0, room.bytes_for(1, self.final_length)
-
-    @property
-    def cache(self) -> TieredCache:
-        """Its own cache."""
-        assert self._cache is not None
-        return self._cache
-
-    def enter(self, batch: RequestBatch) -> None:
-        """Leave its own cache: its next steps are the batch's."""
-        self.batch, self._cache = batch, None
-
-    def prefill(self, chunk: int | None) -> None:
-        """Read the next ``chunk`` tokens of the prompt (``None``: all of it)."""
-        stop = len(self.ids_T) if chunk is None else min(self._cached + chunk, len(self.ids_T))
-        logits_BV = next_logits(self.model, self.cache, self._ids_BT[:, self._cached : stop])
-        self._cached = stop
-        if stop == len(self.ids_T):
-            self.prefilled = True
-            self._take_step(logits_BV)
-
-    def step(self) -> None:
-        """Read the newest token and choose the next one."""
-        if self.steps_are_over:
-            return
-        position_B1 = torch.full_like(self.token_B1, self._cached)
-        logits_BV = next_logits(self.model, self.cache, self.token_B1, position_BT=position_B1)
-        self._cached += 1
-        self._take_step(logits_BV)
-
-    def _take_step(self, logits_BV: Tensor) -> None:
-        self.token_B1 = self.choose(logits_BV)
-        found_B2, event = to_host(self.token_B1, logits_BV)
-        self.count_step(found_B2[0], event)
-
-    def choose(self, logits_BV: Tensor) -> Tensor:
-        """The token that follows, ``[1, 1]``."""
-        return self.request.sampling.choose(logits_BV, self._generator)
-
-    def count_step(self, found_2: Tensor, event: torch.cuda.Event | None) -> None:
-        """Note a chosen token, on its way to the host."""
-        self.chosen.append((found_2, event))
-        self._chosen_tokens += 1
-
-    def take(self) -> int:
-        """The oldest chosen token, once it has arrived. Raises LogitsError if its logits were NaN."""
-        found_2, event = self.chosen.popleft()
-        if event is not None:
-            event.synchronize()
-        token, sound = found_2.tolist()
-        if not sound:
-            raise LogitsError("its logits are NaN")
-        self._last_s = time.perf_counter()
-        if self.new_tokens == 0:
-            self._first_s = self._last_s
-        self.new_tokens += 1
-        return token
-
-    def reason_to_end(self, token: int) -> Reason | None:
-        """Why the token just taken ends the request, or ``None``."""
-        if token in self.ends:
-            return "eos"
-        return "length" if self.new_tokens == self.request.max_new_tokens else None
-
-    def ending(self, reason: Reason, error: BaseException | None) -> Ending:
-        n = self.new_tokens
-        return Ending(
-            reason=reason,
-            error=error,
-            prompt_tokens=len(self.ids_T),
-            new_tokens=n,
-            first_token_s=self._first_s - self._arrived_s if n else None,
-            tokens_per_s=(n - 1) / max(self._last_s - self._first_s, 1e-9) if n > 1 else None,
-        )
 
 
 def without_frames(error: Own) -> Own:

@@ -1,0 +1,1 @@
+"""Requests of any lengths, side by side."""
