@@ -183,3 +183,10 @@ def test_imports_go_one_way(edges: set[Edge]) -> None:
 
 def test_no_circles(edges: set[Edge]) -> None:
     assert sorted(circular(edges)) == []
+
+
+def test_no_merge_conflict_is_left() -> None:
+    patterns = ("*.md", "docs/*.md", "*/*.py", "*/*/*.py", "scripts/*")
+    for path in (path for pattern in patterns for path in Path(__file__).parents[1].glob(pattern) if path.is_file()):
+        lines = path.read_bytes().splitlines()
+        assert not [line for line in lines if line.startswith((b"<<<<<<< ", b">>>>>>> "))], path
