@@ -91,6 +91,10 @@ def test_flashinfer_is_asked_for_where_it_can_be(capsys: pytest.CaptureFixture[s
         (["perplexity", "--tail", "10"], "--tail 10: expected at least 11"),
         (["perplexity", "--context", "64"], "--tail 64: expected less than --context 64"),
         (["generate", "--new-tokens", "9"], "--new-tokens 9: expected at least 10"),
+        (
+            ["stream", "--lengths", "900,200", "--shape", "tiny"],
+            "--lengths 900,200: expected the shortest and the longest",
+        ),
         (["requests", "--new-tokens", "0"], "--new-tokens 0: expected at least 1"),
         (["requests", "--ways", "ours,theirs"], "--ways theirs: expected some of ours, device"),
         (["decode", "--context", "300", "--steps", "400"], "--context 300: expected at least 409, for the 408 steps"),
@@ -238,6 +242,17 @@ def test_resident_refuses_windows(tiny_model) -> None:
         cache_sessions.open_cache(tiny_model("mistral-sliding"), setup, context=100, batch=1, budget=160),
     ):
         pass
+
+
+def test_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["bench", "stream", "--device", "cpu", "--shape", "tiny", "--budget", "160", "--requests", "3"]
+    assert main([*options, "--lengths", "150,300", "--new-tokens", "4", "--places", "1,2", "--json"]) == 0
+    one, two = json.loads(capsys.readouterr().out)["timings"]
+    assert (one["places"], two["places"], one["ratio"]) == (1, 2, 1.0)
+    for row in (one, two):
+        assert row["steps"] == 9  # of each, all but the first token, on a CPU by itself
+        assert row["tokens_per_s"] == pytest.approx(12 / row["seconds"])
+        assert 0 < row["first_s"] <= row["last_first_s"] <= row["seconds"]
 
 
 def test_throughput(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
