@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -275,3 +276,33 @@ def test_a_rank_that_fails_ends_the_other(folder: Path) -> None:
     assert second
     assert "this rank has failed" in reason
     assert time.perf_counter() - started < 60
+
+
+@pytest.mark.slow
+def test_timings_of_a_divided_random_model(tmp_path: Path) -> None:
+    """Each rank makes its part; the first one prints and writes."""
+    out = tmp_path / "rows.jsonl"
+    options = [
+        "--shape",
+        "tiny",
+        "--context",
+        "512",
+        "--budget",
+        "160",
+        "--synthetic",
+        "--steps",
+        "3",
+        "--device",
+        "cpu",
+    ]
+    command = [*COMMAND, "bench", "decode", *options, "--ways", "ours,device", "--json"]
+    (code, printed, _), (other_code, other_printed, _) = ended(start([*command, "--out", str(out)]))
+    assert (code, other_code, other_printed) == (0, 0, "")
+    found = json.loads(printed)
+    ours, device = found["timings"]
+    # Of two layers, with one of two KV heads on each rank; the last three steps are profiled, not counted.
+    assert ours["engine"]["full_kv_bytes"] == 2 * 2 * 509 * 64 * 4
+    assert ours["weights_bytes"] == device["weights_bytes"] > 0
+    settings, *rows = (json.loads(line) for line in out.read_text().splitlines())
+    assert settings["settings"]["machine"].endswith(", 2 of them")
+    assert [row["way"] for row in rows] == ["ours", "device"]
