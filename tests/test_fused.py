@@ -124,7 +124,7 @@ class TestInSteps:
         """Compiled layers come first."""
         with attached(tiny_model("llama"), **settings) as engine:
             assert engine.stats.fused == ""
-            step_modules = engine._captured.step_modules
+            step_modules = engine.captured.step_modules
             assert isinstance(step_modules, CompiledLayers) if "compile" in settings else step_modules is None
 
     def test_a_cpu_has_none(self, tiny_model) -> None:

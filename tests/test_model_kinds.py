@@ -459,7 +459,7 @@ class TestOfTheModelAsAWhole:
         model = tiny_model()
         before, stock = dict(vars(model)), model.generate(ids(40), **GREEDY)
         engine = attach(model, OffloadConfig(predictor="ema", prefetch="graph"))
-        monkeypatch.setattr(engine._captured, "leave", lambda: 1 / 0)
+        monkeypatch.setattr(engine.captured, "leave", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.detach()
         assert vars(model).keys() == before.keys()
