@@ -296,7 +296,8 @@ def _check_placement(model: PreTrainedModel, placement: Placement, config: Offlo
     if config.compile and reason is not None:
         raise ConfigError(f"compile=True: {name} has no captured steps, since {reason}: expected compile=False")
     shared = getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
-    if shared and len(devices := set(placement.layers.values())) > 1:
-        # A shared key that hooks move to another device no longer leads to the layer that has stored it.
-        names = ", ".join(sorted(map(str, devices)))
+    if shared and len(placement.devices) > 1:
+        # A shared key that hooks move to another device no longer leads to the layer that has stored it. Which layers
+        # share keys depends on the version of transformers, so that all modules count.
+        names = ", ".join(sorted(map(str, placement.devices)))
         raise AttachError(f"{name} shares keys among layers, which are on several devices ({names}): not supported")
