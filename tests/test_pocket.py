@@ -56,15 +56,17 @@ def test_the_device_holds_a_fifth_at_most(pocket):
     assert set(stats.device_kv_parts()) == {"pool", "table", "sketch", "history"}
 
 
-def test_in_half_precision_the_device_holds_22_percent():
+@pytest.mark.parametrize(("settings", "share"), [({"reserve": 0.5}, 0.2), ({}, 0.22)])
+def test_a_fifth_holds_in_half_precision_with_half_the_reserve(settings, share):
     """There pool and cache halve, while codes, scales and the history's state stay as large as they are."""
-    config, shape = OffloadConfig(budget=512), {"batch": 1, "kv_heads": 2, "head_dim": 64, "dtype": torch.bfloat16}
+    config = OffloadConfig(budget=512, **settings)
+    shape = {"batch": 1, "kv_heads": 2, "head_dim": 64, "dtype": torch.bfloat16}
     sketch = KeySketch(**shape, device="cpu", bits=config.sketch_bits)
     sketch.extend(torch.randn(1, 2, 8192, 64).bfloat16(), torch.randn(1, 6, 64, 64).bfloat16())
     history = new_history(AttentionPredictor.from_pretrained("default"), batch=1, kv_heads=2, device="cpu")
     history.start(torch.rand(1, 2, 64, 512))
     pool = BlockPool(**shape, slots=Selection.of(config).max_slots, block_size=config.block_size, device="cpu")
-    assert sketch.nbytes + history.nbytes + pool.nbytes <= 0.22 * 2 * 2 * 8192 * 64 * 2
+    assert sketch.nbytes + history.nbytes + pool.nbytes <= share * 2 * 2 * 8192 * 64 * 2
 
 
 @pytest.mark.slow

@@ -23,7 +23,8 @@ from attention_predictor.offload.hf.attach import attach
 @torch.no_grad()
 def test_means_are_the_engines(policy, interval, ids):
     model = make_tiny_model()
-    config = OffloadConfig(policy=policy, budget=208, measure_recovery=interval)
+    # A larger reserve lets the predictor find the best blocks of some row of this small model.
+    config = OffloadConfig(policy=policy, budget=208, reserve=0.5, measure_recovery=interval)
     with attach(model, config) as engine:
         cache = engine.new_cache()
         prefill(model, cache, ids(500)[0].tolist(), 3)
@@ -39,7 +40,7 @@ def test_means_are_the_engines(policy, interval, ids):
     if policy == "oracle":
         assert torch.allclose(relative, torch.ones(2, 3, 2))
     else:
-        assert relative.mean() < 1
+        assert relative.max() < 1
 
 
 @torch.no_grad()

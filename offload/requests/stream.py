@@ -73,7 +73,6 @@ class Stream(Iterator[Event]):
         self.runtime.drain()  # fetches in progress would keep it
         self._running, self._next, self._exhausted, self._batch = [], None, True, None
         self._events.clear()
-        self.runtime.drain()
 
     def __next__(self) -> Event:
         while True:
@@ -221,7 +220,6 @@ class Stream(Iterator[Event]):
             self._next = None
         else:
             self._running.remove(one)
-        self.runtime.drain()  # a fetch in progress holds its blocks
         self._cancelled.discard(one.request)
         stats = self.runtime.stats
         stats.requests[reason] += 1
