@@ -77,8 +77,9 @@ class LongBench(Benchmark):
         options: dict[str, Any] = {}
         if what.stops_at_newline:
             options = {"stop": encode(self.tokenizer, "\n")[-1:], "min_new_tokens": 1}
-        found = evaluated.predict(self.tokenizer, prompt, what.max_new_tokens, **options) | {"truncated": cut}
-        return found | (self._likelihood(evaluated, task, sample, prompt) if self.answer_likelihood else {})
+        if self.answer_likelihood:
+            options["judge"] = self.answer_ids(task, sample)
+        return evaluated.predict(self.tokenizer, prompt, what.max_new_tokens, **options) | {"truncated": cut}
 
     def prompt_ids(self, task: str, sample: Sample, context: int | None) -> tuple[list[int], bool]:
         """``fitted_ids`` of a prompt, with room for the answer within ``context`` tokens, if there is such a limit.
@@ -103,8 +104,3 @@ class LongBench(Benchmark):
 
     def _asks_in_chat(self, task: str) -> bool:
         return self.chat and TASKS[task].chat
-
-    def _likelihood(self, evaluated: EvaluatedModel, task: str, sample: Sample, prompt: list[int]) -> dict[str, Any]:
-        """Of the first reference answer."""
-        likelihoods = evaluated.log_likelihoods(prompt, self.answer_ids(task, sample))
-        return {"answer_log_likelihood": sum(likelihoods), "answer_tokens": len(likelihoods)}
