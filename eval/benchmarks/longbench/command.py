@@ -46,6 +46,8 @@ def columns_of(tasks: Sequence[str]) -> list[Column]:
             columns.append(Column(category, inside, average=True))
     if set(ENGLISH) <= set(tasks):
         columns.append(Column("16 English tasks", ENGLISH, average=True))
+    if set(TASKS) <= set(tasks):
+        columns.append(Column(f"{len(TASKS)} tasks", tuple(TASKS), average=True))
     return columns
 
 
