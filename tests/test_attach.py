@@ -292,7 +292,7 @@ class TestCaches:
         with attach(model, OffloadConfig(predictor="ema", skip_layers=(0,))) as engine:
             cache = engine.new_cache()
             model(ids(80), **with_cache(model, cache))
-            assert type(cache.layers[0]) is DynamicLayer
+            assert isinstance(cache.layers[0], DynamicLayer)
             assert cache.layers[0].keys.shape[2] == 80
             assert cache.layers[1].blocks.store.length == 80
             assert set(engine.stats.device_bytes) == {1}

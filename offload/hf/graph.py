@@ -273,7 +273,7 @@ class CacheGraph:
         for layer in self.layers:
             layer.enter(self, self.schedule, self.length_B, self.room)
         self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-        padding_B = self.layers[0].padding_B if self.layers[0].is_padded else None
+        padding_B = self.layers[0].hidden_B
         for number, stock in enumerate(self._layers_of_cache):
             if isinstance(stock, DynamicLayer):  # neither tiered nor an empty layer of a model that shares keys
                 fixed = FixedLayer(stock, number, self.runtime, self, self.tables, padding_B, self.room)

@@ -186,7 +186,7 @@ class TieredLayer(CacheLayerMixin):
         """Switch to captured steps, run by ``cache_graph`` up to a length of ``tokens``."""
         self.blocks.enter(length_B, tokens, self.selection.max_slots_at(self.blocks.length + 1))
         self.policy.reserve(self.blocks.capacity)
-        self.blocks.padding_B = self.padding_B if self.is_padded else None
+        self.blocks.padding_B = self.hidden_B
         self.real_BL = self._real_tokens(None) if self.is_padded else None
         self._cache_graph, self.schedule = weakref.ref(cache_graph), schedule
         self.note_memory()
@@ -197,6 +197,11 @@ class TieredLayer(CacheLayerMixin):
         self.arrived_BH = self.real_BL = None
         self.blocks.leave()
         self.note_memory()
+
+    @property
+    def hidden_B(self) -> Tensor | None:
+        """int64 on the device, left padding of each sequence in tokens; ``None`` if the last mask hid no token."""
+        return self.padding_B if self.is_padded else None
 
     @property
     def room(self) -> int:
@@ -345,7 +350,7 @@ class TieredLayer(CacheLayerMixin):
         was_padded, self.is_padded = self.is_padded, terms.mask is not None
         as_before = not (was_padded or self.is_padded) or torch.equal(padding_B, self.padding_B)
         self.padding_B = padding_B
-        self.blocks.padding_B = padding_B if self.is_padded else None
+        self.blocks.padding_B = self.hidden_B
         new = self.awaits_attention  # False if layers share keys and another one attends to the same tokens
         one = query_BHQD.shape[2] == 1 and self.blocks.pool.slots > 0 and as_before
         if one and not new:
