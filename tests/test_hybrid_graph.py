@@ -258,7 +258,7 @@ def test_a_skipped_layer_with_a_mask_of_its_own(steps, tiny_model, ids, kind: st
         if engine is not None:
             assert engine.stats.captured_steps == captured
             reasons = [line.partition("captured steps: ")[2] for line in engine.stats.fallbacks]
-            assert reasons == ["layer 0: the model gives its attention a mask of its own"] * (not captured)
+            assert reasons == ["layer 0 has a mask that captured steps don't compute"] * (not captured)
     close(outputs[1], outputs[0])
 
 

@@ -201,7 +201,7 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig, ranks: Ranks) -
     if issubclass(policy_class(config.policy), PredictorPolicy):
         predictor = AttentionPredictor.from_pretrained(config.predictor, device=device, block_size=config.block_size)
     stats = Stats(prefetch=_prefetch(config, device), evicts=policy_class(config.policy).evicts)
-    memory = HostMemory(device if device.type == "cuda" else None)
+    memory = HostMemory(device if device.type == "cuda" else None, limit=config.host_memory)
     captures = config.prefetch in CAPTURING and device.type == "cuda"
     captures = captures and policy_class(config.policy).why_never_captured(config) is None
     runtime = Runtime(

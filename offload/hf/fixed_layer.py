@@ -50,7 +50,7 @@ def why_not_fixed(layer: object, number: int) -> str | None:
     if layer.differs is None:
         return f"layer {number}: the model's attention does not get the keys of its cache"
     if layer.differs:
-        return f"layer {number}: the model gives its attention a mask of its own"
+        return f"layer {number} has a mask that captured steps don't compute"
     return None
 
 

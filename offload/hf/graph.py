@@ -66,6 +66,8 @@ class CapturedSteps:
                 reason = self.runtime.ranks.first(why_not_captured(cache, cache_graph))
             if reason is None and not keeps_padding(cache, given.get("attention_mask")):
                 reason = "the attention mask does not hide exactly the prompt's left padding"
+            if reason is None and not (cache_graph is not None and cache_graph.has_room):
+                reason = self.runtime.ranks.first(why_no_room(cache))
             if reason is None:
                 if cache_graph is None:
                     cache_graph = self._cache_graphs[cache] = CacheGraph(cache, self.forward, self.step_modules)
@@ -108,6 +110,13 @@ def why_not_captured(cache: TieredCache, cache_graph: CacheGraph | None) -> str 
     if cache_graph is not None and cache_graph.wasted_captures >= MAX_WASTED_CAPTURES:
         return "the cache changes every few tokens for another reason, such as beam search"
     return None
+
+
+def why_no_room(cache: TieredCache) -> str | None:
+    """Why captured steps can't reserve the memory that they need; ``None`` if they can."""
+    first = next(layer for layer in cache.layers if isinstance(layer, TieredLayer))
+    room = first.runtime.room
+    return room.why_not_ahead(batch=first.batch, tokens=first.blocks.length, room=cache.room)
 
 
 def is_one_token(given: dict[str, Any]) -> bool:
@@ -202,9 +211,7 @@ class CacheGraph:
             position = torch.full_like(ids_B1, self._length())
         elif position.dim() == 2:
             position = position.expand_as(ids_B1)
-        # This token, and the next one, whose blocks are chosen in this step.
-        fits = self.entered and self._length() + 2 <= self.room
-        if self.entered and not (fits and self.ids_B1.shape == ids_B1.shape and self.position.shape == position.shape):
+        if self.entered and not (self.has_room and self.ids_B1.shape == ids_B1.shape and self.position.shape == position.shape):
             self.leave()
         if not self.entered:
             self._enter(ids_B1, position)
@@ -227,6 +234,11 @@ class CacheGraph:
             self.running = False
         # A copy: the next replay overwrites the graph's logits.
         return changed(output, cache=cache, logits=output.logits.clone())
+
+    @property
+    def has_room(self) -> bool:
+        """Whether steps have begun, and the next one has room: for its token, and the next, whose blocks it chooses."""
+        return self.entered and self._length() + 2 <= self.room
 
     def join_prefetch(self) -> None:
         """Make the model's stream wait for the prefetch stream."""

@@ -474,6 +474,7 @@ class TieredLayer(CacheLayerMixin):
         parts = {"pool": self.blocks.pool.nbytes, "table": self.blocks.table.nbytes} | parts
         stats.device_bytes[self.number] = parts if self.policy.selects != "all" else {}
         stats.host_bytes[self.number] = self.blocks.store.nbytes
+        stats.host_kv_bytes = self.runtime.memory.lent_bytes
         tokens = self.batch * self.kv_heads * self.blocks.length
         stats.full_bytes[self.number] = 2 * tokens * self.head_dim * self.dtype.itemsize
 

@@ -9,14 +9,16 @@ Suffixes: B sequences, H heads, or 1 for all, Q queries, T keys.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from attention_predictor.offload.attention.sparse import Reach
 from attention_predictor.offload.hf.handed import hand_over
+
+Layer = TypeVar("Layer")
 
 HIDDEN, VISIBLE, BIASED = 0, 1, 2
 
@@ -29,9 +31,8 @@ class Sight(NamedTuple):
 
     def differs(self, reach: Reach, length: int, device: torch.device) -> Tensor:
         """bool without dimensions, on the device: whether ``reach`` lets the newest of ``length`` see others."""
-        padding_B = torch.zeros(1, dtype=torch.int64) if reach.padding_B is None else reach.padding_B
-        reach = reach._replace(padding_B=padding_B.to(device))
-        first_B = reach.first_B(torch.full_like(reach.padding_B, length))
+        padding_B = (torch.zeros(1, dtype=torch.int64) if reach.padding_B is None else reach.padding_B).to(device)
+        first_B = reach._replace(padding_B=padding_B).first_B(torch.full_like(padding_B, length))
         token_T = torch.arange(length - self.tokens, length, device=device)
         visible_B1T = (token_T >= first_B[:, None])[:, None]
         seen_BHT = torch.ones_like(visible_B1T) if self.state_BHT is None else self.state_BHT
@@ -46,12 +47,12 @@ class WatchedLayer(DynamicLayer):
         sights: Of the forward in progress; several if layers share keys.
     """
 
-    sights: list[Sight]
-    _differs: Tensor | bool | None
+    sights: tuple[Sight, ...] = ()
+    _differs: Tensor | bool | None = None
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.sights = []
+        self.sights = ()
         key_states, value_states = super().update(key_states, value_states, *args, **kwargs)
         return hand_over(self, key_states, value_states)[0], value_states
 
@@ -65,14 +66,15 @@ class WatchedLayer(DynamicLayer):
         state_BHT = None
         if mask is not None:
             state_BHT = _states(mask[:, None] if mask.dim() == 2 else mask[:, :, -1])
-        self.sights.append(Sight(key_BGTD.shape[2], state_BHT))
+        self.sights += (Sight(key_BGTD.shape[2], state_BHT),)
 
     def compare(self, reach: Reach, length: int) -> None:
         """Compare what the forward just done let the newest of ``length`` tokens see, without waiting for it."""
         if self.sights:
+            assert self.keys is not None  # those that it saw
             device = self.keys.device
             self._differs = torch.stack([sight.differs(reach, length, device) for sight in self.sights]).any()
-            self.sights = []
+            self.sights = ()
 
     @property
     def differs(self) -> bool | None:
@@ -86,15 +88,13 @@ class WatchedSlidingLayer(WatchedLayer, DynamicSlidingWindowLayer):
     """A watched layer with a window."""
 
 
-WATCHED = {DynamicLayer: WatchedLayer, DynamicSlidingWindowLayer: WatchedSlidingLayer}
+WATCHED: dict[type, type[WatchedLayer]] = {DynamicLayer: WatchedLayer, DynamicSlidingWindowLayer: WatchedSlidingLayer}
 
 
-def watch(layer: CacheLayerMixin) -> CacheLayerMixin:
+def watch(layer: Layer) -> Layer:
     """Make a stock layer a watched one, in place; layers of other kinds stay as they are."""
-    kind = WATCHED.get(type(layer))
-    if kind is not None:
-        layer.__class__ = kind
-        layer.sights, layer._differs = [], None
+    if (kind := WATCHED.get(type(layer))) is not None:
+        layer.__class__ = kind  # type: ignore[assignment]  # a subclass of its own, without other attributes
     return layer
 
 
