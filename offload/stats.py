@@ -30,7 +30,7 @@ class Stats:
         recovery_sum, relative_recovery_sum, recovery_count: Measured only if ``measure_recovery`` is set.
         device_bytes: Device memory by layer and part at the last step.
         layer_budgets: Budgets in tokens at the last step, by layer or KV head; only of layers that select.
-        host_bytes, full_bytes: Of the last step's cache, by layer: its host memory, and what it would take on the device.
+        host_bytes, full_bytes: Host memory of the last step's cache, and its size as a whole on the device, by layer.
         host_kv_bytes: Host memory that all living caches of the engine held together at the last step.
         prefetch: How blocks are fetched ahead on this device, given ``config.prefetch``, and why.
         fused: Modules of the model that captured steps run as one kernel each; empty if fusing is off.
@@ -106,8 +106,8 @@ class Stats:
 
     def reset(self) -> None:
         """Reset the counts; memory figures stay."""
-        stay = ("device_bytes", "layer_budgets", "host_bytes", "full_bytes", "host_kv_bytes", "prefetch", "fused", "evicts")
-        kept = {name: getattr(self, name) for name in stay}
+        memory = ("device_bytes", "layer_budgets", "host_bytes", "full_bytes", "host_kv_bytes")
+        kept = {name: getattr(self, name) for name in (*memory, "prefetch", "fused", "evicts")}
         self.__init__(**kept)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:

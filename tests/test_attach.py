@@ -222,9 +222,9 @@ class TestRefusals:
 
             one, two = filled(80), filled(64)
             assert engine.stats.host_kv_bytes == limit
-            with pytest.raises(HostMemoryError, match="1 × 1 tokens needs .* host_memory allows 0 bytes"):
+            with pytest.raises(HostMemoryError, match=r"1 × 1 tokens needs .* host_memory allows 0 bytes"):
                 filled(1)
-            with pytest.raises(HostMemoryError, match="host_memory allows 36.00 KiB, and this engine's caches hold"):
+            with pytest.raises(HostMemoryError, match=r"host_memory allows 36\.00 KiB, and this engine's caches hold"):
                 copy.deepcopy(two)
             with pytest.raises(HostMemoryError, match="1 × 81 tokens needs"):
                 model(ids(1), **with_cache(model, one))
@@ -241,7 +241,9 @@ class TestRefusals:
         config = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, slab_blocks=1, host_memory=2**14)
         with attach(model, config) as engine:
             engine.runtime.room.shapes.update(dict.fromkeys(engine.runtime.room.shapes))
-            with pytest.raises(HostMemoryError, match=r"more of host memory for KV blocks: host_memory allows 16.00 KiB"):
+            with pytest.raises(
+                HostMemoryError, match=r"more of host memory for KV blocks: host_memory allows 16.00 KiB"
+            ):
                 model(ids(200), **with_cache(model, engine.new_cache()))
 
 

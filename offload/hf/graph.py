@@ -211,7 +211,8 @@ class CacheGraph:
             position = torch.full_like(ids_B1, self._length())
         elif position.dim() == 2:
             position = position.expand_as(ids_B1)
-        if self.entered and not (self.has_room and self.ids_B1.shape == ids_B1.shape and self.position.shape == position.shape):
+        fits = self.has_room
+        if self.entered and not (fits and self.ids_B1.shape == ids_B1.shape and self.position.shape == position.shape):
             self.leave()
         if not self.entered:
             self._enter(ids_B1, position)
