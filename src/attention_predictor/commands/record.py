@@ -30,7 +30,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments, whole_numbers
+from attention_predictor.arguments import (
+    add_model_arguments,
+    add_option,
+    check_model_arguments,
+    check_output,
+    whole_numbers,
+)
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.kinds import number, whole
 from attention_predictor.predictor import PROMPT_ROWS
@@ -76,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     check_model_arguments(args)
+    check_output("--out", args.out, folder=True)
     budgets = whole_numbers("--budgets", args.budgets) if args.rows == "sparse" else [1 << 30]
     for budget in budgets:
         offload_config(args, budget=budget)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments, whole_numbers
+from attention_predictor.arguments import (
+    add_model_arguments,
+    add_option,
+    check_model_arguments,
+    check_output,
+    whole_numbers,
+)
 from attention_predictor.eval.harness.rules import Rule, check_names, check_variants
 from attention_predictor.kinds import whole
 from attention_predictor.offload.config import PREFETCHERS
@@ -62,6 +68,7 @@ def budgets_of(args: argparse.Namespace) -> list[int]:
 def check(args: argparse.Namespace) -> None:
     """Raise ``ConfigError`` for wrong values of these options."""
     check_model_arguments(args)
+    check_output("--out", args.out, folder=True)
     rules = rules_of(args)
     check_names(rules, "policies must differ in name")
     for rule in rules:
