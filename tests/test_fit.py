@@ -23,7 +23,7 @@ from attention_predictor.train.objective import document_loss
 from attention_predictor.train.options import TrainOptions
 from attention_predictor.train.shards import Record
 from attention_predictor.train.state import STATE_FILE
-from attention_predictor.train.validate import validate
+from attention_predictor.train.validate import BUDGETS, validate
 
 
 def split_of(directory: Path, val_fraction: float, seed: int) -> list[list[str]]:
@@ -122,6 +122,23 @@ class TestSeveralRecordings:
             writer.write(name, [Record(0, 0, 0, 100, torch.rand(4, 7), torch.rand(4, 7))])
         with pytest.raises(DataError, match=r"/short: its held-out documents have at most 103 tokens; .* than 256"):
             fit([tmp_path / "long", tmp_path / "short"], tmp_path / "out")
+
+    @pytest.mark.parametrize(("tokens", "kept"), [(300, 1), (600, 2)])
+    def test_a_budget_that_one_is_too_short_for_is_named_once(self, tmp_path, caplog, tokens: int, kept: int) -> None:
+        make_recording(tmp_path / "long", 2)
+        writer = HistoryWriter(tmp_path / "short", META)
+        blocks = -(-(tokens + 3) // META["block_size"])
+        for name in "ab":
+            writer.write(name, [Record(0, 0, 0, tokens, torch.rand(4, blocks), torch.rand(4, blocks))])
+        options = TrainOptions(steps=2, batch=2, log_every=1)
+        validation = fit([tmp_path / "long", tmp_path / "short"], tmp_path / "out", options)["validation"]
+        assert list(validation["ema"]["recovery"]) == list(map(str, BUDGETS[:kept]))
+        lines = [one.getMessage() for one in caplog.records if one.name.endswith("train.fit")]
+        assert lines == [
+            f"{tmp_path / 'short'}: no held-out document is long enough to judge a budget of {budget} tokens: "
+            "means leave that budget out"
+            for budget in BUDGETS[kept:]
+        ]
 
     def test_figures_are_averaged_over_those_that_all_have(self) -> None:
         names = ("mse", "recovery", "relative_recovery", "relative_recovery_ahead", "overlap")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import random
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from attention_predictor.commands.train import add_arguments as add_arguments
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.predictor.model import AttentionPredictor, architecture
 from attention_predictor.progress import Progress
-from attention_predictor.train.mixture import Mixture, Place, averaged
+from attention_predictor.train.mixture import Mixture, Place, averaged, left_out
 from attention_predictor.train.objective import document_loss
 from attention_predictor.train.options import TrainOptions
 from attention_predictor.train.report import CARD_FILE, CURVES_FILE, card, draw_curves, summary
@@ -31,6 +32,8 @@ from attention_predictor.train.state import forget_state, read_state, restore, w
 from attention_predictor.train.tracking import check_tracker, start_tracker
 from attention_predictor.train.validate import Metrics, mean_ahead, validate, why_not_judged
 from attention_predictor.writing import write_atomically
+
+logger = logging.getLogger(__name__)
 
 DOCUMENTS = 4  # documents per step, from which its records are drawn
 CACHE_SHARE = 0.25  # share of the memory free at the start that caches recordings, over all processes
@@ -78,6 +81,7 @@ def fit(
         raise ConfigError(f"out={str(out)!r} can't be made: {error.strerror or error}") from error
     training, held_out = mixture.split(options.val_fraction, options.seed)
     meta, cache = mixture.meta, Cache(mixture, accelerator.num_processes)
+    noted = set[str]()
 
     def judged(predictor: AttentionPredictor) -> Metrics:
         found = []
@@ -85,6 +89,11 @@ def fit(
             found.append(validate(predictor, map(cache.load, documents), meta, accelerator.device, options.horizon))
             if not found[-1]["relative_recovery_ahead"]:
                 raise DataError(f"{dataset.directory}: {why_not_judged(map(cache.load, documents), meta)}")
+        for number, budget in left_out(found):
+            line = f"{directories[number]}: no held-out document is long enough to judge a budget of {budget} tokens"
+            if line not in noted:
+                noted.add(line)
+                logger.warning(f"{line}: means leave that budget out")
         return averaged(found)
 
     settings = asdict(options) | {

@@ -90,6 +90,13 @@ def _groups_to_hold_out(dataset: HistoryDataset, val_fraction: float, seed: int)
     return by_hash[: max(1, round(val_fraction * len(groups)))]
 
 
+def left_out(metrics: Sequence[Metrics]) -> list[tuple[int, str]]:
+    """The numbers of recordings that have no figure at a budget at which others have one, each with that budget."""
+    every = [set(one["recovery"]) for one in metrics]
+    budgets = sorted(set().union(*every), key=int)
+    return [(number, budget) for budget in budgets for number, found in enumerate(every) if budget not in found]
+
+
 def averaged(metrics: Iterable[Metrics]) -> Metrics:
     """The mean over recordings of each figure that all of them have, so that they count equally."""
     every = list(metrics)
