@@ -229,13 +229,15 @@ class OwnMask(LlamaAttention):
     kind = ""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        past, new = kwargs[cache_argument(LlamaAttention.forward)].get_seq_length(), hidden_states.shape[1]
-        key_T = torch.arange(int(past) + new)
+        cache, new = kwargs[cache_argument(LlamaAttention.forward)], hidden_states.shape[1]
+        key_T = torch.arange(int(cache.layers[self.layer_idx].get_seq_length()) + new)
         age_QT = key_T[-new:, None] - key_T
         hidden = torch.finfo(torch.float32).min
         mask_QT = torch.zeros(age_QT.shape).masked_fill(age_QT < 0, hidden)
         if self.kind == "dilated":
             mask_QT = mask_QT.masked_fill(age_QT % 3 == 1, hidden)
+        elif self.kind == "window":
+            mask_QT = mask_QT.masked_fill(age_QT >= 40, hidden)
         elif self.kind == "biased":
             mask_QT = mask_QT - 0.05 * age_QT.clamp_min(0)
         elif self.kind == "prefix":  # the prompt's first tokens see each other
@@ -244,22 +246,28 @@ class OwnMask(LlamaAttention):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "captured"), [("dilated", 0), ("biased", 0), ("prefix", 12)])
-def test_a_skipped_layer_with_a_mask_of_its_own(steps, tiny_model, ids, kind: str, captured: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "skipped", "captured"),
+    [
+        ("dilated", (0,), 0), ("window", (0,), 0), ("biased", (0,), 0), ("prefix", (0,), 12),
+        ("dilated", (), 0), ("window", (), 0), ("prefix", (), 12),
+    ],
+)  # fmt: skip
+def test_a_layer_with_a_mask_of_its_own(steps, tiny_model, ids, kind: str, skipped: tuple, captured: int) -> None:
     """Captured steps read no mask: they are taken only where the model's own mask says what they compute."""
     model, prompt = tiny_model("llama"), ids(112)
-    model.model.layers[0].self_attn.__class__ = type("Own", (OwnMask,), {"kind": kind})
-    outputs = []
-    for engine, cache in sides(model, "llama"):
-        logits = [forward(model, cache, prompt[:, :100])]
-        for token in range(100, 112):
-            logits.append(forward(model, cache, prompt[:, token : token + 1]))
-        outputs.append(logits)
-        if engine is not None:
-            assert engine.stats.captured_steps == captured
-            reasons = [line.partition("captured steps: ")[2] for line in engine.stats.fallbacks]
-            assert reasons == ["layer 0 has a mask that captured steps don't compute"] * (not captured)
-    close(outputs[1], outputs[0])
+    number = 0 if skipped else 1
+    model.model.layers[number].self_attn.__class__ = type("Own", (OwnMask,), {"kind": kind})
+
+    def logits(cache: Cache) -> list[Tensor]:
+        return [forward(model, cache, part) for part in prompt.split([100] + [1] * 12, dim=1)]
+
+    stock = logits(DynamicCache(config=model.config))
+    with attach(model, OffloadConfig(**EXACT, skip_layers=skipped)) as engine:
+        close(logits(engine.new_cache()), stock)
+        assert engine.stats.captured_steps == captured
+        reasons = [line.partition("captured steps: ")[2] for line in engine.stats.fallbacks]
+        assert reasons == [f"layer {number} has a mask that captured steps don't compute"] * (not captured)
 
 
 def test_prompt_lookup(steps, tiny_model, ids) -> None:

@@ -50,8 +50,13 @@ def why_not_fixed(layer: object, number: int) -> str | None:
     if layer.differs is None:
         return f"layer {number}: the model's attention does not get the keys of its cache"
     if layer.differs:
-        return f"layer {number} has a mask that captured steps don't compute"
+        return differing_mask(number)
     return None
+
+
+def differing_mask(number: int) -> str:
+    """Why steps can't be captured over a layer to which the model gives a mask of its own."""
+    return f"layer {number} has a mask that captured steps don't compute"
 
 
 def is_chunked(config: PreTrainedConfig, number: int) -> bool:

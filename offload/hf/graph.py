@@ -20,7 +20,7 @@ from attention_predictor.offload.blocks.ring import RingTable
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.compiled import CompiledLayers
 from attention_predictor.offload.hf.experts import capturable_experts
-from attention_predictor.offload.hf.fixed_layer import FixedLayer, why_not_fixed
+from attention_predictor.offload.hf.fixed_layer import FixedLayer, differing_mask, why_not_fixed
 from attention_predictor.offload.hf.fused.modules import FusedModules
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import CACHE_NAMES, cache_argument, changed
@@ -66,6 +66,8 @@ class CapturedSteps:
                 reason = self.runtime.ranks.first(why_not_captured(cache, cache_graph))
             if reason is None and not keeps_padding(cache, given.get("attention_mask")):
                 reason = "the attention mask does not hide exactly the prompt's left padding"
+            if reason is None and not entered:
+                reason = why_not_masked_alike(cache)
             if reason is None and not (cache_graph is not None and cache_graph.has_room):
                 reason = self.runtime.ranks.first(why_no_room(cache))
             if reason is None:
@@ -110,6 +112,18 @@ def why_not_captured(cache: TieredCache, cache_graph: CacheGraph | None) -> str 
     if cache_graph is not None and cache_graph.wasted_captures >= MAX_WASTED_CAPTURES:
         return "the cache changes every few tokens for another reason, such as beam search"
     return None
+
+
+def why_not_masked_alike(cache: TieredCache) -> str | None:
+    """Which tiered layer's last mask hid anything but the first one's left padding; ``None`` if none did.
+
+    The model may give a layer a mask of its own, and captured steps read none. Waits for the device if there was one.
+    """
+    tiered = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
+    if not any(layer.is_padded for layer in tiered):
+        return None
+    odd = torch.stack([layer.hid_more_than(tiered[0].padding_B) for layer in tiered]).tolist()
+    return next((differing_mask(layer.number) for layer, one in zip(tiered, odd, strict=True) if one), None)
 
 
 def why_no_room(cache: TieredCache) -> str | None:

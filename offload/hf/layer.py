@@ -89,6 +89,7 @@ class TieredLayer(CacheLayerMixin):
         self.awaits_attention = False  # between `update` and `attend`
         self.handed: Handed | None = None
         self.is_padded = False  # whether the last mask hid any token
+        self.has_holes: Tensor | None = None  # bool on the device: whether it hid other tokens than left padding
         self.selection = Selection.of(self.runtime.config, self.runtime.first_budgets[self.number], self.runtime.ranks)
         self.schedule: Schedule = EagerSchedule(self.runtime.prefetcher)
         self.arrived_BH: Tensor | None = None  # made at the first captured query, which shows the number of heads
@@ -202,6 +203,11 @@ class TieredLayer(CacheLayerMixin):
     def hidden_B(self) -> Tensor | None:
         """int64 on the device, left padding of each sequence in tokens; ``None`` if the last mask hid no token."""
         return self.padding_B if self.is_padded else None
+
+    def hid_more_than(self, padding_B: Tensor) -> Tensor:
+        """bool without dimensions, on the device: whether the last mask hid other tokens than this left padding."""
+        moved = (self.padding_B != padding_B).any()
+        return moved if self.has_holes is None else moved | self.has_holes
 
     @property
     def room(self) -> int:
@@ -348,6 +354,7 @@ class TieredLayer(CacheLayerMixin):
         padding_B = _left_padding(terms.mask, self.batch, self.device)
         # The pool holds blocks selected for one more token with the same padding; anything else attends to all keys.
         was_padded, self.is_padded = self.is_padded, terms.mask is not None
+        self.has_holes = _has_holes(terms.mask, padding_B)
         as_before = not (was_padded or self.is_padded) or torch.equal(padding_B, self.padding_B)
         self.padding_B = padding_B
         self.blocks.padding_B = self.hidden_B
@@ -505,6 +512,15 @@ def _real_keys(mask: Tensor | None) -> Tensor | None:
         return mask
     last_BL = mask[:, 0, -1]
     return last_BL if last_BL.dtype == torch.bool else last_BL > torch.finfo(last_BL.dtype).min / 2
+
+
+def _has_holes(mask: Tensor | None, padding_B: Tensor) -> Tensor | None:
+    """bool without dimensions: whether the mask hides other tokens from the last query than left padding."""
+    real_BL = _real_keys(mask)
+    if real_BL is None:
+        return None
+    token_L = torch.arange(real_BL.shape[1], device=real_BL.device)
+    return (real_BL.bool() != (token_L >= padding_B[:, None])).any()
 
 
 def _left_padding(mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
