@@ -89,7 +89,7 @@ class TieredLayer(CacheLayerMixin):
         self.awaits_attention = False  # between `update` and `attend`
         self.handed: Handed | None = None
         self.is_padded = False  # whether the last mask hid any token
-        self.has_holes: Tensor | None = None  # bool on the device: whether it hid other tokens than left padding
+        self.has_holes: Tensor | None = None  # bool on the device: whether the model's own hid more than left padding
         self.selection = Selection.of(self.runtime.config, self.runtime.first_budgets[self.number], self.runtime.ranks)
         self.schedule: Schedule = EagerSchedule(self.runtime.prefetcher)
         self.arrived_BH: Tensor | None = None  # made at the first captured query, which shows the number of heads
@@ -515,10 +515,14 @@ def _real_keys(mask: Tensor | None) -> Tensor | None:
 
 
 def _has_holes(mask: Tensor | None, padding_B: Tensor) -> Tensor | None:
-    """bool without dimensions: whether the mask hides other tokens from the last query than left padding."""
-    real_BL = _real_keys(mask)
-    if real_BL is None:
+    """bool without dimensions: whether the model's mask hides other tokens from the last query than left padding.
+
+    ``None``: it gave none of its own. The caller's, of two dimensions, is checked at each step.
+    """
+    if mask is None or mask.dim() == 2:
         return None
+    real_BL = _real_keys(mask)
+    assert real_BL is not None
     token_L = torch.arange(real_BL.shape[1], device=real_BL.device)
     return (real_BL.bool() != (token_L >= padding_B[:, None])).any()
 

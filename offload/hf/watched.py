@@ -24,14 +24,21 @@ HIDDEN, VISIBLE, BIASED = 0, 1, 2
 
 
 class Sight(NamedTuple):
-    """What the newest token saw of the last ``tokens`` ones; ``state_BHT`` int8, ``None``: all of them."""
+    """What the newest token saw of the last ``tokens`` ones.
+
+    Attributes:
+        state_BHT: int8; ``None``: all of them.
+        padded: Whether the caller's padding, which each step is checked for, hid some of them.
+    """
 
     tokens: int
     state_BHT: Tensor | None
+    padded: bool
 
     def differs(self, reach: Reach, length: int, device: torch.device) -> Tensor:
         """bool without dimensions, on the device: whether ``reach`` lets the newest of ``length`` see others."""
-        padding_B = (torch.zeros(1, dtype=torch.int64) if reach.padding_B is None else reach.padding_B).to(device)
+        padding_B = torch.zeros(1, dtype=torch.int64) if self.padded or reach.padding_B is None else reach.padding_B
+        padding_B = padding_B.to(device)
         first_B = reach._replace(padding_B=padding_B).first_B(torch.full_like(padding_B, length))
         token_T = torch.arange(length - self.tokens, length, device=device)
         visible_B1T = (token_T >= first_B[:, None])[:, None]
@@ -63,10 +70,9 @@ class WatchedLayer(DynamicLayer):
         """
         if query_BHQD.shape[2] == 1 and self._differs is not None:
             return
-        state_BHT = None
-        if mask is not None:
-            state_BHT = _states(mask[:, None] if mask.dim() == 2 else mask[:, :, -1])
-        self.sights += (Sight(key_BGTD.shape[2], state_BHT),)
+        padded = mask is not None and mask.dim() == 2
+        state_BHT = None if mask is None or padded else _states(mask[:, :, -1])
+        self.sights += (Sight(key_BGTD.shape[2], state_BHT, padded),)
 
     def compare(self, reach: Reach, length: int) -> None:
         """Compare what the forward just done let the newest of ``length`` tokens see, without waiting for it."""
