@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from recorded_steps import recorded_steps
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from attention_predictor import Engine, OffloadConfig, attach
 from attention_predictor.offload.hf import graph as graph_module
@@ -19,7 +21,7 @@ from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.fixed_layer import FixedLayer, why_not_fixed
 from attention_predictor.offload.hf.graph import CacheGraph
 from attention_predictor.offload.hf.layer import TieredLayer
-from attention_predictor.offload.hf.versions import with_cache
+from attention_predictor.offload.hf.versions import cache_argument, with_cache
 
 EXACT = {"budget": 320, "sink": 32, "recent": 32, "slab_blocks": 4, "prefetch": "graph"}
 CASES = {
@@ -219,6 +221,53 @@ def test_what_assisted_decoding_asks_of_windows_goes_by_the_thread(steps, tiny_m
         assert engine.stats.captured_steps == 1
         (message,) = engine.stats.fallbacks
         assert message.endswith("layer 0 records its past, as assisted decoding asks")
+
+
+class OwnMask(LlamaAttention):
+    """Attention with a mask that the model makes itself."""
+
+    kind = ""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache, new = kwargs[cache_argument(LlamaAttention.forward)], hidden_states.shape[1]
+        key_T = torch.arange(int(cache.layers[self.layer_idx].get_seq_length()) + new)
+        age_QT = key_T[-new:, None] - key_T
+        hidden = torch.finfo(torch.float32).min
+        mask_QT = torch.zeros(age_QT.shape).masked_fill(age_QT < 0, hidden)
+        if self.kind == "dilated":
+            mask_QT = mask_QT.masked_fill(age_QT % 3 == 1, hidden)
+        elif self.kind == "window":
+            mask_QT = mask_QT.masked_fill(age_QT >= 40, hidden)
+        elif self.kind == "biased":
+            mask_QT = mask_QT - 0.05 * age_QT.clamp_min(0)
+        elif self.kind == "prefix":  # the prompt's first tokens see each other
+            mask_QT = mask_QT.masked_fill(key_T < 30, 0.0)
+        return super().forward(hidden_states, *args, **kwargs | {"attention_mask": mask_QT[None, None]})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "skipped", "captured"),
+    [
+        ("dilated", (0,), 0), ("window", (0,), 0), ("biased", (0,), 0), ("prefix", (0,), 12),
+        ("dilated", (), 0), ("window", (), 0), ("prefix", (), 12),
+    ],
+)  # fmt: skip
+def test_a_layer_with_a_mask_of_its_own(steps, tiny_model, ids, kind: str, skipped: tuple, captured: int) -> None:
+    """Captured steps read no mask: they are taken only where the model's own mask says what they compute."""
+    model, prompt = tiny_model("llama"), ids(112)
+    number = 0 if skipped else 1
+    model.model.layers[number].self_attn.__class__ = type("Own", (OwnMask,), {"kind": kind})
+
+    def logits(cache: Cache) -> list[Tensor]:
+        return [forward(model, cache, part) for part in prompt.split([100] + [1] * 12, dim=1)]
+
+    stock = logits(DynamicCache(config=model.config))
+    with attach(model, OffloadConfig(**EXACT, skip_layers=skipped)) as engine:
+        close(logits(engine.new_cache()), stock)
+        assert engine.stats.captured_steps == captured
+        reasons = [line.partition("captured steps: ")[2] for line in engine.stats.fallbacks]
+        assert reasons == [f"layer {number} has a mask that captured steps don't compute"] * (not captured)
 
 
 def test_prompt_lookup(steps, tiny_model, ids) -> None:

@@ -9,7 +9,7 @@ from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import HostMemoryError
 from attention_predictor.offload.blocks.available_memory import available_memory
 from attention_predictor.offload.blocks.block_codec import stored_bytes
-from attention_predictor.offload.blocks.host_memory import SPARE_BYTES, HostMemory
+from attention_predictor.offload.blocks.host_memory import SPARE_BYTES, HostMemory, aligned
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.ranks import Ranks
 from attention_predictor.sizes import size_text
@@ -57,7 +57,8 @@ class Room:
         """Bytes of a cache of these sequences, in whole slabs, over layers of known shape."""
         slabs = ceil_div(tokens, self.slab_tokens)
         known = (shape for shape in self.shapes.values() if shape is not None)
-        return batch * sum(slabs * self._slab_bytes(shape) + self._open_bytes(shape) for shape in known)
+        spans = ((slabs, self._slab_bytes(shape), self._open_bytes(shape)) for shape in known)
+        return sum(slabs * aligned(batch * slab) + aligned(batch * rest) for slabs, slab, rest in spans)
 
     def _slab_bytes(self, shape: KVShape) -> int:
         """Bytes of a slab of one sequence."""
@@ -76,6 +77,28 @@ class Room:
         # With a limit on host memory, reserve no more than the next slab.
         growth = self.slab_tokens if self._tight or self.config.host_memory is not None else GROWTH
         return ((tokens + 2) // growth + 1) * growth
+
+    def why_not_ahead(self, *, batch: int, tokens: int, room: int) -> str | None:
+        """Why ``host_memory`` lets captured steps that begin at ``tokens`` reserve no memory; ``None`` if it does.
+
+        ``room``: as in ``check``.
+        """
+        if self.config.host_memory is None:
+            return None
+        ahead = self.captured_tokens(tokens)
+        needed, limit = self.bytes_for(batch, ahead), self._allowed(batch, room)
+        if ahead <= room or needed <= limit:
+            return None
+        return (
+            f"room for {batch} × {ahead} tokens is {size_text(needed)} of host memory: "
+            f"host_memory allows {size_text(max(limit, 0))}"
+        )
+
+    def _allowed(self, batch: int, room: int) -> int:
+        """Bytes that ``host_memory`` allows a cache that has room for these tokens, beside all other caches."""
+        assert self.config.host_memory is not None
+        own = self.bytes_for(batch, room) if room else 0
+        return self.config.host_memory - (self.memory.lent_bytes - own)
 
     def check(self, *, batch: int, tokens: int, room: int, promised: int = 0) -> None:
         """Refuse a cache that does not fit. Also decides how much memory captured steps reserve ahead.
@@ -97,11 +120,10 @@ class Room:
 
     def _check(self, batch: int, tokens: int, room: int, promised: int) -> None:
         needed = self.bytes_for(batch, tokens)
-        own = self.bytes_for(batch, room) if room else 0
         if self.config.host_memory is not None:
-            limit = self.config.host_memory - (self.memory.lent_bytes - own) - promised
-            source = "host_memory allows"
+            limit, source = self._allowed(batch, room) - promised, "host_memory allows"
         else:
+            own = self.bytes_for(batch, room) if room else 0
             share = (available_memory() - SPARE_BYTES) // self.ranks.on_host
             limit = share - self.memory.unready_bytes + self.memory.free_bytes + own - promised
             source = "the system has available"
@@ -116,7 +138,7 @@ class Room:
         """Start allocating, in the background, the memory that ``check`` found to fit."""
         if tokens <= room:
             return
-        if self.captures:
+        if self.captures and self.why_not_ahead(batch=batch, tokens=tokens, room=room) is None:
             tokens = self.captured_tokens(tokens)
         slabs = ceil_div(tokens, self.slab_tokens) - room // self.slab_tokens
         known = [shape for shape in self.shapes.values() if shape is not None]
