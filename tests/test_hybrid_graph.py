@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from emulated import emulate_steps
+from own_masks import give_mask
 from recorded_steps import recorded_steps
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import LlamaAttention
 
 from attention_predictor import Engine, OffloadConfig, attach
 from attention_predictor.offload.hf import graph as graph_module
@@ -21,7 +20,7 @@ from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.fixed_layer import FixedLayer, why_not_fixed
 from attention_predictor.offload.hf.graph import CacheGraph
 from attention_predictor.offload.hf.layer import TieredLayer
-from attention_predictor.offload.hf.versions import cache_argument, with_cache
+from attention_predictor.offload.hf.versions import with_cache
 
 EXACT = {"budget": 320, "sink": 32, "recent": 32, "slab_blocks": 4, "prefetch": "graph"}
 CASES = {
@@ -223,41 +222,19 @@ def test_what_assisted_decoding_asks_of_windows_goes_by_the_thread(steps, tiny_m
         assert message.endswith("layer 0 records its past, as assisted decoding asks")
 
 
-class OwnMask(LlamaAttention):
-    """Attention with a mask that the model makes itself."""
-
-    kind = ""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache, new = kwargs[cache_argument(LlamaAttention.forward)], hidden_states.shape[1]
-        key_T = torch.arange(int(cache.layers[self.layer_idx].get_seq_length()) + new)
-        age_QT = key_T[-new:, None] - key_T
-        hidden = torch.finfo(torch.float32).min
-        mask_QT = torch.zeros(age_QT.shape).masked_fill(age_QT < 0, hidden)
-        if self.kind == "dilated":
-            mask_QT = mask_QT.masked_fill(age_QT % 3 == 1, hidden)
-        elif self.kind == "window":
-            mask_QT = mask_QT.masked_fill(age_QT >= 40, hidden)
-        elif self.kind == "biased":
-            mask_QT = mask_QT - 0.05 * age_QT.clamp_min(0)
-        elif self.kind == "prefix":  # the prompt's first tokens see each other
-            mask_QT = mask_QT.masked_fill(key_T < 30, 0.0)
-        return super().forward(hidden_states, *args, **kwargs | {"attention_mask": mask_QT[None, None]})
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("kind", "skipped", "captured"),
     [
-        ("dilated", (0,), 0), ("window", (0,), 0), ("biased", (0,), 0), ("prefix", (0,), 12),
-        ("dilated", (), 0), ("window", (), 0), ("prefix", (), 12),
+        ("dilated", (0,), 0), ("window", (0,), 0), ("biased", (0,), 0), ("start", (0,), 0), ("prefix", (0,), 12),
+        ("dilated", (), 0), ("window", (), 0), ("start", (), 0), ("prefix", (), 12),
     ],
 )  # fmt: skip
 def test_a_layer_with_a_mask_of_its_own(steps, tiny_model, ids, kind: str, skipped: tuple, captured: int) -> None:
     """Captured steps read no mask: they are taken only where the model's own mask says what they compute."""
     model, prompt = tiny_model("llama"), ids(112)
     number = 0 if skipped else 1
-    model.model.layers[number].self_attn.__class__ = type("Own", (OwnMask,), {"kind": kind})
+    give_mask(model, number, kind)
 
     def logits(cache: Cache) -> list[Tensor]:
         return [forward(model, cache, part) for part in prompt.split([100] + [1] * 12, dim=1)]
@@ -268,6 +245,23 @@ def test_a_layer_with_a_mask_of_its_own(steps, tiny_model, ids, kind: str, skipp
         assert engine.stats.captured_steps == captured
         reasons = [line.partition("captured steps: ")[2] for line in engine.stats.fallbacks]
         assert reasons == [f"layer {number} has a mask that captured steps don't compute"] * (not captured)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skipped", [(0,), ()])
+def test_a_copy_keeps_what_is_known_of_masks(steps, tiny_model, ids, skipped: tuple) -> None:
+    model, prompt = tiny_model("llama"), ids(106)
+    number = 0 if skipped else 1
+    give_mask(model, number, "dilated")
+    with attach(model, OffloadConfig(**EXACT, skip_layers=skipped)) as engine:
+        cache = engine.new_cache()
+        forward(model, cache, prompt[:, :100])
+        copies = copy.deepcopy(cache), cache
+        logits = [[forward(model, one, token) for token in prompt[:, 100:].split(1, dim=1)] for one in copies]
+        close(*logits)
+        assert engine.stats.captured_steps == 0
+        (line,) = engine.stats.fallbacks
+        assert line.endswith(f"layer {number} has a mask that captured steps don't compute")
 
 
 def test_prompt_lookup(steps, tiny_model, ids) -> None:

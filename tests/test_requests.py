@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from emulated import emulate_steps
+from own_masks import give_mask
 from tiny_models import VOCABULARY
 
 from attention_predictor import (
@@ -106,6 +107,24 @@ def test_captured_steps_of_several_requests(monkeypatch, tiny_model, ids, policy
         assert collect(engine.stream(requests, places=3, prefill_chunk_size=None))[0] == expected
         assert 0 < engine.stats.captured_steps - before < before  # steps are shared
         assert engine.runtime.memory.lent_bytes == 0
+
+
+@pytest.mark.slow
+def test_only_those_whose_masks_it_computes_share_a_captured_step(monkeypatch, tiny_model, ids):
+    emulate_steps(monkeypatch)
+    model = tiny_model()
+    give_mask(model, 1, "long")
+    with attach(model, config(prefetch="graph")) as engine:
+        requests = [
+            Request(input_ids=prompt, max_new_tokens=5 + number, eos_token_id=NO_END)
+            for number, prompt in enumerate(prompts(ids, (70, 130, 67, 85)))
+        ]
+        expected = {request: one_by_one(engine, request) for request in requests}
+        alone = engine.stats.captured_steps
+        assert collect(engine.stream(requests, places=3, prefill_chunk_size=None))[0] == expected
+        assert 0 < engine.stats.captured_steps - alone < alone  # steps are shared
+        (line,) = engine.stats.fallbacks
+        assert line.endswith("layer 1 has a mask that captured steps don't compute")
 
 
 def test_hybrid_models_and_sampling(tiny_model, ids):
@@ -253,6 +272,22 @@ class TestMemory:
             assert engine.runtime.memory.lent_bytes == 0
             with pytest.raises(HostMemoryError, match="host_memory allows"):
                 engine.generate([ids(20)[0], ids(200)[0]], max_new_tokens=2)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("more", [0, 32])
+    def test_captured_steps_reserve_nothing_that_others_were_promised(self, monkeypatch, tiny_model, ids, more):
+        """At a length of 94 one would take the slab that the other, of the same length, needs last."""
+        emulate_steps(monkeypatch)
+        model = tiny_model()
+        with attach(model, config()) as engine:
+            limit = 2 * self.bytes_of(engine, 96) + self.bytes_of(engine, more)
+        with attach(model, config(prefetch="graph", host_memory=limit)) as engine:
+            requests = [Request(input_ids=ids(n)[0], max_new_tokens=97 - n, eos_token_id=NO_END) for n in (80, 76)]
+            expected = [one_by_one(engine, request) for request in requests]
+            tokens, endings = collect(engine.stream(requests, places=2, prefill_chunk_size=16))
+            assert [ending.reason for ending in endings.values()] == ["length"] * 2
+            assert [tokens[request] for request in requests] == expected
+            assert engine.runtime.memory.lent_bytes == 0
 
     @pytest.mark.parametrize("error", [HostMemoryError, torch.OutOfMemoryError])
     @pytest.mark.parametrize("when", ["prefill", "decoding"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import HostMemoryError
@@ -23,6 +24,15 @@ class KVShape(NamedTuple):
     kv_heads: int
     head_dim: int
     itemsize: int
+
+
+class Growing(Protocol):
+    """A cache to which memory may be promised."""
+
+    @property
+    def room(self) -> int:
+        """Tokens that allocated host memory can hold."""
+        ...
 
 
 class Room:
@@ -48,6 +58,8 @@ class Room:
         self.ranks = ranks
         self.slab_tokens = config.slab_blocks * config.block_size
         self._tight = False  # too little memory to reserve GROWTH tokens
+        # By living cache: its sequences, and the tokens that each will have.
+        self._promises: WeakKeyDictionary[Growing, tuple[int, int]] = WeakKeyDictionary()
 
     def set_shape(self, number: int, shape: KVShape) -> None:
         """Set a layer's KV shape, found from its first tensors."""
@@ -78,15 +90,28 @@ class Room:
         growth = self.slab_tokens if self._tight or self.config.host_memory is not None else GROWTH
         return ((tokens + 2) // growth + 1) * growth
 
-    def why_not_ahead(self, *, batch: int, tokens: int, room: int) -> str | None:
+    def promise(self, cache: Growing, *, batch: int, tokens: int) -> None:
+        """Keep ``host_memory`` for a cache's growth to ``tokens``: captured steps of others reserve none of it."""
+        self._promises[cache] = batch, tokens
+
+    def promised_beside(self, cache: Growing) -> int:
+        """Bytes that other caches, alive and promised to, will still take."""
+        others = [(one.room, *promise) for one, promise in self._promises.items() if one is not cache]
+        return sum(max(self.bytes_for(batch, tokens) - self._held(batch, room), 0) for room, batch, tokens in others)
+
+    def _held(self, batch: int, room: int) -> int:
+        """Bytes of a cache that has room for these tokens."""
+        return self.bytes_for(batch, room) if room else 0
+
+    def why_not_ahead(self, *, batch: int, tokens: int, room: int, promised: int = 0) -> str | None:
         """Why ``host_memory`` lets captured steps that begin at ``tokens`` reserve no memory; ``None`` if it does.
 
-        ``room``: as in ``check``.
+        ``room``, ``promised``: as in ``check``.
         """
         if self.config.host_memory is None:
             return None
         ahead = self.captured_tokens(tokens)
-        needed, limit = self.bytes_for(batch, ahead), self._allowed(batch, room)
+        needed, limit = self.bytes_for(batch, ahead), self._allowed(batch, room) - promised
         if ahead <= room or needed <= limit:
             return None
         return (
@@ -97,8 +122,7 @@ class Room:
     def _allowed(self, batch: int, room: int) -> int:
         """Bytes that ``host_memory`` allows a cache that has room for these tokens, beside all other caches."""
         assert self.config.host_memory is not None
-        own = self.bytes_for(batch, room) if room else 0
-        return self.config.host_memory - (self.memory.lent_bytes - own)
+        return self.config.host_memory - (self.memory.lent_bytes - self._held(batch, room))
 
     def check(self, *, batch: int, tokens: int, room: int, promised: int = 0) -> None:
         """Refuse a cache that does not fit. Also decides how much memory captured steps reserve ahead.
@@ -123,9 +147,8 @@ class Room:
         if self.config.host_memory is not None:
             limit, source = self._allowed(batch, room) - promised, "host_memory allows"
         else:
-            own = self.bytes_for(batch, room) if room else 0
             share = (available_memory() - SPARE_BYTES) // self.ranks.on_host
-            limit = share - self.memory.unready_bytes + self.memory.free_bytes + own - promised
+            limit = share - self.memory.unready_bytes + self.memory.free_bytes + self._held(batch, room) - promised
             source = "the system has available"
             self._tight = self.captures and self.bytes_for(batch, (tokens // GROWTH + 1) * GROWTH + GROWTH) > limit
         if needed > limit:

@@ -70,13 +70,11 @@ class CapturedSteps:
         elif entered or is_ready(cache):
             reason = (None if entered else self._failure) or why_unsupported_call(given, self.config)
             if reason is None and not entered:
-                reason = self._why_not_captured(cache, cache_graph)
+                reason = self._agreed(cache, lambda: why_not_captured(cache, cache_graph) or why_not_masked_alike(cache))
             if reason is None and not keeps_padding(cache, given.get("attention_mask")):
                 reason = "the attention mask does not hide exactly the prompt's left padding"
-            if reason is None and not entered:
-                reason = why_not_masked_alike(cache)
             if reason is None and not (cache_graph is not None and cache_graph.has_room):
-                reason = self.runtime.ranks.first(why_no_room(cache))
+                reason = self._agreed(cache, lambda: why_no_room(cache))
             if reason is None:
                 if cache_graph is None:
                     cache_graph = self._cache_graphs[cache] = CacheGraph(cache, self.forward, self.step_modules)
@@ -96,15 +94,15 @@ class CapturedSteps:
         self._cache_graphs[cache] = cache_graph
         return cache_graph
 
-    def _why_not_captured(self, cache: TieredCache, cache_graph: CacheGraph | None) -> str | None:
-        """``why_not_captured`` of the ranks together: they may differ in kernels and pinned memory.
+    def _agreed(self, cache: TieredCache, why_not: Callable[[], str | None]) -> str | None:
+        """The reason of the ranks together: they may differ in kernels, in host memory and in the masks of their heads.
 
         All else follows from the call and the cache, the same on each.
         """
         ranks = self.runtime.ranks
         if (reason := self._refused.get(cache)) is not None:
             return reason
-        reason = ranks.first(why_not_captured(cache, cache_graph))
+        reason = ranks.first(why_not())
         if reason is not None and ranks.count > 1:
             self._refused[cache] = reason
         return reason
@@ -137,15 +135,19 @@ def why_not_captured(cache: TieredCache, cache_graph: CacheGraph | None) -> str 
     return None
 
 
-def why_not_masked_alike(cache: TieredCache) -> str | None:
-    """Which tiered layer's last mask hid anything but the first one's left padding; ``None`` if none did.
+def why_not_masked_alike(cache: TieredCache, padding_B: Tensor | None = None) -> str | None:
+    """Which tiered layer's last mask hid anything but this left padding; ``None`` if none did.
 
     The model may give a layer a mask of its own, and captured steps read none. Waits for the device if there was one.
+
+    Args:
+        padding_B: int64 on the device; by default the first tiered layer's.
     """
     tiered = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
-    if not any(layer.is_padded for layer in tiered):
+    if not any(layer.is_padded or layer.has_holes is not None for layer in tiered):
         return None
-    odd = torch.stack([layer.hid_more_than(tiered[0].padding_B) for layer in tiered]).tolist()
+    expected_B = tiered[0].padding_B if padding_B is None else padding_B
+    odd = torch.stack([layer.hid_more_than(expected_B) for layer in tiered]).tolist()
     return next((differing_mask(layer.number) for layer, one in zip(tiered, odd, strict=True) if one), None)
 
 
@@ -153,7 +155,9 @@ def why_no_room(cache: TieredCache) -> str | None:
     """Why captured steps can't reserve the memory that they need; ``None`` if they can."""
     first = next(layer for layer in cache.layers if isinstance(layer, TieredLayer))
     room = first.runtime.room
-    return room.why_not_ahead(batch=first.batch, tokens=first.blocks.length, room=cache.room)
+    return room.why_not_ahead(
+        batch=first.batch, tokens=first.blocks.length, room=cache.room, promised=room.promised_beside(cache)
+    )
 
 
 def is_one_token(given: dict[str, Any]) -> bool:

@@ -367,11 +367,15 @@ class TieredLayer(CacheLayerMixin):
         padding_B = _left_padding(terms.mask, self.batch, self.device)
         # The pool holds blocks selected for one more token with the same padding; anything else attends to all keys.
         was_padded, self.is_padded = self.is_padded, terms.mask is not None
-        self.has_holes = _has_holes(terms.mask, padding_B)
         as_before = not (was_padded or self.is_padded) or torch.equal(padding_B, self.padding_B)
         self.padding_B = padding_B
         self.blocks.padding_B = self.hidden_B
         new = self.awaits_attention  # False if layers share keys and another one attends to the same tokens
+        holes = _has_holes(terms.mask, padding_B)
+        if new or self.has_holes is None:
+            self.has_holes = holes
+        elif holes is not None:
+            self.has_holes = self.has_holes | holes
         one = query_BHQD.shape[2] == 1 and self.blocks.pool.slots > 0 and as_before
         if one and not new:
             self.blocks.settle()
