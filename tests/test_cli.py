@@ -378,3 +378,14 @@ class TestOutputs:
             runpy.run_path(str(path), run_name="__main__")
         assert stop.value.code == 2
         assert capsys.readouterr().err.endswith(f"--out {tmp_path}: can't be written: it is a directory\n")
+
+    @pytest.mark.parametrize("given", ["compare_kvpress.py --model m --data d", "train_pocket_lm.py --corpus {}"])
+    def test_of_a_script_that_fills_a_folder(self, capsys, tmp_path, monkeypatch, given):
+        script, *arguments = given.format(tmp_path).split()
+        (tmp_path / "file").write_text("")
+        monkeypatch.setattr(sys, "argv", [script, *arguments, "--out", str(tmp_path / "file")])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(POCKET.parents[1] / "scripts" / script), run_name="__main__")
+        assert stop.value.code == 2
+        place = tmp_path / "file"
+        assert capsys.readouterr().err.endswith(f"--out {place}: can't be written: {place} is not a directory\n")

@@ -274,19 +274,23 @@ class TestMemory:
                 engine.generate([ids(20)[0], ids(200)[0]], max_new_tokens=2)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("more", [0, 32])
+    @pytest.mark.parametrize("more", [0, 16])
     def test_captured_steps_reserve_nothing_that_others_were_promised(self, monkeypatch, tiny_model, ids, more):
-        """At a length of 94 one would take the slab that the other, of the same length, needs last."""
+        """The first one's steps would take a slab more than it needs just before the other's prompt needs that."""
         emulate_steps(monkeypatch)
         model = tiny_model()
         with attach(model, config()) as engine:
-            limit = 2 * self.bytes_of(engine, 96) + self.bytes_of(engine, more)
+            needed = sum(self.bytes_of(engine, tokens) for tokens in (96, 112))
+            limit = needed + self.bytes_of(engine, more)
         with attach(model, config(prefetch="graph", host_memory=limit)) as engine:
-            requests = [Request(input_ids=ids(n)[0], max_new_tokens=97 - n, eos_token_id=NO_END) for n in (80, 76)]
-            expected = [one_by_one(engine, request) for request in requests]
-            tokens, endings = collect(engine.stream(requests, places=2, prefill_chunk_size=16))
+            lengths = {94: 3, 108: 5}
+            requests = [
+                Request(input_ids=ids(n)[0], max_new_tokens=new, eos_token_id=NO_END) for n, new in lengths.items()
+            ]
+            expected = {request: one_by_one(engine, request) for request in requests}
+            tokens, endings = collect(engine.stream(requests, places=2))
             assert [ending.reason for ending in endings.values()] == ["length"] * 2
-            assert [tokens[request] for request in requests] == expected
+            assert tokens == expected
             assert engine.runtime.memory.lent_bytes == 0
 
     @pytest.mark.parametrize("error", [HostMemoryError, torch.OutOfMemoryError])

@@ -70,7 +70,9 @@ class CapturedSteps:
         elif entered or is_ready(cache):
             reason = (None if entered else self._failure) or why_unsupported_call(given, self.config)
             if reason is None and not entered:
-                reason = self._agreed(cache, lambda: why_not_captured(cache, cache_graph) or why_not_masked_alike(cache))
+                reason = self._agreed(
+                    cache, lambda: why_not_captured(cache, cache_graph) or why_not_masked_alike(cache)
+                )
             if reason is None and not keeps_padding(cache, given.get("attention_mask")):
                 reason = "the attention mask does not hide exactly the prompt's left padding"
             if reason is None and not (cache_graph is not None and cache_graph.has_room):
