@@ -113,8 +113,8 @@ class OffloadConfig:
     Memory: where keys and values are stored.
         block_size: Tokens per block. A trained predictor works with one block size only.
         skip_layers: Layers that keep their whole cache on the device and attend to all of it.
-        host_memory: Limit of host (CPU) memory for the cache in each process, in bytes; ``None``: what the system
-            reports as available.
+        host_memory: Limit of host (CPU) memory for all caches of the engine together, in each process, in bytes;
+            ``None``: what the system reports as available.
         slab_blocks: Blocks per allocation of host memory.
         host_kv: How complete blocks are stored in host memory. ``"auto"``: as the model produced them; ``"int8"``,
             ``"int4"``: as codes of 8 or 4 bits, which take about half or a third of the host memory of a 16-bit model,
@@ -184,7 +184,7 @@ class OffloadConfig:
     host_memory: int | None = _memory(
         None,
         sizes_in_bytes().or_none(),
-        "limit of CPU memory for the cache, such as 64GiB (default: all that is available)",
+        "limit of CPU memory for all caches together, such as 64GiB (default: all that is available)",
     )
     slab_blocks: int = _memory(64, whole(1), "blocks per allocation of CPU memory")
     host_kv: str = _memory(

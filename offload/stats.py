@@ -30,7 +30,8 @@ class Stats:
         recovery_sum, relative_recovery_sum, recovery_count: Measured only if ``measure_recovery`` is set.
         device_bytes: Device memory by layer and part at the last step.
         layer_budgets: Budgets in tokens at the last step, by layer or KV head; only of layers that select.
-        host_bytes, full_bytes: Host memory, and the size of the whole cache on the device, by layer.
+        host_bytes, full_bytes: Host memory of the last step's cache, and its size as a whole on the device, by layer.
+        host_kv_bytes: Host memory that all living caches of the engine held together at the last step.
         prefetch: How blocks are fetched ahead on this device, given ``config.prefetch``, and why.
         fused: Modules of the model that captured steps run as one kernel each; empty if fusing is off.
         fallbacks: How often something ran differently from the settings, by message.
@@ -58,6 +59,7 @@ class Stats:
     layer_budgets: dict[int, int | tuple[int, ...]] = field(default_factory=dict)
     host_bytes: dict[int, int] = field(default_factory=dict)
     full_bytes: dict[int, int] = field(default_factory=dict)
+    host_kv_bytes: int = 0
     prefetch: str = ""
     fused: str = ""
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -96,11 +98,6 @@ class Stats:
         return sum(sum(parts.values()) for parts in self.device_bytes.values())
 
     @property
-    def host_kv_bytes(self) -> int:
-        """Host memory of all blocks, over all layers."""
-        return sum(self.host_bytes.values())
-
-    @property
     def full_kv_bytes(self) -> int:
         """Size of the same tokens in an ordinary cache on the device."""
         return sum(self.full_bytes.values())
@@ -114,8 +111,8 @@ class Stats:
 
     def reset(self) -> None:
         """Reset the counts; memory figures stay."""
-        stay = ("device_bytes", "layer_budgets", "host_bytes", "full_bytes", "prefetch", "fused", "evicts")
-        kept = {name: getattr(self, name) for name in stay}
+        memory = ("device_bytes", "layer_budgets", "host_bytes", "full_bytes", "host_kv_bytes")
+        kept = {name: getattr(self, name) for name in (*memory, "prefetch", "fused", "evicts")}
         self.__init__(**kept)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:

@@ -53,6 +53,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from attention_predictor import AttentionPredictorError, OffloadConfig, attach
+from attention_predictor.arguments import check_output
 from attention_predictor.errors import ConfigError, DataError, one_line
 from attention_predictor.eval.benchmarks.longbench.benchmark import LongBench
 from attention_predictor.eval.benchmarks.longbench.data import open_source
@@ -121,6 +122,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
     try:
         args = parser.parse_args()
+        check_output("--out", args.out, folder=True)
         methods = _chosen(args.methods)
         args.model = directory_of(args.model, args.out / "model")
         rows = prepare(args, methods)

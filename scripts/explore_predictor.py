@@ -38,6 +38,7 @@ from attention_predictor.train.fit import schedule
 from attention_predictor.train.objective import prediction_loss
 from attention_predictor.train.shards import Recording
 from attention_predictor.train.validate import BUDGETS, WARM, attended, candidates, room
+from attention_predictor.writing import why_not_writable
 
 BLOCK = 16
 COLUMNS = ("next", "ahead", "looks")
@@ -302,6 +303,8 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name holds this")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     args = parser.parse_args()
+    if (reason := why_not_writable(args.out)) is not None:
+        parser.error(f"--out {args.out}: can't be written: {reason}")
     dataset = HistoryDataset(args.data)
 
     def prepared(split: str, true_rows: bool = False) -> list[Moments]:

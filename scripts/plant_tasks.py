@@ -16,6 +16,7 @@ from attention_predictor.arguments import add_model_arguments, check_model_argum
 from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
 from attention_predictor.eval.benchmarks.synthetic.documents import plant, read_texts
 from attention_predictor.loading import load_tokenizer
+from attention_predictor.writing import why_not_writable
 
 
 def main() -> None:
@@ -28,6 +29,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=8, help="a document (%(default)s)")
     parser.add_argument("--context", type=int, default=8192, help="tokens of a document and a question (%(default)s)")
     args = parser.parse_args()
+    if (reason := why_not_writable(args.out)) is not None:
+        parser.error(f"--out {args.out}: can't be written: {reason}")
     check_model_arguments(args)
     samples = plant(
         load_tokenizer(args.model),

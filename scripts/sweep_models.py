@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from attention_predictor.writing import why_not_writable
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -130,6 +132,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="F", help="file for the table (default: standard output)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="default %(default)s")
     args = parser.parse_args()
+    if args.out is not None and (reason := why_not_writable(args.out)) is not None:
+        parser.error(f"--out {args.out}: can't be written: {reason}")
     types = args.types or all_types()
     outcomes: dict[str, Outcome] = {}
     for name, outcome in in_processes(types, args.processes):

@@ -71,6 +71,7 @@ from transformers import (
 )
 
 from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
+from attention_predictor.writing import why_not_writable
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 8192
@@ -840,6 +841,9 @@ def parse_args() -> argparse.Namespace:
         folder = getattr(args, name)
         if folder and not folder.is_dir():
             parser.error(f"--{name.replace('_', '-')}: no folder {folder}")
+    for name in ("out", "work"):
+        if (reason := why_not_writable(getattr(args, name), folder=True)) is not None:
+            parser.error(f"--{name} {getattr(args, name)}: can't be written: {reason}")
     return args
 
 

@@ -207,6 +207,45 @@ class TestRefusals:
             cache.check_integrity()
         assert same_state(before, state(model))
 
+    @torch.no_grad()
+    def test_host_memory_holds_for_all_caches_together(self, tiny_model, ids):
+        model = tiny_model()
+        slab = 2 * 2 * 2 * 8 * 4 * 16  # keys and values of two layers and heads, fp32: 16 tokens
+        limit = 9 * slab
+        config = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, slab_blocks=1, host_memory=limit)
+        with attach(model, config) as engine:
+
+            def filled(tokens: int):
+                cache = engine.new_cache()
+                model(ids(tokens), **with_cache(model, cache))
+                return cache
+
+            one, two = filled(80), filled(64)
+            assert engine.stats.host_kv_bytes == limit
+            with pytest.raises(HostMemoryError, match=r"1 × 1 tokens needs .* host_memory allows 0 bytes"):
+                filled(1)
+            with pytest.raises(HostMemoryError, match=r"host_memory allows 36\.00 KiB, and this engine's caches hold"):
+                copy.deepcopy(two)
+            with pytest.raises(HostMemoryError, match="1 × 81 tokens needs"):
+                model(ids(1), **with_cache(model, one))
+            assert engine.runtime.memory.lent_bytes == limit  # what failed has returned what it took
+            del two
+            assert engine.runtime.memory.lent_bytes == 5 * slab
+            model(ids(1), **with_cache(model, one))
+            assert engine.stats.host_kv_bytes == 6 * slab
+            one.check_integrity()
+
+    @torch.no_grad()
+    def test_host_memory_holds_before_the_first_tensors_show_their_shape(self, tiny_model, ids):
+        model = tiny_model()
+        config = OffloadConfig(predictor="ema", budget=64, sink=16, recent=16, slab_blocks=1, host_memory=2**14)
+        with attach(model, config) as engine:
+            engine.runtime.room.shapes.update(dict.fromkeys(engine.runtime.room.shapes))
+            with pytest.raises(
+                HostMemoryError, match=r"more of host memory for KV blocks: host_memory allows 16.00 KiB"
+            ):
+                model(ids(200), **with_cache(model, engine.new_cache()))
+
 
 def _offloaded(model):
     cache = DynamicCache(config=model.config)
@@ -292,7 +331,7 @@ class TestCaches:
         with attach(model, OffloadConfig(predictor="ema", skip_layers=(0,))) as engine:
             cache = engine.new_cache()
             model(ids(80), **with_cache(model, cache))
-            assert type(cache.layers[0]) is DynamicLayer
+            assert isinstance(cache.layers[0], DynamicLayer)
             assert cache.layers[0].keys.shape[2] == 80
             assert cache.layers[1].blocks.store.length == 80
             assert set(engine.stats.device_bytes) == {1}

@@ -772,15 +772,3 @@ def test_a_token_of_perplexity_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> N
     rows = json.loads(capsys.readouterr().out)["timings"]
     assert {row["name"] for row in rows} == set(BUILT_IN)
     assert all(row["token_ms"] > 0 for row in rows)
-
-
-@pytest.mark.parametrize("command", ["bench decode", "bench throughput"])
-def test_a_plot_that_cannot_be_written_is_refused_before_work(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "folder.png").mkdir()
-    reasons = {"file/sub/plot.png": "file is not a directory", "folder.png": "it is a directory"}
-    for name, reason in reasons.items():
-        assert main([*command.split(), "--shape", "tiny", "--plot", str(tmp_path / name)]) == 2
-        assert re.search(rf"--plot .*{name}: can't be written: .*{reason}\n", capsys.readouterr().err)

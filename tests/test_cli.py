@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from conftest import POCKET
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 
-from attention_predictor.cli import COMMANDS, main
+from attention_predictor import cli, writing
+from attention_predictor.cli import COMMANDS, main, make_parser
 from attention_predictor.errors import CheckpointError, ConfigError
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.generate import _run
@@ -306,3 +308,84 @@ def test_processes_do_not_share_standard_input() -> None:
     args, launcher = argparse.Namespace(prompt=None, prompt_file=None), SimpleNamespace(count=2)
     with pytest.raises(ConfigError, match="2 processes can't share standard input; allowed are --prompt"):
         _run(args, launcher)
+
+
+# Commands that write, with what else they need: (option, whether it names a directory), in words of the command line.
+WRITING = {
+    "analyze": ("--data d", {"--out": True, "--plot": False}),
+    "prune": ("--layers 1 --data d --sweep d", {"--out": True, "--plot": False}),
+    "record": ("--data d", {"--out": True}),
+    "report": ("run", {"--out": True}),
+    "train": ("--data d", {"--out": True}),
+    "bench decode": ("--shape tiny", {"--out": False, "--plot": False}),
+    "bench policies": ("--shape tiny", {"--out": False}),
+    "bench throughput": ("--shape tiny", {"--out": False, "--plot": False}),
+    "eval continuation": ("--data d", {"--out": True}),
+    "eval longbench": ("--data d", {"--out": True}),
+    "eval needle": ("--data d", {"--out": True}),
+    "eval perplexity": ("--data d", {"--out": True}),
+    "eval reasoning": ("--data d", {"--out": True}),
+    "eval recovery": ("--data d", {"--out": True}),
+    "eval recovery-map": ("--data d", {"--out": True}),
+    "eval ruler": ("--data d", {"--out": True}),
+    "eval synthetic": ("--data d", {"--out": True}),
+}
+
+
+class TestOutputs:
+    def test_every_command_that_writes_is_here(self):
+        def paths(parser: argparse.ArgumentParser, name: str = ""):
+            for action in parser._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    for command, one in action.choices.items():
+                        yield from paths(one, f"{name} {command}".strip())
+                elif {"--out", "--plot"} & {*action.option_strings} and action.nargs != 0:
+                    yield name, action.option_strings[0]
+
+        found = set(paths(make_parser()))
+        assert found == {(name, option) for name, (_, options) in WRITING.items() for option in options}
+
+    @pytest.mark.parametrize("command", WRITING)
+    def test_one_that_cannot_be_written_is_refused_before_work(self, capsys, tmp_path, monkeypatch, command):
+        monkeypatch.setattr(cli, "_implementation", lambda module: pytest.fail("work was begun"))
+        (tmp_path / "file.png").write_text("")
+        (tmp_path / "folder.png").mkdir()
+        needed, options = WRITING[command]
+        for option, folder in options.items():
+            reasons = {"file.png/new/a.png": "file.png is not a directory"}
+            reasons |= {"file.png": "is not a directory"} if folder else {"folder.png": "it is a directory"}
+            for name, reason in reasons.items():
+                given = {other: str(tmp_path / f"{other}.png") for other in options} | {option: str(tmp_path / name)}
+                line = fails(
+                    capsys, *command.split(), *needed.split(), *(one for pair in given.items() for one in pair)
+                )
+                assert f"{option} {tmp_path / name}: can't be written: " in line
+                assert line.endswith(reason)
+        assert {one.name for one in tmp_path.iterdir()} == {"file.png", "folder.png"}
+
+    def test_one_that_is_not_permitted(self, capsys, tmp_path, monkeypatch):
+        monkeypatch.setattr(cli, "_implementation", lambda module: pytest.fail("work was begun"))
+        monkeypatch.setattr(writing.os, "access", lambda path, mode: path != tmp_path)
+        line = fails(capsys, "report", "run", "--out", tmp_path / "new")
+        assert line.endswith(f"--out {tmp_path / 'new'}: can't be written: {tmp_path} can't be written to")
+
+    @pytest.mark.parametrize("given", ["plant_tasks.py --data d", "explore_predictor.py --data d", "sweep_models.py"])
+    def test_of_a_script(self, capsys, tmp_path, monkeypatch, given):
+        script, *arguments = given.split()
+        path = POCKET.parents[1] / "scripts" / script
+        monkeypatch.setattr(sys, "argv", [script, *arguments, "--out", str(tmp_path)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(path), run_name="__main__")
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.endswith(f"--out {tmp_path}: can't be written: it is a directory\n")
+
+    @pytest.mark.parametrize("given", ["compare_kvpress.py --model m --data d", "train_pocket_lm.py --corpus {}"])
+    def test_of_a_script_that_fills_a_folder(self, capsys, tmp_path, monkeypatch, given):
+        script, *arguments = given.format(tmp_path).split()
+        (tmp_path / "file").write_text("")
+        monkeypatch.setattr(sys, "argv", [script, *arguments, "--out", str(tmp_path / "file")])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(POCKET.parents[1] / "scripts" / script), run_name="__main__")
+        assert stop.value.code == 2
+        place = tmp_path / "file"
+        assert capsys.readouterr().err.endswith(f"--out {place}: can't be written: {place} is not a directory\n")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import make_tiny_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attention_predictor import OffloadConfig, attach
@@ -135,6 +136,22 @@ def test_weights_that_hooks_bring(hooked: PreTrainedModel, folder: Path, ids: Ca
     assert torch.equal(hooked.generate(ids(150), **given), stock)  # detached
 
 
+def padded(prompt: Tensor) -> dict[str, Any]:
+    """Arguments of ``generate`` for a prompt whose first sequence has padding on the left."""
+    mask = torch.ones_like(prompt)
+    mask[0, :9] = 0
+    return {"input_ids": prompt, "attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
+
+
+def test_layers_that_are_not_offloaded_and_padding(
+    hooked: PreTrainedModel, folder: Path, ids: Callable[..., Any]
+) -> None:
+    given = padded(ids(150, 2))
+    stock = loaded(folder).generate(**given)
+    with attach(hooked, OffloadConfig(budget=4096, skip_layers=(0, 3))):
+        assert torch.equal(hooked.generate(**given), stock)
+
+
 def split_in_two(engine: Engine) -> None:
     """Give the upper layers a stage of their own, as if they were on another device."""
     stages = dict(engine.runtime.stage_of)
@@ -248,6 +265,13 @@ class TestOnGPUs:
             assert stats.captured_steps == 0
             assert any("in place of captured steps" in one for one in stats.fallbacks) == (policy != "full")
         assert torch.equal(model.generate(prompt, **given), stock)
+
+    def test_layers_that_are_not_offloaded_and_padding(self, over_gpus: Any, ids: Callable[..., Any]) -> None:
+        model, _ = over_gpus
+        given = padded(ids(300, 2).to(FIRST))
+        stock = model.generate(**given)
+        with attach(model, OffloadConfig(budget=4096, skip_layers=(0, 3))):
+            assert torch.equal(model.generate(**given), stock)
 
     @pytest.mark.parametrize("settings", [{}, {"budget_allocation": "cake-heads"}, {"policy": "quest"}])
     def test_the_selection_of_one_gpu(

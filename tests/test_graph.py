@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from attention_predictor import OffloadConfig, attach
-from attention_predictor.errors import ConfigError
+from attention_predictor.errors import ConfigError, HostMemoryError
 from attention_predictor.offload.hf import graph as graph_module
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.policy_names import BUILT_IN
@@ -242,6 +242,27 @@ def test_the_host_takes_the_cache_back(emulated, tiny_model, ids, host_kv: str) 
             assert cache.get_seq_length() == 230 + 5 + 4 + 9 + 3 - 6 + 3
         outputs.append(torch.cat(logits, 1))
     torch.testing.assert_close(outputs[1], outputs[0], atol=2e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_the_limit_on_host_memory_holds(emulated, tiny_model, ids) -> None:
+    """Steps reserve no memory beyond it: the host takes the last one that fits."""
+    model, prompt = tiny_model("llama"), ids(193)
+    limit = 2 * 2 * 2 * 8 * 4 * 192  # keys and values of two layers and heads, fp32: 192 tokens, whole slabs
+    outputs = []
+    for host_memory in (None, limit):
+        with attach(model, OffloadConfig(**SETTINGS, prefetch="graph", host_memory=host_memory)) as engine:
+            given = with_cache(model, engine.new_cache())
+            outputs.append([model(prompt[:, :185], **given).logits[:, -1:]])
+            outputs[-1] += [model(prompt[:, token : token + 1], **given).logits for token in range(185, 192)]
+            if host_memory is not None:
+                assert engine.stats.captured_steps == 6
+                (message,) = engine.stats.fallbacks
+                assert "captured steps: room for 1 × 256 tokens is 64.00 KiB of host memory: host_memory" in message
+                assert engine.stats.host_kv_bytes == engine.runtime.memory.lent_bytes == limit
+                with pytest.raises(HostMemoryError, match="1 × 193 tokens needs"):
+                    model(prompt[:, 192:], **given)
+    torch.testing.assert_close(torch.cat(outputs[1]), torch.cat(outputs[0]), atol=2e-4, rtol=1e-3)
 
 
 def test_interrupted_steps_make_the_cache_unusable(emulated, tiny_model, ids, monkeypatch) -> None:

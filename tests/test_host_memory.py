@@ -74,6 +74,17 @@ class TestLending:
         assert not tensor.is_inference()
         assert HostMemory().lend((3, 0), torch.float32)[0].numel() == 0
 
+    def test_a_limit_counts_living_slabs(self) -> None:
+        memory = HostMemory(limit=3 * PAGE)
+        slabs = [slab(memory, PAGE) for _ in range(3)]
+        with pytest.raises(HostMemoryError, match=r"bytes more of host memory .* host_memory allows .* caches hold"):
+            slab(memory, 1)
+        assert memory.lent_bytes == 3 * PAGE
+        del slabs[0]
+        assert memory.lent_bytes == 2 * PAGE
+        slabs.append(slab(memory, PAGE))
+        memory.check_integrity()
+
     def test_slabs_never_share_memory(self) -> None:
         memory = HostMemory()
         slabs = [slab(memory, 100 + 37 * number).fill_(number) for number in range(40)]

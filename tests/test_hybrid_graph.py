@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from emulated import emulate_steps
+from own_masks import give_mask
 from recorded_steps import recorded_steps
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -219,6 +220,48 @@ def test_what_assisted_decoding_asks_of_windows_goes_by_the_thread(steps, tiny_m
         assert engine.stats.captured_steps == 1
         (message,) = engine.stats.fallbacks
         assert message.endswith("layer 0 records its past, as assisted decoding asks")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "skipped", "captured"),
+    [
+        ("dilated", (0,), 0), ("window", (0,), 0), ("biased", (0,), 0), ("start", (0,), 0), ("prefix", (0,), 12),
+        ("dilated", (), 0), ("window", (), 0), ("start", (), 0), ("prefix", (), 12),
+    ],
+)  # fmt: skip
+def test_a_layer_with_a_mask_of_its_own(steps, tiny_model, ids, kind: str, skipped: tuple, captured: int) -> None:
+    """Captured steps read no mask: they are taken only where the model's own mask says what they compute."""
+    model, prompt = tiny_model("llama"), ids(112)
+    number = 0 if skipped else 1
+    give_mask(model, number, kind)
+
+    def logits(cache: Cache) -> list[Tensor]:
+        return [forward(model, cache, part) for part in prompt.split([100] + [1] * 12, dim=1)]
+
+    stock = logits(DynamicCache(config=model.config))
+    with attach(model, OffloadConfig(**EXACT, skip_layers=skipped)) as engine:
+        close(logits(engine.new_cache()), stock)
+        assert engine.stats.captured_steps == captured
+        reasons = [line.partition("captured steps: ")[2] for line in engine.stats.fallbacks]
+        assert reasons == [f"layer {number} has a mask that captured steps don't compute"] * (not captured)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skipped", [(0,), ()])
+def test_a_copy_keeps_what_is_known_of_masks(steps, tiny_model, ids, skipped: tuple) -> None:
+    model, prompt = tiny_model("llama"), ids(106)
+    number = 0 if skipped else 1
+    give_mask(model, number, "dilated")
+    with attach(model, OffloadConfig(**EXACT, skip_layers=skipped)) as engine:
+        cache = engine.new_cache()
+        forward(model, cache, prompt[:, :100])
+        copies = copy.deepcopy(cache), cache
+        logits = [[forward(model, one, token) for token in prompt[:, 100:].split(1, dim=1)] for one in copies]
+        close(*logits)
+        assert engine.stats.captured_steps == 0
+        (line,) = engine.stats.fallbacks
+        assert line.endswith(f"layer {number} has a mask that captured steps don't compute")
 
 
 def test_prompt_lookup(steps, tiny_model, ids) -> None:

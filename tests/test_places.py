@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import re
 
 import pytest
 import torch
 from emulated import emulate_steps
+from own_masks import give_mask
 from torch import Tensor
 
-from attention_predictor import HostMemoryError, OffloadConfig, attach
+from attention_predictor import AttachError, HostMemoryError, OffloadConfig, attach
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.places import Places, why_no_place
@@ -103,8 +105,44 @@ def test_a_place_returns_its_memory_and_refuses_what_is_too_long(device, tiny_mo
         with pytest.raises(HostMemoryError, match="room for 200 tokens, the sequence has 199"):
             places.put(0, prefilled(engine, ids(199).to(device))[0])
         del places, like
+        engine.runtime.drain()  # of the last prompt, whose fetch would keep its memory
         gc.collect()
         assert engine.runtime.memory.lent_bytes == before
+
+
+@pytest.mark.parametrize("kind", ["dilated", "start"])
+def test_a_sequence_with_a_mask_of_its_own_gets_none(device, tiny_model, ids, kind: str) -> None:
+    model = tiny_model("llama").to(device)
+    with attach(model, OffloadConfig(**SETTINGS | EMA)) as engine:
+        places = Places(engine.captured, prefilled(engine, ids(130).to(device))[0], 2, 300)
+        give_mask(model, 1, kind)
+        odd, _ = prefilled(engine, ids(100).to(device))
+        for cache in (odd, copy.deepcopy(odd)):
+            assert why_no_place(cache) == "layer 1 has a mask that captured steps don't compute"
+            with pytest.raises(AttachError, match="layer 1 has a mask that captured steps don't compute"):
+                places.put(0, cache)
+
+
+@torch.no_grad()
+def test_copies_and_places_keep_within_host_memory(device, tiny_model, ids) -> None:
+    """The limit is of all caches together, whichever way they come."""
+    model = tiny_model("llama").to(device)
+    limit = 2 * 2 * 2 * 8 * 4 * 64 * 9  # keys and values of two layers and heads, fp32: nine slabs of 64 tokens
+    with attach(model, OffloadConfig(**SETTINGS | EMA, host_memory=limit)) as engine:
+        like, _ = prefilled(engine, ids(130).to(device))  # three slabs
+        places = Places(engine.captured, like, 2, 192)  # six
+        assert engine.runtime.memory.lent_bytes == limit
+        assert places.host_bytes == limit * 6 // 9
+        with pytest.raises(HostMemoryError, match="host_memory allows"):
+            copy.deepcopy(like)
+        with pytest.raises(HostMemoryError, match="host_memory allows"):
+            Places(engine.captured, like, 2, 64)
+        places.put(1, like)
+        assert engine.runtime.memory.lent_bytes == limit
+        del places
+        again = copy.deepcopy(like)
+        assert engine.runtime.memory.lent_bytes == limit * 6 // 9
+        again.check_integrity()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from emulated import emulate_steps
+from own_masks import give_mask
 from tiny_models import VOCABULARY
 
 from attention_predictor import (
@@ -106,6 +107,24 @@ def test_captured_steps_of_several_requests(monkeypatch, tiny_model, ids, policy
         assert collect(engine.stream(requests, places=3, prefill_chunk_size=None))[0] == expected
         assert 0 < engine.stats.captured_steps - before < before  # steps are shared
         assert engine.runtime.memory.lent_bytes == 0
+
+
+@pytest.mark.slow
+def test_only_those_whose_masks_it_computes_share_a_captured_step(monkeypatch, tiny_model, ids):
+    emulate_steps(monkeypatch)
+    model = tiny_model()
+    give_mask(model, 1, "long")
+    with attach(model, config(prefetch="graph")) as engine:
+        requests = [
+            Request(input_ids=prompt, max_new_tokens=5 + number, eos_token_id=NO_END)
+            for number, prompt in enumerate(prompts(ids, (70, 130, 67, 85)))
+        ]
+        expected = {request: one_by_one(engine, request) for request in requests}
+        alone = engine.stats.captured_steps
+        assert collect(engine.stream(requests, places=3, prefill_chunk_size=None))[0] == expected
+        assert 0 < engine.stats.captured_steps - alone < alone  # steps are shared
+        (line,) = engine.stats.fallbacks
+        assert line.endswith("layer 1 has a mask that captured steps don't compute")
 
 
 def test_hybrid_models_and_sampling(tiny_model, ids):
@@ -253,6 +272,26 @@ class TestMemory:
             assert engine.runtime.memory.lent_bytes == 0
             with pytest.raises(HostMemoryError, match="host_memory allows"):
                 engine.generate([ids(20)[0], ids(200)[0]], max_new_tokens=2)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("more", [0, 16])
+    def test_captured_steps_reserve_nothing_that_others_were_promised(self, monkeypatch, tiny_model, ids, more):
+        """The first one's steps would take a slab more than it needs just before the other's prompt needs that."""
+        emulate_steps(monkeypatch)
+        model = tiny_model()
+        with attach(model, config()) as engine:
+            needed = sum(self.bytes_of(engine, tokens) for tokens in (96, 112))
+            limit = needed + self.bytes_of(engine, more)
+        with attach(model, config(prefetch="graph", host_memory=limit)) as engine:
+            lengths = {94: 3, 108: 5}
+            requests = [
+                Request(input_ids=ids(n)[0], max_new_tokens=new, eos_token_id=NO_END) for n, new in lengths.items()
+            ]
+            expected = {request: one_by_one(engine, request) for request in requests}
+            tokens, endings = collect(engine.stream(requests, places=2))
+            assert [ending.reason for ending in endings.values()] == ["length"] * 2
+            assert tokens == expected
+            assert engine.runtime.memory.lent_bytes == 0
 
     @pytest.mark.parametrize("error", [HostMemoryError, torch.OutOfMemoryError])
     @pytest.mark.parametrize("when", ["prefill", "decoding"])

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attention_predictor.arguments import check_output
 from attention_predictor.errors import ConfigError
 from attention_predictor.figures import save_figure
-from attention_predictor.writing import why_not_writable
 
 FORMATS = (".png", ".svg", ".pdf")
 # Distinct in print and for colour-blind readers (Okabe and Ito 2008); ours are the strong ones.
@@ -22,8 +22,7 @@ def check_plot(path: Path | None) -> None:
         return
     if path.suffix not in FORMATS:
         raise ConfigError(f"--plot {path}: expected a name that ends in one of {', '.join(FORMATS)}")
-    if (reason := why_not_writable(path)) is not None:
-        raise ConfigError(f"--plot {path}: can't be written: {reason}")
+    check_output("--plot", path)
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'attention-predictor[train]'")
 

@@ -121,9 +121,18 @@ class HostMemory:
     Slabs may be borrowed and die on any thread. Segments stay until ``close``, or until their memory is needed.
     """
 
-    def __init__(self, pin_for: Sequence[torch.device] = (), note: Callable[[str], None] = logger.warning) -> None:
-        """``pin_for``: the GPUs that use the memory; ``note`` is called with a message if pinning fails."""
-        self.pin_for, self.note = tuple(pin_for), note
+    def __init__(
+        self,
+        pin_for: Sequence[torch.device] = (),
+        note: Callable[[str], None] = logger.warning,
+        limit: int | None = None,
+    ) -> None:
+        """``pin_for``: the GPUs that use the memory; ``note`` is called with a message if pinning fails.
+
+        ``limit``: most bytes that are lent at a time; ``None``: what the system has available.
+        """
+        self.pin_for, self.note, self.limit = tuple(pin_for), note, limit
+        self._lent_bytes = 0
         self._refused = False
         self._segments: list[Segment] = []
         self._full: dict[int, int] = {}  # by size: number of leading segments without a large enough span
@@ -139,8 +148,10 @@ class HostMemory:
 
     @property
     def lent_bytes(self) -> int:
-        """Bytes of the slabs that are alive."""
-        return self.held_bytes - self.free_bytes
+        """Bytes of the slabs that are alive, each in whole spans."""
+        with self._lock:
+            self._collect()
+            return self._lent_bytes
 
     @property
     def unready_bytes(self) -> int:
@@ -158,20 +169,26 @@ class HostMemory:
         """A slab, uninitialised, and whether it is pinned.
 
         Raises:
-            HostMemoryError: Too little memory is available.
+            HostMemoryError: It would pass the limit, or too little memory is available.
         """
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype), True
-        room = _aligned(nbytes)
+        room = aligned(nbytes)
         with self._lock:
             self._collect()
+            if self.limit is not None and self._lent_bytes + room > self.limit:
+                raise HostMemoryError(
+                    f"{size_text(room)} more of host memory for KV blocks: host_memory allows {size_text(self.limit)}, "
+                    f"and this engine's caches hold {size_text(self._lent_bytes)}"
+                )
             if (found := self._find(room)) is None:
                 self._add(room)
                 found = self._find(room)
                 assert found is not None
             segment, start = found
             segment.take(start, room)
+            self._lent_bytes += room
         try:
             segment.ready.result()
             with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
@@ -196,7 +213,7 @@ class HostMemory:
             spans = [(size, segment) for segment in self._segments for _, size in segment.free]
             counted: list[Segment] = []
             for nbytes, count in slabs:
-                room = _aligned(nbytes)
+                room = aligned(nbytes)
                 for at, (size, segment) in enumerate(spans):
                     if taken := min(size // room, count):
                         spans[at] = size - taken * room, segment
@@ -292,6 +309,7 @@ class HostMemory:
         while self._returned:
             segment, start, nbytes = self._returned.popleft()
             segment.put_back(start, nbytes)
+            self._lent_bytes -= nbytes
             self._full.clear()
         if self._closed:
             for segment in [one for one in self._segments if one.is_free]:
@@ -303,5 +321,6 @@ def _wait_for(gpus: Sequence[torch.device]) -> None:
         torch.cuda.synchronize(gpu)
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """Bytes of the span that is lent for so many."""
     return ceil_div(nbytes, ALIGNMENT) * ALIGNMENT

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import HostMemoryError
 from attention_predictor.offload.blocks.available_memory import available_memory
 from attention_predictor.offload.blocks.block_codec import stored_bytes
-from attention_predictor.offload.blocks.host_memory import SPARE_BYTES, HostMemory
+from attention_predictor.offload.blocks.host_memory import SPARE_BYTES, HostMemory, aligned
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.ranks import Ranks
 from attention_predictor.sizes import size_text
@@ -23,6 +24,15 @@ class KVShape(NamedTuple):
     kv_heads: int
     head_dim: int
     itemsize: int
+
+
+class Growing(Protocol):
+    """A cache to which memory may be promised."""
+
+    @property
+    def room(self) -> int:
+        """Tokens that allocated host memory can hold."""
+        ...
 
 
 class Room:
@@ -48,6 +58,8 @@ class Room:
         self.ranks = ranks
         self.slab_tokens = config.slab_blocks * config.block_size
         self._tight = False  # too little memory to reserve GROWTH tokens
+        # By living cache: its sequences, and the tokens that each will have.
+        self._promises: WeakKeyDictionary[Growing, tuple[int, int]] = WeakKeyDictionary()
 
     def set_shape(self, number: int, shape: KVShape) -> None:
         """Set a layer's KV shape, found from its first tensors."""
@@ -57,7 +69,8 @@ class Room:
         """Bytes of a cache of these sequences, in whole slabs, over layers of known shape."""
         slabs = ceil_div(tokens, self.slab_tokens)
         known = (shape for shape in self.shapes.values() if shape is not None)
-        return batch * sum(slabs * self._slab_bytes(shape) + self._open_bytes(shape) for shape in known)
+        spans = ((slabs, self._slab_bytes(shape), self._open_bytes(shape)) for shape in known)
+        return sum(slabs * aligned(batch * slab) + aligned(batch * rest) for slabs, slab, rest in spans)
 
     def _slab_bytes(self, shape: KVShape) -> int:
         """Bytes of a slab of one sequence."""
@@ -76,6 +89,40 @@ class Room:
         # With a limit on host memory, reserve no more than the next slab.
         growth = self.slab_tokens if self._tight or self.config.host_memory is not None else GROWTH
         return ((tokens + 2) // growth + 1) * growth
+
+    def promise(self, cache: Growing, *, batch: int, tokens: int) -> None:
+        """Keep ``host_memory`` for a cache's growth to ``tokens``: captured steps of others reserve none of it."""
+        self._promises[cache] = batch, tokens
+
+    def promised_beside(self, cache: Growing) -> int:
+        """Bytes that other caches, alive and promised to, will still take."""
+        others = [(one.room, *promise) for one, promise in self._promises.items() if one is not cache]
+        return sum(max(self.bytes_for(batch, tokens) - self._held(batch, room), 0) for room, batch, tokens in others)
+
+    def _held(self, batch: int, room: int) -> int:
+        """Bytes of a cache that has room for these tokens."""
+        return self.bytes_for(batch, room) if room else 0
+
+    def why_not_ahead(self, *, batch: int, tokens: int, room: int, promised: int = 0) -> str | None:
+        """Why ``host_memory`` lets captured steps that begin at ``tokens`` reserve no memory; ``None`` if it does.
+
+        ``room``, ``promised``: as in ``check``.
+        """
+        if self.config.host_memory is None:
+            return None
+        ahead = self.captured_tokens(tokens)
+        needed, limit = self.bytes_for(batch, ahead), self._allowed(batch, room) - promised
+        if ahead <= room or needed <= limit:
+            return None
+        return (
+            f"room for {batch} × {ahead} tokens is {size_text(needed)} of host memory: "
+            f"host_memory allows {size_text(max(limit, 0))}"
+        )
+
+    def _allowed(self, batch: int, room: int) -> int:
+        """Bytes that ``host_memory`` allows a cache that has room for these tokens, beside all other caches."""
+        assert self.config.host_memory is not None
+        return self.config.host_memory - (self.memory.lent_bytes - self._held(batch, room))
 
     def check(self, *, batch: int, tokens: int, room: int, promised: int = 0) -> None:
         """Refuse a cache that does not fit. Also decides how much memory captured steps reserve ahead.
@@ -97,13 +144,11 @@ class Room:
 
     def _check(self, batch: int, tokens: int, room: int, promised: int) -> None:
         needed = self.bytes_for(batch, tokens)
-        own = self.bytes_for(batch, room) if room else 0
         if self.config.host_memory is not None:
-            limit = self.config.host_memory - (self.memory.lent_bytes - own) - promised
-            source = "host_memory allows"
+            limit, source = self._allowed(batch, room) - promised, "host_memory allows"
         else:
             share = (available_memory() - SPARE_BYTES) // self.ranks.on_host
-            limit = share - self.memory.unready_bytes + self.memory.free_bytes + own - promised
+            limit = share - self.memory.unready_bytes + self.memory.free_bytes + self._held(batch, room) - promised
             source = "the system has available"
             self._tight = self.captures and self.bytes_for(batch, (tokens // GROWTH + 1) * GROWTH + GROWTH) > limit
         if needed > limit:
@@ -116,7 +161,7 @@ class Room:
         """Start allocating, in the background, the memory that ``check`` found to fit."""
         if tokens <= room:
             return
-        if self.captures:
+        if self.captures and self.why_not_ahead(batch=batch, tokens=tokens, room=room) is None:
             tokens = self.captured_tokens(tokens)
         slabs = ceil_div(tokens, self.slab_tokens) - room // self.slab_tokens
         known = [shape for shape in self.shapes.values() if shape is not None]

@@ -213,7 +213,7 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig, placement: Plac
     budgets = first_budgets(config, len(layers), heads.pop() if len(heads) == 1 else None)
     stats = Stats(prefetch=_prefetch(config, placement), evicts=policy_class(config.policy).evicts)
     devices = list(dict.fromkeys(placement.layers.values()))
-    memory = HostMemory([device for device in devices if device.type == "cuda"])
+    memory = HostMemory([device for device in devices if device.type == "cuda"], limit=config.host_memory)
     captures = config.prefetch in CAPTURING and placement.has_gpu and placement.why_not_captured is None
     captures = captures and policy_class(config.policy).why_never_captured(config) is None
     stages = {device: _make_stage(config, device, text_config.num_hidden_layers) for device in devices}

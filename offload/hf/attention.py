@@ -17,6 +17,7 @@ from attention_predictor.offload.attention.dense import Terms, attend_prompt
 from attention_predictor.offload.hf.fixed_layer import FixedLayer
 from attention_predictor.offload.hf.handed import HANDLE
 from attention_predictor.offload.hf.layer import TieredLayer, as_under_autocast
+from attention_predictor.offload.hf.watched import WatchedLayer
 
 NAME = "attention_predictor"
 
@@ -52,7 +53,10 @@ def tiered_attention(
         AttachError: The model needs something that tiered attention does not support, or changed the keys, values or
             mask that the cache and ``tiered_mask`` returned.
     """
-    layer: TieredLayer | FixedLayer | None = getattr(key, HANDLE, None)
+    layer: TieredLayer | FixedLayer | WatchedLayer | None = getattr(key, HANDLE, None)
+    if isinstance(layer, WatchedLayer):
+        layer.see(query, key, attention_mask)
+        layer = None
     if biases := sorted(name for name, given in kwargs.items() if "bias" in name and given is not None):
         raise AttachError(f"{type(module).__name__} adds {', '.join(biases)} to its logits: not supported")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from attention_predictor.errors import AttachError, IntegrityError
 from attention_predictor.offload.hf.layer import TieredLayer
+from attention_predictor.offload.hf.watched import watch
 from attention_predictor.offload.policies.allocation import PromptAllocation
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def adopt(cache: Cache, runtime: Runtime) -> None:
         runtime.config, [number for number in range(len(layers)) if number in tiered], runtime.ranks
     )
     cache.layers = [
-        TieredLayer(runtime, number, allocation) if number in tiered else layer
+        TieredLayer(runtime, number, allocation) if number in tiered else watch(layer)
         for number, layer in enumerate(layers[: runtime.layers])  # some configurations count an encoder's
     ]
     cache.layer_class_to_replicate = None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import AttachError
@@ -23,7 +23,9 @@ from attention_predictor.offload.attention.dense import Terms
 from attention_predictor.offload.attention.sparse import Reach, attend_slots, why_no_kernel
 from attention_predictor.offload.blocks.ring import Ring, RingTable, slots_for
 from attention_predictor.offload.hf.handed import Handed, hand_over
+from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import layer_config
+from attention_predictor.offload.hf.watched import WATCHED, WatchedLayer
 
 if TYPE_CHECKING:
     from attention_predictor.offload.hf.layer import StepGraph
@@ -37,7 +39,7 @@ def why_not_fixed(layer: object, number: int) -> str | None:
     name = type(layer).__name__
     if name == EMPTY or isinstance(layer, FixedLayer):
         return None
-    if not isinstance(layer, DynamicLayer) or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if not isinstance(layer, WatchedLayer) or type(layer) not in WATCHED.values():
         return f"layer {number} keeps a {name} of transformers, whose tensors move as it grows"
     if not layer.is_initialized or layer.keys is None or layer.keys.dim() != 4:
         return f"layer {number} has no keys of its own"
@@ -45,7 +47,16 @@ def why_not_fixed(layer: object, number: int) -> str | None:
         return f"layer {number} records its past, as assisted decoding asks"
     if isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window < 2:
         return f"layer {number} has a window of {layer.sliding_window} tokens"
+    if layer.differs is None:
+        return f"layer {number}: the model's attention does not get the keys of its cache"
+    if layer.differs:
+        return differing_mask(number)
     return None
+
+
+def differing_mask(number: int) -> str:
+    """Why steps can't be captured over a layer to which the model gives a mask of its own."""
+    return f"layer {number} has a mask that captured steps don't compute"
 
 
 def is_chunked(config: PreTrainedConfig, number: int) -> bool:
@@ -54,6 +65,21 @@ def is_chunked(config: PreTrainedConfig, number: int) -> bool:
     if types is not None:
         return bool(types[number] == "chunked_attention")
     return getattr(layer_config(config, number), "sliding_window", None) is None
+
+
+def reach_of(layer: DynamicLayer, number: int, config: PreTrainedConfig, padding_B: Tensor | None) -> Reach:
+    """What a captured step lets a token of this layer of transformers see."""
+    window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else 0
+    chunked = bool(window) and is_chunked(config, number)
+    return Reach(padding_B, 0 if chunked else window, window if chunked else 0)
+
+
+def compare_masks(cache: Cache, config: PreTrainedConfig, tokens: int) -> None:
+    """Compare what the forward just done let the newest of ``tokens`` tokens see with what captured steps would."""
+    padding_B = next((layer.hidden_B for layer in cache.layers if isinstance(layer, TieredLayer)), None)
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, WatchedLayer):
+            layer.compare(reach_of(layer, number, config, padding_B), tokens)
 
 
 class FixedLayer(CacheLayerMixin):
@@ -93,8 +119,7 @@ class FixedLayer(CacheLayerMixin):
         self._cache_graph = weakref.ref(cache_graph)
         self.length = int(stock.get_seq_length())
         window = stock.sliding_window if isinstance(stock, DynamicSlidingWindowLayer) else 0
-        chunked = bool(window) and is_chunked(runtime.text_config, number)
-        self.reach = Reach(padding_B, 0 if chunked else window, window if chunked else 0)
+        self.reach = reach_of(stock, number, runtime.text_config, padding_B)
         self.kept = window - 1 if window else tokens  # tokens that the stock layer keeps
         size, key_BGTD, value_BGTD = runtime.config.block_size, stock.keys, stock.values
         assert key_BGTD is not None  # as ``why_not_fixed`` has found

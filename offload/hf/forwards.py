@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from attention_predictor.errors import AttachError, ContextLengthError
 from attention_predictor.offload.hf.attachment import Attachment
 from attention_predictor.offload.hf.cache import TieredCache, adopt, describe_unevenness, is_tiered
+from attention_predictor.offload.hf.fixed_layer import compare_masks
 from attention_predictor.offload.hf.graph import CapturedSteps
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import CACHE_NAMES, cache_argument
@@ -105,6 +106,7 @@ class Forwards:
                 return result
         output = own(**given)
         self._check_done(cache, before, *call.tokens)
+        compare_masks(cache, self.text_config, before + call.tokens[1])
         return output
 
     # ---- before ----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from attention_predictor.offload.blocks.ring import RingTable
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.compiled import CompiledLayers
 from attention_predictor.offload.hf.experts import capturable_experts
-from attention_predictor.offload.hf.fixed_layer import FixedLayer, why_not_fixed
+from attention_predictor.offload.hf.fixed_layer import FixedLayer, differing_mask, why_not_fixed
 from attention_predictor.offload.hf.fused.modules import FusedModules
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.versions import CACHE_NAMES, cache_argument, changed
@@ -70,9 +70,13 @@ class CapturedSteps:
         elif entered or is_ready(cache):
             reason = (None if entered else self._failure) or why_unsupported_call(given, self.config)
             if reason is None and not entered:
-                reason = self._why_not_captured(cache, cache_graph)
+                reason = self._agreed(
+                    cache, lambda: why_not_captured(cache, cache_graph) or why_not_masked_alike(cache)
+                )
             if reason is None and not keeps_padding(cache, given.get("attention_mask")):
                 reason = "the attention mask does not hide exactly the prompt's left padding"
+            if reason is None and not (cache_graph is not None and cache_graph.has_room):
+                reason = self._agreed(cache, lambda: why_no_room(cache))
             if reason is None:
                 if cache_graph is None:
                     cache_graph = self._cache_graphs[cache] = CacheGraph(cache, self.forward, self.step_modules)
@@ -92,15 +96,15 @@ class CapturedSteps:
         self._cache_graphs[cache] = cache_graph
         return cache_graph
 
-    def _why_not_captured(self, cache: TieredCache, cache_graph: CacheGraph | None) -> str | None:
-        """``why_not_captured`` of the ranks together: they may differ in kernels and pinned memory.
+    def _agreed(self, cache: TieredCache, why_not: Callable[[], str | None]) -> str | None:
+        """The reason of the ranks together: they may differ in kernels, in host memory and in the masks of their heads.
 
         All else follows from the call and the cache, the same on each.
         """
         ranks = self.runtime.ranks
         if (reason := self._refused.get(cache)) is not None:
             return reason
-        reason = ranks.first(why_not_captured(cache, cache_graph))
+        reason = ranks.first(why_not())
         if reason is not None and ranks.count > 1:
             self._refused[cache] = reason
         return reason
@@ -131,6 +135,31 @@ def why_not_captured(cache: TieredCache, cache_graph: CacheGraph | None) -> str 
     if cache_graph is not None and cache_graph.wasted_captures >= MAX_WASTED_CAPTURES:
         return "the cache changes every few tokens for another reason, such as beam search"
     return None
+
+
+def why_not_masked_alike(cache: TieredCache, padding_B: Tensor | None = None) -> str | None:
+    """Which tiered layer's last mask hid anything but this left padding; ``None`` if none did.
+
+    The model may give a layer a mask of its own, and captured steps read none. Waits for the device if there was one.
+
+    Args:
+        padding_B: int64 on the device; by default the first tiered layer's.
+    """
+    tiered = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
+    if not any(layer.is_padded or layer.has_holes is not None for layer in tiered):
+        return None
+    expected_B = tiered[0].padding_B if padding_B is None else padding_B
+    odd = torch.stack([layer.hid_more_than(expected_B) for layer in tiered]).tolist()
+    return next((differing_mask(layer.number) for layer, one in zip(tiered, odd, strict=True) if one), None)
+
+
+def why_no_room(cache: TieredCache) -> str | None:
+    """Why captured steps can't reserve the memory that they need; ``None`` if they can."""
+    first = next(layer for layer in cache.layers if isinstance(layer, TieredLayer))
+    room = first.runtime.room
+    return room.why_not_ahead(
+        batch=first.batch, tokens=first.blocks.length, room=cache.room, promised=room.promised_beside(cache)
+    )
 
 
 def is_one_token(given: dict[str, Any]) -> bool:
@@ -231,8 +260,7 @@ class CacheGraph:
             position = torch.full_like(ids_B1, self._length())
         elif position.dim() == 2:
             position = position.expand_as(ids_B1)
-        # This token, and the next one, whose blocks are chosen in this step.
-        fits = self.entered and self._length() + 2 <= self.room
+        fits = self.has_room
         if self.entered and not (fits and self.ids_B1.shape == ids_B1.shape and self.position.shape == position.shape):
             self.leave()
         if not self.entered:
@@ -257,6 +285,11 @@ class CacheGraph:
             self.running = False
         # A copy: the next replay overwrites the graph's logits.
         return changed(output, cache=cache, logits=output.logits.clone())
+
+    @property
+    def has_room(self) -> bool:
+        """Whether steps have begun, and the next one has room: for its token, and the next, whose blocks it chooses."""
+        return self.entered and self._length() + 2 <= self.room
 
     def join_prefetch(self) -> None:
         """Make the model's stream wait for the prefetch stream."""
@@ -305,7 +338,7 @@ class CacheGraph:
         for layer in self.layers:
             layer.enter(self, self.schedule, self.length_B, self.room)
         self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-        padding_B = self.layers[0].padding_B if self.layers[0].is_padded else None
+        padding_B = self.layers[0].hidden_B
         for number, stock in enumerate(self._layers_of_cache):
             if isinstance(stock, DynamicLayer):  # neither tiered nor an empty layer of a model that shares keys
                 fixed = FixedLayer(stock, number, self.runtime, self, self.tables, padding_B, self.room)

@@ -90,6 +90,7 @@ class TieredLayer(CacheLayerMixin):
         self.awaits_attention = False  # between `update` and `attend`
         self.handed: Handed | None = None
         self.is_padded = False  # whether the last mask hid any token
+        self.has_holes: Tensor | None = None  # bool on the device: whether the model's own hid more than left padding
         self.selection = Selection.of(self.runtime.config, self.runtime.first_budgets[self.number], self.runtime.ranks)
         self.schedule: Schedule = EagerSchedule(self.stage.prefetcher)
         self.arrived_BH: Tensor | None = None  # made at the first captured query, which shows the number of heads
@@ -187,7 +188,7 @@ class TieredLayer(CacheLayerMixin):
         """Switch to captured steps, run by ``cache_graph`` up to a length of ``tokens``."""
         self.blocks.enter(length_B, tokens, self.selection.max_slots_at(self.blocks.length + 1))
         self.policy.reserve(self.blocks.capacity)
-        self.blocks.padding_B = self.padding_B if self.is_padded else None
+        self.blocks.padding_B = self.hidden_B
         self.real_BL = self._real_tokens(None) if self.is_padded else None
         self._cache_graph, self.schedule = weakref.ref(cache_graph), schedule
         self.note_memory()
@@ -210,6 +211,16 @@ class TieredLayer(CacheLayerMixin):
         """Make sequence ``place`` what the only sequence of ``other`` is, in place; both at rest, the GPU idle."""
         self.blocks.put(place, other.blocks)
         self.policy.put(place, other.policy)
+
+    @property
+    def hidden_B(self) -> Tensor | None:
+        """int64 on the device, left padding of each sequence in tokens; ``None`` if the last mask hid no token."""
+        return self.padding_B if self.is_padded else None
+
+    def hid_more_than(self, padding_B: Tensor) -> Tensor:
+        """bool without dimensions, on the device: whether the last mask hid other tokens than this left padding."""
+        moved = (self.padding_B != padding_B).any()
+        return moved if self.has_holes is None else moved | self.has_holes
 
     @property
     def room(self) -> int:
@@ -358,8 +369,13 @@ class TieredLayer(CacheLayerMixin):
         was_padded, self.is_padded = self.is_padded, terms.mask is not None
         as_before = not (was_padded or self.is_padded) or torch.equal(padding_B, self.padding_B)
         self.padding_B = padding_B
-        self.blocks.padding_B = padding_B if self.is_padded else None
+        self.blocks.padding_B = self.hidden_B
         new = self.awaits_attention  # False if layers share keys and another one attends to the same tokens
+        holes = _has_holes(terms.mask, padding_B)
+        if new or self.has_holes is None:
+            self.has_holes = holes
+        elif holes is not None:
+            self.has_holes = self.has_holes | holes
         one = query_BHQD.shape[2] == 1 and self.blocks.pool.slots > 0 and as_before
         if one and not new:
             self.blocks.settle()
@@ -482,6 +498,7 @@ class TieredLayer(CacheLayerMixin):
         parts = {"pool": self.blocks.pool.nbytes, "table": self.blocks.table.nbytes} | parts
         stats.device_bytes[self.number] = parts if self.policy.selects != "all" else {}
         stats.host_bytes[self.number] = self.blocks.store.nbytes
+        stats.host_kv_bytes = self.runtime.memory.lent_bytes
         tokens = self.batch * self.kv_heads * self.blocks.length
         stats.full_bytes[self.number] = 2 * tokens * self.head_dim * self.dtype.itemsize
 
@@ -512,6 +529,19 @@ def _real_keys(mask: Tensor | None) -> Tensor | None:
         return mask
     last_BL = mask[:, 0, -1]
     return last_BL if last_BL.dtype == torch.bool else last_BL > torch.finfo(last_BL.dtype).min / 2
+
+
+def _has_holes(mask: Tensor | None, padding_B: Tensor) -> Tensor | None:
+    """bool without dimensions: whether the model's mask hides other tokens from the last query than left padding.
+
+    ``None``: it gave none of its own. The caller's, of two dimensions, is checked at each step.
+    """
+    if mask is None or mask.dim() == 2:
+        return None
+    real_BL = _real_keys(mask)
+    assert real_BL is not None
+    token_L = torch.arange(real_BL.shape[1], device=real_BL.device)
+    return (real_BL.bool() != (token_L >= padding_B[:, None])).any()
 
 
 def _left_padding(mask: Tensor | None, batch: int, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attention_predictor.errors import HostMemoryError
+from attention_predictor.errors import AttachError, HostMemoryError
 from attention_predictor.offload.hf import graph
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.graph import CacheGraph, CapturedSteps, CaptureError, is_ready
@@ -40,7 +40,12 @@ def why_no_place(cache: TieredCache) -> str | None:
         return "the model is divided among ranks"
     if any(layer.prompt_allocation is not None or not layer.selection.is_sparse_at(1) for layer in layers):
         return "budgets differ by prompt, layer or head"
-    return None if is_ready(cache) else "a prompt is shorter than a step's state needs"
+    return why_masked(cache) if is_ready(cache) else "a prompt is shorter than a step's state needs"
+
+
+def why_masked(cache: TieredCache) -> str | None:
+    """Which layer's mask hides a token of a prefilled sequence; ``None`` if none does. Places have no padding."""
+    return graph.why_not_masked_alike(cache, torch.zeros_like(_tiered(cache)[0].padding_B))
 
 
 class Places:
@@ -71,7 +76,8 @@ class Places:
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory that the places have."""
-        return sum(layer.blocks.store.nbytes for layer in _tiered(self.cache))
+        first = _tiered(self.cache)[0]
+        return first.runtime.room.bytes_for(first.batch, first.room)
 
     @property
     def length_B(self) -> Tensor:
@@ -83,11 +89,14 @@ class Places:
 
         Raises:
             HostMemoryError: The sequence is longer than a place.
+            AttachError: The model has hidden some of its tokens by a mask, which the shared step does not read.
         """
         layers = _tiered(cache)
         tokens = layers[0].blocks.length
         if tokens + COMING > self.room:
             raise HostMemoryError(f"a place has room for {self.room} tokens, the sequence has {tokens}")
+        if (reason := why_masked(cache)) is not None:
+            raise AttachError(reason)
         for layer in layers:
             layer.blocks.settle()
         if self.length_B.is_cuda:

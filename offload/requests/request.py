@@ -145,6 +145,7 @@ class Running:
         """Take an empty cache."""
         device, seed = self.runtime.device, self.request.seed
         self._cache = TieredCache(self.runtime)
+        self.runtime.room.promise(self._cache, batch=1, tokens=self.final_length)
         self._ids_BT = self.ids_T.to(device=device, dtype=torch.int64)[None]
         self._generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 

@@ -12,6 +12,7 @@ from attention_predictor.gguf_file import GgufFile, check_packages, gguf_files, 
 from attention_predictor.kinds import Kind, NotAllowedError, whole
 from attention_predictor.kinds import whole_numbers as read_whole_numbers
 from attention_predictor.launcher import Launcher
+from attention_predictor.writing import why_not_writable
 
 AUTO = "auto"
 DTYPE_NAMES = (AUTO, "float32", "bfloat16", "float16")
@@ -166,6 +167,15 @@ class _Checked(argparse.Action):
             except NotAllowedError as error:
                 raise refused(self.option_strings[0], values, str(error)) from error
         setattr(namespace, self.dest, value)
+
+
+def check_output(option: str, path: Path | None, *, folder: bool = False) -> None:
+    """Raise ``ConfigError`` if the option names a file, or a ``folder`` for files, that can't be written.
+
+    ``None``, an option that is not given, is allowed.
+    """
+    if path is not None and (reason := why_not_writable(path, folder=folder)) is not None:
+        raise ConfigError(f"{option} {path}: can't be written: {reason}")
 
 
 def whole_numbers(option: str, text: str) -> list[int]:

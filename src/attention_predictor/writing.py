@@ -49,14 +49,14 @@ def write_together(files: Mapping[Path, bytes | str]) -> None:
         raise
 
 
-def why_not_writable(path: Path) -> str | None:
-    """Why no file can be written here, ``None`` if one may be; makes nothing."""
-    if path.is_dir():
+def why_not_writable(path: Path, *, folder: bool = False) -> str | None:
+    """Why no file can be written here, or in this ``folder``; ``None`` if it may be. Makes nothing."""
+    if path.is_dir() and not folder:
         return "it is a directory"
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir():
+    above = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    if not above.is_dir() and (folder or above != path.absolute()):
         return f"{above} is not a directory"
-    return None if os.access(path if path.exists() else above, os.W_OK) else f"{above} can't be written to"
+    return None if os.access(above, os.W_OK) else f"{above} can't be written to"
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments
+from attention_predictor.arguments import add_model_arguments, add_option, check_model_arguments, check_output
 from attention_predictor.errors import ConfigError
 from attention_predictor.eval.display.plots import check_plot
 from attention_predictor.kinds import whole
@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     check_model_arguments(args)
+    check_output("--out", args.out, folder=True)
     check_plot(args.plot)
     offload_config(args)
     if args.parquet and importlib.util.find_spec("pyarrow") is None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attention_predictor.arguments import PACKED, add_model_arguments, add_option, check_model_arguments
+from attention_predictor.arguments import PACKED, add_model_arguments, add_option, check_model_arguments, check_output
 from attention_predictor.errors import ConfigError
 from attention_predictor.eval.analysis.pruning.plan import BETA, METRICS
 from attention_predictor.eval.display.plots import check_plot
@@ -75,6 +75,7 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--data or --scores is required: texts to score layers by, or their scores")
     if args.data is not None and args.scores:
         raise ConfigError("--data and --scores: texts to score layers by, or their scores; give one")
+    check_output("--out", args.out, folder=True)
     if (args.out / "config.json").exists():
         raise ConfigError(f"--out {args.out} holds a model already: choose another directory")
     if args.plot is not None and args.sweep is None:

@@ -38,6 +38,7 @@ from attention_predictor.arguments import (
     add_option,
     add_tp_argument,
     check_model_arguments,
+    check_output,
     whole_numbers,
 )
 from attention_predictor.errors import ConfigError, DataError
@@ -87,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     check_model_arguments(args)
+    check_output("--out", args.out, folder=True)
     budgets = whole_numbers("--budgets", args.budgets) if args.rows == "sparse" else [1 << 30]
     for budget in budgets:
         offload_config(args, budget=budget)

@@ -19,8 +19,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attention_predictor.arguments import add_option
-from attention_predictor.errors import ConfigError
+from attention_predictor.arguments import add_option, check_output
 from attention_predictor.kinds import whole
 
 NAME = "report"
@@ -35,5 +34,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    if args.out.exists() and not args.out.is_dir():
-        raise ConfigError(f"--out {args.out} is not a directory")
+    check_output("--out", args.out, folder=True)

@@ -11,6 +11,7 @@ from attention_predictor.arguments import (
     add_option,
     add_tp_argument,
     check_model_arguments,
+    check_output,
     whole_numbers,
 )
 from attention_predictor.eval.harness.rules import Rule, check_names, check_variants
@@ -69,6 +70,7 @@ def budgets_of(args: argparse.Namespace) -> list[int]:
 def check(args: argparse.Namespace) -> None:
     """Raise ``ConfigError`` for wrong values of these options."""
     check_model_arguments(args)
+    check_output("--out", args.out, folder=True)
     rules = rules_of(args)
     check_names(rules, "policies must differ in name")
     for rule in rules:

@@ -18,8 +18,9 @@ examples:
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from attention_predictor.arguments import add_option, refused
+from attention_predictor.arguments import add_option, check_output, refused
 from attention_predictor.train.options import LOSSES, NUMBERS, PRECISIONS, TARGETS, TRACKERS, TrainOptions
 
 
@@ -73,4 +74,5 @@ def check(args: argparse.Namespace) -> None:
     for option, given in (*(("--data", one) for one in args.data), ("--out", args.out)):
         if not given:
             raise refused(option, given, "the name of a directory")
+    check_output("--out", Path(args.out), folder=True)
     TrainOptions.of(args)

@@ -55,7 +55,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attention_predictor.arguments import add_option, whole_numbers
+from attention_predictor.arguments import add_option, check_output, whole_numbers
 from attention_predictor.commands.bench.model_options import add_shape_arguments, check_shape_arguments
 from attention_predictor.eval.bench.cache_setups import CACHE_SETUPS, check_setups
 from attention_predictor.eval.display.plots import check_plot
@@ -103,4 +103,5 @@ def check(args: argparse.Namespace) -> None:
         whole_numbers("--contexts", args.contexts)
     if args.ways is not None:
         check_setups(args.ways.split(","))
+    check_output("--out", args.out)
     check_plot(args.plot)

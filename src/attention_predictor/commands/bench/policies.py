@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attention_predictor.arguments import add_option
+from attention_predictor.arguments import add_option, check_output
 from attention_predictor.commands.bench.model_options import add_shape_arguments, check_shape_arguments
 from attention_predictor.commands.bench.policy_options import add_policies, check_policies
 from attention_predictor.kinds import number, whole
@@ -45,3 +45,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     check_shape_arguments(args)
     check_policies(args.policies)
+    check_output("--out", args.out)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attention_predictor.arguments import add_option, whole_numbers
+from attention_predictor.arguments import add_option, check_output, whole_numbers
 from attention_predictor.commands.bench.model_options import add_shape_arguments, check_shape_arguments
 from attention_predictor.errors import ConfigError
 from attention_predictor.eval.bench.cache_setups import AT_FLOOR_CONTEXT, CACHE_SETUPS, check_setups
@@ -68,4 +68,5 @@ def check(args: argparse.Namespace) -> None:
         if floors := [name for name in names if name in AT_FLOOR_CONTEXT]:
             allowed = ", ".join(name for name in CACHE_SETUPS if name not in AT_FLOOR_CONTEXT)
             raise ConfigError(f"--ways {','.join(floors)}: its context is fixed; expected some of {allowed}")
+    check_output("--out", args.out)
     check_plot(args.plot)
