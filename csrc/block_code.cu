@@ -188,7 +188,7 @@ __device__ __forceinline__ void move_coded_blocks(const MoveCoded &a) {
             copy_block(static_cast<const uint4 *>(a.open) + 2 * row * vectors, key, value, vectors);
             return;
         }
-        const auto *from = reinterpret_cast<const uint4 *>(host_block(m.slab, m.slab_blocks, row, block, layout.bytes()));
+        const auto *from = reinterpret_cast<const uint4 *>(host_block(m, row, block, layout.bytes()));
         const uint4 *codes = from + head_vectors;
         for (int begin = 0; begin < 2 * side; begin += kThreads * kInFlight) {
             uint4 held[kInFlight];
@@ -227,7 +227,7 @@ __device__ __forceinline__ void append_coded_token(const AppendCoded &a) {
     const int64_t in_pool = (at.row * p.slots + at.slot) * block_numbers;
     E *const sides[2] = {static_cast<E *>(p.key) + in_pool, static_cast<E *>(p.value) + in_pool};
     const Side<E> from[2] = {{sides[0], a.head_dim}, {sides[1], a.head_dim}};
-    char *code = host_block(p.slab, p.slab_blocks, at.row, at.block, layout.bytes());
+    char *code = host_block(p, at.row, at.block, layout.bytes());
     encode_block<E, kBits>(layout, from, reinterpret_cast<uint4 *>(code), sides);
 }
 

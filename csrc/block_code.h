@@ -1,7 +1,7 @@
 #pragma once
 #include "gather.h"
 
-// A layout of a block's bytes is in block_code.py. Coded slabs are [R, slab_blocks, bytes of a block].
+// A layout of a block's bytes is in block_code.py. A row's part of a coded slab is [slab_blocks, bytes of a block].
 
 // Codes whole blocks of keys and values.
 struct Encode {

@@ -32,7 +32,15 @@ from torch import Tensor
 
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc.binding import ELEMENTS, IN_CPP, address, check, check_on_gpu
-from attention_predictor.csrc.gather import LATE_BLOCKS, THREADS, Append, Move, append_arguments, move_arguments
+from attention_predictor.csrc.gather import (
+    LATE_BLOCKS,
+    THREADS,
+    Append,
+    Move,
+    Slabs,
+    append_arguments,
+    move_arguments,
+)
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.layout import integers, pointers
 
@@ -150,8 +158,7 @@ def encode_blocks(key_BGLD: Tensor, value_BGLD: Tensor, tokens: int, bits: int) 
 
 
 def move_coded_blocks(
-    slab_s: Tensor,
-    slab_blocks: int,
+    slabs: Slabs,
     block_RS: Tensor,
     slot_RS: Tensor,
     moves_R: Tensor,
@@ -163,7 +170,7 @@ def move_coded_blocks(
     length_B: Tensor,
     bits: int,
 ) -> None:
-    """Decode blocks from pinned slabs ``[B, G, slab_blocks, b]`` into the slots of a pool on a GPU.
+    """Decode blocks from pinned slabs into the slots of a pool on a GPU.
 
     Arguments are as of ``gather.move_blocks``, and:
 
@@ -171,7 +178,7 @@ def move_coded_blocks(
         open_R2TD: In pinned memory, the block of each row that isn't complete, as it is.
         length_B: int64, tokens of each sequence; decides which block that is.
     """
-    arguments = move_arguments(slab_s, slab_blocks, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, stall_ns_1)
+    arguments = move_arguments(slabs, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, stall_ns_1)
     device, (B, G, _, T, D) = key_BGSTD.device, key_BGSTD.shape
     check("length_B", length_B, (B,), torch.int64, device)
     check("open_R2TD", open_R2TD, (B * G, 2, T, D), key_BGSTD.dtype, open_R2TD.device)
@@ -185,8 +192,7 @@ def append_coded_token(
     new_value_BGD: Tensor,
     key_BGSTD: Tensor,
     value_BGSTD: Tensor,
-    slab_s: Tensor,
-    slab_blocks: int,
+    slabs: Slabs,
     slot_RC: Tensor,
     length_B: Tensor,
     lost_1: Tensor,
@@ -199,7 +205,7 @@ def append_coded_token(
     A token that completes its block codes it to the slab, and the pool's copy is replaced by what the codes decode to.
     Arguments are as of ``gather.append_token``.
     """
-    into = (key_BGSTD, value_BGSTD, slab_s, slab_blocks, slot_RC, length_B, lost_1)
+    into = (key_BGSTD, value_BGSTD, slabs, slot_RC, length_B, lost_1)
     arguments = append_arguments(new_key_BGD, new_value_BGD, *into)
     (B, G, _, T, D), dtype = key_BGSTD.shape, key_BGSTD.dtype
     check("open_R2TD", open_R2TD, (B * G, 2, T, D), dtype, open_R2TD.device)

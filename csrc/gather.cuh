@@ -30,8 +30,10 @@ __device__ __forceinline__ void copy_block(const uint4 *from, uint4 *key, uint4 
     }
 }
 
-__device__ __forceinline__ char *host_block(const int64_t *slab, int64_t slab_blocks, int64_t row, int64_t block, int64_t bytes) {
-    return reinterpret_cast<char *>(slab[block / slab_blocks]) + (row * slab_blocks + block % slab_blocks) * bytes;
+// A block in host memory, given a Move or an Append.
+template <typename Args>
+__device__ __forceinline__ char *host_block(const Args &a, int64_t row, int64_t block, int64_t bytes) {
+    return reinterpret_cast<char *>(a.slab[row * a.slabs + block / a.slab_blocks]) + block % a.slab_blocks * bytes;
 }
 
 // Calls move(row, block, slot) with all threads of a thread block, for every entry of the rows' lists. They form one list, whose

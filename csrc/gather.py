@@ -1,12 +1,13 @@
 """Moves blocks from host memory to the pool, and new tokens to both.
 
 Suffixes: B sequences, G KV heads, R rows = B·G, H query heads, S slots, T tokens of a block, L tokens of the sequence,
-D head size; s slabs; n: one entry a moved block; 2 is keys then values.
+D head size; s slabs of a sequence; n: one entry a moved block; 2 is keys then values.
 """
 
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Gather(ctypes.Structure):
     _fields_ = [
         *pointers("slab row block", "int64_t"),
         *pointers("out", "void"),
-        *integers("n slab_blocks block_bytes workers"),
+        *integers("n slabs slab_blocks block_bytes workers"),
     ]
 
 
@@ -39,7 +40,7 @@ class Move(ctypes.Structure):
         *pointers("block slot moves", "int32_t"),
         *pointers("key value", "void"),
         *pointers("stall_ns", "int64_t"),
-        *integers("rows slab_blocks slots half_bytes"),
+        *integers("rows slabs slab_blocks slots half_bytes"),
     ]
 
 
@@ -57,8 +58,25 @@ class Append(ctypes.Structure):
         *pointers("slab", "int64_t"),
         *pointers("slot", "int32_t"),
         *pointers("length lost", "int64_t"),
-        *integers("rows kv_heads slab_blocks slots capacity tokens token_bytes"),
+        *integers("rows kv_heads slabs slab_blocks slots capacity tokens token_bytes"),
     ]
+
+
+class Slabs(NamedTuple):
+    """Where a store's blocks lie in host memory.
+
+    Attributes:
+        address_Rs: int64, where each row's part of each of its sequence's slabs begins, on the device that reads it.
+        blocks: Blocks of a slab.
+    """
+
+    address_Rs: Tensor
+    blocks: int
+
+    def check(self, rows: int, device: torch.device) -> tuple[int, int]:
+        """Slabs of a sequence, and blocks of a slab; raises ValueError if the addresses are not of these rows."""
+        check("address_Rs", self.address_Rs, (rows, self.address_Rs.shape[-1]), torch.int64, device)
+        return self.address_Rs.shape[-1], self.blocks
 
 
 MOVE = Kernel("gather.cu", "move_blocks", Move, THREADS, constants={"kThreads": THREADS})
@@ -68,8 +86,7 @@ ON_CPU = Function("gather.cpp", "gather_blocks", Gather)
 
 
 def move_blocks(
-    slab_s: Tensor,
-    slab_blocks: int,
+    slabs: Slabs,
     block_RS: Tensor,
     slot_RS: Tensor,
     moves_R: Tensor,
@@ -77,25 +94,24 @@ def move_blocks(
     value_BGSTD: Tensor,
     stall_ns_1: Tensor | None,
 ) -> None:
-    """Copy blocks from pinned slabs ``[B, G, slab_blocks, 2, T, D]`` into the slots of a pool on a GPU.
+    """Copy blocks from pinned slabs into the slots of a pool on a GPU.
 
     The GPU itself reads host memory, on the current stream. The caller must keep the slabs alive until that is done,
     and ensure that blocks and slots exist.
 
     Args:
-        slab_s: int64 addresses of the slabs, on the pool's device.
+        slabs: Blocks are ``[2, T, D]``; addresses on the pool's device.
         block_RS, slot_RS: int32, the blocks to move and their slots, in the first ``moves_R`` entries of a row.
         moves_R: int32.
         stall_ns_1: int64, incremented by the nanoseconds of calls that moved something, for late fetches; ``None`` for
             fetches ahead.
     """
-    arguments = move_arguments(slab_s, slab_blocks, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, stall_ns_1)
+    arguments = move_arguments(slabs, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, stall_ns_1)
     MOVE.launch(key_BGSTD.device, (GATHER_BLOCKS if stall_ns_1 is None else LATE_BLOCKS, 1, 1), arguments)
 
 
 def move_arguments(
-    slab_s: Tensor,
-    slab_blocks: int,
+    slabs: Slabs,
     block_RS: Tensor,
     slot_RS: Tensor,
     moves_R: Tensor,
@@ -106,15 +122,15 @@ def move_arguments(
     """Arguments of ``move_blocks``, checked."""
     device, (B, G, S, T, D) = key_BGSTD.device, key_BGSTD.shape
     check("value_BGSTD", value_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, device)
-    check("slab_s", slab_s, (len(slab_s),), torch.int64, device)
+    sizes = slabs.check(B * G, device)
     check("block_RS", block_RS, (B * G, S), torch.int32, device)
     check("slot_RS", slot_RS, (B * G, S), torch.int32, device)
     check("moves_R", moves_R, (B * G,), torch.int32, device)
     if stall_ns_1 is not None:
         check("stall_ns_1", stall_ns_1, (1,), torch.int64, device)
     return Move(
-        *map(address, (slab_s, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, stall_ns_1)),
-        *(B * G, slab_blocks, S, _half_bytes(key_BGSTD)),
+        *map(address, (slabs.address_Rs, block_RS, slot_RS, moves_R, key_BGSTD, value_BGSTD, stall_ns_1)),
+        *(B * G, *sizes, S, _half_bytes(key_BGSTD)),
     )
 
 
@@ -129,8 +145,7 @@ def append_token(
     new_value_BGD: Tensor,
     key_BGSTD: Tensor,
     value_BGSTD: Tensor,
-    slab_s: Tensor,
-    slab_blocks: int,
+    slabs: Slabs,
     slot_RC: Tensor,
     length_B: Tensor,
     lost_1: Tensor,
@@ -142,7 +157,7 @@ def append_token(
         length_B: int64, tokens of each sequence, this one included.
         lost_1: int64, counts tokens whose block had no slot; the caller raises the error.
     """
-    into = (key_BGSTD, value_BGSTD, slab_s, slab_blocks, slot_RC, length_B, lost_1)
+    into = (key_BGSTD, value_BGSTD, slabs, slot_RC, length_B, lost_1)
     arguments = append_arguments(new_key_BGD, new_value_BGD, *into)
     APPEND.launch(key_BGSTD.device, (arguments.rows, 1, 1), arguments)
 
@@ -152,8 +167,7 @@ def append_arguments(
     new_value_BGD: Tensor,
     key_BGSTD: Tensor,
     value_BGSTD: Tensor,
-    slab_s: Tensor,
-    slab_blocks: int,
+    slabs: Slabs,
     slot_RC: Tensor,
     length_B: Tensor,
     lost_1: Tensor,
@@ -163,31 +177,33 @@ def append_arguments(
     check("new_key_BGD", new_key_BGD, (B, G, D), key_BGSTD.dtype, device)
     check("new_value_BGD", new_value_BGD, (B, G, D), key_BGSTD.dtype, device)
     check("value_BGSTD", value_BGSTD, (B, G, S, T, D), key_BGSTD.dtype, device)
-    check("slab_s", slab_s, (len(slab_s),), torch.int64, device)
+    sizes = slabs.check(B * G, device)
     check("slot_RC", slot_RC, (B * G, slot_RC.shape[1]), torch.int32, device)
     check("length_B", length_B, (B,), torch.int64, device)
     check("lost_1", lost_1, (1,), torch.int64, device)
     _half_bytes(key_BGSTD)
     return Append(
-        *map(address, (new_key_BGD, new_value_BGD, key_BGSTD, value_BGSTD, slab_s, slot_RC, length_B, lost_1)),
-        *(B * G, G, slab_blocks, S, slot_RC.shape[1], T, D * key_BGSTD.element_size()),
+        *map(
+            address, (new_key_BGD, new_value_BGD, key_BGSTD, value_BGSTD, slabs.address_Rs, slot_RC, length_B, lost_1)
+        ),
+        *(B * G, G, *sizes, S, slot_RC.shape[1], T, D * key_BGSTD.element_size()),
     )
 
 
-def gather_to_host(slab_s: Tensor, slab_blocks: int, row_n: Tensor, block_n: Tensor, out_nx: Tensor) -> None:
-    """Copy blocks of slabs ``[B, G, slab_blocks, x]`` into a buffer in host memory, on several threads.
+def gather_to_host(slabs: Slabs, row_n: Tensor, block_n: Tensor, out_nx: Tensor) -> None:
+    """Copy blocks of slabs into a buffer in host memory, on several threads.
 
-    ``slab_s`` are the slabs' int64 addresses; a block has the shape x of the buffer's entries, whatever that is. The
-    caller must ensure that slabs, rows and blocks exist.
+    A block has the shape x of the buffer's entries, whatever that is. The caller must ensure that slabs, rows and
+    blocks exist.
     """
     host, n = torch.device("cpu"), len(out_nx)
-    check("slab_s", slab_s, (len(slab_s),), torch.int64, host)
+    sizes = slabs.check(len(slabs.address_Rs), host)
     check("out_nx", out_nx, tuple(out_nx.shape), out_nx.dtype, host)
     for name, entry_n in (("row_n", row_n), ("block_n", block_n)):
         check(name, entry_n, (n,), torch.int64, host)
     block_bytes = out_nx.nbytes // max(n, 1)
-    lists = map(address, (slab_s, row_n, block_n, out_nx))
-    arguments = Gather(*lists, n, slab_blocks, block_bytes, threads(out_nx.numel()))
+    lists = map(address, (slabs.address_Rs, row_n, block_n, out_nx))
+    arguments = Gather(*lists, n, *sizes, block_bytes, threads(out_nx.numel()))
     ON_CPU.call(arguments)
 
 

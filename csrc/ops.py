@@ -23,7 +23,7 @@ from attention_predictor.csrc.available import prepare, why_no_kernels
 from attention_predictor.csrc.binding import ELEMENTS
 from attention_predictor.csrc.block_code import append_coded_token, encode_blocks, move_coded_blocks
 from attention_predictor.csrc.gate import Activation, gate_up
-from attention_predictor.csrc.gather import append_token, gather_to_host, move_blocks, note_time
+from attention_predictor.csrc.gather import Slabs, append_token, gather_to_host, move_blocks, note_time
 from attention_predictor.csrc.kernel import Kernel
 from attention_predictor.csrc.norm import Form, rms_norm
 from attention_predictor.csrc.observe import fold_rows, observe_row
@@ -46,6 +46,7 @@ __all__ = [
     "ChoiceBounds",
     "Estimates",
     "Form",
+    "Slabs",
     "SlotTensors",
     "append_coded_token",
     "append_token",

@@ -16,6 +16,7 @@ from attention_predictor.offload.hf.attachment import Attachment
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
 from attention_predictor.offload.hf.graph import CapturedSteps
+from attention_predictor.offload.requests.prefix import Prefix, read_prefix
 from attention_predictor.offload.requests.request import Request
 from attention_predictor.offload.requests.stream import PLACES, Stream, finish
 from attention_predictor.offload.runtime import Runtime
@@ -170,6 +171,23 @@ class Engine:
             prefill_chunk_size=prefill_chunk_size,
             seed=self.runtime.ranks.same_seed(seed) if temperature > 0 else seed,
         )
+
+    def prefill(self, input_ids: Tensor | Sequence[int], *, prefill_chunk_size: int | None = 4096) -> Prefix:
+        """Read tokens that several requests begin with, such as a document, once: ``Request(prefix=…)``.
+
+        Each such request begins with a copy. Copies share host memory, in whole slabs; on the device each has its own
+        pool and policy state.
+
+        Args:
+            input_ids: int64 ``[T]``, or a list.
+            prefill_chunk_size: Tokens per forward; ``None``: all.
+
+        Raises:
+            ConfigError: An argument that is not allowed.
+            ContextLengthError, HostMemoryError: See ``check_fits``.
+        """
+        self.runtime.check_open()
+        return read_prefix(self.model, self.runtime, input_ids, prefill_chunk_size)
 
     def stream(
         self,

@@ -132,11 +132,11 @@ def test_move_coded_blocks(device: str, dtype: torch.dtype, bits: int, T: int, D
     kv = blocks(2, B * G, 2 * slab_blocks * T, D, dtype=dtype).unflatten(2, (-1, T))
     code_RNb = encode_reference(*kv, bits)
     pinned = device == "cuda"
-    slabs = [slab.contiguous() for slab in code_RNb.split(slab_blocks, 1)]
+    slabs = [slab.contiguous() for slab in code_RNb.split(slab_blocks, 1)]  # of both sequences together
     open_R2TD = blocks(B * G, 2, T, D, dtype=dtype, seed=2)
     if pinned:
         slabs, open_R2TD = [slab.pin_memory() for slab in slabs], open_R2TD.pin_memory()
-    slab_s = torch.tensor([slab.data_ptr() for slab in slabs], device=device)
+    address_Rs = torch.tensor([[part.data_ptr() for part in slab] for slab in slabs], device=device).T.contiguous()
     length_B = torch.tensor([6 * T + T // 2, 5 * T], device=device)  # block 6 is open; none is, as block 5 has no token
     made = torch.Generator().manual_seed(1)
     block_RS = torch.stack([torch.randperm(N, generator=made)[:S] for _ in range(B * G)])
@@ -153,7 +153,7 @@ def test_move_coded_blocks(device: str, dtype: torch.dtype, bits: int, T: int, D
     lists = (x.int().to(device) for x in (block_RS, slot_RS, moves_R))
     given = {"open_R2TD": open_R2TD, "length_B": length_B, "bits": bits}
     stall = torch.zeros(1, dtype=torch.int64, device=device)
-    ops.move_coded_blocks(slab_s, slab_blocks, *lists, *pool, stall, **given)
+    ops.move_coded_blocks(ops.Slabs(address_Rs, slab_blocks), *lists, *pool, stall, **given)
     assert int(stall) > 0
     for side in range(2):
         assert same(pool[side].cpu().flatten(0, 1), wanted[side])
@@ -171,7 +171,7 @@ def test_append_coded_token(device: str, dtype: torch.dtype, bits: int, T: int, 
     open_R2TD = torch.full((B * G, 2, T, D), 5.0, dtype=dtype)
     if device == "cuda":
         slab, open_R2TD = slab.pin_memory(), open_R2TD.pin_memory()
-    slab_s = torch.tensor([slab.data_ptr()], device=device)
+    slabs = ops.Slabs(torch.tensor([[part.data_ptr()] for part in slab], device=device), slab_blocks)
     pool = [torch.zeros(B, G, S, T, D, dtype=dtype, device=device) for _ in range(2)]
     slot_RC = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32, device=device)
     lost_1 = torch.zeros(1, dtype=torch.int64, device=device)
@@ -179,7 +179,7 @@ def test_append_coded_token(device: str, dtype: torch.dtype, bits: int, T: int, 
     for token in range(2 * T):
         new = [side[:, :, token].contiguous().to(device) for side in kv]
         length_B = torch.tensor([token + 1], device=device)
-        ops.append_coded_token(*new, *pool, slab_s, slab_blocks, slot_RC, length_B, lost_1, **given)
+        ops.append_coded_token(*new, *pool, slabs, slot_RC, length_B, lost_1, **given)
         if device == "cuda":
             torch.cuda.synchronize()
         block, offset = divmod(token, T)
@@ -194,7 +194,7 @@ def test_append_coded_token(device: str, dtype: torch.dtype, bits: int, T: int, 
             assert same(in_pool_RTD[:, : offset + 1], exact_2RTD[side][:, : offset + 1])
     assert int(lost_1) == 0
     slot_RC[1] = -1
-    ops.append_coded_token(*new, *pool, slab_s, slab_blocks, slot_RC, length_B, lost_1, **given)
+    ops.append_coded_token(*new, *pool, slabs, slot_RC, length_B, lost_1, **given)
     assert int(lost_1) == 1
 
 

@@ -218,7 +218,8 @@ def test_move_blocks(dtype: torch.dtype) -> None:
     by_copy.write_blocks(row_n, slot_RS[row_n, place_n], store.gather(row_n, block_RS[row_n, place_n]))
     lists = (x.int().cuda() for x in (block_RS, slot_RS, moves_R))
     pool = (by_kernel.key_BGSTD, by_kernel.value_BGSTD)
-    ops.move_blocks(store.addresses(torch.device("cuda", 0)), store.slab_blocks, *lists, *pool, None)
+    slabs = ops.Slabs(store.addresses(torch.device("cuda", 0)), store.slab_blocks)
+    ops.move_blocks(slabs, *lists, *pool, None)
     assert torch.equal(by_kernel.key_BGSTD, by_copy.key_BGSTD)
     assert torch.equal(by_kernel.value_BGSTD, by_copy.value_BGSTD)
 

@@ -127,22 +127,33 @@ def test_a_sequence_with_a_mask_of_its_own_gets_none(device, tiny_model, ids, ki
 def test_copies_and_places_keep_within_host_memory(device, tiny_model, ids) -> None:
     """The limit is of all caches together, whichever way they come."""
     model = tiny_model("llama").to(device)
-    limit = 2 * 2 * 2 * 8 * 4 * 64 * 9  # keys and values of two layers and heads, fp32: nine slabs of 64 tokens
-    with attach(model, OffloadConfig(**SETTINGS | EMA, host_memory=limit)) as engine:
+    slab = 2 * 2 * 2 * 8 * 4 * 64  # keys and values of two layers and heads, fp32, 64 tokens
+    with attach(model, OffloadConfig(**SETTINGS | EMA, host_memory=7 * slab)) as engine:
+        lent = lambda: engine.runtime.memory.lent_bytes // slab  # noqa: E731
         like, _ = prefilled(engine, ids(130).to(device))  # three slabs
-        places = Places(engine.captured, like, 2, 192)  # six
-        assert engine.runtime.memory.lent_bytes == limit
-        assert places.host_bytes == limit * 6 // 9
+        places = Places(engine.captured, like, 2, 384)  # a spare one
+        assert lent() == 4
+        again = copy.deepcopy(like)  # shares two
+        assert lent() == 5
+        places.put(1, like, final_length=192)
+        assert lent() == 5
+        assert like.get_seq_length() == 0
+        third = copy.deepcopy(again)
+        assert lent() == 6
         with pytest.raises(HostMemoryError, match="host_memory allows"):
-            copy.deepcopy(like)
-        with pytest.raises(HostMemoryError, match="host_memory allows"):
-            Places(engine.captured, like, 2, 64)
-        places.put(1, like)
-        assert engine.runtime.memory.lent_bytes == limit
-        del places
-        again = copy.deepcopy(like)
-        assert engine.runtime.memory.lent_bytes == limit * 6 // 9
+            places.put(0, again, final_length=320)  # two more
         again.check_integrity()
+        assert lent() == 7  # what was lent before the error
+        with pytest.raises(HostMemoryError, match="host_memory allows"):
+            copy.deepcopy(again)
+        with pytest.raises(HostMemoryError, match="host_memory allows"):
+            Places(engine.captured, again, 2, 64)
+        places.release(1)
+        assert lent() == 6  # two that the copies share, one of each, the one above, a spare one
+        for cache in (again, third):
+            cache.check_integrity()
+        del places, again, third, cache
+        assert lent() == 0
 
 
 @pytest.mark.parametrize(

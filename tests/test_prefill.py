@@ -241,8 +241,8 @@ def test_the_device_reads_what_was_appended_before():
                 .contiguous()
             )
             lists = (block_RS, slot_RS, moves_R[:, 0].contiguous())
-            slabs = (store.addresses(key.device), store.slab_blocks)
-            ops.move_blocks(*slabs, *lists, pool.key_BGSTD, pool.value_BGSTD, None)
+            slabs = ops.Slabs(store.addresses(key.device), store.slab_blocks)
+            ops.move_blocks(slabs, *lists, pool.key_BGSTD, pool.value_BGSTD, None)
             torch.cuda.current_stream().synchronize()
         start = (first // 16 + 1) * 16
         assert torch.equal(pool.key_BGSTD[:, :, 1], key[:, :, start : start + 16])

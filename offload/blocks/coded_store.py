@@ -74,11 +74,14 @@ class CodedStore(HostStore):
     def truncate(self, length: int) -> None:
         self._check_crop(length)
         self.settle()
-        block, offset = divmod(length, self.block_size)
+        (block, offset), opened_BG2TD = divmod(length, self.block_size), self.open_BG2TD
         if offset and block != self.open_block:
-            stored_BGz = self._slabs[block // self.slab_blocks][:, :, block % self.slab_blocks]
-            self.open_BG2TD.copy_(self.codec.decode(stored_BGz))
+            number, place = divmod(block, self.slab_blocks)
+            opened_BG2TD = self.codec.decode(torch.stack([slabs[number][:, place] for slabs in self._slabs]))
         super().truncate(length)
+        if opened_BG2TD is not self.open_BG2TD:
+            self.open_BG2TD.copy_(opened_BG2TD)
+            self._clear_tail()
 
     def index(self, batch_index: Tensor) -> None:
         self.settle()
@@ -89,9 +92,9 @@ class CodedStore(HostStore):
             self.open_BG2TD = self._new_open_block(batch_index.numel()).copy_(self.open_BG2TD[batch_index])
         super().index(batch_index)
 
-    def put(self, place: int, other: HostStore) -> None:
+    def put(self, place: int, other: HostStore, tokens: int) -> None:
         assert isinstance(other, CodedStore)
-        super().put(place, other)
+        super().put(place, other, tokens)
         self.open_BG2TD[place].copy_(other.open_BG2TD[0])
 
     def check_integrity(self) -> None:
@@ -112,8 +115,8 @@ class CodedStore(HostStore):
     def _new_open_block(self, batch: int) -> Tensor:
         return self._lend((batch, self.kv_heads, 2, self.block_size, self.head_dim), self.dtype)
 
-    def _partial(self, block: int) -> Tensor:
-        return self.open_BG2TD
+    def _partial(self, b: int, block: int) -> Tensor:
+        return self.open_BG2TD[b]
 
     def _runs(self, key_BGTD: Tensor, value_BGTD: Tensor) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """As of ``HostStore``. New tokens that complete the open block come with its tokens, as a whole block."""
@@ -129,7 +132,7 @@ class CodedStore(HostStore):
         )
         yield from self._runs_from(self.length - offset, key_BGTD, value_BGTD)
 
-    def _undo(self, length: int, slabs: int, copier: Any) -> None:
+    def _undo(self, length: int, slabs: list[int], copier: Any) -> None:
         super()._undo(length, slabs, copier)
         if self._replaced_BG2TD is not None:
             offset = length % self.block_size

@@ -1,7 +1,7 @@
 """HostStore: all keys and values of one layer in CPU memory. It keeps every block that ever existed.
 
-Suffixes: B sequences, G KV heads, R = B·G rows (row = b*G + g), T tokens in a call, D head size, S slabs of a chunk, n
-list entries, z dimensions of a stored block; 2 is keys then values.
+Suffixes: B sequences, G KV heads, R = B·G rows (row = b*G + g), T tokens in a call, D head size, S slabs of a chunk, s
+slabs of a sequence, n list entries, z dimensions of a stored block; 2 is keys then values.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import copy
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from attention_predictor.csrc import ops
 from attention_predictor.errors import IntegrityError
 from attention_predictor.offload.blocks.block_codec import BlockCodec
 from attention_predictor.offload.blocks.host_memory import HostMemory
+from attention_predictor.offload.blocks.sequence_slabs import SequenceSlabs
 from attention_predictor.offload.blocks.transfer import HostCopier, PendingCopy, host_copier, upload_stream
 
 UNSETTLED_TOKENS = 64  # last tokens whose copies `append` does not wait for
@@ -30,14 +32,18 @@ class _Arrival(NamedTuple):
 
     pending_copy: PendingCopy
     start: int
-    staged: list[tuple[int, Tensor]]  # first token, and a run of tokens in the shape of `_target`
+    staged: list[tuple[int, int, Tensor]]  # sequence, first token, and a run of its tokens as `_joined` returns it
 
 
 class HostStore:
-    """Append-only keys and values of one layer, in slabs [B, G, slab_blocks, z]; a block is [2, block_size, D].
+    """Append-only keys and values of one layer. Each sequence has slabs [G, slab_blocks, z]; a block is
+    [2, block_size, D].
 
     A block's keys and values are contiguous, so one block is one copy. Slabs waste less than one slab of memory and
-    never move written data, unlike one tensor that doubles.
+    never move written data, unlike one tensor that doubles. Copies of a sequence (``copy.deepcopy``, beams) share its
+    complete slabs.
+
+    Its sequences have one length, or after ``open_places`` lengths of their own.
 
     From a GPU to pinned slabs, `append` returns before its copies are done. Every method that reads or changes slabs
     first calls `settle`, which waits for them. Callers that use the slabs' `addresses` must do the same.
@@ -69,8 +75,9 @@ class HostStore:
         self.pinned = bool(self.memory.pin_for)  # False once a slab is not pinned
         self.kernel = kernel
         self.length = 0
-        self._slabs: list[Tensor] = []
-        self._addresses_made: tuple[list[int], Tensor] | None = None  # the addresses, and the tensor made from them
+        self._slabs = [SequenceSlabs() for _ in range(batch)]
+        self._addresses_made: tuple[Tensor, Tensor] | None = None  # on the host, and on the device that asked last
+        self._spare: Tensor | None = None  # a slab that a place reads and writes where it has none of its own
         self._arrivals: deque[_Arrival] = deque()
         self._settling = threading.Lock()
         self._written_by_gpu = False  # since the last `settle`, by `advance`
@@ -82,13 +89,15 @@ class HostStore:
 
     @property
     def room(self) -> int:
-        """Tokens that the slabs can hold."""
-        return len(self._slabs) * self.slab_blocks * self.block_size
+        """Tokens that the slabs of each sequence can hold; with places, tokens that a place may have slabs for."""
+        slabs = min(map(len, self._slabs)) if self._spare is None else self._places_slabs
+        return slabs * self.slab_blocks * self.block_size
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, written or not."""
-        return sum(slab.nbytes for slab in self._slabs)
+        """Bytes allocated, written or not; what sequences share counts once."""
+        spare = [] if self._spare is None else [self._spare]
+        return sum({slab.data_ptr(): slab.nbytes for slab in chain(*self._slabs, spare)}.values())
 
     @property
     def block_bytes(self) -> int:
@@ -104,10 +113,10 @@ class HostStore:
         tokens = key_BGTD.shape[2] if key_BGTD.dim() == 4 else -1
         self._check_input("key", key_BGTD, tokens)
         self._check_input("value", value_BGTD, tokens)
-        length, slabs = self.length, len(self._slabs)
+        length, slabs = self.length, list(map(len, self._slabs))
         copier = self._copier(key_BGTD.device)
         try:
-            self._reserve(length + tokens)
+            self.reserve(length + tokens)
             if copier is None:
                 self._write(key_BGTD, value_BGTD)
             else:
@@ -128,8 +137,8 @@ class HostStore:
             while self._arrivals and (stop is None or self._arrivals[0].start < stop):
                 arrival = self._arrivals[0]
                 arrival.pending_copy.wait()
-                for start, kv in arrival.staged:
-                    self._put(start, kv)
+                for b, start, joined in arrival.staged:
+                    self._put(b, start, joined)
                 self._arrivals.popleft()  # last, so that it is repeated after an interrupt
 
     def gather(self, row_n: Tensor, block_n: Tensor, out: Tensor | None = None) -> Tensor:
@@ -159,10 +168,11 @@ class HostStore:
         kv = torch.empty((2, self.batch, self.kv_heads, blocks, self.block_size, self.head_dim), dtype=self.dtype)
         block = first
         while block < last:
-            slab, begin = self._slabs[block // self.slab_blocks], block % self.slab_blocks
+            number, begin = divmod(block, self.slab_blocks)
             count = min(self.slab_blocks - begin, last - block)
-            kv_BGn2TD = self.codec.decode(slab[:, :, begin : begin + count])
-            kv[:, :, :, block - first : block - first + count] = kv_BGn2TD.movedim(3, 0)
+            for b, slabs in enumerate(self._slabs):
+                kv_Gn2TD = self.codec.decode(slabs[number][:, begin : begin + count])
+                kv[:, b, :, block - first : block - first + count] = kv_Gn2TD.movedim(2, 0)
             block += count
         self._add_open_block(kv, first)
         skip = start - first * self.block_size
@@ -191,21 +201,22 @@ class HostStore:
             # The GPU gets slabs unchanged and rearranges them; on a CPU one copy does both.
             raw = None
             if device.type != "cpu":
-                raw = torch.empty((S, *self._slab_shape(self.batch)), dtype=self.codec.stored, device=device)
+                raw = torch.empty((S, self.batch, *self._slab_shape), dtype=self.codec.stored, device=device)
 
         def load(number: int) -> Any:
-            slabs = self._slabs[chunks[number] : min(chunks[number] + S, n_slabs)]
-            into = kv_2BGSnTD[number % 2][:, :, :, : len(slabs)]
+            numbers = range(chunks[number], min(chunks[number] + S, n_slabs))
+            into = kv_2BGSnTD[number % 2][:, :, :, : len(numbers)]
             if number > 1:
                 side.wait_stream(current)  # the previous contents have been used
             with streams.stream(side):
-                for i, slab in enumerate(slabs):
-                    if raw is None:
-                        into[:, :, :, i].copy_(self.codec.decode(slab).movedim(3, 0))
-                    else:
-                        raw[i].copy_(slab, non_blocking=True)
+                for b, slabs in enumerate(self._slabs):
+                    for i, slab in enumerate(slabs[numbers.start : numbers.stop]):
+                        if raw is None:
+                            into[:, b, :, i].copy_(self.codec.decode(slab).movedim(2, 0))
+                        else:
+                            raw[i, b].copy_(slab, non_blocking=True)
                 if raw is not None:
-                    self._unpack(raw[: len(slabs)], into)
+                    self._unpack(raw[: len(numbers)], into)
                 self._add_open_block(into.flatten(3, 4), chunks[number] * self.slab_blocks)
                 ready = streams.Event()
                 ready.record(side)
@@ -227,75 +238,111 @@ class HostStore:
             side.wait_stream(current)
 
     def truncate(self, length: int) -> None:
-        """Forgets every token from `length` on and frees the slabs that only held such tokens."""
+        """Forgets every token from `length` on and frees the slabs that only held such tokens.
+
+        Raises HostMemoryError if the last slab is shared and there is no memory for a copy; nothing has changed then.
+        """
         self._check_crop(length)
         self.settle()
+        complete, used = self._complete_slabs(length), self._slabs_for(length)
+        for slabs in self._slabs:
+            slabs.own(complete, used, self._new_slab)
+        for slabs in self._slabs:
+            slabs.cut(used, complete)
         self.length = length
-        del self._slabs[self._slabs_for(length) :]
         self._clear_tail()
 
     def index(self, batch_index: Tensor) -> None:
-        """Reorders, repeats or selects sequences: sequence i becomes the former sequence `batch_index[i]` (beams)."""
-        self.settle()
-        batch_index = batch_index.cpu()
-        batch = batch_index.numel()
-        if batch == self.batch:
-            if not torch.equal(batch_index, torch.arange(batch)):
-                for slab in self._slabs:  # in place: beams reorder every step, and only one slab is copied at a time
-                    slab.copy_(slab.index_select(0, batch_index))
-            return
-        slabs = []
-        for slab in self._slabs:
-            slabs.append(self._new_slab(batch))
-            slabs[-1].copy_(slab.index_select(0, batch_index))
-        self._slabs, self.batch = slabs, batch
+        """Reorders, repeats or selects sequences: sequence i becomes the former sequence `batch_index[i]` (beams).
 
-    def put(self, place: int, other: HostStore) -> None:
-        """Makes sequence `place` what the only sequence of `other` is. No GPU may be reading or writing either."""
+        Repeated sequences share their complete slabs.
+        """
         self.settle()
+        order, complete, used = batch_index.tolist(), self._complete_slabs(self.length), self._slabs_for(self.length)
+        kept = {source: place for place, source in reversed(list(enumerate(order)))}  # the first place of each
+        self._slabs = [
+            self._slabs[source] if kept[source] == place else self._slabs[source].twin(complete, used, self._new_slab)
+            for place, source in enumerate(order)
+        ]
+        self.batch = len(order)
+
+    def open_places(self, tokens: int) -> None:
+        """Let each sequence have a length of its own, of up to `tokens` tokens, and slabs for these alone.
+
+        `put` gives a sequence its slabs and `release` takes them back, while the tensor of `addresses` stays the same
+        one. A place without slabs reads and writes a spare one, for any block.
+        """
+        if self.length:
+            raise ValueError(f"a store of {self.length} tokens has no free places")
+        self._spare, self._places_slabs = self._new_slab().zero_(), self._slabs_for(tokens)
+
+    def put(self, place: int, other: HostStore, tokens: int) -> None:
+        """Makes sequence `place` the only sequence of `other`, with room for `tokens` tokens; `other` is then empty.
+
+        Raises HostMemoryError, leaving both as they were.
+        """
         other.settle()
-        self._reserve(other.length)
-        for mine, theirs in zip(self._slabs, other._slabs[: self._slabs_for(other.length)], strict=False):
-            mine[place].copy_(theirs[0])
-        self.length = max(self.length, other.length)
+        other.reserve(tokens)
+        del other._slabs[0][self._slabs_for(max(tokens, other.length)) :]
+        self._slabs[place].take(other._slabs[0])
+        self.length, other.length = max(self.length, other.length), 0
+        self._renew_addresses()
+
+    def release(self, place: int) -> None:
+        """Takes the slabs of sequence `place` back. The GPU's work queued so far may still use them."""
+        self._slabs[place] = SequenceSlabs()
+        self._renew_addresses()
 
     def check_integrity(self) -> None:
         """Raises IntegrityError, naming what was found, unless the slabs fit the length."""
         self.settle()
-        if len(self._slabs) < (needed := self._slabs_for(self.length)):
-            raise IntegrityError(f"{self.length} tokens need {needed} slabs, found {len(self._slabs)}")
-        expected = (*self._slab_shape(self.batch), self.codec.stored, "cpu", True, self.pinned)
-        for number, slab in enumerate(self._slabs):
-            pinned = slab.is_pinned() if self.pinned else False
-            found = (*slab.shape, slab.dtype, slab.device.type, slab.is_contiguous(), pinned)
-            if found != expected:
-                raise IntegrityError(f"slab {number}: expected {expected}, found {found}")
-        if len({slab.data_ptr() for slab in self._slabs}) != len(self._slabs):
-            raise IntegrityError("two slabs share their memory")
+        needed = 0 if self._spare is not None else self._slabs_for(self.length)
+        if (fewest := min(map(len, self._slabs))) < needed:
+            raise IntegrityError(f"{self.length} tokens need {needed} slabs, found {fewest}")
+        expected = (*self._slab_shape, self.codec.stored, "cpu", True, self.pinned)
+        written: list[int] = []
+        for b, slabs in enumerate(self._slabs):
+            for number, slab in enumerate(slabs):
+                pinned = slab.is_pinned() if self.pinned else False
+                found = (*slab.shape, slab.dtype, slab.device.type, slab.is_contiguous(), pinned)
+                if found != expected:
+                    raise IntegrityError(f"slab {number} of sequence {b}: expected {expected}, found {found}")
+            if slabs.shared > self._complete_slabs(self.length):
+                raise IntegrityError(f"sequence {b} of {self.length} tokens shares {slabs.shared} slabs")
+            written += [slab.data_ptr() for slab in slabs[slabs.shared :]]
+        if len(set(written)) != len(written):
+            raise IntegrityError("two slabs that may be written share their memory")
+        if self._spare is not None:
+            return
         block, offset = divmod(self.length, self.block_size)
         if offset:
-            rest = self._partial(block)[:, :, :, offset:]
-            if written := int(rest.count_nonzero()):
-                raise IntegrityError(f"{written} numbers beyond token {self.length} are not zero")
+            rests = [self._partial(b, block)[:, :, offset:] for b in range(self.batch)]
+            if nonzero := sum(int(rest.count_nonzero()) for rest in rests):
+                raise IntegrityError(f"{nonzero} numbers beyond token {self.length} are not zero")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostStore:
-        """A store with its own memory; pinned stays pinned, unlike in a copied tensor."""
+        """A store of its own that shares the complete slabs; pinned stays pinned, unlike in a copied tensor."""
+        if self._spare is not None:
+            raise TypeError("a store with places can't be copied")
         self.settle()
         twin = memo[id(self)] = copy.copy(self)
-        twin._arrivals, twin._settling = deque(), threading.Lock()
-        twin._slabs = [self._new_slab(self.batch).copy_(slab) for slab in self._slabs]
+        twin._arrivals, twin._settling, twin._addresses_made = deque(), threading.Lock(), None
+        complete, used = self._complete_slabs(self.length), self._slabs_for(self.length)
+        twin._slabs = [slabs.twin(complete, used, twin._new_slab) for slabs in self._slabs]
         return twin
 
     def reserve(self, tokens: int) -> None:
-        """Allocates slabs for `tokens` tokens in all. Until then `append` allocates nothing; `addresses` is constant.
+        """Allocates slabs for `tokens` tokens of each sequence. Until then `append` allocates nothing; `addresses` is
+        constant.
 
         Raises HostMemoryError; slabs allocated before the error are kept.
         """
-        self._reserve(tokens)
+        for slabs in self._slabs:
+            slabs.grow(self._slabs_for(tokens), self._new_slab)
 
     def advance(self, tokens: int) -> None:
         """Counts tokens that a GPU has written to the slabs itself (`csrc/gather.cu`)."""
-        if self._slabs_for(self.length + tokens) > len(self._slabs):
+        if self.length + tokens > self.room:
             raise ValueError(f"no room for {tokens} tokens beyond {self.length}")
         self.length += tokens
         self._written_by_gpu = True
@@ -306,30 +353,49 @@ class HostStore:
         self._written_by_gpu = True
 
     def addresses(self, device: torch.device) -> Tensor:
-        """The slabs' addresses, int64; cached until slabs or device change."""
+        """Where each row's part of each slab begins, int64 [R, s]; cached until slabs or device change."""
         self.settle()
-        found, made = [slab.data_ptr() for slab in self._slabs], self._addresses_made
-        if made is None or made[0] != found or made[1].device != device:
-            made = self._addresses_made = found, torch.tensor(found, device=device)
+        found, made = self._find_addresses(), self._addresses_made
+        if made is None or made[1].device != device or not torch.equal(made[0], found):
+            made = self._addresses_made = found, found.to(device)
         return made[1]
+
+    def _find_addresses(self) -> Tensor:
+        """``addresses`` on the host."""
+        width = max(map(len, self._slabs)) if self._spare is None else self._places_slabs
+        spare = 0 if self._spare is None else self._spare.data_ptr()
+        address_Bs = torch.tensor(
+            [[slab.data_ptr() for slab in slabs[:width]] + [spare] * (width - len(slabs)) for slabs in self._slabs]
+        )
+        row_bytes = self.slab_blocks * self.block_bytes
+        offset_G = torch.arange(self.kv_heads) * row_bytes
+        return (address_Bs.view(self.batch, 1, width) + offset_G[:, None]).flatten(0, 1)
+
+    def _renew_addresses(self) -> None:
+        """Update the tensor that ``addresses`` gave, in place: captured steps read it."""
+        if self._addresses_made is not None:
+            made = self._addresses_made[1]
+            made.copy_(found := self._find_addresses())
+            self._addresses_made = found, made
 
     def _slabs_for(self, tokens: int) -> int:
         return math.ceil(tokens / (self.slab_blocks * self.block_size))
 
-    def _slab_shape(self, batch: int) -> tuple[int, ...]:
-        return (batch, self.kv_heads, self.slab_blocks, *self.codec.shape)
+    def _complete_slabs(self, tokens: int) -> int:
+        """Slabs that so many tokens fill, which are not written any more."""
+        return tokens // (self.slab_blocks * self.block_size)
 
-    def _new_slab(self, batch: int) -> Tensor:
-        return self._lend(self._slab_shape(batch), self.codec.stored)
+    @property
+    def _slab_shape(self) -> tuple[int, ...]:
+        return (self.kv_heads, self.slab_blocks, *self.codec.shape)
+
+    def _new_slab(self) -> Tensor:
+        return self._lend(self._slab_shape, self.codec.stored)
 
     def _lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         lent, pinned = self.memory.lend(shape, dtype)
         self.pinned = self.pinned and pinned
         return lent
-
-    def _reserve(self, tokens: int) -> None:
-        missing = self._slabs_for(tokens) - len(self._slabs)
-        self._slabs += [self._new_slab(self.batch) for _ in range(missing)]
 
     def _copier(self, device: torch.device) -> HostCopier | None:
         """The asynchronous copier for this device; None if `append` copies synchronously."""
@@ -339,7 +405,8 @@ class HostStore:
         self.settle()  # pending copies may belong to the same block
         for start, parts in self._runs(key_BGTD, value_BGTD):
             # Stacked on the source device, so that one transfer carries keys and values.
-            self._put(start, self._joined(parts))
+            for b, joined in enumerate(self._joined(parts).split(1)):
+                self._put(b, start, joined)
 
     def _send(self, copier: HostCopier, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
         self.settle(self.length - UNSETTLED_TOKENS)  # these copies are long done, but staged parts must be scattered
@@ -348,18 +415,19 @@ class HostStore:
         pieces, staged = [], []
         for start, parts in self._runs(*whole):
             whole_blocks = parts[0].dim() == 5
-            target = self._target(start, parts[0].shape[2], whole_blocks)
-            if (
-                not target.is_contiguous()
-            ):  # scattered copies are slow: copy to a staging tensor, which `settle` scatters
-                with torch.inference_mode(False):  # `settle` may be called outside of that mode
-                    target = torch.empty(target.shape, dtype=target.dtype, pin_memory=self.pinned)
-                staged.append((start, target))
-            pieces.append((target, parts))
+            for b in range(self.batch):
+                target = self._target(b, start, parts[0].shape[2], whole_blocks)[None]
+                if not target.is_contiguous():
+                    # Scattered copies are slow: copy to a staging tensor, which `settle` scatters.
+                    with torch.inference_mode(False):  # `settle` may be called outside of that mode
+                        target = torch.empty(target.shape, dtype=target.dtype, pin_memory=self.pinned)
+                    staged.append((b, start, target))
+                key, value = (part[b : b + 1] for part in parts)
+                pieces.append((target, (key, value)))
         if pieces:
             self._arrivals.append(_Arrival(copier.send(pieces, self._joined), self.length, staged))
 
-    def _undo(self, length: int, slabs: int, copier: HostCopier | None) -> None:
+    def _undo(self, length: int, slabs: list[int], copier: HostCopier | None) -> None:
         """Restores the store after a failed `append`."""
         if copier is not None:
             copier.drain()  # else it would write to slabs that are freed or reused
@@ -367,18 +435,20 @@ class HostStore:
             while self._arrivals and self._arrivals[-1].start >= length:
                 self._arrivals.pop()
         self.length = length
-        del self._slabs[slabs:]
+        for one, count in zip(self._slabs, slabs, strict=True):
+            del one[count:]
         self._clear_tail()
 
     def _clear_tail(self) -> None:
         """Zeros the last block beyond the last token."""
         block, offset = divmod(self.length, self.block_size)
         if offset:
-            self._partial(block)[:, :, :, offset:].zero_()
+            for b in range(self.batch):
+                self._partial(b, block)[:, :, offset:].zero_()
 
-    def _partial(self, block: int) -> Tensor:
-        """The view [B, G, 2, block_size, D] of the block that isn't complete, or is being written."""
-        return self._slabs[block // self.slab_blocks][:, :, block % self.slab_blocks]
+    def _partial(self, b: int, block: int) -> Tensor:
+        """The view [G, 2, block_size, D] of a sequence's block that isn't complete, or is being written."""
+        return self._slabs[b][block // self.slab_blocks][:, block % self.slab_blocks]
 
     def _joined(self, parts: tuple[Tensor, Tensor]) -> Tensor:
         """A run's keys and values as one tensor, as they are stored."""
@@ -401,8 +471,8 @@ class HostStore:
         self.settle()
         host = out_nz.device
         if len(row_n) and self.kernel and ops.why_no_kernels(host) is None:
-            slab_s = self.addresses(host)
-            ops.gather_to_host(slab_s, self.slab_blocks, row_n.contiguous(), block_n.contiguous(), out_nz)
+            slabs = ops.Slabs(self.addresses(host), self.slab_blocks)
+            ops.gather_to_host(slabs, row_n.contiguous(), block_n.contiguous(), out_nz)
         elif len(row_n):
             gather_reference(self._slabs, row_n, block_n, out_nz)
         return out_nz
@@ -433,23 +503,23 @@ class HostStore:
             yield first + done, (key, value)
             done += taken
 
-    def _target(self, start: int, count: int, whole_blocks: bool) -> Tensor:
-        """Where a run belongs: the slab's view [B, G, count, z] of whole blocks, or [B, G, 2, count, D] of tokens."""
+    def _target(self, b: int, start: int, count: int, whole_blocks: bool) -> Tensor:
+        """Where a run of a sequence belongs: the view [G, count, z] of whole blocks, or [G, 2, count, D] of tokens."""
         block, offset = divmod(start, self.block_size)
         if whole_blocks:
             first = block % self.slab_blocks
-            return self._slabs[block // self.slab_blocks][:, :, first : first + count]
-        return self._partial(block)[:, :, :, offset : offset + count]
+            return self._slabs[b][block // self.slab_blocks][:, first : first + count]
+        return self._partial(b, block)[:, :, offset : offset + count]
 
-    def _put(self, start: int, joined: Tensor) -> None:
-        """Copies a run, as `_joined` returns it, to where it belongs."""
+    def _put(self, b: int, start: int, joined: Tensor) -> None:
+        """Copies a run of one sequence, as `_joined` returns it, to where it belongs."""
         whole_blocks = joined.dim() == 3 + len(self.codec.shape)  # tokens of a partial block have 5 dimensions
-        target = self._target(start, joined.shape[2 if whole_blocks else 3], whole_blocks)
+        target = self._target(b, start, joined.shape[2 if whole_blocks else 3], whole_blocks)
         if not whole_blocks and start % self.block_size == 0:
             # Memory is uninitialised (zeroing gigabytes would take seconds), so a new partial block is zeroed first;
             # full blocks are overwritten whole.
-            self._partial(start // self.block_size).zero_()
-        target.copy_(joined)
+            self._partial(b, start // self.block_size).zero_()
+        target.copy_(joined[0])
 
     def _empty(self, n: int) -> Tensor:
         return torch.empty((n, 2, self.block_size, self.head_dim), dtype=self.dtype)
@@ -479,17 +549,18 @@ class HostStore:
                 raise IndexError(f"{name} must be between 0 and {count - 1}, got {low} to {high}")
 
 
-def gather_reference(slabs: list[Tensor], row_n: Tensor, block_n: Tensor, out_nz: Tensor) -> None:
-    """The reference of `ops.gather_to_host`, in torch operations."""
-    slab_blocks = slabs[0].shape[2]
-    slab_n = block_n // slab_blocks
-    entry_n = row_n * slab_blocks + block_n % slab_blocks
+def gather_reference(slabs: Sequence[Sequence[Tensor]], row_n: Tensor, block_n: Tensor, out_nz: Tensor) -> None:
+    """The reference of `ops.gather_to_host`, in torch operations; `slabs`: of each sequence."""
+    kv_heads, slab_blocks = slabs[0][0].shape[:2]
+    flat, width = list(chain(*slabs)), len(slabs[0])
+    slab_n = row_n // kv_heads * width + block_n // slab_blocks
+    entry_n = row_n % kv_heads * slab_blocks + block_n % slab_blocks
     # Grouped by slab: one vectorised read per slab, then one pass to restore the caller's order.
     order_n = torch.argsort(slab_n, stable=True)
     sorted_n, grouped_nz = entry_n[order_n], torch.empty_like(out_nz)
     start = 0
     for slab, count in zip(*(found.tolist() for found in torch.unique(slab_n, return_counts=True)), strict=True):
         part = slice(start, start + count)
-        torch.index_select(slabs[slab].flatten(0, 2), 0, sorted_n[part], out=grouped_nz[part])
+        torch.index_select(flat[slab].flatten(0, 1), 0, sorted_n[part], out=grouped_nz[part])
         start += count
     torch.index_select(grouped_nz, 0, torch.argsort(order_n), out=out_nz)

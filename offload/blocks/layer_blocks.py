@@ -93,7 +93,7 @@ class LayerBlocks:
         self._may_move = kernels and binding.on_gpu(device) and ops.why_no_kernels(device) is None
         if isinstance(self.store, CodedStore):
             self._may_move = self._may_move and dtype in ops.ELEMENTS
-        self._slab_s: Tensor | None = None
+        self._slabs: ops.Slabs | None = None
         self.padding_B: Tensor | None = None  # int64, left padding of each sequence in tokens; None: no padding
         self._device_length_B: Tensor | None = None  # during captured steps, which count tokens on the device
         self._length_B = self._counted(0)
@@ -113,7 +113,7 @@ class LayerBlocks:
             self.table.reserve(self.capacity)
         if self.device_moves and tokens > self.store.room:
             self.store.reserve(tokens)
-            self._slab_s = None
+            self._slabs = None
 
     @property
     def device_moves(self) -> bool:
@@ -124,7 +124,7 @@ class LayerBlocks:
         """Store the tokens of a forward that is not a decoding step."""
         start = self.store.length
         self.store.append(key_BGTD, value_BGTD)
-        self._slab_s = None
+        self._slabs = None
         self.reserve(self.store.length)
         self.table.drop_from(start // self.block_size)  # the pool's copy of the tail block is outdated
         self._length_B = self._counted(0)
@@ -143,7 +143,7 @@ class LayerBlocks:
         """Write the step's token to its block in host memory and in the pool. ``extent`` already counts the token."""
         pool, length_B = self.pool, extent.length_B
         if self.device_moves:
-            into = (pool.key_BGSTD, pool.value_BGSTD, self._slabs(), self.store.slab_blocks)
+            into = (pool.key_BGSTD, pool.value_BGSTD, self._find_slabs())
             given = (key_BGD, value_BGD, *into, self.table.tensors.slot_RC, length_B, self.counts[4:])
             if isinstance(self.store, CodedStore):
                 ops.append_coded_token(*given, open_R2TD=self.store.open_R2TD, bits=self.store.codec.bits)
@@ -246,8 +246,7 @@ class LayerBlocks:
         table, pool = self.table, self.pool
         if self.device_moves:
             moves = table.tensors.moves
-            slabs = (self._slabs(), self.store.slab_blocks)
-            given = (*slabs, *moves, pool.key_BGSTD, pool.value_BGSTD, stall_ns_1)
+            given = (self._find_slabs(), *moves, pool.key_BGSTD, pool.value_BGSTD, stall_ns_1)
             if isinstance(self.store, CodedStore):
                 open_R2TD, bits = self.store.open_R2TD, self.store.codec.bits
                 ops.move_coded_blocks(*given, open_R2TD=open_R2TD, length_B=extent.length_B, bits=bits)
@@ -259,11 +258,11 @@ class LayerBlocks:
             pool.write_blocks(row_n, slot_n, self.store.fetch(row_n, block_n, self.device))
         return len(row_n)
 
-    def _slabs(self) -> Tensor:
-        """Addresses of the store's slabs, cached. Looking them up waits for copies to host memory."""
-        if self._slab_s is None:
-            self._slab_s = self.store.addresses(self.device)
-        return self._slab_s
+    def _find_slabs(self) -> ops.Slabs:
+        """Where the store's slabs are, cached. Looking them up waits for copies to host memory."""
+        if self._slabs is None:
+            self._slabs = ops.Slabs(self.store.addresses(self.device), self.store.slab_blocks)
+        return self._slabs
 
     def _fit_pool(self, selection: Selection) -> None:
         """Size the pool for the next token. It grows with a context shorter than the budget, and shrinks once a
@@ -296,7 +295,7 @@ class LayerBlocks:
         self._device_length_B = self._length_B = length_B
         self.grow(slots)
         self.reserve(tokens - 1)
-        self._slabs()
+        self._find_slabs()
 
     def leave(self) -> None:
         """Switch back: the host counts tokens."""
@@ -321,7 +320,7 @@ class LayerBlocks:
         """Forget all tokens from ``length`` on."""
         self._release()
         self.store.truncate(length)
-        self._slab_s = None
+        self._slabs = None
         self.table.drop_from(self.store.n_blocks)
         self._length_B = self._counted(0)
 
@@ -330,16 +329,19 @@ class LayerBlocks:
         self._release()
         on_device = batch_index.to(self.device)
         self.store.index(batch_index)
-        self._slab_s = None
+        self._slabs = None
         self.pool.index(on_device)
         self.table.index(on_device, self.kv_heads)
         if self.padding_B is not None:
             self.padding_B = self.padding_B[on_device]
         self._length_B = self._counted(0)
 
-    def put(self, place: int, other: LayerBlocks) -> None:
-        """Make sequence ``place`` what the only sequence of ``other`` is, in place; both at rest, the GPU idle."""
-        self.store.put(place, other.store)
+    def put(self, place: int, other: LayerBlocks, tokens: int) -> None:
+        """Give a place to the only sequence of ``other``, with host memory for ``tokens`` tokens; ``other`` loses it.
+
+        Both are at rest, the GPU idle. Raises HostMemoryError, leaving both as they were.
+        """
+        self.store.put(place, other.store, tokens)
         self.pool.put(place, other.pool)
         self.table.put(place, other.table, self.kv_heads)
 
@@ -374,5 +376,5 @@ class LayerBlocks:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        twin._slab_s = None
+        twin._slabs = None
         return twin

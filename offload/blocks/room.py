@@ -69,8 +69,8 @@ class Room:
         """Bytes of a cache of these sequences, in whole slabs, over layers of known shape."""
         slabs = ceil_div(tokens, self.slab_tokens)
         known = (shape for shape in self.shapes.values() if shape is not None)
-        spans = ((slabs, self._slab_bytes(shape), self._open_bytes(shape)) for shape in known)
-        return sum(slabs * aligned(batch * slab) + aligned(batch * rest) for slabs, slab, rest in spans)
+        slabs *= batch
+        return sum(slabs * aligned(self._slab_bytes(one)) + aligned(batch * self._open_bytes(one)) for one in known)
 
     def _slab_bytes(self, shape: KVShape) -> int:
         """Bytes of a slab of one sequence."""
@@ -167,7 +167,7 @@ class Room:
         known = [shape for shape in self.shapes.values() if shape is not None]
         counts = Counter[int]()
         for shape in known:
-            counts[batch * self._slab_bytes(shape)] += slabs
+            counts[self._slab_bytes(shape)] += batch * slabs
             if room == 0 and (nbytes := batch * self._open_bytes(shape)):
                 counts[nbytes] += 1
         self.memory.prepare(sorted(counts.items(), reverse=True))

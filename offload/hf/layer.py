@@ -135,7 +135,7 @@ class TieredLayer(CacheLayerMixin):
         self._check_states(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._settle()
+        self.settle()
         self.awaits_attention = True
         key_states, self.handed = hand_over(self, key_states, value_states)
         return key_states, value_states
@@ -161,7 +161,7 @@ class TieredLayer(CacheLayerMixin):
                 "interrupted (use a new cache) or the model ignores the attention interface (unsupported)"
             )
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Give the blocks to the host: end captured steps and wait for fetches."""
         if self._cache_graph is not None and (cache_graph := self._cache_graph()) is not None:
             cache_graph.leave()  # does nothing within its own step
@@ -207,9 +207,9 @@ class TieredLayer(CacheLayerMixin):
         layer.lazy_initialization(nothing_BGTD, nothing_BGTD)
         return layer
 
-    def put(self, place: int, other: TieredLayer) -> None:
-        """Make sequence ``place`` what the only sequence of ``other`` is, in place; both at rest, the GPU idle."""
-        self.blocks.put(place, other.blocks)
+    def put(self, place: int, other: TieredLayer, tokens: int) -> None:
+        """Give a place to the only sequence of ``other``; as ``LayerBlocks.put``."""
+        self.blocks.put(place, other.blocks, tokens)
         self.policy.put(place, other.policy)
 
     @property
@@ -241,7 +241,7 @@ class TieredLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         if self.is_initialized:
-            self._settle()
+            self.settle()
             del self.blocks, self.policy
         self._clear()
 
@@ -252,7 +252,7 @@ class TieredLayer(CacheLayerMixin):
         self.check_attended()  # else the policy may have missed tokens that are stored
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        self._settle()
+        self.settle()
         length = max(self.blocks.length + tokens_to_remove, 0)
         if length == 0:
             self.reset()
@@ -264,7 +264,7 @@ class TieredLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if not self.is_initialized:
             return
-        self._settle()
+        self.settle()
         index = beam_idx.cpu()
         if len(index) == self.batch and bool((index == torch.arange(self.batch)).all()):
             return
@@ -316,7 +316,7 @@ class TieredLayer(CacheLayerMixin):
     @torch.inference_mode(False)  # copies made under it could not be written to outside of it
     def __deepcopy__(self, memo: dict) -> TieredLayer:
         if self.is_initialized:
-            self._settle()
+            self.settle()
         clone = self.__class__.__new__(self.__class__)
         memo[id(self)] = clone
         clone.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
@@ -505,7 +505,7 @@ class TieredLayer(CacheLayerMixin):
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` if the blocks' or the policy's state is inconsistent."""
         if self.is_initialized:
-            self._settle()
+            self.settle()
             self.blocks.check_integrity()
             self.policy.check_integrity()
 

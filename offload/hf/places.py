@@ -1,8 +1,9 @@
 """Places: a batch of sequences of different lengths that are decoded together and replaced one by one.
 
-Each sequence is prefilled in a cache of its own. ``put`` gives it a place: its blocks and its policy's state are copied
-into the batch's tensors, whose addresses stay. So the captured step goes on, whoever has the places. A place that
-nobody has repeats its last step: its length stands still.
+Each sequence is prefilled in a cache of its own. ``put`` gives it a place: its slabs in host memory change hands, and
+its pool and its policy's state are copied into the batch's tensors, whose addresses stay. So the captured step goes on,
+whoever has the places. A place that nobody has repeats its last step: its length stands still, and it reads and writes
+spare slabs.
 
 Suffixes: B places.
 """
@@ -54,60 +55,64 @@ class Places:
     Args:
         captured: Of the engine.
         like: A prefilled cache that could have a place (``why_no_place``): those of all have its shapes.
-        room: Tokens that a place has room for, in host memory and on the device.
-        promised: Bytes of host memory that other caches will still take.
+        room: Tokens that a place has room for on the device. Host memory comes with the sequences.
 
     Attributes:
         cache: The batch's cache, for forwards of the attached model with one token for each place.
 
     Raises:
-        HostMemoryError: So many places don't fit.
+        HostMemoryError: There is no host memory for a spare slab of each layer.
     """
 
-    def __init__(self, captured: CapturedSteps, like: TieredCache, count: int, room: int, promised: int = 0) -> None:
+    def __init__(self, captured: CapturedSteps, like: TieredCache, count: int, room: int) -> None:
         layers = _tiered(like)
-        runtime = layers[0].runtime
-        runtime.room.check(batch=count, tokens=room, room=0, promised=promised)
-        self.cache = TieredCache(runtime)
+        self.cache, room_of = TieredCache(layers[0].runtime), layers[0].runtime.room
+        beside = room_of.promised_beside(self.cache) + room_of.bytes_for(count, 0)
+        room_of.check(batch=1, tokens=1, room=0, promised=beside)  # spare slabs are as many as those of one token
         self.cache.layers = [layer.empty(count) for layer in layers]
+        for layer in _tiered(self.cache):
+            layer.blocks.store.open_places(room)
         self.room = room
         self._graph = captured.adopt(self.cache, PlacesGraph(self.cache, captured, count, room))
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory that the places have."""
-        first = _tiered(self.cache)[0]
-        return first.runtime.room.bytes_for(first.batch, first.room)
 
     @property
     def length_B(self) -> Tensor:
         """int64 on the device, tokens of each sequence: the position of the next one."""
         return self._graph.length_B
 
-    def put(self, place: int, cache: TieredCache) -> None:
-        """Give a place to the sequence of a prefilled cache, which stays as it is. Waits for the device.
+    def put(self, place: int, cache: TieredCache, *, final_length: int | None = None) -> None:
+        """Give a free place to the sequence of a prefilled cache, which is empty afterwards. Waits for the device.
+
+        Args:
+            final_length: Tokens that the sequence will have at most, ``None``: as many as a place has room for. It
+                gets host memory for them now.
 
         Raises:
-            HostMemoryError: The sequence is longer than a place.
+            HostMemoryError: The sequence is longer than a place, or there is no host memory for its length.
             AttachError: The model has hidden some of its tokens by a mask, which the shared step does not read.
         """
         layers = _tiered(cache)
-        tokens = layers[0].blocks.length
-        if tokens + COMING > self.room:
-            raise HostMemoryError(f"a place has room for {self.room} tokens, the sequence has {tokens}")
+        length = layers[0].blocks.length
+        if length + COMING > self.room:
+            raise HostMemoryError(f"a place has room for {self.room} tokens, the sequence has {length}")
+        tokens = self.room if final_length is None else min(final_length, self.room)
         if (reason := why_masked(cache)) is not None:
             raise AttachError(reason)
         for layer in layers:
-            layer.blocks.settle()
+            layer.settle()
+            layer.blocks.store.reserve(tokens)  # of all, before any layer has moved
         if self.length_B.is_cuda:
             torch.cuda.synchronize(self.length_B.device)
         for mine, theirs in zip(_tiered(self.cache), layers, strict=True):
-            mine.put(place, theirs)
-        self._graph.take(place, tokens)
+            mine.put(place, theirs, tokens)
+        cache.reset()
+        self._graph.take(place, length)
 
     def release(self, place: int) -> None:
-        """Take a place back: its length stands still until another sequence gets it."""
+        """Take a place and its sequence's host memory back: its length stands still until another sequence gets it."""
         self._graph.release(place)
+        for layer in _tiered(self.cache):
+            layer.blocks.store.release(place)
 
 
 class PlacesGraph(CacheGraph):

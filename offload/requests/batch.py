@@ -25,10 +25,9 @@ class RequestBatch:
         first: A prefilled request that could have a place.
         count: Places wanted; fewer are made if memory allows no more.
         tokens: Tokens of the longest request.
-        promised: Bytes of host memory that other requests will still take.
 
     Raises:
-        HostMemoryError: There is no memory for two places.
+        HostMemoryError, torch.OutOfMemoryError: There is no memory for two places.
     """
 
     def __init__(
@@ -38,25 +37,19 @@ class RequestBatch:
         first: Running,
         count: int,
         tokens: int,
-        promised: int,
     ) -> None:
         self.model = model
         room = ceil_div(tokens + COMING + 1, ROUND_UP) * ROUND_UP  # one more: a last step may run past the end
         while True:
             try:
-                self.places = Places(captured, first.cache, count, room, promised)
+                self.places = Places(captured, first.cache, count, room)
                 break
-            except (HostMemoryError, torch.OutOfMemoryError):
+            except torch.OutOfMemoryError:
                 if count <= 2:
                     raise
                 count = max(count // 2, 2)
         self.members: list[Running | None] = [None] * count
         self._token_B1 = torch.zeros((count, 1), dtype=torch.int64, device=first.token_B1.device)
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory that the places have."""
-        return self.places.host_bytes
 
     @property
     def is_empty(self) -> bool:
@@ -70,7 +63,7 @@ class RequestBatch:
     def join(self, one: Running) -> None:
         """Give a place to a prefilled request, which leaves its own cache."""
         place = self.members.index(None)
-        self.places.put(place, one.cache)
+        self.places.put(place, one.cache, final_length=one.final_length)
         self._token_B1[place] = one.token_B1[0]
         self.members[place] = one
 
@@ -99,7 +92,7 @@ class RequestBatch:
 
 
 def batch_of(
-    model: PreTrainedModel, captured: CapturedSteps | None, first: Running, count: int, tokens: int, promised: int
+    model: PreTrainedModel, captured: CapturedSteps | None, first: Running, count: int, tokens: int
 ) -> RequestBatch | str:
     """A batch for this request and others like it, or why there is none."""
     if captured is None:
@@ -107,6 +100,6 @@ def batch_of(
     if (reason := why_no_place(first.cache)) is not None:
         return reason
     try:
-        return RequestBatch(model, captured, first, count, tokens, promised)
+        return RequestBatch(model, captured, first, count, tokens)
     except (HostMemoryError, torch.OutOfMemoryError) as error:
         return f"no memory for two places of {tokens} tokens: {one_line(error, 100)}"

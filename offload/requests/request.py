@@ -19,6 +19,7 @@ from attention_predictor.errors import ConfigError, LogitsError
 from attention_predictor.offload.generation import Sampling, next_logits, token_list
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
+from attention_predictor.offload.requests.prefix import Prefix, check_shape, check_tokens
 from attention_predictor.offload.runtime import Runtime
 
 Reason = Literal["eos", "length", "cancelled", "failed"]
@@ -29,12 +30,13 @@ class Request:
     """A prompt, and how to continue it.
 
     Attributes:
-        input_ids: Token ids of the prompt: int64 ``[T]``, or a list.
+        input_ids: Token ids of the prompt, or of what comes after ``prefix``: int64 ``[T]``, or a list.
         max_new_tokens: New tokens at most.
         sampling: How tokens are chosen; greedy by default.
         eos_token_id: Ends the request; ``None``: from the model's generation config.
         seed: Seed of its random numbers; ``None``: torch's global state.
         id: Its name in ``engine.stats``; ``None``: its number in the stream.
+        prefix: Tokens that the prompt begins with, which ``engine.prefill`` has read.
 
     Raises:
         ConfigError: An empty prompt, one of another shape, or less than one new token.
@@ -46,12 +48,10 @@ class Request:
     eos_token_id: int | Sequence[int] | None = None
     seed: int | None = None
     id: object = None
+    prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
-        ids = self.input_ids
-        if (ids.dim() != 1 if isinstance(ids, Tensor) else isinstance(ids, str)) or len(ids) == 0:
-            found = list(ids.shape) if isinstance(ids, Tensor) else repr(ids)
-            raise ConfigError(f"input_ids of a request must be [tokens] with at least one token, got {found}")
+        check_shape(self.input_ids, "request")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens} is not allowed: expected at least 1")
 
@@ -104,6 +104,8 @@ class Running:
         self.model, self.runtime, self.request = model, runtime, request
         self.name = number if request.id is None else request.id
         self.ids_T = torch.as_tensor(request.input_ids)
+        if request.prefix is not None:
+            self.ids_T = torch.cat([request.prefix.ids_T, self.ids_T.cpu()])
         settings = model.generation_config
         eos = settings.eos_token_id if request.eos_token_id is None else request.eos_token_id
         self.ends = frozenset(token_list(eos))
@@ -132,29 +134,34 @@ class Running:
 
     def check(self) -> None:
         """Raise for a prompt that the model can't read."""
-        if self.ids_T.is_floating_point() or self.ids_T.dtype == torch.bool:
-            raise ConfigError(f"input_ids of a request must be whole numbers, got {self.ids_T.dtype}")
-        vocabulary = self.runtime.text_config.vocab_size
-        least, most = (int(end) for end in self.ids_T.aminmax())
-        if least < 0 or most >= vocabulary:
-            found = least if least < 0 else most
-            raise ConfigError(f"token {found} in input_ids: the model has tokens from 0 to {vocabulary - 1}")
+        check_tokens(self.runtime, torch.as_tensor(self.request.input_ids), "request")
+        prefix = self.request.prefix
+        if prefix is not None and prefix.runtime is not self.runtime:
+            raise ConfigError("prefix: another engine has read it; expected one that this engine's prefill returned")
         check_positions(self.runtime.text_config, self.final_length)
 
     def begin(self) -> None:
-        """Take an empty cache."""
-        device, seed = self.runtime.device, self.request.seed
-        self._cache = TieredCache(self.runtime)
+        """Take an empty cache, or a copy of the prefix's."""
+        device, seed, prefix = self.runtime.device, self.request.seed, self.request.prefix
+        if prefix is None:
+            self._cache = TieredCache(self.runtime)
+        else:
+            self._cache, self._cached = prefix.copy(), len(prefix.ids_T)
         self.runtime.room.promise(self._cache, batch=1, tokens=self.final_length)
         self._ids_BT = self.ids_T.to(device=device, dtype=torch.int64)[None]
         self._generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
+    @property
+    def shared_tokens(self) -> int:
+        """First tokens whose host memory its prefix has already."""
+        return 0 if self.request.prefix is None else self.request.prefix.shared_tokens
+
     def host_bytes(self) -> tuple[int, int]:
         """Bytes of host memory that the cache has now, and at its final length."""
-        if self._cache is None:
-            return 0, 0  # its place has its memory
-        room, held = self.runtime.room, self._cache.room
-        return room.bytes_for(1, held) if held else 0, room.bytes_for(1, self.final_length)
+        room = self.runtime.room
+        final = room.bytes_for(1, self.final_length)
+        held = self.cache.room if not self.placed else self.final_length  # taken with the place
+        return room.bytes_for(1, held) if held else 0, final
 
     @property
     def cache(self) -> TieredCache:
@@ -163,7 +170,7 @@ class Running:
         return self._cache
 
     def leave_cache(self) -> None:
-        """Its next steps are the batch's."""
+        """Its next steps are the batch's, and so is its host memory."""
         self.placed, self._cache = True, None
 
     def prefill(self, chunk: int | None) -> None:

@@ -128,8 +128,7 @@ class Stream(Iterator[Event]):
         longest = max(other.final_length for other in self._running)
         if self._batch is None or (self._batch.is_empty and not self._batch.has_place_for(one)):
             self._batch = None  # its places are too short for this one; its memory is free for others
-            sizes = self.places, self.max_length or longest, self._promised()
-            found = batch_of(self.model, self.captured, one, *sizes)
+            found = batch_of(self.model, self.captured, one, self.places, self.max_length or longest)
             if isinstance(found, str):
                 self._why_no_batch = found
                 self.runtime.note_fallback(f"a step of its own for each request: {found}")
@@ -193,24 +192,18 @@ class Stream(Iterator[Event]):
 
         Raises HostMemoryError if there would not be enough without the running ones either.
         """
-        check, whole = self.runtime.room.check, {"batch": 1, "tokens": one.final_length, "room": 0}
+        check = self.runtime.room.check
+        whole = {"batch": 1, "tokens": one.final_length, "room": one.shared_tokens}
         held = sum(other.host_bytes()[0] for other in self._running)
-        check(**whole, promised=-held - (self._batch.host_bytes if self._batch is not None else 0))
-        while True:
-            try:
-                check(**whole, promised=self._promised())
-                return True
-            except HostMemoryError:
-                if self._running:
-                    return False
-                if self._batch is None:
-                    raise
-                self._batch = None  # nobody has a place
-                self.runtime.drain()
-
-    def _promised(self) -> int:
-        """Bytes of host memory that the requests in progress will still take."""
-        return sum(max(final - held, 0) for held, final in (one.host_bytes() for one in self._running))
+        check(**whole, promised=-held)
+        if not self._running:
+            return True
+        promised = sum(max(final - held, 0) for held, final in (one.host_bytes() for one in self._running))
+        try:
+            check(**whole, promised=promised)
+        except HostMemoryError:
+            return False
+        return True
 
     def _end(
         self, one: Running, reason: Reason, error: BaseException | None = None, *, token: int | None = None

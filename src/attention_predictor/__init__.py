@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from attention_predictor.offload.generation import Sampling as Sampling
     from attention_predictor.offload.hf.attach import attach as attach
     from attention_predictor.offload.hf.cache import TieredCache as TieredCache
+    from attention_predictor.offload.requests.prefix import Prefix as Prefix
     from attention_predictor.offload.requests.request import Request as Request
     from attention_predictor.predictor.model import AttentionPredictor as AttentionPredictor
 
@@ -36,6 +37,7 @@ _MODULES = {
     "TieredCache": "offload.hf.cache",
     "OffloadConfig": "offload.config",
     "Engine": "offload.engine",
+    "Prefix": "offload.requests.prefix",
     "Request": "offload.requests.request",
     "Sampling": "offload.generation",
     "AttentionPredictor": "predictor.model",

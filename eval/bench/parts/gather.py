@@ -62,7 +62,7 @@ def _to_pool(
 ) -> list[GatherMethod]:
     n = len(lists[0][0])
     pool, slot_n = BlockPool(**shape, slots=n, device=device), torch.arange(n)
-    sides, slabs = (pool.key_BGSTD, pool.value_BGSTD), (store.addresses(device), store.slab_blocks)
+    sides, slabs = (pool.key_BGSTD, pool.value_BGSTD), ops.Slabs(store.addresses(device), store.slab_blocks)
     rows = store.batch * store.kv_heads
     each = max(1, n // rows)
     slot_RS = torch.arange(n, device=device, dtype=torch.int32).expand(rows, n).contiguous()
@@ -72,7 +72,7 @@ def _to_pool(
 
     def by_table(_: Tensor, block_n: Tensor) -> Call:
         block_RS = block_n.to(device, torch.int32).expand(rows, n).contiguous()
-        return lambda: ops.move_blocks(*slabs, block_RS, slot_RS, moves_R, *sides, None)
+        return lambda: ops.move_blocks(slabs, block_RS, slot_RS, moves_R, *sides, None)
 
     def by_host(row_n: Tensor, block_n: Tensor) -> Call:
         return lambda: pool.write_blocks(row_n, slot_n, store.gather(row_n, block_n))
