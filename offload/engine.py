@@ -212,7 +212,7 @@ class Engine:
         Args:
             requests: Any iterable; the next one is taken as late as possible. An iterator that waits stops all.
             places: Requests that are in progress at most. Each needs device memory of its own. Fewer share a step if
-                host memory has no room for so many of ``max_length``.
+                the device has no room for so many of ``max_length``.
             max_length: Tokens that a place has room for, prompt and new ones; ``None``: those of the longest request
                 in progress when the first one has been read.
             prefill_chunk_size: Prompt tokens per forward; ``None``: the whole prompt.
