@@ -21,6 +21,7 @@ CALIBRATIONS = ("sketch", "exact", "none")
 PREFETCHERS = (AUTO, "thread", "graph", "none")
 CAPTURING = (AUTO, "graph")  # prefetchers that capture steps
 KERNELS = (AUTO, "none")
+LATE_FETCH, LATE_SEQUENCES = 0.25, 2  # of `late_fetch="auto"`: the share for up to so many sequences of a step
 CODE_BITS = {AUTO: None, "int8": 8, "int4": 4}  # by `host_kv`
 ALLOCATIONS = ("policy", "uniform", "pyramid", "qsim", "cake", "qsim-heads", "cake-heads")
 SKETCH_BITS = (1, 2, 4, 8)
@@ -95,6 +96,8 @@ class OffloadConfig:
         recent: Number of last tokens that are always attended to.
         late_fetch: Largest share of the budget that a step may fetch after its own query is known, chosen by that query
             and the sketch. 0: all blocks are fetched ahead, by prediction; 1: the sketch may choose all of them.
+            ``"auto"``: 0.25 for up to two sequences in a step; of more, each gets so much less that the step waits for
+            no more bytes than with two. So tokens depend on the number of sequences, or of ``places``.
         reserve: Blocks resident beyond the budget, as a share of it. Half of them are fetched ahead: the best-scored
             blocks after those of the budget. The other half were selected last. A step attends to the best of all
             resident blocks, chosen with its own query. Without a sketch, or with a policy that does not choose again in
@@ -154,10 +157,11 @@ class OffloadConfig:
     recent: int = _selection(
         64, whole(0), "number of last tokens that are always attended to", also="a multiple of block_size"
     )
-    late_fetch: float = _selection(
-        0.25,
-        _SHARE,
-        "largest share of the budget that a step fetches after its query is known; 0: all blocks are fetched ahead",
+    late_fetch: float | str = _selection(
+        LATE_FETCH,
+        _SHARE.or_name(AUTO),
+        "largest share of the budget that a step fetches after its query is known; 0: all blocks are fetched ahead; "
+        "auto: less for each the more sequences there are",
     )
     reserve: float = _selection(
         1.0, _ANY_SHARE, "blocks kept on the device beyond the budget, as a share of the budget"
@@ -258,7 +262,13 @@ class OffloadConfig:
     @property
     def needs_sketch(self) -> bool:
         """Whether the predictor policy keeps a key sketch: for calibration, for late fetches, or both."""
-        return self.calibration == "sketch" or self.late_fetch > 0
+        return self.calibration == "sketch" or self.late_share(1) > 0
+
+    def late_share(self, batch: int) -> float:
+        """Largest share of the budget that a step of so many sequences fetches late."""
+        if isinstance(self.late_fetch, str):
+            return LATE_FETCH * min(1.0, LATE_SEQUENCES / batch)
+        return self.late_fetch
 
     @property
     def code_bits(self) -> int | None:

@@ -39,7 +39,7 @@ A rule is `[name:] policy[,field=value…]`. As text, `True` is also `yes` or `1
 A value that is not allowed is refused before anything is loaded, with one line that names the setting, the value and
 what is allowed, and exit code 2:
 
-    attnpred generate: --late-fetch 2: expected a share from 0 to 1
+    attnpred generate: --late-fetch 2: expected a share from 0 to 1, or auto
 """
 
 COMMANDS = """\

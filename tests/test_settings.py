@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[tuple[str | None, object, str], tuple[str | None, objec
     "calibration": ((None, None, "one of sketch, exact, none"), ("no", "no", "one of sketch, exact, none")),
     "calibration_interval": (("5.0", 5.0, "an integer, at least 1"), ("0", 0, "at least 1")),
     "sketch_bits": (("two", 2.0, "one of 1, 2, 4, 8"), ("3", 3, "one of 1, 2, 4, 8")),
-    "late_fetch": (("x", "0.5", "a share from 0 to 1"), ("1.5", 1.5, "a share from 0 to 1")),
+    "late_fetch": (("x", "0.5", "a share from 0 to 1, or auto"), ("1.5", 1.5, "a share from 0 to 1, or auto")),
     "reserve": (("half", True, "a share from 0 on"), ("-1", -1, "a share from 0 on")),
     "prefetch": ((None, True, "one of auto, thread, graph, none"), ("gpu", "gpu", "one of auto, thread, graph, none")),
     "compile": (("maybe", 1, "True or False"), ("2", 2, "True or False")),

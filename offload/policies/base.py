@@ -227,15 +227,14 @@ class Policy:
         """Its device state by name, for memory accounting and for reordering sequences."""
         return {}
 
-    @property
-    def late_share(self) -> float:
-        """Largest share of the budget that may be fetched within a step."""
+    def late_share(self, batch: int) -> float:
+        """Largest share of the budget that may be fetched within a step of so many sequences."""
         return 1.0 if self.selects == "now" else 0.0
 
     @property
     def chooses(self) -> bool:
         """Whether it chooses with the current query, among resident blocks and a limited number of late fetches."""
-        return self.late_share > 0
+        return self.late_share(1) > 0
 
     @classmethod
     def why_never_captured(cls, config: OffloadConfig) -> str | None:
@@ -285,7 +284,7 @@ class Policy:
         for a policy that does not choose.
         """
         if self.chooses:
-            raise TypeError(f"policy {self.name!r} has late_share={self.late_share} but does not score now")
+            raise TypeError(f"policy {self.name!r} has late_share={self.late_share(1)} but does not score now")
         return None
 
     def observe(self, step: Step) -> None:

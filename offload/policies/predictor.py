@@ -61,13 +61,12 @@ class PredictorPolicy(Policy):
     def parts(self) -> dict[str, Part]:
         return {"history": self.history} | ({"sketch": self.sketch} if self.sketch is not None else {})
 
-    @property
-    def late_share(self) -> float:
-        return self.spec.config.late_fetch
+    def late_share(self, batch: int) -> float:
+        return self.spec.config.late_share(batch)
 
     @property
     def chooses(self) -> bool:
-        return self.sketch is not None and (self.late_share > 0 or self.spec.config.reserve > 0)
+        return self.sketch is not None and (self.late_share(1) > 0 or self.spec.config.reserve > 0)
 
     def why_no_kernel(self) -> str | None:
         return None if self.sketch is None else self.sketch.why_no_kernel(self.size)

@@ -80,7 +80,7 @@ def decode(
         step.estimates = scores
     schedule.join_sketch()
     if scores is not None:
-        late_blocks = selection.share_of_budget(policy.late_share) if policy.chooses else None
+        late_blocks = selection.share_of_budget(policy.late_share(len(query_BHD))) if policy.chooses else None
         step.rest_BH = blocks.choose(selection, extent, scores, late_blocks)
     step.block_BGS = blocks.active_BGS
     step.attention = attend_slots(

@@ -53,14 +53,19 @@ class Kind:
 
     def or_none(self) -> Kind:
         """This kind, or ``None``, written as none."""
-        rules = self.rules
+        return self._or(None, "none", "None")
 
+    def or_name(self, name: str) -> Kind:
+        """This kind, or a name."""
+        return self._or(name, name, name)
+
+    def _or(self, other: str | None, written: str, words: str) -> Kind:
         def either(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-            return lambda value: value is None or holds(value)
+            return lambda value: (isinstance(value, type(other)) and value == other) or holds(value)
 
         return Kind(
-            read=lambda text: None if text.strip().lower() == "none" else self.read(text),
-            rules=lambda: [(f"{words}, or None", either(holds)) for words, holds in rules()],
+            read=lambda text: other if text.strip().lower() == written else self.read(text),
+            rules=lambda: [(f"{allowed}, or {words}", either(holds)) for allowed, holds in self.rules()],
             metavar=self.metavar,
         )
 
