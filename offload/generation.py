@@ -69,12 +69,22 @@ def check_arguments(
     """``ConfigError`` for arguments of ``Engine.generate`` that are not allowed."""
     if ids_BT.dim() != 2 or ids_BT.shape[1] == 0:
         raise ConfigError(f"input_ids must be [batch, tokens] with at least one token, got {list(ids_BT.shape)}")
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} is not allowed: expected at least 1")
+    check_new_tokens(max_new_tokens)
+    check_chunk(prefill_chunk_size)
     if attention_mask is not None and attention_mask.shape != ids_BT.shape:
         raise ConfigError(f"attention_mask is {list(attention_mask.shape)}, input_ids {list(ids_BT.shape)}")
-    if prefill_chunk_size is not None and prefill_chunk_size < 1:
-        raise ConfigError(f"prefill_chunk_size={prefill_chunk_size} is not allowed: expected at least 1, or None")
+
+
+def check_new_tokens(count: int) -> None:
+    """``ConfigError`` for a number of new tokens that is not allowed."""
+    if count < 1:
+        raise ConfigError(f"max_new_tokens={count} is not allowed: expected at least 1")
+
+
+def check_chunk(size: int | None) -> None:
+    """``ConfigError`` for a number of prompt tokens per forward that is not allowed."""
+    if size is not None and size < 1:
+        raise ConfigError(f"prefill_chunk_size={size} is not allowed: expected at least 1, or None")
 
 
 @torch.no_grad()

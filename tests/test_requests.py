@@ -92,6 +92,15 @@ def test_tokens_are_those_of_each_request_alone(tiny_model, ids, policy, host_kv
         assert engine.stats.requests == {"length": len(requests)}
 
 
+def test_the_same_request_twice_is_refused(tiny_model, ids):
+    with attach(tiny_model(), config()) as engine:
+        request = Request(input_ids=ids(20)[0], max_new_tokens=3, eos_token_id=NO_END)
+        stream = engine.stream([request, request])
+        with pytest.raises(ConfigError, match="request 1 was in this stream before: its events would be mixed up"):
+            collect(stream)
+        assert len(collect(engine.stream([request]))[0][request]) == 3  # another stream takes it
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["predictor", "quest", "h2o"])
 def test_captured_steps_of_several_requests(monkeypatch, tiny_model, ids, policy):

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_predictor.errors import ConfigError
-from attention_predictor.offload.generation import next_logits
+from attention_predictor.offload.generation import check_chunk, next_logits
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
 from attention_predictor.offload.runtime import Runtime
@@ -51,8 +51,7 @@ def read_prefix(
     """Prefill tokens, ``chunk`` at a time; as ``Engine.prefill``."""
     check_shape(input_ids, "prefix")
     ids_T = torch.as_tensor(input_ids)
-    if chunk is not None and chunk < 1:
-        raise ConfigError(f"prefill_chunk_size={chunk} is not allowed: expected at least 1, or None")
+    check_chunk(chunk)
     check_tokens(runtime, ids_T, "prefix")
     check_positions(runtime.text_config, len(ids_T))
     runtime.room.check(batch=1, tokens=len(ids_T), room=0)

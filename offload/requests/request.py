@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_predictor.errors import ConfigError, LogitsError
-from attention_predictor.offload.generation import Sampling, next_logits, token_list
+from attention_predictor.offload.generation import Sampling, check_new_tokens, next_logits, token_list
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
 from attention_predictor.offload.requests.prefix import Prefix, check_shape, check_tokens
@@ -52,8 +52,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check_shape(self.input_ids, "request")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={self.max_new_tokens} is not allowed: expected at least 1")
+        check_new_tokens(self.max_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ Suffixes: T tokens.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_predictor.errors import ConfigError, ContextLengthError, HostMemoryError, LogitsError, one_line
+from attention_predictor.offload.generation import check_chunk
 from attention_predictor.offload.hf.graph import CapturedSteps, is_ready
 from attention_predictor.offload.hf.places import why_masked
 from attention_predictor.offload.requests.batch import RequestBatch, batch_of
@@ -47,8 +49,8 @@ class Stream(Iterator[Event]):
     ) -> None:
         if runtime.ranks.count > 1:
             raise ConfigError(f"stream: a model divided among {runtime.ranks.count} processes is not supported")
-        given = {"places": places, "max_length": max_length, "prefill_chunk_size": prefill_chunk_size}
-        for name, value in given.items():
+        check_chunk(prefill_chunk_size)
+        for name, value in (("places", places), ("max_length", max_length)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} is not allowed: expected at least 1")
         self.model, self.runtime, self.captured = model, runtime, captured
@@ -59,7 +61,8 @@ class Stream(Iterator[Event]):
         self._next: Running | None = None  # taken, waits for memory
         self._running: list[Running] = []  # in the order of arrival
         self._events: deque[Event] = deque()
-        self._cancelled: set[Request] = set()
+        self._cancelled: weakref.WeakSet[Request] = weakref.WeakSet()
+        self._taken: weakref.WeakSet[Request] = weakref.WeakSet()
         self._exhausted = False
 
     def cancel(self, request: Request) -> None:
@@ -172,6 +175,11 @@ class Stream(Iterator[Event]):
                     self._exhausted = True
                     return
                 self._next = Running(self.model, self.runtime, request, number)
+                if request in self._taken:
+                    raise ConfigError(
+                        f"request {self._next.name} was in this stream before: its events would be mixed up"
+                    )
+                self._taken.add(request)
             one = self._next
             if one.request in self._cancelled:
                 self._end(one, "cancelled")
