@@ -65,7 +65,7 @@ class Batch:
 @pytest.mark.parametrize(
     "settings",
     [{}, EMA, {"late_fetch": 0.0} | EMA, {"host_kv": "int8"} | EMA]
-    + [{"policy": name} for name in ("quest", "quest-ahead", "streaming", "h2o")],
+    + [{"policy": name} for name in ("quest", "quest-ahead", "streaming", "h2o", "snapkv", "lazy-eviction")],
     ids=lambda given: "-".join(map(str, given.values())) or "default",
 )
 def test_each_sequence_gets_the_tokens_that_it_gets_alone(device, tiny_model, ids, settings: dict) -> None:
@@ -159,9 +159,8 @@ def test_copies_and_places_keep_within_host_memory(device, tiny_model, ids) -> N
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"policy": "snapkv"}, "policy 'snapkv' keeps some state for all sequences together"),
-        ({"policy": "lazy-eviction"}, "policy 'lazy-eviction' keeps some state"),
-        ({"policy": "cake"}, "keeps some state|budgets differ"),
+        ({"policy": "cake"}, "budgets differ by prompt, layer or head"),
+        ({"policy": "pyramidkv"}, "budgets differ by prompt, layer or head"),
         ({"budget_allocation": [80, 112]} | EMA, "budgets differ by prompt, layer or head"),
         ({"measure_recovery": 3} | EMA, "some steps read all keys"),
     ],

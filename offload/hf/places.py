@@ -30,13 +30,11 @@ def why_no_place(cache: TieredCache) -> str | None:
     layers = _tiered(cache)
     if len(layers) < len(cache.layers):
         return "some of the model's layers are not offloaded"
-    runtime, policy = layers[0].runtime, layers[0].policy
+    runtime = layers[0].runtime
     if (reason := graph.why_not_captured(cache, None)) is not None:
         return f"their steps are not captured: {reason}"
     if any(layer.may_read_all_keys for layer in layers):
         return "with these settings some steps read all keys"
-    if not policy.takes_turns:
-        return f"policy {policy.name!r} keeps some state for all sequences together"
     if runtime.ranks.count > 1:
         return "the model is divided among ranks"
     if any(layer.prompt_allocation is not None or not layer.selection.is_sparse_at(1) for layer in layers):

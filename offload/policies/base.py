@@ -109,6 +109,32 @@ class BlockValues:
             raise IntegrityError(f"values of {self.value_BGC.shape[-1]} blocks: some are NaN")
 
 
+class SequenceValues:
+    """One number per sequence, value_B on the device: state of a policy in one layer, written in place."""
+
+    def __init__(self, spec: LayerSpec, dtype: torch.dtype) -> None:
+        with torch.inference_mode(False):  # inference tensors can't be written to outside of that mode
+            self.value_B = torch.zeros(spec.batch, dtype=dtype, device=spec.device)
+
+    def reserve(self, capacity: int) -> None:
+        """Nothing to do: it has no numbers of blocks."""
+
+    @torch.inference_mode(False)
+    def index(self, batch_index: Tensor) -> None:
+        self.value_B = self.value_B[batch_index]
+
+    def put(self, place: int, other: SequenceValues) -> None:
+        """Make sequence ``place`` what the only sequence of ``other`` is, in place."""
+        put_sequence(self.value_B, place, other.value_B)
+
+    @property
+    def nbytes(self) -> int:
+        return self.value_B.nbytes
+
+    def check_integrity(self) -> None:
+        """Any number will do."""
+
+
 @dataclass
 class Step:
     """One decoding step in one layer, as a policy sees it.
@@ -190,7 +216,6 @@ class Policy:
             with the current query, so that the step waits for fetches; ``"all"``: never, it attends to everything.
         evicts: Whether a block that was once left out is never selected again, as the method defines. The host store
             still holds it.
-        takes_turns: Whether each sequence has a state of its own in every part, so that another one can take its place.
         allocation: How the method's paper shares the budget between layers (``offload/policies/allocation.py``).
         budget_G: int64 on the device, the budget of each KV head in tokens, from ``selection``.
     """
@@ -198,7 +223,6 @@ class Policy:
     name: ClassVar[str]
     selects: ClassVar[When]
     evicts: ClassVar[bool] = False
-    takes_turns: ClassVar[bool] = True
     allocation: ClassVar[str] = "uniform"
     prompt_rows: int = 0  # how many of the last prompt queries' score rows it observes
 

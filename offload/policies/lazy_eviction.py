@@ -26,7 +26,15 @@ from torch import Tensor
 from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.blocks.extent import Extent
 from attention_predictor.offload.blocks.selection import NEVER
-from attention_predictor.offload.policies.base import BlockValues, LayerSpec, Policy, ReadKeys, Step
+from attention_predictor.offload.policies.base import (
+    BlockValues,
+    LayerSpec,
+    Part,
+    Policy,
+    ReadKeys,
+    SequenceValues,
+    Step,
+)
 
 NOT_YET = torch.finfo(torch.float32).max  # TS of a block that no step has seen: later than any step
 
@@ -38,21 +46,23 @@ class LazyEviction(Policy):
     name = "lazy-eviction"
     selects = "ahead"
     evicts = True
-    takes_turns = False  # steps are counted for all sequences together
     alpha = 5e-4
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)
         self.prompt_rows = max(spec.config.recent, 1)
-        with torch.inference_mode(False):
-            self.steps_1 = torch.zeros(1, device=spec.device)  # so far, TS counts them
+        self.steps = SequenceValues(spec, torch.float32)  # so far, TS counts them
         self.last = BlockValues(spec, NOT_YET)
         self.interval = BlockValues(spec)
         self.evicted = BlockValues(spec, False)
 
     @property
-    def parts(self) -> dict[str, BlockValues]:  # type: ignore[override]
-        return {"last": self.last, "interval": self.interval, "evicted": self.evicted}
+    def parts(self) -> dict[str, Part]:
+        return {"last": self.last, "interval": self.interval, "evicted": self.evicted, "steps": self.steps}
+
+    @property
+    def _steps_B11(self) -> Tensor:
+        return self.steps.value_B[:, None, None]
 
     def rebudget(self) -> None:
         selection, size = self.selection, self.selection.block_size
@@ -69,24 +79,24 @@ class LazyEviction(Policy):
         self.last.reserve(n_blocks)
         self.interval.reserve(n_blocks)
         for score_BGN in rows.scores_BGQN.unbind(2):
-            self._observe(score_BGN, self.steps_1)
+            self._observe(score_BGN, self._steps_B11)
 
     def observe(self, step: Step) -> None:
-        self._observe(step.score_BGC, torch.where(step.extent.begun_BC[:, None], self.steps_1, NOT_YET))
+        self._observe(step.score_BGC, torch.where(step.extent.begun_BC[:, None], self._steps_B11, NOT_YET))
         self.evicted.value_BGC.copy_(step.left_out_BGC)  # after a crop, recent blocks are held again
 
     def _observe(self, score_BGN: Tensor, first_BGN: Tensor) -> None:
         """One step's scores of the first N blocks; ``first_BGN``: TS of those that no step has seen before."""
         last_BGN, interval_BGN = (part.value_BGC[..., : score_BGN.shape[-1]] for part in (self.last, self.interval))
         before_BGN = torch.minimum(last_BGN, first_BGN)
-        self.steps_1 += 1
-        last_BGN.copy_(torch.where(score_BGN >= self.alpha, self.steps_1, before_BGN))
+        self.steps.value_B += 1
+        last_BGN.copy_(torch.where(score_BGN >= self.alpha, self._steps_B11, before_BGN))
         torch.maximum(interval_BGN, last_BGN - before_BGN, out=interval_BGN)
 
     def importance(self) -> Tensor:
         """Of each block, ``[B, G, C]``: from 0 to 2; below 0, the newest highest, if it was never active."""
         interval_BGC = self.interval.value_BGC
-        overdue_BGC = (self.steps_1 - self.last.value_BGC) / interval_BGC
+        overdue_BGC = (self._steps_B11 - self.last.value_BGC) / interval_BGC
         score_BGC = 2 * (torch.sigmoid(-overdue_BGC) + torch.sigmoid(1 - interval_BGC))
         age_C = torch.arange(-interval_BGC.shape[-1], 0, device=interval_BGC.device)
         return torch.where(interval_BGC > 0, score_BGC, age_C)
@@ -100,5 +110,5 @@ class LazyEviction(Policy):
         return is_full_BG * self.unspent_G
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
-        for values in self.parts.values():
+        for values in (self.last, self.interval, self.evicted):
             values.crop(self.selection.n_blocks(length))

@@ -22,7 +22,15 @@ from torch import Tensor
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.offload.attention.dense import ScoreRows
 from attention_predictor.offload.blocks.extent import Extent
-from attention_predictor.offload.policies.base import BlockValues, LayerSpec, Policy, ReadKeys, newest_first
+from attention_predictor.offload.policies.base import (
+    BlockValues,
+    LayerSpec,
+    Part,
+    Policy,
+    ReadKeys,
+    SequenceValues,
+    newest_first,
+)
 
 
 class SnapKV(Policy):
@@ -33,7 +41,6 @@ class SnapKV(Policy):
 
     name = "snapkv"
     selects = "ahead"
-    takes_turns = False  # the window begins at one block for all sequences
     prompt_rows = 32
     kernel = 5
 
@@ -41,12 +48,11 @@ class SnapKV(Policy):
         super().__init__(spec)
         self.votes = BlockValues(spec)
         self.has_voted = False
-        with torch.inference_mode(False):  # inference tensors can't be written to outside of that mode
-            self.voted_blocks_1 = torch.zeros(1, dtype=torch.int64, device=spec.device)  # before the window
+        self.voted = SequenceValues(spec, torch.int64)  # blocks before the window
 
     @property
-    def parts(self) -> dict[str, BlockValues]:  # type: ignore[override]
-        return {"votes": self.votes}
+    def parts(self) -> dict[str, Part]:
+        return {"votes": self.votes, "voted": self.voted}
 
     def indicator(self, mass_BGQN: Tensor) -> Tensor:
         """What the window's rows say of each block, ``[B, G, N]``, before pooling."""
@@ -61,19 +67,19 @@ class SnapKV(Policy):
         new_BGN = torch.cat([pooled(side_BGN, self.kernel, size) for side_BGN in sides], -1)
         share = queries / self.prompt_rows if self.has_voted else 1.0
         self.has_voted = True
-        self.voted_blocks_1.fill_(voted)
+        self.voted.value_B.fill_(voted)
         self.votes.reserve(n_blocks)
         self.votes.value_BGC[..., :n_blocks].lerp_(new_BGN, share)
 
     def score_next(self, extent: Extent) -> Tensor:
         # The recent tokens touch one block more unless they are aligned: counted always, lest one come and go.
         first_recent_B = extent.next.n_blocks_B - 1 - self.spec.config.recent // extent.block_size
-        first_B = torch.minimum(first_recent_B.clamp_min(0), self.voted_blocks_1)
+        first_B = torch.minimum(first_recent_B.clamp_min(0), self.voted.value_B)
         return newest_first(self.votes.value_BGC, first_B[:, None], extent)
 
     def crop(self, length: int, read_keys: ReadKeys) -> None:
         n_blocks = self.selection.n_blocks(length)
-        self.voted_blocks_1.clamp_(max=n_blocks)
+        self.voted.value_B.clamp_(max=n_blocks)
         self.votes.crop(n_blocks)
 
 
