@@ -224,7 +224,7 @@ def test_resident_steps_are_the_stock_models(model: PreTrainedModel) -> None:
     setup = cache_sessions.CACHE_SETUPS["resident"]
     before = model.config._attn_implementation
     with torch.no_grad():
-        with cache_sessions.open_cache(model, setup, context=100, batch=2, budget=160) as session:
+        with cache_sessions.open_cache(model, setup, context=100, batch=2, config=OffloadConfig(budget=160)) as session:
             model(prompt, **with_cache(model, session.cache))
             found = [session.step(token).clone() for token in tokens]
             assert session.facts() == {"attention": "torch's choice", "captured": False}
@@ -239,7 +239,9 @@ def test_resident_refuses_windows(tiny_model) -> None:
     setup = cache_sessions.CACHE_SETUPS["resident"]
     with (
         pytest.raises(StockModelError, match="layer 0 keeps a DynamicSlidingWindowLayer: resident"),
-        cache_sessions.open_cache(tiny_model("mistral-sliding"), setup, context=100, batch=1, budget=160),
+        cache_sessions.open_cache(
+            tiny_model("mistral-sliding"), setup, context=100, batch=1, config=OffloadConfig(budget=160)
+        ),
     ):
         pass
 

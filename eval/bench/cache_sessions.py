@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -55,15 +55,18 @@ class CacheSession:
 
 @contextmanager
 def open_cache(
-    model: PreTrainedModel, setup: CacheSetup, *, context: int, batch: int, budget: int, host_kv: str = "auto"
+    model: PreTrainedModel, setup: CacheSetup, *, context: int, batch: int, config: OffloadConfig
 ) -> Iterator[CacheSession]:
-    """An empty cache for ``context`` tokens; the model stays attached, or compiled, within the ``with`` block."""
-    config = model.config.get_text_config(decoder=True)
+    """An empty cache for ``context`` tokens; the model stays attached, or compiled, within the ``with`` block.
+
+    ``config``: of our caches; the setup's own settings come first.
+    """
+    stock = model.config.get_text_config(decoder=True)
     with ExitStack() as stack:
         if setup.options.get("compile"):
             stack.callback(torch.compiler.reset)  # with what was compiled goes the memory that its graphs hold
         if setup.kind == "ours":
-            engine = stack.enter_context(attach(model, OffloadConfig(budget=budget, host_kv=host_kv, **setup.options)))
+            engine = stack.enter_context(attach(model, replace(config, **setup.options)))
             engine.check_fits(batch=batch, tokens=context)
             cache: Cache = engine.new_cache()
             yield CacheSession(cache, lambda token_B1: model(token_B1, **with_cache(model, cache)), engine)
@@ -73,13 +76,13 @@ def open_cache(
             resident_step = ResidentStep(model, cache, batch, compiled=setup.options.get("compile", False))
             yield CacheSession(cache, resident_step, facts=resident_step.facts)
         elif setup.kind == "dynamic":
-            cache = DynamicCache(config=config, **setup.options)
+            cache = DynamicCache(config=stock, **setup.options)
             yield CacheSession(cache, lambda token_B1: model(token_B1, **with_cache(model, cache)))
         elif not setup.options.get("compile"):
             cache = plain_static_cache(model, context)
             yield CacheSession(cache, StaticStep(model, cache, context, batch))
         else:
-            cache = StaticCache(config=config, max_cache_len=context)
+            cache = StaticCache(config=stock, max_cache_len=context)
             forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
 
             def step(token_B1: Tensor) -> object:

@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     floors = [setup for setup in setups if setup in AT_FLOOR_CONTEXT]
     if floors and least > FLOOR_CONTEXT:
         raise ConfigError(f"--steps {args.steps}: too many for the floor's context of {FLOOR_CONTEXT} tokens")
-    names = ("budget", "batch", "steps", "synthetic", "seed", "memory_limit", "dtype", "host_kv")
+    names = ("budget", "batch", "steps", "synthetic", "seed", "memory_limit", "dtype", "host_kv", "late_fetch")
     settings = {name: getattr(args, name) for name in names} | {"model": args.shape or str(args.model)}
     if args.synthetic:
         settings["locality"] = asdict(Locality())

@@ -20,8 +20,10 @@ from attention_predictor.eval.bench.cache_sessions import CacheSession, CacheSet
 from attention_predictor.eval.bench.device import release, wait
 from attention_predictor.eval.bench.static_step import StockModelError
 from attention_predictor.eval.bench.synthetic_cache import PAST, SyntheticCache
+from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.offload.ranks import Ranks
+from attention_predictor.settings import offload_config
 
 WARM_UP = 5  # steps: compilers compile in the first ones, graphs are captured
 PROFILED = 3  # steps after the timed ones
@@ -38,23 +40,22 @@ class Workload:
         seconds: Time limit of the timed steps; at least ``LEAST`` are taken.
         synthetic: Fills the caches with synthetic keys; ``None`` for a real prefill.
         limit_bytes: Limit of device memory; ``None`` for all of it.
-        host_kv: Of our caches.
+        config: Settings of our caches.
     """
 
     ids_1T: Tensor
     steps: int
     batch: int
-    budget: int
+    config: OffloadConfig
     seconds: float
     synthetic: SyntheticCache | None
     limit_bytes: int | None = None
-    host_kv: str = "auto"
 
     @classmethod
     def of(
         cls, model: PreTrainedModel, context: int, args: argparse.Namespace, limit_bytes: int | None = None
     ) -> Workload:
-        """From ``--steps --batch --budget --host-kv --seconds --seed --synthetic``; consecutive ids for ``--shape``."""
+        """From ``--steps --batch --seconds --seed --synthetic`` and settings; consecutive ids for ``--shape``."""
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         if args.shape is None:
             ids_T = torch.randint(vocabulary, (context,), generator=torch.Generator().manual_seed(args.seed))
@@ -68,11 +69,10 @@ class Workload:
             ids_1T=ids_1T,
             steps=args.steps,
             batch=args.batch,
-            budget=args.budget,
+            config=offload_config(args),
             seconds=args.seconds,
             synthetic=synthetic,
             limit_bytes=limit_bytes,
-            host_kv=args.host_kv,
         )
 
     @property
@@ -120,8 +120,7 @@ def time_setup(model: PreTrainedModel, setup: CacheSetup, work: Workload) -> dic
 
 def _time_setup(model: PreTrainedModel, setup: CacheSetup, work: Workload) -> dict[str, Any]:
     """A function of its own: the cache is freed when it returns, so its memory can be released."""
-    sizes = {"context": work.context, "batch": work.batch, "budget": work.budget}
-    with open_cache(model, setup, **sizes, host_kv=work.host_kv) as session:
+    with open_cache(model, setup, context=work.context, batch=work.batch, config=work.config) as session:
         return _figures(model, session, work)
 
 

@@ -20,6 +20,7 @@ from attention_predictor.eval.bench.device import release, wait
 from attention_predictor.eval.bench.random_models import random_ids, random_or_loaded
 from attention_predictor.eval.bench.timing_report import Row, report
 from attention_predictor.loading import find_device
+from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.versions import with_cache
 from attention_predictor.progress import Progress
 from attention_predictor.sizes import size_text
@@ -91,7 +92,7 @@ def timed(
 def _prefill(model: PreTrainedModel, setup: CacheSetup, ids_BT: Tensor, chunk: int, budget: int) -> tuple[float, int]:
     """Seconds until all copies are done, and bytes copied between host and device."""
     B, T = ids_BT.shape
-    with open_cache(model, setup, context=T, batch=B, budget=budget) as session:
+    with open_cache(model, setup, context=T, batch=B, config=OffloadConfig(budget=budget)) as session:
         wait(model.device)
         begun = time.perf_counter()
         for part_BT in ids_BT.split(chunk, dim=1):

@@ -16,10 +16,10 @@ from attention_predictor.eval.bench.device import release, wait
 from attention_predictor.eval.bench.random_models import random_or_loaded
 from attention_predictor.eval.bench.timing_report import Row, report, with_ratios
 from attention_predictor.loading import find_device
-from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.requests.request import Request
 from attention_predictor.progress import Progress
+from attention_predictor.settings import offload_config
 from attention_predictor.sizes import size_text
 
 
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
             row["skipped"] = one_line(error, 200)
         rows.append(row)
         release(device)
-    names = ("requests", "lengths", "new_tokens", "budget", "host_kv", "seed")
+    names = ("requests", "lengths", "new_tokens", "budget", "host_kv", "late_fetch", "seed")
     settings = {name: getattr(args, name) for name in names} | {"model": args.shape or str(args.model)}
     report("stream", device, settings, with_ratios(rows, "tokens_per_s"), line=_describe, as_json=args.json)
     return 0
@@ -64,7 +64,7 @@ def make_requests(
 def _streamed(model: PreTrainedModel, requests: list[Request], places: int, args: argparse.Namespace) -> dict[str, Any]:
     device, longest = model.device, max(len(one.input_ids) for one in requests) + args.new_tokens
     first_s: list[float] = []
-    with attach(model, OffloadConfig(budget=args.budget, host_kv=args.host_kv)) as engine:
+    with attach(model, offload_config(args)) as engine:
         list(engine.stream([Request(input_ids=requests[0].input_ids[:256], max_new_tokens=8)]))  # compiles, warms up
         wait(device)
         engine.stats.reset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -21,7 +21,6 @@ from attention_predictor.eval.bench.timing_report import Row, machine, report
 from attention_predictor.eval.bench.timings_file import TimingsFile
 from attention_predictor.eval.display.plots import plot_throughput
 from attention_predictor.loading import find_device
-from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
 from attention_predictor.progress import Progress
 from attention_predictor.sizes import size_text
@@ -37,7 +36,9 @@ def main(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     limit_bytes = limit_memory(args.memory_limit, device)
     ways = choose_setups(args.ways or ("graph,resident" if device.type == "cuda" else "thread,resident"), device)
-    settings = {name: getattr(args, name) for name in ("budget", "host_kv", "steps", "seed", "memory_limit")}
+    settings = {
+        name: getattr(args, name) for name in ("budget", "host_kv", "late_fetch", "steps", "seed", "memory_limit")
+    }
     settings |= {"model": args.shape or str(args.model), "dtype": args.dtype, "locality": asdict(Locality())}
     timings = TimingsFile(args.out, settings | {"machine": machine(device)})
     plan = [(context, batch) for context in contexts for batch in batches]
@@ -90,7 +91,7 @@ def largest_batch(model: PreTrainedModel, setup: CacheSetup, work: Workload, row
         return most(lambda batch: why_too_large(model, setup, **sizes, batch=batch, limit_bytes=limit_bytes) is None)
     if "engine" not in row:
         return None
-    with attach(model, OffloadConfig(budget=work.budget, host_kv=work.host_kv, **setup.options)) as engine:
+    with attach(model, replace(work.config, **setup.options)) as engine:
 
         def fits(batch: int) -> bool:
             try:

@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--contexts", metavar="N,N", help="several contexts, instead of --context")
     add("--synthetic", action="store_true", help="fill the caches with made-up keys and values instead of a prefill")
     add_setting(parser, "host_kv")
+    add_setting(parser, "late_fetch")
     add("--ways", metavar="W,W", help=f"caches to time: {', '.join(CACHE_SETUPS)}")
     add_option(parser, "--steps", whole(1), 40, "timed steps; 5 steps before and 3 after them are not timed")
     positive = number("more than 0", lambda value: value > 0, "S")

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--new-tokens", whole(2), 64, "tokens of each answer")
     add("--places", default="1,8", metavar="N,N", help="requests in progress at once (default: %(default)s)")
     add_setting(parser, "host_kv")
+    add_setting(parser, "late_fetch")
 
 
 def check(args: argparse.Namespace) -> None:

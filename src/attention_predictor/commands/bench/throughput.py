@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--batches", default="1,4,8,16", metavar="N,N", help="sequences per batch (default: %(default)s)")
     add_setting(parser, "host_kv")
+    add_setting(parser, "late_fetch")
     add("--ways", metavar="W,W", help="caches to time: those of bench decode, except floor and static")
     add_option(parser, "--steps", whole(1), 40, "timed steps; 5 steps before and 3 after them are not timed")
     positive = number("more than 0", lambda value: value > 0, "S")
