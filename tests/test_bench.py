@@ -558,7 +558,7 @@ def test_a_way_leaves_nothing_behind(model: PreTrainedModel, monkeypatch: pytest
     ids = torch.arange(600)[None] % 512
     steps = decode_timing.steps_within(1)
     made = SyntheticCache(model, ids[:, : PAST + steps], 600 - steps)
-    work = decode_timing.Workload(ids, steps=1, batch=1, budget=160, seconds=9.0, synthetic=made)
+    work = decode_timing.Workload(ids, steps=1, batch=1, config=OffloadConfig(budget=160), seconds=9.0, synthetic=made)
     for setup in ("thread", "device"):
         assert decode_timing.time_setup(model, cache_sessions.CACHE_SETUPS[setup], work)["median_ms"] > 0
     assert found == [True, True]
