@@ -36,12 +36,11 @@ class _Arrival(NamedTuple):
 
 
 class HostStore:
-    """Append-only keys and values of one layer. Each sequence has slabs [G, slab_blocks, z]; a block is
-    [2, block_size, D].
+    """Append-only keys and values of one layer: each sequence has slabs [G, slab_blocks, z] of blocks.
 
-    A block's keys and values are contiguous, so one block is one copy. Slabs waste less than one slab of memory and
-    never move written data, unlike one tensor that doubles. Copies of a sequence (``copy.deepcopy``, beams) share its
-    complete slabs.
+    A block is [2, block_size, D]: keys and values are contiguous, so one block is one copy. Slabs waste less than one
+    slab of memory and never move written data, unlike one tensor that doubles. Copies of a sequence (``copy.deepcopy``,
+    beams) share its complete slabs.
 
     Its sequences have one length, or after ``open_places`` lengths of their own.
 
@@ -76,7 +75,7 @@ class HostStore:
         self.kernel = kernel
         self.length = 0
         self._slabs = [SequenceSlabs() for _ in range(batch)]
-        self._addresses_made: tuple[Tensor, Tensor] | None = None  # on the host, and on the device that asked last
+        self._addresses: dict[torch.device, tuple[Tensor, Tensor]] = {}  # as made on the host, and on the device
         self._spare: Tensor | None = None  # a slab that a place reads and writes where it has none of its own
         self._arrivals: deque[_Arrival] = deque()
         self._settling = threading.Lock()
@@ -326,7 +325,7 @@ class HostStore:
             raise TypeError("a store with places can't be copied")
         self.settle()
         twin = memo[id(self)] = copy.copy(self)
-        twin._arrivals, twin._settling, twin._addresses_made = deque(), threading.Lock(), None
+        twin._arrivals, twin._settling, twin._addresses = deque(), threading.Lock(), {}
         complete, used = self._complete_slabs(self.length), self._slabs_for(self.length)
         twin._slabs = [slabs.twin(complete, used, twin._new_slab) for slabs in self._slabs]
         return twin
@@ -355,9 +354,10 @@ class HostStore:
     def addresses(self, device: torch.device) -> Tensor:
         """Where each row's part of each slab begins, int64 [R, s]; cached until slabs or device change."""
         self.settle()
-        found, made = self._find_addresses(), self._addresses_made
-        if made is None or made[1].device != device or not torch.equal(made[0], found):
-            made = self._addresses_made = found, found.to(device)
+        found = self._find_addresses()
+        made = self._addresses.get(device)
+        if made is None or not torch.equal(made[0], found):
+            made = self._addresses[device] = found, found.to(device)
         return made[1]
 
     def _find_addresses(self) -> Tensor:
@@ -372,11 +372,10 @@ class HostStore:
         return (address_Bs.view(self.batch, 1, width) + offset_G[:, None]).flatten(0, 1)
 
     def _renew_addresses(self) -> None:
-        """Update the tensor that ``addresses`` gave, in place: captured steps read it."""
-        if self._addresses_made is not None:
-            made = self._addresses_made[1]
-            made.copy_(found := self._find_addresses())
-            self._addresses_made = found, made
+        """Update the tensors that ``addresses`` gave, in place: captured steps read them."""
+        found = self._find_addresses()
+        for device, (_, made) in self._addresses.items():
+            self._addresses[device] = found, made.copy_(found)
 
     def _slabs_for(self, tokens: int) -> int:
         return math.ceil(tokens / (self.slab_blocks * self.block_size))
