@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def test_one_prefill_serves_both(policy: str, monkeypatch: pytest.MonkeyPatch) -
     lengths: list[int] = []
     forward = type(model).forward
 
+    @functools.wraps(forward)  # the name of its argument for the cache is read from its signature
     def counted(self: torch.nn.Module, input_ids: torch.Tensor, **given: object) -> object:
         lengths.append(input_ids.shape[1])
         return forward(self, input_ids, **given)
