@@ -697,3 +697,19 @@ def test_pinned_slabs_take_device_tensors_and_stay_pinned_when_copied(bits):
         assert all(slab.is_pinned() for slabs in held._slabs for slab in slabs)
     assert torch.equal(store.read(0, 90)[0], key)
     assert torch.equal(twin.read(0, 90)[1], value[1:])
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_sequences_may_have_different_numbers_of_slabs(kernel):
+    """Repeated ones have those in use, the others those reserved too."""
+    store, key, value = filled(60, kernel=kernel)  # two slabs of 32 tokens
+    store.reserve(150)
+    store.index(torch.tensor([1, 1, 0]))
+    assert list(map(len, store._slabs)) == [5, 2, 5]
+    assert store.room == 64
+    store.check_integrity()
+    expected = blocks_of(key[[1, 1, 0]], value[[1, 1, 0]], 16).flatten(0, 1)
+    row_n, block_n = torch.arange(9).repeat_interleave(4), torch.arange(4).repeat(9)
+    assert torch.equal(store.gather(row_n, block_n), expected)
+    store.append(*random_kv(40, 3))
+    store.check_integrity()

@@ -365,7 +365,8 @@ class HostStore:
         width = max(map(len, self._slabs)) if self._spare is None else self._places_slabs
         spare = 0 if self._spare is None else self._spare.data_ptr()
         address_Bs = torch.tensor(
-            [[slab.data_ptr() for slab in slabs[:width]] + [spare] * (width - len(slabs)) for slabs in self._slabs]
+            [[slab.data_ptr() for slab in slabs[:width]] + [spare] * (width - len(slabs)) for slabs in self._slabs],
+            dtype=torch.int64,
         )
         row_bytes = self.slab_blocks * self.block_bytes
         offset_G = torch.arange(self.kv_heads) * row_bytes
@@ -550,9 +551,10 @@ class HostStore:
 
 def gather_reference(slabs: Sequence[Sequence[Tensor]], row_n: Tensor, block_n: Tensor, out_nz: Tensor) -> None:
     """The reference of `ops.gather_to_host`, in torch operations; `slabs`: of each sequence."""
-    kv_heads, slab_blocks = slabs[0][0].shape[:2]
-    flat, width = list(chain(*slabs)), len(slabs[0])
-    slab_n = row_n // kv_heads * width + block_n // slab_blocks
+    flat = list(chain(*slabs))
+    kv_heads, slab_blocks = flat[0].shape[:2]
+    count_B = torch.tensor(list(map(len, slabs)))  # they may differ: some have been reserved
+    slab_n = (count_B.cumsum(0) - count_B)[row_n // kv_heads] + block_n // slab_blocks
     entry_n = row_n % kv_heads * slab_blocks + block_n % slab_blocks
     # Grouped by slab: one vectorised read per slab, then one pass to restore the caller's order.
     order_n = torch.argsort(slab_n, stable=True)
