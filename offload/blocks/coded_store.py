@@ -92,9 +92,9 @@ class CodedStore(HostStore):
             self.open_BG2TD = self._new_open_block(batch_index.numel()).copy_(self.open_BG2TD[batch_index])
         super().index(batch_index)
 
-    def put(self, place: int, other: HostStore, tokens: int) -> None:
+    def put(self, place: int, other: HostStore) -> None:
         assert isinstance(other, CodedStore)
-        super().put(place, other, tokens)
+        super().put(place, other)
         self.open_BG2TD[place].copy_(other.open_BG2TD[0])
 
     def check_integrity(self) -> None:

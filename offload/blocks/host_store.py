@@ -275,14 +275,9 @@ class HostStore:
             raise ValueError(f"a store of {self.length} tokens has no free places")
         self._spare, self._places_slabs = self._new_slab().zero_(), self._slabs_for(tokens)
 
-    def put(self, place: int, other: HostStore, tokens: int) -> None:
-        """Makes sequence `place` the only sequence of `other`, with room for `tokens` tokens; `other` is then empty.
-
-        Raises HostMemoryError, leaving both as they were.
-        """
+    def put(self, place: int, other: HostStore) -> None:
+        """Makes sequence `place` the only sequence of `other`, with its slabs; `other` is then empty."""
         other.settle()
-        other.reserve(tokens)
-        del other._slabs[0][self._slabs_for(max(tokens, other.length)) :]
         self._slabs[place].take(other._slabs[0])
         self.length, other.length = max(self.length, other.length), 0
         self._renew_addresses()
@@ -338,6 +333,12 @@ class HostStore:
         """
         for slabs in self._slabs:
             slabs.grow(self._slabs_for(tokens), self._new_slab)
+
+    def fit(self, tokens: int) -> None:
+        """As `reserve`, and frees what was reserved beyond `tokens` tokens and is not in use."""
+        self.reserve(tokens)
+        for slabs in self._slabs:
+            del slabs[self._slabs_for(max(tokens, self.length)) :]
 
     def advance(self, tokens: int) -> None:
         """Counts tokens that a GPU has written to the slabs itself (`csrc/gather.cu`)."""

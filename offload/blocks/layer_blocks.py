@@ -336,12 +336,9 @@ class LayerBlocks:
             self.padding_B = self.padding_B[on_device]
         self._length_B = self._counted(0)
 
-    def put(self, place: int, other: LayerBlocks, tokens: int) -> None:
-        """Give a place to the only sequence of ``other``, with host memory for ``tokens`` tokens; ``other`` loses it.
-
-        Both are at rest, the GPU idle. Raises HostMemoryError, leaving both as they were.
-        """
-        self.store.put(place, other.store, tokens)
+    def put(self, place: int, other: LayerBlocks) -> None:
+        """Give a place to the only sequence of ``other``, which loses it; both at rest, the GPU idle."""
+        self.store.put(place, other.store)
         self.pool.put(place, other.pool)
         self.table.put(place, other.table, self.kv_heads)
 

@@ -94,8 +94,8 @@ class Room:
         """Keep ``host_memory`` for a cache's growth to ``tokens``: captured steps of others reserve none of it."""
         self._promises[cache] = batch, tokens
 
-    def promised_beside(self, cache: Growing) -> int:
-        """Bytes that other caches, alive and promised to, will still take."""
+    def promised_beside(self, cache: Growing | None) -> int:
+        """Bytes that caches, alive and promised to, will still take; other than this one."""
         others = [(one.room, *promise) for one, promise in self._promises.items() if one is not cache]
         return sum(max(self.bytes_for(batch, tokens) - self._held(batch, room), 0) for room, batch, tokens in others)
 

@@ -207,9 +207,9 @@ class TieredLayer(CacheLayerMixin):
         layer.lazy_initialization(nothing_BGTD, nothing_BGTD)
         return layer
 
-    def put(self, place: int, other: TieredLayer, tokens: int) -> None:
+    def put(self, place: int, other: TieredLayer) -> None:
         """Give a place to the only sequence of ``other``; as ``LayerBlocks.put``."""
-        self.blocks.put(place, other.blocks, tokens)
+        self.blocks.put(place, other.blocks)
         self.policy.put(place, other.policy)
 
     @property

@@ -98,11 +98,11 @@ class Places:
             raise AttachError(reason)
         for layer in layers:
             layer.settle()
-            layer.blocks.store.reserve(tokens)  # of all, before any layer has moved
+            layer.blocks.store.fit(tokens)  # of all, before any layer has moved
         if self.length_B.is_cuda:
             torch.cuda.synchronize(self.length_B.device)
         for mine, theirs in zip(_tiered(self.cache), layers, strict=True):
-            mine.put(place, theirs, tokens)
+            mine.put(place, theirs)
         cache.reset()
         self._graph.take(place, length)
 

@@ -155,12 +155,11 @@ class Running:
         """First tokens whose host memory its prefix has already."""
         return 0 if self.request.prefix is None else self.request.prefix.shared_tokens
 
-    def host_bytes(self) -> tuple[int, int]:
-        """Bytes of host memory that the cache has now, and at its final length."""
-        room = self.runtime.room
-        final = room.bytes_for(1, self.final_length)
-        held = self.cache.room if not self.placed else self.final_length  # taken with the place
-        return room.bytes_for(1, held) if held else 0, final
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that it has, of its own or with its place."""
+        held = self.final_length if self.placed else self.cache.room
+        return self.runtime.room.bytes_for(1, held) if held else 0
 
     @property
     def cache(self) -> TieredCache:

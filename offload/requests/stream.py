@@ -202,13 +202,12 @@ class Stream(Iterator[Event]):
         """
         check = self.runtime.room.check
         whole = {"batch": 1, "tokens": one.final_length, "room": one.shared_tokens}
-        held = sum(other.host_bytes()[0] for other in self._running)
+        held = sum(other.host_bytes for other in self._running)
         check(**whole, promised=-held)
         if not self._running:
             return True
-        promised = sum(max(final - held, 0) for held, final in (one.host_bytes() for one in self._running))
         try:
-            check(**whole, promised=promised)
+            check(**whole, promised=self.runtime.room.promised_beside(None))
         except HostMemoryError:
             return False
         return True
