@@ -195,6 +195,9 @@ class SyntheticCache:
     @torch.no_grad()
     def fill(self, cache: Cache) -> None:
         """Put all tokens into an empty cache: ours, or a stock one."""
+        if (tiered := next((one for one in cache.layers if isinstance(one, TieredLayer)), None)) is not None:
+            # As a forward does: slabs lent without it are allocated one by one.
+            tiered.runtime.room.prepare(batch=self.batch, tokens=self.length, room=0)
         for number, layer in enumerate(cache.layers[: len(self._heads)]):
             if isinstance(layer, TieredLayer):
                 self._fill_tiered(layer, number)

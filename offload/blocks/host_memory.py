@@ -135,11 +135,12 @@ class HostMemory:
         self._lent_bytes = 0
         self._refused = False
         self._segments: list[Segment] = []
+        self._unready: list[Segment] = []  # those that a worker may still be allocating
         self._full: dict[int, int] = {}  # by size: number of leading segments without a large enough span
         self._returned: deque[tuple[Segment, int, int]] = deque()  # filled by finalizers, which must not take a lock
         self._lock = threading.RLock()
         self._workers: ThreadPoolExecutor | None = None
-        self._closed = False
+        self._closed = self._collecting = False
 
     @property
     def held_bytes(self) -> int:
@@ -156,7 +157,9 @@ class HostMemory:
     @property
     def unready_bytes(self) -> int:
         """Bytes of segments being allocated, which the system may still report as available."""
-        return sum(segment.nbytes for segment in self._segments if not segment.ready.done())
+        with self._lock:
+            self._unready = [segment for segment in self._unready if not segment.ready.done()]
+            return sum(segment.nbytes for segment in self._unready)
 
     @property
     def free_bytes(self) -> int:
@@ -235,6 +238,8 @@ class HostMemory:
         with self._lock:
             self._closed = True
             self._collect()
+            for segment in [one for one in self._segments if one.is_free]:
+                self._drop(segment)
             if self._workers is not None:
                 self._workers.shutdown(wait=False)
 
@@ -261,11 +266,12 @@ class HostMemory:
     def _add(self, nbytes: int, keep: Sequence[Segment] = ()) -> Segment:
         """Allocate a segment; if memory is short, drop free segments that are not in ``keep``."""
         limit = available_memory() - SPARE_BYTES - self.unready_bytes
-        for segment in [one for one in self._segments if one.is_free and one not in keep]:
-            if nbytes <= limit:
-                break
-            limit += segment.nbytes
-            self._drop(segment)
+        if nbytes > limit:
+            for segment in [one for one in self._segments if one.is_free and one not in keep]:
+                limit += segment.nbytes
+                self._drop(segment)
+                if nbytes <= limit:
+                    break
         if nbytes > limit:
             raise HostMemoryError(
                 f"{size_text(nbytes)} more of host memory for KV blocks: the system has {size_text(max(limit, 0))} "
@@ -276,6 +282,7 @@ class HostMemory:
         except OSError as error:  # mmap
             raise HostMemoryError(f"cannot allocate {size_text(nbytes)} of host memory: {error}") from error
         self._segments.append(segment)
+        self._unready.append(segment)
         return segment
 
     def _executor(self) -> Executor:
@@ -300,20 +307,26 @@ class HostMemory:
     def _give_back(self, segment: Segment, start: int, nbytes: int) -> None:
         self._returned.append((segment, start, nbytes))
         if self._closed:
-            self.close()
+            with self._lock:
+                self._collect()
 
     def _collect(self) -> None:
         """Free the spans of slabs that have died, after waiting for the GPUs, which may still use them."""
-        if self._returned:
-            self.wait_for_gpus()
-        while self._returned:
-            segment, start, nbytes = self._returned.popleft()
-            segment.put_back(start, nbytes)
-            self._lent_bytes -= nbytes
-            self._full.clear()
-        if self._closed:
-            for segment in [one for one in self._segments if one.is_free]:
-                self._drop(segment)
+        if self._collecting:
+            return  # a slab has died within the loop below, on this thread: the loop will find it
+        self._collecting = True
+        try:
+            while self._returned:
+                self.wait_for_gpus()
+                for _ in range(len(self._returned)):
+                    segment, start, nbytes = self._returned.popleft()
+                    segment.put_back(start, nbytes)
+                    self._lent_bytes -= nbytes
+                    if self._closed and segment.is_free:
+                        self._drop(segment)
+                self._full.clear()
+        finally:
+            self._collecting = False
 
 
 def _wait_for(gpus: Sequence[torch.device]) -> None:
