@@ -48,9 +48,8 @@ BITS = (4, 8)
 OFFSET_LIMIT = 127  # largest offset, either sign
 VECTOR_BYTES = 16  # one load of a thread
 NAN_WORD = 0x7FC00000  # the one NaN that kernels and torch operations write
-MOVE_BLOCKS = (
-    64  # thread blocks that decode blocks fetched ahead: each has fewer bytes in flight than with plain blocks
-)
+# Thread blocks that decode blocks fetched ahead, by bits of a code: the fewer bytes each has in flight, the more there are.
+MOVE_BLOCKS = {8: 64, 4: 128}
 
 
 class Encode(ctypes.Structure):
@@ -183,7 +182,7 @@ def move_coded_blocks(
     check("length_B", length_B, (B,), torch.int64, device)
     check("open_R2TD", open_R2TD, (B * G, 2, T, D), key_BGSTD.dtype, open_R2TD.device)
     coded = MoveCoded(arguments, *map(address, (open_R2TD, length_B)), G, T, D)
-    grid = (MOVE_BLOCKS if stall_ns_1 is None else LATE_BLOCKS, 1, 1)
+    grid = (MOVE_BLOCKS[bits] if stall_ns_1 is None else LATE_BLOCKS, 1, 1)
     move_kernel(key_BGSTD.dtype, bits).launch(device, grid, coded, shared_bytes=head_bytes(T, D))
 
 

@@ -124,7 +124,7 @@ def kernels_of(
         code_bits: Of the codes of blocks in host memory; ``None``: blocks are not coded.
     """
     # Those that take longest to compile come first.
-    found = [select.BY_ESTIMATES, select.BY_SCORES, gather.NOTE_TIME]
+    found = [*select.KERNELS, gather.NOTE_TIME]
     found += block_code.kernels(dtype, code_bits) if dtype in ELEMENTS and code_bits else [gather.MOVE, gather.APPEND]
     if dtype in ELEMENTS and head_dim <= attention.MAX_HEAD_DIM:
         if sketch_bits is not None:

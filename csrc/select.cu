@@ -16,7 +16,6 @@ using device::warp_sum;
 constexpr int kHeads = 4;  // query heads that a thread reads together
 constexpr int kFour = 4;   // blocks that it reads together
 constexpr int kTileBlocks = kFour * kThreads;
-constexpr int kRegisterTiles = 4;  // tiles of blocks that fit in the threads' registers, for kHeads heads
 constexpr float kLowest = -1e30f;  // below any logit, and finite, so that differences are finite
 constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kEmpty = INT64_MIN;
@@ -128,7 +127,8 @@ struct Range {
 
 // Writes to `key` each block's estimated attention mass, summed over heads, as the bits of a float; and to `rest` each head's
 // log-sum-exp over all blocks. Resident blocks use their exact sums, if given. All sums are kept in registers
-// (`fits_in_registers`): each is read once, and its exponential computed once.
+// (`fits_in_registers`), in tiles of blocks for kHeads heads: each is read once, and its exponential computed once.
+template <int kRegisterTiles>
 __device__ __forceinline__ void masses_in_registers(const Select &a, int64_t row, int n, int heads, const RowScratch &rows,
                                                     uint32_t *key, MassSums &scratch) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, S = static_cast<int>(a.table.slots);
@@ -215,6 +215,7 @@ __device__ __forceinline__ void masses_in_registers(const Select &a, int64_t row
 }
 
 // Whether `masses_in_registers` supports these sizes.
+template <int kRegisterTiles>
 __device__ __forceinline__ bool fits_in_registers(int n, int heads, int slots) {
     return n <= kRegisterTiles * kTileBlocks && heads <= kHeads && slots <= kThreads;
 }
@@ -448,8 +449,8 @@ __device__ __forceinline__ void find_rest(const Select &a, const RowScratch &row
     }
 }
 
-// Chooses by scores, or by estimates.
-template <bool kByScores>
+// Chooses by scores, or by estimates, of which kRegisterTiles tiles fit in the registers.
+template <bool kByScores, int kRegisterTiles>
 __device__ __forceinline__ void select_blocks(const Select &a) {
     __shared__ union {
         SelectionScratch of_best;
@@ -490,8 +491,8 @@ __device__ __forceinline__ void select_blocks(const Select &a) {
             store_four(key, i, n, wide, x);
         }
         __syncthreads();
-    } else if (fits_in_registers(n, heads, S)) {
-        masses_in_registers(a, row, n, heads, rows, key, scratch.of_masses);
+    } else if (fits_in_registers<kRegisterTiles>(n, heads, S)) {
+        masses_in_registers<kRegisterTiles>(a, row, n, heads, rows, key, scratch.of_masses);
     } else {
         masses_in_memory(a, row, n, heads, rows, key, scratch.of_masses);
     }

@@ -44,9 +44,12 @@ class Select(ctypes.Structure):
     ]
 
 
-# By scores: half a multiprocessor's registers, as it runs beside the model. By estimates: all, to hold the estimates.
-BY_SCORES = Kernel("select.cu", "select_blocks<true>", Select, threads=512, at_once=2)
-BY_ESTIMATES = Kernel("select.cu", "select_blocks<false>", Select, threads=512, at_once=1)
+# By scores: half a multiprocessor's registers, as it runs beside the model. By estimates: all, to hold the estimates. Of more
+# rows than there are multiprocessors two run at once: half of the registers hold the estimates of 2,048 blocks, not 8,192.
+BY_SCORES = Kernel("select.cu", "select_blocks<true, 0>", Select, threads=512, at_once=2)
+BY_ESTIMATES = Kernel("select.cu", "select_blocks<false, 4>", Select, threads=512, at_once=1)
+BY_ESTIMATES_OF_MANY = Kernel("select.cu", "select_blocks<false, 1>", Select, threads=512, at_once=2)
+KERNELS = [BY_ESTIMATES, BY_SCORES, BY_ESTIMATES_OF_MANY]
 
 
 class SlotTensors(NamedTuple):
@@ -210,7 +213,9 @@ def _choose(
         *map(address, (*scores, count_2, key_RC)),
         *(heads, late, ahead, chooses),
     )
-    kernel = BY_SCORES if scores[2] is None else BY_ESTIMATES
+    kernel = BY_SCORES
+    if scores[2] is not None:
+        kernel = BY_ESTIMATES if binding.multiprocessors(device) >= R else BY_ESTIMATES_OF_MANY
     kernel.launch(device, (R, 1, 1), arguments, shared_bytes=shared_bytes + keys_bytes * keys_here)
 
 

@@ -26,6 +26,8 @@ BLOCK_SIZES = (8, 16, 32, 64)  # block sizes that they support
 MAX_HEAD_DIM = 256
 WIDE_BITS = {1: 2, 2: 4, 4: 8, 8: 0}  # of the channels that weigh most, by those of the others; 0: there are none
 WARPS, HEADS = 4, 8  # of a thread block: warps, and query heads of a KV head
+PREPARATION = 4  # what a thread block does before its groups takes as long as so many groups
+ROUNDS = 8  # of thread blocks on the GPU; with more, preparing would take a large part of the time
 
 
 class Sketch(ctypes.Structure):
@@ -81,6 +83,21 @@ def score_kernel(bits: int, head_dim: int) -> tuple[Kernel, int]:
     function = f"score_groups<{wide_bits}, {bits}, {words}>"
     constants = {"kGroup": GROUP, "kWarps": WARPS, "kMaxHeads": HEADS}
     return Kernel("sketch.cu", function, SketchScores, 32 * WARPS, at_once, constants), at_once
+
+
+@functools.cache
+def row_splits(rows: int, groups: int, at_once: int) -> int:
+    """Thread blocks that share a row's groups, given how many of all run at once; one more takes its tail.
+
+    Thread blocks run in rounds. A round that is not full takes as long as a full one. So of many rows a few in each round
+    would leave most of the GPU idle: then more thread blocks with fewer groups each take less time.
+    """
+
+    def duration(splits: int) -> int:
+        return ceil_div(rows * (splits + 1), at_once) * (PREPARATION + ceil_div(groups, WARPS * splits))
+
+    most = max(min(ceil_div(groups, WARPS), ROUNDS * at_once // rows), 1)
+    return min(range(most, 0, -1), key=duration)
 
 
 @functools.cache
@@ -157,11 +174,9 @@ def sketch_scores(
     if not binding.on_gpu(device):
         ON_CPU.call(arguments)
         return peak_BHN, sum_BHN
-    # As many thread blocks as run at once; their warps take several groups each.
     kernel, at_once = score_kernel(sketch.bits, D)
     pieces = ceil_div(H, G * HEADS)
-    most = at_once * binding.multiprocessors(device) // (B * G * pieces) - 1
-    splits = max(1, min(ceil_div(length // GROUP, WARPS), most))
+    splits = row_splits(B * G * pieces, length // GROUP, at_once * binding.multiprocessors(device))
     kernel.launch(device, (1 + splits, G * pieces, B), arguments)
     return peak_BHN, sum_BHN
 

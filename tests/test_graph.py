@@ -212,6 +212,24 @@ def test_what_dies_is_free_without_garbage_collection(emulated, tiny_model, ids)
         gc.enable()
 
 
+@pytest.mark.parametrize("memory_left", [True, False])
+def test_memory_for_growth_is_prepared_before_it_is_needed(emulated, tiny_model, ids, monkeypatch, memory_left) -> None:
+    """Room for 256 tokens, then (128 at a time here) 384; steps go on where there is memory for a slab alone."""
+    monkeypatch.setattr(graph_module, "TOKENS_TO_PREPARE", 8)
+    model, prompt = tiny_model("llama"), ids(240)
+    with attach(model, OffloadConfig(**SETTINGS | EMA, prefetch="graph")) as engine, torch.no_grad():
+        given, memory, held = with_cache(model, engine.new_cache()), engine.runtime.memory, []
+        model(prompt, **given)
+        if not memory_left:
+            monkeypatch.setattr(memory, "prepare", lambda slabs: memory._add(1 << 60))
+        for step in range(23):
+            model(prompt[:, step : step + 1], **given)
+            held.append(memory.held_bytes)
+        assert engine.stats.captured_steps == 23 and not engine.stats.fallbacks
+    before, prepared, after = held[6], held[8], held[-1]  # the room is used up at the 15th step
+    assert before < prepared == after if memory_left else before == prepared < after
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("host_kv", ["auto", "int8", "int4"])
 def test_the_host_takes_the_cache_back(emulated, tiny_model, ids, host_kv: str) -> None:

@@ -410,6 +410,8 @@ def test_the_kernel_leaves_the_same_blocks(kind: str, heads: tuple[int, ...], le
         ([8300 * SIZE], 8320, G, 12),  # more blocks than they hold
         ([6000], 400, G, 300),  # more blocks are wanted than bounds are found for
         ([12000], 760, G, 580),  # more slots than threads
+        ([900, 333] * 34, 64, 2 * G, 11),  # more rows than multiprocessors
+        ([2100 * SIZE] * 67, 2112, G, 11),  # and more blocks than half of their registers hold
     ],
     ids=str,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -163,6 +164,19 @@ class Room:
             return
         if self.captures and self.why_not_ahead(batch=batch, tokens=tokens, room=room) is None:
             tokens = self.captured_tokens(tokens)
+        self._prepare(batch, tokens, room)
+
+    def prepare_growth(self, *, batch: int, room: int) -> None:
+        """Start allocating what captured steps will reserve when this room is used up, so that they need not wait then.
+
+        A lack of memory is left to the step that needs it.
+        """
+        last = room - 1  # the length at which the room no longer suffices
+        if self.why_not_ahead(batch=batch, tokens=last, room=room) is None:
+            with suppress(HostMemoryError):
+                self._prepare(batch, self.captured_tokens(last), room)
+
+    def _prepare(self, batch: int, tokens: int, room: int) -> None:
         slabs = ceil_div(tokens, self.slab_tokens) - room // self.slab_tokens
         known = [shape for shape in self.shapes.values() if shape is not None]
         counts = Counter[int]()

@@ -31,6 +31,7 @@ from attention_predictor.offload.step.schedule import StreamSchedule
 
 MIN_STEPS_PER_CAPTURE = 8  # a capture that serves fewer steps has cost more than it saved: it was wasted
 MAX_WASTED_CAPTURES = 3  # in a row; after them the cache is no longer captured
+TOKENS_TO_PREPARE = 256  # steps left in the reserved room when the memory of the next is prepared, in the background
 EAGER_STEPS = 2  # run before the capture: libraries initialise themselves in them
 INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep", *CACHE_NAMES}
 LEFT_PADDING = "_attention_predictor_left_padding"  # attribute of a mask known to hide exactly the prompt's padding
@@ -244,6 +245,7 @@ class CacheGraph:
         self.may_read_all_keys = any(layer.may_read_all_keys for layer in self.layers)
         self.entered = False
         self.running = False
+        self.prepared = False  # whether memory is being allocated for when the room is used up
         self.steps_taken = 0  # since `_enter`
         self.wasted_captures = 0  # in a row
         self.eager_steps_left = 0  # before the capture
@@ -277,6 +279,7 @@ class CacheGraph:
             self.running = True
             output = self._take(cache)
             self.steps_taken += 1
+            self._prepare_growth()
         except BaseException:
             for layer in self.layers:
                 layer.awaits_attention = True  # the device's state is unknown: refuse further steps on this cache
@@ -334,7 +337,7 @@ class CacheGraph:
         self.schedule = StreamSchedule(device, self.layers[0].stage.counts.stall_ns_1)
         self.ids_B1 = torch.zeros_like(ids_B1)
         self.position = torch.zeros_like(position)
-        self.eager_steps_left, self.steps_taken = EAGER_STEPS, 0
+        self.eager_steps_left, self.steps_taken, self.prepared = EAGER_STEPS, 0, False
         for layer in self.layers:
             layer.enter(self, self.schedule, self.length_B, self.room)
         self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
@@ -345,6 +348,12 @@ class CacheGraph:
                 self._layers_of_cache[number] = fixed
                 self.fixed.append(fixed)
         self.entered = True
+
+    def _prepare_growth(self) -> None:
+        """Have memory allocated for the steps after these, once, when their room is nearly used up."""
+        if not self.prepared and self.room - self._length() <= TOKENS_TO_PREPARE:
+            self.prepared = True
+            self.runtime.room.prepare_growth(batch=self.layers[0].batch, room=self.room)
 
     def _reads_all_keys(self) -> bool:
         return self.may_read_all_keys and any(layer.reads_all_keys for layer in self.layers)

@@ -152,6 +152,9 @@ class PlacesGraph(CacheGraph):
     def _length(self) -> int:
         return max(self.lengths)
 
+    def _prepare_growth(self) -> None:
+        """Nothing to do: the room of places stays as it is."""
+
     def _count(self) -> None:
         self.lengths = [length + taken for length, taken in zip(self.lengths, self.taken, strict=True)]
         for layer in self.layers:
