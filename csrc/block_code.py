@@ -48,7 +48,7 @@ BITS = (4, 8)
 OFFSET_LIMIT = 127  # largest offset, either sign
 VECTOR_BYTES = 16  # one load of a thread
 NAN_WORD = 0x7FC00000  # the one NaN that kernels and torch operations write
-# Thread blocks that decode blocks fetched ahead, by bits of a code: the fewer bytes each has in flight, the more there are.
+# Thread blocks that decode blocks fetched ahead, by bits of a code: more where each has fewer bytes in flight.
 MOVE_BLOCKS = {8: 64, 4: 128}
 
 

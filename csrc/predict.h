@@ -9,4 +9,5 @@ struct PredictBlocks {
     float *scores;       // [B, G, columns]
     Candidates candidates;
     int64_t batch, kv_heads, capacity, columns;
+    int64_t tiles;  // that a thread block takes one after another
 };

@@ -22,7 +22,9 @@ SLICE = 16  # channels that a matrix instruction takes at once
 SLICES = 3 * (SLICE + FURTHER * HIDDEN) // SLICE
 STRIDE = HIDDEN + 8  # elements of a row in shared memory
 BIASES = (1 + FURTHER) * HIDDEN + HIDDEN + 1
-WARPS = (8, 4, 2)  # of a thread block: the most with which every multiprocessor has one
+WARPS = (4, 2)  # of a thread block: the most with which every multiprocessor has one
+AT_ONCE = 4  # thread blocks of a multiprocessor
+MAX_TILES = 8  # of a thread block: after some, its weights cost little more
 
 
 class PredictBlocks(ctypes.Structure):
@@ -31,11 +33,11 @@ class PredictBlocks(ctypes.Structure):
     _fields_ = [
         *pointers("state weight bias scores"),
         ("candidates", Candidates),
-        *integers("batch kv_heads capacity columns"),
+        *integers("batch kv_heads capacity columns tiles"),
     ]
 
 
-KERNEL = Kernel("predict.cu", "score_tiles", PredictBlocks, 32 * WARPS[0], at_once=2)
+KERNEL = Kernel("predict.cu", "score_tiles", PredictBlocks, 32 * WARPS[0], at_once=AT_ONCE)
 
 
 def fragments(weight_SIO: Tensor) -> Tensor:
@@ -98,10 +100,13 @@ def predict_blocks(
     multiprocessors = binding.multiprocessors(device)
     tiles = {warps: -(-columns // (32 * warps - 2 * FURTHER)) for warps in WARPS}  # by the warps of a thread block
     warps = next((warps for warps in WARPS if B * G * tiles[warps] >= multiprocessors), WARPS[-1])
-    arguments = PredictBlocks(*map(address, (state_BGNC, weight, bias, scores_BGN)), bounds, *(B, G, room, columns))
+    # Each thread block loads the weights. Of more than run at once, fewer take several tiles each.
+    each = min(max(B * G * tiles[warps] // (2 * AT_ONCE * multiprocessors), 1), MAX_TILES)
+    sizes = (B, G, room, columns, each)
+    arguments = PredictBlocks(*map(address, (state_BGNC, weight, bias, scores_BGN)), bounds, *sizes)
     # Weights, then rows and one more at each end, then biases.
     shared_bytes = 2 * (SLICES * SLICE * HIDDEN + (32 * warps + 2) * STRIDE) + 4 * BIASES
-    KERNEL.launch(device, (tiles[warps], G, B), arguments, threads=32 * warps, shared_bytes=shared_bytes)
+    KERNEL.launch(device, (-(-tiles[warps] // each), G, B), arguments, threads=32 * warps, shared_bytes=shared_bytes)
     return scores_BGN
 
 

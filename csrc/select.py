@@ -44,8 +44,9 @@ class Select(ctypes.Structure):
     ]
 
 
-# By scores: half a multiprocessor's registers, as it runs beside the model. By estimates: all, to hold the estimates. Of more
-# rows than there are multiprocessors two run at once: half of the registers hold the estimates of 2,048 blocks, not 8,192.
+# By scores: half a multiprocessor's registers, as it runs beside the model. By estimates: all, to hold the estimates.
+# If there are more rows than multiprocessors, two run at once. Half of the registers hold the estimates of
+# 2,048 blocks, all of them those of 8,192.
 BY_SCORES = Kernel("select.cu", "select_blocks<true, 0>", Select, threads=512, at_once=2)
 BY_ESTIMATES = Kernel("select.cu", "select_blocks<false, 4>", Select, threads=512, at_once=1)
 BY_ESTIMATES_OF_MANY = Kernel("select.cu", "select_blocks<false, 1>", Select, threads=512, at_once=2)

@@ -89,8 +89,8 @@ def score_kernel(bits: int, head_dim: int) -> tuple[Kernel, int]:
 def row_splits(rows: int, groups: int, at_once: int) -> int:
     """Thread blocks that share a row's groups, given how many of all run at once; one more takes its tail.
 
-    Thread blocks run in rounds. A round that is not full takes as long as a full one. So of many rows a few in each round
-    would leave most of the GPU idle: then more thread blocks with fewer groups each take less time.
+    Thread blocks run in rounds, and a round that is not full takes as long as a full one. Where one thread block for
+    each of many rows would leave part of the GPU idle, more of them with fewer groups each take less time.
     """
 
     def duration(splits: int) -> int:

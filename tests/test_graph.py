@@ -225,7 +225,8 @@ def test_memory_for_growth_is_prepared_before_it_is_needed(emulated, tiny_model,
         for step in range(23):
             model(prompt[:, step : step + 1], **given)
             held.append(memory.held_bytes)
-        assert engine.stats.captured_steps == 23 and not engine.stats.fallbacks
+        assert engine.stats.captured_steps == 23
+        assert not engine.stats.fallbacks
     before, prepared, after = held[6], held[8], held[-1]  # the room is used up at the 15th step
     assert before < prepared == after if memory_left else before == prepared < after
 

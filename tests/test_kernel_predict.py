@@ -211,8 +211,10 @@ def states(B: int, G: int, N: int, steps: int = 12, seed: int = 0) -> Tensor:
         (1, 58, 0, 58),  # a tile of two warps
         (1, 60, 3, 59),
         (2, 117, 57, 60),  # around where tiles meet
-        (4, 250, 4, 246),  # a tile of eight
+        (4, 122, 4, 118),  # a tile of four
         (4, 262, 0, 262),
+        (4, 2100, 700, 2000),  # a thread block takes two tiles, some of which have no candidates
+        (8, 2100, 0, 2093),  # or four
     ],
 )
 def test_scores(

@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
+from math import ceil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from emulated import emulated_gpu
 from torch import Tensor
 
 from attention_predictor.csrc import ops
+from attention_predictor.csrc.sketch import row_splits
 from attention_predictor.predictor.quantise import unpack
 from attention_predictor.predictor.scores import block_peak_and_sum
 from attention_predictor.predictor.sketch import CHUNK_GROUPS, KeySketch
@@ -375,3 +377,14 @@ def test_wrong_arguments_are_named() -> None:
         ops.sketch_store(key_BGTD[:, :, :70], *tensors, 0)
     with pytest.raises(ValueError, match="groups 15 to 17 are to be stored, there is room for 16"):
         ops.sketch_store(key_BGTD[:, :, :128], *tensors, 15)
+
+
+def test_how_rows_are_divided_among_thread_blocks() -> None:
+    """As many as run at once take few rows; of many rows the last round is full, or short."""
+    assert [row_splits(rows, 512, 660) for rows in (8, 16, 32, 64, 128)] == [81, 40, 19, 9, 4]
+    assert row_splits(8, 0, 660) == row_splits(5000, 1, 660) == 1
+    for rows in (256, 384, 512, 704):
+        splits = row_splits(rows, 512, 660)
+        rounds = rows * (splits + 1) / 660
+        assert splits > 1
+        assert rounds / ceil(rounds) > 0.85
