@@ -180,6 +180,27 @@ class TestLimits:
 
 
 class TestClosing:
+    @pytest.mark.parametrize("closed", [False, True])
+    def test_a_slab_may_die_while_others_return(self, closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A finalizer may run at any time, also on the thread that is returning another slab of the segment."""
+        memory = HostMemory()
+        memory.prepare([(ALIGNMENT, 3)])
+        slabs = [memory.lend((ALIGNMENT,), torch.uint8)[0] for _ in range(3)]
+        put_back = host_memory.Segment.put_back
+
+        def while_another_dies(segment: host_memory.Segment, start: int, nbytes: int) -> None:
+            slabs.clear()
+            assert memory.lent_bytes > 0  # and so does whatever asks for memory meanwhile
+            put_back(segment, start, nbytes)
+
+        monkeypatch.setattr(host_memory.Segment, "put_back", while_another_dies)
+        if closed:
+            memory.close()
+        del slabs[0]
+        assert memory.lent_bytes == 0
+        memory.check_integrity()
+        assert memory.held_bytes == (0 if closed else mmap.PAGESIZE)
+
     def test_gives_back_what_is_free_and_the_rest_later(self) -> None:
         memory = HostMemory()
         one, other = slab(memory, 5 * PAGE), slab(memory, 6 * PAGE)
