@@ -71,6 +71,15 @@ def test_parts(part: str, device: str, capsys: pytest.CaptureFixture[str]) -> No
         assert all(one["gb_per_s"] > 0 for one in timed)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("host_kv", ["int8", "int4"])
+def test_coded_blocks_are_moved(device: str, host_kv: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "gather", "--device", device, "--host-kv", host_kv, *layer_options("gather")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"]["host_kv"] == host_kv
+    assert all(one["gb_per_s"] > 0 for one in found["timings"])
+
+
 def test_flashinfer_is_asked_for_where_it_can_be(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "attention", "--device", "cpu", *layer_options("attention")]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["timings"]}

@@ -64,7 +64,7 @@ class CodedStore(HostStore):
 
     def fetch(self, row_n: Tensor, block_n: Tensor, device: torch.device) -> Tensor:
         code_nz = torch.empty((row_n.numel(), *self.codec.shape), dtype=self.codec.stored)
-        code_nz = self._gather_stored(row_n, block_n, code_nz).to(device, non_blocking=True)
+        code_nz = self.gather_stored(row_n, block_n, code_nz).to(device, non_blocking=True)
         kv_n2TD = self.codec.decode(code_nz)
         if self.open_block is not None:
             open_n = (block_n == self.open_block).nonzero()[:, 0]

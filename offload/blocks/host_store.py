@@ -464,9 +464,9 @@ class HostStore:
 
     def _fill(self, out_n2TD: Tensor, row_n: Tensor, block_n: Tensor) -> None:
         """Fill the buffer with blocks."""
-        self._gather_stored(row_n, block_n, out_n2TD)
+        self.gather_stored(row_n, block_n, out_n2TD)
 
-    def _gather_stored(self, row_n: Tensor, block_n: Tensor, out_nz: Tensor) -> Tensor:
+    def gather_stored(self, row_n: Tensor, block_n: Tensor, out_nz: Tensor) -> Tensor:
         """Fills the buffer with blocks as they are stored, and returns it."""
         self._check_entries(row_n, block_n)
         self.settle()

@@ -13,9 +13,11 @@ from attention_predictor.csrc import ops
 from attention_predictor.eval.bench.parts.options import BLOCK, checked, show
 from attention_predictor.eval.bench.parts.stopwatch import Call, timed
 from attention_predictor.offload.blocks.block_pool import BlockPool
+from attention_predictor.offload.blocks.coded_store import CodedStore, new_store
 from attention_predictor.offload.blocks.host_memory import HostMemory
 from attention_predictor.offload.blocks.host_store import HostStore, gather_reference
 from attention_predictor.progress import Progress
+from attention_predictor.settings import offload_config
 
 CHUNK = 4096  # tokens made at once
 LISTS = 8  # lists of blocks to cycle through
@@ -30,18 +32,20 @@ def main(args: argparse.Namespace) -> int:
         "block_size": BLOCK,
         "dtype": dtype,
     }
-    store = HostStore(**shape, memory=HostMemory([device] if device.type == "cuda" else []))
+    memory = HostMemory([device] if device.type == "cuda" else [])
+    store = new_store(offload_config(args).code_bits, **shape, memory=memory)
     for start in range(0, args.context, CHUNK):
         tokens = min(CHUNK, args.context - start)
-        store.append(*torch.randn(2, args.batch, args.kv_heads, tokens, args.head_dim, dtype=dtype))
+        made = torch.randn(2, args.batch, args.kv_heads, tokens, args.head_dim, dtype=dtype, device=device)
+        store.append(*made)
+    store.settle()
     rows, n = args.batch * args.kv_heads, args.blocks
-    block_bytes = 2 * BLOCK * args.head_dim * dtype.itemsize
     lists = [(torch.randint(rows, (n,)), torch.randint(store.n_blocks, (n,))) for _ in range(LISTS)]
     methods = _to_pool(store, lists, shape, device) if device.type == "cuda" else _to_buffer(store, lists)
     found = []
     with Progress("gather", len(methods), "ways") as progress:
         for method in methods:
-            rules: dict[str, Any] = {"moved": method.blocks * block_bytes, "capturable": method.on_device}
+            rules: dict[str, Any] = {"moved": method.blocks * store.block_bytes, "capturable": method.on_device}
             found.append(timed(method.name, method.calls, device, repeats=args.repeats, **rules))
             progress.update()
     return show(args, device, dtype, found)
@@ -67,15 +71,20 @@ def _to_pool(
     each = max(1, n // rows)
     slot_RS = torch.arange(n, device=device, dtype=torch.int32).expand(rows, n).contiguous()
     moves_R = torch.full((rows,), each, device=device, dtype=torch.int32)
-    whole = torch.empty(n, 2, BLOCK, store.head_dim, dtype=store.dtype, pin_memory=True)
+    whole = torch.empty(n, *store.codec.shape, dtype=store.codec.stored, pin_memory=True)
     there = torch.empty_like(whole, device=device, pin_memory=False)
+    length_B = torch.full((store.batch,), store.length, device=device)
 
     def by_table(_: Tensor, block_n: Tensor) -> Call:
         block_RS = block_n.to(device, torch.int32).expand(rows, n).contiguous()
-        return lambda: ops.move_blocks(slabs, block_RS, slot_RS, moves_R, *sides, None)
+        moves = (slabs, block_RS, slot_RS, moves_R, *sides, None)
+        if isinstance(store, CodedStore):
+            coded: dict[str, Any] = {"open_R2TD": store.open_R2TD, "length_B": length_B, "bits": store.codec.bits}
+            return lambda: ops.move_coded_blocks(*moves, **coded)
+        return lambda: ops.move_blocks(*moves)
 
     def by_host(row_n: Tensor, block_n: Tensor) -> Call:
-        return lambda: pool.write_blocks(row_n, slot_n, store.gather(row_n, block_n))
+        return lambda: pool.write_blocks(row_n, slot_n, store.fetch(row_n, block_n, device))
 
     return [
         GatherMethod("ours", [by_table(*one) for one in lists], each * rows),
@@ -86,11 +95,11 @@ def _to_pool(
 
 def _to_buffer(store: HostStore, lists: list[tuple[Tensor, Tensor]]) -> list[GatherMethod]:
     n = len(lists[0][0])
-    buffer = torch.empty(n, 2, BLOCK, store.head_dim, dtype=store.dtype)
+    buffer = torch.empty(n, *store.codec.shape, dtype=store.codec.stored)
     whole, there = torch.empty_like(buffer), torch.empty_like(buffer)
 
     def by_kernel(row_n: Tensor, block_n: Tensor) -> Call:
-        return lambda: store.gather(row_n, block_n, buffer)
+        return lambda: store.gather_stored(row_n, block_n, buffer)
 
     def by_torch(row_n: Tensor, block_n: Tensor) -> Call:
         return lambda: gather_reference(store._slabs, row_n, block_n, buffer)

@@ -32,7 +32,7 @@ def checked(args: argparse.Namespace, *, needs_kernels: bool = True) -> tuple[to
 
 def show(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, rows: Sequence[Row]) -> int:
     """Report the timed methods, with ratios to the first one."""
-    settings = {name: getattr(args, name) for name in args.numbers} | {"dtype": str(dtype).removeprefix("torch.")}
+    settings = {name: getattr(args, name) for name in args.shown} | {"dtype": str(dtype).removeprefix("torch.")}
     methods = with_ratios(rows, "ms")
     report(args.subcommand, device, settings, methods, line=_line, as_json=args.json)
     return 0

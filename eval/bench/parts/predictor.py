@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
                 found.append(_timed(method, tokens, args, device))
                 progress.update()
             rows += with_ratios(found, "ms")
-    settings = {name: getattr(args, name) for name in (*args.numbers, "layers")} | {"predictor": "default"}
+    settings = {name: getattr(args, name) for name in (*args.shown, "layers")} | {"predictor": "default"}
     report(args.subcommand, device, settings, rows, line=_line, as_json=args.json)
     return 0
 

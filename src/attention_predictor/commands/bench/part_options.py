@@ -35,10 +35,10 @@ def add_options(parser: argparse.ArgumentParser, *numbers: str) -> None:
         add_option(parser, f"--{name}", whole(1), default, line)
     add_option(parser, "--seed", whole(), 0, "random seed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(numbers=[name.replace("-", "_") for name in (*numbers, "repeats")])
+    parser.set_defaults(shown=[name.replace("-", "_") for name in (*numbers, "repeats")])
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise ``ConfigError`` if ``--heads`` is not a multiple of ``--kv-heads``."""
-    if "heads" in args.numbers and args.heads % args.kv_heads:
+    if "heads" in args.shown and args.heads % args.kv_heads:
         raise ConfigError(f"--heads {args.heads}: expected a multiple of --kv-heads {args.kv_heads}")
