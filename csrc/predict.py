@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding, candidates
 from attention_predictor.csrc.binding import address, check, check_on_gpu
 from attention_predictor.csrc.candidates import Candidates
@@ -98,15 +99,16 @@ def predict_blocks(
         raise ValueError(f"state_BGNC has room for {room} blocks, expected an even number and at least {columns}")
     scores_BGN = state_BGNC.new_empty((B, G, columns))
     multiprocessors = binding.multiprocessors(device)
-    tiles = {warps: -(-columns // (32 * warps - 2 * FURTHER)) for warps in WARPS}  # by the warps of a thread block
+    tiles = {warps: ceil_div(columns, 32 * warps - 2 * FURTHER) for warps in WARPS}  # by the warps of a thread block
     warps = next((warps for warps in WARPS if B * G * tiles[warps] >= multiprocessors), WARPS[-1])
     # Each thread block loads the weights. Of more than run at once, fewer take several tiles each.
-    each = min(max(B * G * tiles[warps] // (2 * AT_ONCE * multiprocessors), 1), MAX_TILES)
-    sizes = (B, G, room, columns, each)
+    most = min(max(B * G * tiles[warps] // (2 * AT_ONCE * multiprocessors), 1), MAX_TILES)
+    thread_blocks = ceil_div(tiles[warps], most)
+    sizes = (B, G, room, columns, ceil_div(tiles[warps], thread_blocks))
     arguments = PredictBlocks(*map(address, (state_BGNC, weight, bias, scores_BGN)), bounds, *sizes)
     # Weights, then rows and one more at each end, then biases.
     shared_bytes = 2 * (SLICES * SLICE * HIDDEN + (32 * warps + 2) * STRIDE) + 4 * BIASES
-    KERNEL.launch(device, (-(-tiles[warps] // each), G, B), arguments, threads=32 * warps, shared_bytes=shared_bytes)
+    KERNEL.launch(device, (thread_blocks, G, B), arguments, threads=32 * warps, shared_bytes=shared_bytes)
     return scores_BGN
 
 

@@ -45,8 +45,8 @@ class Select(ctypes.Structure):
 
 
 # By scores: half a multiprocessor's registers, as it runs beside the model. By estimates: all, to hold the estimates.
-# If there are more rows than multiprocessors, two run at once. Half of the registers hold the estimates of
-# 2,048 blocks, all of them those of 8,192.
+# If there are more rows than multiprocessors, two run at once where shared memory suffices. Half of the registers
+# hold the estimates of 2,048 blocks, all of them those of 8,192.
 BY_SCORES = Kernel("select.cu", "select_blocks<true, 0>", Select, threads=512, at_once=2)
 BY_ESTIMATES = Kernel("select.cu", "select_blocks<false, 4>", Select, threads=512, at_once=1)
 BY_ESTIMATES_OF_MANY = Kernel("select.cu", "select_blocks<false, 1>", Select, threads=512, at_once=2)
@@ -208,16 +208,21 @@ def _choose(
     keys_bytes = 16 * ceil_div(C, 4)
     keys_here = shared_bytes + keys_bytes <= room
     key_RC = None if keys_here else table.slot_RC.new_empty(R, C)
+    shared_bytes += keys_bytes * keys_here
     arguments = Select(
         table.checked(),
         bounds.checked(kv_heads, device),
         *map(address, (*scores, count_2, key_RC)),
         *(heads, late, ahead, chooses),
     )
-    kernel = BY_SCORES
-    if scores[2] is not None:
-        kernel = BY_ESTIMATES if binding.multiprocessors(device) >= R else BY_ESTIMATES_OF_MANY
-    kernel.launch(device, (R, 1, 1), arguments, shared_bytes=shared_bytes + keys_bytes * keys_here)
+    kernel = BY_SCORES if scores[2] is None else estimating(device, R, shared_bytes)
+    kernel.launch(device, (R, 1, 1), arguments, shared_bytes=shared_bytes)
+
+
+def estimating(device: torch.device, rows: int, shared_bytes: int) -> Kernel:
+    """The kernel that chooses by estimates, for launches of so many rows."""
+    two_fit = 2 * (STATIC_BYTES + shared_bytes) <= binding.max_shared_memory(device)
+    return BY_ESTIMATES_OF_MANY if two_fit and rows > binding.multiprocessors(device) else BY_ESTIMATES
 
 
 def _shared_bytes(slots: int, capacity: int) -> int:

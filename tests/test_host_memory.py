@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import mmap
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -200,6 +201,28 @@ class TestClosing:
         assert memory.lent_bytes == 0
         memory.check_integrity()
         assert memory.held_bytes == (0 if closed else mmap.PAGESIZE)
+
+    def test_a_slab_that_dies_while_gpus_are_waited_for_waits_itself(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        memory, waits = HostMemory(), list[int]()
+        slabs = [memory.lend((ALIGNMENT,), torch.uint8)[0] for _ in range(2)]
+
+        def wait() -> None:
+            waits.append(len(slabs))
+            slabs.clear()
+
+        monkeypatch.setattr(memory, "wait_for_gpus", wait)
+        del slabs[0]
+        assert memory.lent_bytes == 0
+        assert waits == [1, 0]
+
+    def test_segments_are_let_go(self) -> None:
+        memory = HostMemory()
+        memory.prepare([(2 * SMALL_BYTES, 4)])
+        one = memory.lend((2 * SMALL_BYTES,), torch.uint8)[0]
+        alive = [weakref.ref(segment) for segment in memory._segments]
+        memory.close()
+        del one
+        assert [segment() for segment in alive] == [None] * len(alive)
 
     def test_gives_back_what_is_free_and_the_rest_later(self) -> None:
         memory = HostMemory()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
-from attention_predictor.csrc import ops
+from attention_predictor.csrc import ops, select
 from attention_predictor.csrc.ops import Estimates
 from attention_predictor.errors import IntegrityError
 from attention_predictor.offload.blocks.extent import Extent
@@ -410,12 +410,14 @@ def test_the_kernel_leaves_the_same_blocks(kind: str, heads: tuple[int, ...], le
         ([8300 * SIZE], 8320, G, 12),  # more blocks than they hold
         ([6000], 400, G, 300),  # more blocks are wanted than bounds are found for
         ([12000], 760, G, 580),  # more slots than threads
-        ([900, 333] * 34, 64, 2 * G, 11),  # more rows than multiprocessors
-        ([2100 * SIZE] * 67, 2112, G, 11),  # and more blocks than half of their registers hold
     ],
     ids=str,
 )
-def test_the_kernel_at_its_bounds(kind: str, length: list[int], capacity: int, heads: int, slots: int) -> None:
+@pytest.mark.parametrize("kernel", ["BY_ESTIMATES", "BY_ESTIMATES_OF_MANY"])
+def test_the_kernel_at_its_bounds(
+    kind: str, length: list[int], capacity: int, heads: int, slots: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select, "estimating", lambda *_: getattr(select, kernel))
     limits = Limits(SIZE * (slots - 4), (), 2, 32)
     twins = Twins(kind, limits, length, slots=slots, capacity=capacity, heads=heads)
     twins.ahead(twins.random(G))
@@ -428,6 +430,14 @@ def test_the_kernel_at_its_bounds(kind: str, length: list[int], capacity: int, h
     twins.by_estimates(None)  # what is resident is known, and nothing chosen
     twins.by_scores(twins.random(G, levels=2), late=slots)
     twins.by_scores(twins.random(G, levels=2), late=3)
+
+
+def test_two_rows_are_chosen_at_once_if_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select.binding, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(select.binding, "max_shared_memory", lambda _: 227 << 10)
+    assert select.estimating(CPU, 132, 30 << 10) is select.BY_ESTIMATES
+    assert select.estimating(CPU, 133, 30 << 10) is select.BY_ESTIMATES_OF_MANY
+    assert select.estimating(CPU, 133, 110 << 10) is select.BY_ESTIMATES
 
 
 @pytest.mark.parametrize("capacity", [600, 20000])

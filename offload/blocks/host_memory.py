@@ -135,9 +135,10 @@ class HostMemory:
         self._lent_bytes = 0
         self._refused = False
         self._segments: list[Segment] = []
-        self._unready: list[Segment] = []  # those that a worker may still be allocating
+        self._unready: list[tuple[Future[None], int]] = []  # of each that a worker may still allocate: `ready`, bytes
         self._full: dict[int, int] = {}  # by size: number of leading segments without a large enough span
-        self._returned: deque[tuple[Segment, int, int]] = deque()  # filled by finalizers, which must not take a lock
+        # Filled by finalizers. They run at any time on any thread, so they take no lock until memory is closed.
+        self._returned: deque[tuple[Segment, int, int]] = deque()
         self._lock = threading.RLock()
         self._workers: ThreadPoolExecutor | None = None
         self._closed = self._collecting = False
@@ -158,8 +159,8 @@ class HostMemory:
     def unready_bytes(self) -> int:
         """Bytes of segments being allocated, which the system may still report as available."""
         with self._lock:
-            self._unready = [segment for segment in self._unready if not segment.ready.done()]
-            return sum(segment.nbytes for segment in self._unready)
+            self._unready = [one for one in self._unready if not one[0].done()]
+            return sum(nbytes for _, nbytes in self._unready)
 
     @property
     def free_bytes(self) -> int:
@@ -236,10 +237,12 @@ class HostMemory:
     def close(self) -> None:
         """Return memory to the system: free segments now, others when their slabs die. Idempotent."""
         with self._lock:
-            self._closed = True
             self._collect()
             for segment in [one for one in self._segments if one.is_free]:
                 self._drop(segment)
+            # Only now, since finalizers return memory themselves from here on, and may run within the lines above.
+            self._closed = True
+            self._collect()
             if self._workers is not None:
                 self._workers.shutdown(wait=False)
 
@@ -282,7 +285,7 @@ class HostMemory:
         except OSError as error:  # mmap
             raise HostMemoryError(f"cannot allocate {size_text(nbytes)} of host memory: {error}") from error
         self._segments.append(segment)
-        self._unready.append(segment)
+        self._unready.append((segment.ready, segment.nbytes))
         return segment
 
     def _executor(self) -> Executor:
@@ -316,9 +319,9 @@ class HostMemory:
             return  # a slab has died within the loop below, on this thread: the loop will find it
         self._collecting = True
         try:
-            while self._returned:
+            while count := len(self._returned):
                 self.wait_for_gpus()
-                for _ in range(len(self._returned)):
+                for _ in range(count):
                     segment, start, nbytes = self._returned.popleft()
                     segment.put_back(start, nbytes)
                     self._lent_bytes -= nbytes

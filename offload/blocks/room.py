@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from contextlib import suppress
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.ranks import Ranks
 from attention_predictor.sizes import size_text
 
+logger = logging.getLogger(__name__)
 GROWTH = 4096  # tokens that captured steps reserve ahead; when they are used up, steps are captured again
 
 
@@ -148,8 +149,7 @@ class Room:
         if self.config.host_memory is not None:
             limit, source = self._allowed(batch, room) - promised, "host_memory allows"
         else:
-            share = (available_memory() - SPARE_BYTES) // self.ranks.on_host
-            limit = share - self.memory.unready_bytes + self.memory.free_bytes + self._held(batch, room) - promised
+            limit = self._available() + self._held(batch, room) - promised
             source = "the system has available"
             self._tight = self.captures and self.bytes_for(batch, (tokens // GROWTH + 1) * GROWTH + GROWTH) > limit
         if needed > limit:
@@ -166,15 +166,25 @@ class Room:
             tokens = self.captured_tokens(tokens)
         self._prepare(batch, tokens, room)
 
-    def prepare_growth(self, *, batch: int, room: int) -> None:
+    def prepare_growth(self, cache_room: int, *, batch: int, promised: int) -> None:
         """Start allocating what captured steps will reserve when this room is used up, so that they need not wait then.
 
-        A lack of memory is left to the step that needs it.
+        If it can't be had now, the step that needs it says so.
         """
-        last = room - 1  # the length at which the room no longer suffices
-        if self.why_not_ahead(batch=batch, tokens=last, room=room) is None:
-            with suppress(HostMemoryError):
-                self._prepare(batch, self.captured_tokens(last), room)
+        last = cache_room - 1  # the length at which the room no longer suffices
+        tokens = self.captured_tokens(last)
+        more = self.bytes_for(batch, tokens) - self.bytes_for(batch, cache_room)
+        fits = self.config.host_memory is not None or more <= self._available() - promised
+        if fits and self.why_not_ahead(batch=batch, tokens=last, room=cache_room, promised=promised) is None:
+            try:
+                self._prepare(batch, tokens, cache_room)
+            except (HostMemoryError, RuntimeError) as error:  # such as a limit on threads
+                logger.info("no host memory is prepared for further steps: %s", error)
+
+    def _available(self) -> int:
+        """Bytes that this rank may still lend: its share of what the system has, and what it holds and has not lent."""
+        share = (available_memory() - SPARE_BYTES) // self.ranks.on_host
+        return share - self.memory.unready_bytes + self.memory.free_bytes
 
     def _prepare(self, batch: int, tokens: int, room: int) -> None:
         slabs = ceil_div(tokens, self.slab_tokens) - room // self.slab_tokens

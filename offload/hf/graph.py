@@ -279,13 +279,13 @@ class CacheGraph:
             self.running = True
             output = self._take(cache)
             self.steps_taken += 1
-            self._prepare_growth()
         except BaseException:
             for layer in self.layers:
                 layer.awaits_attention = True  # the device's state is unknown: refuse further steps on this cache
             raise
         finally:
             self.running = False
+        self._prepare_growth(cache)
         # A copy: the next replay overwrites the graph's logits.
         return changed(output, cache=cache, logits=output.logits.clone())
 
@@ -349,11 +349,11 @@ class CacheGraph:
                 self.fixed.append(fixed)
         self.entered = True
 
-    def _prepare_growth(self) -> None:
+    def _prepare_growth(self, cache: TieredCache) -> None:
         """Have memory allocated for the steps after these, once, when their room is nearly used up."""
         if not self.prepared and self.room - self._length() <= TOKENS_TO_PREPARE:
-            self.prepared = True
-            self.runtime.room.prepare_growth(batch=self.layers[0].batch, room=self.room)
+            self.prepared, room = True, self.runtime.room
+            room.prepare_growth(self.room, batch=self.layers[0].batch, promised=room.promised_beside(cache))
 
     def _reads_all_keys(self) -> bool:
         return self.may_read_all_keys and any(layer.reads_all_keys for layer in self.layers)

@@ -152,7 +152,7 @@ class PlacesGraph(CacheGraph):
     def _length(self) -> int:
         return max(self.lengths)
 
-    def _prepare_growth(self) -> None:
+    def _prepare_growth(self, cache: TieredCache) -> None:
         """Nothing to do: the room of places stays as it is."""
 
     def _count(self) -> None:
