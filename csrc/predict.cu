@@ -1,6 +1,6 @@
 // The candidates' scores for the next step: all four convolutions over blocks in one pass.
 //
-// A thread block takes tiles of blocks of one KV head, each plus a margin at each end for the convolutions after the first. Each
+// A thread block takes a tile of blocks of one KV head, plus a margin at each end for the convolutions after the first. Each
 // convolution computes all rows of the tile; one more row at each end becomes wrong, and the rows in the middle are written. A
 // row is a block, in fp16 in shared memory, and a tap of a convolution reads the same rows, shifted by one. Tensor cores sum in
 // fp32; the residual stream stays in fp32, in the registers of the rows' warp.
@@ -70,10 +70,47 @@ __device__ __forceinline__ void convolve(float (&sums)[kTall][kWide][4], const _
         }
 }
 
-// Scores of the blocks from `begin` to `end`, from the rows in shared memory, of which those from `low` to `high` are candidates.
-__device__ __forceinline__ void score_rows(__half *rows, const uint4 *weight, const float *bias, float *scores, int origin, int begin,
-                                           int end, int low, int high) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+__device__ __forceinline__ void score_tiles(const PredictBlocks &a) {
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // Weights, then rows and one more at each end, then biases.
+    auto *weight = static_cast<uint4 *>(dynamic_shared());
+    auto *rows = reinterpret_cast<__half *>(weight) + kSlices * kSlice;
+    auto *bias = reinterpret_cast<float *>(rows + (rows_of(warps) + 2) * kStride);
+
+    const int outputs = outputs_of(warps), begin = blockIdx.x * outputs;
+    const int end = min(begin + outputs, static_cast<int>(a.columns));
+    const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
+    float *scores = a.scores + row * a.columns;
+    const auto [first, last] = range_of(a.candidates, blockIdx.z, static_cast<int>(a.columns));
+    if (end <= first || begin >= last) {
+        for (int n = begin + threadIdx.x; n < end; n += blockDim.x) scores[n] = -INFINITY;
+        return;
+    }
+
+    for (int i = threadIdx.x; i < kSlices * kSlice / 8; i += blockDim.x)
+        copy_async(weight + i, static_cast<const uint4 *>(a.weight) + i);
+    commit_copies();
+    // Row i is block origin + i. Blocks that are no candidates count as zero in every convolution. Origin and capacity are even,
+    // so 16 bytes that begin in one block and end in the next stay within a head's state.
+    const int origin = begin - kReach, held = rows_of(warps) + 2;
+    const int low = first - origin, high = last - origin;
+    const auto *state = reinterpret_cast<const float4 *>(a.state + (row * a.capacity + origin) * kChannels);
+    float4 loaded[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+        const int v = threadIdx.x + k * blockDim.x, i = 4 * v / kChannels, j = (4 * v + 2) / kChannels;
+        loaded[k] = i < min(held, high) && j >= low ? state[v] : make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+    for (int i = threadIdx.x; i < kBiases; i += blockDim.x) bias[i] = a.bias[i];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+        const int e = 4 * (threadIdx.x + k * blockDim.x);
+        put(rows, e, held, low, high, loaded[k].x, loaded[k].y);
+        put(rows, e + 2, held, low, high, loaded[k].z, loaded[k].w);
+    }
+    wait_copies<0>();
+    __syncthreads();
+
     bool counts[kTall][2];  // this lane's rows among the warp's: 16 t + lane / 4, and 8 further
 #pragma unroll
     for (int t = 0; t < kTall; ++t)
@@ -124,59 +161,6 @@ __device__ __forceinline__ void score_rows(__half *rows, const uint4 *weight, co
             const int n = origin + 1 + warp * kRows + 16 * t + 8 * r + lane / 4;
             if (lane % 4 == 0 && n >= begin && n < end) scores[n] = counts[t][r] ? score + out[kHidden] : -INFINITY;
         }
-}
-
-__device__ __forceinline__ void score_tiles(const PredictBlocks &a) {
-    const int warps = blockDim.x / 32;
-    // Weights, then rows and one more at each end, then biases.
-    auto *weight = static_cast<uint4 *>(dynamic_shared());
-    auto *rows = reinterpret_cast<__half *>(weight) + kSlices * kSlice;
-    auto *bias = reinterpret_cast<float *>(rows + (rows_of(warps) + 2) * kStride);
-
-    const int64_t row = blockIdx.z * a.kv_heads + blockIdx.y;
-    float *scores = a.scores + row * a.columns;
-    const auto [first, last] = range_of(a.candidates, blockIdx.z, static_cast<int>(a.columns));
-    const int outputs = outputs_of(warps), columns = static_cast<int>(a.columns), tiles = static_cast<int>(a.tiles);
-    bool prepared = false;  // whether weights and biases are in shared memory
-    for (int tile = 0; tile < tiles; ++tile) {
-        const int begin = (blockIdx.x * tiles + tile) * outputs, end = min(begin + outputs, columns);
-        if (begin >= columns) return;
-        if (end <= first || begin >= last) {
-            for (int n = begin + threadIdx.x; n < end; n += blockDim.x) scores[n] = -INFINITY;
-            continue;
-        }
-        if (!prepared) {
-            for (int i = threadIdx.x; i < kSlices * kSlice / 8; i += blockDim.x)
-                copy_async(weight + i, static_cast<const uint4 *>(a.weight) + i);
-            commit_copies();
-        }
-        // Row i is block origin + i. Blocks that are no candidates count as zero in every convolution. Origin and capacity are
-        // even, so 16 bytes that begin in one block and end in the next stay within a head's state.
-        const int origin = begin - kReach, held = rows_of(warps) + 2;
-        const int low = first - origin, high = last - origin;
-        const auto *state = reinterpret_cast<const float4 *>(a.state + (row * a.capacity + origin) * kChannels);
-        float4 loaded[kLoads];
-#pragma unroll
-        for (int k = 0; k < kLoads; ++k) {
-            const int v = threadIdx.x + k * blockDim.x, i = 4 * v / kChannels, j = (4 * v + 2) / kChannels;
-            loaded[k] = i < min(held, high) && j >= low ? state[v] : make_float4(0.f, 0.f, 0.f, 0.f);
-        }
-        if (!prepared) {
-            for (int i = threadIdx.x; i < kBiases; i += blockDim.x) bias[i] = a.bias[i];
-            wait_copies<0>();
-        } else {
-            __syncthreads();  // all have read the last tile's rows
-        }
-        prepared = true;
-#pragma unroll
-        for (int k = 0; k < kLoads; ++k) {
-            const int e = 4 * (threadIdx.x + k * blockDim.x);
-            put(rows, e, held, low, high, loaded[k].x, loaded[k].y);
-            put(rows, e + 2, held, low, high, loaded[k].z, loaded[k].w);
-        }
-        __syncthreads();
-        score_rows(rows, weight, bias, scores, origin, begin, end, low, high);
-    }
 }
 
 }  // namespace

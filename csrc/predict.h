@@ -9,5 +9,4 @@ struct PredictBlocks {
     float *scores;       // [B, G, columns]
     Candidates candidates;
     int64_t batch, kv_heads, capacity, columns;
-    int64_t tiles;  // that a thread block takes one after another
 };

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_predictor.arithmetic import ceil_div
 from attention_predictor.csrc import binding, candidates
 from attention_predictor.csrc.binding import address, check, check_on_gpu
 from attention_predictor.csrc.candidates import Candidates
@@ -24,8 +23,6 @@ SLICES = 3 * (SLICE + FURTHER * HIDDEN) // SLICE
 STRIDE = HIDDEN + 8  # elements of a row in shared memory
 BIASES = (1 + FURTHER) * HIDDEN + HIDDEN + 1
 WARPS = (4, 2)  # of a thread block: the most with which every multiprocessor has one
-AT_ONCE = 4  # thread blocks of a multiprocessor
-MAX_TILES = 8  # of a thread block: after some, its weights cost little more
 
 
 class PredictBlocks(ctypes.Structure):
@@ -34,11 +31,11 @@ class PredictBlocks(ctypes.Structure):
     _fields_ = [
         *pointers("state weight bias scores"),
         ("candidates", Candidates),
-        *integers("batch kv_heads capacity columns tiles"),
+        *integers("batch kv_heads capacity columns"),
     ]
 
 
-KERNEL = Kernel("predict.cu", "score_tiles", PredictBlocks, 32 * WARPS[0], at_once=AT_ONCE)
+KERNEL = Kernel("predict.cu", "score_tiles", PredictBlocks, 32 * WARPS[0], at_once=4)
 
 
 def fragments(weight_SIO: Tensor) -> Tensor:
@@ -99,16 +96,12 @@ def predict_blocks(
         raise ValueError(f"state_BGNC has room for {room} blocks, expected an even number and at least {columns}")
     scores_BGN = state_BGNC.new_empty((B, G, columns))
     multiprocessors = binding.multiprocessors(device)
-    tiles = {warps: ceil_div(columns, 32 * warps - 2 * FURTHER) for warps in WARPS}  # by the warps of a thread block
+    tiles = {warps: -(-columns // (32 * warps - 2 * FURTHER)) for warps in WARPS}  # by the warps of a thread block
     warps = next((warps for warps in WARPS if B * G * tiles[warps] >= multiprocessors), WARPS[-1])
-    # Each thread block loads the weights. Of more than run at once, fewer take several tiles each.
-    most = min(max(B * G * tiles[warps] // (2 * AT_ONCE * multiprocessors), 1), MAX_TILES)
-    thread_blocks = ceil_div(tiles[warps], most)
-    sizes = (B, G, room, columns, ceil_div(tiles[warps], thread_blocks))
-    arguments = PredictBlocks(*map(address, (state_BGNC, weight, bias, scores_BGN)), bounds, *sizes)
+    arguments = PredictBlocks(*map(address, (state_BGNC, weight, bias, scores_BGN)), bounds, *(B, G, room, columns))
     # Weights, then rows and one more at each end, then biases.
     shared_bytes = 2 * (SLICES * SLICE * HIDDEN + (32 * warps + 2) * STRIDE) + 4 * BIASES
-    KERNEL.launch(device, (thread_blocks, G, B), arguments, threads=32 * warps, shared_bytes=shared_bytes)
+    KERNEL.launch(device, (tiles[warps], G, B), arguments, threads=32 * warps, shared_bytes=shared_bytes)
     return scores_BGN
 
 

@@ -211,16 +211,17 @@ def test_appended_bits_survive_delays_and_reuse_of_memory(seed):
 @pytest.mark.parametrize("tokens", [1, 2000])
 def test_append_waits_for_nobody(tokens):
     store = HostStore(**SHAPE, slab_blocks=4, memory=HostMemory([torch.device("cuda")]))
-    store.append(*on_gpu(2000, 0))  # allocates
+    for size in (2000, tokens):  # what is allocated now is there when these are appended once more
+        store.append(*on_gpu(size, 0))
     store.settle()
-    store.reserve(6000)
+    store.reserve(8000)
     key, value = on_gpu(tokens, 1)
     torch.cuda.synchronize()
     sleep(2e9)  # about a second
     slept = torch.cuda.current_stream().record_event()
     store.append(key, value)
     assert not slept.query()
-    assert torch.equal(store.read(2000, 2000 + tokens)[0], key.cpu())  # who reads waits
+    assert torch.equal(store.read(store.length - tokens, store.length)[0], key.cpu())  # who reads waits
 
 
 @gpu
