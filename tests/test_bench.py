@@ -277,13 +277,15 @@ def test_throughput(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert all(row["tokens_per_second"] == 1000 * row["batch"] / row["median_ms"] for row in rows)
     assert all(row["largest_batch"] >= 2 for row in rows)
+    most_resident = max(row["tokens_per_second"] for row in rows if row["way"] == "resident")
+    assert all(row["to_resident"] == row["tokens_per_second"] / most_resident for row in rows)
     whole = rows[2]["engine"]["full_kv_bytes"] * 1024 / 512  # fp32, and host memory grows by 1,024 tokens
     assert rows[2]["engine"]["host_kv_bytes"] < 0.35 * whole
     assert plot.stat().st_size > 1000
     assert len(out.read_text().splitlines()) == 1 + 4
     assert main(options) == 0  # nothing left to do
     text = capsys.readouterr().out
-    assert re.search(r"2 × 512 +all on the device, captured +[\d.]+ tokens/s", text)
+    assert re.search(r"2 × 512 +all on the device, captured +[\d.]+ tokens/s, [\d.]+ × the most", text)
     assert "not captured: on a CPU" in text
 
 

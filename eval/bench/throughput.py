@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     if todo:
         _sweep(random_or_loaded(args, device, max(contexts)), todo, args, limit_bytes, timings)
     found = [timings.find(context=context, batch=batch, way=way) for context, batch in plan for way in ways]
-    rows = [row for row in found if row is not None]
+    rows = with_ratios([row for row in found if row is not None])
     report("throughput", device, settings, rows, line=describe, as_json=args.json)
     if args.plot is not None:
         title = f"{settings['model']}, budget {args.budget}, host KV {args.host_kv}\n{machine(device)}"
@@ -107,6 +107,20 @@ def largest_batch(model: PreTrainedModel, setup: CacheSetup, work: Workload, row
     return min(by_host, free_device_bytes(model.device, work.limit_bytes) * work.batch // max(beyond_weights, 1))
 
 
+def with_ratios(rows: Sequence[Row]) -> list[Row]:
+    """Add ``to_resident``: tokens a second, against the most with the whole cache on the device at any batch."""
+    best: dict[int, float] = {}
+    for row in rows:
+        if CACHE_SETUPS[row["way"]].kind == "resident" and "tokens_per_second" in row:
+            best[row["context"]] = max(row["tokens_per_second"], best.get(row["context"], 0.0))
+    return [
+        {**row, "to_resident": row["tokens_per_second"] / best[row["context"]]}
+        if "tokens_per_second" in row and row["context"] in best
+        else row
+        for row in rows
+    ]
+
+
 def most(fits: Callable[[int], bool]) -> int:
     """The largest number up to ``MOST`` that fits, given that all smaller ones do; 0: none."""
     low, high = 0, MOST + 1
@@ -118,11 +132,13 @@ def most(fits: Callable[[int], bool]) -> int:
 
 def describe(row: Row) -> str:
     """The printed lines of a timed row."""
-    largest = ""
+    largest = ratio = ""
     if row["largest_batch"] is not None:
         largest = f", {row['largest_batch']}{' or more' * (row['largest_batch'] == MOST)} sequences fit"
+    if "to_resident" in row:
+        ratio = f", {row['to_resident']:.2f} × the most with all on the device"
     lines = [
-        f"{row['batch']:>4} × {row['context']:<7} {row['name']:<30} {row['tokens_per_second']:9.1f} tokens/s, "
+        f"{row['batch']:>4} × {row['context']:<7} {row['name']:<30} {row['tokens_per_second']:9.1f} tokens/s{ratio}, "
         f"{row['median_ms']:8.2f} ms a step, 95%: {row['p95_ms']:8.2f}{largest}"
     ]
     facts = []

@@ -3,15 +3,16 @@
 Every sequence of a batch has its own made-up context, as in bench decode --synthetic. Without --ways the command times
 graph (on a CPU: thread) and resident, the strongest alternative; bench decode lists the other caches.
 
-The table shows, for each context, batch and cache: tokens per second, milliseconds per step and device memory; for this
-library also CPU memory, bytes fetched and exposed wait per step. The command computes the largest batch that fits from
-the CPU memory of a sequence and its measured device memory. It skips what does not fit, with a note that says why.
+The table shows, for each context, batch and cache: tokens per second, also as a ratio to the most that the whole cache
+on the device reaches at any of the batches; milliseconds per step and device memory; for this library also CPU memory,
+bytes fetched and exposed wait per step. The command computes the largest batch that fits from the CPU memory of a
+sequence and its measured device memory. It skips what does not fit, with a note that says why.
 
 examples:
   attnpred bench throughput --shape llama-3.1-8b --contexts 32768,131072 \\
       --batches 1,4,8,16 --out runs/h100.jsonl --plot runs/h100.png
   attnpred bench throughput --shape llama-3.1-8b --contexts 131072 \\
-      --batches 1,4,8,11 --host-kv int8 --ways graph,graph-compiled
+      --batches 3,11,24 --host-kv int4 --late-fetch auto
   attnpred bench throughput --shape tiny --contexts 2048 --batches 1,2 \\
       --budget 256 --steps 5
 """
