@@ -252,4 +252,4 @@ def test_an_emulated_device_has_every_kernel() -> None:
         for head_dim in (8, 64, 80, 128, 256):
             for one in ops.kernels_of(dtype, head_dim, sketch_bits=4, predictor="paper"):
                 assert hasattr(of_sources[one.source], one.name)
-    assert len(ops.kernels_of(torch.float64, 512, sketch_bits=2, predictor=None)) == 6
+    assert len(ops.kernels_of(torch.float64, 512, sketch_bits=2, predictor=None)) == 7
