@@ -206,7 +206,7 @@ class Engine:
         On a GPU requests share one captured step, in which each has a place with room for the longest of them. A
         request takes steps of its own while it has fewer tokens than the sketch needs, where it is longer than the
         places, or where its steps can't be shared: with unequal budgets (as of PyramidKV, CAKE, TAPPA), in models with
-        layers that are not offloaded, on several devices, or without kernels. ``engine.stats.fallbacks`` says so.
+        linear-attention layers, on several devices, or without kernels. ``engine.stats.fallbacks`` says so.
 
         Args:
             requests: Any iterable; the next one is taken as late as possible. An iterator that waits stops all.

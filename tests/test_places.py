@@ -96,6 +96,46 @@ def test_each_sequence_gets_the_tokens_that_it_gets_alone(device, tiny_model, id
         assert engine.stats.fallbacks == {}
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gemma3", {}),
+        ("gpt-oss", EMA),
+        ("ministral", EMA),
+        ("llama4", EMA),
+        ("gemma2", EMA),
+        ("llama", {"skip_layers": (0,)} | EMA),
+    ],
+)
+def test_layers_that_are_not_offloaded_share_the_step(device, tiny_model, ids, family: str, settings: dict) -> None:
+    """Windows, chunks and whole contexts: longer and shorter than the prompts, which come and go."""
+    model = tiny_model(family).to(device)
+    prompts = [ids(length, seed=length).to(device) for length in (130, 249, 75, 180)]
+    by_host = OffloadConfig(**SETTINGS | settings | {"prefetch": "thread"})
+    with attach(model, by_host) as engine:  # transformers' own layers, their own masks
+        alone = [engine.generate(prompt, max_new_tokens=15)[0, prompt.shape[1] :].tolist() for prompt in prompts]
+    with attach(model, OffloadConfig(**SETTINGS | settings)) as engine:
+        like, _ = prefilled(engine, prompts[1])
+        assert why_no_place(like) is None
+        batch = Batch(engine, Places(engine.captured, like, 3, 300), 3)
+        batch.put(0, prompts[0])
+        batch.put(2, prompts[1])
+        for _ in range(6):
+            batch.step()
+        first = batch.found.pop(0)
+        batch.places.release(0)
+        batch.step()
+        batch.put(0, prompts[2])  # shorter than the one before it
+        batch.put(1, prompts[3])
+        for _ in range(7):
+            batch.step()
+        assert first == alone[0][:7]
+        assert batch.found[2] == alone[1][:15]
+        assert batch.found[0] == alone[2][:8]
+        assert batch.found[1] == alone[3][:8]
+        assert engine.stats.fallbacks == {}
+
+
 def test_a_place_returns_its_memory_and_refuses_what_is_too_long(device, tiny_model, ids) -> None:
     model = tiny_model("llama").to(device)
     with attach(model, OffloadConfig(**SETTINGS | EMA)) as engine:
@@ -110,10 +150,10 @@ def test_a_place_returns_its_memory_and_refuses_what_is_too_long(device, tiny_mo
         assert engine.runtime.memory.lent_bytes == before
 
 
-@pytest.mark.parametrize("kind", ["dilated", "start"])
-def test_a_sequence_with_a_mask_of_its_own_gets_none(device, tiny_model, ids, kind: str) -> None:
+@pytest.mark.parametrize(("skipped", "kind"), [((), "dilated"), ((), "start"), ((1,), "dilated")])
+def test_a_sequence_with_a_mask_of_its_own_gets_none(device, tiny_model, ids, skipped: tuple, kind: str) -> None:
     model = tiny_model("llama").to(device)
-    with attach(model, OffloadConfig(**SETTINGS | EMA)) as engine:
+    with attach(model, OffloadConfig(**SETTINGS | EMA, skip_layers=skipped)) as engine:
         places = Places(engine.captured, prefilled(engine, ids(130).to(device))[0], 2, 300)
         give_mask(model, 1, kind)
         odd, _ = prefilled(engine, ids(100).to(device))

@@ -102,11 +102,13 @@ def test_the_same_request_twice_is_refused(tiny_model, ids):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["predictor", "quest", "h2o"])
-def test_captured_steps_of_several_requests(monkeypatch, tiny_model, ids, policy):
+@pytest.mark.parametrize(
+    ("policy", "family"), [("predictor", "llama"), ("quest", "llama"), ("h2o", "llama"), ("streaming", "gemma3")]
+)
+def test_captured_steps_of_several_requests(monkeypatch, tiny_model, ids, policy, family):
     """They share steps; here kernels are emulated."""
     emulate_steps(monkeypatch)
-    with attach(tiny_model(), config(policy=policy, prefetch="graph")) as engine:
+    with attach(tiny_model(family), config(policy=policy, prefetch="graph")) as engine:
         requests = [
             Request(input_ids=prompt, max_new_tokens=5 + number, eos_token_id=NO_END)
             for number, prompt in enumerate(prompts(ids, (70, 130, 67, 90)))
@@ -503,10 +505,14 @@ class TestFaultsOfASharedStep:
 class TestOnAGpu:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize(
-        ("policy", "host_kv"), [("predictor", "auto"), ("predictor", "int8"), ("quest", "auto"), ("h2o", "auto")]
+        ("policy", "host_kv", "family"),
+        [
+            *[("predictor", "auto", "llama"), ("predictor", "int8", "llama"), ("quest", "auto", "llama")],
+            *[("h2o", "auto", "llama"), ("predictor", "auto", "gemma3"), ("predictor", "auto", "gpt-oss")],
+        ],
     )
-    def test_captured_steps_of_several_requests(self, tiny_model, ids, policy, host_kv, dtype):
-        model = tiny_model().to("cuda", dtype)
+    def test_captured_steps_of_several_requests(self, tiny_model, ids, policy, host_kv, family, dtype):
+        model = tiny_model(family).to("cuda", dtype)
         settings = {"budget": 96, "sink": 32, "recent": 32, "policy": policy, "host_kv": host_kv}
         with attach(model, OffloadConfig(**settings)) as engine:
             requests = [

@@ -77,6 +77,14 @@ class Ring:
         self.key_BGSTD.flatten(2, 3).index_copy_(2, place_T, key_BGTD)
         self.value_BGSTD.flatten(2, 3).index_copy_(2, place_T, value_BGTD)
 
+    def put(self, place: int, start: int, key_1GTD: Tensor, value_1GTD: Tensor) -> None:
+        """As ``fill``, for one of the sequences, whose former tokens are gone."""
+        place_T = self._places(start, start + key_1GTD.shape[2])
+        for ring_BGSTD, new_1GTD in ((self.key_BGSTD, key_1GTD), (self.value_BGSTD, value_1GTD)):
+            own_1GSTD = ring_BGSTD[place : place + 1]
+            own_1GSTD.zero_()
+            own_1GSTD.flatten(2, 3).index_copy_(2, place_T, new_1GTD)
+
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the tokens ``start`` to ``stop``, copied."""
         place_T = self._places(start, stop)

@@ -54,6 +54,17 @@ def why_not_fixed(layer: object, number: int) -> str | None:
     return None
 
 
+def empty_like(layer: Any, batch: int) -> Any:
+    """A layer of transformers like this one that a ``FixedLayer`` can replace: ``batch`` sequences of one token."""
+    twin = copy.copy(layer)
+    if isinstance(layer, DynamicLayer):
+        held: tuple[Any, Any] = layer.keys, layer.values
+        twin.keys, twin.values = (x.new_zeros(batch, x.shape[1], 1, x.shape[3]) for x in held)
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        twin.cumulative_length = 0 * layer.cumulative_length + 1  # some versions of transformers keep a tensor
+    return twin
+
+
 def differing_mask(number: int) -> str:
     """Why steps can't be captured over a layer to which the model gives a mask of its own."""
     return f"layer {number} has a mask that captured steps don't compute"
@@ -133,6 +144,12 @@ class FixedLayer(CacheLayerMixin):
         self.kernel = runtime.config.kernels == "auto" and why_no_kernel(self.ring.key_BGSTD) is None
         shape = (key_BGTD.shape[1], slots)
         self.table = tables.setdefault(shape, RingTable(*shape, size, key_BGTD.device))
+
+    def put(self, place: int, stock: DynamicLayer) -> None:
+        """Give a place to the only sequence of ``stock``."""
+        assert stock.keys is not None  # as ``why_not_fixed`` has found
+        assert stock.values is not None
+        self.ring.put(place, int(stock.get_seq_length()) - stock.keys.shape[2], stock.keys, stock.values)
 
     def leave(self) -> DynamicLayer:
         """The stock layer, as it would be after these tokens."""

@@ -1,7 +1,8 @@
 """Places: a batch of sequences of different lengths that are decoded together and replaced one by one.
 
 Each sequence is prefilled in a cache of its own. ``put`` gives it a place: its slabs in host memory change hands, and
-its pool and its policy's state are copied into the batch's tensors, whose addresses stay. So the captured step goes on,
+its pool, its policy's state and the tokens of layers that are not offloaded are copied into the batch's tensors, whose
+addresses stay. So the captured step goes on,
 whoever has the places. A place that nobody has repeats its last step: its length stands still, and it reads and writes
 spare slabs.
 
@@ -14,10 +15,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from attention_predictor.errors import AttachError, HostMemoryError
 from attention_predictor.offload.hf import graph
 from attention_predictor.offload.hf.cache import TieredCache
+from attention_predictor.offload.hf.fixed_layer import empty_like, why_not_fixed
 from attention_predictor.offload.hf.graph import CacheGraph, CapturedSteps, CaptureError, is_ready
 from attention_predictor.offload.hf.layer import TieredLayer
 
@@ -28,8 +31,6 @@ STEPS_BETWEEN_TRIES = 256  # after a capture that failed
 def why_no_place(cache: TieredCache) -> str | None:
     """Why the sequence of this cache, prefilled, can't be decoded in one step with others; ``None`` if it can."""
     layers = _tiered(cache)
-    if len(layers) < len(cache.layers):
-        return "some of the model's layers are not offloaded"
     runtime = layers[0].runtime
     if (reason := graph.why_not_captured(cache, None)) is not None:
         return f"their steps are not captured: {reason}"
@@ -39,11 +40,17 @@ def why_no_place(cache: TieredCache) -> str | None:
         return "the model is divided among ranks"
     if any(layer.prompt_allocation is not None or not layer.selection.is_sparse_at(1) for layer in layers):
         return "budgets differ by prompt, layer or head"
-    return why_masked(cache) if is_ready(cache) else "a prompt is shorter than a step's state needs"
+    return why_unlike(cache) if is_ready(cache) else "a prompt is shorter than a step's state needs"
 
 
-def why_masked(cache: TieredCache) -> str | None:
-    """Which layer's mask hides a token of a prefilled sequence; ``None`` if none does. Places have no padding."""
+def why_unlike(cache: TieredCache) -> str | None:
+    """Which layer of a prefilled sequence is one that the shared step can't read; ``None`` if it reads all.
+
+    The step builds no masks, and places have no padding.
+    """
+    for number, layer in enumerate(cache.layers):
+        if not isinstance(layer, TieredLayer) and (reason := why_not_fixed(layer, number)) is not None:
+            return reason
     return graph.why_not_masked_alike(cache, torch.zeros_like(_tiered(cache)[0].padding_B))
 
 
@@ -64,10 +71,13 @@ class Places:
 
     def __init__(self, captured: CapturedSteps, like: TieredCache, count: int, room: int) -> None:
         layers = _tiered(like)
+        layers[0].settle()  # ends captured steps: layers that are not offloaded are transformers' own again
         self.cache, room_of = TieredCache(layers[0].runtime), layers[0].runtime.room
         beside = room_of.promised_beside(self.cache) + room_of.bytes_for(count, 0)
         room_of.check(batch=1, tokens=1, room=0, promised=beside)  # spare slabs are as many as those of one token
-        self.cache.layers = [layer.empty(count) for layer in layers]
+        self.cache.layers = [
+            layer.empty(count) if isinstance(layer, TieredLayer) else empty_like(layer, count) for layer in like.layers
+        ]
         for layer in _tiered(self.cache):
             layer.blocks.store.open_places(room)
         self.room = room
@@ -87,14 +97,14 @@ class Places:
 
         Raises:
             HostMemoryError: The sequence is longer than a place, or there is no host memory for its length.
-            AttachError: The model has hidden some of its tokens by a mask, which the shared step does not read.
+            AttachError: The shared step can't read one of its layers, or a mask that hid some of its tokens.
         """
         layers = _tiered(cache)
         length = layers[0].blocks.length
         if length + COMING > self.room:
             raise HostMemoryError(f"a place has room for {self.room} tokens, the sequence has {length}")
         tokens = self.room if final_length is None else min(final_length, self.room)
-        if (reason := why_masked(cache)) is not None:
+        if (reason := why_unlike(cache)) is not None:
             raise AttachError(reason)
         for layer in layers:
             layer.settle()
@@ -103,6 +113,10 @@ class Places:
             torch.cuda.synchronize(self.length_B.device)
         for mine, theirs in zip(_tiered(self.cache), layers, strict=True):
             mine.put(place, theirs)
+        for fixed in self._graph.fixed:
+            stock = cache.layers[fixed.number]
+            assert isinstance(stock, DynamicLayer)  # as ``why_unlike`` has found
+            fixed.put(place, stock)
         cache.reset()
         self._graph.take(place, length)
 
@@ -159,6 +173,8 @@ class PlacesGraph(CacheGraph):
         self.lengths = [length + taken for length, taken in zip(self.lengths, self.taken, strict=True)]
         for layer in self.layers:
             layer.blocks.store.count_to(self._length())
+        for fixed in self.fixed:
+            fixed.length = self._length()
 
 
 def _tiered(cache: TieredCache) -> Sequence[TieredLayer]:
