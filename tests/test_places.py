@@ -96,6 +96,7 @@ def test_each_sequence_gets_the_tokens_that_it_gets_alone(device, tiny_model, id
         assert engine.stats.fallbacks == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
