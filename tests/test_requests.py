@@ -22,6 +22,7 @@ from attention_predictor import (
     Sampling,
     attach,
 )
+from attention_predictor.offload.hf import fixed_layer, graph
 from attention_predictor.offload.hf.graph import CacheGraph, CaptureError
 from attention_predictor.offload.hf.places import PlacesGraph
 
@@ -136,6 +137,17 @@ def test_only_those_whose_masks_it_computes_share_a_captured_step(monkeypatch, t
         assert 0 < engine.stats.captured_steps - alone < alone  # steps are shared
         (line,) = engine.stats.fallbacks
         assert line.endswith("layer 1 has a mask that captured steps don't compute")
+
+
+def test_requests_of_a_model_whose_steps_are_not_captured_say_so(monkeypatch, tiny_model, ids):
+    emulate_steps(monkeypatch)
+    reason = "layer 0 keeps a LinearAttentionLayer of transformers, whose tensors move as it grows"
+    monkeypatch.setattr(graph, "why_not_captured", lambda *_: reason)
+    monkeypatch.setattr(fixed_layer, "WATCHED", {})  # no layer of transformers has a stand-in
+    with attach(tiny_model(), config(prefetch="graph", skip_layers=(0,), policy="streaming")) as engine:
+        requests = [Request(input_ids=prompt, max_new_tokens=3) for prompt in prompts(ids, (70, 90))]
+        collect(engine.stream(requests, places=2, prefill_chunk_size=None))
+        assert f"a step of its own for each request: their steps are not captured: {reason}" in engine.stats.fallbacks
 
 
 def test_hybrid_models_and_sampling(tiny_model, ids):

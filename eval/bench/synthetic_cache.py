@@ -197,9 +197,7 @@ class SyntheticCache:
         """Put all tokens into an empty cache: ours, or a stock one."""
         if (tiered := next((one for one in cache.layers if isinstance(one, TieredLayer)), None)) is not None:
             # As a forward does: slabs lent without it are allocated one by one.
-            room, sizes = tiered.runtime.room, {"batch": self.batch, "tokens": self.length, "room": 0}
-            room.check(**sizes)
-            room.prepare(**sizes)
+            tiered.runtime.room.prepare(batch=self.batch, tokens=self.length, room=0)
         for number, layer in enumerate(cache.layers[: len(self._heads)]):
             if isinstance(layer, TieredLayer):
                 self._fill_tiered(layer, number)

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     if todo:
         _sweep(random_or_loaded(args, device, max(contexts)), todo, args, limit_bytes, timings)
     found = [timings.find(context=context, batch=batch, way=way) for context, batch in plan for way in ways]
-    rows = with_ratios([row for row in found if row is not None])
+    rows = against_resident([row for row in found if row is not None])
     report("throughput", device, settings, rows, line=describe, as_json=args.json)
     if args.plot is not None:
         title = f"{settings['model']}, budget {args.budget}, host KV {args.host_kv}\n{machine(device)}"
@@ -107,7 +107,7 @@ def largest_batch(model: PreTrainedModel, setup: CacheSetup, work: Workload, row
     return min(by_host, free_device_bytes(model.device, work.limit_bytes) * work.batch // max(beyond_weights, 1))
 
 
-def with_ratios(rows: Sequence[Row]) -> list[Row]:
+def against_resident(rows: Sequence[Row]) -> list[Row]:
     """Add ``to_resident``: tokens a second, against the most with the whole cache on the device at any batch."""
     best: dict[int, float] = {}
     for row in rows:

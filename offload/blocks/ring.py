@@ -71,19 +71,17 @@ class Ring:
         self.key_BGSTD.flatten(2, 3).scatter_(2, index_BG1D, key_BG1D)
         self.value_BGSTD.flatten(2, 3).scatter_(2, index_BG1D, value_BG1D)
 
-    def fill(self, start: int, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
-        """Write the tokens from number ``start`` on, at most ``places`` of them."""
+    def fill(self, start: int, key_BGTD: Tensor, value_BGTD: Tensor, sequences: slice = slice(None)) -> None:
+        """Write the tokens from number ``start`` on, at most ``places`` of them, of these sequences."""
         place_T = self._places(start, start + key_BGTD.shape[2])
-        self.key_BGSTD.flatten(2, 3).index_copy_(2, place_T, key_BGTD)
-        self.value_BGSTD.flatten(2, 3).index_copy_(2, place_T, value_BGTD)
+        self.key_BGSTD[sequences].flatten(2, 3).index_copy_(2, place_T, key_BGTD)
+        self.value_BGSTD[sequences].flatten(2, 3).index_copy_(2, place_T, value_BGTD)
 
     def put(self, place: int, start: int, key_1GTD: Tensor, value_1GTD: Tensor) -> None:
-        """As ``fill``, for one of the sequences, whose former tokens are gone."""
-        place_T = self._places(start, start + key_1GTD.shape[2])
-        for ring_BGSTD, new_1GTD in ((self.key_BGSTD, key_1GTD), (self.value_BGSTD, value_1GTD)):
-            own_1GSTD = ring_BGSTD[place : place + 1]
-            own_1GSTD.zero_()
-            own_1GSTD.flatten(2, 3).index_copy_(2, place_T, new_1GTD)
+        """Write a sequence's tokens to a place, in which nothing of another one remains."""
+        self.key_BGSTD[place].zero_()
+        self.value_BGSTD[place].zero_()
+        self.fill(start, key_1GTD, value_1GTD, slice(place, place + 1))
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the tokens ``start`` to ``stop``, copied."""

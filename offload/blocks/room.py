@@ -145,12 +145,8 @@ class Room:
         self._tight = any(self.ranks.gather(self._tight))
 
     def _check(self, batch: int, tokens: int, room: int, promised: int) -> None:
-        needed = self.bytes_for(batch, tokens)
-        if self.config.host_memory is not None:
-            limit, source = self._allowed(batch, room) - promised, "host_memory allows"
-        else:
-            limit = self._available() + self._held(batch, room) - promised
-            source = "the system has available"
+        needed, (limit, source) = self.bytes_for(batch, tokens), self._limit(batch, room, promised)
+        if self.config.host_memory is None:
             self._tight = self.captures and self.bytes_for(batch, (tokens // GROWTH + 1) * GROWTH + GROWTH) > limit
         if needed > limit:
             raise HostMemoryError(
@@ -166,25 +162,26 @@ class Room:
             tokens = self.captured_tokens(tokens)
         self._prepare(batch, tokens, room)
 
-    def prepare_growth(self, cache_room: int, *, batch: int, promised: int) -> None:
+    def _limit(self, batch: int, room: int, promised: int) -> tuple[int, str]:
+        """Bytes that a cache with room for these tokens may have in all, and who says so."""
+        if self.config.host_memory is not None:
+            return self._allowed(batch, room) - promised, "host_memory allows"
+        share = (available_memory() - SPARE_BYTES) // self.ranks.on_host
+        limit = share - self.memory.unready_bytes + self.memory.free_bytes + self._held(batch, room) - promised
+        return limit, "the system has available"
+
+    def prepare_growth(self, *, batch: int, room: int, promised: int) -> None:
         """Start allocating what captured steps will reserve when this room is used up, so that they need not wait then.
 
         If it can't be had now, the step that needs it says so.
         """
-        last = cache_room - 1  # the length at which the room no longer suffices
-        tokens = self.captured_tokens(last)
-        more = self.bytes_for(batch, tokens) - self.bytes_for(batch, cache_room)
-        fits = self.config.host_memory is not None or more <= self._available() - promised
-        if fits and self.why_not_ahead(batch=batch, tokens=last, room=cache_room, promised=promised) is None:
-            try:
-                self._prepare(batch, tokens, cache_room)
-            except (HostMemoryError, RuntimeError) as error:  # such as a limit on threads
-                logger.info("no host memory is prepared for further steps: %s", error)
-
-    def _available(self) -> int:
-        """Bytes that this rank may still lend: its share of what the system has, and what it holds and has not lent."""
-        share = (available_memory() - SPARE_BYTES) // self.ranks.on_host
-        return share - self.memory.unready_bytes + self.memory.free_bytes
+        tokens = self.captured_tokens(room - 1)  # from the length at which the room no longer suffices
+        if self.bytes_for(batch, tokens) > self._limit(batch, room, promised)[0]:
+            return
+        try:
+            self._prepare(batch, tokens, room)
+        except (HostMemoryError, RuntimeError) as error:  # such as a limit on threads
+            logger.info("no host memory is prepared for further steps: %s", error)
 
     def _prepare(self, batch: int, tokens: int, room: int) -> None:
         slabs = ceil_div(tokens, self.slab_tokens) - room // self.slab_tokens

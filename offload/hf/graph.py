@@ -352,8 +352,9 @@ class CacheGraph:
     def _prepare_growth(self, cache: TieredCache) -> None:
         """Have memory allocated for the steps after these, once, when their room is nearly used up."""
         if not self.prepared and self.room - self._length() <= TOKENS_TO_PREPARE:
-            self.prepared, room = True, self.runtime.room
-            room.prepare_growth(self.room, batch=self.layers[0].batch, promised=room.promised_beside(cache))
+            self.prepared, host_room = True, self.runtime.room
+            promised = host_room.promised_beside(cache)
+            host_room.prepare_growth(batch=self.layers[0].batch, room=self.room, promised=promised)
 
     def _reads_all_keys(self) -> bool:
         return self.may_read_all_keys and any(layer.reads_all_keys for layer in self.layers)

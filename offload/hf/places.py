@@ -2,9 +2,8 @@
 
 Each sequence is prefilled in a cache of its own. ``put`` gives it a place: its slabs in host memory change hands, and
 its pool, its policy's state and the tokens of layers that are not offloaded are copied into the batch's tensors, whose
-addresses stay. So the captured step goes on,
-whoever has the places. A place that nobody has repeats its last step: its length stands still, and it reads and writes
-spare slabs.
+addresses stay. So the captured step goes on, whoever has the places. A place that nobody has repeats its last step: its
+length stands still, and it reads and writes spare slabs.
 
 Suffixes: B places.
 """
@@ -20,9 +19,10 @@ from transformers.cache_utils import DynamicLayer
 from attention_predictor.errors import AttachError, HostMemoryError
 from attention_predictor.offload.hf import graph
 from attention_predictor.offload.hf.cache import TieredCache
-from attention_predictor.offload.hf.fixed_layer import empty_like, why_not_fixed
+from attention_predictor.offload.hf.fixed_layer import differing_mask, empty_like
 from attention_predictor.offload.hf.graph import CacheGraph, CapturedSteps, CaptureError, is_ready
 from attention_predictor.offload.hf.layer import TieredLayer
+from attention_predictor.offload.hf.watched import WatchedLayer
 
 COMING = 2  # tokens that a step needs room for: its own, and the next one, whose blocks it chooses
 STEPS_BETWEEN_TRIES = 256  # after a capture that failed
@@ -40,17 +40,14 @@ def why_no_place(cache: TieredCache) -> str | None:
         return "the model is divided among ranks"
     if any(layer.prompt_allocation is not None or not layer.selection.is_sparse_at(1) for layer in layers):
         return "budgets differ by prompt, layer or head"
-    return why_unlike(cache) if is_ready(cache) else "a prompt is shorter than a step's state needs"
+    return why_masked(cache) if is_ready(cache) else "a prompt is shorter than a step's state needs"
 
 
-def why_unlike(cache: TieredCache) -> str | None:
-    """Which layer of a prefilled sequence is one that the shared step can't read; ``None`` if it reads all.
-
-    The step builds no masks, and places have no padding.
-    """
+def why_masked(cache: TieredCache) -> str | None:
+    """Which layer's mask is not what the shared step computes; ``None`` if none. Places have no padding."""
     for number, layer in enumerate(cache.layers):
-        if not isinstance(layer, TieredLayer) and (reason := why_not_fixed(layer, number)) is not None:
-            return reason
+        if isinstance(layer, WatchedLayer) and layer.differs:
+            return differing_mask(number)
     return graph.why_not_masked_alike(cache, torch.zeros_like(_tiered(cache)[0].padding_B))
 
 
@@ -97,14 +94,14 @@ class Places:
 
         Raises:
             HostMemoryError: The sequence is longer than a place, or there is no host memory for its length.
-            AttachError: The shared step can't read one of its layers, or a mask that hid some of its tokens.
+            AttachError: The model has given one of its layers a mask that the shared step does not compute.
         """
         layers = _tiered(cache)
         length = layers[0].blocks.length
         if length + COMING > self.room:
             raise HostMemoryError(f"a place has room for {self.room} tokens, the sequence has {length}")
         tokens = self.room if final_length is None else min(final_length, self.room)
-        if (reason := why_unlike(cache)) is not None:
+        if (reason := why_masked(cache)) is not None:
             raise AttachError(reason)
         for layer in layers:
             layer.settle()
@@ -115,7 +112,7 @@ class Places:
             mine.put(place, theirs)
         for fixed in self._graph.fixed:
             stock = cache.layers[fixed.number]
-            assert isinstance(stock, DynamicLayer)  # as ``why_unlike`` has found
+            assert isinstance(stock, DynamicLayer)  # as the layer of `like` that `fixed` replaces
             fixed.put(place, stock)
         cache.reset()
         self._graph.take(place, length)

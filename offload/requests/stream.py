@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from attention_predictor.errors import ConfigError, ContextLengthError, HostMemoryError, LogitsError, one_line
 from attention_predictor.offload.generation import check_chunk
 from attention_predictor.offload.hf.graph import CapturedSteps, is_ready
-from attention_predictor.offload.hf.places import why_unlike
+from attention_predictor.offload.hf.places import why_masked
 from attention_predictor.offload.requests.batch import RequestBatch, batch_of
 from attention_predictor.offload.requests.request import Event, Reason, Request, Running
 from attention_predictor.offload.runtime import Runtime
@@ -126,7 +126,7 @@ class Stream(Iterator[Event]):
         """Let a prefilled request join the others' step, if there is a place for it."""
         if self._why_no_batch is not None or not is_ready(one.cache):
             return
-        if self.captured is not None and why_unlike(one.cache) is not None:
+        if self.captured is not None and why_masked(one.cache) is not None:
             return  # its own steps say why: others may share theirs
         longest = max(other.final_length for other in self._running)
         if self._batch is None or (self._batch.is_empty and not self._batch.has_place_for(one)):
