@@ -183,7 +183,7 @@ def move_coded_blocks(
     check("open_R2TD", open_R2TD, (B * G, 2, T, D), key_BGSTD.dtype, open_R2TD.device)
     coded = MoveCoded(arguments, *map(address, (open_R2TD, length_B)), G, T, D)
     grid = (MOVE_BLOCKS[bits] if stall_ns_1 is None else LATE_BLOCKS, 1, 1)
-    move_kernel(key_BGSTD.dtype, bits).launch(device, grid, coded, shared_bytes=head_bytes(T, D))
+    move_kernel(key_BGSTD.dtype, bits).launch(device, grid, coded, shared_bytes=2 * head_bytes(T, D))
 
 
 def append_coded_token(

@@ -98,10 +98,11 @@ class OffloadConfig:
             and the sketch. 0: all blocks are fetched ahead, by prediction; 1: the sketch may choose all of them.
             ``"auto"``: 0.25 for up to two sequences in a step; of more, each gets so much less that the step waits for
             no more bytes than with two. So tokens depend on the number of sequences, or of ``places``.
-        reserve: Blocks resident beyond the budget, as a share of it. Half of them are fetched ahead: the best-scored
-            blocks after those of the budget. The other half were selected last. A step attends to the best of all
-            resident blocks, chosen with its own query. Without a sketch, or with a policy that does not choose again in
-            the step, the reserve only saves fetches.
+        reserve: Blocks resident beyond the budget, as a share of it. A step attends to the best of all resident blocks,
+            chosen with its own query. Without a sketch, or with a policy that does not choose again in the step, the
+            reserve only saves fetches.
+        reserve_ahead: Share of the reserve that is fetched ahead: the best-scored blocks after those of the budget. The
+            rest are the blocks that were selected last, which cost no fetch.
 
     Prediction: how block scores are predicted.
         predictor: ``"default"``, a checkpoint directory, or a rule (``"last"``, ``"ema"``, ``"mean"``).
@@ -165,6 +166,9 @@ class OffloadConfig:
     )
     reserve: float = _selection(
         1.0, _ANY_SHARE, "blocks kept on the device beyond the budget, as a share of the budget"
+    )
+    reserve_ahead: float = _selection(
+        0.5, _SHARE, "share of the reserve that is fetched ahead; the rest are the blocks that were selected last"
     )
 
     predictor: str = _prediction(

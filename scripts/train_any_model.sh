@@ -10,6 +10,7 @@
 # second one). PLANTED="name,…" are those that planted questions are recorded from as well (pocket; may be empty).
 # Larger or smaller: TEXTS (recorded, of a kind of text), QUESTIONED (documents of 8 questions), CONTEXT (tokens), ROWS (recorded of a
 # tail; 64 are the prompt's), STEPS (of training), JUDGED (documents, of a kind), TAIL (tokens decoded of each), BUDGETS.
+# JOBS says how many recordings, trainings or judgements run side by side (default: 1), each in OUT/log/STAGE if several do.
 # A trial: TEXTS=2 QUESTIONED=2 CONTEXT=1500 ROWS=96 STEPS=20 JUDGED=1 TAIL=8. PYTHON says by which interpreter.
 # Stopped and run again, it goes on where it was; a finished stage is not redone. Other settings need another OUT.
 set -euo pipefail
@@ -18,10 +19,10 @@ refuse() { echo "train_any_model.sh: $1" >&2; exit 2; }
 data=$1 out=$2 device=${3:-cuda} python=${PYTHON:-python3} here=$(cd "$(dirname "$0")" && pwd)
 models=${MODELS:-pocket=$here/../models/pocket-lm,smollm2=$here/../models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf}
 planted=${PLANTED-pocket} texts=${TEXTS:-6} questioned=${QUESTIONED:-12} context=${CONTEXT:-8192} rows=${ROWS:-160}
-steps=${STEPS:-600} judged=${JUDGED:-2} tail=${TAIL:-48} budgets=${BUDGETS:-256,512}
+jobs=${JOBS:-1} steps=${STEPS:-600} judged=${JUDGED:-2} tail=${TAIL:-48} budgets=${BUDGETS:-256,512}
 for part in texts heldout; do [ -d "$data/$part" ] || refuse "$data/$part: no such directory"; done
 declare -A model=()
-names=()
+names=() running=()
 IFS=, read -ra pairs <<<"$models"
 for pair in "${pairs[@]}"; do
     name=${pair%%=*}
@@ -30,21 +31,42 @@ for pair in "${pairs[@]}"; do
     names+=("$name")
     model[$name]=${pair#*=}
 done
+[[ $jobs =~ ^[1-9][0-9]*$ ]] || refuse "JOBS: '$jobs' is not allowed: expected a number from 1 on"
 [ ${#names[@]} -ge 2 ] || refuse "MODELS has ${#names[@]} model: expected at least 2, one to leave out"
 IFS=, read -ra asked <<<"$planted"
 for name in "${asked[@]}"; do [ -n "${model[$name]:-}" ] || refuse "PLANTED: '$name' is none of MODELS"; done
 settings="$models $planted $texts $questioned $context $rows $steps $judged $tail $budgets"
-mkdir -p "$out/done"
+mkdir -p "$out/done" "$out/log"
 [ ! -f "$out/settings" ] || [ "$(cat "$out/settings")" = "$settings" ] || refuse "$out holds results of other settings: $(cat "$out/settings")"
 echo "$settings" >"$out/settings"
 
 attnpred() { "$python" -m attention_predictor.cli "$@"; }
-stage() { # NAME COMMAND…: run it unless it is done
+stage() { # NAME COMMAND…: run it unless it is done, beside others if JOBS allows
     [ ! -f "$out/done/$1" ] || { echo "$1: done before"; return 0; }
     echo "$1: after $((SECONDS / 60)):$(printf %02d $((SECONDS % 60)))"
+    if [ "$jobs" = 1 ]; then finish "$@"; else
+        [ ${#running[@]} -lt "$jobs" ] || join
+        finish "$@" >"$out/log/$1" 2>&1 &
+        running+=($!:"$1")
+    fi
+}
+finish() { # NAME COMMAND…
     "${@:2}"
     touch "$out/done/$1"
 }
+join() { # wait for the stages that run beside each other; the first that failed ends the script
+    local one
+    for one in "${running[@]}"; do
+        wait "${one%%:*}" || { tail -n 5 "$out/log/${one#*:}" >&2; stop; exit 1; }
+    done
+    running=()
+}
+stop() {
+    local one
+    for one in "${running[@]}"; do kill -INT -- "-${one%%:*}" 2>/dev/null || true; done
+    wait
+}
+[ "$jobs" = 1 ] || { set -m; trap 'stop; exit 130' INT TERM; } # jobs in process groups of their own, which can be interrupted
 pick() { # FROM COUNT TO: link so many files of each kind, spread evenly
     local kind files n i
     [ -n "$(ls "$1"/*.txt 2>/dev/null)" ] || refuse "$1: no .txt file in it"
@@ -89,13 +111,17 @@ stage texts pick "$data/texts" "$texts" "$out/texts"
 stage heldout pick "$data/heldout" "$judged" "$out/heldout"
 for name in "${names[@]}"; do
     [[ ,$planted, != *,$name,* ]] || stage "record-$name-questions" plant_and_record "$name"
-    stage "record-$name" record "$name" "$out/texts"
 done
+join
+for name in "${names[@]}"; do stage "record-$name" record "$name" "$out/texts"; done
+join
 for left in "${names[@]}"; do
     others=()
     for name in "${names[@]}"; do [ "$name" = "$left" ] || others+=("$name"); done
     stage "train-without-$left" train "$out/without-$left" "${others[@]}"
 done
 stage train-all train "$out/all" "${names[@]}"
+join
 for name in "${names[@]}"; do stage "judge-$name" judge "$name"; done
+join
 "$python" "$here/any_model_table.py" "${names[@]/#/$out/judged-}" | tee "$out/table.txt"

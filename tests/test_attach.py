@@ -268,6 +268,7 @@ class TestConfig:
             ({"late_fetch": float("nan")}, "late_fetch=nan"),
             ({"reserve": -0.5}, r"reserve=-0.5 .* a share from 0 on"),
             ({"reserve": float("inf")}, "reserve=inf"),
+            ({"reserve_ahead": 1.5}, r"reserve_ahead=1.5 .* a share from 0 to 1"),
             ({"calibration": "often"}, "calibration='often' .* sketch, exact, none"),
             ({"calibration_interval": 0}, "calibration_interval=0"),
             ({"sketch_bits": 3}, "sketch_bits=3 .* 1, 2, 4, 8"),

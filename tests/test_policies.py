@@ -247,6 +247,18 @@ def test_a_reserve_never_widens_what_a_step_reads(tiny_model, ids, policy):
         assert reserve.late_blocks == 0
 
 
+def test_what_of_the_reserve_is_fetched_ahead_is_a_setting(tiny_model, ids):
+    """All of it fetches most, and none of it only saves fetches; the pool is as large."""
+    none, half, everything = (
+        decode(tiny_model(), ids(300), policy="predictor", reserve=1.0, reserve_ahead=share, late_fetch=0.0)
+        for share in (0.0, 0.5, 1.0)
+    )
+    assert none.fetched_bytes < half.fetched_bytes < everything.fetched_bytes
+    assert none.device_kv_parts() == half.device_kv_parts() == everything.device_kv_parts()
+    default = decode(tiny_model(), ids(300), policy="predictor", reserve=1.0, late_fetch=0.0)
+    assert default.fetched_bytes == half.fetched_bytes
+
+
 def test_a_reserve_that_holds_everything_gives_the_best_selection(tiny_model, ids):
     """Nothing is fetched late: all there is to choose from was resident, and known exactly, however poor the sketch."""
     settings = {"policy": "predictor", "late_fetch": 0.0, "sketch_bits": 1, "measure_recovery": 1}

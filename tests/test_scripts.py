@@ -139,9 +139,11 @@ def test_train_any_model(tmp_path: Path) -> None:
     settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PLANTED": "one", "BUDGETS": "160"}
     settings |= {"MODELS": ",".join(f"{path.name}={path}" for path in models), "CONTEXT": "4000", "ROWS": "80"}
     settings |= {"TEXTS": "2", "QUESTIONED": "1", "STEPS": "2", "JUDGED": "1", "TAIL": "6"}
+    settings |= {"JOBS": "2"}
     command = ["bash", str(SCRIPTS / "train_any_model.sh"), str(data), str(out), "cpu"]
     said = []
-    for changes in ({}, {}, {"STEPS": "3"}, {"MODELS": f"one={models[0]}"}, {"PLANTED": "three"}):
+    refused = ({"STEPS": "3"}, {"MODELS": f"one={models[0]}"}, {"PLANTED": "three"}, {"JOBS": "0"})
+    for changes in ({}, {}, *refused):
         done = subprocess.run(command, env=os.environ | settings | changes, capture_output=True, text=True, check=False)
         assert done.returncode == (2 if changes else 0), done.stderr
         said.append(done.stderr if changes else done.stdout)
@@ -155,8 +157,14 @@ def test_train_any_model(tmp_path: Path) -> None:
     assert "holds results of other settings" in said[2]
     assert "MODELS has 1 model: expected at least 2, one to leave out" in said[3]
     assert "PLANTED: 'three' is none of MODELS" in said[4]
+    assert "JOBS: '0' is not allowed" in said[5]
     card = (out / "all" / "README.md").read_text()
     assert "recorded from `one, two`" in card
+    (out / "done" / "train-all").unlink()
+    (out / "histories-two" / "meta.json").unlink()
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "histories-two" in done.stderr  # of a stage beside others the last lines are repeated
 
 
 class TestCompareKVPress:

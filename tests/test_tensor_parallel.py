@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import POCKET
 from rank_worker import CASES, NEW, generate, prompt
 from tiny_models import make_tiny_model
@@ -22,7 +24,7 @@ from tiny_text_model import save_tiny_text_model
 from attention_predictor import OffloadConfig, attach
 from attention_predictor.cli import main
 from attention_predictor.errors import ConfigError
-from attention_predictor.launcher import Launcher
+from attention_predictor.launcher import FAILED, Launcher
 from attention_predictor.loading import load_model
 from attention_predictor.train.dataset import HistoryDataset
 
@@ -226,6 +228,26 @@ def test_the_command_line_says_once_what_is_wrong(folder: Path) -> None:
         said = [error for _, _, error in found if "attnpred generate: " in error]
         assert len(said) == 1, found
         assert reason in said[0]
+
+
+@pytest.mark.parametrize("agent", [False, True])
+def test_the_process_that_keeps_the_store_ends_after_the_others_have_asked(
+    monkeypatch: pytest.MonkeyPatch, agent: bool
+) -> None:
+    """If it ended before, they would not know that it has said why. torchrun's agent keeps the store itself."""
+    for name, value in (launcher() | {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": str(agent)}).items():
+        monkeypatch.setenv(name, value)
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *args, **kwargs: iter([(store, 0, 2)]))
+    other = threading.Timer(0.3, store.add, (FAILED, 1))
+    other.start()
+    process = Launcher()
+    with pytest.raises(ConfigError, match="wrong"), process.as_one():
+        raise ConfigError("wrong")
+    assert store.add(FAILED, 0) == 2 - agent
+    other.join()
+    with pytest.raises(SystemExit), process.as_one():
+        raise ConfigError("a second time")
 
 
 def test_a_rank_without_memory_ends_the_other_and_says_so(folder: Path) -> None:

@@ -52,7 +52,8 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The block arithmetic of one layer's budget. Counts are tokens; ``reserve`` is a share of the budget.
+    """The block arithmetic of one layer's budget. Counts are tokens; ``reserve`` is a share of the budget, and
+    ``reserve_ahead`` one of the reserve.
 
     ``dense_tokens`` is the configured budget, the mean over layers. While a context is no longer than that, every layer
     attends to all of it, even one whose own budget is smaller. If KV heads have their own budgets (``heads``),
@@ -65,6 +66,7 @@ class Selection:
     sink: int
     recent: int
     reserve: float = 0.0
+    reserve_ahead: float = 0.5
     dense_tokens: int = 0
     heads: tuple[int, ...] = ()
     least: int | None = None  # ``None``: the smallest of ``heads``
@@ -86,6 +88,7 @@ class Selection:
             config.sink,
             config.recent,
             config.reserve,
+            config.reserve_ahead,
             config.budget,
             () if alike else heads,
             given if isinstance(given, int) else min(given),
@@ -123,12 +126,12 @@ class Selection:
 
     @property
     def ahead_blocks(self) -> int:
-        """Blocks beyond the budget that are fetched ahead, for policies that choose among them: half the reserve.
+        """Blocks beyond the budget that are fetched ahead, for policies that choose among them: a share of the reserve.
 
-        The other half keeps the blocks selected most recently. Measured: nearly the recovery of fetching the whole
-        reserve ahead, with the traffic of fetching none of it.
+        The rest of it keeps the blocks selected most recently. Measured for a half: nearly the recovery of fetching the
+        whole reserve ahead, with the traffic of fetching none of it.
         """
-        return self.share_of_budget(self.reserve) // 2
+        return int(self.reserve_ahead * self.share_of_budget(self.reserve))
 
     def first_recent(self, length: int) -> int:
         """First block of the recent window, which spans one block more if it is not aligned.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -12,6 +13,7 @@ from attention_predictor.errors import AttentionPredictorError, ConfigError, one
 
 INTERRUPTED = 130
 STORE_WAIT = timedelta(seconds=5)
+FAILED = "failed processes"  # their number, in the launcher's store
 OUT_OF_MEMORY = "OutOfMemoryError"  # of torch, which is not imported for a name
 PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")  # of torch.distributed
 
@@ -98,6 +100,12 @@ class Launcher:
 
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=STORE_WAIT))
-            return int(store.add("failed processes", 1)) == 1
+            failed = int(store.add(FAILED, 1))
+            if self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                # This process keeps the store: the others must be able to ask it.
+                until = time.monotonic() + STORE_WAIT.total_seconds()
+                while store.add(FAILED, 0) < self.count and time.monotonic() < until:
+                    time.sleep(0.05)
+            return failed == 1
         except (RuntimeError, ValueError):  # the store has ended with the process that kept it
             return True  # rather said twice than never
