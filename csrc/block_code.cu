@@ -11,6 +11,7 @@ using namespace device;
 using namespace gather;
 
 constexpr int kOffsetLimit = 127;
+constexpr int kAlign = 64;
 // Largest finite number of a type.
 template <typename E>
 constexpr float kLargest = 3.40282346638528859812e38f;
@@ -28,8 +29,10 @@ struct Layout {
 
     __device__ int groups() const { return tokens + head_dim; }
     __device__ int numbers() const { return tokens * head_dim; }  // of keys, or of values
-    __device__ int head() const { return (3 * groups() + 15) / 16; }  // this and what follows in units of 16 bytes
-    __device__ int side() const { return (numbers() + kCodes - 1) / kCodes; }
+    // These in units of 16 bytes.
+    __device__ int head() const { return aligned(3 * groups()); }
+    __device__ int side() const { return aligned((numbers() * kBits + 7) / 8); }
+    __device__ static int aligned(int bytes) { return (bytes + kAlign - 1) / kAlign * (kAlign / 16); }
     __device__ int64_t bytes() const { return 16 * (head() + 2 * static_cast<int64_t>(side())); }
 };
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from tiny_models import FAMILIES
@@ -94,6 +96,7 @@ def test_device_memory_of_a_long_context(tiny_model, ids):
     """Once the prefill is over, the device holds pool, sketch and history, and nothing else that grows."""
 
     def allocated() -> int:
+        gc.collect()  # other tests' models
         torch.cuda.synchronize()
         torch._C._cuda_clearCublasWorkspaces()  # 32 MiB, made when they are first needed
         return torch.cuda.memory_allocated()
