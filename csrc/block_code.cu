@@ -11,7 +11,6 @@ using namespace device;
 using namespace gather;
 
 constexpr int kOffsetLimit = 127;
-constexpr int kAlign = 64;
 // Largest finite number of a type.
 template <typename E>
 constexpr float kLargest = 3.40282346638528859812e38f;
@@ -29,10 +28,8 @@ struct Layout {
 
     __device__ int groups() const { return tokens + head_dim; }
     __device__ int numbers() const { return tokens * head_dim; }  // of keys, or of values
-    // These in units of 16 bytes.
-    __device__ int head() const { return aligned(3 * groups()); }
-    __device__ int side() const { return aligned((numbers() * kBits + 7) / 8); }
-    __device__ static int aligned(int bytes) { return (bytes + kAlign - 1) / kAlign * (kAlign / 16); }
+    __device__ int head() const { return (3 * groups() + 15) / 16; }  // this and what follows in units of 16 bytes
+    __device__ int side() const { return (numbers() + kCodes - 1) / kCodes; }
     __device__ int64_t bytes() const { return 16 * (head() + 2 * static_cast<int64_t>(side())); }
 };
 
@@ -176,81 +173,45 @@ __device__ __forceinline__ void decode_vector(const Layout<kBits> &layout, const
     }
 }
 
-// A coded block on its way from host memory, and where its keys and values belong in the pool.
-struct Coming {
-    const uint4 *codes = nullptr;  // nullptr: none
-    uint4 *key, *value;
-    uint8_t *head;        // its scales and offsets, in shared memory
-    uint4 held[kInFlight];  // the thread's first codes
-};
-
-// Loads codes of a block from `begin` on, by all threads of a thread block.
-__device__ __forceinline__ void load_codes(const uint4 *codes, int begin, int count, uint4 (&held)[kInFlight]) {
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-        const int v = begin + i * kThreads + threadIdx.x;
-        if (v < count) held[i] = __ldcs(codes + v);
-    }
-}
-
-// Decodes a block into the pool, by all threads of a thread block.
-template <typename E, int kBits>
-__device__ __forceinline__ void decode_block(const Layout<kBits> &layout, Coming &from) {
-    const int side = layout.side();
-    for (int begin = 0; begin < 2 * side; begin += kThreads * kInFlight) {
-        if (begin) load_codes(from.codes, begin, 2 * side, from.held);
-#pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-            const int v = begin + i * kThreads + threadIdx.x;
-            if (v >= 2 * side) continue;
-            const bool is_value = v >= side;
-            const int first = (is_value ? v - side : v) * Layout<kBits>::kCodes;
-            auto *to = reinterpret_cast<E *>(is_value ? from.value : from.key);
-            decode_vector<E, kBits>(layout, from.head, from.held[i], first, is_value, to);
-        }
-    }
-}
-
-// A block is decoded while the next one of the thread block is on its way: decoding takes about as long as the bus's latency.
 template <typename E, int kBits>
 __device__ __forceinline__ void move_coded_blocks(const MoveCoded &a) {
+    constexpr int kCodes = Layout<kBits>::kCodes;
     const Move &m = a.move;
     const Layout<kBits> layout{static_cast<int>(a.tokens), static_cast<int>(a.head_dim)};
-    const int head_vectors = layout.head();
+    const int head_vectors = layout.head(), side = layout.side();
     const int64_t vectors = m.half_bytes / 16;
-    auto *heads = static_cast<uint8_t *>(dynamic_shared());  // of two blocks
-    int stage = 0;
-    Coming coming;
-    const auto decode = [&] {
-        __syncthreads();  // scales and offsets have come, of all threads
-        decode_block<E, kBits>(layout, coming);
-        __syncthreads();  // those of the block after next replace them
-    };
-    const auto move = [&](int64_t row, int64_t block, int64_t slot) {
+    auto *head = static_cast<uint8_t *>(dynamic_shared());
+    for_each_move(m, [&](int64_t row, int64_t block, int64_t slot) {
         const int64_t to = (row * m.slots + slot) * vectors;
-        Coming next;
-        next.key = static_cast<uint4 *>(m.key) + to, next.value = static_cast<uint4 *>(m.value) + to;
+        auto *key = static_cast<uint4 *>(m.key) + to, *value = static_cast<uint4 *>(m.value) + to;
         if (block >= a.length[row / a.kv_heads] / a.tokens) {
-            copy_block(static_cast<const uint4 *>(a.open) + 2 * row * vectors, next.key, next.value, vectors);
+            copy_block(static_cast<const uint4 *>(a.open) + 2 * row * vectors, key, value, vectors);
             return;
         }
         const auto *from = reinterpret_cast<const uint4 *>(host_block(m, row, block, layout.bytes()));
-        next.codes = from + head_vectors;
-        next.head = heads + 16 * head_vectors * stage;
-        stage ^= 1;
-        for (int v = threadIdx.x; v < head_vectors; v += kThreads) copy_async(next.head + 16 * v, from + v);
-        commit_copies();
-        load_codes(next.codes, 0, 2 * layout.side(), next.held);
-        if (coming.codes != nullptr) {
-            wait_copies<1>();
-            decode();
+        const uint4 *codes = from + head_vectors;
+        for (int begin = 0; begin < 2 * side; begin += kThreads * kInFlight) {
+            uint4 held[kInFlight];
+#pragma unroll
+            for (int i = 0; i < kInFlight; ++i) {
+                const int v = begin + i * kThreads + threadIdx.x;
+                if (v < 2 * side) held[i] = __ldcs(codes + v);
+            }
+            if (begin == 0) {  // while the codes are on their way
+                for (int v = threadIdx.x; v < head_vectors; v += kThreads)
+                    reinterpret_cast<uint4 *>(head)[v] = __ldcs(from + v);
+                __syncthreads();
+            }
+#pragma unroll
+            for (int i = 0; i < kInFlight; ++i) {
+                const int v = begin + i * kThreads + threadIdx.x;
+                if (v >= 2 * side) continue;
+                const bool is_value = v >= side;
+                const int first = (is_value ? v - side : v) * kCodes;
+                decode_vector<E, kBits>(layout, head, held[i], first, is_value, reinterpret_cast<E *>(is_value ? value : key));
+            }
         }
-        coming = next;
-    };
-    for_each_move(m, move, [&] {
-        if (coming.codes == nullptr) return;
-        wait_copies<0>();
-        decode();
+        __syncthreads();  // the next block's scales and offsets replace this one's
     });
 }
 

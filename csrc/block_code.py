@@ -10,9 +10,9 @@ A block's bytes, in this order (T tokens, D head size):
 
     key scales [D], value scales [T]    bf16
     key offsets [D], value offsets [T]  int8
-    zeros up to a multiple of ``ALIGN``
-    key codes [T · D], zeros up to a multiple of ``ALIGN``
-    value codes [T · D], zeros up to a multiple of ``ALIGN``
+    zeros up to a multiple of 16 bytes
+    key codes [T · D], zeros up to a multiple of 16 bytes
+    value codes [T · D], zeros up to a multiple of 16 bytes
 
 Codes lie in the order of the pool's numbers; two of 4 bits share a byte, the first in the lower half. So consecutive
 threads load consecutive 16 bytes of codes, and each stores its 16 or 32 decoded numbers as whole 16-byte words. Scales
@@ -46,7 +46,7 @@ from attention_predictor.csrc.layout import integers, pointers
 
 BITS = (4, 8)
 OFFSET_LIMIT = 127  # largest offset, either sign
-ALIGN = 64  # bytes
+VECTOR_BYTES = 16  # one load of a thread
 NAN_WORD = 0x7FC00000  # the one NaN that kernels and torch operations write
 # Thread blocks that decode blocks fetched ahead, by bits of a code: more where each has fewer bytes in flight.
 MOVE_BLOCKS = {8: 64, 4: 128}
@@ -80,7 +80,7 @@ class AppendCoded(ctypes.Structure):
     _fields_ = [("append", Append), *pointers("open", "void"), *integers("head_dim")]
 
 
-CONSTANTS = {"kThreads": THREADS, "kOffsetLimit": OFFSET_LIMIT, "kAlign": ALIGN}
+CONSTANTS = {"kThreads": THREADS, "kOffsetLimit": OFFSET_LIMIT}
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def side_bytes(tokens: int, head_dim: int, bits: int) -> int:
 
 
 def block_bytes(tokens: int, head_dim: int, bits: int) -> int:
-    """Bytes of a block, a multiple of ``ALIGN``."""
+    """Bytes of a block, a multiple of 16."""
     return head_bytes(tokens, head_dim) + 2 * side_bytes(tokens, head_dim, bits)
 
 
@@ -183,7 +183,7 @@ def move_coded_blocks(
     check("open_R2TD", open_R2TD, (B * G, 2, T, D), key_BGSTD.dtype, open_R2TD.device)
     coded = MoveCoded(arguments, *map(address, (open_R2TD, length_B)), G, T, D)
     grid = (MOVE_BLOCKS[bits] if stall_ns_1 is None else LATE_BLOCKS, 1, 1)
-    move_kernel(key_BGSTD.dtype, bits).launch(device, grid, coded, shared_bytes=2 * head_bytes(T, D))
+    move_kernel(key_BGSTD.dtype, bits).launch(device, grid, coded, shared_bytes=head_bytes(T, D))
 
 
 def append_coded_token(
@@ -286,4 +286,4 @@ def _as(bytes_xn: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _aligned(nbytes: int) -> int:
-    return ceil_div(nbytes, ALIGN) * ALIGN
+    return ceil_div(nbytes, VECTOR_BYTES) * VECTOR_BYTES

@@ -8,13 +8,12 @@ using namespace gather;
 
 __device__ __forceinline__ void move_blocks(const Move &a) {
     const int64_t vectors = a.half_bytes / 16;
-    const auto move = [&](int64_t row, int64_t block, int64_t slot) {
+    for_each_move(a, [&](int64_t row, int64_t block, int64_t slot) {
         const int64_t to = (row * a.slots + slot) * vectors;
         const char *from = host_block(a, row, block, 2 * a.half_bytes);
         copy_block(reinterpret_cast<const uint4 *>(from), static_cast<uint4 *>(a.key) + to, static_cast<uint4 *>(a.value) + to,
                    vectors);
-    };
-    for_each_move(a, move, [] {});
+    });
 }
 
 // Adds or subtracts the time: the sum of a pair is the time between them.

@@ -36,10 +36,10 @@ __device__ __forceinline__ char *host_block(const Args &a, int64_t row, int64_t 
     return reinterpret_cast<char *>(a.slab[row * a.slabs + block / a.slab_blocks]) + block % a.slab_blocks * bytes;
 }
 
-// Calls move(row, block, slot) with all threads of a thread block, for every entry of the rows' lists, and then finish(). They form
-// one list, whose entries thread blocks take in turn. The numbers of moves are loaded together.
-template <typename Work, typename End>
-__device__ __forceinline__ void for_each_move(const Move &a, const Work &move, const End &finish) {
+// Calls move(row, block, slot) with all threads of a thread block, for every entry of the rows' lists. They form one list, whose
+// entries thread blocks take in turn. The numbers of moves are loaded together.
+template <typename Work>
+__device__ __forceinline__ void for_each_move(const Move &a, const Work &move) {
     __shared__ int count[kThreads];
     __shared__ int end[kThreads];  // where a row's moves end in the list
     const int64_t started = device::nanoseconds();
@@ -63,7 +63,6 @@ __device__ __forceinline__ void for_each_move(const Move &a, const Work &move, c
         }
         __syncthreads();
     }
-    finish();
     // The first thread block has the most work, so its time is the launch's.
     if (blockIdx.x == 0 && threadIdx.x == 0 && a.stall_ns != nullptr && any) *a.stall_ns += device::nanoseconds() - started;
 }
