@@ -103,6 +103,10 @@ class TestGgufFile:
         assert file.dtype == {Type.F16: "float16"}.get(kind, "bfloat16")
         assert load_model(str(path), dtype="bfloat16").dtype == torch.bfloat16
 
+    def test_a_log_file_gets_no_progress_bar(self, whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        load_model(str(whole))
+        assert capfd.readouterr().err == ""
+
     def test_the_stock_models_tokens(self, whole: Path) -> None:
         """Contract 1 holds of a model out of a GGUF file."""
         loaded = load_model(str(whole))

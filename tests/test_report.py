@@ -204,6 +204,14 @@ class TestFigures:
         assert table.figures["full", "8"].value == 75
         assert table.figures["quest-64", "8"].delta == -100  # of the two
 
+    def test_many_unfinished_tasks_are_counted_together(self, tmp_path):
+        results = {"full": {str(n): answers("++") for n in range(5)}, "quest-64": {"0": answers("+!")}}
+        (table,) = make_tables([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])
+        assert table.notes == [
+            "failed, counted as 0: quest-64 0 1 of 2",
+            "not finished (differences are over samples that both have): quest-64 0 of 8 in 4 tasks",
+        ]
+
     def test_task_without_results(self, tmp_path):
         results = {"full": {"8": answers("++"), "16": answers("++")}, "quest-64": {"8": answers("+-")}}
         (table,) = make_tables([write_run(tmp_path / "run", "needle", results, depths=[0, 100])])

@@ -11,6 +11,8 @@ from attention_predictor.eval.display.text_table import text_table
 from attention_predictor.eval.harness.measure import Measure
 from attention_predictor.eval.harness.run_folder import RunFolder
 
+NAMED = 3  # a variant's tasks that a note names; of more it gives the sum
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -71,11 +73,21 @@ def notes(
     Args:
         failed: How failed samples count.
     """
-    every = [(f"{variant} {task}", one) for variant, tasks in means.items() for task, one in tasks.items()]
-    errors = [f"{name} {one.errors} of {one.samples}" for name, one in every if one.errors]
-    absent = [f"{name} {one.samples} of {one.asked}" for name, one in every if one.samples < one.asked]
+    errors, absent = [], []
+    for variant, tasks in means.items():
+        errors += _parts(variant, {task: (one.errors, one.samples) for task, one in tasks.items() if one.errors})
+        few = {task: (one.samples, one.asked) for task, one in tasks.items() if one.samples < one.asked}
+        absent += _parts(variant, few)
     lines = [f"failed, {failed}{where}: {', '.join(errors)}"] if errors else []
     return lines + ([f"{unfinished}: {', '.join(absent)}"] if absent else [])
+
+
+def _parts(variant: str, counts: Mapping[str, tuple[int, int]]) -> list[str]:
+    """How many samples of how many, by task, or of all tasks together if they are more than ``NAMED``."""
+    if len(counts) <= NAMED:
+        return [f"{variant} {task} {some} of {every}" for task, (some, every) in counts.items()]
+    some, every = (sum(each) for each in zip(*counts.values(), strict=True))
+    return [f"{variant} {some} of {every} in {len(counts)} tasks"]
 
 
 def show_results(

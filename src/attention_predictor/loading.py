@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import logging as python_logging
 import os
+import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +173,11 @@ def load_model(
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # else it prints a table of missing weights, and continues
+    # The progress bar of GGUF files can't be disabled. In a log file it is a line for every update.
+    shown = sys.stderr if file is None or sys.stderr.isatty() else io.StringIO()
     try:
-        pair: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        with redirect_stderr(shown):
+            pair: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:  # a foreign or damaged checkpoint may raise anything
         raise CheckpointError(f"cannot load a causal language model from {name!r}: {_reason(name, error)}") from error
     finally:
