@@ -139,6 +139,24 @@ def test_only_those_whose_masks_it_computes_share_a_captured_step(monkeypatch, t
         assert line.endswith("layer 1 has a mask that captured steps don't compute")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", [False, True])
+def test_layers_that_compute_with_the_caches_length_share_no_step(monkeypatch, tiny_model, ids, tuning):
+    """Llama 4 scales queries by it; the length of a shared step is one for all."""
+    emulate_steps(monkeypatch)
+    model = tiny_model("llama4", attn_scale=2.0, attn_temperature_tuning=tuning)
+    lone = ids(400), ids(40), ids(70)
+    with attach(model, config(prefetch="graph", budget=1024)) as engine:
+        requests = [Request(input_ids=prompt[0], max_new_tokens=8, eos_token_id=NO_END) for prompt in lone]
+        found = collect(engine.stream(requests, places=3, prefill_chunk_size=None))[0]
+        lines = [line for line in engine.stats.fallbacks if "computes with the cache's length" in line]
+        assert len(lines) == tuning
+    for request, prompt in zip(requests, lone, strict=True):
+        given = {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+        stock = model.generate(prompt, max_new_tokens=8, do_sample=False, **given)
+        assert found[request] == stock[0, prompt.shape[1] :].tolist()
+
+
 def test_requests_of_a_model_whose_steps_are_not_captured_say_so(monkeypatch, tiny_model, ids):
     emulate_steps(monkeypatch)
     reason = "layer 0 keeps a LinearAttentionLayer of transformers, whose tensors move as it grows"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -20,7 +21,12 @@ class TieredCache(DynamicCache):
     """The cache of an attached model; ``engine.new_cache()`` makes one.
 
     Sliding, chunked and linear-attention layers keep their stock caches, and so do ``skip_layers``.
+
+    Attributes:
+        length_read_by: Number of a layer that computes with the cache's length, which is one for all sequences.
     """
+
+    length_read_by: int | None = None
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(config=runtime.text_config)
@@ -31,6 +37,13 @@ class TieredCache(DynamicCache):
         """Tokens that allocated host memory can hold in every tiered layer."""
         rooms = [layer.room for layer in self.layers if isinstance(layer, TieredLayer)]
         return min(rooms) if rooms else 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        length = super().get_seq_length(layer_idx)
+        # The model asks before its first layer, such as for the mask. Within a forward a layer asks for itself (Llama 4).
+        if layer_idx and not isinstance(length, Tensor) and length < super().get_seq_length(0):
+            self.length_read_by = layer_idx
+        return length
 
     def crop(self, tokens_to_remove: int) -> None:
         """Crop all layers to one length, even if an interrupted forward left them with different lengths."""

@@ -38,6 +38,8 @@ def why_no_place(cache: TieredCache) -> str | None:
         return "with these settings some steps read all keys"
     if runtime.ranks.count > 1:
         return "the model is divided among ranks"
+    if cache.length_read_by is not None:
+        return f"layer {cache.length_read_by} computes with the cache's length, and theirs differ"
     if any(layer.prompt_allocation is not None or not layer.selection.is_sparse_at(1) for layer in layers):
         return "budgets differ by prompt, layer or head"
     return why_masked(cache) if is_ready(cache) else "a prompt is shorter than a step's state needs"
