@@ -84,6 +84,24 @@ def test_host_memory_holds_a_prefix_once(tiny_model, ids, prefetch, monkeypatch)
             engine.prefill(ids(16 * 8, seed=2)[0])
 
 
+@pytest.mark.slow
+def test_admission_counts_the_block_that_each_copy_of_coded_blocks_writes(tiny_model, ids) -> None:
+    """At any limit that two requests fit one after the other, they end so side by side too."""
+    document, parts = ids(96, seed=1)[0], [ids(20, seed=2)[0], ids(40, seed=3)[0]]
+    model, tried, settings = tiny_model(), 0, SMALL | {"host_kv": "int8", "slab_blocks": 1}
+    for limit in range(20 << 10, 60 << 10, 4 << 10):
+        endings = []
+        for places in (1, 2):
+            with attach(model, OffloadConfig(**settings, host_memory=limit)) as engine:
+                requests = requests_of(parts, engine.prefill(document), document, new=30)
+                ends = [ending for _, _, ending in engine.stream(requests, places=places) if ending is not None]
+                endings.append([ending.reason for ending in ends])
+        if endings[0] == ["length", "length"]:
+            tried += 1
+            assert endings[1] == ["length", "length"], limit
+    assert tried > 2
+
+
 def test_a_prefix_serves_many_streams_and_outlives_their_ends(tiny_model, ids) -> None:
     document = ids(112, seed=1)[0]
     with attach(tiny_model(), OffloadConfig(**SMALL)) as engine:

@@ -139,18 +139,33 @@ def test_only_those_whose_masks_it_computes_share_a_captured_step(monkeypatch, t
         assert line.endswith("layer 1 has a mask that captured steps don't compute")
 
 
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 100}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("tuning", [False, True])
-def test_layers_that_compute_with_the_caches_length_share_no_step(monkeypatch, tiny_model, ids, tuning):
-    """Llama 4 scales queries by it; the length of a shared step is one for all."""
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("llama4", {"attn_scale": 2.0, "attn_temperature_tuning": False}, None),
+        ("llama4", {"attn_scale": 2.0, "attn_temperature_tuning": True}, "computes with the cache's length"),
+        ("llama", {"rope_parameters": LONG_ROPE}, "RoPE of type longrope"),
+    ],
+)
+def test_what_depends_on_the_longest_sequence_shares_no_step(monkeypatch, tiny_model, ids, family, changes, reason):
+    """Llama 4 scales queries by the cache's length, and Phi 3 chooses frequencies by the largest position."""
     emulate_steps(monkeypatch)
-    model = tiny_model("llama4", attn_scale=2.0, attn_temperature_tuning=tuning)
+    if "rope_parameters" in changes:
+        half = tiny_model(family).config.head_dim // 2
+        factors = {"short_factor": [1.0] * half, "long_factor": [2.0 ** (1 + n) for n in range(half)]}
+        changes = {"rope_parameters": LONG_ROPE | factors}
+    model = tiny_model(family, **changes)
     lone = ids(400), ids(40), ids(70)
     with attach(model, config(prefetch="graph", budget=1024)) as engine:
         requests = [Request(input_ids=prompt[0], max_new_tokens=8, eos_token_id=NO_END) for prompt in lone]
         found = collect(engine.stream(requests, places=3, prefill_chunk_size=None))[0]
-        lines = [line for line in engine.stats.fallbacks if "computes with the cache's length" in line]
-        assert len(lines) == tuning
+        lines = [line for line in engine.stats.fallbacks if line.startswith("a step of its own for each request")]
+        assert len(lines) == (reason is not None)
+        assert all(reason in line for line in lines)
     for request, prompt in zip(requests, lone, strict=True):
         given = {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
         stock = model.generate(prompt, max_new_tokens=8, do_sample=False, **given)

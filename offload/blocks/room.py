@@ -69,10 +69,15 @@ class Room:
 
     def bytes_for(self, batch: int, tokens: int) -> int:
         """Bytes of a cache of these sequences, in whole slabs, over layers of known shape."""
-        slabs = ceil_div(tokens, self.slab_tokens)
-        known = (shape for shape in self.shapes.values() if shape is not None)
-        slabs *= batch
-        return sum(slabs * aligned(self._slab_bytes(one)) + aligned(batch * self._open_bytes(one)) for one in known)
+        return self.slab_bytes(batch, tokens) + sum(aligned(batch * self._open_bytes(one)) for one in self._known())
+
+    def slab_bytes(self, batch: int, tokens: int) -> int:
+        """Those of slabs alone, which copies share: each has the block that it is writing for itself."""
+        slabs = batch * ceil_div(tokens, self.slab_tokens)
+        return sum(slabs * aligned(self._slab_bytes(one)) for one in self._known())
+
+    def _known(self) -> list[KVShape]:
+        return [shape for shape in self.shapes.values() if shape is not None]
 
     def _slab_bytes(self, shape: KVShape) -> int:
         """Bytes of a slab of one sequence."""
@@ -185,9 +190,8 @@ class Room:
 
     def _prepare(self, batch: int, tokens: int, room: int) -> None:
         slabs = ceil_div(tokens, self.slab_tokens) - room // self.slab_tokens
-        known = [shape for shape in self.shapes.values() if shape is not None]
         counts = Counter[int]()
-        for shape in known:
+        for shape in self._known():
             counts[self._slab_bytes(shape)] += batch * slabs
             if room == 0 and (nbytes := batch * self._open_bytes(shape)):
                 counts[nbytes] += 1

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from attention_predictor.errors import AttachError, HostMemoryError
@@ -24,6 +25,7 @@ from attention_predictor.offload.hf.graph import CacheGraph, CapturedSteps, Capt
 from attention_predictor.offload.hf.layer import TieredLayer
 from attention_predictor.offload.hf.watched import WatchedLayer
 
+BATCHWIDE_ROPE = {"dynamic", "longrope"}  # take their frequencies from the longest sequence of a batch
 COMING = 2  # tokens that a step needs room for: its own, and the next one, whose blocks it chooses
 STEPS_BETWEEN_TRIES = 256  # after a capture that failed
 
@@ -38,11 +40,20 @@ def why_no_place(cache: TieredCache) -> str | None:
         return "with these settings some steps read all keys"
     if runtime.ranks.count > 1:
         return "the model is divided among ranks"
+    if kinds := rope_types(runtime.text_config) & BATCHWIDE_ROPE:
+        return f"RoPE of type {min(kinds)} turns all sequences of a step as the longest one needs"
     if cache.length_read_by is not None:
         return f"layer {cache.length_read_by} computes with the cache's length, and theirs differ"
     if any(layer.prompt_allocation is not None or not layer.selection.is_sparse_at(1) for layer in layers):
         return "budgets differ by prompt, layer or head"
     return why_masked(cache) if is_ready(cache) else "a prompt is shorter than a step's state needs"
+
+
+def rope_types(config: PreTrainedConfig) -> set[str]:
+    """The types of the model's rotary position embeddings, of which kinds of layers may have their own."""
+    given = getattr(config, "rope_parameters", None) or {}
+    found = [given, *(one for one in given.values() if isinstance(one, dict))]
+    return {str(one["rope_type"]) for one in found if "rope_type" in one}
 
 
 def why_masked(cache: TieredCache) -> str | None:

@@ -200,14 +200,14 @@ class Stream(Iterator[Event]):
 
         Raises HostMemoryError if there would not be enough without the running ones either.
         """
-        check = self.runtime.room.check
-        whole = {"batch": 1, "tokens": one.final_length, "room": one.shared_tokens}
+        room = self.runtime.room
         held = sum(other.host_bytes for other in self._running)
-        check(**whole, promised=-held)
+        shared = room.slab_bytes(1, one.shared_tokens)  # the prefix has them
+        room.check(batch=1, tokens=one.final_length, room=0, promised=-held - shared)
         if not self._running:
             return True
         try:
-            check(**whole, promised=self.runtime.room.promised_beside(None))
+            room.check(batch=1, tokens=one.final_length, room=0, promised=room.promised_beside(None) - shared)
         except HostMemoryError:
             return False
         return True
