@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_predictor.errors import ConfigError
-from attention_predictor.offload.generation import Sampling, check_arguments, generate
+from attention_predictor.offload.generation import Sampling, generate
 from attention_predictor.offload.hf.attachment import Attachment
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
 from attention_predictor.offload.hf.graph import CapturedSteps
+from attention_predictor.offload.inputs import check_batch, check_count, check_seed, check_vocabulary
 from attention_predictor.offload.requests.prefix import Prefix, read_prefix
 from attention_predictor.offload.requests.request import Request
 from attention_predictor.offload.requests.stream import PLACES, Stream, finish
@@ -135,12 +136,17 @@ class Engine:
             LogitsError: The logits of a prompt in a list are NaN.
         """
         self.runtime.check_open()
+        check_count("max_new_tokens", max_new_tokens)
+        check_count("prefill_chunk_size", prefill_chunk_size, or_none=True)
+        check_seed(seed)
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         if not isinstance(input_ids, Tensor):
             if attention_mask is not None or pad_token_id is not None:
                 raise ConfigError(
                     "attention_mask and pad_token_id are for padded batches: a list of prompts has no padding"
                 )
-            sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+            if not isinstance(input_ids, Iterable):
+                raise ConfigError(f"input_ids must be a tensor or a list of prompts, got {type(input_ids).__name__}")
             requests = [
                 Request(
                     input_ids=ids,
@@ -152,20 +158,21 @@ class Engine:
                 for ids in input_ids
             ]
             for request in requests:
+                check_vocabulary(self.runtime, torch.as_tensor(request.input_ids))
                 self.check_fits(batch=1, tokens=len(request.input_ids) + max_new_tokens - 1)
             places = max(min(PLACES, len(requests)), 1)
             return finish(self.stream(requests, places=places, prefill_chunk_size=prefill_chunk_size), requests)
-        check_arguments(input_ids, attention_mask, max_new_tokens, prefill_chunk_size)
+        check_batch(self.runtime, input_ids, attention_mask)
         batch, tokens = input_ids.shape
         self.check_fits(batch=batch, tokens=tokens + max_new_tokens - 1)  # the last one chosen is never read
         settings = self.model.generation_config
         return generate(
             self.model,
             self.new_cache(),
-            input_ids.to(self.device),
+            input_ids.to(self.device, torch.int64),
             max_new_tokens=max_new_tokens,
             attention_mask=attention_mask,
-            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
+            sampling=sampling,
             eos_token_id=settings.eos_token_id if eos_token_id is None else eos_token_id,
             pad_token_id=settings.pad_token_id if pad_token_id is None else pad_token_id,
             prefill_chunk_size=prefill_chunk_size,

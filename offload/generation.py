@@ -13,10 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_predictor.errors import ConfigError
+from attention_predictor.kinds import is_number, is_whole
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.graph import LEFT_PADDING
 from attention_predictor.offload.hf.versions import with_cache
+from attention_predictor.offload.inputs import token_list
 
+COLDEST = 1e-6  # logits divided by less may be infinite
 CHECK_INTERVAL = 16  # tokens between checks, on the host, whether all sequences have ended
 
 
@@ -38,13 +41,14 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, holds, allowed in (
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
+        for name, is_kind, holds, allowed in (
+            ("temperature", is_number, lambda value: value == 0 or value >= COLDEST, f"0, or {COLDEST} or more"),
+            ("top_k", is_whole, lambda value: value >= 0, "an integer, 0 or more"),
+            ("top_p", is_number, lambda value: 0 < value <= 1, "more than 0, at most 1"),
         ):
-            if not holds:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: expected {allowed}")
+            value = getattr(self, name)
+            if not (is_kind(value) and holds(value)):
+                raise ConfigError(f"{name}={value!r} is not allowed: expected {allowed}")
 
     def choose(self, logits_BV: Tensor, generator: torch.Generator | None) -> Tensor:
         """Next tokens [B, 1], without host synchronisation."""
@@ -61,30 +65,6 @@ class Sampling:
         # argmax of p / e with exponential e is a sample of p; multinomial would read the numbers on the host.
         draw_BV = torch.empty_like(logits_BV).exponential_(generator=generator)
         return (logits_BV.softmax(-1) / draw_BV).argmax(-1, keepdim=True)
-
-
-def check_arguments(
-    ids_BT: Tensor, attention_mask: Tensor | None, max_new_tokens: int, prefill_chunk_size: int | None
-) -> None:
-    """``ConfigError`` for arguments of ``Engine.generate`` that are not allowed."""
-    if ids_BT.dim() != 2 or ids_BT.shape[1] == 0:
-        raise ConfigError(f"input_ids must be [batch, tokens] with at least one token, got {list(ids_BT.shape)}")
-    check_new_tokens(max_new_tokens)
-    check_chunk(prefill_chunk_size)
-    if attention_mask is not None and attention_mask.shape != ids_BT.shape:
-        raise ConfigError(f"attention_mask is {list(attention_mask.shape)}, input_ids {list(ids_BT.shape)}")
-
-
-def check_new_tokens(count: int) -> None:
-    """``ConfigError`` for a number of new tokens that is not allowed."""
-    if count < 1:
-        raise ConfigError(f"max_new_tokens={count} is not allowed: expected at least 1")
-
-
-def check_chunk(size: int | None) -> None:
-    """``ConfigError`` for a number of prompt tokens per forward that is not allowed."""
-    if size is not None and size < 1:
-        raise ConfigError(f"prefill_chunk_size={size} is not allowed: expected at least 1, or None")
 
 
 @torch.no_grad()
@@ -167,10 +147,3 @@ def _until_all_ended(new_BT: Tensor, ends: Tensor) -> int:
     is_end_BT = (new_BT[..., None] == ends).any(-1)
     last_B = torch.where(is_end_BT.any(1), is_end_BT.int().argmax(1) + 1, new_BT.shape[1])
     return int(last_B.max())
-
-
-def token_list(token_ids: int | Sequence[int] | None) -> list[int]:
-    """One token, several or none, as a list."""
-    if token_ids is None:
-        return []
-    return [token_ids] if isinstance(token_ids, int) else list(token_ids)

@@ -1,5 +1,5 @@
 # Sourced by reproduce_pocket.sh and reproduce_real.sh: finds the data, plans benchmarks, runs them in one process that loads the
-# model once (`attnpred eval several`), and makes one report. Reads $data, $out, $device, $policies, $budgets and the array $more;
+# model once (`attnpred eval several`), and makes one report. Reads $data, $out, $device, $policies, $budgets, $known (parts) and the array $more;
 # PARTS, TASKS, PROCESSES and PYTHON from the environment.
 refuse() { echo "$(basename "$0"): $1" >&2; exit 2; }
 for part in texts longbench; do
@@ -11,6 +11,9 @@ kinds=$(cd "$data/texts" && ls | sed -n 's/__.*\.txt$//p' | sort -u)
 sources=() && for kind in $kinds; do sources+=(--data "$kind=$data/texts/${kind}__*.txt"); done
 [ -n "$kinds" ] || sources=(--data "texts=$data/texts")
 
+for part in ${parts//,/ }; do
+    [[ ,$known, == *,$part,* ]] || refuse "PARTS: '$part' is not allowed: expected some of $known"
+done
 plan=() # benchmarks with their options, set apart by "then"
 add() { # NAME BENCHMARK POLICIES OPTIONS…
     [[ ,$parts, == *,$1,* ]] || return 0

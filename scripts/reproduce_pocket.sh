@@ -16,7 +16,8 @@ data=$1 out=$2 device=${3:-cpu} more=("${@:4}")
 every=full,oracle,predictor,quest,quest-ahead,lazy-eviction,cake,tappa,pyramidkv,snapkv,h2o,streaming
 policies=${POLICIES:-$every} budgets=${BUDGETS:-256,512}
 context=${CONTEXT:-2048} questions=${QUESTIONS:-20} samples=${SAMPLES:-3} documents=${DOCUMENTS:-2} limit=${LIMIT:-1}
-parts=${PARTS:-questions,needle,ruler,perplexity,map,longbench}
+known=questions,needle,ruler,perplexity,map,longbench
+parts=${PARTS:-$known}
 . "$(dirname "$0")/evaluation_plan.sh"
 selecting=,$policies, && selecting=${selecting/,full,/,} && selecting=${selecting#,} && selecting=${selecting%,}
 

@@ -16,7 +16,8 @@ set -euo pipefail
 data=$2 out=$3 device=${4:-cuda} more=(--model "$1" "${@:5}")
 policies=${POLICIES:-full,predictor,quest,quest-ahead,snapkv,pyramidkv,cake,tappa,h2o,lazy-eviction,streaming}
 budgets=${BUDGETS:-256,512,1024} samples=${SAMPLES:-20} documents=${DOCUMENTS:-4}
-parts=${PARTS:-longbench,ruler,perplexity,continuation}
+known=longbench,ruler,perplexity,continuation
+parts=${PARTS:-$known}
 chat=() && [ -z "${NO_CHAT:-}" ] || chat=(--no-chat)
 limit=() && [ -z "${LIMIT:-}" ] || limit=(--limit "$LIMIT")
 . "$(dirname "$0")/evaluation_plan.sh"

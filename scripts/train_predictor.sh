@@ -6,19 +6,27 @@
 #   MORE     further documents to evaluate on, without questions, such as LongBench's .jsonl files
 #   OUT      directory for recordings, checkpoints and the table; copy OUT/time-filters over predictor/weights/default to
 #            ship it
+# PYTHON says by which interpreter. Run again, it goes on with a training that was interrupted, and keeps a predictor that is there.
 # A small trial of all its steps: CONTEXT=1500 DOCUMENTS=4 STEPS=20 QUESTIONS=8 scripts/train_predictor.sh …
 set -euo pipefail
+[ $# -ge 3 ] || { echo "train_predictor.sh: expected TEXTS HELDOUT OUT [DEVICE] [MORE…]" >&2; exit 2; }
 texts=$1 heldout=$2 out=$3 device=${4:-cpu} more=("${@:5}")
 context=${CONTEXT:-8192} documents=${DOCUMENTS:-240} steps=${STEPS:-1200} questions=${QUESTIONS:-200}
+python=${PYTHON:-python3} here=$(cd "$(dirname "$0")" && pwd)
+[ "$documents" -ge 4 ] || { echo "train_predictor.sh: DOCUMENTS: $documents is not allowed: expected at least 4" >&2; exit 2; }
+attnpred() { "$python" -m attention_predictor.cli "$@"; }
 
-python scripts/plant_tasks.py --data "$texts" --out "$out/tasks.jsonl" --documents "$documents" \
+"$python" "$here/plant_tasks.py" --data "$texts" --out "$out/tasks.jsonl" --documents "$documents" \
     --questions 8 --context "$context" --seed 11
 record=(attnpred record --out "$out/histories" --per-file 1 --max-tokens "$context" --device "$device" --dtype float32)
 "${record[@]}" --data "$out/tasks.jsonl"
 "${record[@]}" --data "$texts" --documents $((documents / 4))
-attnpred train --data "$out/histories" --out "$out/time-filters" --steps "$steps" --batch 16
-attnpred train --data "$out/histories" --out "$out/paper" --arch paper --loss mse --horizon 1 --steps "$steps" \
-    --batch 16
+train() { # NAME OPTIONS…
+    [ ! -f "$out/$1/model.safetensors" ] || [ -f "$out/$1/training-state.pt" ] || return 0 # it is there
+    attnpred train --data "$out/histories" --out "$out/$1" --steps "$steps" --batch 16 --resume "${@:2}"
+}
+train time-filters
+train paper --arch paper --loss mse --horizon 1
 rules=(
     --rule "last row, ahead: predictor,predictor=last,late_fetch=0"
     --rule "exponential average, ahead: predictor,predictor=ema,late_fetch=0"

@@ -59,8 +59,8 @@ OFFLOAD: dict[str, set[str]] = {
     "runtime": BASE | MIDDLE | {"stage"},
     "step": BASE | MIDDLE | {"policies", "runtime"},
     **dict.fromkeys(
-        ("hf", "engine", "generation", "requests"),
-        BASE | MIDDLE | {"policies", "stage", "runtime", "step", "hf", "engine", "generation", "requests"},
+        ("hf", "engine", "generation", "inputs", "requests"),
+        BASE | MIDDLE | {"policies", "stage", "runtime", "step", "hf", "engine", "generation", "inputs", "requests"},
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,8 @@ class TestSeveralRecordings:
         facts = AttentionPredictor.from_pretrained(tmp_path / "out").training_facts
         assert facts["recorded_from"] == "made-up, another"
         assert (facts["documents"], facts["held_out_documents"]) == (8, 2)
-        alone = [fit(one, tmp_path / "alone", TrainOptions(steps=1, batch=1))["validation"]["ema"] for one in two]
+        options = TrainOptions(steps=1, batch=1)
+        alone = [fit(one, tmp_path / f"alone-{n}", options)["validation"]["ema"] for n, one in enumerate(two)]
         found = metrics["validation"]["ema"]["relative_recovery"]
         for budget, value in found.items():
             parts = [one["relative_recovery"][budget] for one in alone if budget in one["relative_recovery"]]
@@ -231,6 +233,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     printed = json.loads(capsys.readouterr().out)
     assert printed["steps"] == 2
     assert AttentionPredictor.from_pretrained(printed["out"]).training_facts["options"]["batch"] == 2
+    with pytest.raises(ConfigError, match="a predictor is here already"):
+        main(parser.parse_args(given))
+    shutil.rmtree(out)
     assert main(parser.parse_args(given)) == 0
     said = capsys.readouterr().out.splitlines()
     assert max(map(len, said[:-1])) < 100

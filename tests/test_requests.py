@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+import re
 
+import numpy as np
 import pytest
 import torch
 from emulated import emulate_steps
@@ -433,6 +435,16 @@ class TestMemory:
         ({"input_ids": torch.ones(1, 2, dtype=torch.int64)}, r"got \[1, 2\]"),
         ({"input_ids": "text"}, "got 'text'"),
         ({"input_ids": [1], "max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"input_ids": [[1, 2], [3, 4]]}, "at least one token"),
+        ({"input_ids": [0.5, 1.0]}, "must be whole numbers, got torch.float32"),
+        ({"input_ids": ["a"]}, "at least one token"),
+        ({"input_ids": [2**70]}, "at least one token"),
+        ({"input_ids": None}, "at least one token"),
+        ({"input_ids": torch.ones(2, dtype=torch.int64).to_sparse()}, "must be whole numbers, got torch.sparse_coo"),
+        ({"input_ids": [1], "sampling": None}, "sampling=None is not allowed: expected an object of Sampling"),
+        ({"input_ids": [1], "prefix": 5}, "prefix=5 is not allowed"),
+        ({"input_ids": [1], "seed": "a"}, "seed='a'"),
+        ({"input_ids": [1], "eos_token_id": 1.5}, "eos_token_id=1.5"),
     ],
 )
 def test_a_bad_request_is_refused_when_it_is_made(given, message):
@@ -465,18 +477,63 @@ def test_a_request_that_the_model_cant_read_fails_alone(tiny_model, ids):
         bad = [
             Request(input_ids=[1, -1], max_new_tokens=3),
             Request(input_ids=[1, engine.runtime.text_config.vocab_size], max_new_tokens=3),
-            Request(input_ids=[0.5, 1.0], max_new_tokens=3),
             Request(input_ids=[1], max_new_tokens=positions + 1),
         ]
         _, endings = collect(engine.stream([*bad, good]))
         assert endings[good].reason in ("eos", "length")
         kinds = [type(endings[request].error) for request in bad]
-        assert kinds == [ConfigError, ConfigError, ConfigError, ContextLengthError]
+        assert kinds == [ConfigError, ConfigError, ContextLengthError]
         for name in ("places", "prefill_chunk_size"):
             with pytest.raises(ConfigError, match=f"{name}=0 is not allowed"):
                 engine.stream([good], **{name: 0})
-        with pytest.raises(ConfigError, match="stream takes objects of Request, got list"):
-            next(engine.stream([[1, 2]]))
+        for wrong, kind in (([[1, 2]], "list"), ([None, good], "NoneType")):
+            with pytest.raises(ConfigError, match=f"stream takes objects of Request, got {kind}"):
+                next(engine.stream(wrong))
+        with pytest.raises(ConfigError, match="stream takes several requests, such as a list, got Request"):
+            engine.stream(good)
+
+
+@pytest.mark.parametrize(
+    "kind", [int, lambda token: [token], torch.tensor, lambda token: torch.tensor([token]), np.int64]
+)
+def test_end_tokens_of_any_kind_of_integer(tiny_model, ids, kind):
+    with attach(tiny_model(), config()) as engine:
+        prompt = ids(20)
+        free = engine.generate(prompt, max_new_tokens=6, eos_token_id=NO_END)[0, 20:].tolist()
+        for given in (prompt, [prompt[0]]):
+            found = engine.generate(given, max_new_tokens=6, eos_token_id=kind(free[2]))[0].flatten()[20:].tolist()
+            assert found == free[: free.index(free[2]) + 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 is not allowed: expected an integer, at least 1"),
+        ({"max_new_tokens": True}, "max_new_tokens=True"),
+        ({"prefill_chunk_size": "a"}, "prefill_chunk_size='a'"),
+        ({"temperature": None}, "temperature=None is not allowed: expected 0, or 1e-06 or more"),
+        ({"temperature": 1e-45}, "temperature=1e-45"),
+        ({"top_k": 1.5}, "top_k=1.5"),
+        ({"seed": 2**80}, "seed=1208925819614629174706176 is not allowed: expected an integer of 64 bits, or None"),
+        ({"eos_token_id": "a"}, "eos_token_id='a' is not allowed: expected a token id, several, or None"),
+    ],
+)
+def test_what_generate_is_given_is_checked_before_a_forward(tiny_model, ids, monkeypatch, given, message):
+    model = tiny_model()
+    with attach(model, config()) as engine:
+        monkeypatch.setattr(model, "forward", None)
+        for prompts in (ids(9), [ids(9)[0]]):
+            with pytest.raises(ConfigError, match=re.escape(message)):
+                engine.generate(prompts, **{"max_new_tokens": 3} | given)
+        for wrong, reason in (
+            (ids(9).float(), "input_ids must be whole numbers, got torch.float32"),
+            (ids(9) - 200, "the model has tokens from 0 to"),
+            (ids(9)[:0], "input_ids must be [batch, tokens] with at least one token, got [0, 9]"),
+            ([ids(9)[0], [1, 10**6]], "token 1000000 in input_ids"),
+            (5, "input_ids must be a tensor or a list of prompts, got int"),
+        ):
+            with pytest.raises(ConfigError, match=re.escape(reason)):
+                engine.generate(wrong, max_new_tokens=3)
 
 
 def test_a_capture_that_runs_out_of_memory_is_tried_again(monkeypatch, tiny_model, ids):

@@ -161,6 +161,7 @@ def test_train_any_model(tmp_path: Path) -> None:
     card = (out / "all" / "README.md").read_text()
     assert "recorded from `one, two`" in card
     (out / "done" / "train-all").unlink()
+    shutil.rmtree(out / "all")
     (out / "histories-two" / "meta.json").unlink()
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from attention_predictor.errors import CheckpointError, ConfigError, one_line
+from attention_predictor.predictor.checkpoint import WEIGHTS_FILE
 from attention_predictor.writing import write_atomically
 
 FORMAT_VERSION = 1
@@ -27,11 +28,14 @@ def write_state(directory: Path, state: dict[str, Any]) -> None:
 def read_state(directory: Path, options: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
     """The state of the run in `directory`; `None` if there is nothing to continue.
 
-    ConfigError if there is and `resume` is not asked for, or if its `options` were others; CheckpointError for a file
+    ConfigError if there is and `resume` is not asked for, if its `options` were others, or if a finished predictor is
+    there; CheckpointError for a file
     that can't be read or was not written by `write_state`.
     """
     path = directory / STATE_FILE
     if not path.exists():
+        if (directory / WEIGHTS_FILE).exists():
+            raise ConfigError(f"{directory}: a predictor is here already; choose another directory, or delete this one")
         return None
     if not resume:
         raise ConfigError(f"{path}: an unfinished run is here; continue it with --resume, or delete the file")

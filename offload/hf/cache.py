@@ -40,7 +40,7 @@ class TieredCache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         length = super().get_seq_length(layer_idx)
-        # The model asks before its first layer, such as for the mask. Within a forward a layer asks for itself (Llama 4).
+        # A model asks before its first layer, such as for the mask. A layer asks within a forward (Llama 4).
         if layer_idx and not isinstance(length, Tensor) and length < super().get_seq_length(0):
             self.length_read_by = layer_idx
         return length

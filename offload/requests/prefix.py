@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attention_predictor.errors import ConfigError
-from attention_predictor.offload.generation import check_chunk, next_logits
+from attention_predictor.offload.generation import next_logits
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
+from attention_predictor.offload.inputs import check_count, check_vocabulary, ids_of_one
 from attention_predictor.offload.runtime import Runtime
 
 
@@ -49,31 +49,12 @@ def read_prefix(
     model: PreTrainedModel, runtime: Runtime, input_ids: Tensor | Sequence[int], chunk: int | None
 ) -> Prefix:
     """Prefill tokens, ``chunk`` at a time; as ``Engine.prefill``."""
-    check_shape(input_ids, "prefix")
-    ids_T = torch.as_tensor(input_ids)
-    check_chunk(chunk)
-    check_tokens(runtime, ids_T, "prefix")
+    ids_T = ids_of_one(input_ids, "prefix")
+    check_count("prefill_chunk_size", chunk, or_none=True)
+    check_vocabulary(runtime, ids_T)
     check_positions(runtime.text_config, len(ids_T))
     runtime.room.check(batch=1, tokens=len(ids_T), room=0)
     cache = TieredCache(runtime)
     for part_T in ids_T.to(device=runtime.device, dtype=torch.int64).split(chunk or len(ids_T)):
         next_logits(model, cache, part_T[None])
     return Prefix(ids_T.cpu(), runtime, cache)
-
-
-def check_shape(ids: Tensor | Sequence[int], what: str) -> None:
-    """Raise ``ConfigError`` unless these are the token ids of one sequence, at least one."""
-    if (ids.dim() != 1 if isinstance(ids, Tensor) else isinstance(ids, str)) or len(ids) == 0:
-        found = list(ids.shape) if isinstance(ids, Tensor) else repr(ids)
-        raise ConfigError(f"input_ids of a {what} must be [tokens] with at least one token, got {found}")
-
-
-def check_tokens(runtime: Runtime, ids_T: Tensor, what: str) -> None:
-    """Raise ``ConfigError`` for what is no token of the model."""
-    if ids_T.is_floating_point() or ids_T.dtype == torch.bool:
-        raise ConfigError(f"input_ids of a {what} must be whole numbers, got {ids_T.dtype}")
-    vocabulary = runtime.text_config.vocab_size
-    least, most = (int(end) for end in ids_T.aminmax())
-    if least < 0 or most >= vocabulary:
-        found = least if least < 0 else most
-        raise ConfigError(f"token {found} in input_ids: the model has tokens from 0 to {vocabulary - 1}")

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_predictor.errors import ConfigError, LogitsError
-from attention_predictor.offload.generation import Sampling, check_new_tokens, next_logits, token_list
+from attention_predictor.offload.generation import Sampling, next_logits
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
-from attention_predictor.offload.requests.prefix import Prefix, check_shape, check_tokens
+from attention_predictor.offload.inputs import check_count, check_seed, check_vocabulary, ids_of_one, token_list
+from attention_predictor.offload.requests.prefix import Prefix
 from attention_predictor.offload.runtime import Runtime
 
 Reason = Literal["eos", "length", "cancelled", "failed"]
@@ -39,7 +40,7 @@ class Request:
         prefix: Tokens that the prompt begins with, which ``engine.prefill`` has read.
 
     Raises:
-        ConfigError: An empty prompt, one of another shape, or less than one new token.
+        ConfigError: An empty prompt, one of another shape, less than one new token, or a value of another type.
     """
 
     input_ids: Tensor | Sequence[int]
@@ -51,8 +52,14 @@ class Request:
     prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
-        check_shape(self.input_ids, "request")
-        check_new_tokens(self.max_new_tokens)
+        ids_of_one(self.input_ids, "request")
+        check_count("max_new_tokens", self.max_new_tokens)
+        check_seed(self.seed)
+        token_list(self.eos_token_id)
+        if not isinstance(self.sampling, Sampling):
+            raise ConfigError(f"sampling={self.sampling!r} is not allowed: expected an object of Sampling")
+        if not isinstance(self.prefix, Prefix | None):
+            raise ConfigError(f"prefix={self.prefix!r} is not allowed: expected what engine.prefill returned, or None")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +109,7 @@ class Running:
             raise ConfigError(f"stream takes objects of Request, got {type(request).__name__}")
         self.model, self.runtime, self.request = model, runtime, request
         self.name = number if request.id is None else request.id
-        self.ids_T = torch.as_tensor(request.input_ids)
+        self.ids_T = ids_of_one(request.input_ids, "request")
         if request.prefix is not None:
             self.ids_T = torch.cat([request.prefix.ids_T, self.ids_T.cpu()])
         settings = model.generation_config
@@ -133,7 +140,7 @@ class Running:
 
     def check(self) -> None:
         """Raise for a prompt that the model can't read."""
-        check_tokens(self.runtime, torch.as_tensor(self.request.input_ids), "request")
+        check_vocabulary(self.runtime, self.ids_T)
         prefix = self.request.prefix
         if prefix is not None and prefix.runtime is not self.runtime:
             raise ConfigError("prefix: another engine has read it; expected one that this engine's prefill returned")

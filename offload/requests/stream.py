@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_predictor.errors import ConfigError, ContextLengthError, HostMemoryError, LogitsError, one_line
-from attention_predictor.offload.generation import check_chunk
 from attention_predictor.offload.hf.graph import CapturedSteps, is_ready
 from attention_predictor.offload.hf.places import why_masked
+from attention_predictor.offload.inputs import check_count
 from attention_predictor.offload.requests.batch import RequestBatch, batch_of
 from attention_predictor.offload.requests.request import Event, Reason, Request, Running
 from attention_predictor.offload.runtime import Runtime
@@ -49,10 +49,11 @@ class Stream(Iterator[Event]):
     ) -> None:
         if runtime.ranks.count > 1:
             raise ConfigError(f"stream: a model divided among {runtime.ranks.count} processes is not supported")
-        check_chunk(prefill_chunk_size)
-        for name, value in (("places", places), ("max_length", max_length)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} is not allowed: expected at least 1")
+        check_count("prefill_chunk_size", prefill_chunk_size, or_none=True)
+        check_count("places", places)
+        check_count("max_length", max_length, or_none=True)
+        if not isinstance(requests, Iterable):
+            raise ConfigError(f"stream takes several requests, such as a list, got {type(requests).__name__}")
         self.model, self.runtime, self.captured = model, runtime, captured
         self.places, self.max_length, self.chunk = places, max_length, prefill_chunk_size
         self._batch: RequestBatch | None = None
@@ -170,10 +171,10 @@ class Stream(Iterator[Event]):
         """Take requests while there are places and memory."""
         while len(self._running) < self.places:
             if self._next is None:
-                number, request = next(self._requests, (-1, None))
-                if request is None:
+                if (numbered := next(self._requests, None)) is None:
                     self._exhausted = True
                     return
+                number, request = numbered
                 self._next = Running(self.model, self.runtime, request, number)
                 if request in self._taken:
                     raise ConfigError(

@@ -82,8 +82,8 @@ def check_model_name(name: str | None) -> str:
 
     Raises:
         ConfigError: There is none.
-        CheckpointError: A GGUF file is not there, damaged, or can't be read for want of a package; or a directory holds
-            nothing but GGUF files, and the name says not which.
+        CheckpointError: A directory or GGUF file is not there; the file is damaged, or can't be read for want of a
+            package; or a directory holds nothing but GGUF files, and the name says not which.
     """
     if name is None:
         raise ConfigError("--model is required, because this installation has no pocket model")
@@ -97,6 +97,8 @@ def check_model_name(name: str | None) -> str:
             GgufFile.read(path)
         elif hub_parts(name) is None:
             raise CheckpointError(f"{name!r} is neither a local file nor a hub name such as owner/name/file.gguf")
+    elif name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no name on the hub
+        raise CheckpointError(f"{name!r}: no such directory")
     return name
 
 
