@@ -62,7 +62,10 @@ def test_training_beats_the_last_row(arch: str, tmp_path: Path) -> None:
 def test_training_is_reproducible_and_leaves_the_global_seed_alone(tmp_path: Path) -> None:
     make_recording(tmp_path / "data", 2)
     before = torch.get_rng_state()
-    runs = [fit(tmp_path / "data", tmp_path / "out", TrainOptions(steps=3, batch=4, seed=5)) for _ in range(2)]
+    runs = []
+    for _ in range(2):
+        runs.append(fit(tmp_path / "data", tmp_path / "out", TrainOptions(steps=3, batch=4, seed=5)))
+        shutil.rmtree(tmp_path / "out")
     assert runs[0] == runs[1]
     assert torch.equal(torch.get_rng_state(), before)
 
