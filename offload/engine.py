@@ -16,7 +16,7 @@ from attention_predictor.offload.hf.attachment import Attachment
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
 from attention_predictor.offload.hf.graph import CapturedSteps
-from attention_predictor.offload.inputs import check_batch, check_count, check_seed, check_vocabulary
+from attention_predictor.offload.inputs import COUNT, SEED, check, check_batch, check_vocabulary
 from attention_predictor.offload.requests.prefix import Prefix, read_prefix
 from attention_predictor.offload.requests.request import Request
 from attention_predictor.offload.requests.stream import PLACES, Stream, finish
@@ -136,9 +136,6 @@ class Engine:
             LogitsError: The logits of a prompt in a list are NaN.
         """
         self.runtime.check_open()
-        check_count("max_new_tokens", max_new_tokens)
-        check_count("prefill_chunk_size", prefill_chunk_size, or_none=True)
-        check_seed(seed)
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         if not isinstance(input_ids, Tensor):
             if attention_mask is not None or pad_token_id is not None:
@@ -158,10 +155,13 @@ class Engine:
                 for ids in input_ids
             ]
             for request in requests:
-                check_vocabulary(self.runtime, torch.as_tensor(request.input_ids))
-                self.check_fits(batch=1, tokens=len(request.input_ids) + max_new_tokens - 1)
+                check_vocabulary(self.runtime, request.ids_T)
+                self.check_fits(batch=1, tokens=len(request.ids_T) + max_new_tokens - 1)
             places = max(min(PLACES, len(requests)), 1)
             return finish(self.stream(requests, places=places, prefill_chunk_size=prefill_chunk_size), requests)
+        check("max_new_tokens", max_new_tokens, COUNT)
+        check("prefill_chunk_size", prefill_chunk_size, COUNT, or_none=True)
+        check("seed", seed, SEED, or_none=True)
         check_batch(self.runtime, input_ids, attention_mask)
         batch, tokens = input_ids.shape
         self.check_fits(batch=batch, tokens=tokens + max_new_tokens - 1)  # the last one chosen is never read

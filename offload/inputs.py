@@ -14,26 +14,21 @@ import torch
 from torch import Tensor
 
 from attention_predictor.errors import ConfigError
-from attention_predictor.kinds import is_whole
+from attention_predictor.kinds import Kind, is_whole, whole
 from attention_predictor.offload.runtime import Runtime
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-SEEDS = (-(2**63), 2**64 - 1)  # those torch takes
+COUNT = whole(1)
+# Those torch takes.
+SEED = Kind(read=int, rules=lambda: [("an integer of 64 bits", lambda x: is_whole(x) and -(2**63) <= x < 2**64)])
 
 
-def check_count(name: str, value: object, *, or_none: bool = False) -> None:
-    """``ConfigError`` unless it is an integer from 1 on, or ``None`` if that is allowed."""
-    if (value is None and or_none) or (is_whole(value) and value >= 1):
+def check(name: str, value: object, kind: Kind, *, or_none: bool = False) -> None:
+    """``ConfigError`` unless the value is of a kind, or ``None`` if that is allowed."""
+    if or_none and value is None:
         return
-    allowed = "at least 1, or None" if or_none else "at least 1"
-    wanted = allowed if is_whole(value) else f"an integer, {allowed}"
-    raise ConfigError(f"{name}={value!r} is not allowed: expected {wanted}")
-
-
-def check_seed(seed: object) -> None:
-    """``ConfigError`` for a seed that torch does not take."""
-    if seed is not None and not (is_whole(seed) and SEEDS[0] <= seed <= SEEDS[1]):
-        raise ConfigError(f"seed={seed!r} is not allowed: expected an integer of 64 bits, or None")
+    if (expected := kind.expected(value)) is not None:
+        raise ConfigError(f"{name}={value!r} is not allowed: expected {expected}{', or None' if or_none else ''}")
 
 
 def ids_of_one(ids: Tensor | Sequence[int], what: str) -> Tensor:

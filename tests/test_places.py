@@ -161,7 +161,8 @@ def test_a_sequence_with_a_mask_of_its_own_gets_none(device, tiny_model, ids, sk
         give_mask(model, 1, kind)
         odd, _ = prefilled(engine, ids(100).to(device))
         for cache in (odd, copy.deepcopy(odd)):
-            assert (why_no_place(cache) or "").endswith("layer 1 has a mask that captured steps don't compute")
+            reason = "layer 1 has a mask that captured steps don't compute"  # on a GPU it is the capture's reason
+            assert why_no_place(cache) in {reason, f"their steps are not captured: {reason}"}
             with pytest.raises(AttachError, match="layer 1 has a mask that captured steps don't compute"):
                 places.put(0, cache)
 

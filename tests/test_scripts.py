@@ -88,6 +88,7 @@ def test_reproduce_says_what_is_missing(tmp_path: Path) -> None:
         ("reproduce_pocket.sh", [tmp_path, tmp_path / "out"], f"{tmp_path}/texts: no such directory"),
         ("reproduce_real.sh", [tmp_path, tmp_path], "expected MODEL DATA OUT [DEVICE [MORE…]]"),
         ("reproduce_real.sh", ["model", tmp_path, tmp_path / "out"], f"{tmp_path}/texts: no such directory"),
+        ("train_predictor.sh", [tmp_path], "expected TEXTS HELDOUT OUT [DEVICE] [MORE…]"),
         ("train_any_model.sh", [tmp_path], "expected DATA OUT [DEVICE]"),
         ("train_any_model.sh", [tmp_path, tmp_path / "out"], f"{tmp_path}/texts: no such directory"),
     ):

@@ -29,8 +29,7 @@ def read_state(directory: Path, options: dict[str, Any], *, resume: bool) -> dic
     """The state of the run in `directory`; `None` if there is nothing to continue.
 
     ConfigError if there is and `resume` is not asked for, if its `options` were others, or if a finished predictor is
-    there; CheckpointError for a file
-    that can't be read or was not written by `write_state`.
+    there; CheckpointError for a file that can't be read or was not written by `write_state`.
     """
     path = directory / STATE_FILE
     if not path.exists():

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from attention_predictor.offload.generation import next_logits
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
-from attention_predictor.offload.inputs import check_count, check_vocabulary, ids_of_one
+from attention_predictor.offload.inputs import COUNT, check, check_vocabulary, ids_of_one
 from attention_predictor.offload.runtime import Runtime
 
 
@@ -50,7 +50,7 @@ def read_prefix(
 ) -> Prefix:
     """Prefill tokens, ``chunk`` at a time; as ``Engine.prefill``."""
     ids_T = ids_of_one(input_ids, "prefix")
-    check_count("prefill_chunk_size", chunk, or_none=True)
+    check("prefill_chunk_size", chunk, COUNT, or_none=True)
     check_vocabulary(runtime, ids_T)
     check_positions(runtime.text_config, len(ids_T))
     runtime.room.check(batch=1, tokens=len(ids_T), room=0)

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from attention_predictor.errors import ConfigError, LogitsError
 from attention_predictor.offload.generation import Sampling, next_logits
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import check_positions
-from attention_predictor.offload.inputs import check_count, check_seed, check_vocabulary, ids_of_one, token_list
+from attention_predictor.offload.inputs import COUNT, SEED, check, check_vocabulary, ids_of_one, token_list
 from attention_predictor.offload.requests.prefix import Prefix
 from attention_predictor.offload.runtime import Runtime
 
@@ -52,14 +53,19 @@ class Request:
     prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
-        ids_of_one(self.input_ids, "request")
-        check_count("max_new_tokens", self.max_new_tokens)
-        check_seed(self.seed)
+        _ = self.ids_T
+        check("max_new_tokens", self.max_new_tokens, COUNT)
+        check("seed", self.seed, SEED, or_none=True)
         token_list(self.eos_token_id)
         if not isinstance(self.sampling, Sampling):
             raise ConfigError(f"sampling={self.sampling!r} is not allowed: expected an object of Sampling")
         if not isinstance(self.prefix, Prefix | None):
             raise ConfigError(f"prefix={self.prefix!r} is not allowed: expected what engine.prefill returned, or None")
+
+    @cached_property
+    def ids_T(self) -> Tensor:
+        """``input_ids`` as a tensor."""
+        return ids_of_one(self.input_ids, "request")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +115,7 @@ class Running:
             raise ConfigError(f"stream takes objects of Request, got {type(request).__name__}")
         self.model, self.runtime, self.request = model, runtime, request
         self.name = number if request.id is None else request.id
-        self.ids_T = ids_of_one(request.input_ids, "request")
+        self.ids_T = request.ids_T
         if request.prefix is not None:
             self.ids_T = torch.cat([request.prefix.ids_T, self.ids_T.cpu()])
         settings = model.generation_config
@@ -140,7 +146,7 @@ class Running:
 
     def check(self) -> None:
         """Raise for a prompt that the model can't read."""
-        check_vocabulary(self.runtime, self.ids_T)
+        check_vocabulary(self.runtime, self.request.ids_T)
         prefix = self.request.prefix
         if prefix is not None and prefix.runtime is not self.runtime:
             raise ConfigError("prefix: another engine has read it; expected one that this engine's prefill returned")

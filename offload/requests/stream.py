@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from attention_predictor.errors import ConfigError, ContextLengthError, HostMemoryError, LogitsError, one_line
 from attention_predictor.offload.hf.graph import CapturedSteps, is_ready
 from attention_predictor.offload.hf.places import why_masked
-from attention_predictor.offload.inputs import check_count
+from attention_predictor.offload.inputs import COUNT, check
 from attention_predictor.offload.requests.batch import RequestBatch, batch_of
 from attention_predictor.offload.requests.request import Event, Reason, Request, Running
 from attention_predictor.offload.runtime import Runtime
@@ -49,9 +49,9 @@ class Stream(Iterator[Event]):
     ) -> None:
         if runtime.ranks.count > 1:
             raise ConfigError(f"stream: a model divided among {runtime.ranks.count} processes is not supported")
-        check_count("prefill_chunk_size", prefill_chunk_size, or_none=True)
-        check_count("places", places)
-        check_count("max_length", max_length, or_none=True)
+        check("prefill_chunk_size", prefill_chunk_size, COUNT, or_none=True)
+        check("places", places, COUNT)
+        check("max_length", max_length, COUNT, or_none=True)
         if not isinstance(requests, Iterable):
             raise ConfigError(f"stream takes several requests, such as a list, got {type(requests).__name__}")
         self.model, self.runtime, self.captured = model, runtime, captured
