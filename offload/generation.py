@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attention_predictor.errors import ConfigError
-from attention_predictor.kinds import is_number, is_whole
+from attention_predictor.kinds import number, whole
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.graph import LEFT_PADDING
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.inputs import token_list
+from attention_predictor.offload.inputs import check, token_list
 
 COLDEST = 1e-6  # logits divided by less may be infinite
+SAMPLING = {
+    "temperature": number(f"0, or {COLDEST} or more", lambda value: value == 0 or value >= COLDEST),
+    "top_k": whole(0),
+    "top_p": number("more than 0, at most 1", lambda value: 0 < value <= 1),
+}
 CHECK_INTERVAL = 16  # tokens between checks, on the host, whether all sequences have ended
 
 
@@ -41,14 +45,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, is_kind, holds, allowed in (
-            ("temperature", is_number, lambda value: value == 0 or value >= COLDEST, f"0, or {COLDEST} or more"),
-            ("top_k", is_whole, lambda value: value >= 0, "an integer, 0 or more"),
-            ("top_p", is_number, lambda value: 0 < value <= 1, "more than 0, at most 1"),
-        ):
-            value = getattr(self, name)
-            if not (is_kind(value) and holds(value)):
-                raise ConfigError(f"{name}={value!r} is not allowed: expected {allowed}")
+        for name, kind in SAMPLING.items():
+            check(name, getattr(self, name), kind)
 
     def choose(self, logits_BV: Tensor, generator: torch.Generator | None) -> Tensor:
         """Next tokens [B, 1], without host synchronisation."""

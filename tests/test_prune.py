@@ -400,7 +400,7 @@ def test_a_sweep_from_the_command_line(tiny, texts, tmp_path, capsys):
         (["--layers", 1, "--documents", 0], "--documents 0: expected at least 1"),
         (["--layers", 1, "--plot", "x.png"], "--plot needs --sweep"),
         (["--layers", 1, "--plan-only"], "--plan-only needs --scores"),
-        (["--layers", 1, "--model", "/nowhere"], "cannot load a configuration from '/nowhere'"),
+        (["--layers", 1, "--model", "/nowhere"], "'/nowhere': no such directory"),
     ],
 )
 def test_bad_options(tiny, texts, tmp_path, capsys, monkeypatch, words, message):
