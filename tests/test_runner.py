@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ class TestRun:
         folder = run(Toy(), plan("--limit", 2, "--seed", 7))
         saved = json.loads((folder.path / "run.json").read_text())
         assert saved["benchmark"] == "toy"
-        expected = {"model": "tiny", "device": "cpu", "dtype": "auto", "seed": 7, "limit": 2, "words": Toy().words}
+        expected = {"model": "tiny", "device": "cpu", "dtype": "auto", "seed": 7, "words": Toy().words}
         assert saved["settings"] == expected
         assert saved["tasks"]["a"]["samples"] == 2
         assert saved["variants"]["full"] == {"policy": "full", "budget": None, "stock": True}
@@ -269,9 +270,9 @@ class TestWhatIsRefused:
         [
             ({"words": "Other words "}, (), "settings.words is 'Once upon a time ' there, asked for 'Other words '"),
             ({}, ("--seed", 3), "settings.seed is 0 there, asked for 3"),
-            ({}, ("--limit", 3), "settings.limit is None there, asked for 3"),
+            ({}, ("--limit", 3), "tasks.a.samples is 4 there, asked for 3"),
             ({}, ("--model", "other"), "settings.model is 'tiny' there, asked for 'other'"),
-            ({"samples": 5}, (), "tasks.a.samples is 4 there, asked for 5"),
+            ({"samples": 3}, (), "tasks.a.samples is 4 there, asked for 3"),
             (
                 {},
                 ("--rule", "predictor: predictor,sink=32"),
@@ -285,6 +286,16 @@ class TestWhatIsRefused:
         with pytest.raises(ConfigError, match=re.escape(line)):
             run(Toy(**toy), plan(*options))
         assert (plan().out / "run.json").read_bytes() == before
+
+    @pytest.mark.parametrize("options", [(), ("--limit", 4)])
+    def test_more_samples_behind_others(self, plan, no_model, options):
+        class Changed(Toy):
+            def samples(self, task):
+                yield from (replace(one, prompt="Another") if one.id == "id1" else one for one in super().samples(task))
+
+        begin(Toy(), plan("--limit", 2))
+        with pytest.raises(ConfigError, match=r"tasks\.a\.sha256 is '"):
+            run(Changed(), plan(*options))
 
     def test_other_samples(self, plan, no_model):
         class Changed(Toy):
@@ -305,6 +316,16 @@ class TestWhatIsRefused:
         assert folder.variants == ("full", "streaming-144", "streaming-160")
         assert len(folder.records("full", "a")) == 2
         assert folder.records("full", "b") == []
+
+    def test_more_samples_may_come(self, plan):
+        run(Toy(), plan("--limit", 1, "--policies", "full"))
+        run(more := Toy(tasks=("a",)), plan("--limit", 3, "--policies", "full"))
+        assert more.asked == [("a", "id1"), ("a", "id2")]
+        folder = run(rest := Toy(), plan("--policies", "full"))
+        assert rest.asked == [("a", "id3"), ("b", "id1"), ("b", "id2"), ("b", "id3")]
+        assert {task: known["samples"] for task, known in folder.description["tasks"].items()} == {"a": 4, "b": 4}
+        alone = run(Toy(), plan("--policies", "full", "--out", plan().out.with_name("alone")))
+        assert results(folder) == results(alone)
 
     def test_directories_that_are_no_runs(self, plan, no_model):
         out = plan().out

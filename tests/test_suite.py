@@ -54,6 +54,24 @@ def test_each_is_as_by_itself_with_one_model(
     assert len(loads) == 1
 
 
+def test_input_of_all_is_checked_before_the_first_runs(
+    parts: dict[str, list[Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, (first, second) = tmp_path / "out", parts.values()
+    for changes, line in (
+        (["--data", tmp_path / "nowhere"], "nowhere"),
+        (["--model", "/nowhere"], "'/nowhere': no such directory"),
+        (["--context", 5000], "5000"),
+        (["--rule", "predictor,predictor=nowhere"], "nowhere: no such checkpoint"),
+    ):
+        words = [*first, "--out", out / "first", "then", *second, *changes, "--out", out / "second"]
+        assert line in refused(capsys, monkeypatch, "several", *words)
+        assert not out.exists()
+
+
 def test_another_model_takes_the_place_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[tuple[str, ...]] = []
     monkeypatch.setattr(several, "load_model", lambda *asked: (loads.append(asked), make_tiny_model())[1])

@@ -62,7 +62,7 @@ class FixedLengthBenchmark(Benchmark):
         return ()
 
     def settings(self) -> dict[str, Any]:
-        return {"chat": self.chat, "samples": self.count}
+        return {"chat": self.chat}
 
     def samples(self, task: str) -> Iterator[Sample]:
         for number in range(self.count):

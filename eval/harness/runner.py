@@ -21,7 +21,7 @@ worst value, or NaN if there is no worst.
   ``error`` and the values of ``Benchmark.missing``; it is counted, not left out.
 - A run resumes after an interruption; ``--retry-errors`` runs failed samples again. ``OUT/run.json`` has all settings,
   a digest of every task's samples, and versions, git state and machine of each session. A run with other settings or
-  samples is refused; more policies, budgets and tasks can be added.
+  samples is refused; more policies, budgets, tasks, and samples behind the first ones can be added.
 - Bad input is refused before the model is loaded.
 - Under ``accelerate launch`` or ``torchrun`` each process takes the next sample when it is free; the files are the
   same. With ``--tp`` they divide the model instead, and do every sample together; engine's stats are the first one's.
@@ -160,6 +160,7 @@ class Plan:
 
     Attributes:
         load: Loads the model, by name, device and dtype; ``None`` for ``load_model``.
+        check_only: Refuse bad input, and run nothing.
     """
 
     model: str
@@ -173,6 +174,7 @@ class Plan:
     load: Callable[..., PreTrainedModel] | None = None  # as ``load_model``
     divide_model: bool = False
     device_map: str | None = None
+    check_only: bool = False
 
     @classmethod
     def of(cls, args: argparse.Namespace, **defaults: Any) -> Plan:
@@ -188,15 +190,18 @@ class Plan:
             run_options.rules_of(args), run_options.budgets_of(args), prefetch=args.prefetch, **defaults
         )
         model = _one_path(args.model)
-        load = vars(args).get("load")  # set by ``eval several``
-        divide_model = vars(args).get("tp", False)  # ``analyze`` has no such options
         given = (args.dtype, args.seed, args.limit, args.out, args.retry_errors)
-        return cls(model, name, *given, variants, load, divide_model, vars(args).get("device_map"))
+        # ``eval several`` sets the first two; ``analyze`` has no such options as the last two.
+        further = {"load": None, "check_only": False, "tp": False, "device_map": None} | vars(args)
+        return cls(
+            *(model, name, *given, variants, further["load"], further["tp"], further["device_map"]),
+            check_only=further["check_only"],
+        )
 
     def settings(self) -> dict[str, Any]:
         """What decides results for all variants."""
         device = torch.device(self.device).type
-        run = {"model": self.model, "device": device, "dtype": self.dtype, "seed": self.seed, "limit": self.limit}
+        run = {"model": self.model, "device": device, "dtype": self.dtype, "seed": self.seed}
         return run | describe_model(self.model)
 
 
@@ -220,7 +225,9 @@ def describe(benchmark: Benchmark, plan: Plan) -> dict[str, Any]:
 
 
 def run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
-    """Run all samples that are not done; returns the results in the main process, ``None`` in others.
+    """Run all samples that are not done; returns the results in the main process.
+
+    ``None`` in other processes, and where ``plan.check_only`` is set.
 
     Raises:
         DataError, ConfigError, CheckpointError: Bad input, found before the model is loaded.
@@ -235,11 +242,13 @@ def _run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
     ):
         raise ConfigError(f"--tp: {benchmark.name} measures every head, of which each process has a part: leave it out")
     description = describe(benchmark, plan)
-    RunFolder(plan.out).check(description)
+    _check(RunFolder(plan.out), benchmark, description)
+    if plan.check_only:
+        return None
     with Processes(divide_model=plan.divide_model) as processes, ExitStack() as stack:
         folder = RunFolder(plan.out)
         if processes.is_main:
-            folder.check(description)  # again: another run may have begun here in the meantime
+            _check(folder, benchmark, description)  # again: another run may have begun here in the meantime
             stack.enter_context(folder.opened(description, describe_session(processes.count)))
             folder.fold()
         processes.wait()
@@ -259,6 +268,15 @@ def _run(benchmark: Benchmark, plan: Plan) -> RunFolder | None:
             return None
         folder.fold()
         return folder
+
+
+def _check(folder: RunFolder, benchmark: Benchmark, description: Mapping[str, Any]) -> None:
+    """``RunFolder.check``; of a task with more samples than before only the first ones must be the same."""
+    tasks, before = dict(description["tasks"]), folder.description.get("tasks", {})
+    for task in tasks.keys() & before.keys():
+        if (samples := before[task]["samples"]) < tasks[task]["samples"]:
+            tasks[task] = benchmark.check(task, samples)
+    folder.check({**description, "tasks": tasks})
 
 
 @dataclass

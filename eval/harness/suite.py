@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 
 from transformers import PreTrainedModel
 
@@ -31,13 +33,21 @@ class LastModel:
 
 def main(args: argparse.Namespace) -> int:
     load, codes, is_main = LastModel(), [], Processes().is_main
+    with redirect_stdout(StringIO()):  # what this prints comes again
+        for one in args.benchmarks:
+            _main_of(one, check_only=True)
     begun = time.perf_counter()
     for one in args.benchmarks:
         if is_main:
             print(f"{one.subcommand}, {one.out}", flush=True)
-        one.load, started = load, time.perf_counter()
-        codes.append(importlib.import_module(one.implementation).main(one) or 0)
+        started = time.perf_counter()
+        codes.append(_main_of(one, load=load))
         if is_main:
             took, so_far = time.perf_counter() - started, time.perf_counter() - begun
             print(f"{one.subcommand}: {took / 60:.1f} minutes, {so_far / 60:.1f} so far\n", flush=True)
     return max(codes)
+
+
+def _main_of(args: argparse.Namespace, **further: object) -> int:
+    """Runs a benchmark's command; its options stay as they are."""
+    return importlib.import_module(args.implementation).main(argparse.Namespace(**(vars(args) | further)))

@@ -1,8 +1,8 @@
 """Run several benchmarks one after another, in one process that loads the model once.
 
 Write each benchmark as after attnpred eval, with its options, and put the word "then" between two benchmarks. Each
-needs its own --out, and continues an interrupted run there. The command checks all options before it starts the first
-benchmark, and prints the minutes that each one took.
+needs its own --out, and continues an interrupted run there. The command checks options and data of all before it
+starts the first, and prints the minutes that each one took.
 
 examples:
   attnpred eval several needle --data texts/ --no-chat --out runs/needle \\
