@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of training (%(default)s)")
     args = parser.parse_args()
 
+    if not args.data.is_file():
+        parser.error(f"--data {args.data}: no such file")
     texts, histories, predictor = (args.out / name for name in ("texts", "histories", "predictor"))
     words = args.data.read_text(encoding="utf-8")
     texts.mkdir(parents=True, exist_ok=True)
@@ -47,11 +49,10 @@ def main() -> None:
         *("record", *model, "--data", texts, "--out", histories, "--max-tokens", args.tokens, "--steps", 80),
         *("--per-file", 1, "--validation", 0),  # train holds out a part by itself
     )
-    if not (predictor / "config.json").exists():
-        run(
-            *("train", "--data", histories, "--out", predictor, "--steps", args.steps, "--log-every", args.steps),
-            *("--batch", 8),
-        )
+    run(
+        *("train", "--data", histories, "--out", predictor, "--steps", args.steps, "--log-every", args.steps),
+        *("--batch", 8, "--resume"),
+    )
     run(
         *("eval", "recovery", *model, "--data", texts, "--tail", 16, "--context", args.tokens, "--budgets", 256),
         *("--documents", 2),

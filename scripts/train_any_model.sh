@@ -91,7 +91,6 @@ record() { # NAME DATA
 }
 train() { # OUT NAMES…: one predictor on these models' recordings
     local to=$1 sources=() name
-    [ ! -f "$to/model.safetensors" ] || [ -f "$to/training-state.pt" ] || return 0 # it is there
     for name in "${@:2}"; do sources+=(--data "$out/histories-$name"); done
     attnpred train "${sources[@]}" --out "$to" --steps "$steps" --batch 16 --resume \
         --device "$([ "$device" = cpu ] && echo cpu || echo auto)"

@@ -22,8 +22,8 @@ record=(attnpred record --out "$out/histories" --per-file 1 --max-tokens "$conte
 "${record[@]}" --data "$out/tasks.jsonl"
 "${record[@]}" --data "$texts" --documents $((documents / 4))
 train() { # NAME OPTIONS…
-    [ ! -f "$out/$1/model.safetensors" ] || [ -f "$out/$1/training-state.pt" ] || return 0 # it is there
-    attnpred train --data "$out/histories" --out "$out/$1" --steps "$steps" --batch 16 --resume "${@:2}"
+    attnpred train --data "$out/histories" --out "$out/$1" --steps "$steps" --batch 16 --resume \
+        --device "$([ "$device" = cpu ] && echo cpu || echo auto)" "${@:2}"
 }
 train time-filters
 train paper --arch paper --loss mse --horizon 1

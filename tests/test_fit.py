@@ -224,6 +224,23 @@ def test_an_interrupt_saves_the_best_so_far(after: int, tmp_path: Path, monkeypa
     assert metrics["steps"] == after
     assert "time-filters" in metrics["validation"]
     assert AttentionPredictor.from_pretrained(tmp_path / "out").training_facts["metrics"] == metrics
+    monkeypatch.undo()
+    options = TrainOptions(steps=4, batch=1, log_every=2)
+    with pytest.raises(ConfigError, match="steps was 50, is 4"):
+        fit(tmp_path / "data", tmp_path / "out", options, resume=True)
+
+
+def test_interrupted_before_its_first_validation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    make_recording(tmp_path / "data", 2)
+    options = TrainOptions(steps=4, batch=1, log_every=2)
+    monkeypatch.setattr(fit_module, "document_loss", interrupted)
+    assert fit(tmp_path / "data", tmp_path / "out", options)["interrupted"]
+    monkeypatch.undo()
+    resumed = fit(tmp_path / "data", tmp_path / "out", options, resume=True)
+    assert resumed == fit(tmp_path / "data", tmp_path / "whole", options)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,6 +255,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert AttentionPredictor.from_pretrained(printed["out"]).training_facts["options"]["batch"] == 2
     with pytest.raises(ConfigError, match="a predictor is here already"):
         main(parser.parse_args(given))
+    with pytest.raises(ConfigError, match=r"trained with other options \(steps was 2, is 3\)"):
+        main(parser.parse_args([*given[:-4], "--steps", "3", "--batch", "2", "--resume"]))
+    before = (tmp_path / "out" / "model.safetensors").stat()
+    assert main(parser.parse_args([*given, "--json", "--resume"])) == 0
+    assert json.loads(capsys.readouterr().out) == printed
+    assert (tmp_path / "out" / "model.safetensors").stat() == before
     shutil.rmtree(out)
     assert main(parser.parse_args(given)) == 0
     said = capsys.readouterr().out.splitlines()

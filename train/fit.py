@@ -28,7 +28,7 @@ from attention_predictor.train.objective import document_loss
 from attention_predictor.train.options import TrainOptions
 from attention_predictor.train.report import CARD_FILE, CURVES_FILE, card, draw_curves, summary
 from attention_predictor.train.shards import Recording
-from attention_predictor.train.state import forget_state, read_state, restore, write_state
+from attention_predictor.train.state import forget_state, read_finished, read_state, restore, write_state
 from attention_predictor.train.tracking import check_tracker, start_tracker
 from attention_predictor.train.validate import Metrics, mean_ahead, validate, why_not_judged
 from attention_predictor.writing import write_atomically
@@ -61,7 +61,7 @@ def fit(
     Args:
         device: "cpu", or "auto" for what `accelerate` finds: one GPU, several launched processes, else the CPU.
         tracker: "none", "tensorboard" or "wandb" (offline without a key).
-        resume: Continue from the state that an unfinished run left in `out`.
+        resume: Continue from the state that an unfinished run left in `out`; a finished predictor is kept.
         block_size: Required block size of the recording; `None` accepts any.
 
     Raises:
@@ -79,6 +79,9 @@ def fit(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # fail now, not after the training
         raise ConfigError(f"out={str(out)!r} can't be made: {error.strerror or error}") from error
+    finished = read_finished(out, asdict(options), resume=resume, block_size=block_size)
+    if finished is not None:
+        return finished if accelerator.is_main_process else {}
     training, held_out = mixture.split(options.val_fraction, options.seed)
     meta, cache = mixture.meta, Cache(mixture, accelerator.num_processes)
     noted = set[str]()
@@ -120,6 +123,12 @@ def fit(
         run["validation"] = {name: judged(architecture(name)(block_size=block_size)) for name in RULES}
     start_tracker(accelerator, tracker, str(out), settings)
 
+    def save_state() -> None:
+        state = run | {"predictor": copied(predictor), "optimizer": optimizer.state_dict()}
+        write_state(out, state | {"options": settings})
+
+    if state is None and accelerator.is_main_process:
+        save_state()  # so that a run which ends before its first validation can be continued
     interrupted, losses = False, list[float]()
     done = run["step"]
     bar = Progress(f"train {options.arch}", options.steps, "steps", done=done, quiet=quiet)
@@ -132,8 +141,7 @@ def fit(
                 if accelerator.is_main_process:
                     now = judged(predictor)
                     keep(run, options.arch, predictor, now, step, sum(losses) / len(losses))
-                    state = run | {"predictor": copied(predictor), "optimizer": optimizer.state_dict()}
-                    write_state(out, state | {"options": settings})
+                    save_state()
                     against = {name: f"{mean_ahead(run['validation'][name]):.4f}" for name in RULES}
                     bar.show(loss=f"{losses[-1]:.3f}", recovery=f"{mean_ahead(now):.4f}", **against)
                     accelerator.log(flat(now) | {"loss": sum(losses) / len(losses)}, step=step)

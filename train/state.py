@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from attention_predictor.errors import CheckpointError, ConfigError, one_line
+from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.predictor.checkpoint import WEIGHTS_FILE
 from attention_predictor.writing import write_atomically
 
@@ -28,13 +30,11 @@ def write_state(directory: Path, state: dict[str, Any]) -> None:
 def read_state(directory: Path, options: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
     """The state of the run in `directory`; `None` if there is nothing to continue.
 
-    ConfigError if there is and `resume` is not asked for, if its `options` were others, or if a finished predictor is
-    there; CheckpointError for a file that can't be read or was not written by `write_state`.
+    ConfigError if there is and `resume` is not asked for, or if its `options` were others; CheckpointError for a file
+    that can't be read or was not written by `write_state`.
     """
     path = directory / STATE_FILE
     if not path.exists():
-        if (directory / WEIGHTS_FILE).exists():
-            raise ConfigError(f"{directory}: a predictor is here already; choose another directory, or delete this one")
         return None
     if not resume:
         raise ConfigError(f"{path}: an unfinished run is here; continue it with --resume, or delete the file")
@@ -49,13 +49,34 @@ def read_state(directory: Path, options: dict[str, Any], *, resume: bool) -> dic
         )
     if missing := sorted(PARTS - state.keys()):
         raise CheckpointError(f"{path}: not a training state, lacks {', '.join(missing)}")
-    before = state["options"]
-    differing = [
-        f"{name} was {before.get(name)!r}, is {value!r}" for name, value in options.items() if before.get(name) != value
-    ]
-    if differing:
-        raise ConfigError(f"{path}: the unfinished run had other options ({'; '.join(differing)})")
+    if others := _others(state["options"], options):
+        raise ConfigError(f"{path}: the unfinished run had other options ({others})")
     return state
+
+
+def read_finished(directory: Path, options: dict[str, Any], *, resume: bool, block_size: int) -> dict[str, Any] | None:
+    """The metrics of the finished predictor in `directory`; `None` if there is none, or an unfinished run.
+
+    ConfigError if there is and `resume` is not asked for, or if it was trained with other `options`.
+    """
+    if (directory / STATE_FILE).exists() or not (directory / WEIGHTS_FILE).exists():
+        return None
+    if not resume:
+        raise ConfigError(
+            f"{directory}: a predictor is here already; choose another directory, delete this one, or give --resume to "
+            "keep it"
+        )
+    facts = AttentionPredictor.from_pretrained(directory, block_size=block_size).training_facts
+    if others := _others(facts.get("options", {}), options):
+        raise ConfigError(f"{directory}: the predictor here was trained with other options ({others})")
+    return facts["metrics"]
+
+
+def _others(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The options that differ, in words."""
+    return "; ".join(
+        f"{name} was {before.get(name)!r}, is {value!r}" for name, value in now.items() if before.get(name) != value
+    )
 
 
 def restore(directory: Path, state: dict[str, Any], predictor: nn.Module, optimizer: torch.optim.Optimizer) -> None:

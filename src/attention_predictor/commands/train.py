@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cpu, or auto: the device that accelerate finds (default: %(default)s)",
     )
     add("--tracker", default="none", choices=TRACKERS, help="log metrics to this service too (default: %(default)s)")
-    add("--resume", action="store_true", help="continue the unfinished run in CKPT")
+    add("--resume", action="store_true", help="continue the unfinished run in CKPT; keep a finished predictor")
     add("--json", action="store_true", help="print all metrics as one JSON object")
 
 
