@@ -275,6 +275,11 @@ class OffloadConfig:
         return self.late_fetch
 
     @property
+    def uses_kernels(self) -> bool:
+        """Whether compiled kernels serve where they can be built."""
+        return self.kernels == AUTO
+
+    @property
     def code_bits(self) -> int | None:
         """Bits of a code of blocks in host memory; ``None``: blocks are not coded."""
         return CODE_BITS[self.host_kv]

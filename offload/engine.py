@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_predictor.errors import ConfigError
+from attention_predictor.kinds import SEED
 from attention_predictor.offload.generation import Sampling, generate
 from attention_predictor.offload.hf.attachment import Attachment
 from attention_predictor.offload.hf.cache import TieredCache
-from attention_predictor.offload.hf.forwards import check_positions
+from attention_predictor.offload.hf.forwards import cached_length, check_positions
 from attention_predictor.offload.hf.graph import CapturedSteps
-from attention_predictor.offload.inputs import COUNT, SEED, check, check_batch, check_vocabulary
+from attention_predictor.offload.inputs import COUNT, check, check_batch, check_vocabulary
 from attention_predictor.offload.requests.prefix import Prefix, read_prefix
 from attention_predictor.offload.requests.request import Request
 from attention_predictor.offload.requests.stream import PLACES, Stream, finish
@@ -156,7 +157,7 @@ class Engine:
             ]
             for request in requests:
                 check_vocabulary(self.runtime, request.ids_T)
-                self.check_fits(batch=1, tokens=len(request.ids_T) + max_new_tokens - 1)
+                self.check_fits(batch=1, tokens=cached_length(len(request.ids_T), max_new_tokens))
             places = max(min(PLACES, len(requests)), 1)
             return finish(self.stream(requests, places=places, prefill_chunk_size=prefill_chunk_size), requests)
         check("max_new_tokens", max_new_tokens, COUNT)
@@ -164,7 +165,7 @@ class Engine:
         check("seed", seed, SEED, or_none=True)
         check_batch(self.runtime, input_ids, attention_mask)
         batch, tokens = input_ids.shape
-        self.check_fits(batch=batch, tokens=tokens + max_new_tokens - 1)  # the last one chosen is never read
+        self.check_fits(batch=batch, tokens=cached_length(tokens, max_new_tokens))
         settings = self.model.generation_config
         return generate(
             self.model,

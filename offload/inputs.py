@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from attention_predictor.errors import ConfigError
-from attention_predictor.kinds import Kind, is_whole, whole
+from attention_predictor.kinds import Kind, whole
 from attention_predictor.offload.runtime import Runtime
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 COUNT = whole(1)
-# Those torch takes.
-SEED = Kind(read=int, rules=lambda: [("an integer of 64 bits", lambda x: is_whole(x) and -(2**63) <= x < 2**64)])
 
 
 def check(name: str, value: object, kind: Kind, *, or_none: bool = False) -> None:

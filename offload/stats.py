@@ -18,7 +18,7 @@ class Stats:
     """Counts over all layers and sequences since the engine was attached (or ``reset``).
 
     Attributes:
-        steps: Decoding steps, counted in the first offloaded layer (one a token).
+        steps: Decoding steps, counted in the first tiered layer (one a token).
         captured_steps: How many of them were captured steps (``offload/hf/graph.py``).
         wanted_blocks, hit_blocks: Blocks that attention read, and how many of them were resident before any late
             fetch.

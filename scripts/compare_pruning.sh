@@ -4,20 +4,24 @@
 # Usage: scripts/compare_pruning.sh DATA HELDOUT OUT [DEVICE]
 #   DATA     texts to score layers on: a .txt file or a directory of .txt files
 #   HELDOUT  other texts, for perplexity
-# Environment variables: MODEL, LAYERS (largest number to remove), BETA, CONTEXT, DOCUMENTS and SEEDS (number of random orders). Layers
-# are scored once per OUT: a run with another BETA uses the same scores. Tables are printed, and saved in OUT/beta-<β>/ with a plot.
+# Environment variables: MODEL, LAYERS (largest number to remove), BETA, CONTEXT, DOCUMENTS and SEEDS (number of random orders); PYTHON
+# sets the interpreter. Layers are scored once per OUT: a run with another BETA uses the same scores, one with another MODEL, DATA,
+# CONTEXT or DOCUMENTS needs another OUT. Tables are printed, and saved in OUT/beta-<β>/ with a plot.
 set -euo pipefail
-data=$1 heldout=$2 out=$3 device=${4:-cpu} beta=${BETA:-0.3}
-for place in "$data" "$heldout"; do
-    [ -e "$place" ] || { echo "compare_pruning.sh: $place: no such file or directory" >&2; exit 2; }
-done
-folder=$out/beta-$beta
+refuse() { echo "compare_pruning.sh: $1" >&2; exit 2; }
+[ $# -ge 3 ] || refuse "expected DATA HELDOUT OUT [DEVICE]"
+data=$1 heldout=$2 out=$3 device=${4:-cpu} beta=${BETA:-0.3} context=${CONTEXT:-2048} documents=${DOCUMENTS:-16}
+for place in "$data" "$heldout"; do [ -e "$place" ] || refuse "$place: no such file or directory"; done
+folder=$out/beta-$beta scored="${MODEL:-} $data $context $documents"
 mkdir -p "$folder"
+[ ! -f "$out/scored" ] || [ "$(cat "$out/scored")" = "$scored" ] || refuse "$out holds scores of other settings: $(cat "$out/scored")"
+echo "$scored" >"$out/scored"
+attnpred() { "${PYTHON:-python3}" -m attention_predictor.cli "$@"; }
 by=(--data "$data")
 for scores in "$out"/beta-*/scores.json; do
     [ -e "$scores" ] && by=(--scores "$scores")
 done
 attnpred prune "${by[@]}" --sweep "$heldout" --layers "${LAYERS:-7}" --beta "$beta" --seeds "${SEEDS:-10}" --device "$device" \
-    --context "${CONTEXT:-2048}" --documents "${DOCUMENTS:-16}" ${MODEL:+--model "$MODEL"} \
+    --context "$context" --documents "$documents" ${MODEL:+--model "$MODEL"} \
     --out "$folder" --plot "$folder/sweep.png" | tee "$folder/sweep.txt"
 attnpred prune --plan-only --scores "$folder/scores.json" --beta "$beta" | tee "$folder/plan.txt"

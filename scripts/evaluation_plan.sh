@@ -1,6 +1,6 @@
 # Sourced by reproduce_pocket.sh and reproduce_real.sh: finds the data, plans benchmarks, runs them in one process that loads the
-# model once (`attnpred eval several`), and makes one report. Reads $data, $out, $device, $policies, $budgets, $known (parts) and the array $more;
-# PARTS, TASKS, PROCESSES and PYTHON from the environment.
+# model once (`attnpred eval several`), and makes one report. Reads $data, $out, $device, $policies, $budgets, $parts, $known (parts that there
+# are) and the array $more; TASKS, PROCESSES and PYTHON from the environment.
 refuse() { echo "$(basename "$0"): $1" >&2; exit 2; }
 for part in texts longbench; do
     [ -d "$data/$part" ] || refuse "$data/$part: no such directory"
@@ -10,6 +10,8 @@ tasks=${TASKS:-$(cd "$data/longbench" && ls | sed -n 's/\.jsonl$//p' | paste -sd
 kinds=$(cd "$data/texts" && ls | sed -n 's/__.*\.txt$//p' | sort -u)
 sources=() && for kind in $kinds; do sources+=(--data "$kind=$data/texts/${kind}__*.txt"); done
 [ -n "$kinds" ] || sources=(--data "texts=$data/texts")
+without=$(cd "$data/texts" && ls | grep '\.txt$' | grep -vc '__' || true)
+[ -z "$kinds" ] || [ "$without" = 0 ] || refuse "$data/texts: $without files have no kind, others have one: expected <kind>__<name>.txt of all, or of none"
 
 for part in ${parts//,/ }; do
     [[ ,$known, == *,$part,* ]] || refuse "PARTS: '$part' is not allowed: expected some of $known"

@@ -286,6 +286,10 @@ class TestConfig:
             OffloadConfig(**changes)
         assert "\n" not in str(caught.value)
 
+    def test_attach_takes_settings_of_this_class(self, tiny_model):
+        with pytest.raises(ConfigError, match="attach takes an OffloadConfig, got dict"):
+            attach(tiny_model(), {"budget": 512})
+
     def test_fields_are_keyword_only_and_frozen(self):
         with pytest.raises(TypeError):
             OffloadConfig(512)

@@ -105,7 +105,7 @@ def test_flashinfer_is_asked_for_where_it_can_be(capsys: pytest.CaptureFixture[s
             "--lengths 900,200: expected the shortest and the longest",
         ),
         (["requests", "--new-tokens", "0"], "--new-tokens 0: expected at least 1"),
-        (["requests", "--ways", "ours,theirs"], "--ways theirs: expected some of ours, device"),
+        (["requests", "--ways", "ours,theirs"], "--ways 'theirs' is not known: expected some of ours, device"),
         (["decode", "--context", "300", "--steps", "400"], "--context 300: expected at least 409, for the 408 steps"),
         (
             ["decode", "--synthetic", "--context", "80", "--steps", "9"],
@@ -122,10 +122,17 @@ def test_flashinfer_is_asked_for_where_it_can_be(capsys: pytest.CaptureFixture[s
             "--steps 1017: too many for the floor's",
         ),
         (["throughput", "--batches", "1,0", "--shape", "tiny"], "--batches 1,0: expected numbers from 1 on"),
+        (["stream", "--places", "0", "--shape", "tiny"], "--places 0: expected numbers from 1 on"),
+        (["stream", "--lengths", "0,5", "--shape", "tiny"], "--lengths 0,5: expected numbers from 1 on"),
+        (["decode", "--contexts", "-512,512", "--shape", "tiny"], "--contexts -512,512: expected numbers from 1 on"),
+        (["prefill", "--ways", "ours, fast"], "--ways 'fast' is not known: expected some of ours, bare, device"),
+        (["prefill", "--ways", "ours, offloaded"], "--ways offloaded: it needs a CUDA device, found cpu"),
+        (["requests", "--fres"], "unrecognized arguments: --fres"),
         (["throughput", "--ways", "floor,resident", "--shape", "tiny"], "--ways floor: its context is fixed"),
         (["throughput", "--host-kv", "int2", "--shape", "tiny"], "--host-kv int2: expected one of auto, int8, int4"),
         (["throughput", "--contexts", "100", "--shape", "tiny"], "--contexts 100: expected at least 112"),
         (["decode", "--dtype", "int8", "--shape", "tiny"], "--dtype int8: expected one of auto, "),
+        (["decode", "--dtype", "packed", "--shape", "tiny"], "--dtype packed: --shape has weights of one of auto, "),
     ],
 )
 def test_bad_input_is_one_line(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,9 +114,12 @@ class TestGenerate:
             (("--prompt", "x", "--predictor", "nowhere"), "nowhere: no such checkpoint"),
             (("--prompt", "x", "--model", "nowhere/at-all"), "cannot load a tokenizer from 'nowhere/at-all'"),
             (("--prompt", "x", "--device", "abacus"), "device='abacus' can't be used"),
-            (("--prompt", "x", "--dtype", "int3"), "dtype='int3' is not allowed"),
+            (("--prompt", "x", "--dtype", "int3"), "--dtype int3: expected one of auto, float32"),
             (("--prompt", "x", "--max-new-tokens", "0"), "--max-new-tokens 0: expected at least 1"),
             (("--prompt", "x", "--temperature", "-2"), "--temperature -2: expected 0 or more"),
+            (("--prompt", "x", "--seed", str(2**64)), "--seed 18446744073709551616: expected an integer of 64 bits"),
+            (("--prompt", "x", "--budget", str(2**70)), "--budget 1180591620717411303424: expected an integer"),
+            (("--prompt", "x", "--max-new", "3"), "unrecognized arguments: --max-new 3"),
             (("--prompt", "x", "--chat"), "has no chat template"),
             (("--prompt", "x", "--max-new-tokens", "20000"), "the model has positions for 10240"),
             (("--prompt", "x", "--max-new-tokens", "20000", "--no-offload"), "the model has positions for 10240"),
@@ -267,7 +270,10 @@ class TestRecordTrainEval:
             (("record", "--data", "nowhere", "--out", "x"), "nowhere"),
             (("record", "--data", ".", "--out", "x", "--max-tokens", 200), "--max-tokens 200: expected more than"),
             (("record", "--data", ".", "--out", "x", "--steps", 64), "--steps above 64"),
-            (("record", "--data", ".", "--out", "x", "--budgets", "few"), "expected numbers separated by commas"),
+            (
+                ("record", "--data", ".", "--out", "x", "--budgets", "few"),
+                "expected numbers from 1 on, separated by commas",
+            ),
             (("record", "--data", ".", "--out", "x", "--predictor", "best"), "best: no such checkpoint"),
             (("train", "--data", "nowhere", "--out", "x"), "nowhere"),
             (("eval", "recovery", "--data", "nowhere"), "cannot read text from nowhere"),
@@ -277,7 +283,10 @@ class TestRecordTrainEval:
                 ("eval", "recovery", "--data", "x", "--rule", "quest,budget=big"),
                 "budget='big' is not allowed: expected an integer",
             ),
-            (("eval", "recovery", "--data", "x", "--budgets", "few"), "expected numbers separated by commas"),
+            (
+                ("eval", "recovery", "--data", "x", "--budgets", "few"),
+                "expected numbers from 1 on, separated by commas",
+            ),
         ],
     )
     def test_bad_input(self, capsys, arguments, message, monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.tiny_models import make_tiny_model
 
-from attention_predictor.errors import HostMemoryError
+from attention_predictor.errors import ContextLengthError, HostMemoryError
 from attention_predictor.eval.harness import evaluated_model
 from attention_predictor.eval.harness.attached_model import AttachedModel
 from attention_predictor.eval.harness.evaluated_model import EvaluatedModel
@@ -93,6 +93,19 @@ def test_texts_of_no_and_one_token(text: list[int]) -> None:
         assert ("answer_log_likelihood" in found) == bool(text)
         if text:
             assert found["answer_log_likelihood"] == sum(subject.log_likelihoods(PROMPT, text))
+
+
+@pytest.mark.parametrize("policy", ["predictor", "full"])
+def test_what_fits_exactly_is_not_refused(policy: str) -> None:
+    """The last token is never cached."""
+    model = make_tiny_model(max_position_embeddings=400)
+    prompt = (PROMPT * 2)[:376]
+    with AttachedModel(model, variant(policy)) as attached, attached.sample() as engine:
+        subject = EvaluatedModel(model, engine)
+        assert len(subject.generate(prompt, 25, min_new_tokens=25)) == 25
+        assert len(subject.log_likelihoods(prompt, (REFERENCE * 2)[:25])) == 25
+        with pytest.raises(ContextLengthError):
+            subject.generate(prompt, 26)
 
 
 def test_a_copy_goes_its_own_way_from_the_original() -> None:

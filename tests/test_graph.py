@@ -392,7 +392,10 @@ class TestEngineGenerate:
         ("arguments", "message"),
         [
             ({"max_new_tokens": 0}, "max_new_tokens=0 is not allowed: expected at least 1"),
-            ({"max_new_tokens": 1, "temperature": -1.0}, "temperature=-1.0 is not allowed: expected 0, or 1e-06 or more"),
+            (
+                {"max_new_tokens": 1, "temperature": -1.0},
+                "temperature=-1.0 is not allowed: expected 0, or 1e-06 or more",
+            ),
             ({"max_new_tokens": 1, "top_p": 0.0}, "top_p=0.0 is not allowed"),
             ({"max_new_tokens": 1, "attention_mask": torch.ones(1, 3)}, r"attention_mask is \[1, 3\], input_ids"),
         ],

@@ -625,7 +625,10 @@ class TestCommand:
             (("--tasks", "trec", "--budgets", "128"), "budget=128 is not allowed: expected at least"),
             (("--tasks", "qasper"), "no chat template: qasper needs one; --no-chat gives prompts as they are"),
             (("--tasks", "trec", "--data", "nowhere"), "--data nowhere: no such directory, and not hub"),
-            (("--tasks", "trec", "--e", "--data", "{empty}"), "cannot read {empty}/trec_e.jsonl: No such file"),
+            (
+                ("--tasks", "trec", "--e", "--data", "{empty}"),
+                "--data {empty}: no trec_e.jsonl in it; --tasks chooses among those that are: none",
+            ),
             (
                 ("--tasks", "trec", "--max-length", "4090"),
                 "--max-length 4090: expected 2 to 4032, the model's 4096 less",

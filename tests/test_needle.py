@@ -129,7 +129,7 @@ class TestCommand:
         [
             (("--lengths", "5000"), "length 5000: the model has positions for 4096 tokens"),
             (("--lengths", "60"), "task 60: length 60 is too short; a sample without filler has "),
-            (("--lengths", "x"), "--lengths x: expected numbers separated by commas"),
+            (("--lengths", "x"), "--lengths x: expected numbers from 1 on, separated by commas"),
             (("--lengths", "400,400"), "--lengths 400,400: a value is given twice"),
             (("--depths", "0,101"), "--depths 101: expected percentages, from 0 to 100"),
             (("--samples", "0"), "--samples 0: expected at least 1"),

@@ -67,6 +67,17 @@ def test_what_was_done_before_is_no_work_of_now() -> None:
     assert own == "a line of its own"
 
 
+def test_work_that_is_counted_anew() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with Progress("prefill", 5, "tokens", stream=stream, clock=clock) as progress:
+        clock.now = 60
+        progress.update()
+        progress.describe("decoding", anew=True)
+        clock.now = 64
+        progress.update(4)
+    assert stream.getvalue().splitlines()[-1] == "decoding: 5 of 5 tokens, 1.0 tokens a second, in 4 s"
+
+
 def test_nothing_to_do_says_nothing() -> None:
     stream = io.StringIO()
     with Progress("a", 3, "samples", done=3, stream=stream):

@@ -98,13 +98,14 @@ def test_score_files(tmp_path):
         return tmp_path / name
 
     bi, q = written("bi.json", {"bi": [1, 2, 3]}), written("q.json", {"q_similarity": [0.1, None, 0.3], "more": 1})
-    scores = read_scores([bi, q])
+    scores, model = read_scores([bi, q])
+    assert model is None
     assert scores == {"bi": [1, 2, 3], "q_similarity": [0.1, None, 0.3]}
     assert order(importance(scores, "bi")) == [0, 1, 2]
     with pytest.raises(DataError, match=r"--metric tappa needs q_similarity of each layer: layers \[1\] have none"):
         importance(scores, "tappa")
     with pytest.raises(DataError, match="--metric qsim needs q_similarity of each layer, which no score file has"):
-        importance(read_scores([bi]), "qsim")
+        importance(read_scores([bi])[0], "qsim")
     with pytest.raises(DataError, match=r"different depth: bi of 3 layers in .*, q_similarity of 2 layers"):
         read_scores([bi, written("short.json", {"q_similarity": [1, 2]})])
     with pytest.raises(DataError, match=r"bi is in .*bi.json too"):
@@ -112,11 +113,13 @@ def test_score_files(tmp_path):
     theirs = {"model": "some-7b", "score_type": "BI", "scores": [1, 2, 3]}
     other = {"model": "other-7b", "score_type": "q_similarity", "scores": [0.1, 0.2, 0.3]}
     published = written("published.json", theirs)
-    assert read_scores([published, q]) == scores
-    assert read_scores([published, written("same.json", other | {"model": "some-7b"})]) == {
-        "bi": [1, 2, 3],
-        "q_similarity": [0.1, 0.2, 0.3],
-    }
+    assert read_scores([published, q]) == (scores, "some-7b")
+    ours = {"q_similarity": [0.1, 0.2, 0.3], "settings": {"model": "shorter-7b", "scores_of": "some-7b"}}
+    for same in (other | {"model": "some-7b"}, ours):
+        found = {"bi": [1, 2, 3], "q_similarity": [0.1, 0.2, 0.3]}
+        assert read_scores([published, written("same.json", same)]) == (found, "some-7b")
+    with pytest.raises(DataError, match=r"different models: some-7b in .*published.json, mine in .*mine.json"):
+        read_scores([published, written("mine.json", ours | {"settings": {"model": "mine"}})])
     with pytest.raises(DataError, match=r"different models: some-7b in .*published.json, other-7b in .*other.json"):
         read_scores([published, written("other.json", other)])
     for bad, message in (
@@ -343,7 +346,7 @@ def prune(*words: object) -> int:
     return main(["prune", *map(str, words)])
 
 
-def test_from_texts_to_a_model_and_its_plan(tiny, texts, tmp_path, capsys):
+def test_from_texts_to_a_model_and_its_plan(tiny, texts, tmp_path, capsys, caplog):
     out = tmp_path / "out"
     assert prune("--model", tiny, "--data", texts, "--context", 200, "--layers", 2, "--beta", 0.2, "--out", out) == 0
     shown = capsys.readouterr().out
@@ -369,9 +372,18 @@ def test_from_texts_to_a_model_and_its_plan(tiny, texts, tmp_path, capsys):
     # The same scores remove other layers, without text.
     other = tmp_path / "other"
     assert prune("--model", tiny, "--scores", scores, "--metric", "qsim", "--layers", 1, "--out", other) == 0
+    assert "--scores are of" not in caplog.text
     assert json.loads((other / "scores.json").read_text())["removed"] == [
         max(range(4), key=saved["q_similarity"].__getitem__)
     ]
+    # Of a model of another name that may be the same they serve too, but not without a word.
+    renamed = tmp_path / "renamed"
+    renamed.symlink_to(tiny)
+    again = tmp_path / "again"
+    for at, source in ((again, scores), (tmp_path / "last", again / "scores.json")):
+        assert prune("--model", renamed, "--scores", source, "--metric", "bi", "--layers", 1, "--out", at) == 0
+        assert f"--scores are of {str(tiny)!r}, --model is {str(renamed)!r}" in caplog.text
+        caplog.clear()
 
 
 def test_a_sweep_from_the_command_line(tiny, texts, tmp_path, capsys):

@@ -186,6 +186,8 @@ def test_only_what_is_still_to_record_needs_room(saved, tmp_path, capsys, monkey
     assert main(command(model, data, out)) == 0
     assert "recording 1 documents" in capsys.readouterr().out
     assert asked == [2 * 2 * 2 * 2 * 70 * (400 // 16)]
+    assert main(command(model, data, out)) == 0
+    assert capsys.readouterr().out == f"all 3 documents are in {out}\n"
 
 
 def test_settings_of_a_recording_are_kept(saved, tmp_path, capsys):

@@ -82,7 +82,14 @@ def test_reproduce_pocket(tmp_path: Path, processes: str) -> None:
     assert {path: path.read_text() for path in out.glob("*/*/*.jsonl")} == lines
 
 
+WHY = "others have one: expected <kind>__<name>.txt of all, or of none"
+
+
 def test_reproduce_says_what_is_missing(tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    write_longbench(mixed / "longbench", ["trec"])
+    write_texts(mixed / "texts")
+    (mixed / "texts" / "books__a.txt").write_text("x")
     for script, arguments, said in (
         ("reproduce_pocket.sh", [], "expected DATA OUT [DEVICE [MORE…]]"),
         ("reproduce_pocket.sh", [tmp_path, tmp_path / "out"], f"{tmp_path}/texts: no such directory"),
@@ -90,6 +97,10 @@ def test_reproduce_says_what_is_missing(tmp_path: Path) -> None:
         ("reproduce_real.sh", ["model", tmp_path, tmp_path / "out"], f"{tmp_path}/texts: no such directory"),
         ("train_predictor.sh", [tmp_path], "expected TEXTS HELDOUT OUT [DEVICE] [MORE…]"),
         ("train_any_model.sh", [tmp_path], "expected DATA OUT [DEVICE]"),
+        ("bench_decode.sh", [], "expected OUT [SHAPE] [MORE…]"),
+        ("compare_allocation.sh", [tmp_path], "expected DATA OUT [DEVICE]"),
+        ("compare_pruning.sh", [tmp_path, tmp_path], "expected DATA HELDOUT OUT [DEVICE]"),
+        ("reproduce_pocket.sh", [mixed, tmp_path / "out"], f"{mixed}/texts: 2 files have no kind, {WHY}"),
         ("train_any_model.sh", [tmp_path, tmp_path / "out"], f"{tmp_path}/texts: no such directory"),
     ):
         command = ["bash", str(SCRIPTS / script), *map(str, arguments)]

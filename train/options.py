@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass, fields
 
 from attention_predictor.errors import ConfigError
-from attention_predictor.kinds import Kind, number, one_of, whole
+from attention_predictor.kinds import SEED, Kind, number, one_of, whole
 
 # Architectures that can be trained, and the number of steps of a document per sample. Neighbouring steps add little,
 # and the window network can't share work between steps.
@@ -17,7 +17,7 @@ TRACKERS = ("none", "tensorboard", "wandb")
 NAMES: dict[str, Kind] = {"arch": one_of(sorted(TARGETS)), "loss": one_of(LOSSES), "precision": one_of(PRECISIONS)}
 NUMBERS: dict[str, Kind] = {
     **dict.fromkeys(("horizon", "steps", "batch", "log_every"), whole(1)),
-    "seed": whole(),
+    "seed": SEED,
     "lr": number("above 0, at most 1", lambda rate: 0 < rate <= 1),
     "val_fraction": number("a share above 0, at most 0.9", lambda share: 0 < share <= 0.9, "SHARE"),
 }

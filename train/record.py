@@ -109,6 +109,8 @@ def _record(args: argparse.Namespace, launcher: Launcher) -> int:
         before = documents[max(number - 1, 0)]
         return number > 0 and before.group == documents[number].group and taken(before) == found
 
+    if not any(missing) and launcher.is_main:
+        print(f"all {len(documents)} documents are in {args.out}")
     sample = [found for number in left[:: len(left) // SAMPLE + 1] if (found := taken(documents[number])) is not None]
     if sample and (launcher.is_main or ranks > 1):
         time = in_words(len(left) * seconds_a_document(model, sample, defaults))

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from attention_predictor.errors import CheckpointError, ConfigError, one_line
-from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.predictor.checkpoint import WEIGHTS_FILE
+from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.writing import write_atomically
 
 FORMAT_VERSION = 1

@@ -15,7 +15,7 @@ from attention_predictor.eval.analysis.patterns import CLASSES
 from attention_predictor.eval.analysis.scatter import plot_similarity
 from attention_predictor.eval.analysis.summary import FILES, Head, Summary, summarise
 from attention_predictor.eval.display.text_table import text_table
-from attention_predictor.eval.harness.prompts import context_length
+from attention_predictor.eval.harness.prompts import check_context
 from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.eval.harness.runner import Plan, run
 from attention_predictor.eval.harness.windows import Windows, parse_sources
@@ -43,9 +43,7 @@ def main(args: argparse.Namespace) -> int:
     plan = Plan.of(args)
     selection = Selection.of(OffloadConfig(budget=args.budget))
     check_model(args.model)
-    context = context_length(args.model)
-    if context is not None and args.context > context:
-        raise ConfigError(f"--context {args.context}: the model has positions for {context} tokens")
+    check_context(args.model, args.context)
     if not args.budget < args.context - args.tail:
         raise ConfigError(f"--budget {args.budget}: expected less than --context minus --tail")
     tokenizer = load_tokenizer(args.model)

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from attention_predictor.errors import ConfigError, one_line
-from attention_predictor.eval.bench.cache_setups import CACHE_SETUPS, CacheSetup, check_setups
+from attention_predictor.errors import one_line
+from attention_predictor.eval.bench.cache_setups import CACHE_SETUPS, CacheSetup, named_setup, names_in
 from attention_predictor.eval.bench.resident_step import ResidentStep, resident, resident_cache
 from attention_predictor.eval.bench.static_step import StaticStep, StockModelError, plain_static_cache
 from attention_predictor.offload.config import OffloadConfig
@@ -35,11 +35,9 @@ def choose_setups(names: str | None, device: torch.device) -> list[str]:
         if device.type != "cuda":
             setups = {name: setup for name, setup in setups.items() if not setup.needs_gpu and setup.kind != "static"}
         return list(setups)
-    asked = names.split(",")
-    check_setups(asked)
+    asked = names_in(names)
     for name in asked:
-        if CACHE_SETUPS[name].needs_gpu and device.type != "cuda":
-            raise ConfigError(f"--ways {name}: it needs a CUDA device, found {device}")
+        named_setup(name, CACHE_SETUPS, device.type)
     return [name for name in CACHE_SETUPS if name in asked]
 
 

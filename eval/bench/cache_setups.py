@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -66,8 +66,16 @@ PREFILL_SETUPS = {
 }
 
 
-def check_setups(names: Sequence[str]) -> None:
-    """Raise ``ConfigError`` for a name that is not in ``CACHE_SETUPS``."""
-    for name in names:
-        if name not in CACHE_SETUPS:
-            raise ConfigError(f"--ways {name!r} is not known: expected some of {', '.join(CACHE_SETUPS)}")
+def names_in(ways: str, known: Iterable[str] = CACHE_SETUPS) -> list[str]:
+    """The names in ``--ways``, such as ``"graph,device"``; ``ConfigError`` for one that is not known."""
+    names = [name.strip() for name in ways.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"--ways {unknown[0]!r} is not known: expected some of {', '.join(known)}")
+    return names
+
+
+def named_setup(name: str, setups: Mapping[str, CacheSetup], device: str) -> CacheSetup:
+    """A setup named in ``--ways``; ``ConfigError`` if it can't be measured on a device of this type."""
+    if setups[name].needs_gpu and device != "cuda":
+        raise ConfigError(f"--ways {name}: it needs a CUDA device, found {device}")
+    return setups[name]

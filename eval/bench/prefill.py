@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from attention_predictor.arithmetic import ceil_div
 from attention_predictor.errors import HostMemoryError, one_line
 from attention_predictor.eval.bench.cache_sessions import open_cache, why_too_large
-from attention_predictor.eval.bench.cache_setups import PREFILL_SETUPS, STOCK, CacheSetup
+from attention_predictor.eval.bench.cache_setups import PREFILL_SETUPS, STOCK, CacheSetup, named_setup, names_in
 from attention_predictor.eval.bench.device import release, wait
 from attention_predictor.eval.bench.random_models import random_ids, random_or_loaded
 from attention_predictor.eval.bench.timing_report import Row, report
@@ -28,9 +28,11 @@ from attention_predictor.sizes import size_text
 
 def main(args: argparse.Namespace) -> int:
     chunk = args.context if args.chunk is None else args.chunk
-    names = [name.strip() for name in args.ways.split(",")]
     device = find_device(args.device)
-    setups = [PREFILL_SETUPS[name] for name in names if device.type == "cuda" or not PREFILL_SETUPS[name].needs_gpu]
+    if args.ways is None:
+        setups = [one for one in PREFILL_SETUPS.values() if device.type == "cuda" or not one.needs_gpu]
+    else:
+        setups = [named_setup(name, PREFILL_SETUPS, device.type) for name in names_in(args.ways, PREFILL_SETUPS)]
     model = random_or_loaded(args, device, args.context)
     ids_BT = random_ids(model, args.context, args.seed, batch=args.batch)
 

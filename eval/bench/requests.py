@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from attention_predictor.commands.bench.requests import NAMES
 from attention_predictor.errors import HostMemoryError, one_line
+from attention_predictor.eval.bench.cache_setups import names_in
 from attention_predictor.eval.bench.device import release, wait
 from attention_predictor.eval.bench.random_models import random_or_loaded
 from attention_predictor.eval.bench.timing_report import Row, report
@@ -31,7 +32,7 @@ from attention_predictor.sizes import size_text
 
 
 def main(args: argparse.Namespace) -> int:
-    setups = args.ways.split(",")
+    setups = names_in(args.ways, NAMES)
     device = find_device(args.device)
     model = random_or_loaded(args, device, args.context + args.new_tokens)
     rows: list[dict[str, Any]] = []

@@ -170,7 +170,7 @@ class SyntheticCache:
 
     def _random(self, number: int) -> dict[str, Any]:
         """How random numbers of a layer are made: the same at every call."""
-        generator = torch.Generator(self.device).manual_seed(self.seed << 16 | number)
+        generator = torch.Generator(self.device).manual_seed((self.seed << 16 | number) % 2**63)
         return {"generator": generator, "device": self.device}
 
     def _spans(self, query_GhQD: Tensor, scaling: float, made: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -84,8 +84,6 @@ class NeedleTest(FixedLengthBenchmark):
         for option, given in (("--depths", depths), ("--lengths", lengths)):
             if len(set(given)) < len(given):
                 raise ConfigError(f"{option} {','.join(map(str, given))}: a value is given twice")
-        if samples < 1:
-            raise ConfigError(f"--samples {samples}: expected at least 1")
         super().__init__(tokenizer, chat=chat, context=context, count=samples * len(depths), seed=seed)
         self.tasks = tuple(map(str, lengths))
         self.haystack, self.depths, self.needles = haystack, tuple(depths), tuple(needles)
@@ -158,7 +156,7 @@ def main(args: argparse.Namespace) -> int:
         load_tokenizer(args.model),
         Haystack(read_texts(args.data)),
         whole_numbers("--lengths", args.lengths),
-        whole_numbers("--depths", args.depths),
+        whole_numbers("--depths", args.depths, least=0),
         samples=args.samples,
         needles=read_needles(args.needles),
         chat=args.chat,

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from attention_predictor.errors import HostMemoryError
 from attention_predictor.offload.engine import Engine
-from attention_predictor.offload.hf.forwards import check_positions
+from attention_predictor.offload.hf.forwards import cached_length, check_positions
 from attention_predictor.offload.hf.placement import input_device
 from attention_predictor.offload.hf.versions import makes_own_cache, with_cache
 
@@ -45,7 +45,7 @@ class EvaluatedModel:
         Raises:
             ContextLengthError, HostMemoryError: Prompt and new tokens don't fit; nothing was computed.
         """
-        self._check_fits(len(prompt) + max_new_tokens)
+        self._check_fits(len(prompt), max_new_tokens)
         return self._generate(prompt, max_new_tokens, stop, options)[0, len(prompt) :].tolist()
 
     def predict(
@@ -92,7 +92,7 @@ class EvaluatedModel:
         Raises:
             ContextLengthError, HostMemoryError: Prompt and text don't fit; nothing was computed.
         """
-        self._check_fits(len(prompt) + tokens)
+        self._check_fits(len(prompt), tokens)
         cache = self.new_cache()
         ids_1L = torch.tensor([list(prompt)], device=input_device(self.model))
         if tokens:
@@ -120,7 +120,7 @@ class EvaluatedModel:
         **options: Any,
     ) -> tuple[list[int], list[float]]:
         """``generate``, and ``log_likelihoods`` of a text; the prompt is prefilled once if memory holds two caches."""
-        self._check_fits(len(prompt) + max(max_new_tokens, len(text)))
+        self._check_fits(len(prompt), max(max_new_tokens, len(text)))
         if makes_own_cache(self.model) or getattr(self.model.generation_config, "cache_implementation", None):
             return self.generate(prompt, max_new_tokens, stop=stop, **options), self.log_likelihoods(prompt, text)
         cache = self.new_cache()
@@ -161,7 +161,8 @@ class EvaluatedModel:
         """The token ids that end a text of this model."""
         return _ends(self.model)
 
-    def _check_fits(self, tokens: int) -> None:
+    def _check_fits(self, prompt: int, new: int) -> None:
+        tokens = cached_length(prompt, new)
         if self.engine is None:
             check_positions(self.model.config.get_text_config(decoder=True), tokens)
         else:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
+from attention_predictor.commands.window_options import check_window
 from attention_predictor.documents import Document, Excerpt, excerpt, read_documents
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.harness.processes import Processes
@@ -87,8 +88,7 @@ class Windows:
     continuations: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.tail < self.context:
-            raise ConfigError(f"--tail {self.tail}: expected 1 to below --context {self.context}")
+        check_window(self.context, self.tail)
         if self.per_file < 1:
             raise ConfigError(f"--per-file {self.per_file}: expected at least 1")
 

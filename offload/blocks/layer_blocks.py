@@ -82,7 +82,7 @@ class LayerBlocks:
         self.runtime, self.stage, self.number = runtime, stage, number
         self.kv_heads, self.device, self.block_size = kv_heads, device, config.block_size
         shape = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": config.block_size}
-        kernels = config.kernels == "auto"
+        kernels = config.uses_kernels
         options = {"slab_blocks": config.slab_blocks, "memory": runtime.memory, "kernel": kernels}
         self.store = new_store(config.code_bits, **shape, dtype=dtype, **options)
         self.pool = BlockPool(**shape, dtype=dtype, slots=0, device=device)

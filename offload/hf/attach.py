@@ -57,6 +57,8 @@ def attach(model: PreTrainedModel, config: OffloadConfig | None = None) -> Engin
         ConfigError, CheckpointError: The settings, or the predictor they name, are wrong.
     """
     config = config if config is not None else OffloadConfig()
+    if not isinstance(config, OffloadConfig):
+        raise ConfigError(f"attach takes an OffloadConfig, got {type(config).__name__}")
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper calls the model's own forward
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -102,7 +104,7 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment, p
             f"{name} ignores the attention interface: its implementation stayed {decoder.config._attn_implementation!r}"
         )
     for stage in (stage for stage in runtime.stages if stage.device.type == "cuda"):
-        if config.kernels == "auto":
+        if config.uses_kernels:
             ops.prepare(stage.device, _kernels(runtime, decoder.dtype))  # if this fails, layers report why
         warm_up(runtime, stage, decoder.dtype)
     captured, reason = None, policy_class(config.policy).why_never_captured(config)
@@ -135,7 +137,7 @@ def _step_modules(decoder: PreTrainedModel, runtime: Runtime) -> CompiledLayers 
         return CompiledLayers(decoder)
     if (
         config.unfused
-        or config.kernels == "none"
+        or not config.uses_kernels
         or not binding.on_gpu(device)
         or ops.why_no_kernels(device) is not None
     ):
@@ -214,8 +216,7 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig, placement: Plac
     stats = Stats(prefetch=_prefetch(config, placement), evicts=policy_class(config.policy).evicts)
     devices = list(dict.fromkeys(placement.layers.values()))
     memory = HostMemory([device for device in devices if device.type == "cuda"], limit=config.host_memory)
-    captures = config.prefetch in CAPTURING and placement.has_gpu and placement.why_not_captured is None
-    captures = captures and policy_class(config.policy).why_never_captured(config) is None
+    captures = config.prefetch in CAPTURING and _why_never_captured(config, placement) is None
     stages = {device: _make_stage(config, device, text_config.num_hidden_layers) for device in devices}
     runtime = Runtime(
         config=config,
@@ -244,17 +245,19 @@ def _make_stage(config: OffloadConfig, device: torch.device, layers: int) -> Sta
     )
 
 
+def _why_never_captured(config: OffloadConfig, placement: Placement) -> str | None:
+    """Why no step can be captured with these settings for a model that is placed so; ``None`` if steps can."""
+    if reason := policy_class(config.policy).why_never_captured(config) or placement.why_not_captured:
+        return reason
+    return None if placement.has_gpu else f"steps are captured on a CUDA device, the model is on {placement.inputs}"
+
+
 def _prefetch(config: OffloadConfig, placement: Placement) -> str:
-    """How blocks will be fetched with these settings for a model that is placed so, for ``Stats.prefetch``."""
+    """How blocks will be fetched, for ``Stats.prefetch``."""
     if config.prefetch not in CAPTURING:
         return config.prefetch
-    if (reason := policy_class(config.policy).why_never_captured(config)) is not None:
-        return f"thread: {reason}"
-    if (reason := placement.why_not_captured) is not None:
-        return f"thread: {reason}"
-    if not placement.has_gpu:
-        return f"thread: steps are captured on a CUDA device, the model is on {placement.inputs}"
-    return "captured steps, the thread where a step can't be captured"
+    reason = _why_never_captured(config, placement)
+    return "captured steps, the thread where a step can't be captured" if reason is None else f"thread: {reason}"
 
 
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:

@@ -141,7 +141,7 @@ class FixedLayer(CacheLayerMixin):
         stock.keys, stock.values = (
             x.new_empty(0) for x in (key_BGTD, value_BGTD)
         )  # frees the memory of a whole context
-        self.kernel = runtime.config.kernels == "auto" and why_no_kernel(self.ring.key_BGSTD) is None
+        self.kernel = runtime.config.uses_kernels and why_no_kernel(self.ring.key_BGSTD) is None
         shape = (key_BGTD.shape[1], slots)
         self.table = tables.setdefault(shape, RingTable(*shape, size, key_BGTD.device))
 

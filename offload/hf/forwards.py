@@ -198,6 +198,11 @@ class Forwards:
                 raise AttachError(f"{name}: layer {layer.number} has stored {layer.batch} of {batch} sequences")
 
 
+def cached_length(prompt: int, new: int) -> int:
+    """Tokens that a cache holds after a prompt and new tokens; the last one chosen is never read."""
+    return prompt + max(new - 1, 0)
+
+
 def check_positions(text_config: PreTrainedConfig, tokens: int) -> None:
     """Raise ``ContextLengthError`` if the model has positions for fewer tokens."""
     positions = getattr(text_config, "max_position_embeddings", None)

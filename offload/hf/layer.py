@@ -118,7 +118,7 @@ class TieredLayer(CacheLayerMixin):
         spec = LayerSpec(config, self.stage.predictor, B, G, D, self.dtype, self.device)
         self.policy = policy_class(config.policy)(spec)
         self.policy.selection = self.selection
-        wanted = config.kernels == "auto"
+        wanted = config.uses_kernels
         reason = why_no_kernel(self.blocks.pool.key_BGSTD) if wanted else None
         self.kernel = wanted and reason is None
         if reason is not None:

@@ -33,7 +33,7 @@ class PredictorPolicy(Policy):
         super().__init__(spec)
         assert spec.predictor is not None  # attach loads it for this policy
         config = spec.config
-        self.kernels = config.kernels == "auto"
+        self.kernels = config.uses_kernels
         self.prompt_rows = min(config.history, spec.predictor.rows)
         self.history = new_history(
             spec.predictor,

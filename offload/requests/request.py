@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_predictor.errors import ConfigError, LogitsError
+from attention_predictor.kinds import SEED
 from attention_predictor.offload.generation import Sampling, next_logits
 from attention_predictor.offload.hf.cache import TieredCache
-from attention_predictor.offload.hf.forwards import check_positions
-from attention_predictor.offload.inputs import COUNT, SEED, check, check_vocabulary, ids_of_one, token_list
+from attention_predictor.offload.hf.forwards import cached_length, check_positions
+from attention_predictor.offload.inputs import COUNT, check, check_vocabulary, ids_of_one, token_list
 from attention_predictor.offload.requests.prefix import Prefix
 from attention_predictor.offload.runtime import Runtime
 
@@ -131,8 +132,8 @@ class Running:
 
     @property
     def final_length(self) -> int:
-        """Tokens that the cache will hold at most; the last one chosen is never read."""
-        return len(self.ids_T) + self.request.max_new_tokens - 1
+        """Tokens that the cache will hold at most."""
+        return cached_length(len(self.ids_T), self.request.max_new_tokens)
 
     @property
     def steps_are_over(self) -> bool:

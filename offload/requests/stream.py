@@ -251,7 +251,4 @@ def finish(stream: Stream, requests: Sequence[Request]) -> list[Tensor]:
     finally:
         stream.close()
     device = stream.runtime.device
-    return [
-        torch.cat([torch.as_tensor(one.input_ids).to(device), torch.tensor(new[one], device=device)])
-        for one in requests
-    ]
+    return [torch.cat([one.ids_T.to(device), torch.tensor(new[one], device=device)]) for one in requests]

@@ -9,7 +9,7 @@ from typing import Any
 
 from attention_predictor.errors import CheckpointError, ConfigError
 from attention_predictor.gguf_file import GgufFile, check_packages, gguf_files, hub_parts, is_gguf
-from attention_predictor.kinds import Kind, NotAllowedError, whole
+from attention_predictor.kinds import SEED, Kind, NotAllowedError, one_of
 from attention_predictor.kinds import whole_numbers as read_whole_numbers
 from attention_predictor.launcher import Launcher
 from attention_predictor.writing import why_not_writable
@@ -35,9 +35,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device_argument(parser)
     what = f"type of the weights: {', '.join(MODEL_DTYPES)}; auto: the model's own on a GPU, float32 on a CPU;"
-    what += f" {PACKED}: GGUF weights stay quantised (default: %(default)s)"
-    parser.add_argument("--dtype", default=AUTO, metavar="T", help=what)
-    add_option(parser, "--seed", whole(), 0, "random seed")
+    what += f" {PACKED}: GGUF weights stay quantised"
+    add_option(parser, "--dtype", one_of(MODEL_DTYPES), AUTO, what)
+    add_option(parser, "--seed", SEED, 0, "random seed")
 
 
 def add_device_map_argument(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,6 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     if args.gguf_file is not None:
         args.model, args.gguf_file = _join(args.model, args.gguf_file), None
     check_model_name(args.model)
-    check_dtype(args.dtype)
     device_map = vars(args).get("device_map")  # some commands have no such option
     if device_map is not None and args.device != AUTO:
         raise ConfigError(f"--device-map {device_map}: it takes the place of --device, found --device {args.device}")
@@ -180,9 +179,13 @@ def check_output(option: str, path: Path | None, *, folder: bool = False) -> Non
         raise ConfigError(f"{option} {path}: can't be written: {reason}")
 
 
-def whole_numbers(option: str, text: str) -> list[int]:
-    """Parse ``"256,512"``; ConfigError, which names the option, for anything else."""
+def whole_numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """Parse ``"256,512"``; ConfigError, which names the option, for anything else or less than ``least``."""
+    expected = f"numbers from {least} on, separated by commas"
     try:
-        return read_whole_numbers(text, ",")
+        numbers = read_whole_numbers(text, ",")
     except ValueError as error:
-        raise refused(option, text, "numbers separated by commas") from error
+        raise refused(option, text, expected) from error
+    if min(numbers) < least:
+        raise refused(option, text, expected)
+    return numbers

@@ -136,7 +136,7 @@ def _jsonl(file: Path) -> Rows:
 
 
 def _parquet(file: Path) -> Rows:
-    datasets = _datasets()
+    datasets = import_datasets()
     number = 0
     try:
         rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
@@ -156,7 +156,7 @@ def _of_hub(source: str, field: str) -> Iterator[Document]:
     if not all(parts) or path.endswith(SUFFIXES):
         raise DataError(f"{source}: neither a file, nor a directory, nor a hub data set ([owner/]name:split)")
     name, config = "/".join(parts[:2]), "".join(parts[2:])
-    datasets = _datasets()
+    datasets = import_datasets()
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         yield from _of_rows(source, ((f"row {number}", row) for number, row in enumerate(rows, 1)), source, field)
@@ -170,10 +170,10 @@ def _of_hub(source: str, field: str) -> Iterator[Document]:
 
 def _of_rows(origin: str, rows: Rows, source: str, field: str) -> Iterator[Document]:
     for number, (place, row) in enumerate(rows, 1):
-        name, where = f"{origin}#{number}", f"{source}, row {number}"
+        name, where = f"{origin}#{number}", f"{source}, {place}"
         text, continuations = _text(row, where, field), _continuations(row, where)
         for one in (text, *continuations):
-            check_unicode(one, f"{source}, {place}")
+            check_unicode(one, where)
         yield Document(name, name, text, 1.0, continuations)
 
 
@@ -197,7 +197,8 @@ def _continuations(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _datasets() -> Any:
+def import_datasets() -> Any:
+    """The library datasets; ``DataError`` where it is not installed."""
     try:
         import datasets
     except ImportError as error:

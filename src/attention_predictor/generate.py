@@ -19,7 +19,7 @@ from attention_predictor.launcher import Launcher
 from attention_predictor.loading import load_model, load_tokenizer
 from attention_predictor.offload.engine import Engine
 from attention_predictor.offload.hf.attach import attach
-from attention_predictor.offload.hf.forwards import check_positions
+from attention_predictor.offload.hf.forwards import cached_length, check_positions
 from attention_predictor.offload.hf.placement import input_device
 from attention_predictor.progress import Progress
 from attention_predictor.reading import check_unicode, read_standard_input, read_text
@@ -42,12 +42,13 @@ def _run(args: argparse.Namespace, launcher: Launcher) -> int:
     ids = _encode(tokenizer, prompt, args.chat)
     model = load_model(args.model, args.device, args.dtype, launcher.count, args.device_map)
     torch.manual_seed(args.seed)
+    tokens = cached_length(len(ids), args.max_new_tokens)
     if args.no_offload:
-        check_positions(model.config.get_text_config(decoder=True), len(ids) + args.max_new_tokens)
+        check_positions(model.config.get_text_config(decoder=True), tokens)
         result = _generate(model, tokenizer, ids, args, None, launcher)
     else:
         with attach(model, config_of(args)) as engine:
-            engine.check_fits(batch=1, tokens=len(ids) + args.max_new_tokens)
+            engine.check_fits(batch=1, tokens=tokens)
             result = _generate(model, tokenizer, ids, args, engine, launcher)
     if args.json:
         print(json.dumps(result))
@@ -91,10 +92,10 @@ class _Watcher(BaseStreamer):
         if self.is_prompt:  # generate() passes the prompt first
             self.is_prompt = False
             return
+        self.progress.update(value.numel())
         if self.first is None:
             self.first = time.perf_counter()
-            self.progress.describe("decoding")
-        self.progress.update(value.numel())
+            self.progress.describe("decoding", anew=True)
 
     def end(self) -> None:
         self.ended = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -70,9 +71,17 @@ class Kind:
         )
 
 
+# Of random numbers: those that torch takes.
+SEED = Kind(
+    read=int,
+    rules=lambda: [("an integer of 64 bits", lambda value: is_whole(value) and -(2**63) <= value < 2**64)],
+    metavar="N",
+)
+
+
 def whole(least: int | None = None, most: int | None = None, also: Rule | None = None, metavar: str = "N") -> Kind:
     """Integers from ``least`` to ``most``; ``also`` is a rule in place of these bounds."""
-    rules: list[Rule] = [("an integer", is_whole)]
+    rules: list[Rule] = [("an integer", lambda value: is_whole(value) and value.bit_length() < 64)]
     if also is not None:
         rules.append(also)
     elif least is not None and most is not None:
@@ -84,7 +93,7 @@ def whole(least: int | None = None, most: int | None = None, also: Rule | None =
 
 def number(words: str, holds: Callable[[float], bool], metavar: str = "X") -> Kind:
     """Finite numbers, integers included, for which ``holds`` is true."""
-    allowed = (words, lambda value: is_number(value) and math.isfinite(value) and holds(value))
+    allowed = (words, lambda value: is_number(value) and abs(value) <= sys.float_info.max and holds(value))
     return Kind(read=float, rules=lambda: [allowed], metavar=metavar)
 
 

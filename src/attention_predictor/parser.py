@@ -45,7 +45,8 @@ class Parser(argparse.ArgumentParser):
     commands: tuple[str, str] | None = None
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"formatter_class": HelpFormatter} | options)
+        defaults: dict[str, Any] = {"formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(**defaults | options)
         self._given: list[str] = []  # the arguments being parsed
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:

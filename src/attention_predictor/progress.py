@@ -66,9 +66,13 @@ class Progress:
         elif self._clock() - self._said >= SECONDS_BETWEEN_LINES:
             self._say()
 
-    def describe(self, title: str) -> None:
-        """Set the description of the current work."""
+    def describe(self, title: str, *, anew: bool = False) -> None:
+        """Set the description of the current work; ``anew``: rate and time left are counted from here on."""
         self.title = title
+        if anew:
+            self._first, self._started = self.done, self._clock()
+            if self._bar is not None:
+                self._bar.unpause()
         if self._bar is not None:
             self._on_bar(lambda: self._bar.set_description(title))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -12,21 +13,34 @@ from transformers import PreTrainedTokenizerBase
 from attention_predictor.documents import opening, read_documents, window
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.analysis.pruning.layer_scores import measure
-from attention_predictor.eval.analysis.pruning.plan import METRICS, Plan, Scores, check_depth, importance, read_scores
+from attention_predictor.eval.analysis.pruning.plan import (
+    METRICS,
+    SCORES_OF,
+    Plan,
+    Scores,
+    check_depth,
+    importance,
+    read_scores,
+)
 from attention_predictor.eval.analysis.pruning.shorten import save, without_layers
 from attention_predictor.eval.analysis.pruning.sweep import Sweep, make_orders
 from attention_predictor.eval.display.text_table import text_table
-from attention_predictor.eval.harness.prompts import context_length
+from attention_predictor.eval.harness.prompts import check_context
 from attention_predictor.loading import DTYPES, load_config, load_model, load_tokenizer
 from attention_predictor.offload.policies.query_similarity import WINDOW
 from attention_predictor.progress import Progress
 from attention_predictor.writing import json_bytes, write_atomically, writing
 
+logger = logging.getLogger(__name__)
+
 SCORES, SWEEP = "scores.json", "sweep.json"
 
 
 def main(args: argparse.Namespace) -> int:
-    scores: Scores | None = read_scores(args.scores) if args.scores else None
+    scores: Scores | None = None
+    scores_of: str | None = None
+    if args.scores:
+        scores, scores_of = read_scores(args.scores)
     if args.plan_only:
         assert scores is not None  # refused with the options
         check_depth(args.layers, len(next(iter(scores.values()))))
@@ -39,6 +53,8 @@ def main(args: argparse.Namespace) -> int:
     if scores is not None and (scored := len(next(iter(scores.values())))) != depth:
         raise DataError(f"--scores are of a model with {scored} layers: {args.model} has {depth}")
     if scores is not None:
+        if scores_of is not None and Path(scores_of).name != Path(args.model).name:
+            logger.warning(f"--scores are of {scores_of!r}, --model is {args.model!r}")
         for metric in METRICS if args.sweep is not None else (args.metric,):
             importance(scores, metric, args.beta)  # a missing score is reported before anything loads
     tokenizer = load_tokenizer(args.model)
@@ -52,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
         with Progress("scoring layers", len(texts), "documents") as progress:
             scores = measure(model, texts, progress.update)
     else:
-        settings |= {"data": None, "scores": [str(path) for path in args.scores]}
+        settings |= {"data": None, "scores": [str(path) for path in args.scores], SCORES_OF: scores_of}
     assert scores is not None
     plan = Plan(scores, args.metric, args.beta, args.layers)
     write_atomically(args.out / SCORES, json_bytes({"settings": settings} | plan.to_dict(), indent=1))
@@ -83,9 +99,7 @@ def _shape(model: str | None, dtype: str) -> tuple[int, torch.dtype | None]:
 
 def _texts(option: str, source: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[list[int]]:
     """Token ids of as many documents as are long enough; ``DataError`` if none is."""
-    longest = context_length(args.model)
-    if longest is not None and args.context > longest:
-        raise ConfigError(f"--context {args.context}: the model has positions for {longest} tokens")
+    check_context(args.model, args.context)
     start = opening(tokenizer)
     documents = read_documents(source, per_file=1, limit=args.documents)
     found = [start + window(document, tokenizer, args.context - len(start)) for document in documents]

@@ -23,6 +23,7 @@ from attention_predictor.reading import read_json
 PUBLISHED = {"BI": "bi", "q_similarity": "q_similarity"}  # ``score_type`` of TAPPA's authors, and our name
 METRICS = {"bi": ("bi",), "qsim": ("q_similarity",), "tappa": ("bi", "q_similarity")}  # and the scores they need
 BETA = 0.3
+SCORES_OF = "scores_of"  # among the settings: the model that was scored
 
 # By name, ``bi`` and ``q_similarity``: a number for each layer, None where a layer has none.
 Scores = Mapping[str, Sequence[float | None]]
@@ -94,10 +95,13 @@ def check_depth(count: int | None, depth: int) -> None:
         raise ConfigError(f"--layers {count}: expected 1 to {depth - 1}, the model has {depth} layers")
 
 
-def read_scores(paths: Sequence[Path]) -> dict[str, list[float | None]]:
+def read_scores(paths: Sequence[Path]) -> tuple[dict[str, list[float | None]], str | None]:
     """Scores from JSON files with ``bi``, ``q_similarity`` or both, such as ``attnpred prune`` writes.
 
     A file may also be one of TAPPA's authors, which has a ``score_type``, its ``scores`` and the ``model``'s name.
+
+    Returns:
+        The scores, and the name of the model that they are of, if a file has it.
 
     Raises:
         DataError: A file that is none, a score that two files have, or files of different models.
@@ -107,8 +111,8 @@ def read_scores(paths: Sequence[Path]) -> dict[str, list[float | None]]:
     models: dict[str, Path] = {}
     for path in paths:
         saved = read_json(path)
-        if isinstance(saved, dict) and isinstance(saved.get("model"), str):
-            models.setdefault(saved["model"], path)
+        if (model := _model_of(saved)) is not None:
+            models.setdefault(model, path)
         for name, values in _scores_of(saved, path).items():
             if name in found:
                 raise DataError(f"{path}: {name} is in {origin[name]} too")
@@ -120,7 +124,16 @@ def read_scores(paths: Sequence[Path]) -> dict[str, list[float | None]]:
     depths = {f"{name} of {len(values)} layers in {origin[name]}" for name, values in found.items()}
     if len({len(values) for values in found.values()}) > 1:
         raise DataError(f"score files of models of different depth: {', '.join(sorted(depths))}")
-    return found
+    return found, next(iter(models), None)
+
+
+def _model_of(saved: object) -> str | None:
+    """The model that a file's scores are of; ours may have been read from another file."""
+    known = saved if isinstance(saved, dict) else {}
+    settings = known.get("settings")
+    ours = settings if isinstance(settings, dict) else {}
+    named = (known.get("model"), ours.get(SCORES_OF), ours.get("model"))
+    return next((name for name in named if isinstance(name, str)), None)
 
 
 def _scores_of(saved: object, path: Path) -> dict[str, list[float | None]]:

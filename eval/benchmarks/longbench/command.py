@@ -76,8 +76,8 @@ def measures(description: Description) -> list[Measure]:
     return found + ([ANSWERS] if settings.get("answer_likelihood") else [])
 
 
-def _of_length(least: int, below: int | None) -> Callable[[Record], bool]:
-    return lambda record: least <= record["length"] < (math.inf if below is None else below)
+def _of_length(least: int, below: float) -> Callable[[Record], bool]:
+    return lambda record: least <= record["length"] < below
 
 
 def main(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from attention_predictor.documents import import_datasets
 from attention_predictor.errors import ConfigError, DataError, one_line
 from attention_predictor.eval.benchmarks.longbench.scorer import check_prediction
 from attention_predictor.eval.harness.predictions import Record
@@ -39,7 +40,7 @@ def open_source(source: str) -> Rows:
     if name != HUB:
         if not Path(source).is_dir():
             raise DataError(f"--data {source}: no such directory, and not {HUB} or {HUB}:owner/name")
-        return lambda task: _of_file(Path(source) / f"{task}.jsonl")
+        return lambda task: _of_folder(Path(source), task)
     if mirror:
         return lambda task: _of_mirror(mirror, task)
     archive = _fetch_archive()
@@ -73,7 +74,11 @@ def template_fields(template: str) -> list[str]:
         raise ConfigError(f"not a template, {error}: {template[:40]!r}") from error
 
 
-def _of_file(path: Path) -> Iterator[tuple[str, Record]]:
+def _of_folder(folder: Path, task: str) -> Iterator[tuple[str, Record]]:
+    path = folder / f"{task}.jsonl"
+    if not path.exists():
+        there = ",".join(sorted(one.stem for one in folder.glob("*.jsonl"))) or "none"
+        raise DataError(f"--data {folder}: no {path.name} in it; --tasks chooses among those that are: {there}")
     for number, row in read_lines(path):
         yield f"{path}, line {number}", row
 
@@ -97,10 +102,7 @@ def _opened(archive: Path, name: str) -> Iterator[io.TextIOWrapper]:
 
 
 def _of_mirror(name: str, task: str) -> Iterator[tuple[str, Record]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError("this data needs datasets: pip install 'attention-predictor[train]'") from error
+    datasets = import_datasets()
     try:
         rows = datasets.load_dataset(name, task, split="test")  # kept on disk: it is read once for each policy
     except Exception as error:  # the hub's client raises many kinds

@@ -18,7 +18,7 @@ from attention_predictor.eval.harness.run_folder import RunFolder
 from attention_predictor.kinds import is_whole
 from attention_predictor.reading import read_lines
 
-BUCKETS = {"0-4k": (0, 4000), "4-8k": (4000, 8000), "8k+": (8000, None)}  # LongBench-E: words or characters
+BUCKETS = {"0-4k": (0, 4000), "4-8k": (4000, 8000), "8k+": (8000, math.inf)}  # LongBench-E: words or characters
 ENGLISH = tuple(name for name, task in TASKS.items() if not task.chinese)  # the 16 tasks that papers average
 
 
@@ -195,11 +195,7 @@ def _percent(scores: Sequence[float]) -> float:
 def _by_length(records: Sequence[Record], scores: Sequence[float]) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name, (least, below) in BUCKETS.items():
-        inside = [
-            score
-            for score, record in zip(scores, records, strict=True)
-            if record["length"] >= least and (below is None or record["length"] < below)
-        ]
+        inside = [score for score, record in zip(scores, records, strict=True) if least <= record["length"] < below]
         found[name] = float(round(100 * np.mean(inside), 2)) if inside else None  # NumPy's sum and NumPy's rounding
     return found
 

@@ -27,7 +27,7 @@ def add_window_arguments(parser: argparse.ArgumentParser, tail: int) -> None:
     add_option(parser, "--tail", whole(), tail, "number of last tokens of a document that are decoded")
 
 
-def check_window(args: argparse.Namespace) -> None:
+def check_window(context: int, tail: int) -> None:
     """Raise ``ConfigError`` unless 1 ≤ ``--tail`` < ``--context``."""
-    if not 1 <= args.tail < args.context:
-        raise ConfigError(f"--tail {args.tail}: expected 1 to below --context {args.context}")
+    if not 1 <= tail < context:
+        raise ConfigError(f"--tail {tail}: expected 1 to below --context {context}")

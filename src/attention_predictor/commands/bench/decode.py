@@ -57,7 +57,7 @@ from pathlib import Path
 
 from attention_predictor.arguments import add_option, check_output, whole_numbers
 from attention_predictor.commands.bench.model_options import add_shape_arguments, check_shape_arguments
-from attention_predictor.eval.bench.cache_setups import CACHE_SETUPS, check_setups
+from attention_predictor.eval.bench.cache_setups import CACHE_SETUPS, names_in
 from attention_predictor.eval.display.plots import check_plot
 from attention_predictor.kinds import number, whole
 from attention_predictor.settings import add_setting
@@ -103,6 +103,6 @@ def check(args: argparse.Namespace) -> None:
     if args.contexts is not None:
         whole_numbers("--contexts", args.contexts)
     if args.ways is not None:
-        check_setups(args.ways.split(","))
+        names_in(args.ways)
     check_output("--out", args.out)
     check_plot(args.plot)

@@ -6,7 +6,6 @@ import argparse
 
 from attention_predictor.arguments import (
     DTYPE_NAMES,
-    MODEL_DTYPES,
     add_model_arguments,
     add_option,
     check_model_arguments,
@@ -34,13 +33,12 @@ def add_shape_arguments(parser: argparse.ArgumentParser, *, batch: bool = True) 
 
 def check_shape_arguments(args: argparse.Namespace) -> None:
     """Raise ``ConfigError`` for wrong values of these options."""
-    allowed = MODEL_DTYPES if args.shape is None else DTYPE_NAMES
-    if args.dtype not in allowed:
-        raise ConfigError(f"--dtype {args.dtype}: expected one of {', '.join(allowed)}")
     if args.shape is None:
         check_model_arguments(args)
     else:
         check_shape(args.shape)
+        if args.dtype not in DTYPE_NAMES:
+            raise ConfigError(f"--dtype {args.dtype}: --shape has weights of one of {', '.join(DTYPE_NAMES)}")
         if args.gguf_file is not None:
             raise ConfigError(f"--gguf-file {args.gguf_file}: --shape {args.shape} has random weights: give only one")
     offload_config(args)

@@ -6,7 +6,7 @@ import argparse
 
 from attention_predictor.arguments import DTYPE_NAMES, add_device_argument, add_option
 from attention_predictor.errors import ConfigError
-from attention_predictor.kinds import whole
+from attention_predictor.kinds import SEED, whole
 
 # name: (default, what it counts)
 NUMBERS = {
@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser, *numbers: str) -> None:
     for name in (*numbers, "repeats"):
         default, line = NUMBERS[name]
         add_option(parser, f"--{name}", whole(1), default, line)
-    add_option(parser, "--seed", whole(), 0, "random seed")
+    add_option(parser, "--seed", SEED, 0, "random seed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(shown=[name.replace("-", "_") for name in (*numbers, "repeats")])
 

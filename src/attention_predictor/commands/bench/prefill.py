@@ -22,8 +22,7 @@ import argparse
 
 from attention_predictor.arguments import add_option
 from attention_predictor.commands.bench.model_options import add_shape_arguments, check_shape_arguments
-from attention_predictor.errors import ConfigError
-from attention_predictor.eval.bench.cache_setups import PREFILL_SETUPS
+from attention_predictor.eval.bench.cache_setups import PREFILL_SETUPS, names_in
 from attention_predictor.kinds import whole
 
 
@@ -31,12 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_arguments(parser)
     add_option(parser, "--context", whole(1), 8192, "prompt tokens")
     add_option(parser, "--chunk", whole(1), None, "tokens per chunk (default: the whole prompt)")
-    what = "caches to time, in order (default: %(default)s)"
-    parser.add_argument("--ways", default=",".join(PREFILL_SETUPS), metavar="W,W", help=what)
+    what = "caches to time, in order (default: all that the device can run)"
+    parser.add_argument("--ways", metavar="W,W", help=what)
     add_option(parser, "--repeats", whole(1), 3, "timed prefills, after the first one")
 
 
 def check(args: argparse.Namespace) -> None:
     check_shape_arguments(args)
-    if unknown := sorted({name.strip() for name in args.ways.split(",")} - PREFILL_SETUPS.keys()):
-        raise ConfigError(f"--ways {', '.join(unknown)}: expected some of {', '.join(PREFILL_SETUPS)}")
+    if args.ways is not None:
+        names_in(args.ways, PREFILL_SETUPS)

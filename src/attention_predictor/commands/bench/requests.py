@@ -20,7 +20,7 @@ import argparse
 
 from attention_predictor.arguments import add_option
 from attention_predictor.commands.bench.model_options import add_shape_arguments, check_shape_arguments
-from attention_predictor.errors import ConfigError
+from attention_predictor.eval.bench.cache_setups import names_in
 from attention_predictor.kinds import whole
 
 NAMES = {"ours": "ours, default settings", "device": "stock cache on the device"}
@@ -38,5 +38,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     check_shape_arguments(args)
-    if unknown := sorted(set(args.ways.split(",")) - NAMES.keys()):
-        raise ConfigError(f"--ways {unknown[0]}: expected some of {', '.join(NAMES)}")
+    names_in(args.ways, NAMES)

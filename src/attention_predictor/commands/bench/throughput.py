@@ -25,7 +25,7 @@ from pathlib import Path
 from attention_predictor.arguments import add_option, check_output, whole_numbers
 from attention_predictor.commands.bench.model_options import add_shape_arguments, check_shape_arguments
 from attention_predictor.errors import ConfigError
-from attention_predictor.eval.bench.cache_setups import AT_FLOOR_CONTEXT, CACHE_SETUPS, check_setups
+from attention_predictor.eval.bench.cache_setups import AT_FLOOR_CONTEXT, CACHE_SETUPS, names_in
 from attention_predictor.eval.display.plots import check_plot
 from attention_predictor.kinds import number, whole
 from attention_predictor.settings import add_setting
@@ -62,13 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     check_shape_arguments(args)
     for name in ("contexts", "batches"):
-        if min(whole_numbers(f"--{name}", getattr(args, name))) < 1:
-            raise ConfigError(f"--{name} {getattr(args, name)}: expected numbers from 1 on")
-    if args.ways is not None:
-        names = args.ways.split(",")
-        check_setups(names)
-        if floors := [name for name in names if name in AT_FLOOR_CONTEXT]:
-            allowed = ", ".join(name for name in CACHE_SETUPS if name not in AT_FLOOR_CONTEXT)
-            raise ConfigError(f"--ways {','.join(floors)}: its context is fixed; expected some of {allowed}")
+        whole_numbers(f"--{name}", getattr(args, name))
+    named = [] if args.ways is None else names_in(args.ways)
+    if floors := [name for name in named if name in AT_FLOOR_CONTEXT]:
+        allowed = ", ".join(name for name in CACHE_SETUPS if name not in AT_FLOOR_CONTEXT)
+        raise ConfigError(f"--ways {','.join(floors)}: its context is fixed; expected some of {allowed}")
     check_output("--out", args.out)
     check_plot(args.plot)

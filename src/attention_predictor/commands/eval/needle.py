@@ -55,6 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     run_options.check(args)
-    for option in ("lengths", "depths"):
-        whole_numbers(f"--{option}", getattr(args, option))
+    whole_numbers("--lengths", args.lengths)
+    whole_numbers("--depths", args.depths, least=0)
     check_heatmap(args.plot)

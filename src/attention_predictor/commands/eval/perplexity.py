@@ -32,4 +32,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     run_options.check(args)
-    check_window(args)
+    check_window(args.context, args.tail)

@@ -26,7 +26,7 @@ import argparse
 from attention_predictor.arguments import add_option
 from attention_predictor.commands import run_options
 from attention_predictor.commands.eval.synthetic import add_tasks_argument
-from attention_predictor.errors import ConfigError
+from attention_predictor.commands.window_options import check_window
 from attention_predictor.eval.benchmarks.synthetic import tasks as synthetic
 from attention_predictor.eval.harness.rules import check_names
 from attention_predictor.kinds import whole
@@ -63,5 +63,5 @@ def check(args: argparse.Namespace) -> None:
     run_options.check(args)
     if args.tail is None:
         synthetic.check_tasks(synthetic.parse_tasks(args.tasks))
-    elif not 1 <= args.tail < args.context:
-        raise ConfigError(f"--tail {args.tail}: expected 1 to below --context {args.context}")
+    else:
+        check_window(args.context, args.tail)

@@ -44,7 +44,7 @@ def check(args: argparse.Namespace) -> None:
     if args.prefetch == AUTO:
         args.prefetch = "thread"  # captured steps can't be watched
     run_options.check(args)
-    check_window(args)
+    check_window(args.context, args.tail)
     if not 1 <= args.interval <= args.tail:
         raise ConfigError(f"--interval {args.interval}: expected 1 to --tail {args.tail}")
     check_heatmap(args.plot)
