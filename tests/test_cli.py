@@ -302,7 +302,7 @@ class TestRecordTrainEval:
     def test_a_line_that_is_no_document(self, capsys, tmp_path):
         file = tmp_path / "data.jsonl"
         file.write_text('{"text": "fine"}\n{"words": 3}\n')
-        assert "data.jsonl, row 2: expected text in 'text' (--field)" in fails(
+        assert "data.jsonl, line 2: expected text in 'text' (--field)" in fails(
             capsys, "record", "--data", file, "--out", tmp_path / "out"
         )
 

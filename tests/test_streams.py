@@ -118,7 +118,7 @@ class TestFullDisks:
         given = ["train", "--data", tmp_path / "data", "--steps", 6, "--batch", 4, "--log-every", 2, "--device", "cpu"]
         given += ["--json", "--out"]
         with monkeypatch.context() as patch:
-            full_after(patch, predictions, 1, errno.ENOSPC)  # the state of step 2; that of step 4 does not fit
+            full_after(patch, predictions, 2, errno.ENOSPC)  # the states of steps 0 and 2; that of step 4 does not fit
             line = refused(capsys, *given, tmp_path / "out")
         assert line.endswith(f"{tmp_path / 'out' / STATE_FILE}: can't be written: No space left on device")
         assert torch.load(tmp_path / "out" / STATE_FILE, weights_only=True)["step"] == 2
