@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_predictor.errors import ConfigError
-from attention_predictor.kinds import SEED
+from attention_predictor.kinds import SEED, whole
 from attention_predictor.offload.generation import Sampling, generate
 from attention_predictor.offload.hf.attachment import Attachment
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.forwards import cached_length, check_positions
 from attention_predictor.offload.hf.graph import CapturedSteps
-from attention_predictor.offload.inputs import COUNT, check, check_batch, check_vocabulary
+from attention_predictor.offload.inputs import COUNT, check, check_batch, check_vocabulary, token_list
 from attention_predictor.offload.requests.prefix import Prefix, read_prefix
 from attention_predictor.offload.requests.request import Request
 from attention_predictor.offload.requests.stream import PLACES, Stream, finish
@@ -164,9 +164,13 @@ class Engine:
         check("prefill_chunk_size", prefill_chunk_size, COUNT, or_none=True)
         check("seed", seed, SEED, or_none=True)
         check_batch(self.runtime, input_ids, attention_mask)
+        known_tokens = whole(0, self.runtime.text_config.vocab_size - 1)
+        check("pad_token_id", pad_token_id, known_tokens, or_none=True)
         batch, tokens = input_ids.shape
         self.check_fits(batch=batch, tokens=cached_length(tokens, max_new_tokens))
         settings = self.model.generation_config
+        eos_token_id = settings.eos_token_id if eos_token_id is None else eos_token_id
+        paddings = (pad_token_id, settings.pad_token_id, *token_list(eos_token_id), 0)
         return generate(
             self.model,
             self.new_cache(),
@@ -174,8 +178,8 @@ class Engine:
             max_new_tokens=max_new_tokens,
             attention_mask=attention_mask,
             sampling=sampling,
-            eos_token_id=settings.eos_token_id if eos_token_id is None else eos_token_id,
-            pad_token_id=settings.pad_token_id if pad_token_id is None else pad_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=next(token for token in paddings if known_tokens.expected(token) is None),
             prefill_chunk_size=prefill_chunk_size,
             seed=self.runtime.ranks.same_seed(seed) if temperature > 0 else seed,
         )
@@ -252,6 +256,8 @@ class Engine:
             ContextLengthError: More tokens than the model has positions.
             HostMemoryError: The blocks would not fit in ``config.host_memory``, or in what the system has available.
         """
+        check("batch", batch, COUNT)
+        check("tokens", tokens, COUNT)
         check_positions(self.runtime.text_config, tokens)
         self.runtime.room.check(batch=batch, tokens=tokens, room=0)
 

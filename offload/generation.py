@@ -75,25 +75,24 @@ def generate(
     attention_mask: Tensor | None,
     sampling: Sampling,
     eos_token_id: int | Sequence[int] | None,
-    pad_token_id: int | None,
+    pad_token_id: int,
     prefill_chunk_size: int | None,
     seed: int | None,
 ) -> Tensor:
     """See ``Engine.generate``, which checks the arguments and that the new, empty cache will fit."""
     (B, T), device = ids_BT.shape, ids_BT.device
     padded = attention_mask is not None and not bool(attention_mask.all())
-    mask_BT = attention_mask.to(device) if padded and attention_mask is not None else None
+    mask_BT = attention_mask.to(device, torch.int64) if padded and attention_mask is not None else None
     only_left = mask_BT is not None and bool((mask_BT.bool() == (mask_BT.cumsum(-1) > 0)).all())
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     ends = torch.tensor(token_list(eos_token_id), dtype=torch.int64, device=device)
-    pad = pad_token_id if pad_token_id is not None else (token_list(eos_token_id) or [0])[0]
 
     logits_BV = _prefill(model, cache, ids_BT, mask_BT, prefill_chunk_size)
     position_B1 = torch.full((B, 1), T, device=device) if mask_BT is None else mask_BT.sum(-1, keepdim=True)
-    new_BT = torch.full((B, max_new_tokens), pad, dtype=torch.int64, device=device)
+    new_BT = torch.full((B, max_new_tokens), pad_token_id, dtype=torch.int64, device=device)
     ended_B1 = torch.zeros((B, 1), dtype=torch.bool, device=device)
     for count in range(max_new_tokens):
-        token_B1 = sampling.choose(logits_BV, generator).masked_fill(ended_B1, pad)
+        token_B1 = sampling.choose(logits_BV, generator).masked_fill(ended_B1, pad_token_id)
         new_BT[:, count : count + 1] = token_B1
         if len(ends):
             ended_B1 = ended_B1 | (token_B1 == ends).any(-1, keepdim=True)
@@ -113,7 +112,7 @@ def _prefill(
     model: PreTrainedModel, cache: TieredCache, ids_BT: Tensor, mask_BT: Tensor | None, chunk: int | None
 ) -> Tensor:
     """Logits after the prompt, [B, V]."""
-    position_BT = None if mask_BT is None else (mask_BT.long().cumsum(-1) - 1).clamp_min(0)
+    position_BT = None if mask_BT is None else (mask_BT.cumsum(-1) - 1).clamp_min(0)
     for start in range(0, ids_BT.shape[1], chunk or ids_BT.shape[1]):
         stop = min(start + (chunk or ids_BT.shape[1]), ids_BT.shape[1])
         logits_BV = next_logits(

@@ -43,14 +43,20 @@ def ids_of_one(ids: Tensor | Sequence[int], what: str) -> Tensor:
         found = list(ids_T.shape) if isinstance(ids, Tensor) else shorten(repr(ids), 60)
         raise ConfigError(f"input_ids of a {what} must be [tokens] with at least one token, got {found}")
     check_integers(ids_T, f"input_ids of a {what}")
-    return ids_T
+    return ids_T.clone()  # the caller may use the same memory for another prompt
 
 
 def check_integers(ids_x: Tensor, name: str) -> None:
     """``ConfigError`` unless these are whole numbers of up to 64 bits, in a dense tensor."""
-    if ids_x.dtype not in INTEGERS or ids_x.layout != torch.strided:
-        found = ids_x.dtype if ids_x.layout == torch.strided else ids_x.layout
-        raise ConfigError(f"{name} must be whole numbers, got {found}")
+    _check_dense(ids_x, name)
+    if ids_x.dtype not in INTEGERS:
+        raise ConfigError(f"{name} must be whole numbers, got {ids_x.dtype}")
+
+
+def _check_dense(x: Tensor, name: str) -> None:
+    if x.layout != torch.strided or x.is_meta:
+        kind = "a meta tensor" if x.is_meta else x.layout
+        raise ConfigError(f"{name} must be a dense tensor with values, got {kind}")
 
 
 def check_vocabulary(runtime: Runtime, ids_x: Tensor) -> None:
@@ -74,6 +80,9 @@ def check_batch(runtime: Runtime, ids_BT: Tensor, attention_mask: object) -> Non
         raise ConfigError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
     if attention_mask.shape != ids_BT.shape:
         raise ConfigError(f"attention_mask is {list(attention_mask.shape)}, input_ids {list(ids_BT.shape)}")
+    _check_dense(attention_mask, "attention_mask")
+    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ConfigError("attention_mask must be 1 for each token and 0 for each of padding, found other values")
 
 
 def token_list(token_ids: object, name: str = "eos_token_id") -> list[int]:
@@ -81,8 +90,11 @@ def token_list(token_ids: object, name: str = "eos_token_id") -> list[int]:
     if token_ids is None:
         return []
     given: Any = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
-    several = given if isinstance(given, Iterable) else [given]
+    several = list(given) if isinstance(given, Iterable) else [given]
     try:
-        return [operator.index(one) for one in several]
+        found = [operator.index(one) for one in several]
     except TypeError:
-        raise ConfigError(f"{name}={token_ids!r} is not allowed: expected a token id, several, or None") from None
+        found = []
+    if len(found) < len(several) or any(one.bit_length() > 63 for one in found):
+        raise ConfigError(f"{name}={token_ids!r} is not allowed: expected a token id, several, or None")
+    return found

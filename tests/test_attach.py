@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 
 import pytest
@@ -76,6 +77,15 @@ class TestDetach:
         with pytest.raises(AttachError, match="detached"):
             model(ids(1), **with_cache(model, cache))
 
+    def test_within_a_stock_forward(self, tiny_model, ids):
+        model = tiny_model()
+        before = state(model)
+        engine = attach(model, CONFIG)
+        hook = model.model.layers[0].register_forward_hook(lambda *_: engine.detach())
+        model(ids(20), use_cache=False)
+        hook.remove()
+        assert same_state(before, state(model))
+
     def test_the_model_can_be_attached_again(self, tiny_model, ids):
         model = tiny_model()
         outputs = []
@@ -83,6 +93,84 @@ class TestDetach:
             with attach(model, CONFIG):
                 outputs.append(model.generate(ids(80), max_new_tokens=6, do_sample=False))
         assert torch.equal(*outputs)
+
+
+class TestOtherThreads:
+    """What else is done with an attached model does not disturb a generation in progress."""
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            lambda model, prompt: model(prompt, use_cache=False),
+            lambda model, prompt: model(prompt, labels=prompt).loss.backward(),
+            lambda model, prompt: copy.deepcopy(model),
+            lambda model, prompt: model.generate(prompt, max_new_tokens=3, do_sample=False),
+        ],
+        ids=["stock", "training", "copying", "generating"],
+    )
+    def test_beside_a_generation(self, tiny_model, ids, other):
+        model, prompt, over, errors = tiny_model(), ids(60), threading.Event(), []
+        stock = model.generate(prompt, max_new_tokens=10, do_sample=False)
+
+        def beside():
+            try:
+                while not over.is_set():
+                    other(model, prompt)
+            except Exception as error:
+                errors.append(error)
+
+        with attach(model, OffloadConfig(predictor="ema")) as engine:
+            thread = threading.Thread(target=beside)
+            thread.start()
+            found = [model.generate(prompt, max_new_tokens=10, do_sample=False) for _ in range(8)]
+            over.set()
+            thread.join()
+            assert engine.stats.steps >= 8 * 9
+        assert not errors
+        assert all(torch.equal(one, stock) for one in found)
+
+
+class TestCopies:
+    @pytest.mark.parametrize("part", [lambda model: model, lambda model: model.model], ids=["model", "base model"])
+    def test_are_stock_models(self, tiny_model, ids, part):
+        model = tiny_model()
+        stock, untouched = part(model)(ids(60))[0], copy.deepcopy(part(model))
+        with attach(model, CONFIG):
+            copied = copy.deepcopy({"a": [part(model)]})["a"][0]
+            assert copied.config._attn_implementation == untouched.config._attn_implementation
+            assert torch.equal(copied(ids(60))[0], stock)
+            assert model.config._attn_implementation == "attention_predictor"
+        assert vars(copied).keys() == vars(untouched).keys()
+        assert all(
+            vars(one).keys() == vars(other).keys()
+            for one, other in zip(copied.modules(), untouched.modules(), strict=True)
+        )
+
+    def test_keep_tied_weights(self, tiny_model):
+        model = tiny_model(tie_word_embeddings=True)
+        with attach(model, CONFIG):
+            copied = copy.deepcopy(model)
+        assert copied.lm_head.weight is copied.model.embed_tokens.weight
+        assert copied.lm_head.weight is not model.lm_head.weight
+
+
+class TestSharedConfigurations:
+    def test_a_second_model_is_refused(self, tiny_model):
+        model = tiny_model()
+        twin, before = type(model)(model.config), state(model)
+        with attach(model, CONFIG):
+            for config in (model.config, copy.deepcopy(model.config)):
+                with pytest.raises(AttachError, match="has the configuration object of another attached model, or a"):
+                    attach(type(model)(config), CONFIG)
+        assert same_state(before, state(model))
+        with attach(twin, CONFIG):
+            pass
+
+    def test_dropout_is_not_left_out_of_another_model(self, tiny_model, ids):
+        model = tiny_model(attention_dropout=0.5)
+        twin = type(model)(model.config).train()
+        with attach(model, CONFIG), pytest.raises(AttachError, match="LlamaAttention would leave out dropout"):
+            twin(ids(20), use_cache=False)
 
 
 class TestRefusals:

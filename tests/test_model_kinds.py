@@ -6,16 +6,18 @@ import copy
 import io
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import transformers
 from tiny_models import WITH_IMAGES, make_tiny_model_with_image
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from attention_predictor import AttachError, OffloadConfig, attach
 from attention_predictor.offload.hf.forwards import Forwards
-from attention_predictor.offload.hf.versions import cache_of, with_cache
+from attention_predictor.offload.hf.versions import cache_of, checkpointed, with_cache
 from attention_predictor.offload.hf.warm_up import warm_up
 from attention_predictor.offload.stats import Stats
 
@@ -272,6 +274,66 @@ class TestGradients:
             assert cache.get_seq_length() == 60
             with torch.no_grad():
                 model(ids(1), **with_cache(model, cache))
+
+    @pytest.mark.parametrize("cache", ["none", "stock", "tiered"])
+    @pytest.mark.parametrize(
+        ("family", "changes", "reentrant"),
+        [
+            ("llama", {"attention_dropout": 0.1}, True),
+            ("llama", {"attention_dropout": 0.1}, False),
+            ("gemma2", {}, False),
+            ("gpt-oss", {}, False),
+            ("qwen3", {}, True),
+        ],
+    )
+    def test_layers_that_backward_computes_again(self, tiny_model, ids, family, changes, reentrant, cache) -> None:
+        """Gradient checkpointing: as stock, when the forward is long over."""
+        model, prompt = tiny_model(family, **changes).train(), ids(50)
+        # The method for it is renamed between versions; this is what it does.
+        model._set_gradient_checkpointing(gradient_checkpointing_func=partial(checkpoint, use_reentrant=reentrant))
+        model.enable_input_require_grads()
+        functions = [one._gradient_checkpointing_func for one in checkpointed(model)]
+        assert functions
+
+        def gradients(**given) -> dict[str, torch.Tensor]:
+            torch.manual_seed(0)
+            model.zero_grad()
+            model(prompt, labels=prompt, **given).loss.backward()
+            return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+        stock = gradients()
+        with attach(model, WHOLE) as engine:
+            given = {
+                "none": {},
+                "stock": with_cache(model, DynamicCache(config=model.config)),
+                "tiered": with_cache(model, engine.new_cache()),
+            }[cache]
+            ours = gradients(**given)
+            assert any("gradients are recorded" in message for message in engine.stats.fallbacks)
+            loss = model(prompt, labels=prompt).loss
+        loss.backward()  # the engine is detached meanwhile
+        assert ours.keys() == stock.keys()
+        assert all(torch.equal(ours[name], gradient) for name, gradient in stock.items())
+        assert [one._gradient_checkpointing_func for one in checkpointed(model)] == functions
+
+    def test_of_what_a_hook_adds(self, tiny_model, ids) -> None:
+        """Neither the parameters nor the inputs say that gradients are recorded."""
+        model, prompt = tiny_model().requires_grad_(False), ids(50)
+        added = torch.nn.Parameter(torch.zeros(model.config.hidden_size))
+        hook = model.get_input_embeddings().register_forward_hook(lambda module, given, out: out + added)
+        (stock,) = torch.autograd.grad(model(prompt).logits.square().sum(), added)
+        with attach(model, WHOLE):
+            first = model(prompt)
+            (ours,) = torch.autograd.grad(first.logits.square().sum(), added)
+            torch.testing.assert_close(ours, stock, atol=1e-3, rtol=1e-4)
+            with pytest.raises(AttachError, match="gradients are recorded, but the cached tokens are in host memory"):
+                model(ids(1), **with_cache(model, cache_of(first)))
+            first = model(prompt)
+            hook.remove()
+            with pytest.raises(AttachError, match="gradients are recorded, but the cached tokens are in host memory"):
+                model(ids(1), **with_cache(model, cache_of(first)))
+            with torch.no_grad():
+                model(ids(1), **with_cache(model, cache_of(model(prompt))))
 
     def test_attention_dropout(self, tiny_model, ids) -> None:
         model = tiny_model(attention_dropout=0.5).train()

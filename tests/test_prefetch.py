@@ -435,8 +435,6 @@ def test_a_finished_job_is_let_go(prefetcher):
 def test_make_prefetcher(device):
     assert isinstance(make_prefetcher("thread", device), ThreadPrefetcher)
     assert isinstance(make_prefetcher("none", device), SyncPrefetcher)
-    with pytest.raises(ConfigError, match="prefetch must be 'auto', 'graph', 'thread' or 'none', got 'fast'"):
-        make_prefetcher("fast", device)
     with pytest.raises(ConfigError, match="depth must be at least 1, got 0"):
         ThreadPrefetcher(device, depth=0)
 

@@ -440,7 +440,10 @@ class TestMemory:
         ({"input_ids": ["a"]}, "at least one token"),
         ({"input_ids": [2**70]}, "at least one token"),
         ({"input_ids": None}, "at least one token"),
-        ({"input_ids": torch.ones(2, dtype=torch.int64).to_sparse()}, "must be whole numbers, got torch.sparse_coo"),
+        (
+            {"input_ids": torch.ones(2, dtype=torch.int64).to_sparse()},
+            "must be a dense tensor with values, got torch.sparse_coo",
+        ),
         ({"input_ids": [1], "sampling": None}, "sampling=None is not allowed: expected an object of Sampling"),
         ({"input_ids": [1], "prefix": 5}, "prefix=5 is not allowed"),
         ({"input_ids": [1], "seed": "a"}, "seed='a'"),
@@ -516,6 +519,8 @@ def test_end_tokens_of_any_kind_of_integer(tiny_model, ids, kind):
         ({"top_k": 1.5}, "top_k=1.5"),
         ({"seed": 2**80}, "seed=1208925819614629174706176 is not allowed: expected an integer of 64 bits, or None"),
         ({"eos_token_id": "a"}, "eos_token_id='a' is not allowed: expected a token id, several, or None"),
+        ({"eos_token_id": [3, 2**63]}, "eos_token_id=[3, 9223372036854775808] is not allowed"),
+        ({"temperature": 10**400}, "is not allowed: expected 0, or 1e-06 or more"),
     ],
 )
 def test_what_generate_is_given_is_checked_before_a_forward(tiny_model, ids, monkeypatch, given, message):
@@ -531,9 +536,83 @@ def test_what_generate_is_given_is_checked_before_a_forward(tiny_model, ids, mon
             (ids(9)[:0], "input_ids must be [batch, tokens] with at least one token, got [0, 9]"),
             ([ids(9)[0], [1, 10**6]], "token 1000000 in input_ids"),
             (5, "input_ids must be a tensor or a list of prompts, got int"),
+            (ids(9).to("meta"), "input_ids must be a dense tensor with values, got a meta tensor"),
+            ([ids(9)[0].to("meta")], "input_ids of a request must be a dense tensor with values, got a meta tensor"),
         ):
             with pytest.raises(ConfigError, match=re.escape(reason)):
                 engine.generate(wrong, max_new_tokens=3)
+        for padding in ("a", [1], 1.5, VOCABULARY, -1, 10**30):
+            with pytest.raises(ConfigError, match=r"is not allowed: expected .*0 to 96, or None"):
+                engine.generate(ids(9), max_new_tokens=3, pad_token_id=padding)
+        ones = torch.ones(1, 9)
+        for mask, reason in (
+            (ones.to_sparse(), "attention_mask must be a dense tensor with values, got torch.sparse_coo"),
+            (2 * ones, "attention_mask must be 1 for each token and 0 for each of padding"),
+            (-ones, "attention_mask must be 1 for each token and 0 for each of padding"),
+            (0.5 * ones, "attention_mask must be 1 for each token and 0 for each of padding"),
+            (torch.nan * ones, "attention_mask must be 1 for each token and 0 for each of padding"),
+        ):
+            with pytest.raises(ConfigError, match=re.escape(reason)):
+                engine.generate(ids(9), max_new_tokens=3, attention_mask=mask)
+        for size in ({"batch": "a"}, {"batch": 0}, {"tokens": None}, {"tokens": -5}, {"batch": 1.5}):
+            with pytest.raises(ConfigError, match="is not allowed: expected"):
+                engine.check_fits(**{"batch": 1, "tokens": 5} | size)
+        with pytest.raises(ConfigError, match="cancel takes an object of Request, got int"):
+            engine.stream([]).cancel(5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float16, torch.bfloat16])
+def test_masks_of_any_type(tiny_model, dtype):
+    """Positions are whole numbers, which bf16 counts up to 256 only."""
+    model = tiny_model("qwen2")
+    prompt = torch.randint(2, 96, (1, 310), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(prompt)
+    mask[0, :9] = 0
+    with attach(model, config(budget=512)) as engine:
+        expected = engine.generate(prompt, attention_mask=mask, max_new_tokens=24, eos_token_id=NO_END)
+        found = engine.generate(prompt, attention_mask=mask.to(dtype), max_new_tokens=24, eos_token_id=NO_END)
+    assert torch.equal(found, expected)
+
+
+def test_the_caller_may_use_the_memory_of_a_prompt_again(tiny_model, ids):
+    texts = [ids(20, seed=seed)[0] for seed in range(3)]
+    given = {"max_new_tokens": 5, "eos_token_id": NO_END}
+    with attach(tiny_model(), config()) as engine:
+        expected = engine.generate(texts, **given)
+        buffer, values, array = torch.empty(20, dtype=torch.int64), [], np.empty(20, dtype=np.int64)
+
+        def in_a_list():
+            for text in texts:
+                values[:] = text.tolist()
+                yield values
+
+        def in_an_array():
+            for text in texts:
+                array[:] = text
+                yield array
+
+        for reused in ((buffer.copy_(text) for text in texts), in_a_list(), in_an_array()):
+            found = engine.generate(reused, **given)
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        prefix = engine.prefill(buffer.copy_(texts[0]))
+        buffer.zero_()
+        assert torch.equal(prefix.ids_T, texts[0])
+
+
+@pytest.mark.parametrize("again", ["generate", "model", "stream"])
+def test_the_memory_of_the_generation_before_is_free(tiny_model, ids, again):
+    """A fetch that is still in progress when it ends keeps it no longer than it takes."""
+    model = tiny_model()
+    with attach(model, config(host_memory=60_000)) as engine:
+        for _ in range(20):
+            if again == "generate":
+                engine.generate(ids(130), max_new_tokens=60, eos_token_id=NO_END)
+                continue
+            model.generate(ids(130), max_new_tokens=59, do_sample=False, pad_token_id=0)
+            if again == "stream":
+                request = Request(input_ids=ids(130)[0], max_new_tokens=60, eos_token_id=NO_END)
+                (ending,) = collect(engine.stream([request]))[1].values()
+                assert ending.reason == "length"
 
 
 def test_a_capture_that_runs_out_of_memory_is_tried_again(monkeypatch, tiny_model, ids):

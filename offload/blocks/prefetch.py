@@ -22,6 +22,7 @@ import torch
 from attention_predictor.errors import ConfigError, FetchError, IntegrityError
 
 POLL_S = 0.05  # interval at which a blocked caller checks that the worker is alive
+CLOSED = "the prefetcher is closed: its engine was detached"
 CLOSE_S = 5.0  # time that close() gives submitted jobs to finish
 
 
@@ -107,7 +108,7 @@ class SyncPrefetcher(Prefetcher):
     def submit(self, job: Callable[[], None]) -> Ticket:
         self._check()
         if self._closed:
-            raise FetchError("the prefetcher is closed")
+            raise FetchError(CLOSED)
         ticket = Ticket(job)
         start = time.perf_counter()
         try:
@@ -243,7 +244,7 @@ class ThreadPrefetcher(Prefetcher):
             raise FetchError(f"a fetch failed: {error!r}") from error
         over = self._mailbox.cancelled or not alive
         if self._closed and (ticket is None or (over and not ticket.done)):
-            raise FetchError("the prefetcher is closed")
+            raise FetchError(CLOSED)
         if not alive and not self._closed:
             raise FetchError("the prefetch thread is gone")
 

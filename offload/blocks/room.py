@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -45,6 +46,7 @@ class Room:
     Attributes:
         shapes: KV shape of each tiered layer; ``None`` until its first tensors show it.
         captures: Whether steps may be captured, which reserves memory ahead.
+        settle: Returns when no fetch is in progress.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Room:
         self.config, self.memory, self.shapes, self.captures = config, memory, shapes, captures
         self.ranks = ranks
         self.slab_tokens = config.slab_blocks * config.block_size
+        self.settle: Callable[[], None] = lambda: None
         self._tight = False  # too little memory to reserve GROWTH tokens
         # By living cache: its sequences, and the tokens that each will have.
         self._promises: WeakKeyDictionary[Growing, tuple[int, int]] = WeakKeyDictionary()
@@ -151,6 +154,9 @@ class Room:
 
     def _check(self, batch: int, tokens: int, room: int, promised: int) -> None:
         needed, (limit, source) = self.bytes_for(batch, tokens), self._limit(batch, room, promised)
+        if needed > limit:
+            self.settle()  # the last fetch of a cache that is dead may still hold its memory
+            limit, source = self._limit(batch, room, promised)
         if self.config.host_memory is None:
             self._tight = self.captures and self.bytes_for(batch, (tokens // GROWTH + 1) * GROWTH + GROWTH) > limit
         if needed > limit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -44,8 +44,9 @@ def attach(model: PreTrainedModel, config: OffloadConfig | None = None) -> Engin
     """Offload the model's KV cache to host memory.
 
     ``model.generate(...)``, pipelines and direct calls then use tiered caches, until ``engine.detach()`` or the end of
-    the ``with`` block. Only this model object is changed: its language model gets a registered attention
-    implementation, and some attributes of the object override methods of its class.
+    the ``with`` block. Only this model object is changed: its configuration names a registered attention
+    implementation, and some attributes of the object override methods of its class. Another model needs a configuration
+    object of its own.
 
     Args:
         model: A causal language model of transformers that uses its attention interface. Of a model for images or
@@ -69,7 +70,7 @@ def attach(model: PreTrainedModel, config: OffloadConfig | None = None) -> Engin
         placement = Placement.of(model, _decoder(model), _tiered_layers(model, config))
         _check_placement(model, placement, config)
         runtime = _make_runtime(model, config, placement, ranks)
-    attachment = Attachment()
+    attachment = Attachment(model)
     try:
         with ranks.together():
             engine = _install(model, runtime, attachment, placement)
@@ -118,7 +119,8 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment, p
     engine = Engine(model, runtime, attachment, captured)
     Forwards(model, decoder, runtime, attachment, captured).install()
     attachment.attribute(model, ENGINE, engine)
-    attachment.attribute(model, "__deepcopy__", _copy_detached(model, attachment))
+    for module in {id(one): one for one in (model, model.base_model, decoder)}.values():
+        attachment.attribute(module, "__deepcopy__", partial(attachment.copy_of, module))
     for method, instead in (
         ("__reduce_ex__", "can't be pickled: detach it first, or use save_pretrained"),
         ("set_attn_implementation", "has its own attention implementation: detach it first"),
@@ -162,16 +164,6 @@ def _kernels(runtime: Runtime, dtype: torch.dtype) -> list[Kernel]:
         )
         found |= {kernel.name: kernel for kernel in kernels}
     return list(found.values())
-
-
-def _copy_detached(model: PreTrainedModel, attachment: Attachment) -> Any:
-    """Copies of an attached model are stock models."""
-
-    def copied(memo: dict[int, Any]) -> PreTrainedModel:
-        with attachment.undone():
-            return copy.deepcopy(model, memo)
-
-    return copied
 
 
 def _refusal(message: str) -> Any:
@@ -229,7 +221,7 @@ def _make_runtime(model: PreTrainedModel, config: OffloadConfig, placement: Plac
         room=Room(config, memory, shapes, ranks, captures=captures),
         stats=stats,
     )
-    memory.note = runtime.note_fallback
+    memory.note, runtime.room.settle = runtime.note_fallback, runtime.drain
     return runtime
 
 
@@ -272,6 +264,11 @@ def _check_model(model: PreTrainedModel, config: OffloadConfig) -> None:
     name = type(model).__name__
     if ENGINE in vars(model):
         raise AttachError(f"{name} is already attached: detach its engine first")
+    if _decoder(model).config._attn_implementation == NAME:
+        raise AttachError(
+            f"{name} has the configuration object of another attached model, or a copy of it: make it with one of its "
+            f"own, whose attention implementation is not {NAME!r}"
+        )
     if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         raise AttachError(f"{name} is not a causal language model")
     if makes_own_cache(model):

@@ -57,6 +57,11 @@ def tiered_attention(
     if isinstance(layer, WatchedLayer):
         layer.see(query, key, attention_mask)
         layer = None
+    if dropout and getattr(key, HANDLE, None) is None:
+        raise AttachError(
+            f"{type(module).__name__} would leave out dropout: its model has the configuration object of an attached "
+            "one, or a copy of it; make it with one of its own, or call eval()"
+        )
     if biases := sorted(name for name, given in kwargs.items() if "bias" in name and given is not None):
         raise AttachError(f"{type(module).__name__} adds {', '.join(biases)} to its logits: not supported")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -24,8 +24,8 @@ from attention_predictor.offload.hf.attachment import Attachment
 from attention_predictor.offload.hf.cache import TieredCache, adopt, describe_unevenness, is_tiered
 from attention_predictor.offload.hf.fixed_layer import compare_masks
 from attention_predictor.offload.hf.graph import CapturedSteps
-from attention_predictor.offload.hf.layer import TieredLayer
-from attention_predictor.offload.hf.versions import CACHE_NAMES, cache_argument
+from attention_predictor.offload.hf.layer import GRADIENTS_LOST, TieredLayer
+from attention_predictor.offload.hf.versions import CACHE_NAMES, cache_argument, checkpointed
 from attention_predictor.offload.runtime import Runtime
 
 Forward = Callable[..., Any]
@@ -92,12 +92,16 @@ class Forwards:
 
     def _run(self, module: nn.Module, own: Forward, cache_name: str, given: dict[str, Any], call: _Call) -> Any:
         cache = _take_cache(given)
-        if cache is None and self._runs_as_stock(given):
-            with self.attachment.stock_attention():
+        if self._runs_as_stock(cache, given):
+            if cache is not None:
+                given[cache_name] = cache
+            with self.attachment.forwards(stock=True):
                 return own(**given)
-        if cache is None:
-            cache = DynamicCache(config=self.text_config)
-        given[cache_name] = cache
+        given[cache_name] = cache if cache is not None else DynamicCache(config=self.text_config)
+        with self.attachment.forwards(stock=False):
+            return self._offload(module, own, given[cache_name], given, call)
+
+    def _offload(self, module: nn.Module, own: Forward, cache: Any, given: dict[str, Any], call: _Call) -> Any:
         batch, new = call.tokens = _batch_and_length(given)
         before = self._prepare(cache, batch, new, given)
         if self.captured is not None and module is self.model:
@@ -111,8 +115,10 @@ class Forwards:
 
     # ---- before ----------------------------------------------------------------------------------------------------
 
-    def _runs_as_stock(self, given: dict[str, Any]) -> bool:
-        """Whether a forward without a caller's cache runs without a tiered cache."""
+    def _runs_as_stock(self, cache: Any, given: dict[str, Any]) -> bool:
+        """Whether a forward runs without a tiered cache."""
+        if cache is not None and not (self._drops_caches(given) and cache.get_seq_length() == 0):
+            return False
         use_cache = given.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self.text_config, "use_cache", False)
@@ -124,6 +130,11 @@ class Forwards:
             )
             return True
         return False
+
+    def _drops_caches(self, given: dict[str, Any]) -> bool:
+        """Whether gradient checkpointing, which computes layers twice, keeps caches from them."""
+        model = self.model
+        return model.training and self._records_gradients(given) and bool(checkpointed(model))
 
     def _records_gradients(self, given: dict[str, Any]) -> bool:
         if not torch.is_grad_enabled():
@@ -142,10 +153,7 @@ class Forwards:
             adopt(cache, self.runtime)
         cached = int(cache.get_seq_length())
         if cached and self._records_gradients(given):
-            raise AttachError(
-                "gradients are recorded, but the cached tokens are in host memory and have none: call the model within "
-                "torch.no_grad(), or with use_cache=False"
-            )
+            raise AttachError(GRADIENTS_LOST)
         self._check_positions(cached, new)
         if not cached:
             self.runtime.ranks.share_random_state(self.runtime.device)

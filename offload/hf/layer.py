@@ -38,6 +38,12 @@ if TYPE_CHECKING:
     from attention_predictor.offload.runtime import Runtime
 
 
+GRADIENTS_LOST = (
+    "gradients are recorded, but the cached tokens are in host memory and have none: call the model within "
+    "torch.no_grad(), or with use_cache=False"
+)
+
+
 class StepGraph(Protocol):
     """What a layer needs of the object that captures its steps (``CacheGraph``).
 
@@ -89,6 +95,7 @@ class TieredLayer(CacheLayerMixin):
         self.is_initialized = False
         self.awaits_attention = False  # between `update` and `attend`
         self.handed: Handed | None = None
+        self.stored_recorded = False  # whether gradients of tokens that are stored were recorded
         self.is_padded = False  # whether the last mask hid any token
         self.has_holes: Tensor | None = None  # bool on the device: whether the model's own hid more than left padding
         self.selection = Selection.of(self.runtime.config, self.runtime.first_budgets[self.number], self.runtime.ranks)
@@ -135,10 +142,19 @@ class TieredLayer(CacheLayerMixin):
         self._check_states(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._check_gradients(key_states.requires_grad or value_states.requires_grad)
         self.settle()
         self.awaits_attention = True
         key_states, self.handed = hand_over(self, key_states, value_states)
         return key_states, value_states
+
+    def _check_gradients(self, recorded: bool) -> None:
+        """``AttachError`` where gradients go through cached tokens, also those of what a hook adds to the model."""
+        if not torch.is_grad_enabled():
+            return
+        if self.blocks.length and (recorded or self.stored_recorded):
+            raise AttachError(GRADIENTS_LOST)
+        self.stored_recorded |= recorded
 
     def _check_states(self, key_states: Tensor, value_states: Tensor) -> None:
         for what in ("shape", "dtype"):
@@ -249,6 +265,7 @@ class TieredLayer(CacheLayerMixin):
         tokens_to_remove = int(tokens_to_remove)  # some versions of transformers give a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        self.runtime.check_open()
         self.check_attended()  # else the policy may have missed tokens that are stored
         if tokens_to_remove == 0 or not self.is_initialized:
             return
@@ -264,6 +281,7 @@ class TieredLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if not self.is_initialized:
             return
+        self.runtime.check_open()
         self.settle()
         index = beam_idx.cpu()
         if len(index) == self.batch and bool((index == torch.arange(self.batch)).all()):

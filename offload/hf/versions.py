@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 CACHE_NAMES = ("cache", "past_key_values")
+CHECKPOINT = "_gradient_checkpointing_func"
 
 
 def cache_argument(forward: Callable[..., Any]) -> str | None:
@@ -53,6 +54,11 @@ def changed(output: ModelOutput, *, cache: Cache | None, **changes: Any) -> Mode
 def _cache_field(output: ModelOutput) -> str:
     names = {field.name for field in fields(output)}  # type: ignore[arg-type]  # outputs are dataclasses
     return next(name for name in CACHE_NAMES if name in names)
+
+
+def checkpointed(model: nn.Module) -> list[nn.Module]:
+    """The modules under gradient checkpointing; each has its function as the attribute ``CHECKPOINT``."""
+    return [one for one in model.modules() if getattr(one, "gradient_checkpointing", False) and CHECKPOINT in vars(one)]
 
 
 def makes_own_cache(model: nn.Module) -> bool:

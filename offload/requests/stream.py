@@ -71,6 +71,8 @@ class Stream(Iterator[Event]):
 
         Nothing happens if the request has ended.
         """
+        if not isinstance(request, Request):
+            raise ConfigError(f"cancel takes an object of Request, got {type(request).__name__}")
         self._cancelled.add(request)
 
     def close(self) -> None:
