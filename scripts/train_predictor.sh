@@ -7,11 +7,12 @@
 #   OUT      directory for recordings, checkpoints and the table; copy OUT/time-filters over predictor/weights/default to
 #            ship it
 # PYTHON says by which interpreter. Run again, it goes on with a training that was interrupted, and keeps a predictor that is there.
-# A small trial of all its steps: CONTEXT=1500 DOCUMENTS=4 STEPS=20 QUESTIONS=8 scripts/train_predictor.sh …
+# Larger or smaller: CONTEXT (tokens), DOCUMENTS (recorded), STEPS (of training), QUESTIONS, JUDGED (tails of documents, of each place).
+# A small trial of all its steps: CONTEXT=1500 DOCUMENTS=4 STEPS=20 QUESTIONS=8 JUDGED=2 scripts/train_predictor.sh …
 set -euo pipefail
 [ $# -ge 3 ] || { echo "train_predictor.sh: expected TEXTS HELDOUT OUT [DEVICE] [MORE…]" >&2; exit 2; }
 texts=$1 heldout=$2 out=$3 device=${4:-cpu} more=("${@:5}")
-context=${CONTEXT:-8192} documents=${DOCUMENTS:-240} steps=${STEPS:-1200} questions=${QUESTIONS:-200}
+context=${CONTEXT:-8192} documents=${DOCUMENTS:-240} steps=${STEPS:-1200} questions=${QUESTIONS:-200} judged=${JUDGED:-30}
 python=${PYTHON:-python3} here=$(cd "$(dirname "$0")" && pwd)
 [ "$documents" -ge 4 ] || { echo "train_predictor.sh: DOCUMENTS: $documents is not allowed: expected at least 4" >&2; exit 2; }
 attnpred() { "$python" -m attention_predictor.cli "$@"; }
@@ -40,5 +41,5 @@ judge=(attnpred eval recovery --context "$context" --device "$device" --dtype fl
 "${judge[@]}" --rule full --rule streaming --data "$heldout" --tasks kv,facts --questions "$questions" --per-document 10 \
     --recovery 6 --out "$out/questions"
 for data in "$heldout" "${more[@]}"; do
-    "${judge[@]}" --data "$data" --tail 64 --per-file 2 --documents 30 --recovery 6 --out "$out/tails-$(basename "$data")"
+    "${judge[@]}" --data "$data" --tail 64 --per-file 2 --documents "$judged" --recovery 6 --out "$out/tails-$(basename "$data")"
 done

@@ -21,6 +21,7 @@ import torch
 
 from attention_predictor.errors import ConfigError, FetchError, IntegrityError
 
+SETTLE_S = 1e-4  # interval at which drain() looks whether the device has ended a job
 POLL_S = 0.05  # interval at which a blocked caller checks that the worker is alive
 CLOSED = "the prefetcher is closed: its engine was detached"
 CLOSE_S = 5.0  # time that close() gives submitted jobs to finish
@@ -75,7 +76,7 @@ class Prefetcher(ABC):
 
     @abstractmethod
     def drain(self) -> None:
-        """Waits until all jobs are finished or the worker is gone. Never raises."""
+        """Waits until all jobs are finished, and hold nothing any more, or the worker is gone. Never raises."""
 
     @abstractmethod
     def close(self) -> None:
@@ -199,8 +200,14 @@ class ThreadPrefetcher(Prefetcher):
         return (time.perf_counter() - start) * 1e3
 
     def drain(self) -> None:
-        while any(not ticket.done for ticket in tuple(self._unfinished)) and self._thread and self._thread.is_alive():
-            self._unfinished[-1]._wait_briefly()
+        while (held := [one for one in tuple(self._unfinished) if one._job is not None]) and self._is_alive():
+            if held[-1].done:
+                time.sleep(SETTLE_S)  # the device still uses what the job holds
+            else:
+                held[-1]._wait_briefly()
+
+    def _is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
         self._closed = True
