@@ -257,7 +257,7 @@ class TestWhatIsRefused:
             (("--rule", "../x: quest"), "'../x' can't name a directory"),
             (("--rule", "predictor,predictor=nowhere"), "nowhere: no such checkpoint"),
             (("--limit", "0"), "--limit 0: expected at least 1"),
-            (("--dtype", "int3"), "dtype='int3' is not allowed"),
+            (("--dtype", "int3"), "--dtype int3: expected one of auto"),
             (("--device", "abacus"), "device='abacus' can't be used"),
         ],
     )
@@ -470,9 +470,9 @@ class TestSubject:
         evaluated = EvaluatedModel(make_tiny_model(max_position_embeddings=64), None)
         assert evaluated.context == 64
         with pytest.raises(ContextLengthError, match="positions for 64"):
-            evaluated.generate(ids(60)[0].tolist(), 5)
+            evaluated.generate(ids(60)[0].tolist(), 6)
         with pytest.raises(ContextLengthError, match="positions for 64"):
-            evaluated.log_likelihoods(ids(60)[0].tolist(), [1] * 5)
+            evaluated.log_likelihoods(ids(60)[0].tolist(), [1] * 6)
 
 
 def test_variants_by_rule_and_budget():
