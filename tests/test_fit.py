@@ -243,7 +243,7 @@ def test_interrupted_before_its_first_validation_goes_on(tmp_path: Path, monkeyp
     assert resumed == fit(tmp_path / "data", tmp_path / "whole", options)
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     make_recording(tmp_path / "data", 2)
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -260,6 +260,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     before = (tmp_path / "out" / "model.safetensors").stat()
     assert main(parser.parse_args([*given, "--json", "--resume"])) == 0
     assert json.loads(capsys.readouterr().out) == printed
+    assert "trained with these options is here already: it is kept" in caplog.text
     assert (tmp_path / "out" / "model.safetensors").stat() == before
     shutil.rmtree(out)
     assert main(parser.parse_args(given)) == 0

@@ -81,6 +81,7 @@ def fit(
         raise ConfigError(f"out={str(out)!r} can't be made: {error.strerror or error}") from error
     finished = read_finished(out, asdict(options), resume=resume, block_size=block_size)
     if finished is not None:
+        logger.warning(f"{out}: a predictor trained with these options is here already: it is kept")
         return finished if accelerator.is_main_process else {}
     training, held_out = mixture.split(options.val_fraction, options.seed)
     meta, cache = mixture.meta, Cache(mixture, accelerator.num_processes)
