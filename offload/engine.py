@@ -169,8 +169,8 @@ class Engine:
         batch, tokens = input_ids.shape
         self.check_fits(batch=batch, tokens=cached_length(tokens, max_new_tokens))
         settings = self.model.generation_config
-        eos_token_id = settings.eos_token_id if eos_token_id is None else eos_token_id
-        paddings = (pad_token_id, settings.pad_token_id, *token_list(eos_token_id), 0)
+        ends = token_list(settings.eos_token_id if eos_token_id is None else eos_token_id)
+        paddings = (*token_list(pad_token_id, "pad_token_id"), settings.pad_token_id, *ends, 0)
         return generate(
             self.model,
             self.new_cache(),
@@ -178,7 +178,7 @@ class Engine:
             max_new_tokens=max_new_tokens,
             attention_mask=attention_mask,
             sampling=sampling,
-            eos_token_id=eos_token_id,
+            ends=ends,
             pad_token_id=next(token for token in paddings if known_tokens.expected(token) is None),
             prefill_chunk_size=prefill_chunk_size,
             seed=self.runtime.ranks.same_seed(seed) if temperature > 0 else seed,

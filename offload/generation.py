@@ -1,6 +1,6 @@
 """A minimal decoding loop: tokens are chosen on the device, and the host rarely waits for them.
 
-Suffixes: B sequences, T tokens, V vocabulary.
+Suffixes: B sequences, T tokens, V vocabulary, E end tokens.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attention_predictor.kinds import number, whole
+from attention_predictor.kinds import number, temperature, whole
 from attention_predictor.offload.hf.cache import TieredCache
 from attention_predictor.offload.hf.graph import LEFT_PADDING
 from attention_predictor.offload.hf.versions import with_cache
-from attention_predictor.offload.inputs import check, token_list
+from attention_predictor.offload.inputs import check
 
-COLDEST = 1e-6  # logits divided by less may be infinite
 SAMPLING = {
-    "temperature": number(f"0, or {COLDEST} or more", lambda value: value == 0 or value >= COLDEST),
+    "temperature": temperature(),
     "top_k": whole(0),
     "top_p": number("more than 0, at most 1", lambda value: 0 < value <= 1),
 }
@@ -74,7 +73,7 @@ def generate(
     max_new_tokens: int,
     attention_mask: Tensor | None,
     sampling: Sampling,
-    eos_token_id: int | Sequence[int] | None,
+    ends: Sequence[int],
     pad_token_id: int,
     prefill_chunk_size: int | None,
     seed: int | None,
@@ -85,7 +84,7 @@ def generate(
     mask_BT = attention_mask.to(device, torch.int64) if padded and attention_mask is not None else None
     only_left = mask_BT is not None and bool((mask_BT.bool() == (mask_BT.cumsum(-1) > 0)).all())
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    ends = torch.tensor(token_list(eos_token_id), dtype=torch.int64, device=device)
+    end_E = torch.tensor(ends, dtype=torch.int64, device=device)
 
     logits_BV = _prefill(model, cache, ids_BT, mask_BT, prefill_chunk_size)
     position_B1 = torch.full((B, 1), T, device=device) if mask_BT is None else mask_BT.sum(-1, keepdim=True)
@@ -94,8 +93,8 @@ def generate(
     for count in range(max_new_tokens):
         token_B1 = sampling.choose(logits_BV, generator).masked_fill(ended_B1, pad_token_id)
         new_BT[:, count : count + 1] = token_B1
-        if len(ends):
-            ended_B1 = ended_B1 | (token_B1 == ends).any(-1, keepdim=True)
+        if ends:
+            ended_B1 = ended_B1 | (token_B1 == end_E).any(-1, keepdim=True)
             if count % CHECK_INTERVAL == CHECK_INTERVAL - 1 and bool(ended_B1.all()):
                 break
         if count + 1 == max_new_tokens:
@@ -105,7 +104,7 @@ def generate(
             if only_left:
                 setattr(mask_BT, LEFT_PADDING, True)  # so that steps need not read the mask
         logits_BV, position_B1 = next_logits(model, cache, token_B1, mask_BT, position_B1), position_B1 + 1
-    return torch.cat([ids_BT, new_BT[:, : _until_all_ended(new_BT[:, : count + 1], ends)]], 1)
+    return torch.cat([ids_BT, new_BT[:, : _until_all_ended(new_BT[:, : count + 1], end_E)]], 1)
 
 
 def _prefill(
@@ -137,10 +136,10 @@ def next_logits(
     return model(ids_BT, **inputs, **with_cache(model, cache)).logits[:, -1]
 
 
-def _until_all_ended(new_BT: Tensor, ends: Tensor) -> int:
+def _until_all_ended(new_BT: Tensor, end_E: Tensor) -> int:
     """Number of tokens until the last sequence ends, its end token included."""
-    if not len(ends):
+    if not len(end_E):
         return new_BT.shape[1]
-    is_end_BT = (new_BT[..., None] == ends).any(-1)
+    is_end_BT = (new_BT[..., None] == end_E).any(-1)
     last_B = torch.where(is_end_BT.any(1), is_end_BT.int().argmax(1) + 1, new_BT.shape[1])
     return int(last_B.max())

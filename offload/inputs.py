@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from textwrap import shorten
 from typing import Any
 
@@ -25,6 +26,9 @@ def check(name: str, value: object, kind: Kind, *, or_none: bool = False) -> Non
     """``ConfigError`` unless the value is of a kind, or ``None`` if that is allowed."""
     if or_none and value is None:
         return
+    if not isinstance(value, bool):
+        with suppress(TypeError):  # NumPy's integers and tensors of one count
+            value = operator.index(value)  # type: ignore[arg-type]
     if (expected := kind.expected(value)) is not None:
         raise ConfigError(f"{name}={value!r} is not allowed: expected {expected}{', or None' if or_none else ''}")
 

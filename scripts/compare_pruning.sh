@@ -14,13 +14,15 @@ data=$1 heldout=$2 out=$3 device=${4:-cpu} beta=${BETA:-0.3} context=${CONTEXT:-
 for place in "$data" "$heldout"; do [ -e "$place" ] || refuse "$place: no such file or directory"; done
 folder=$out/beta-$beta scored="${MODEL:-} $data $context $documents"
 mkdir -p "$folder"
-[ ! -f "$out/scored" ] || [ "$(cat "$out/scored")" = "$scored" ] || refuse "$out holds scores of other settings: $(cat "$out/scored")"
-echo "$scored" >"$out/scored"
 attnpred() { "${PYTHON:-python3}" -m attention_predictor.cli "$@"; }
 by=(--data "$data")
 for scores in "$out"/beta-*/scores.json; do
-    [ -e "$scores" ] && by=(--scores "$scores")
+    [ -e "$scores" ] || continue
+    before=$(cat "${scores%.json}.of" 2>/dev/null || echo unknown)
+    [ "$before" = "$scored" ] || refuse "$out holds scores of other settings: $before"
+    by=(--scores "$scores")
 done
+echo "$scored" >"$folder/scores.of"
 attnpred prune "${by[@]}" --sweep "$heldout" --layers "${LAYERS:-7}" --beta "$beta" --seeds "${SEEDS:-10}" --device "$device" \
     --context "$context" --documents "$documents" ${MODEL:+--model "$MODEL"} \
     --out "$folder" --plot "$folder/sweep.png" | tee "$folder/sweep.txt"

@@ -13,6 +13,10 @@ sources=() && for kind in $kinds; do sources+=(--data "$kind=$data/texts/${kind}
 without=$(cd "$data/texts" && ls | grep '\.txt$' | grep -vc '__' || true)
 [ -z "$kinds" ] || [ "$without" = 0 ] || refuse "$data/texts: $without files have no kind, others have one: expected <kind>__<name>.txt of all, or of none"
 
+processes=${PROCESSES:-$([ "$device" = cpu ] && nproc || echo 1)}
+for number in processes samples documents context questions; do
+    [[ ${!number-1} =~ ^[1-9][0-9]*$ ]] || refuse "${number^^}: '${!number}' is not allowed: expected a number from 1 on"
+done
 for part in ${parts//,/ }; do
     [[ ,$known, == *,$part,* ]] || refuse "PARTS: '$part' is not allowed: expected some of $known"
 done
@@ -25,12 +29,13 @@ add() { # NAME BENCHMARK POLICIES OPTIONS…
 }
 
 run_plan() {
-    local python=${PYTHON:-python3} processes=${PROCESSES:-$([ "$device" = cpu ] && nproc || echo 1)}
+    local python=${PYTHON:-python3}
     local launch=("$python" -m) runs
     if [ "$processes" -gt 1 ]; then
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
         launch+=(torch.distributed.run --standalone --nproc_per_node "$processes" -m)
     fi
+    [ ${#plan[@]} -gt 0 ] || refuse "PARTS=$parts, POLICIES=$policies: nothing is left to run"
     "${launch[@]}" attention_predictor.cli eval several "${plan[@]}"
     runs=("$out"/*/run.json)
     "$python" -m attention_predictor.cli report "${runs[@]%/run.json}" --out "$out/report"

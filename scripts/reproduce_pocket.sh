@@ -26,7 +26,7 @@ add needle needle "$policies" --data "$data/texts" --lengths "$((context / 4)),$
 add ruler ruler "$policies" --haystack "$data/texts" --tasks niah_single_2,niah_multikey_1,niah_multivalue,niah_multiquery,vt,fwe \
     --lengths "$context" --samples "$samples" --wording pocket --no-chat
 add perplexity perplexity "$policies" "${sources[@]}" --context "$context" --tail 64 --limit "$documents"
-add map recovery-map "$selecting" "${sources[@]}" --context "$context" --tail 64 --limit "$documents"
+[ -z "$selecting" ] || add map recovery-map "$selecting" "${sources[@]}" --context "$context" --tail 64 --limit "$documents"
 add longbench longbench "$policies" --data "$data/longbench" --no-chat --max-length "$((context - 600))" --limit "$limit" \
     --tasks "$tasks" --answer-perplexity
 

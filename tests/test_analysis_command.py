@@ -190,7 +190,7 @@ class TestRefuses:
             (("--data", "text=nowhere.txt"), "--data: names must differ"),
             (("--data", "nowhere/*.txt"), "no file matches nowhere/*.txt"),
             (("--model", "nowhere"), "cannot load the configuration of 'nowhere'"),
-            (("--dtype", "float8"), "dtype='float8' is not allowed"),
+            (("--dtype", "float8"), "--dtype float8: expected one of auto"),
         ],
     )
     def test_settings(self, given, options, said, capsys, monkeypatch, tmp_path):

@@ -146,6 +146,14 @@ class TestCopies:
             for one, other in zip(copied.modules(), untouched.modules(), strict=True)
         )
 
+    def test_of_a_model_that_has_nothing_to_offload(self, tiny_model, ids):
+        model = tiny_model("mistral-sliding")
+        stock = model(ids(40)).logits
+        with attach(model, CONFIG):
+            copied = copy.deepcopy(model)
+            assert torch.equal(copied(ids(40)).logits, stock)
+        assert vars(copied).keys() == vars(model).keys()
+
     def test_keep_tied_weights(self, tiny_model):
         model = tiny_model(tie_word_embeddings=True)
         with attach(model, CONFIG):
@@ -160,7 +168,7 @@ class TestSharedConfigurations:
         twin, before = type(model)(model.config), state(model)
         with attach(model, CONFIG):
             for config in (model.config, copy.deepcopy(model.config)):
-                with pytest.raises(AttachError, match="has the configuration object of another attached model, or a"):
+                with pytest.raises(AttachError, match="shares the configuration object of an attached"):
                     attach(type(model)(config), CONFIG)
         assert same_state(before, state(model))
         with attach(twin, CONFIG):

@@ -25,6 +25,7 @@ from attention_predictor.train.options import TrainOptions
 from attention_predictor.train.shards import Record
 from attention_predictor.train.state import STATE_FILE
 from attention_predictor.train.validate import BUDGETS, validate
+from attention_predictor.writing import locked
 
 
 def split_of(directory: Path, val_fraction: float, seed: int) -> list[list[str]]:
@@ -239,8 +240,25 @@ def test_interrupted_before_its_first_validation_goes_on(tmp_path: Path, monkeyp
     monkeypatch.setattr(fit_module, "document_loss", interrupted)
     assert fit(tmp_path / "data", tmp_path / "out", options)["interrupted"]
     monkeypatch.undo()
+    state = tmp_path / "out" / STATE_FILE
+    state.rename(tmp_path / "kept")
+    with pytest.raises(ConfigError, match=r"of an interrupted run without training-state\.pt: delete it"):
+        fit(tmp_path / "data", tmp_path / "out", options, resume=True)
+    (tmp_path / "kept").rename(state)
     resumed = fit(tmp_path / "data", tmp_path / "out", options, resume=True)
     assert resumed == fit(tmp_path / "data", tmp_path / "whole", options)
+
+
+def test_directories_that_training_leaves_alone(tmp_path: Path) -> None:
+    make_recording(tmp_path / "data", 2)
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out), pytest.raises(ConfigError, match="another run is writing to it"):
+        fit(tmp_path / "data", out, TrainOptions(steps=2, batch=1))
+    (out / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match=r"training would replace README\.md here; choose another directory"):
+        fit(tmp_path / "data", out, TrainOptions(steps=2, batch=1))
+    assert (out / "README.md").read_text() == "mine"
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
@@ -257,6 +275,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog
         main(parser.parse_args(given))
     with pytest.raises(ConfigError, match=r"trained with other options \(steps was 2, is 3\)"):
         main(parser.parse_args([*given[:-4], "--steps", "3", "--batch", "2", "--resume"]))
+    make_recording(tmp_path / "other", 3)
+    with pytest.raises(ConfigError, match=r"trained with other options \(recording was '"):
+        main(parser.parse_args(["--data", str(tmp_path / "other"), *given[2:], "--resume"]))
     before = (tmp_path / "out" / "model.safetensors").stat()
     assert main(parser.parse_args([*given, "--json", "--resume"])) == 0
     assert json.loads(capsys.readouterr().out) == printed

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attention_predictor import AttachError, OffloadConfig, attach
 from attention_predictor.offload.hf.forwards import Forwards
+from attention_predictor.offload.hf.recomputed import RecomputedAsStock
 from attention_predictor.offload.hf.versions import cache_of, checkpointed, with_cache
 from attention_predictor.offload.hf.warm_up import warm_up
 from attention_predictor.offload.stats import Stats
@@ -309,12 +310,33 @@ class TestGradients:
                 "tiered": with_cache(model, engine.new_cache()),
             }[cache]
             ours = gradients(**given)
-            assert any("gradients are recorded" in message for message in engine.stats.fallbacks)
+            assert any("gradient checkpointing keeps caches" in message for message in engine.stats.fallbacks)
+            copied = copy.deepcopy(model)
+            assert not any(
+                isinstance(one._gradient_checkpointing_func, RecomputedAsStock) for one in checkpointed(copied)
+            )
+            with torch.no_grad():
+                full = engine.new_cache()
+                model(prompt, **with_cache(model, full))
+            with pytest.raises(AttachError, match="gradients are recorded, but the cached tokens are in host memory"):
+                model(ids(1), **with_cache(model, full))
             loss = model(prompt, labels=prompt).loss
         loss.backward()  # the engine is detached meanwhile
         assert ours.keys() == stock.keys()
         assert all(torch.equal(ours[name], gradient) for name, gradient in stock.items())
         assert [one._gradient_checkpointing_func for one in checkpointed(model)] == functions
+
+    def test_frozen_layers_under_checkpointing(self, tiny_model, ids) -> None:
+        """They get no cache, whatever requires gradients."""
+        model, prompt = tiny_model().requires_grad_(False).train(), ids(50)
+        model._set_gradient_checkpointing(gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
+        stock = model(prompt, labels=prompt).loss
+        with attach(model, WHOLE) as engine:
+            for given in ({}, with_cache(model, DynamicCache(config=model.config))):
+                assert torch.equal(model(prompt, labels=prompt, **given).loss, stock)
+            assert engine.stats.steps == 0
+            model.generate(prompt, **GREEDY)  # without gradients
+            assert engine.stats.steps > 0
 
     def test_of_what_a_hook_adds(self, tiny_model, ids) -> None:
         """Neither the parameters nor the inputs say that gradients are recorded."""

@@ -23,6 +23,7 @@ from attention_predictor.train import recorder
 from attention_predictor.train.dataset import HistoryDataset
 from attention_predictor.train.estimate import check_space, in_words, largest_size, seconds_a_document
 from attention_predictor.train.recorder import FullRecorder, SparseRecorder, record
+from attention_predictor.writing import locked
 
 TAIL = 20
 STEPS = PROMPT_ROWS + TAIL
@@ -188,6 +189,12 @@ def test_only_what_is_still_to_record_needs_room(saved, tmp_path, capsys, monkey
     assert asked == [2 * 2 * 2 * 2 * 70 * (400 // 16)]
     assert main(command(model, data, out)) == 0
     assert capsys.readouterr().out == f"all 3 documents are in {out}\n"
+    for option, value in (("--per-file", 3), ("--validation", 0.9)):
+        assert main(command(model, data, out, option, value)) == 2
+        assert f"holds a recording with {option[2:].replace('-', '_')}=" in capsys.readouterr().err
+    with locked(out):
+        assert main(command(model, data, out)) == 2
+    assert f"--out {out}: another run is writing to it" in capsys.readouterr().err
 
 
 def test_settings_of_a_recording_are_kept(saved, tmp_path, capsys):

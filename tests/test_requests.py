@@ -561,6 +561,19 @@ def test_what_generate_is_given_is_checked_before_a_forward(tiny_model, ids, mon
             engine.stream([]).cancel(5)
 
 
+def test_tokens_and_sizes_of_other_types(tiny_model, ids):
+    with attach(tiny_model(), config()) as engine:
+        prompt = ids(40, batch=2)
+        first = engine.generate(prompt, max_new_tokens=1, eos_token_id=NO_END)[0, -1].item()
+        expected = engine.generate(prompt, max_new_tokens=6, eos_token_id=[first], pad_token_id=3)
+        assert (expected[0, 41:] == 3).all()
+        for three in (np.int64(3), torch.tensor(3)):
+            for ends in (iter([first]), np.array([first]), torch.tensor([first]), np.int64(first)):
+                found = engine.generate(prompt, max_new_tokens=np.int64(6), eos_token_id=ends, pad_token_id=three)
+                assert torch.equal(found, expected)
+            engine.check_fits(batch=three, tokens=three)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float16, torch.bfloat16])
 def test_masks_of_any_type(tiny_model, dtype):
     """Positions are whole numbers, which bf16 counts up to 256 only."""

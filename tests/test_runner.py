@@ -39,6 +39,7 @@ from attention_predictor.eval.harness.variants import make_variants
 from attention_predictor.offload.config import OffloadConfig
 from attention_predictor.offload.hf.attach import attach
 from attention_predictor.offload.hf.versions import with_cache
+from attention_predictor.predictor.model import AttentionPredictor
 
 ONE_THREAD = dict(os.environ) | {
     "OMP_NUM_THREADS": "1"
@@ -327,6 +328,53 @@ class TestWhatIsRefused:
         alone = run(Toy(), plan("--policies", "full", "--out", plan().out.with_name("alone")))
         assert results(folder) == results(alone)
 
+    def test_runs_that_have_their_limit_among_the_settings(self, plan):
+        run(Toy(), plan("--limit", 1, "--policies", "full"))
+        file = plan().out / "run.json"
+        saved = json.loads(file.read_text())
+        saved["settings"] |= {"limit": 1, "samples": 4}
+        file.write_text(json.dumps(saved))
+        run(more := Toy(), plan("--limit", 2, "--policies", "full"))
+        assert more.asked == [("a", "id1"), ("b", "id1")]
+        assert not {"limit", "samples"} & json.loads(file.read_text())["settings"].keys()
+
+    def test_a_predictor_that_changed(self, plan, tmp_path, no_model, monkeypatch):
+        rule = ("--rule", "mine: predictor,predictor=mine")
+        monkeypatch.chdir(tmp_path)
+        predictor = AttentionPredictor.from_pretrained("default")
+        predictor.save("mine")
+        begin(Toy(), plan(*rule))
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir("elsewhere")  # the same directory
+        begin(Toy(), plan("--rule", "mine: predictor,predictor=../mine"))
+        RunFolder(plan().out).check(describe(Toy(), plan("--rule", "mine: predictor,predictor=../mine")))
+        with torch.no_grad():
+            next(predictor.parameters()).mul_(0.5)
+        predictor.save(tmp_path / "mine")
+        with pytest.raises(ConfigError, match=r"variants\.mine-144\.predictor_weights is '"):
+            run(Toy(), plan("--rule", "mine: predictor,predictor=../mine"))
+
+    def test_a_model_that_changed(self, plan, tmp_path, no_model):
+        model = save_tiny_text_model(tmp_path / "model")
+        begin(Toy(), plan("--model", model))
+        RunFolder(plan().out).check(describe(Toy(), plan("--model", model)))
+        (weights,) = model.glob("*.safetensors")
+        changed = bytearray(weights.read_bytes())
+        changed[-100] ^= 1
+        weights.write_bytes(changed)
+        with pytest.raises(ConfigError, match=r"settings\.weights is '"):
+            run(Toy(), plan("--model", model))
+
+    def test_two_rules_of_one_name(self, plan):
+        with pytest.raises(ConfigError, match="two rules give variants of one name, a-144: names must differ"):
+            plan("--rule", "a-144: full,prefetch=thread", "--rule", "a: predictor")
+
+    def test_what_a_full_disk_left_is_no_other_run(self, plan):
+        plan().out.mkdir()
+        for name in (".lock", "run.json.draft"):
+            (plan().out / name).touch()
+        assert run(Toy(samples=1), plan("--policies", "full")) is not None
+
     def test_directories_that_are_no_runs(self, plan, no_model):
         out = plan().out
         out.mkdir()
@@ -336,6 +384,11 @@ class TestWhatIsRefused:
         (out / "run.json").write_text('{"benchmark": ')
         with pytest.raises(ConfigError, match=r"run\.json is not the description of a run"):
             run(Toy(), plan())
+        for change in ({"tasks": []}, {"tasks": {"a": 3}}, {"tasks": {"a": {"sha256": "x"}}}, {"settings": 5}):
+            whole = {"benchmark": "toy", "settings": {}, "tasks": {}, "variants": {}, "sessions": []} | change
+            (out / "run.json").write_text(json.dumps(whole))
+            with pytest.raises(ConfigError, match=r"run\.json is not the description of a run"):
+                run(Toy(), plan())
         with pytest.raises(ConfigError, match="is not a directory"):
             run(Toy(), plan("--out", out / "thesis.txt"))
         with pytest.raises(ConfigError, match=r"not the directory of a run: no run\.json in it"):

@@ -107,6 +107,17 @@ def test_reproduce_says_what_is_missing(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"{script}: {said}\n"
+    (mixed / "texts" / "books__a.txt").unlink()
+    command = ["bash", str(SCRIPTS / "reproduce_pocket.sh"), str(mixed), str(tmp_path / "out")]
+    for name, value, said in (
+        ("PROCESSES", "0", "PROCESSES: '0' is not allowed: expected a number from 1 on"),
+        ("CONTEXT", "abc", "CONTEXT: 'abc' is not allowed: expected a number from 1 on"),
+        ("PARTS", ",", "nothing is left to run"),
+        ("PARTS", "poems", "PARTS: 'poems' is not allowed: expected some of questions,needle"),
+    ):
+        done = subprocess.run(command, env=os.environ | {name: value}, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert said in done.stderr
 
 
 @pytest.mark.slow

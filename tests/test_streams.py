@@ -23,6 +23,7 @@ from attention_predictor.predictor.model import AttentionPredictor
 from attention_predictor.train import dataset as dataset_module
 from attention_predictor.train.dataset import HistoryDataset
 from attention_predictor.train.state import STATE_FILE
+from attention_predictor.writing import LOCK
 
 NO_ROOM = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES]
 
@@ -122,7 +123,7 @@ class TestFullDisks:
             line = refused(capsys, *given, tmp_path / "out")
         assert line.endswith(f"{tmp_path / 'out' / STATE_FILE}: can't be written: No space left on device")
         assert torch.load(tmp_path / "out" / STATE_FILE, weights_only=True)["step"] == 2
-        assert {one.name for one in (tmp_path / "out").iterdir()} == {STATE_FILE}
+        assert {one.name for one in (tmp_path / "out").iterdir()} == {STATE_FILE, LOCK}
         assert run(*given, tmp_path / "out", "--resume") == 0
         continued = json.loads(capsys.readouterr().out)
         assert run(*given, tmp_path / "whole") == 0

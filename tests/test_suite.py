@@ -68,7 +68,9 @@ def test_input_of_all_is_checked_before_the_first_runs(
         (["--rule", "predictor,predictor=nowhere"], "nowhere: no such checkpoint"),
     ):
         words = [*first, "--out", out / "first", "then", *second, *changes, "--out", out / "second"]
-        assert line in refused(capsys, monkeypatch, "several", *words)
+        said = refused(capsys, monkeypatch, "several", *words)
+        assert line in said
+        assert f"recovery-map, {out / 'second'}: " in said
         assert not out.exists()
 
 
@@ -94,6 +96,10 @@ def test_another_model_takes_the_place_of_the_last(monkeypatch: pytest.MonkeyPat
         (
             ["perplexity", "--out", "o", "--data", "d", "then", "perplexity", "--out", "./o", "--data", "d"],
             "is given twice: each benchmark needs its own",
+        ),
+        (
+            ["perplexity", "--out", "o/inner", "--data", "d", "then", "perplexity", "--out", "o", "--data", "d"],
+            "is inside of another benchmark's, ",
         ),
     ],
 )

@@ -84,6 +84,14 @@ class TestCommand:
         assert after["full", "kv"] == before["full", "kv"]
         assert len(after["full", "chain"]) == 2
 
+    def test_takes_more_questions(self, given, tmp_path):
+        evaluate(*given, "--tasks", "kv", "--policies", "full")
+        evaluate(*given, "--tasks", "kv", "--policies", "full", "--questions", 6)
+        more = results(RunFolder(tmp_path / "out"))
+        assert len(more["full", "kv"]) == 3
+        evaluate(*given, "--tasks", "kv", "--policies", "full", "--questions", 6, "--out", tmp_path / "alone")
+        assert results(RunFolder(tmp_path / "alone")) == more
+
     @pytest.mark.parametrize(
         ("options", "said"),
         [

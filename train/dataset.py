@@ -32,7 +32,8 @@ META_FILE = "meta.json"  # of the first process; the others write meta-1.json, â
 SHARDS = "shards"
 IDENTITY = ("block_size", "sink", "recent", "model", "rows")  # the same for all documents of a recording
 # These too, if given: they decide what a document's rows mean.
-SETTINGS = ("max_tokens", "steps", "predictor", "budgets")
+SETTINGS = ("max_tokens", "steps", "predictor", "budgets", "per_file", "validation")
+LATER = ("per_file", "validation")  # of these, recordings of earlier versions have none
 ROW_GROUP = 16  # records written at once, which bounds memory for any number of layers
 
 
@@ -42,7 +43,7 @@ class HistoryWriter:
     Several processes may write at once, each with a `part` of its own and documents of its own.
 
     `meta` must give block_size, sink, recent (tokens), model and rows ("sparse" or "full"), and may give more: of that
-    max_tokens, steps, predictor and budgets must, as those five, agree with what the directory already holds. Nothing
+    those named in SETTINGS must, as those five, agree with what the directory already holds. Nothing
     is held before the first document is there.
     """
 
@@ -56,7 +57,8 @@ class HistoryWriter:
         for path in meta_files(self.directory):
             found = read_meta_file(path)
             for name in (*IDENTITY, *SETTINGS):
-                if found.get(name) != meta.get(name):
+                unknown = name in LATER and name not in found
+                if not unknown and found.get(name) != meta.get(name):
                     raise DataError(
                         f"{path}: holds a recording with {name}={found.get(name)!r}, "
                         f"can't add one with {meta.get(name)!r}"

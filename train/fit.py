@@ -8,6 +8,7 @@ import logging
 import math
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -31,7 +32,7 @@ from attention_predictor.train.shards import Recording
 from attention_predictor.train.state import forget_state, read_finished, read_state, restore, write_state
 from attention_predictor.train.tracking import check_tracker, start_tracker
 from attention_predictor.train.validate import Metrics, mean_ahead, validate, why_not_judged
-from attention_predictor.writing import write_atomically
+from attention_predictor.writing import locked, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -72,14 +73,29 @@ def fit(
     check_tracker(tracker)
     accelerator = start(device, options.precision, tracker, out)
     directories = [str(one) for one in ([data] if isinstance(data, str | PathLike) else data)]
-    mixture = Mixture(directories, block_size=block_size)
-    block_size = int(mixture.meta["block_size"])
-    out = Path(out)
+    mixture, out = Mixture(directories, block_size=block_size), Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # fail now, not after the training
         raise ConfigError(f"out={str(out)!r} can't be made: {error.strerror or error}") from error
-    finished = read_finished(out, asdict(options), resume=resume, block_size=block_size)
+    with locked(out) if accelerator.is_main_process else nullcontext():
+        return _fit(directories, mixture, out, options, accelerator, tracker, resume=resume, progress=progress)
+
+
+def _fit(
+    directories: list[str],
+    mixture: Mixture,
+    out: Path,
+    options: TrainOptions,
+    accelerator: Accelerator,
+    tracker: str,
+    *,
+    resume: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    block_size = int(mixture.meta["block_size"])
+    decisive = asdict(options) | {"recording": mixture.fingerprint}
+    finished = read_finished(out, decisive, resume=resume, block_size=block_size)
     if finished is not None:
         logger.warning(f"{out}: a predictor trained with these options is here already: it is kept")
         return finished if accelerator.is_main_process else {}
@@ -100,9 +116,8 @@ def fit(
                 logger.warning(f"{line}: means leave that budget out")
         return averaged(found)
 
-    settings = asdict(options) | {
+    settings = decisive | {
         "documents": sum(map(len, training)),
-        "recording": mixture.fingerprint,
         "processes": accelerator.num_processes,
     }
     state = read_state(out, settings, resume=resume)
@@ -128,6 +143,7 @@ def fit(
         state = run | {"predictor": copied(predictor), "optimizer": optimizer.state_dict()}
         write_state(out, state | {"options": settings})
 
+    accelerator.wait_for_everyone()  # all have looked for a state
     if state is None and accelerator.is_main_process:
         save_state()  # so that a run which ends before its first validation can be continued
     interrupted, losses = False, list[float]()
@@ -167,6 +183,7 @@ def fit(
         "documents": sum(map(len, training)),
         "held_out_documents": sum(map(len, held_out)),
         "options": asdict(options),
+        "recording": mixture.fingerprint,
         "metrics": metrics,
     }
     predictor.save(out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import zlib
 from collections import deque
+from contextlib import ExitStack
 from itertools import compress, groupby
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from attention_predictor.progress import Progress
 from attention_predictor.train.dataset import HistoryWriter
 from attention_predictor.train.estimate import check_space, in_words, largest_size, seconds_a_document
 from attention_predictor.train.recorder import FullRecorder, SparseRecorder, attach_recorder, record
+from attention_predictor.writing import locked
 
 SAMPLE = 4  # documents that the time estimate uses
 
@@ -54,16 +56,17 @@ def recording_configs(args: argparse.Namespace) -> list[OffloadConfig]:
 
 def main(args: argparse.Namespace) -> int:
     launcher = Launcher()
-    if not args.tp:
-        return _record(args, launcher)
-    with launcher.as_one():
-        code = _record(args, launcher)
+    with ExitStack() as stack:
+        if not args.tp:
+            return _record(args, launcher, stack)
+        stack.enter_context(launcher.as_one())
+        code = _record(args, launcher, stack)
         if launcher.count > 1:
             dist.destroy_process_group()
         return code
 
 
-def _record(args: argparse.Namespace, launcher: Launcher) -> int:
+def _record(args: argparse.Namespace, launcher: Launcher, stack: ExitStack) -> int:
     ranks = launcher.count if args.tp else 1  # the processes that divide the model
     part, parts = (0, 1) if args.tp else (launcher.rank, launcher.count)  # of the documents
     writes = launcher.is_main or not args.tp
@@ -87,10 +90,14 @@ def _record(args: argparse.Namespace, launcher: Launcher) -> int:
         "max_tokens": args.max_tokens,
         "steps": args.steps,
         "rows": args.rows,
+        "per_file": args.per_file,
+        "validation": args.validation,
     }
     if args.rows == "sparse":
         meta |= {"predictor": str(args.predictor), "budgets": args.budgets}
     writer = HistoryWriter(args.out, meta, part=part)
+    if launcher.is_main:
+        stack.enter_context(locked(args.out))
     missing = [not writer.has(document.name) for document in documents]
     sequences = sum(len(document.continuations) or 1 for document in compress(documents, missing))
     space = check_space(args.out, largest_size(model, sequences, args.max_tokens, args.steps, defaults.block_size))

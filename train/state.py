@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from attention_predictor.errors import CheckpointError, ConfigError, one_line
-from attention_predictor.predictor.checkpoint import WEIGHTS_FILE
+from attention_predictor.predictor.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from attention_predictor.predictor.model import AttentionPredictor
+from attention_predictor.train.report import CARD_FILE
 from attention_predictor.writing import write_atomically
 
 FORMAT_VERSION = 1
@@ -57,9 +58,14 @@ def read_state(directory: Path, options: dict[str, Any], *, resume: bool) -> dic
 def read_finished(directory: Path, options: dict[str, Any], *, resume: bool, block_size: int) -> dict[str, Any] | None:
     """The metrics of the finished predictor in `directory`; `None` if there is none, or an unfinished run.
 
-    ConfigError if there is and `resume` is not asked for, or if it was trained with other `options`.
+    ConfigError if there is and `resume` is not asked for, or if it was trained with other `options`, the `recording`
+    among them.
     """
-    if (directory / STATE_FILE).exists() or not (directory / WEIGHTS_FILE).exists():
+    if (directory / STATE_FILE).exists():
+        return None
+    if not (directory / WEIGHTS_FILE).exists():
+        if foreign := [name for name in (CONFIG_FILE, CARD_FILE) if (directory / name).exists()]:
+            raise ConfigError(f"{directory}: training would replace {foreign[0]} here; choose another directory")
         return None
     if not resume:
         raise ConfigError(
@@ -67,8 +73,11 @@ def read_finished(directory: Path, options: dict[str, Any], *, resume: bool, blo
             "keep it"
         )
     facts = AttentionPredictor.from_pretrained(directory, block_size=block_size).training_facts
-    if others := _others(facts.get("options", {}), options):
+    before = facts.get("options", {}) | {"recording": facts.get("recording")}
+    if others := _others(before, options):
         raise ConfigError(f"{directory}: the predictor here was trained with other options ({others})")
+    if facts["metrics"]["interrupted"]:
+        raise ConfigError(f"{directory}: the predictor here is of an interrupted run without {STATE_FILE}: delete it")
     return facts["metrics"]
 
 

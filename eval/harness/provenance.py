@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -17,6 +18,7 @@ import torch
 from attention_predictor import __version__
 from attention_predictor.loading import gguf_file
 
+PLACES, PIECE = 64, 1 << 16  # of a file of weights: places that are read, and bytes at each
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "jieba", "gguf")
 
 
@@ -33,13 +35,32 @@ def describe_session(processes: int) -> dict[str, Any]:
 
 
 def describe_model(name: str) -> dict[str, Any]:
-    """What run.json keeps of a model besides its name and dtype: of a GGUF file its size and checksum, as ``gguf``.
+    """What run.json keeps of a model besides its name and dtype.
+
+    Of a GGUF file its size and checksum, as ``gguf``. Of a directory a digest, ``weights``: of its configuration, and of
+    the sizes of its weights' files and places in them.
 
     Raises:
         CheckpointError: The file can't be had, or is damaged.
     """
     file = gguf_file(name)
-    return {} if file is None else {"gguf": file.describe()}
+    if file is not None:
+        return {"gguf": file.describe()}
+    return {"weights": _digest(Path(name))} if Path(name).is_dir() else {}
+
+
+def _digest(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.name != "config.json" and path.suffix not in (".safetensors", ".bin"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for place in range(PLACES):
+                file.seek(place * size // PLACES)
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()
 
 
 def git_state(file: Path) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ OUT/<variant>/<task>.jsonl a line a sample (``predictions``)
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 
 from attention_predictor.errors import ConfigError, DataError
 from attention_predictor.eval.harness.predictions import Record, fold, gather
+from attention_predictor.kinds import is_whole
 from attention_predictor.reading import read_json
-from attention_predictor.writing import json_bytes, write_atomically
+from attention_predictor.writing import LOCK, json_bytes, locked, write_atomically
 
 GROWING = ("tasks", "variants")  # a later session may add entries
 
@@ -38,6 +38,7 @@ class RunFolder:
                 saved = read_json(self.file)
                 self.sessions = list(saved.pop("sessions"))
                 self.description = {name: saved[name] for name in ("benchmark", "settings", *GROWING)}
+                _check_kinds(**self.description)
             except DataError as error:
                 raise ConfigError(f"{self.file} is not the description of a run: {error}") from error
             except (KeyError, TypeError, AttributeError) as error:
@@ -80,7 +81,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--out {self.path} is not a directory")
         if not self.description:
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and {one.name for one in self.path.iterdir()} - {LOCK, self.file.name + ".draft"}:
                 raise ConfigError(f"--out {self.path} is not empty and not the directory of a run: choose another")
             return
         for name, value in description.items():
@@ -104,14 +105,9 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise ConfigError(f"--out {self.path} can't be written to: {error.strerror or error}") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigError(f"--out {self.path}: another run is writing to it") from error
+        with locked(self.path):
             grown = {name: self.description.get(name, {}) | dict(description[name]) for name in GROWING}
             self.description = dict(description) | grown
             self.sessions.append(session)
@@ -123,6 +119,18 @@ class RunFolder:
         for variant in self.variants:
             for task in self.tasks:
                 fold(self.results(variant, task))
+
+
+def _check_kinds(benchmark: Any, settings: Any, tasks: Any, variants: Any) -> None:
+    """``TypeError`` where a description has not the form that it is written in."""
+    objects = [settings, tasks, variants]
+    objects += [one for known in (tasks, variants) if isinstance(known, dict) for one in known.values()]
+    if not all(isinstance(one, dict) for one in objects) or not all(
+        is_whole(one.get("samples")) for one in tasks.values()
+    ):
+        raise TypeError("expected objects of settings, tasks and variants, and of each task its samples")
+    for name in ("limit", "samples", "documents"):
+        settings.pop(name, None)  # older runs have these here too; the number of a task's samples says it
 
 
 def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:

@@ -191,11 +191,12 @@ class Plan:
         )
         model = _one_path(args.model)
         given = (args.dtype, args.seed, args.limit, args.out, args.retry_errors)
-        # ``eval several`` sets the first two; ``analyze`` has no such options as the last two.
-        further = {"load": None, "check_only": False, "tp": False, "device_map": None} | vars(args)
         return cls(
-            *(model, name, *given, variants, further["load"], further["tp"], further["device_map"]),
-            check_only=further["check_only"],
+            *(model, name, *given, variants),
+            load=getattr(args, "load", None),  # these are set by ``eval several``
+            check_only=getattr(args, "check_only", False),
+            divide_model=getattr(args, "tp", False),  # ``analyze`` has no such options
+            device_map=getattr(args, "device_map", None),
         )
 
     def settings(self) -> dict[str, Any]:

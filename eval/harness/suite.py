@@ -10,6 +10,7 @@ from io import StringIO
 
 from transformers import PreTrainedModel
 
+from attention_predictor.commands.eval.several import naming
 from attention_predictor.eval.harness.processes import Processes
 from attention_predictor.loading import load_model
 
@@ -35,7 +36,8 @@ def main(args: argparse.Namespace) -> int:
     load, codes, is_main = LastModel(), [], Processes().is_main
     with redirect_stdout(StringIO()):  # what this prints comes again
         for one in args.benchmarks:
-            _main_of(one, check_only=True)
+            with naming(one):
+                _main_of(one, check_only=True)
     begun = time.perf_counter()
     for one in args.benchmarks:
         if is_main:

@@ -21,7 +21,7 @@ import torch
 
 from attention_predictor.errors import ConfigError, FetchError, IntegrityError
 
-SETTLE_S = 1e-4  # interval at which drain() looks whether the device has ended a job
+SETTLE_S = 1e-4  # interval at which drain() looks whether a finished job is let go of
 POLL_S = 0.05  # interval at which a blocked caller checks that the worker is alive
 CLOSED = "the prefetcher is closed: its engine was detached"
 CLOSE_S = 5.0  # time that close() gives submitted jobs to finish

@@ -134,13 +134,14 @@ class Room:
         assert self.config.host_memory is not None
         return self.config.host_memory - (self.memory.lent_bytes - self._held(batch, room))
 
-    def check(self, *, batch: int, tokens: int, room: int, promised: int = 0) -> None:
+    def check(self, *, batch: int, tokens: int, room: int, promised: int = 0, settled: bool = False) -> None:
         """Refuse a cache that does not fit. Also decides how much memory captured steps reserve ahead.
 
         Args:
             batch, tokens: Sequences, and the length that each will have.
             room: Tokens for which the cache has slabs.
             promised: Bytes that other caches will still take. Negative: bytes that they will return.
+            settled: No fetch in progress holds the memory of a dead cache.
 
         Raises:
             HostMemoryError: It would not fit in ``config.host_memory``, or in what the system has available, on this
@@ -149,12 +150,12 @@ class Room:
         if tokens <= room:
             return
         with self.ranks.together():
-            self._check(batch, tokens, room, promised)
+            self._check(batch, tokens, room, promised, settled)
         self._tight = any(self.ranks.gather(self._tight))
 
-    def _check(self, batch: int, tokens: int, room: int, promised: int) -> None:
+    def _check(self, batch: int, tokens: int, room: int, promised: int, settled: bool) -> None:
         needed, (limit, source) = self.bytes_for(batch, tokens), self._limit(batch, room, promised)
-        if needed > limit:
+        if needed > limit and not settled:
             self.settle()  # the last fetch of a cache that is dead may still hold its memory
             limit, source = self._limit(batch, room, promised)
         if self.config.host_memory is None:

@@ -70,7 +70,7 @@ def attach(model: PreTrainedModel, config: OffloadConfig | None = None) -> Engin
         placement = Placement.of(model, _decoder(model), _tiered_layers(model, config))
         _check_placement(model, placement, config)
         runtime = _make_runtime(model, config, placement, ranks)
-    attachment = Attachment(model)
+    attachment = Attachment()
     try:
         with ranks.together():
             engine = _install(model, runtime, attachment, placement)
@@ -87,14 +87,16 @@ def _check_ranks(name: str, config: OffloadConfig, ranks: Ranks) -> None:
 
 
 def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment, placement: Placement) -> Engine:
-    name, config = type(model).__name__, runtime.config
+    name, config, decoder = type(model).__name__, runtime.config, _decoder(model)
+    for module in {id(one): one for one in (model, model.base_model, decoder)}.values():
+        attachment.attribute(module, "__deepcopy__", partial(attachment.copy_of, module))
     if not runtime.tiered_layers:
         runtime.note_fallback(f"{name} has no full-attention layer: nothing is offloaded, it runs as stock")
         engine = Engine(model, runtime, attachment, None)
         attachment.attribute(model, ENGINE, engine)
         runtime.open = True
         return engine
-    decoder, text_config = _decoder(model), runtime.text_config
+    text_config = runtime.text_config
     attachment.implementations_set_by(
         lambda: decoder.set_attn_implementation(NAME),  # only warns where a model can't
         configs_of(model),
@@ -119,8 +121,6 @@ def _install(model: PreTrainedModel, runtime: Runtime, attachment: Attachment, p
     engine = Engine(model, runtime, attachment, captured)
     Forwards(model, decoder, runtime, attachment, captured).install()
     attachment.attribute(model, ENGINE, engine)
-    for module in {id(one): one for one in (model, model.base_model, decoder)}.values():
-        attachment.attribute(module, "__deepcopy__", partial(attachment.copy_of, module))
     for method, instead in (
         ("__reduce_ex__", "can't be pickled: detach it first, or use save_pretrained"),
         ("set_attn_implementation", "has its own attention implementation: detach it first"),
@@ -266,8 +266,8 @@ def _check_model(model: PreTrainedModel, config: OffloadConfig) -> None:
         raise AttachError(f"{name} is already attached: detach its engine first")
     if _decoder(model).config._attn_implementation == NAME:
         raise AttachError(
-            f"{name} has the configuration object of another attached model, or a copy of it: make it with one of its "
-            f"own, whose attention implementation is not {NAME!r}"
+            f"{name} shares the configuration object of an attached model, or has a copy of it: give it another one, "
+            f"whose attention implementation is not {NAME!r}"
         )
     if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         raise AttachError(f"{name} is not a causal language model")

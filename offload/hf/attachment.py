@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from attention_predictor.offload.hf.recomputed import RecomputedAsStock
 from attention_predictor.offload.hf.turns import Turns
-from attention_predictor.offload.hf.versions import CHECKPOINT, checkpointed
+from attention_predictor.offload.hf.versions import CHECKPOINT
 
 _ABSENT: Any = object()
 
@@ -22,13 +22,12 @@ class Attachment:
     Nothing else is changed: no class, no function of transformers, no hook.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._turns = Turns(self._switch)
-        self._undone = False
-        self._checkpointing: list[tuple[nn.Module, Callable[..., Any]]] = []  # module, its function before
+    def __init__(self) -> None:
+        self.turns = Turns(self._switch)
         self._implementations: list[tuple[PreTrainedConfig, str | None, str | None]] = []  # config, before, ours
         self._attributes: list[tuple[nn.Module, str, Any]] = []  # module, name, before
+        self._checkpointed: list[nn.Module] = []
+        self._undone = False
 
     def implementations_set_by(
         self, change: Callable[[], None], configs: list[PreTrainedConfig], keep: list[Any]
@@ -49,20 +48,28 @@ class Attachment:
         self._attributes.append((module, name, vars(module).get(name, _ABSENT)))
         vars(module)[name] = value
 
-    def undo(self) -> None:
-        """Restore the model. Safe to repeat, and after a change that failed half way."""
-        self._undone = True
-        for module, name, before in self._attributes:
-            if before is _ABSENT:
-                vars(module).pop(name, None)
-            else:
-                vars(module)[name] = before
-        self._set_implementations(ours=False)
-        self._leave_checkpointing()
+    def recompute_as_stock(self, modules: list[nn.Module]) -> None:
+        """Wrap the checkpointing functions of these modules, unless they are; one that is replaced is wrapped again."""
+        with self.turns.lock:
+            for module in modules:
+                own = vars(module)[CHECKPOINT]
+                if not self._undone and not isinstance(own, RecomputedAsStock):
+                    self._checkpointed.append(module)
+                    vars(module)[CHECKPOINT] = RecomputedAsStock(own, self.turns)
 
-    def forwards(self, *, stock: bool) -> AbstractContextManager[None]:
-        """Within it the model uses our attention function, or stock ones and their masks; waits for the other kind."""
-        return self._turns.take(stock=stock)
+    def undo(self) -> None:
+        """Restore the model. Safe to repeat, after a change that failed half way, and while other threads use it."""
+        with self.turns.lock:
+            self._undone = True
+            for module, name, before in self._attributes:
+                if before is _ABSENT:
+                    vars(module).pop(name, None)
+                else:
+                    vars(module)[name] = before
+            self._set_implementations(ours=False)
+            for module in self._checkpointed:
+                if isinstance(wrapped := vars(module).get(CHECKPOINT), RecomputedAsStock):
+                    vars(module)[CHECKPOINT] = wrapped.own
 
     def copy_of(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         """A deep copy of a changed module, as it was before. Other threads may use the module meanwhile."""
@@ -77,33 +84,8 @@ class Attachment:
         return copied
 
     def _switch(self, stock: bool) -> None:
-        if self._undone:
-            return
-        self._set_implementations(ours=not stock)
-        if not stock:
-            self._leave_checkpointing()
-            return
-        for module in checkpointed(self._model):
-            own = vars(module)[CHECKPOINT]
-            self._checkpointing.append((module, own))
-            vars(module)[CHECKPOINT] = self._recomputed_as_stock(own)
-
-    def _leave_checkpointing(self) -> None:
-        for module, own in self._checkpointing:
-            vars(module)[CHECKPOINT] = own
-        self._checkpointing = []
-
-    def _recomputed_as_stock(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        """Gradient checkpointing computes a layer again in ``backward``, when the stock forward is over."""
-
-        def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            def as_stock(*args: Any, **kwargs: Any) -> Any:
-                with self.forwards(stock=True):
-                    return function(*args, **kwargs)
-
-            return own(as_stock, *args, **kwargs)
-
-        return checkpointed
+        if not self._undone:
+            self._set_implementations(ours=not stock)
 
     def _set_implementations(self, *, ours: bool) -> None:
         for config, before, own in self._implementations:

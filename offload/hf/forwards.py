@@ -95,10 +95,10 @@ class Forwards:
         if self._runs_as_stock(cache, given):
             if cache is not None:
                 given[cache_name] = cache
-            with self.attachment.forwards(stock=True):
+            with self.attachment.turns.take(stock=True):
                 return own(**given)
         given[cache_name] = cache if cache is not None else DynamicCache(config=self.text_config)
-        with self.attachment.forwards(stock=False):
+        with self.attachment.turns.take(stock=False):
             return self._offload(module, own, given[cache_name], given, call)
 
     def _offload(self, module: nn.Module, own: Forward, cache: Any, given: dict[str, Any], call: _Call) -> Any:
@@ -117,7 +117,15 @@ class Forwards:
 
     def _runs_as_stock(self, cache: Any, given: dict[str, Any]) -> bool:
         """Whether a forward runs without a tiered cache."""
-        if cache is not None and not (self._drops_caches(given) and cache.get_seq_length() == 0):
+        if checkpoints := self._checkpoints():
+            self.attachment.recompute_as_stock(checkpoints)
+            if cache is None or cache.get_seq_length() == 0:
+                self.runtime.note_fallback(
+                    "the stock model, since gradient checkpointing keeps caches from layers: torch.no_grad() or "
+                    "torch.inference_mode() offloads"
+                )
+                return True
+        if cache is not None:
             return False
         use_cache = given.get("use_cache")
         if use_cache is None:
@@ -131,10 +139,9 @@ class Forwards:
             return True
         return False
 
-    def _drops_caches(self, given: dict[str, Any]) -> bool:
-        """Whether gradient checkpointing, which computes layers twice, keeps caches from them."""
-        model = self.model
-        return model.training and self._records_gradients(given) and bool(checkpointed(model))
+    def _checkpoints(self) -> list[nn.Module]:
+        """The modules that ``backward`` may compute again."""
+        return checkpointed(self.model) if self.model.training and torch.is_grad_enabled() else []
 
     def _records_gradients(self, given: dict[str, Any]) -> bool:
         if not torch.is_grad_enabled():
@@ -152,7 +159,7 @@ class Forwards:
         if not is_tiered(cache):
             adopt(cache, self.runtime)
         cached = int(cache.get_seq_length())
-        if cached and self._records_gradients(given):
+        if cached and (self._records_gradients(given) or self._checkpoints()):
             raise AttachError(GRADIENTS_LOST)
         self._check_positions(cached, new)
         if not cached:

@@ -1,63 +1,95 @@
 """Turns: offloaded and stock forwards of one model, which are never in progress at the same time.
 
 Models read the name of their attention function from a configuration, which all threads share. So forwards of one kind
-run beside each other, those of the other kind wait for them, and the first to ask is the first to go.
+run beside each other, those of the other kind wait for them, and the first to ask is the first to go. A forward must
+not wait for another thread's forward.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import TracebackType
 
 
 class Turns:
     """Gives turns to threads.
 
+    An interrupt may come at any point. What it leaves behind is mended when the same thread asks again.
+
     Args:
-        switch: Called with True when the first stock forward begins, with False when the last has ended.
+        switch: Called, under ``lock``, with True when stock forwards begin, and with False when offloaded ones do or
+            the last stock one has ended; perhaps twice.
+
+    Attributes:
+        lock: Held while turns are given and taken back, not during a forward.
     """
 
     def __init__(self, switch: Callable[[bool], None]) -> None:
+        self.lock = threading.Condition()
         self._switch = switch
-        self._changed = threading.Condition()
-        self._waiting: deque[object] = deque()  # in the order in which they asked
         self._stock = False  # the kind of those in progress
-        self._running = 0
-        self._own = threading.local()  # whether this thread has a turn
+        self._waiting: dict[Turn, threading.Thread] = {}  # in the order in which they asked
+        self._running: dict[Turn, threading.Thread] = {}
 
-    @contextmanager
-    def take(self, *, stock: bool) -> Iterator[None]:
-        """Wait until no forward of the other kind is in progress; a thread that has a turn waits for nothing."""
-        if getattr(self._own, "has", False):
-            yield
-            return
-        self._begin(stock)
-        self._own.has = True
-        try:
-            yield
-        finally:
-            self._own.has = False
-            self._end()
+    def take(self, *, stock: bool, joins: bool = False) -> Turn:
+        """A context manager that waits until no forward of the other kind is in progress.
 
-    def _begin(self, stock: bool) -> None:
-        me = object()
-        with self._changed:
-            self._waiting.append(me)
-            try:
-                self._changed.wait_for(lambda: self._waiting[0] is me and (self._running == 0 or self._stock == stock))
-                if stock and self._running == 0:
-                    self._switch(True)
-                self._stock = stock
-                self._running += 1
-            finally:
-                self._waiting.remove(me)  # also after an interrupt
-                self._changed.notify_all()
+        Args:
+            joins: If forwards of its kind are in progress, it begins though others wait: for what a forward may need.
+        """
+        return Turn(self, stock, joins)
 
-    def _end(self) -> None:
-        with self._changed:
-            self._running -= 1
-            if self._stock and self._running == 0:
+    def begin(self, turn: Turn) -> None:
+        """Wait for a turn."""
+        with self.lock:
+            if not (turn.joins and self._running and self._stock is turn.stock):
+                self._forget_interrupted(turn)
+                self._waiting[turn] = threading.current_thread()
+                self.lock.wait_for(lambda: self._may_begin(turn))
+                if not self._running:
+                    self._switch(turn.stock)
+                    self._stock = turn.stock
+            self._running[turn] = threading.current_thread()
+            self._waiting.pop(turn, None)
+            self.lock.notify_all()
+
+    def end(self, turn: Turn) -> None:
+        """Take a turn back, also one that is still waited for."""
+        with self.lock:
+            self._waiting.pop(turn, None)
+            self._running.pop(turn, None)
+            if self._stock and not self._running:
                 self._switch(False)
-            self._changed.notify_all()
+                self._stock = False
+            self.lock.notify_all()
+
+    def _may_begin(self, turn: Turn) -> bool:
+        return next(iter(self._waiting)) is turn and (not self._running or self._stock is turn.stock)
+
+    def _forget_interrupted(self, turn: Turn) -> None:
+        """Forget turns of threads that are gone, and of this one, unless it asks for a part of one."""
+        this = threading.current_thread()
+        for turns in (self._waiting, self._running):
+            for one, thread in list(turns.items()):
+                if not thread.is_alive() or (thread is this and not turn.joins):
+                    del turns[one]
+
+
+class Turn:
+    """One turn; see ``Turns.take``."""
+
+    def __init__(self, turns: Turns, stock: bool, joins: bool) -> None:
+        self.turns, self.stock, self.joins = turns, stock, joins
+
+    def __enter__(self) -> None:
+        try:
+            self.turns.begin(self)
+        except BaseException:
+            self.turns.end(self)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.turns.end(self)

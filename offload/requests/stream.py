@@ -209,8 +209,9 @@ class Stream(Iterator[Event]):
         room.check(batch=1, tokens=one.final_length, room=0, promised=-held - shared)
         if not self._running:
             return True
+        promised = room.promised_beside(None) - shared
         try:
-            room.check(batch=1, tokens=one.final_length, room=0, promised=room.promised_beside(None) - shared)
+            room.check(batch=1, tokens=one.final_length, room=0, promised=promised, settled=True)  # by ``_end``
         except HostMemoryError:
             return False
         return True

@@ -79,6 +79,11 @@ SEED = Kind(
 )
 
 
+def temperature() -> Kind:
+    """Temperatures of sampling: what logits are divided by, 0 for greedy choice."""
+    return number("0, or 1e-06 or more", lambda value: value == 0 or value >= 1e-6, "T")  # less may give infinity
+
+
 def whole(least: int | None = None, most: int | None = None, also: Rule | None = None, metavar: str = "N") -> Kind:
     """Integers from ``least`` to ``most``; ``also`` is a rule in place of these bounds."""
     rules: list[Rule] = [("an integer", lambda value: is_whole(value) and value.bit_length() < 64)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from attention_predictor.errors import WriteError
+from attention_predictor.errors import ConfigError, WriteError
+
+LOCK = ".lock"
 
 
 def json_bytes(value: Any, indent: int | None = None) -> bytes:
@@ -57,6 +60,25 @@ def why_not_writable(path: Path, *, folder: bool = False) -> str | None:
     if not above.is_dir() and (folder or above != path.absolute()):
         return f"{above} is not a directory"
     return None if os.access(above, os.W_OK) else f"{above} can't be written to"
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other commands from writing to a directory that exists.
+
+    Raises:
+        ConfigError: Another one is, or no file can be written there.
+    """
+    try:
+        lock = (directory / LOCK).open("w")
+    except OSError as error:
+        raise ConfigError(f"--out {directory} can't be written to: {error.strerror or error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"--out {directory}: another run is writing to it") from error
+        yield
 
 
 @contextmanager

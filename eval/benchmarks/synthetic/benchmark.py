@@ -59,7 +59,7 @@ class SyntheticBenchmark(Benchmark):
         self.context, self.seed = context, seed
 
     def settings(self) -> dict[str, Any]:
-        return {"documents": self.documents, "per_document": self.per_document, "context": self.context}
+        return {"per_document": self.per_document, "context": self.context}
 
     def samples(self, task: str) -> Iterator[Sample]:
         planted = plant(

@@ -22,9 +22,10 @@ from attention_predictor.arguments import (
     add_option,
     check_model_arguments,
 )
-from attention_predictor.kinds import number, whole
+from attention_predictor.errors import ConfigError
+from attention_predictor.kinds import temperature, whole
 from attention_predictor.offload.config import OffloadConfig
-from attention_predictor.settings import add_setting_arguments, offload_config
+from attention_predictor.settings import add_setting_arguments, offload_config, option_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
     add_option(parser, "--max-new-tokens", whole(1), 128, "generate at most N tokens")
-    add_option(
-        parser, "--temperature", number("0 or more", lambda value: value >= 0), 0.0, "sampling temperature; 0: greedy"
-    )
+    add_option(parser, "--temperature", temperature(), 0.0, "sampling temperature; 0: greedy")
     add("--no-offload", action="store_true", help="run the stock model with its own cache")
     add(
         "--recovery", action="store_true", help="measure attention recovery at every step; same as --measure-recovery 1"
@@ -49,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     check_model_arguments(args)
-    config_of(args)
+    given, defaults = config_of(args).to_dict(), OffloadConfig().to_dict()
+    if args.no_offload and (asked := [name for name, value in given.items() if value != defaults[name]]):
+        option = "--recovery" if args.recovery else option_of(asked[0])
+        raise ConfigError(f"{option}: --no-offload runs the stock model, which has no such setting: give only one")
 
 
 def config_of(args: argparse.Namespace) -> OffloadConfig:

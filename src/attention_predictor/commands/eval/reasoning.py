@@ -24,7 +24,7 @@ from pathlib import Path
 from attention_predictor.arguments import add_option
 from attention_predictor.commands import run_options
 from attention_predictor.eval.benchmarks.reasoning.kinds import KINDS, Sampling
-from attention_predictor.kinds import number, whole
+from attention_predictor.kinds import number, temperature, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         None,
         f"longest answer, chain of thought included, in tokens (default: {own})",
     )
-    heat = number("0 (greedy) or more", lambda value: value >= 0, "T")
-    add_option(parser, "--temperature", heat, 0.0, "sampling temperature; 0: greedy")
+    add_option(parser, "--temperature", temperature(), 0.0, "sampling temperature; 0: greedy")
     share = number("a share above 0, up to 1", lambda value: 0 < value <= 1, "P")
     add_option(
         parser,

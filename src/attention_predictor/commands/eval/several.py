@@ -12,9 +12,11 @@ examples:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from attention_predictor.commands import EVAL, add_commands
-from attention_predictor.errors import ConfigError
+from attention_predictor.errors import AttentionPredictorError, ConfigError
 from attention_predictor.parser import Parser
 
 THEN = "then"
@@ -32,7 +34,8 @@ def check(args: argparse.Namespace) -> None:
     args.benchmarks = []
     for words in split(args.given):
         one = parser.parse_args(words)
-        one.check(one)
+        with naming(one):
+            one.check(one)
         args.benchmarks.append(one)
     if without := [one.subcommand for one in args.benchmarks if one.out is None]:
         raise ConfigError(f"{without[0]} has no --out: each benchmark needs its own")
@@ -40,6 +43,17 @@ def check(args: argparse.Namespace) -> None:
     for out in outs:
         if outs.count(out) > 1:
             raise ConfigError(f"--out {out} is given twice: each benchmark needs its own")
+        if inside := [other for other in outs if out in other.parents]:
+            raise ConfigError(f"--out {inside[0]} is inside of another benchmark's, {out}: each needs its own")
+
+
+@contextmanager
+def naming(one: argparse.Namespace) -> Iterator[None]:
+    """Errors of a benchmark say which one."""
+    try:
+        yield
+    except AttentionPredictorError as error:
+        raise ConfigError(f"{one.subcommand}, {one.out}: {error}") from error
 
 
 def split(words: list[str]) -> list[list[str]]:
