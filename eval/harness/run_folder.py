@@ -17,6 +17,7 @@ from attention_predictor.kinds import is_whole
 from attention_predictor.reading import read_json
 from attention_predictor.writing import LOCK, json_bytes, locked, write_atomically
 
+COUNTED = ("limit", "samples", "documents")  # settings of older runs that a task's number of samples says
 GROWING = ("tasks", "variants")  # a later session may add entries
 
 
@@ -39,6 +40,8 @@ class RunFolder:
                 self.sessions = list(saved.pop("sessions"))
                 self.description = {name: saved[name] for name in ("benchmark", "settings", *GROWING)}
                 _check_kinds(**self.description)
+                for name in COUNTED:
+                    self.description["settings"].pop(name, None)
             except DataError as error:
                 raise ConfigError(f"{self.file} is not the description of a run: {error}") from error
             except (KeyError, TypeError, AttributeError) as error:
@@ -125,12 +128,9 @@ def _check_kinds(benchmark: Any, settings: Any, tasks: Any, variants: Any) -> No
     """``TypeError`` where a description has not the form that it is written in."""
     objects = [settings, tasks, variants]
     objects += [one for known in (tasks, variants) if isinstance(known, dict) for one in known.values()]
-    if not all(isinstance(one, dict) for one in objects) or not all(
-        is_whole(one.get("samples")) for one in tasks.values()
-    ):
+    are_objects = all(isinstance(one, dict) for one in objects)
+    if not are_objects or not all(is_whole(one.get("samples")) for one in tasks.values()):
         raise TypeError("expected objects of settings, tasks and variants, and of each task its samples")
-    for name in ("limit", "samples", "documents"):
-        settings.pop(name, None)  # older runs have these here too; the number of a task's samples says it
 
 
 def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:
