@@ -37,8 +37,8 @@ def describe_session(processes: int) -> dict[str, Any]:
 def describe_model(name: str) -> dict[str, Any]:
     """What run.json keeps of a model besides its name and dtype.
 
-    Of a GGUF file its size and checksum, as ``gguf``. Of a directory a digest, ``weights``: of its configuration, and of
-    the sizes of its weights' files and places in them.
+    Of a GGUF file its size and checksum, as ``gguf``. Of a directory a digest, ``weights``: of its configuration,
+    of the sizes of its weights' files, and of places in them.
 
     Raises:
         CheckpointError: The file can't be had, or is damaged.
