@@ -200,12 +200,16 @@ def test_an_interrupt_behind_a_stock_layer_is_noticed(tiny_model, ids, family, s
             model(ids(1), **with_cache(model, cache))
 
 
-def test_a_model_that_bypasses_the_attention_function_is_caught(tiny_model, ids):
+def test_a_model_that_bypasses_the_attention_function_is_caught(tiny_model, ids, monkeypatch):
     model = tiny_model()
     with torch.no_grad(), attach(model, CONFIG) as engine:
         cache = engine.new_cache()
         model(ids(80), **with_cache(model, cache))
         model.config._attn_implementation_internal = "sdpa"  # would quietly attend to the new token alone
+        model(ids(1), **with_cache(model, cache))
+        assert model.config._attn_implementation == "attention_predictor"  # each forward sets it
+        monkeypatch.setattr(engine._attachment.turns, "_switch", lambda stock: None)
+        model.config._attn_implementation_internal = "sdpa"
         with pytest.raises(AttachError, match="ignores the attention interface"):
             for _ in range(2):
                 model(ids(1), **with_cache(model, cache))
