@@ -112,6 +112,18 @@ def test_what_a_forward_needs_begins_though_others_wait() -> None:
         assert not thread.is_alive()
 
 
+@pytest.mark.parametrize("stock", [True, False])
+def test_a_part_of_a_forward_never_waits_for_it(stock: bool) -> None:
+    switches = []
+    turns = Turns(switches.append)
+    with turns.take(stock=stock):
+        for kind in (True, False):
+            before = list(switches)
+            with turns.take(stock=kind, joins=True):
+                assert switches == before
+    assert not turns._running
+
+
 def test_an_error_gives_the_turn_back() -> None:
     turns = Turns(lambda stock: None)
     with pytest.raises(ZeroDivisionError), turns.take(stock=True):

@@ -117,7 +117,7 @@ class Forwards:
 
     def _runs_as_stock(self, cache: Any, given: dict[str, Any]) -> bool:
         """Whether a forward runs without a tiered cache."""
-        if checkpoints := self._checkpoints():
+        if checkpoints := checkpointed(self.model):
             self.attachment.recompute_as_stock(checkpoints)
             if cache is None or cache.get_seq_length() == 0:
                 self.runtime.note_fallback(
@@ -139,10 +139,6 @@ class Forwards:
             return True
         return False
 
-    def _checkpoints(self) -> list[nn.Module]:
-        """The modules that ``backward`` may compute again."""
-        return checkpointed(self.model) if self.model.training and torch.is_grad_enabled() else []
-
     def _records_gradients(self, given: dict[str, Any]) -> bool:
         if not torch.is_grad_enabled():
             return False
@@ -159,7 +155,7 @@ class Forwards:
         if not is_tiered(cache):
             adopt(cache, self.runtime)
         cached = int(cache.get_seq_length())
-        if cached and (self._records_gradients(given) or self._checkpoints()):
+        if cached and (self._records_gradients(given) or checkpointed(self.model)):
             raise AttachError(GRADIENTS_LOST)
         self._check_positions(cached, new)
         if not cached:

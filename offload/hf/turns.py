@@ -36,14 +36,15 @@ class Turns:
         """A context manager that waits until no forward of the other kind is in progress.
 
         Args:
-            joins: If forwards of its kind are in progress, it begins though others wait: for what a forward may need.
+            joins: For what is part of a forward, or needed by one: it begins at once if this thread has a turn, or if
+                forwards of its kind are in progress.
         """
         return Turn(self, stock, joins)
 
     def begin(self, turn: Turn) -> None:
         """Wait for a turn."""
         with self.lock:
-            if not (turn.joins and self._running and self._stock is turn.stock):
+            if not (turn.joins and self._is_part(turn)):
                 self._forget_interrupted(turn)
                 self._waiting[turn] = threading.current_thread()
                 self.lock.wait_for(lambda: self._may_begin(turn))
@@ -63,6 +64,10 @@ class Turns:
                 self._switch(False)
                 self._stock = False
             self.lock.notify_all()
+
+    def _is_part(self, turn: Turn) -> bool:
+        mine = threading.current_thread() in self._running.values()
+        return mine or (bool(self._running) and self._stock is turn.stock)
 
     def _may_begin(self, turn: Turn) -> bool:
         return next(iter(self._waiting)) is turn and (not self._running or self._stock is turn.stock)

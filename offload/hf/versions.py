@@ -2,7 +2,7 @@
 
 Version 5.24 renames ``past_key_values`` to ``cache``: in forwards, in outputs, and in ``generate``. The names are read
 from the forward's signature and the output's fields, not from the version: models outside transformers keep the old
-names.
+names. Until 5.23 gradient checkpointing keeps caches from layers also where no gradients are recorded.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 CACHE_NAMES = ("cache", "past_key_values")
-CHECKPOINT = "_gradient_checkpointing_func"
+CHECKPOINT = "_gradient_checkpointing_func"  # of a module under gradient checkpointing
+CHECKPOINTS_WITHOUT_GRADIENTS = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24)
 
 
 def cache_argument(forward: Callable[..., Any]) -> str | None:
@@ -57,7 +60,9 @@ def _cache_field(output: ModelOutput) -> str:
 
 
 def checkpointed(model: nn.Module) -> list[nn.Module]:
-    """The modules under gradient checkpointing; each has its function as the attribute ``CHECKPOINT``."""
+    """The modules that a forward now would checkpoint, without a cache; each has the attribute ``CHECKPOINT``."""
+    if not model.training or not (torch.is_grad_enabled() or CHECKPOINTS_WITHOUT_GRADIENTS):
+        return []
     return [one for one in model.modules() if getattr(one, "gradient_checkpointing", False) and CHECKPOINT in vars(one)]
 
 
