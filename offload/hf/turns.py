@@ -45,7 +45,7 @@ class Turns:
         """Wait for a turn."""
         with self.lock:
             if not (turn.joins and self._is_part(turn)):
-                self._forget_interrupted(turn)
+                self._forget_interrupted()
                 self._waiting[turn] = threading.current_thread()
                 self.lock.wait_for(lambda: self._may_begin(turn))
                 if not self._running:
@@ -72,12 +72,12 @@ class Turns:
     def _may_begin(self, turn: Turn) -> bool:
         return next(iter(self._waiting)) is turn and (not self._running or self._stock is turn.stock)
 
-    def _forget_interrupted(self, turn: Turn) -> None:
-        """Forget turns of threads that are gone, and of this one, unless it asks for a part of one."""
+    def _forget_interrupted(self) -> None:
+        """Forget turns of threads that are gone, and of this one, which would not ask for another if it had one."""
         this = threading.current_thread()
         for turns in (self._waiting, self._running):
             for one, thread in list(turns.items()):
-                if not thread.is_alive() or (thread is this and not turn.joins):
+                if thread is this or not thread.is_alive():
                     del turns[one]
 
 
